@@ -1,0 +1,44 @@
+"""Shared Attention for JAX: let neighbouring layers of an LLM share attention weights.
+
+Liao & Vargas, "Beyond KV Caching: Shared Attention for Efficient LLMs", arXiv 2407.12866.
+"""
+
+from sa_jax import nn, ops
+from sa_jax.config import ModelConfig
+from sa_jax.convert import Tokenizer, convert, from_pretrained, inspect, load_tokenizer
+from sa_jax.cost import Cost, cost
+from sa_jax.decode import Generated, generate
+from sa_jax.evaluation import Perplexity, perplexity, rows_of
+from sa_jax.nn import Transformer
+from sa_jax.params import prune, stack, unstack
+from sa_jax.plan import SharingPlan
+
+__version__ = "0.1.0"
+
+__all__ = [
+  # What a model is, and which layers share.
+  "ModelConfig",
+  "SharingPlan",
+  "Transformer",
+  "cost",
+  "Cost",
+  # Checkpoints.
+  "convert",
+  "from_pretrained",
+  "inspect",
+  "load_tokenizer",
+  "Tokenizer",
+  # Use.
+  "generate",
+  "Generated",
+  "perplexity",
+  "Perplexity",
+  "rows_of",
+  # Parameter layouts.
+  "prune",
+  "stack",
+  "unstack",
+  # Building blocks.
+  "nn",
+  "ops",
+]

@@ -1,0 +1,145 @@
+"""What a model is: its shapes, its constants, and how it is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from sa_jax.ops.rope import RopeConfig
+
+AttentionState = Literal["query_key", "attention_weights"]
+AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn"]
+RematPolicy = Literal["none", "full", "dots"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A decoder-only transformer of the Llama family.
+
+  The first block of fields describes the model and comes from its checkpoint; the second says how to compute it and
+  may be changed freely with `dataclasses.replace`.
+
+  Attributes:
+    vocab_size: ``V``.
+    embed_dim: ``D``.
+    num_layers: ``L``.
+    num_heads: ``N``, query heads.
+    num_kv_heads: ``K``, key/value heads; query head ``n`` uses key/value head ``n // (N / K)``.
+    head_dim: ``H``.
+    mlp_dim: ``F``.
+    max_length: the context length the model was trained for, in tokens.
+    norm_eps: added to the mean square in RMSNorm.
+    rope: the rotary position embedding.
+    tie_embeddings: whether the output head is the embedding.
+    bos_token_id: put before a text, or None.
+    eos_token_ids: tokens that end a generation.
+    pad_token_id: fills rows after their end, or None.
+    dtype: what activations are computed in, a NumPy dtype name.
+    param_dtype: what parameters are stored in, a NumPy dtype name.
+    attention: the attention backend; see `sa_jax.ops.attend`.
+    attention_state: what an anchor hands its followers: ``query_key`` (its rotary-encoded q and k, O(T) memory, any
+      fused kernel) or ``attention_weights`` (the softmaxed weights, O(T S) memory, the paper's literal algorithm).
+    remat: what the backward pass recomputes in each group: ``none``, ``full`` (all of it), or ``dots`` (all but matrix
+      products with parameters).
+  """
+
+  vocab_size: int
+  embed_dim: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  mlp_dim: int
+  max_length: int = 2048
+  norm_eps: float = 1e-5
+  rope: RopeConfig = RopeConfig()
+  tie_embeddings: bool = False
+  bos_token_id: int | None = None
+  eos_token_ids: tuple[int, ...] = ()
+  pad_token_id: int | None = None
+
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+  attention: AttentionBackend = "auto"
+  attention_state: AttentionState = "query_key"
+  remat: RematPolicy = "none"
+
+  def __post_init__(self) -> None:
+    wrong = [
+      f"{name}={getattr(self, name)!r} (a positive integer is needed)"
+      for name in (
+        "vocab_size",
+        "embed_dim",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "mlp_dim",
+        "max_length",
+      )
+      if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0)
+    ]
+    if not wrong and self.num_heads % self.num_kv_heads:
+      wrong.append(f"num_heads={self.num_heads} (a multiple of num_kv_heads={self.num_kv_heads} is needed)")
+    if not wrong and self.head_dim % 2:
+      wrong.append(f"head_dim={self.head_dim} (rotary embedding needs an even number)")
+    if not self.norm_eps > 0:
+      wrong.append(f"norm_eps={self.norm_eps!r} (a positive number is needed)")
+    if not self.rope.theta > 0:
+      wrong.append(f"rope.theta={self.rope.theta!r} (a positive number is needed)")
+    for name, choices in (
+      ("attention", AttentionBackend),
+      ("attention_state", AttentionState),
+      ("remat", RematPolicy),
+    ):
+      if getattr(self, name) not in choices.__args__:
+        wrong.append(f"{name}={getattr(self, name)!r} (one of {', '.join(choices.__args__)} is needed)")
+    if wrong:
+      raise ValueError("model config: " + "; ".join(wrong))
+
+  @classmethod
+  def preset(cls, name: str, **changes: Any) -> ModelConfig:
+    """A well-known model's config by name, with fields changed on request.
+
+    Raises:
+      ValueError: if there is no preset of that name.
+    """
+    if name not in PRESETS:
+      raise ValueError(f"no preset {name!r}; there are {', '.join(sorted(PRESETS))}")
+    return dataclasses.replace(PRESETS[name], **changes)
+
+  @classmethod
+  def from_hf(cls, values: Mapping[str, Any]) -> ModelConfig:
+    """Reads the contents of a Hugging Face ``config.json``; see `sa_jax.convert.hf_config`."""
+    from sa_jax.convert import hf_config
+
+    return hf_config.read(values)
+
+  def to_hf(self, spelling: Literal["v4", "v5"] = "v5") -> dict[str, Any]:
+    """The contents of a Hugging Face ``config.json``; see `sa_jax.convert.hf_config`."""
+    from sa_jax.convert import hf_config
+
+    return hf_config.write(self, spelling)
+
+
+PRESETS: dict[str, ModelConfig] = {
+  "llama-2-7b": ModelConfig(
+    vocab_size=32_000, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, mlp_dim=11_008,
+    max_length=4096, bos_token_id=1, eos_token_ids=(2,), dtype="bfloat16", param_dtype="bfloat16",
+  ),
+  "llama-2-13b": ModelConfig(
+    vocab_size=32_000, embed_dim=5120, num_layers=40, num_heads=40, num_kv_heads=40, head_dim=128, mlp_dim=13_824,
+    max_length=4096, bos_token_id=1, eos_token_ids=(2,), dtype="bfloat16", param_dtype="bfloat16",
+  ),
+  "llama-3-8b": ModelConfig(
+    vocab_size=128_256, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, mlp_dim=14_336,
+    max_length=8192, rope=RopeConfig(theta=500_000.0), bos_token_id=128_000, eos_token_ids=(128_001,),
+    dtype="bfloat16", param_dtype="bfloat16",
+  ),
+  "smollm2-135m": ModelConfig(
+    vocab_size=49_152, embed_dim=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, mlp_dim=1536,
+    max_length=8192, rope=RopeConfig(theta=100_000.0), tie_embeddings=True, bos_token_id=1, eos_token_ids=(2,),
+    pad_token_id=2, dtype="bfloat16", param_dtype="bfloat16",
+  ),
+}  # fmt: skip

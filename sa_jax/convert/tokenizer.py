@@ -1,0 +1,155 @@
+"""Text to tokens and back, with the model's own chat template."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+
+if TYPE_CHECKING:
+  from sa_jax.convert.source import GgufFile
+
+_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3_SPLIT = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# How a GGUF's `tokenizer.ggml.pre` splits text before byte-level BPE, as llama.cpp defines the names.
+_PRE_TOKENIZERS = {
+  "smollm": (r"\p{N}", _GPT2_SPLIT),
+  "gpt-2": (_GPT2_SPLIT,),
+  "llama-bpe": (_LLAMA3_SPLIT,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """A Hugging Face fast tokenizer and the chat template that belongs to it.
+
+  Attributes:
+    backend: the `tokenizers` object; its vocabulary and special tokens are the model's.
+    chat_template: a Jinja template over ``messages``, or None.
+    special: the special tokens that templates refer to, such as ``bos_token``.
+  """
+
+  backend: tokenizers.Tokenizer
+  chat_template: str | None = None
+  special: tuple[tuple[str, str], ...] = ()
+
+  def encode(self, text: str, *, special: bool = True) -> list[int]:
+    """Token ids of a text; ``special`` adds what the tokenizer puts around a text, such as a start token."""
+    return self.backend.encode(text, add_special_tokens=special).ids
+
+  def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
+    """The text of token ids; ``special`` keeps special tokens visible."""
+    return self.backend.decode([int(token) for token in tokens], skip_special_tokens=not special)
+
+  def chat(self, messages: Sequence[dict[str, str]], *, prompt: bool = True) -> str:
+    """Chat messages as the text that the model was trained on.
+
+    Args:
+      messages: each with ``role`` and ``content``.
+      prompt: whether to end with the opening of the assistant's answer.
+
+    Raises:
+      ValueError: if the model has no chat template, or it rejects the messages.
+    """
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    if self.chat_template is None:
+      raise ValueError("this model has no chat template: it takes plain text, not messages")
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _raise
+    try:
+      template = environment.from_string(self.chat_template)
+      return template.render(messages=list(messages), add_generation_prompt=prompt, **dict(self.special))
+    except TemplateError as error:
+      raise ValueError(f"the chat template rejects these messages: {error}") from None
+
+  def save(self, folder: Path) -> None:
+    """Writes ``tokenizer.json`` and ``tokenizer_config.json``, which `load_tokenizer` and transformers read."""
+    self.backend.save(str(folder / "tokenizer.json"))
+    values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"} | dict(self.special)
+    if self.chat_template is not None:
+      values["chat_template"] = self.chat_template
+    (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
+
+
+def _raise(message: str) -> None:
+  from jinja2 import TemplateError
+
+  raise TemplateError(message)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+  """The tokenizer of a Hugging Face folder, an sa_jax checkpoint or a GGUF file.
+
+  Raises:
+    ValueError: if there is none, or it is damaged.
+  """
+  path = Path(path)
+  if path.is_file():
+    from sa_jax.convert.source import GgufFile
+
+    return from_gguf(GgufFile(path))
+  file = path / "tokenizer.json"
+  if not file.exists():
+    raise ValueError(f"there is no tokenizer.json in {path}")
+  try:
+    backend = tokenizers.Tokenizer.from_file(str(file))
+  except Exception as error:  # the tokenizers package raises bare Exception
+    raise ValueError(f"{file} is not a tokenizer: {error}") from None
+  values: dict[str, Any] = {}
+  if (settings := path / "tokenizer_config.json").exists():
+    values = json.loads(settings.read_text(encoding="utf-8"))
+  template = values.get("chat_template")
+  if (separate := path / "chat_template.jinja").exists():
+    template = separate.read_text(encoding="utf-8")
+  if isinstance(template, list):
+    template = {entry["name"]: entry["template"] for entry in template}.get("default")
+  special = []
+  for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+    value = values.get(name)
+    if value is not None:
+      special.append((name, value["content"] if isinstance(value, dict) else value))
+  return Tokenizer(backend, template, tuple(special))
+
+
+def from_gguf(file: GgufFile) -> Tokenizer:
+  """The byte-level BPE tokenizer inside a GGUF file.
+
+  Raises:
+    ValueError: if the file holds another kind of tokenizer.
+  """
+  kind, pre = file.optional("tokenizer.ggml.model"), file.optional("tokenizer.ggml.pre")
+  if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
+    raise ValueError(
+      f"{file.path} holds a tokenizer of kind {kind!r}, {pre!r}, which cannot be rebuilt; supported are 'gpt2' with "
+      f"{', '.join(map(repr, _PRE_TOKENIZERS))}; use the tokenizer.json of the original model instead"
+    )
+  tokens = file.field("tokenizer.ggml.tokens", list)
+  merges = [tuple(merge.split(" ", 1)) for merge in file.field("tokenizer.ggml.merges", list)]
+  vocabulary = {token: index for index, token in enumerate(tokens)}
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
+  splits = [
+    tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in _PRE_TOKENIZERS[pre]
+  ]
+  byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*splits, byte_level])
+  backend.decoder = tokenizers.decoders.ByteLevel()
+  control = [token for token, kind in zip(tokens, file.field("tokenizer.ggml.token_type", list)) if kind == 3]
+  backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in control])
+  special = []
+  for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown")):
+    if (index := file.optional(f"tokenizer.ggml.{key}_token_id")) is not None:
+      special.append((name, tokens[index]))
+  if file.optional("tokenizer.ggml.add_bos_token"):
+    start = dict(special)["bos_token"]
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+      single=f"{start} $A", special_tokens=[(start, vocabulary[start])]
+    )
+  return Tokenizer(backend, file.optional("tokenizer.chat_template"), tuple(special))

@@ -1,0 +1,84 @@
+"""What a model and a plan cost: parameters, FLOPs and cache bytes, counted without running anything."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from sa_jax.config import ModelConfig
+from sa_jax.plan import SharingPlan, as_plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """What (config, plan, batch, seq_len) costs.
+
+  Matrix products count two FLOPs a multiply-add; element-wise work is left out. Attention counts the keys that a causal
+  query sees, not the masked ones.
+
+  Attributes:
+    params: parameters, a tied head counted once.
+    param_bytes: their bytes in the config's ``param_dtype``.
+    flops: one forward pass over ``batch`` sequences of ``seq_len`` tokens, logits at every position.
+    decode_flops: one decode step of ``batch`` rows whose cache holds ``seq_len`` tokens, the new one included.
+    kv_cache_bytes: cache of ``batch`` rows of ``seq_len`` slots, in the config's ``dtype``.
+    kv_bytes_per_token: cache bytes that one token of one row takes.
+    decode_bytes: what a decode step must read: the parameters (of a separate embedding just the rows it looks up), and
+      the cache.
+  """
+
+  params: int
+  param_bytes: int
+  flops: int
+  decode_flops: int
+  kv_cache_bytes: int
+  kv_bytes_per_token: int
+  decode_bytes: int
+
+
+def cost(config: ModelConfig, plan: SharingPlan | str | None, batch: int = 1, seq_len: int = 1) -> Cost:
+  """Counts what a model costs under a plan.
+
+  Args:
+    config: the model.
+    plan: a plan, a plan string, or None for dense.
+    batch: rows, ``B``.
+    seq_len: tokens a row, ``S``.
+
+  Raises:
+    ValueError: if the plan does not fit the model, or a size is not positive.
+  """
+  plan = as_plan(plan, config.num_layers)
+  if batch < 1 or seq_len < 1:
+    raise ValueError(f"batch and seq_len must be at least 1, not {batch} and {seq_len}")
+  layers, anchors = plan.num_layers, len(plan.anchors)
+  embed, heads, kv_heads, head_dim = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+
+  query_key = embed * (heads + kv_heads) * head_dim
+  value_output = embed * (kv_heads + heads) * head_dim
+  mlp = 3 * embed * config.mlp_dim
+  matrices = anchors * query_key + layers * (value_output + mlp)
+  norms = (2 * layers + 1) * embed
+  table = config.vocab_size * embed
+  params = matrices + norms + table * (1 if config.tie_embeddings else 2)
+
+  # Scores in anchors, weighted sums of values in every layer.
+  attention = 2 * heads * head_dim * (anchors + layers)
+  seen = seq_len * (seq_len + 1) // 2
+  per_token = 2 * (matrices + table)
+
+  itemsize = jnp.dtype(config.dtype).itemsize
+  param_itemsize = jnp.dtype(config.param_dtype).itemsize
+  kv_bytes_per_token = (layers + anchors) * kv_heads * head_dim * itemsize
+  kv_cache_bytes = batch * seq_len * kv_bytes_per_token
+  read_params = matrices + norms + table + (0 if config.tie_embeddings else batch * embed)
+  return Cost(
+    params=params,
+    param_bytes=params * param_itemsize,
+    flops=batch * (seq_len * per_token + seen * attention),
+    decode_flops=batch * (per_token + seq_len * attention),
+    kv_cache_bytes=kv_cache_bytes,
+    kv_bytes_per_token=kv_bytes_per_token,
+    decode_bytes=read_params * param_itemsize + kv_cache_bytes,
+  )

@@ -1,0 +1,91 @@
+"""Perplexity of token rows."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sa_jax import ops
+from sa_jax.nn import Transformer
+from sa_jax.nn.transformer import check_tokens
+
+
+class Perplexity(NamedTuple):
+  """Attributes:
+  perplexity: exp of the mean negative log-likelihood.
+  loss: the mean negative log-likelihood a predicted token, in nats.
+  tokens: how many tokens were predicted.
+  """
+
+  perplexity: float
+  loss: float
+  tokens: int
+
+
+def rows_of(tokens: Sequence[int], length: int, rows: int | None = None) -> np.ndarray:
+  """The first tokens of a text as full rows; the rest, too short for a row, is left out.
+
+  Args:
+    tokens: of one text.
+    length: tokens a row, at least 2.
+    rows: at most this many rows; all that fit when None.
+
+  Returns:
+    int32 ``[rows, length]``.
+
+  Raises:
+    ValueError: if the text is shorter than one row, or than the rows asked for.
+  """
+  if length < 2:
+    raise ValueError(f"rows need at least 2 tokens, one to predict from and one to predict, not {length}")
+  fits = len(tokens) // length
+  if fits < (rows or 1):
+    raise ValueError(f"the text has {len(tokens)} tokens, too few for {rows or 1} rows of {length}")
+  count = rows or fits
+  return np.asarray(tokens[: count * length], np.int32).reshape(count, length)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _log_likelihood(model: Transformer, params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
+  """Summed log-likelihood of each row's tokens after the first, float32 ``[B]``."""
+  logits = model.apply({"params": params}, tokens)
+  return ops.token_log_likelihoods(logits[:, :-1], tokens[:, 1:]).sum(axis=-1)
+
+
+def perplexity(
+  model: Transformer,
+  params: Mapping[str, Any],
+  tokens: Any,
+  *,
+  batch_size: int = 1,
+  progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+  """Perplexity of full rows, each scored on its own: all tokens after a row's first, weighted alike.
+
+  Args:
+    model: the model.
+    params: in either layout; the run layout compiles one scan.
+    tokens: int ``[rows, length]``, for example from `rows_of`.
+    batch_size: rows scored at once; logits take ``batch_size * length * V * 4`` bytes.
+    progress: called with (rows scored, rows in all).
+
+  Raises:
+    ValueError: if a token is not in the vocabulary.
+  """
+  tokens = np.asarray(tokens, np.int32)
+  check_tokens(tokens, None, model.config.vocab_size)
+  total = 0.0
+  for start in range(0, len(tokens), batch_size):
+    batch = tokens[start : start + batch_size]
+    total += float(np.sum(_log_likelihood(model, params, jnp.asarray(batch)), dtype=np.float64))
+    if progress is not None:
+      progress(start + len(batch), len(tokens))
+  count = tokens.shape[0] * (tokens.shape[1] - 1)
+  loss = -total / count
+  return Perplexity(math.exp(loss), loss, count)

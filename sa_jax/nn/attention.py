@@ -1,0 +1,151 @@
+"""Attention layers. A follower is a type without queries and keys, not a flag.
+
+Both are made of the same named pieces: values from x, the state's attention over them, output. An anchor also makes
+the state. ``step`` is the same layer for one token against a cache.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sa_jax import ops
+from sa_jax.config import ModelConfig
+from sa_jax.nn.cache import LayerCache, write_slot
+from sa_jax.nn.state import AttentionWeights, State, make_state
+
+
+def projection(
+  config: ModelConfig, features: int | tuple[int, ...], inputs: tuple[str, ...], outputs: tuple[str, ...], name: str
+) -> nn.DenseGeneral:
+  """A bias-free linear map whose kernel carries its logical axes, ``inputs`` then ``outputs``."""
+  init = nn.initializers.variance_scaling(
+    1.0, "fan_in", "truncated_normal", in_axis=tuple(range(len(inputs))), out_axis=tuple(range(-len(outputs), 0))
+  )
+  return nn.DenseGeneral(
+    features,
+    axis=tuple(range(-len(inputs), 0)),
+    use_bias=False,
+    dtype=config.dtype,
+    param_dtype=config.param_dtype,
+    kernel_init=nn.with_logical_partitioning(init, inputs + outputs),
+    name=name,
+  )
+
+
+class _Attention(nn.Module):
+  """What anchors and followers have in common: values and output.
+
+  Attributes:
+    config: the model's shapes and how to compute.
+  """
+
+  config: ModelConfig
+
+  def setup(self) -> None:
+    config = self.config
+    self.v_proj = projection(
+      config, (config.num_kv_heads, config.head_dim), ("embed",), ("kv_heads", "head_dim"), name="v_proj"
+    )
+    self.o_proj = projection(config, config.embed_dim, ("heads", "head_dim"), ("embed",), name="o_proj")
+
+  def values(self, x: jax.Array) -> jax.Array:
+    """``[B, T, D]`` → ``[B, T, K, H]``."""
+    return nn.with_logical_constraint(self.v_proj(x), ("batch", "length", "kv_heads", "head_dim"))
+
+  def output(self, heads: jax.Array) -> jax.Array:
+    """``[B, T, N, H]`` → ``[B, T, D]``."""
+    heads = nn.with_logical_constraint(heads, ("batch", "length", "heads", "head_dim"))
+    return nn.with_logical_constraint(self.o_proj(heads), ("batch", "length", "embed"))
+
+
+class AnchorAttention(_Attention):
+  """Self-attention that hands out its attention state (Liao & Vargas, arXiv 2407.12866, section 3)."""
+
+  def setup(self) -> None:
+    super().setup()
+    config = self.config
+    self.q_proj = projection(
+      config, (config.num_heads, config.head_dim), ("embed",), ("heads", "head_dim"), name="q_proj"
+    )
+    self.k_proj = projection(
+      config, (config.num_kv_heads, config.head_dim), ("embed",), ("kv_heads", "head_dim"), name="k_proj"
+    )
+
+  def query_key(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rotary-encoded queries ``[B, T, N, H]`` and keys ``[B, T, K, H]`` of ``[B, T, D]``."""
+    frequencies = ops.rope_frequencies(self.config.rope, self.config.head_dim)
+    q = ops.apply_rope(self.q_proj(x), positions, frequencies)
+    k = ops.apply_rope(self.k_proj(x), positions, frequencies)
+    return (
+      nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim")),
+      nn.with_logical_constraint(k, ("batch", "length", "kv_heads", "head_dim")),
+    )
+
+  def __call__(self, x: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, State]:
+    """Attention over whole sequences.
+
+    Args:
+      x: ``[B, T, D]``.
+      lengths: int32 ``[B]`` of right-padded rows, or None when rows are full.
+
+    Returns:
+      ``y [B, T, D]`` and the state for the followers.
+    """
+    y, state, _ = self.prefill(x, lengths)
+    return y, state
+
+  def prefill(self, x: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, State, LayerCache]:
+    """`__call__` that also returns the cache of the T tokens, ``[B, K, T, H]`` each for keys and values."""
+    q, k = self.query_key(x, jnp.arange(x.shape[1]))
+    v = self.values(x)
+    state = make_state(self.config, q, k, lengths)
+    return self.output(state.attend(v)), state, LayerCache(jnp.swapaxes(v, 1, 2), jnp.swapaxes(k, 1, 2))
+
+  def step(
+    self, x: jax.Array, cache: LayerCache, positions: jax.Array
+  ) -> tuple[jax.Array, AttentionWeights, LayerCache]:
+    """Attention of one new token a row over the cache that it joins.
+
+    Args:
+      x: ``[B, 1, D]``.
+      cache: this layer's; the token is written to its slot.
+      positions: int32 ``[B]``, the slot of each row's token, which is also its position.
+
+    Returns:
+      ``y [B, 1, D]``, the weights for the followers, and the cache.
+    """
+    q, k = self.query_key(x, positions[:, None])
+    keys = write_slot(cache.keys, k, positions)
+    values = write_slot(cache.values, self.values(x), positions)
+    state = AttentionWeights(ops.attention_weights(q, jnp.swapaxes(keys, 1, 2), positions=positions[:, None]))
+    return self.output(state.attend(jnp.swapaxes(values, 1, 2))), state, LayerCache(values, keys)
+
+
+class FollowerAttention(_Attention):
+  """Attention with an anchor's weights: no W_Q, no W_K, no rotary embedding, no keys in its cache."""
+
+  def __call__(self, x: jax.Array, state: State) -> jax.Array:
+    """Attention over whole sequences.
+
+    Args:
+      x: ``[B, T, D]``.
+      state: the anchor's.
+
+    Returns:
+      ``[B, T, D]``.
+    """
+    return self.prefill(x, state)[0]
+
+  def prefill(self, x: jax.Array, state: State) -> tuple[jax.Array, LayerCache]:
+    """`__call__` that also returns the cache of the T tokens: values ``[B, K, T, H]`` alone."""
+    v = self.values(x)
+    return self.output(state.attend(v)), LayerCache(jnp.swapaxes(v, 1, 2))
+
+  def step(
+    self, x: jax.Array, state: AttentionWeights, cache: LayerCache, positions: jax.Array
+  ) -> tuple[jax.Array, LayerCache]:
+    """Attention of one new token a row with the anchor's weights; shapes as in `AnchorAttention.step`."""
+    values = write_slot(cache.values, self.values(x), positions)
+    return self.output(state.attend(jnp.swapaxes(values, 1, 2))), LayerCache(values)

@@ -1,0 +1,63 @@
+"""The attention state: what an anchor layer hands its followers."""
+
+from __future__ import annotations
+
+import jax
+from flax import struct
+
+from sa_jax import ops
+from sa_jax.config import ModelConfig
+
+
+@struct.dataclass
+class QueryKey:
+  """The anchor's rotary-encoded queries and keys: O(T) memory, and any fused attention can use them.
+
+  Attributes:
+    q: ``[B, T, N, H]``.
+    k: ``[B, T, K, H]``.
+    lengths: int32 ``[B]``, or None when rows are full.
+    backend: how to attend; see `sa_jax.ops.attend`.
+  """
+
+  q: jax.Array
+  k: jax.Array
+  lengths: jax.Array | None = None
+  backend: str = struct.field(pytree_node=False, default="auto")
+
+  def attend(self, v: jax.Array) -> jax.Array:
+    """The anchor's attention over a layer's values: ``[B, T, K, H]`` → ``[B, T, N, H]``."""
+    return ops.attend(self.q, self.k, v, lengths=self.lengths, backend=self.backend)
+
+  def weights(self) -> jax.Array:
+    """The softmaxed attention weights ``[B, N, T, T]``, computed now."""
+    return ops.attention_weights(self.q, self.k, lengths=self.lengths)
+
+
+@struct.dataclass
+class AttentionWeights:
+  """The anchor's softmaxed attention weights: O(T S) memory, the paper's literal algorithm.
+
+  Attributes:
+    probs: ``[B, N, T, S]``, in the compute dtype.
+  """
+
+  probs: jax.Array
+
+  def attend(self, v: jax.Array) -> jax.Array:
+    """The anchor's attention over a layer's values: ``[B, S, K, H]`` → ``[B, T, N, H]``."""
+    return ops.apply_weights(self.probs, v)
+
+  def weights(self) -> jax.Array:
+    """The softmaxed attention weights ``[B, N, T, S]``."""
+    return self.probs
+
+
+State = QueryKey | AttentionWeights
+
+
+def make_state(config: ModelConfig, q: jax.Array, k: jax.Array, lengths: jax.Array | None) -> State:
+  """The state in the form that the config asks for, from rotary-encoded q ``[B, T, N, H]`` and k ``[B, T, K, H]``."""
+  if config.attention_state == "query_key":
+    return QueryKey(q, k, lengths, config.attention)
+  return AttentionWeights(ops.attention_weights(q, k, lengths=lengths))

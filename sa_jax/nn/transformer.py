@@ -1,0 +1,275 @@
+"""The whole model: embedding, layers in one of two layouts, norm, head.
+
+Parameters come in two layouts with the same leaves (see `sa_jax.params`). The *run layout*, which ``init`` makes, keeps
+each run's layers stacked and scans over them: the compiled program does not grow with depth. The *layer layout* keeps
+one subtree a layer and is unrolled: decoding needs it, because a scan copies each layer's slice of stacked weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sa_jax.config import ModelConfig
+from sa_jax.nn.attention import projection
+from sa_jax.nn.block import AnchorBlock, FollowerBlock, RMSNorm
+from sa_jax.nn.cache import Cache
+from sa_jax.nn.state import State
+from sa_jax.plan import SharingPlan
+
+_REMAT_POLICIES = {
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Embed(nn.Module):
+  """Token embedding, and the output head where the two are tied."""
+
+  config: ModelConfig
+
+  def setup(self) -> None:
+    init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+    shape = (self.config.vocab_size, self.config.embed_dim)
+    self.embedding = self.param("embedding", init, shape, self.config.param_dtype)
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """int32 ``[B, T]`` → ``[B, T, D]``; a token outside the vocabulary gives NaN, never another token's vector."""
+    x = jnp.take(self.embedding, tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(self.config.dtype)
+    return nn.with_logical_constraint(x, ("batch", "length", "embed"))
+
+  def logits(self, x: jax.Array) -> jax.Array:
+    """``[B, T, D]`` → float32 ``[B, T, V]``."""
+    return jnp.einsum("BTD,VD->BTV", x, self.embedding.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+class Head(nn.Module):
+  """The output head of a model that does not tie it to the embedding."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """``[B, T, D]`` → float32 ``[B, T, V]``."""
+    init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "vocab"))
+    shape = (self.config.embed_dim, self.config.vocab_size)
+    kernel = self.param("kernel", init, shape, self.config.param_dtype)
+    return jnp.einsum("BTD,DV->BTV", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+class Group(nn.Module):
+  """An anchor block and its followers; the state is broadcast into a scan over them.
+
+  Attributes:
+    config: the model.
+    followers: how many followers the group has.
+  """
+
+  config: ModelConfig
+  followers: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    """``[B, T, D]`` → the same."""
+    x, state = AnchorBlock(self.config, name="anchor")(x, lengths)
+    if self.followers:
+      scan = nn.scan(
+        lambda block, x, state: (block(x, state), None),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=self.followers,
+        metadata_params={nn.PARTITION_NAME: "followers"},
+      )
+      x, _ = scan(FollowerBlock(self.config, name="followers"), x, state)
+    return x
+
+
+class Runs(nn.Module):
+  """The layers in the run layout: a loop over runs, a scan over each run's groups.
+
+  The attention state lives inside a group and never enters the outer scan's carry.
+  """
+
+  config: ModelConfig
+  plan: SharingPlan
+
+  @nn.compact
+  def __call__(self, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    """``[B, T, D]`` → the same."""
+    for index, run in enumerate(self.plan.runs):
+      body = lambda group, x, lengths: (group(x, lengths), None)
+      if self.config.remat != "none":
+        body = nn.remat(body, prevent_cse=False, policy=_REMAT_POLICIES[self.config.remat])
+      scan = nn.scan(
+        body,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=run.groups,
+        metadata_params={nn.PARTITION_NAME: "groups"},
+      )
+      x, _ = scan(Group(self.config, run.followers, name=str(index)), x, lengths)
+    return x
+
+
+class Layers(nn.Module):
+  """The layers in the layer layout, unrolled."""
+
+  config: ModelConfig
+  plan: SharingPlan
+
+  def setup(self) -> None:
+    self.blocks = [
+      (AnchorBlock if self.plan.is_anchor(layer) else FollowerBlock)(self.config, name=str(layer))
+      for layer in range(self.plan.num_layers)
+    ]
+
+  def __call__(self, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    """``[B, T, D]`` → the same."""
+    return self.prefill(x, lengths)[0]
+
+  def prefill(self, x: jax.Array, lengths: jax.Array | None) -> tuple[jax.Array, Cache, tuple[State, ...]]:
+    """`__call__` that also returns the cache of the T tokens, and the state that each layer used."""
+    caches, states = [], []
+    for block in self.blocks:
+      if isinstance(block, AnchorBlock):
+        x, state, cache = block.prefill(x, lengths)
+      else:
+        x, cache = block.prefill(x, state)
+      caches.append(cache)
+      states.append(state)
+    return x, Cache(tuple(caches)), tuple(states)
+
+  def step(self, x: jax.Array, cache: Cache, positions: jax.Array) -> tuple[jax.Array, Cache]:
+    """One token a row, ``[B, 1, D]``, at int32 ``positions [B]`` of the cache."""
+    caches = []
+    for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
+      if isinstance(block, AnchorBlock):
+        x, state, layer_cache = block.step(x, layer_cache, positions)
+      else:
+        x, layer_cache = block.step(x, state, layer_cache, positions)
+      caches.append(layer_cache)
+    return x, Cache(tuple(caches))
+
+
+class Transformer(nn.Module):
+  """A decoder-only transformer whose layers share attention weights by a plan.
+
+  Attributes:
+    config: the model.
+    plan: which layers are anchors and which follow them.
+
+  Raises:
+    ValueError: if the plan is for another depth.
+  """
+
+  config: ModelConfig
+  plan: SharingPlan
+
+  def __post_init__(self) -> None:
+    if self.plan.num_layers != self.config.num_layers:
+      raise ValueError(f"the plan is for {self.plan.num_layers} layers, the model has {self.config.num_layers}")
+    super().__post_init__()
+
+  def setup(self) -> None:
+    self.embed = Embed(self.config)
+    self.layers = Layers(self.config, self.plan)
+    self.runs = Runs(self.config, self.plan)
+    self.final_norm = RMSNorm(self.config)
+    if not self.config.tie_embeddings:
+      self.lm_head = Head(self.config)
+
+  def __call__(self, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    """Next-token logits at every position, with parameters in either layout.
+
+    Args:
+      tokens: int32 ``[B, T]``; rows may be right-padded.
+      lengths: int32 ``[B]``, or None when rows are full. Logits at or past a row's length mean nothing.
+
+    Returns:
+      float32 ``[B, T, V]``.
+
+    Raises:
+      ValueError: outside `jax.jit`, if a token is not in the vocabulary (inside it, its row's logits are NaN) or a
+        length is not in 1 to T.
+    """
+    return self.logits(self.hidden(tokens, lengths))
+
+  def hidden(self, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    """What the head reads: the normalised last hidden states ``[B, T, D]``; arguments as in `__call__`."""
+    check_tokens(tokens, lengths, self.config.vocab_size)
+    stack = self.layers if self.has_variable("params", "layers") else self.runs
+    return self.final_norm(stack(self.embed(jnp.asarray(tokens)), lengths))
+
+  def init_layers(self, tokens: jax.Array) -> jax.Array:
+    """`__call__` for ``init`` to make the layer layout: ``model.init(key, tokens, method="init_layers")``."""
+    return self.logits(self.final_norm(self.layers(self.embed(tokens), None)))
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """The head: ``[B, T, D]`` → float32 ``[B, T, V]``."""
+    logits = self.embed.logits(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
+    return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
+
+  def states(self, tokens: jax.Array, lengths: jax.Array | None = None) -> tuple[State, ...]:
+    """The attention state that each layer used; arguments as in `__call__`, parameters in the layer layout.
+
+    ``state.weights()`` gives a layer's attention weights ``[B, N, T, T]``; a follower's are its anchor's.
+    """
+    check_tokens(tokens, lengths, self.config.vocab_size)
+    return self.layers.prefill(self.embed(jnp.asarray(tokens)), lengths)[2]
+
+  def prefill(self, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
+    """Reads prompts; parameters in the layer layout.
+
+    Args:
+      tokens: int32 ``[B, T]``, right-padded.
+      lengths: int32 ``[B]``.
+
+    Returns:
+      float32 ``[B, V]`` logits after each row's last token, and the cache of the T tokens.
+    """
+    x, cache, _ = self.layers.prefill(self.embed(tokens), lengths)
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
+    return self.logits(self.final_norm(last))[:, 0], cache
+
+  def step(self, tokens: jax.Array, cache: Cache, positions: jax.Array) -> tuple[jax.Array, Cache]:
+    """Decodes one token a row; parameters in the layer layout.
+
+    Args:
+      tokens: int32 ``[B]``.
+      cache: with room at ``positions``.
+      positions: int32 ``[B]``, the slot of each token.
+
+    Returns:
+      float32 ``[B, V]`` logits after the token, and the cache.
+    """
+    x, cache = self.layers.step(self.embed(tokens[:, None]), cache, positions)
+    return self.logits(self.final_norm(x))[:, 0], cache
+
+
+def check_tokens(tokens: Any, lengths: Any, vocab_size: int) -> None:
+  """Checks a batch where its values are known, that is, outside `jax.jit`.
+
+  Raises:
+    ValueError: if tokens are not integers ``[B, T]``, one is not in the vocabulary, or a length is not in 1 to T.
+  """
+  if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise ValueError(f"tokens are integers of shape [batch, length], not {tokens.dtype} of shape {tokens.shape}")
+  if lengths is not None and lengths.shape != tokens.shape[:1]:
+    raise ValueError(f"lengths has shape {lengths.shape}; one length a row, {tokens.shape[:1]}, is needed")
+  if isinstance(tokens, jax.core.Tracer) or not tokens.size:
+    return
+  low, high = np.min(tokens), np.max(tokens)
+  if low < 0 or high >= vocab_size:
+    raise ValueError(
+      f"token {low if low < 0 else high} is outside the vocabulary of {vocab_size}, 0 to {vocab_size - 1}"
+    )
+  if lengths is not None and not isinstance(lengths, jax.core.Tracer):
+    low, high = np.min(lengths), np.max(lengths)
+    if low < 1 or high > tokens.shape[1]:
+      raise ValueError(f"a length of {low if low < 1 else high} does not fit rows of {tokens.shape[1]} tokens")

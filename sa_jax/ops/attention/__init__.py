@@ -1,0 +1,10 @@
+"""Causal attention: one definition, several ways to compute it.
+
+`attend` computes ``softmax(q kᵀ / sqrt(H) + mask) v`` without handing out the weights; `attention_weights` and
+`apply_weights` are its two halves. Handing `attend` an anchor's q and k and a follower's v *is* Shared Attention.
+"""
+
+from sa_jax.ops.attention.dispatch import attend, backends, choose_backend
+from sa_jax.ops.attention.reference import apply_weights, attention_weights
+
+__all__ = ["apply_weights", "attend", "attention_weights", "backends", "choose_backend"]

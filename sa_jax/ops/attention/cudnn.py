@@ -1,0 +1,13 @@
+"""NVIDIA's fused attention, through JAX."""
+
+import jax
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None) -> jax.Array:
+  """cuDNN flash attention; O(T) memory. Shapes as in `sa_jax.ops.attend`.
+
+  The mask is given as a flag and lengths, never as an array, which costs cuDNN a factor of 2.6.
+  """
+  return jax.nn.dot_product_attention(
+    q, k, v, is_causal=True, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
+  )

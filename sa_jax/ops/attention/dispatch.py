@@ -1,0 +1,97 @@
+"""One `attend`, and the choice of how to compute it."""
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sa_jax.ops.attention import blockwise, cudnn, reference
+
+_LOG = logging.getLogger("sa_jax")
+
+
+class Backend(NamedTuple):
+  """A way to compute attention: the function, and why a call may be beyond it (None when it is not)."""
+
+  attend: Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+  unsupported: Callable[[str, jax.Array, jax.Array], str | None]
+
+
+def _cudnn_unsupported(platform: str, q: jax.Array, k: jax.Array) -> str | None:
+  if platform not in ("gpu", "cuda"):
+    return f"it runs on NVIDIA GPUs, and this is {platform}"
+  if q.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"it computes in bfloat16 or float16, and q is {q.dtype}"
+  if q.shape[-1] % 8 or q.shape[-1] > 128:
+    return f"it takes head dimensions that are multiples of 8 up to 128, and q has {q.shape[-1]}"
+  return None
+
+
+def _anywhere(platform: str, q: jax.Array, k: jax.Array) -> str | None:
+  return None
+
+
+backends: dict[str, Backend] = {
+  "cudnn": Backend(cudnn.attend, _cudnn_unsupported),
+  "blockwise": Backend(blockwise.attend, _anywhere),
+  "reference": Backend(reference.attend, _anywhere),
+}
+
+# Up to this many keys the weights fit in cache and one softmax beats many small ones.
+_SHORT = 1024
+
+
+def choose_backend(name: str, q: jax.Array, k: jax.Array, platform: str | None = None) -> str:
+  """The backend that `attend` will use for these arrays.
+
+  Args:
+    name: a backend, or ``auto`` for the fastest that supports the call.
+    q: ``[B, T, N, H]`` (array or shape).
+    k: ``[B, T, K, H]`` (array or shape).
+    platform: ``cpu``, ``gpu`` or ``tpu``; the default backend's when None.
+
+  Raises:
+    ValueError: if there is no backend of that name, or it cannot compute this call (the reason is given).
+  """
+  platform = platform or jax.default_backend()
+  if name == "auto":
+    fused = "cudnn" if backends["cudnn"].unsupported(platform, q, k) is None else "blockwise"
+    chosen = "reference" if fused == "blockwise" and k.shape[1] <= _SHORT else fused
+    _LOG.debug("attention of q %s, k %s, %s on %s: %s", q.shape, k.shape, q.dtype, platform, chosen)
+    return chosen
+  if name not in backends:
+    raise ValueError(f"no attention backend {name!r}; there are auto, {', '.join(backends)}")
+  if reason := backends[name].unsupported(platform, q, k):
+    raise ValueError(f"the attention backend {name!r} cannot compute this: {reason}; 'auto' chooses one that can")
+  return name
+
+
+def attend(
+  q: jax.Array, k: jax.Array, v: jax.Array, *, lengths: jax.Array | None = None, backend: str = "auto"
+) -> jax.Array:
+  """Causal attention ``softmax(q kᵀ / sqrt(H) + mask) v`` over whole sequences.
+
+  Query ``t`` sees keys 0 to ``t``, of a right-padded row only those before its length. With q and k of an anchor layer
+  and v of a follower, this is the follower's attention (Liao & Vargas, arXiv 2407.12866, section 3).
+
+  Args:
+    q: ``[B, T, N, H]``.
+    k: ``[B, T, K, H]``, N a multiple of K.
+    v: ``[B, T, K, H]``.
+    lengths: int32 ``[B]``, or None when rows are full. Outputs at or past a row's length are finite and meaningless.
+    backend: ``auto``, ``reference`` (O(T²) memory), ``blockwise`` (O(T) memory, any device) or ``cudnn``.
+
+  Returns:
+    ``[B, T, N, H]`` in v's dtype.
+
+  Raises:
+    ValueError: if shapes do not fit, or the named backend does not exist or cannot compute the call.
+  """
+  batch, length, heads, head_dim = q.shape
+  if k.shape != v.shape or k.shape[:2] != (batch, length) or k.shape[3] != head_dim or heads % k.shape[2]:
+    raise ValueError(
+      f"attend takes q [B, T, N, H] and k, v [B, T, K, H] with N a multiple of K, not {q.shape}, {k.shape}, {v.shape}"
+    )
+  return backends[choose_backend(backend, q, k)].attend(q, k, v, lengths)

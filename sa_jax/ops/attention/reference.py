@@ -1,0 +1,73 @@
+"""Attention as the formula says it, with the weights in memory."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30
+"""Score of a key that a query may not see: finite, so that a row with no visible key stays finite."""
+
+
+def visible(query_positions: jax.Array, key_positions: jax.Array, lengths: jax.Array | None) -> jax.Array:
+  """Which keys each query sees: those at or before it and, of a right-padded row, before the row's end.
+
+  Args:
+    query_positions: int32 ``[T]`` or ``[B, T]``.
+    key_positions: int32 ``[S]``.
+    lengths: int32 ``[B]``, tokens of each row, or None when rows are full.
+
+  Returns:
+    bool ``[B or 1, T, S]``.
+  """
+  query = jnp.atleast_2d(query_positions)[:, :, None]
+  key = key_positions[None, None, :]
+  seen = key <= query
+  return seen if lengths is None else seen & (key < lengths[:, None, None])
+
+
+def attention_weights(
+  q: jax.Array, k: jax.Array, *, lengths: jax.Array | None = None, positions: jax.Array | None = None
+) -> jax.Array:
+  """Softmaxed causal attention weights, computed in float32 and cast to q's dtype.
+
+  Query head ``n`` attends to key head ``n // (N / K)``.
+
+  Args:
+    q: ``[B, T, N, H]``.
+    k: ``[B, S, K, H]``.
+    lengths: int32 ``[B]``: keys at or past a row's length are not seen; None when rows are full.
+    positions: int32 ``[T]`` or ``[B, T]``, the slot of each query among the keys; 0 to T - 1 when None.
+
+  Returns:
+    ``[B, N, T, S]`` in q's dtype; rows sum to one.
+  """
+  batch, queries, heads, head_dim = q.shape
+  keys, kv_heads = k.shape[1], k.shape[2]
+  grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
+  scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32) / math.sqrt(head_dim)
+  seen = visible(jnp.arange(queries) if positions is None else positions, jnp.arange(keys), lengths)
+  weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, MASKED), axis=-1)
+  return weights.astype(q.dtype).reshape(batch, heads, queries, keys)
+
+
+def apply_weights(weights: jax.Array, v: jax.Array) -> jax.Array:
+  """Weighted sums of values: the second half of attention, and all of it in a follower layer.
+
+  Args:
+    weights: ``[B, N, T, S]``.
+    v: ``[B, S, K, H]``; each value head serves N / K consecutive weight heads.
+
+  Returns:
+    ``[B, T, N, H]`` in v's dtype.
+  """
+  batch, heads, queries, keys = weights.shape
+  kv_heads = v.shape[2]
+  grouped = weights.reshape(batch, kv_heads, heads // kv_heads, queries, keys)
+  out = jnp.einsum("BKGTS,BSKH->BTKGH", grouped, v)
+  return out.reshape(batch, queries, heads, v.shape[3])
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None) -> jax.Array:
+  """Attention through its weights; O(T S) memory. Shapes as in `sa_jax.ops.attend`."""
+  return apply_weights(attention_weights(q, k, lengths=lengths), v)

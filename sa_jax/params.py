@@ -1,0 +1,160 @@
+"""The two parameter layouts, and the pure functions between them.
+
+* layer layout: ``{"embed", "layers": {"0": block, "1": block, …}, "final_norm", "lm_head"}``. On disk and in decoding.
+  A follower's block has no ``q_proj`` and no ``k_proj``.
+* run layout: ``{"embed", "runs": {"0": {"anchor": block, "followers": block}, …}, "final_norm", "lm_head"}``, where
+  an anchor's leaves are stacked ``[groups, …]`` and the followers' ``[groups, followers, …]``. For scan.
+
+Everything here works on arrays (JAX or NumPy) and on `jax.ShapeDtypeStruct`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sa_jax.plan import Run, SharingPlan
+
+Params = Mapping[str, Any]
+Join = Callable[[Sequence[Any], tuple[int, ...]], Any]
+
+
+def stack(params: Params, plan: SharingPlan, *, donate: bool = False, join: Join | None = None) -> dict[str, Any]:
+  """Layer layout → run layout.
+
+  Args:
+    params: in the layer layout, pruned to the plan.
+    plan: gives the runs.
+    donate: frees each leaf's layers as soon as they are stacked, so that no two copies of the model exist; ``params``
+      cannot be used afterwards.
+    join: for leaves of another kind: stacks them and gives the new first axis a shape.
+
+  Raises:
+    ValueError: if ``params`` are not in the layer layout, or not of this plan.
+  """
+  if "layers" not in params:
+    raise ValueError(f"stack takes the layer layout, which has 'layers'; these parameters have {sorted(params)}")
+  layers = params["layers"]
+  _check_plan(layers, plan)
+  if join is None:
+    join = functools.partial(_join, donate=donate)
+
+  def stacked(blocks: Sequence[Any], leading: tuple[int, ...]) -> Any:
+    return jax.tree.map(lambda *leaves: join(leaves, leading), *blocks, is_leaf=_is_leaf)
+
+  runs: dict[str, Any] = {}
+  for index, run in enumerate(plan.runs):
+    anchors, followers = _members(run)
+    runs[str(index)] = {"anchor": stacked([layers[str(layer)] for layer in anchors], (run.groups,))}
+    if followers:
+      leading = (run.groups, run.followers)
+      runs[str(index)]["followers"] = stacked([layers[str(layer)] for layer in followers], leading)
+  return {name: value for name, value in params.items() if name != "layers"} | {"runs": runs}
+
+
+def unstack(params: Params, plan: SharingPlan, *, donate: bool = False) -> dict[str, Any]:
+  """Run layout → layer layout: the inverse of `stack`, with the same arguments and errors."""
+  if "runs" not in params:
+    raise ValueError(f"unstack takes the run layout, which has 'runs'; these parameters have {sorted(params)}")
+  if set(params["runs"]) != {str(index) for index in range(len(plan.runs))}:
+    raise ValueError(f"the parameters have runs {sorted(params['runs'])}, the plan '{plan}' has {len(plan.runs)}")
+  layers: dict[str, Any] = {}
+  for index, run in enumerate(plan.runs):
+    stacked = params["runs"][str(index)]
+    anchors, followers = _members(run)
+    _unstack_into(layers, stacked["anchor"], anchors, 1, donate)
+    if followers:
+      _unstack_into(layers, stacked["followers"], followers, 2, donate)
+  ordered = {str(layer): layers[str(layer)] for layer in range(plan.num_layers)}
+  return {name: value for name, value in params.items() if name != "runs"} | {"layers": ordered}
+
+
+def prune(params: Params, plan: SharingPlan) -> dict[str, Any]:
+  """Drops what the plan's followers do not have: their ``q_proj`` and ``k_proj``. Layer layout in and out.
+
+  Raises:
+    ValueError: if an anchor of the plan has no ``q_proj`` or ``k_proj`` to begin with.
+  """
+  layers = {}
+  for layer in range(plan.num_layers):
+    block = dict(params["layers"][str(layer)])
+    if not plan.is_anchor(layer):
+      block["attention"] = {name: leaf for name, leaf in block["attention"].items() if name not in ("q_proj", "k_proj")}
+    layers[str(layer)] = block
+  _check_plan(layers, plan)
+  return dict(params) | {"layers": layers}
+
+
+def as_layers(params: Params, plan: SharingPlan) -> Params:
+  """The parameters in the layer layout: as they are, or a second copy if they are in the run layout."""
+  return params if "layers" in params else unstack(params, plan)
+
+
+def as_runs(params: Params, plan: SharingPlan) -> Params:
+  """The parameters in the run layout: as they are, or a second copy if they are in the layer layout."""
+  return params if "runs" in params else stack(params, plan)
+
+
+def _check_plan(layers: Mapping[str, Any], plan: SharingPlan) -> None:
+  if set(layers) != {str(layer) for layer in range(plan.num_layers)}:
+    raise ValueError(f"the parameters have {len(layers)} layers, the plan is for {plan.num_layers}")
+  has_keys = [{"q_proj", "k_proj"} <= set(layers[str(layer)]["attention"]) for layer in range(plan.num_layers)]
+  if missing := [layer for layer in plan.anchors if not has_keys[layer]]:
+    raise ValueError(
+      f"the plan '{plan}' makes layers {missing} anchors, but the parameters have no q_proj and k_proj for them; "
+      "start from the dense checkpoint, or choose a plan in which they follow"
+    )
+  if extra := [layer for layer in plan.followers if has_keys[layer]]:
+    raise ValueError(
+      f"the plan '{plan}' makes layers {extra} followers, but they still have q_proj and k_proj; prune first"
+    )
+
+
+def _members(run: Run) -> tuple[list[int], list[int]]:
+  """The anchors and the followers of a run, each in layer order."""
+  size = 1 + run.followers
+  return list(run.layers)[::size], [layer for layer in run.layers if (layer - run.start) % size]
+
+
+def _is_leaf(node: Any) -> bool:
+  return not isinstance(node, Mapping)
+
+
+def _join(leaves: Sequence[Any], leading: tuple[int, ...], donate: bool) -> Any:
+  """Stacks arrays and gives the new first axis the shape ``leading``."""
+  first = leaves[0]
+  shape = (*leading, *first.shape)
+  if isinstance(first, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(shape, first.dtype)
+  if isinstance(first, np.ndarray):
+    return np.stack(leaves).reshape(shape)
+  stacked = jnp.stack(leaves).reshape(shape)
+  if donate:
+    stacked.block_until_ready()
+    for leaf in leaves:
+      leaf.delete()
+  return stacked
+
+
+def _unstack_into(layers: dict[str, Any], stacked: Any, numbers: Sequence[int], axes: int, donate: bool) -> None:
+  """Splits the leading ``axes`` of every leaf over the layers with these numbers."""
+  leaves, structure = jax.tree.flatten(stacked)
+  columns = [_split(leaf, axes, donate) for leaf in leaves]
+  for position, layer in enumerate(numbers):
+    layers[str(layer)] = jax.tree.unflatten(structure, [column[position] for column in columns])
+
+
+def _split(leaf: Any, axes: int, donate: bool) -> list[Any]:
+  indices = list(np.ndindex(leaf.shape[:axes]))
+  if isinstance(leaf, jax.ShapeDtypeStruct):
+    return [jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype)] * len(indices)
+  rows = [leaf[index] for index in indices]
+  if donate and isinstance(leaf, jax.Array):
+    jax.block_until_ready(rows)
+    leaf.delete()
+  return rows

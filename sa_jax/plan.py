@@ -1,0 +1,204 @@
+"""Which layer computes attention weights, and which layers reuse them.
+
+A plan is one tuple, ``source``: layer ``l`` uses the attention weights of layer ``source[l]``. Anchors, followers,
+groups and runs are all derived from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+_SPAN = re.compile(r"(\d+):(\d+)(?:-(\d+))?")
+_EXAMPLE = "'22:23-26' is anchor 22 with followers 23 to 26; several groups are joined by commas"
+
+
+class LayerGroup(NamedTuple):
+  """An anchor layer and the follower layers right after it."""
+
+  anchor: int
+  followers: tuple[int, ...]
+
+
+class Run(NamedTuple):
+  """Consecutive groups with the same number of followers: what one `scan` covers."""
+
+  start: int
+  groups: int
+  followers: int
+
+  @property
+  def layers(self) -> range:
+    """The layers the run covers."""
+    return range(self.start, self.start + self.groups * (1 + self.followers))
+
+
+@dataclasses.dataclass(frozen=True)
+class SharingPlan:
+  """An immutable, hashable Shared Attention plan.
+
+  Attributes:
+    source: one entry a layer; ``source[l]`` is the layer whose attention weights layer ``l`` uses, ``l`` itself for an
+      anchor.
+
+  Raises:
+    ValueError: if layer 0 is a follower, a source lies outside the model or after its follower, or a follower's source
+      is not the nearest anchor before it (groups are contiguous).
+  """
+
+  source: tuple[int, ...]
+
+  def __post_init__(self) -> None:
+    object.__setattr__(self, "source", tuple(int(s) for s in self.source))
+    if not self.source:
+      raise ValueError("a plan needs at least one layer")
+    anchor = 0
+    for layer, source in enumerate(self.source):
+      if layer == 0 and source != 0:
+        raise ValueError("layer 0 cannot be a follower: no layer before it could be its anchor")
+      if source == layer:
+        anchor = layer
+      elif source != anchor:
+        raise ValueError(
+          f"layer {layer} uses the weights of layer {source}, but the nearest anchor before it is {anchor}: "
+          f"a follower uses the nearest anchor, so its source is {anchor} (or {layer}, to make it an anchor)"
+        )
+
+  @classmethod
+  def dense(cls, num_layers: int) -> SharingPlan:
+    """The plan in which every layer is an anchor: an ordinary transformer."""
+    return cls(tuple(range(num_layers)))
+
+  @classmethod
+  def from_followers(cls, num_layers: int, followers: Iterable[int]) -> SharingPlan:
+    """The plan whose followers are the given layers, each using the nearest layer before it that is not one.
+
+    This is the notation of the PyTorch reference (metacarbon/shareAtt), whose "shared layers" 23..26 reuse layer 22.
+
+    Args:
+      num_layers: the model's depth.
+      followers: the follower layers, in any order.
+
+    Raises:
+      ValueError: if a layer is named twice, lies outside the model, or is layer 0.
+    """
+    listed = list(followers)
+    if duplicates := sorted({layer for layer in listed if listed.count(layer) > 1}):
+      raise ValueError(f"followers named more than once: {duplicates}")
+    if outside := sorted(layer for layer in listed if not 0 <= layer < num_layers):
+      raise ValueError(f"followers {outside} lie outside the model, whose layers are 0 to {num_layers - 1}")
+    if 0 in listed:
+      raise ValueError("layer 0 cannot be a follower: no layer before it could be its anchor")
+    chosen = set(listed)
+    source: list[int] = []
+    for layer in range(num_layers):
+      source.append(source[-1] if layer in chosen else layer)
+    return cls(tuple(source))
+
+  @classmethod
+  def parse(cls, text: str, num_layers: int) -> SharingPlan:
+    """Reads a plan string such as ``"22:23-26"`` or ``"14:15-18,26:27"``; ``"dense"`` shares nothing.
+
+    Every group names its anchor and its followers, so that no span can be read in two ways.
+
+    Args:
+      text: the plan string.
+      num_layers: the model's depth.
+
+    Raises:
+      ValueError: if the text has another form, or a group is reversed, out of range, overlapping or detached from its
+        anchor.
+    """
+    text = text.strip()
+    if text == "dense":
+      return cls.dense(num_layers)
+    followers: list[int] = []
+    used: set[int] = set()
+    for part in map(str.strip, text.split(",")):
+      match = _SPAN.fullmatch(part)
+      if match is None:
+        raise ValueError(f"{part!r} is not a group of a plan: {_EXAMPLE}; 'dense' shares nothing")
+      anchor, first = int(match[1]), int(match[2])
+      last = int(match[3]) if match[3] else first
+      group = f"{part!r} in the plan {text!r}"
+      if last < first:
+        raise ValueError(f"{group} is reversed: write '{anchor}:{last}-{first}'")
+      if last >= num_layers:
+        raise ValueError(f"{group} goes past the model, whose layers are 0 to {num_layers - 1}")
+      if first != anchor + 1:
+        raise ValueError(
+          f"{group} does not start right after its anchor: the followers of {anchor} start at {anchor + 1}, "
+          f"and followers that start at {first} have anchor {max(first - 1, 0)}"
+        )
+      layers = set(range(anchor, last + 1))
+      if overlap := sorted(layers & used):
+        raise ValueError(f"{group} overlaps an earlier group in layers {overlap}: each layer belongs to one group")
+      used |= layers
+      followers.extend(range(first, last + 1))
+    return cls.from_followers(num_layers, followers)
+
+  def __str__(self) -> str:
+    """The plan string that `parse` reads back."""
+    parts = [
+      f"{anchor}:{followers[0]}" + (f"-{followers[-1]}" if len(followers) > 1 else "")
+      for anchor, followers in self.groups
+      if followers
+    ]
+    return ",".join(parts) or "dense"
+
+  @property
+  def num_layers(self) -> int:
+    """The depth of the model the plan is for."""
+    return len(self.source)
+
+  @property
+  def anchors(self) -> tuple[int, ...]:
+    """The layers that compute attention weights."""
+    return tuple(layer for layer, source in enumerate(self.source) if layer == source)
+
+  @property
+  def followers(self) -> tuple[int, ...]:
+    """The layers that reuse them."""
+    return tuple(layer for layer, source in enumerate(self.source) if layer != source)
+
+  @property
+  def groups(self) -> tuple[LayerGroup, ...]:
+    """Every anchor with its followers, in layer order."""
+    by_source = itertools.groupby(enumerate(self.source), key=lambda item: item[1])
+    return tuple(LayerGroup(anchor, tuple(layer for layer, _ in members)[1:]) for anchor, members in by_source)
+
+  @property
+  def runs(self) -> tuple[Run, ...]:
+    """Maximal stretches of consecutive groups with the same number of followers, in layer order."""
+    runs = []
+    for size, members in itertools.groupby(self.groups, key=lambda group: len(group.followers)):
+      groups = list(members)
+      runs.append(Run(start=groups[0].anchor, groups=len(groups), followers=size))
+    return tuple(runs)
+
+  def is_anchor(self, layer: int) -> bool:
+    """Whether the layer computes its own attention weights."""
+    return self.source[layer] == layer
+
+
+def as_plan(plan: SharingPlan | str | Sequence[int] | None, num_layers: int) -> SharingPlan:
+  """A plan given in any accepted form: a plan, a plan string, a ``source`` list, or None for dense.
+
+  Raises:
+    ValueError: if it is not a valid plan for a model of ``num_layers`` layers.
+  """
+  match plan:
+    case None:
+      return SharingPlan.dense(num_layers)
+    case str():
+      return SharingPlan.parse(plan, num_layers)
+    case SharingPlan():
+      made = plan
+    case _:
+      made = SharingPlan(tuple(plan))
+  if made.num_layers != num_layers:
+    raise ValueError(f"the plan is for {made.num_layers} layers, the model has {num_layers}")
+  return made

@@ -1,0 +1,96 @@
+"""Where arrays live: logical axes, the rules that map them to a mesh, and shardings made from the two."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from sa_jax.nn import Transformer
+
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+DEFAULT_RULES: Rules = (
+  ("batch", ("data", "fsdp")),
+  ("length", None),
+  ("embed", "fsdp"),
+  ("heads", "tensor"),
+  ("kv_heads", "tensor"),
+  ("head_dim", None),
+  ("mlp", "tensor"),
+  ("vocab", "tensor"),
+  ("groups", None),
+  ("followers", None),
+)
+"""Logical axis → mesh axis, for a mesh with axes ``data``, ``fsdp`` and ``tensor``."""
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+  """A mesh over all devices.
+
+  Raises:
+    ValueError: if the three sizes do not multiply to the number of devices.
+  """
+  if data * fsdp * tensor != jax.device_count():
+    raise ValueError(
+      f"a mesh of data {data} × fsdp {fsdp} × tensor {tensor} needs {data * fsdp * tensor} devices; "
+      f"there are {jax.device_count()}"
+    )
+  auto = (jax.sharding.AxisType.Auto,) * 3
+  return jax.make_mesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=auto)
+
+
+def param_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES, *, layout: str = "runs") -> Any:
+  """A `NamedSharding` for every parameter, from the logical axes that the modules declare.
+
+  Args:
+    model: whose parameters.
+    mesh: with the axes that the rules name.
+    rules: logical axis → mesh axis.
+    layout: ``runs`` or ``layers``.
+
+  Returns:
+    A tree like the model's parameters.
+
+  Raises:
+    ValueError: if an axis of a parameter is not divisible by its mesh axis, or two of its axes map to one mesh axis.
+  """
+  boxed = abstract_params(model, layout=layout, boxed=True)
+  specs = nn.get_partition_spec(boxed)
+  shardings = nn.logical_to_mesh_sharding(specs, mesh, rules)
+  errors: list[str] = []
+
+  def check(path: Any, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> None:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    used = [axis for entry in sharding.spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
+    if len(used) != len(set(used)):
+      errors.append(f"{name}: the rules map two of its axes to one mesh axis, {sharding.spec}")
+      return
+    try:
+      sharding.shard_shape(leaf.shape)
+    except ValueError:
+      errors.append(f"{name}: shape {list(leaf.shape)} is not divisible by {sharding.spec} on {dict(mesh.shape)}")
+
+  jax.tree_util.tree_map_with_path(check, nn.unbox(boxed), shardings)
+  if errors:
+    raise ValueError("the parameters do not fit the mesh:\n  " + "\n  ".join(errors))
+  return shardings
+
+
+def abstract_params(model: Transformer, *, layout: str = "runs", boxed: bool = False) -> Any:
+  """The parameters' shapes and dtypes, without computing anything.
+
+  Args:
+    model: whose parameters.
+    layout: ``runs`` or ``layers``.
+    boxed: whether leaves carry their logical axes (`flax.linen.LogicallyPartitioned`).
+  """
+
+  def init(key: jax.Array) -> Any:
+    return model.init(key, jnp.zeros((1, 1), jnp.int32), method="init_layers" if layout == "layers" else None)
+
+  tree = jax.eval_shape(init, jax.random.key(0))["params"]
+  return tree if boxed else nn.unbox(tree)
