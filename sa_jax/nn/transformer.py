@@ -123,7 +123,7 @@ class Layers(nn.Module):
   plan: SharingPlan
 
   def setup(self) -> None:
-    self.blocks = [
+    self.blocks: list[Any] = [
       (AnchorBlock if self.plan.is_anchor(layer) else FollowerBlock)(self.config, name=str(layer))
       for layer in range(self.plan.num_layers)
     ]
