@@ -39,7 +39,8 @@ class Embed(nn.Module):
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """int32 ``[B, T]`` → ``[B, T, D]``; a token outside the vocabulary gives NaN, never another token's vector."""
-    x = jnp.take(self.embedding, tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(self.config.dtype)
+    x = self.embedding.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    x = x.astype(self.config.dtype)
     return nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
   def logits(self, x: jax.Array) -> jax.Array:
