@@ -265,8 +265,9 @@ def test_bfloat16():
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   logits = logits_of(rough, rounded, TOKENS)
   assert logits.dtype == jnp.float32
-  scale = float(jnp.abs(logits_of(exact, params, TOKENS)).max())
-  assert np.abs(logits - logits_of(exact, params, TOKENS)).max() < 0.05 * scale
+  wanted = np.asarray(logits_of(exact, params, TOKENS))
+  # Eight bits of mantissa, through seven layers.
+  assert np.abs(logits - wanted).mean() < 0.02 * np.abs(wanted).mean() + 0.02
 
 
 class TestErrors:
