@@ -18,6 +18,8 @@ STATES = ("query_key", "attention_weights")
 TOKENS = tiny.tokens(2, 12)
 PADDED = tiny.tokens(3, 12, seed=1)
 LENGTHS = np.array([7, 12, 1], np.int32)
+# Two groups of two layers: the smallest plan with both scans, for programs with a backward pass.
+SMALL = {"plan": "0:1,2:3", "num_layers": 4}
 
 
 def loss(model, params, tokens):
@@ -101,8 +103,10 @@ class TestOneResult:
       np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
   @pytest.mark.parametrize("remat", ["full", "dots"])
-  def test_under_remat(self, model, layers, remat):
-    params = stack(layers, model.plan)
+  @pytest.mark.parametrize("state", STATES)
+  def test_under_remat(self, state, remat):
+    model = tiny.model(**SMALL, attention_state=state)
+    params = stack(tiny.params(model), model.plan)
     value, gradient = loss_and_gradient(model, params, TOKENS)
     rematted = Transformer(dataclasses.replace(model.config, remat=remat), model.plan)
     again, gradient_again = loss_and_gradient(rematted, params, TOKENS)
@@ -114,7 +118,10 @@ class TestOneResult:
       dots(rematted, params) > dots(model, params)
     )
 
-  def test_unrolled_gradient(self, model, layers):
+  @pytest.mark.parametrize("state", STATES)
+  def test_unrolled_gradient(self, state):
+    model = tiny.model(**SMALL, attention_state=state)
+    layers = tiny.params(model)
     value, gradient = loss_and_gradient(model, layers, TOKENS)
     scanned, gradient_scanned = loss_and_gradient(model, stack(layers, model.plan), TOKENS)
     assert abs(float(value) - float(scanned)) <= 1e-5
@@ -189,7 +196,7 @@ def test_memory_of_attention_weights_grows_with_the_square():
 @pytest.mark.parametrize("state", STATES)
 def test_gradients_respect_causality(state):
   """d output[t] / d input[s] is exactly zero for s > t, and is not for s ≤ t."""
-  model = tiny.model(attention_state=state)
+  model = tiny.model(**SMALL, attention_state=state)
   params = stack(tiny.params(model), model.plan)["runs"]
   x = np.random.default_rng(0).normal(size=(1, 6, 32)).astype(np.float32)
 
@@ -202,7 +209,7 @@ def test_gradients_respect_causality(state):
 
 @pytest.mark.parametrize("state", STATES)
 def test_no_gradient_flows_into_padding(state):
-  model = tiny.model(attention_state=state)
+  model = tiny.model(**SMALL, attention_state=state)
   params = stack(tiny.params(model), model.plan)["runs"]
   x = np.random.default_rng(0).normal(size=(2, 6, 32)).astype(np.float32)
   lengths = np.array([4, 6], np.int32)
