@@ -1,4 +1,4 @@
-"""Transformer blocks: attention and MLP, each normalised before and added to what it read."""
+"""Transformer blocks: attention and MLP, each normalised before (in some families also after) and added to what it read."""
 
 from __future__ import annotations
 
@@ -8,37 +8,28 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from sa_jax import ops
 from sa_jax.config import ModelConfig
 from sa_jax.nn.attention import AnchorAttention, FollowerAttention, projection
 from sa_jax.nn.cache import LayerCache
-from sa_jax.nn.state import AttentionWeights, State
+from sa_jax.nn.norm import RMSNorm
+from sa_jax.nn.state import AttentionWeights, Local, State
 
-
-class RMSNorm(nn.Module):
-  """Root mean square normalisation with a learned scale; see `sa_jax.ops.rms_norm`."""
-
-  config: ModelConfig
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
-    scale = self.param("scale", init, (x.shape[-1],), self.config.param_dtype)
-    return ops.rms_norm(x, scale, self.config.norm_eps)
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 
 
 class Mlp(nn.Module):
-  """``down(silu(gate(x)) * up(x))`` (SwiGLU; Shazeer, arXiv 2002.05202)."""
+  """``down(f(gate(x)) * up(x))`` with the config's activation ``f`` (SwiGLU, GeGLU; Shazeer, arXiv 2002.05202)."""
 
   config: ModelConfig
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     config = self.config
-    gate = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="gate_proj")(x)
-    up = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="up_proj")(x)
-    hidden = nn.with_logical_constraint(jax.nn.silu(gate) * up, ("batch", "length", "mlp"))
-    return projection(config, config.embed_dim, ("mlp",), ("embed",), name="down_proj")(hidden)
+    bias = config.mlp_bias
+    gate = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="gate_proj", bias=bias)(x)
+    up = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="up_proj", bias=bias)(x)
+    hidden = nn.with_logical_constraint(_ACTIVATIONS[config.activation](gate) * up, ("batch", "length", "mlp"))
+    return projection(config, config.embed_dim, ("mlp",), ("embed",), name="down_proj", bias=bias)(hidden)
 
 
 class _Block(nn.Module):
@@ -50,6 +41,9 @@ class _Block(nn.Module):
     self.attention_norm = RMSNorm(self.config)
     self.mlp_norm = RMSNorm(self.config)
     self.mlp = Mlp(self.config)
+    if self.config.post_norms:
+      self.attention_post_norm = RMSNorm(self.config)
+      self.mlp_post_norm = RMSNorm(self.config)
 
   def around(self, x: jax.Array, attention: Callable[[jax.Array], tuple[Any, ...]]) -> tuple[Any, ...]:
     """The whole block, whichever way attention is computed.
@@ -62,8 +56,9 @@ class _Block(nn.Module):
       The block's output ``[B, T, D]``, and whatever else attention returned.
     """
     y, *others = attention(self.attention_norm(x))
-    x = x + y
-    x = x + self.mlp(self.mlp_norm(x))
+    x = x + (self.attention_post_norm(y) if self.config.post_norms else y)
+    y = self.mlp(self.mlp_norm(x))
+    x = x + (self.mlp_post_norm(y) if self.config.post_norms else y)
     return nn.with_logical_constraint(x, ("batch", "length", "embed")), *others
 
 
@@ -74,19 +69,23 @@ class AnchorBlock(_Block):
     super().setup()
     self.attention = AnchorAttention(self.config)
 
-  def __call__(self, x: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, State]:
+  def __call__(
+    self, x: jax.Array, lengths: jax.Array | None = None, local: Local = False
+  ) -> tuple[jax.Array, State]:
     """``[B, T, D]`` → the same, and the attention state."""
-    return self.around(x, lambda h: self.attention(h, lengths))
+    return self.around(x, lambda h: self.attention(h, lengths, local))
 
-  def prefill(self, x: jax.Array, lengths: jax.Array | None) -> tuple[jax.Array, State, LayerCache]:
+  def prefill(
+    self, x: jax.Array, lengths: jax.Array | None, local: Local = False
+  ) -> tuple[jax.Array, State, LayerCache]:
     """`__call__` that also returns the cache of these tokens."""
-    return self.around(x, lambda h: self.attention.prefill(h, lengths))
+    return self.around(x, lambda h: self.attention.prefill(h, lengths, local))
 
   def step(
-    self, x: jax.Array, cache: LayerCache, positions: jax.Array
+    self, x: jax.Array, cache: LayerCache, positions: jax.Array, local: Local = False
   ) -> tuple[jax.Array, AttentionWeights, LayerCache]:
     """One token a row, ``[B, 1, D]``, against the cache."""
-    return self.around(x, lambda h: self.attention.step(h, cache, positions))
+    return self.around(x, lambda h: self.attention.step(h, cache, positions, local))
 
 
 class FollowerBlock(_Block):

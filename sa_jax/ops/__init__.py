@@ -1,11 +1,12 @@
 """Pure functions on arrays: the mathematics, with no Flax in it."""
 
-from sa_jax.ops.attention import apply_weights, attend, attention_weights, backends, choose_backend
+from sa_jax.ops.attention import AttentionSpec, apply_weights, attend, attention_weights, backends, choose_backend
 from sa_jax.ops.loss import token_log_likelihoods
-from sa_jax.ops.norm import rms_norm
+from sa_jax.ops.norm import rms_norm, rms_norm_about_one
 from sa_jax.ops.rope import RopeConfig, apply_rope, rope_frequencies
 
 __all__ = [
+  "AttentionSpec",
   "RopeConfig",
   "apply_rope",
   "apply_weights",
@@ -14,6 +15,7 @@ __all__ = [
   "backends",
   "choose_backend",
   "rms_norm",
+  "rms_norm_about_one",
   "rope_frequencies",
   "token_log_likelihoods",
 ]

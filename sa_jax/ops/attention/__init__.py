@@ -6,5 +6,6 @@
 
 from sa_jax.ops.attention.dispatch import attend, backends, choose_backend
 from sa_jax.ops.attention.reference import apply_weights, attention_weights
+from sa_jax.ops.attention.spec import AttentionSpec
 
-__all__ = ["apply_weights", "attend", "attention_weights", "backends", "choose_backend"]
+__all__ = ["AttentionSpec", "apply_weights", "attend", "attention_weights", "backends", "choose_backend"]
