@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -73,12 +73,13 @@ def rope_frequencies(
       return frequencies / np.float32(rope.factor)
     case "dynamic" if lengths is not None:
       # A context stretched by s raises theta so that the longest wavelength is stretched by s. A known length is
-      # worked out with NumPy, whose powers are exact to the last bit, as PyTorch's are.
-      lib: Any = np if isinstance(lengths, int) else jnp
-      longer = lib.maximum(lib.asarray(lengths, np.float32), np.float32(rope.original_max_length))
-      grown = np.float32(rope.factor) * longer / np.float32(rope.original_max_length) - np.float32(rope.factor - 1)
-      theta = lib.expand_dims(np.float32(rope.theta) * grown ** np.float32(head_dim / (head_dim - 2)), -1)
-      return np.float32(1) / theta ** lib.expand_dims(lib.asarray(planes), tuple(range(theta.ndim - 1)))
+      # worked out with NumPy, whose powers are exact to the last bit.
+      lib, dtype = (np, np.float64) if isinstance(lengths, int) else (jnp, np.float32)
+      longer = lib.maximum(lib.asarray(lengths, dtype), dtype(rope.original_max_length))
+      grown = dtype(rope.factor) * longer / dtype(rope.original_max_length) - dtype(rope.factor - 1)
+      theta = lib.expand_dims(dtype(rope.theta) * grown ** dtype(head_dim / (head_dim - 2)), -1)
+      planes = planes.reshape((1,) * (theta.ndim - 1) + (-1,))
+      return np.float32(1) / theta.astype(np.float32) ** planes
     case "yarn":
       stretched = np.float32(1) / (np.float32(rope.factor) * wavelengths)
       kept = 1 - _yarn_ramp(rope, head_dim)
