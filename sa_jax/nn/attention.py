@@ -162,6 +162,7 @@ class AnchorAttention(_Attention):
       ``y [B, 1, D]``, the weights for the followers, and the cache.
     """
     q, k = self.query_key(x, positions[:, None], positions + 1, local)
+    assert cache.keys is not None, "an anchor's cache has keys"
     keys = write_slot(cache.keys, k, positions)
     values = write_slot(cache.values, self.values(x), positions)
     weights = ops.attention_weights(
