@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 from flax import struct
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
+
+Local = bool | jax.Array
+"""Whether a layer attends locally: known, or a traced bool where layers of both kinds share one scan."""
 
 
 @struct.dataclass
@@ -17,21 +23,27 @@ class QueryKey:
     q: ``[B, T, N, H]``.
     k: ``[B, T, K, H]``.
     lengths: int32 ``[B]``, or None when rows are full.
+    local: a traced bool that chooses the second of two ``specs``, or None when there is one.
     backend: how to attend; see `sa_jax.ops.attend`.
+    specs: window, soft cap and scale.
   """
 
   q: jax.Array
   k: jax.Array
   lengths: jax.Array | None = None
+  local: jax.Array | None = None
   backend: str = struct.field(pytree_node=False, default="auto")
+  specs: tuple[ops.AttentionSpec, ...] = struct.field(pytree_node=False, default=(ops.AttentionSpec(),))
 
   def attend(self, v: jax.Array) -> jax.Array:
     """The anchor's attention over a layer's values: ``[B, T, K, H]`` → ``[B, T, N, H]``."""
-    return ops.attend(self.q, self.k, v, lengths=self.lengths, backend=self.backend)
+    attend = functools.partial(ops.attend, self.q, self.k, v, lengths=self.lengths, backend=self.backend)
+    return _with_spec(attend, self.specs, self.local)
 
   def weights(self) -> jax.Array:
     """The softmaxed attention weights ``[B, N, T, T]``, computed now."""
-    return ops.attention_weights(self.q, self.k, lengths=self.lengths)
+    weights = functools.partial(ops.attention_weights, self.q, self.k, lengths=self.lengths)
+    return _with_spec(weights, self.specs, self.local)
 
 
 @struct.dataclass
@@ -56,8 +68,21 @@ class AttentionWeights:
 State = QueryKey | AttentionWeights
 
 
-def make_state(config: ModelConfig, q: jax.Array, k: jax.Array, lengths: jax.Array | None) -> State:
+def make_state(
+  config: ModelConfig, q: jax.Array, k: jax.Array, lengths: jax.Array | None, local: Local = False
+) -> State:
   """The state in the form that the config asks for, from rotary-encoded q ``[B, T, N, H]`` and k ``[B, T, K, H]``."""
-  if config.attention_state == "query_key":
-    return QueryKey(q, k, lengths, config.attention)
-  return AttentionWeights(ops.attention_weights(q, k, lengths=lengths))
+  if isinstance(local, bool):
+    state = QueryKey(q, k, lengths, None, config.attention, (config.spec(local),))
+  else:
+    state = QueryKey(q, k, lengths, local, config.attention, (config.spec(False), config.spec(True)))
+  return state if config.attention_state == "query_key" else AttentionWeights(state.weights())
+
+
+def _with_spec(
+  attention: Callable[..., jax.Array], specs: tuple[ops.AttentionSpec, ...], local: jax.Array | None
+) -> jax.Array:
+  """The attention with its spec; of two, the one that ``local`` chooses is computed, and the other is not."""
+  if local is None:
+    return attention(spec=specs[0])
+  return jax.lax.cond(local, lambda: attention(spec=specs[1]), lambda: attention(spec=specs[0]))
