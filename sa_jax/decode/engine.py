@@ -44,8 +44,9 @@ class DecodeState:
   def empty(cls, model: Transformer, slots: int, capacity: int) -> DecodeState:
     """A batch of rows that have all ended, for `insert` to fill."""
     cache = Cache.empty(model.config, model.plan, slots, capacity)
-    zeros = jnp.zeros(slots, jnp.int32)
-    return cls(cache, zeros, zeros, zeros, jnp.ones(slots, bool), row_keys(0, range(slots)))
+    # Three arrays, not one three times: the state is donated, and a buffer can be donated only once.
+    tokens, positions, remaining = (jnp.zeros(slots, jnp.int32) for _ in range(3))
+    return cls(cache, tokens, positions, remaining, jnp.ones(slots, bool), row_keys(0, range(slots)))
 
 
 def row_keys(seed: int, rows: Any) -> jax.Array:
