@@ -188,7 +188,7 @@ class GgufFile:
     head_dim = self.field("llama.rope.dimension_count", int, embed_dim // max(heads, 1))
     if (key_length := self.optional("llama.attention.key_length")) not in (None, head_dim):
       raise ValueError(f"{self.path}: heads of {key_length} with rotary embedding on {head_dim} of it are not implemented")
-    if scaling := self.optional("llama.rope.scaling.type") not in (None, "none"):
+    if (scaling := self.optional("llama.rope.scaling.type")) not in (None, "none"):
       raise ValueError(f"{self.path}: rope scaling {scaling!r} in a GGUF file is not implemented")
     return {
       "architectures": ["LlamaForCausalLM"],
@@ -225,7 +225,7 @@ class GgufFile:
   def tokenizer(self) -> Tokenizer | None:
     from sa_jax.convert.tokenizer import from_gguf
 
-    return from_gguf(self)
+    return from_gguf(self) if self.optional("tokenizer.ggml.model") is not None else None
 
 
 def _hf_name(name: str) -> str:
