@@ -93,6 +93,13 @@ class _Reader:
       return None
     return value
 
+  def either(self, key: str, older: str, default: Any) -> Any:
+    """A value that has two names; it may not be given twice with two meanings."""
+    value, old = self.take(key), self.take(older)
+    if value is not None and old is not None and value != old:
+      self.fail(older, f"{key} says {value!r}; keep one of them")
+    return default if value is None and old is None else old if value is None else value
+
   def choice(self, key: str, choices: tuple[Any, ...], default: Any) -> Any:
     value = self.take(key, default)
     if value not in choices:
@@ -135,7 +142,7 @@ def read(values: Mapping[str, Any]) -> ModelConfig:
   if not isinstance(eos, list | tuple) or not all(isinstance(token, int) for token in eos):
     reader.fail("eos_token_id", "a token id, a list of token ids or null is needed")
     eos = ()
-  dtype = str(reader.take("dtype", reader.take("torch_dtype", "float32"))).removeprefix("torch.")
+  dtype = str(reader.either("dtype", "torch_dtype", "float32")).removeprefix("torch.")
   if dtype not in DTYPES:
     reader.fail("dtype" if "dtype" in values else "torch_dtype", f"one of {', '.join(DTYPES)} is needed")
   for key, allowed in _FIXED.items():
@@ -172,8 +179,10 @@ def _read_rope(reader: _Reader, max_length: int) -> RopeConfig:
   if scaling and parameters and dict(scaling) != dict(parameters):
     reader.fail("rope_scaling", "it says something other than rope_parameters does; keep one of them")
   inner = _Reader(dict(scaling or {}) | dict(parameters), reader.errors, prefix="rope_parameters.")
+  if "rope_theta" in parameters and reader.take("rope_theta", parameters["rope_theta"]) != parameters["rope_theta"]:
+    reader.fail("rope_theta", f"rope_parameters.rope_theta says {parameters['rope_theta']!r}; keep one of them")
   theta = inner.number("rope_theta", theta)
-  kind = inner.take("rope_type", inner.take("type", "default"))
+  kind = inner.either("rope_type", "type", "default")
   inner.choice("partial_rotary_factor", (1, 1.0), 1.0)
   rope = RopeConfig(theta=theta)
   if kind == "llama3":
@@ -188,7 +197,7 @@ def _read_rope(reader: _Reader, max_length: int) -> RopeConfig:
     if rope.high_freq_factor <= rope.low_freq_factor:
       inner.fail("high_freq_factor", f"it must be greater than low_freq_factor = {rope.low_freq_factor}")
   elif kind != "default":
-    inner.fail("rope_type", "not implemented; 'default' or 'llama3' is")
+    inner.fail("rope_type" if inner.take("rope_type") else "type", "not implemented; 'default' or 'llama3' is")
     return rope
   inner.finish()
   return rope
@@ -244,7 +253,7 @@ def read_plan(values: Mapping[str, Any], num_layers: int) -> SharingPlan:
     return SharingPlan.dense(num_layers)
   source = shared.get("source") if isinstance(shared, Mapping) else None
   if not isinstance(source, list) or not all(isinstance(layer, int) for layer in source):
-    raise ValueError("config.json: shared_attention must be {\"source\": [one layer number a layer]}")
+    raise ValueError('config.json: shared_attention must be {"source": [one layer number a layer]}')
   if unknown := sorted(set(shared) - {"source"}):
     raise ValueError(f"config.json: shared_attention has unknown keys {unknown}")
   return as_plan(source, num_layers)

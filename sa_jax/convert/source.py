@@ -187,7 +187,9 @@ class GgufFile:
     embed_dim = self.field("llama.embedding_length", int)
     head_dim = self.field("llama.rope.dimension_count", int, embed_dim // max(heads, 1))
     if (key_length := self.optional("llama.attention.key_length")) not in (None, head_dim):
-      raise ValueError(f"{self.path}: heads of {key_length} with rotary embedding on {head_dim} of it are not implemented")
+      raise ValueError(
+        f"{self.path}: heads of {key_length} with rotary embedding on {head_dim} of it are not implemented"
+      )
     if (scaling := self.optional("llama.rope.scaling.type")) not in (None, "none"):
       raise ValueError(f"{self.path}: rope scaling {scaling!r} in a GGUF file is not implemented")
     return {
@@ -248,5 +250,7 @@ def open_source(path: Path) -> Source:
   with path.open("rb") as file:
     magic = file.read(4)
   if magic != b"GGUF":
-    raise ValueError(f"{path} is not a GGUF file; a model is a Hugging Face folder, a GGUF file or an sa_jax checkpoint")
+    raise ValueError(
+      f"{path} is not a GGUF file; a model is a Hugging Face folder, a GGUF file or an sa_jax checkpoint"
+    )
   return GgufFile(path)
