@@ -34,7 +34,9 @@ QUANTISED = gguf.GGMLQuantizationType
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
   """Llama's query and key rows as llama.cpp's converter permutes them, one row at a time."""
   size = weight.shape[0] // heads
-  rows = [head * size + half * (size // 2) + plane for head in range(heads) for plane in range(size // 2) for half in (0, 1)]
+  rows = [
+    head * size + half * (size // 2) + plane for head in range(heads) for plane in range(size // 2) for half in (0, 1)
+  ]
   return weight[rows]
 
 

@@ -119,7 +119,9 @@ class TestBackend:
     wanted = gradients_in_numpy(*(x.astype(np.float64) for x in (q, k, v, d_out)), seen_by(length, lengths))
     for ours, theirs in zip(found, wanted, strict=True):
       scale = max(1.0, np.abs(theirs).max())
-      np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, rtol=0, atol=5 * implementation.tolerance * scale)
+      np.testing.assert_allclose(
+        np.asarray(ours, np.float64), theirs, rtol=0, atol=5 * implementation.tolerance * scale
+      )
 
 
 def test_numpy_gradients_by_finite_differences():
