@@ -4,7 +4,7 @@ import jax
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None) -> jax.Array:
-  """cuDNN flash attention; O(T) memory. Shapes as in `sa_jax.ops.attend`.
+  """CuDNN flash attention; O(T) memory. Shapes as in `sa_jax.ops.attend`.
 
   The mask is given as a flag and lengths, never as an array, which costs cuDNN a factor of 2.6.
   """
