@@ -14,7 +14,17 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM"}
 
 # Keys that change nothing that we compute: provenance, training set-up, and defaults of transformers' own generate.
 _INERT = frozenset(
-  ["_name_or_path", "architectures", "attn_implementation", "_attn_implementation", "auto_map", "initializer_range", "is_llama_config", "model_type", "transformers_version", "transformers.js_config", "use_cache", "unsloth_version", "unsloth_fixed", "shared_attention", "return_dict", "output_hidden_states", "output_attentions", "torchscript", "use_bfloat16", "tf_legacy_loss", "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "task_specific_params", "finetuning_task", "tokenizer_class", "prefix", "return_dict_in_generate", "output_scores", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "suppress_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty", "sep_token_id", "decoder_start_token_id", "tie_encoder_decoder", "cross_attention_hidden_size"]
+  """
+  _name_or_path architectures attn_implementation _attn_implementation auto_map initializer_range is_llama_config
+  model_type transformers_version transformers.js_config use_cache unsloth_version unsloth_fixed shared_attention
+  return_dict output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward
+  id2label label2id problem_type task_specific_params finetuning_task tokenizer_class prefix return_dict_in_generate
+  output_scores max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature
+  top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+  bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values suppress_tokens
+  begin_suppress_tokens exponential_decay_length_penalty sep_token_id decoder_start_token_id
+  tie_encoder_decoder cross_attention_hidden_size
+  """.split()
 )
 
 # Keys we implement one value of: any other value would change the result.

@@ -124,7 +124,7 @@ class Layers(nn.Module):
   plan: SharingPlan
 
   def setup(self) -> None:
-    self.blocks = [
+    self.blocks: list[Any] = [
       (AnchorBlock if self.plan.is_anchor(layer) else FollowerBlock)(self.config, name=str(layer))
       for layer in range(self.plan.num_layers)
     ]
@@ -147,13 +147,15 @@ class Layers(nn.Module):
 
   def step(self, x: jax.Array, cache: Cache, positions: jax.Array) -> tuple[jax.Array, Cache]:
     """One token a row, ``[B, 1, D]``, at int32 ``positions [B]`` of the cache."""
-    caches = []
-    for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
-      if isinstance(block, AnchorBlock):
-        x, state, layer_cache = block.step(x, layer_cache, positions)
-      else:
-        x, layer_cache = block.step(x, state, layer_cache, positions)
-      caches.append(layer_cache)
+    caches = list(cache.layers)
+    for anchor, followers in self.plan.groups:
+      block = self.blocks[anchor]
+      if not followers:
+        x, caches[anchor] = block.step_alone(x, caches[anchor], positions)
+        continue
+      x, state, caches[anchor] = block.step(x, caches[anchor], positions)
+      for layer in followers:
+        x, caches[layer] = self.blocks[layer].step(x, state, caches[layer], positions)
     return x, Cache(tuple(caches))
 
 

@@ -34,9 +34,8 @@ QUANTISED = gguf.GGMLQuantizationType
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
   """Llama's query and key rows as llama.cpp's converter permutes them, one row at a time."""
   size = weight.shape[0] // heads
-  rows = [
-    head * size + half * (size // 2) + plane for head in range(heads) for plane in range(size // 2) for half in (0, 1)
-  ]
+  half = size // 2
+  rows = [head * size + side * half + plane for head in range(heads) for plane in range(half) for side in (0, 1)]
   return weight[rows]
 
 
@@ -99,8 +98,8 @@ def test_float32_is_exact(tmp_path, tied):
   assert_trees_equal(found, sa_jax.from_pretrained(folder, layout="layers")[1])
 
 
-# Relative to the largest value of a block: rounding; half of one of 127 steps; half of one of 15 steps between its ends.
-# The steps' sizes are rounded to float16.
+# Relative to the largest value of a block: rounding; half of one of 127 steps; half of one of 15 steps between its
+# ends. The steps' sizes are rounded to float16.
 @pytest.mark.parametrize(
   ("kind", "error"), [(QUANTISED.F16, 2**-11), (QUANTISED.Q8_0, 0.5 / 127 + 2**-10), (QUANTISED.Q4_1, 1.02 / 15)]
 )
