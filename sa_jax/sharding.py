@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sa_jax.nn import Transformer
 
@@ -59,22 +59,25 @@ def param_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES
     ValueError: if an axis of a parameter is not divisible by its mesh axis, or two of its axes map to one mesh axis.
   """
   boxed = abstract_params(model, layout=layout, boxed=True)
-  specs = nn.get_partition_spec(boxed)
-  shardings = nn.logical_to_mesh_sharding(specs, mesh, rules)
+  mesh_axes = dict(rules)
   errors: list[str] = []
 
-  def check(path: Any, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> None:
+  def sharding(path: Any, leaf: jax.ShapeDtypeStruct, logical: PartitionSpec) -> NamedSharding | None:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    used = [axis for entry in sharding.spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
+    # Not by Flax's own function, which leaves an axis unsharded when its mesh axis is taken.
+    spec = PartitionSpec(*(mesh_axes[axis] for axis in logical))
+    used = [axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
     if len(used) != len(set(used)):
-      errors.append(f"{name}: the rules map two of its axes to one mesh axis, {sharding.spec}")
-      return
+      errors.append(f"{name}: the rules map two of its axes {tuple(logical)} to one mesh axis, {spec}")
+      return None
+    made = NamedSharding(mesh, spec)
     try:
-      sharding.shard_shape(leaf.shape)
+      made.shard_shape(leaf.shape)
     except ValueError:
-      errors.append(f"{name}: shape {list(leaf.shape)} is not divisible by {sharding.spec} on {dict(mesh.shape)}")
+      errors.append(f"{name}: shape {list(leaf.shape)} is not divisible by {spec} on {dict(mesh.shape)}")
+    return made
 
-  jax.tree_util.tree_map_with_path(check, nn.unbox(boxed), shardings)
+  shardings = jax.tree_util.tree_map_with_path(sharding, nn.unbox(boxed), nn.get_partition_spec(boxed))
   if errors:
     raise ValueError("the parameters do not fit the mesh:\n  " + "\n  ".join(errors))
   return shardings

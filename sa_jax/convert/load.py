@@ -17,7 +17,7 @@ from sa_jax.config import ModelConfig
 from sa_jax.convert import checkpoint, hf_config
 from sa_jax.convert.source import Source, open_source
 from sa_jax.convert.table import Account, Entry, account
-from sa_jax.convert.tokenizer import load_tokenizer
+from sa_jax.convert.tokenizer import Tokenizer, load_tokenizer
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_plan
 from sa_jax.params import stack
@@ -203,11 +203,16 @@ def convert(
   dst = Path(dst)
   if dst.exists():
     raise ValueError(f"{dst} exists already; name a new folder, or remove it first")
+  tokenizer = _tokenizer(Path(src))
   model, params = from_pretrained(src, plan, dtype, layout="layers", progress=progress)
-  src = Path(src)
-  has_tokenizer = src.is_file() or (src / "tokenizer.json").exists()
-  tokenizer = load_tokenizer(src) if has_tokenizer else None
   checkpoint.save_checkpoint(dst, model.config, model.plan, params, tokenizer)
+
+
+def _tokenizer(path: Path) -> Tokenizer | None:
+  """The tokenizer that comes with a model, if one does."""
+  if not checkpoint.is_checkpoint(path):
+    return open_source(path).tokenizer()
+  return load_tokenizer(path) if (path / "tokenizer.json").exists() else None
 
 
 def inspect(path: str | Path, plan: SharingPlan | str | Sequence[int] | None = None) -> Account:

@@ -231,7 +231,7 @@ class GgufFile:
     """See `Source.tokenizer`."""
     from sa_jax.convert.tokenizer import from_gguf
 
-    return from_gguf(self)
+    return from_gguf(self) if self.optional("tokenizer.ggml.model") is not None else None
 
 
 def _hf_name(name: str) -> str:

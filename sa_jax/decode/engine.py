@@ -149,5 +149,7 @@ def decode(
     return step + 1, DecodeState(cache, tokens, positions, remaining, state.done | ended, state.keys), out
 
   out = jnp.full((state.tokens.shape[0], steps), -1, jnp.int32)
+  if steps == 0:
+    return state, out
   _, state, out = jax.lax.while_loop(unfinished, one, (jnp.int32(0), state, out))
   return state, out

@@ -297,13 +297,18 @@ def check_tokens(tokens: Any, lengths: Any, vocab_size: int) -> None:
   """Checks a batch where its values are known, that is, outside `jax.jit`.
 
   Raises:
-    ValueError: if tokens are not integers ``[B, T]``, one is not in the vocabulary, or a length is not in 1 to T.
+    ValueError: if tokens are not integers ``[B, T]`` or are none, one is not in the vocabulary, or a length is not an
+      integer in 1 to T.
   """
   if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
     raise ValueError(f"tokens are integers of shape [batch, length], not {tokens.dtype} of shape {tokens.shape}")
-  if lengths is not None and lengths.shape != tokens.shape[:1]:
-    raise ValueError(f"lengths has shape {lengths.shape}; one length a row, {tokens.shape[:1]}, is needed")
-  if isinstance(tokens, jax.core.Tracer) or not tokens.size:
+  if not tokens.size:
+    raise ValueError(f"a batch needs at least one row of at least one token, not shape {tokens.shape}")
+  if lengths is not None and (lengths.shape != tokens.shape[:1] or not jnp.issubdtype(lengths.dtype, jnp.integer)):
+    raise ValueError(
+      f"lengths are integers, one length a row, {tokens.shape[:1]}; not {lengths.dtype} of shape {lengths.shape}"
+    )
+  if isinstance(tokens, jax.core.Tracer):
     return
   # NumPy's copies: under a trace, operations on JAX arrays are traced even where their values are known.
   tokens = np.asarray(tokens)
