@@ -91,8 +91,6 @@ def _yarn_magnitude(reader: ConfigReader, factor: float) -> float | None:
 def write(config: ModelConfig, family: Family, spelling: Literal["v4", "v5"]) -> dict[str, Any]:
   """The keys of a ``config.json`` that `read` reads."""
   rope, scaling = config.rope, _scaling(config.rope)
-  if "rope_theta" in parameters and reader.take("rope_theta", parameters["rope_theta"]) != parameters["rope_theta"]:
-    reader.fail("rope_theta", f"rope_parameters.rope_theta says {parameters['rope_theta']!r}; keep one of them")
   if not family.local_rope:
     if spelling == "v5":
       return {"rope_parameters": {"rope_theta": rope.theta, **scaling}}
