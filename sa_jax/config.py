@@ -9,7 +9,7 @@ from typing import Any, Literal
 from sa_jax.ops.rope import RopeConfig
 
 AttentionState = Literal["query_key", "attention_weights"]
-AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn"]
+AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn", "splash"]
 RematPolicy = Literal["none", "full", "dots"]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import flax.linen as nn
 import jax
 from flax import struct
 
@@ -27,7 +30,11 @@ class QueryKey:
 
   def attend(self, v: jax.Array) -> jax.Array:
     """The anchor's attention over a layer's values: ``[B, T, K, H]`` → ``[B, T, N, H]``."""
-    return ops.attend(self.q, self.k, v, lengths=self.lengths, backend=self.backend)
+    backend = ops.choose_backend(self.backend, self.q, self.k)
+    attend = lambda q, k, v, lengths: ops.attend(q, k, v, lengths=lengths, backend=backend)
+    if not ops.backends[backend].partitions:
+      attend = _per_shard(attend)
+    return attend(self.q, self.k, v, self.lengths)
 
   def weights(self) -> jax.Array:
     """The softmaxed attention weights ``[B, N, T, T]``, computed now."""
@@ -51,6 +58,24 @@ class AttentionWeights:
   def weights(self) -> jax.Array:
     """The softmaxed attention weights ``[B, N, T, S]``."""
     return self.probs
+
+
+def _per_shard(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """Attention of each device's rows and heads by itself, on the ambient mesh under the ambient logical axis rules.
+
+  Rows and heads do not see each other, so this adds no communication. Without a mesh, or inside a `jax.shard_map` of
+  the caller's, ``attend`` is left alone.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.manual_axes:
+    return attend
+  if not nn.get_logical_axis_rules():
+    raise ValueError(
+      "this attention backend runs on a mesh only where the rules say how: use `with sa_jax.sharding.on_mesh(mesh):`"
+    )
+  q, k = (nn.logical_to_mesh_axes(("batch", "length", heads, "head_dim")) for heads in ("heads", "kv_heads"))
+  rows = nn.logical_to_mesh_axes(("batch",))
+  return jax.shard_map(attend, in_specs=(q, k, k, rows), out_specs=q, check_vma=False)
 
 
 State = QueryKey | AttentionWeights

@@ -7,6 +7,7 @@ one subtree a layer and is unrolled: decoding needs it, because a scan copies ea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -64,21 +65,28 @@ class Head(nn.Module):
 class Group(nn.Module):
   """An anchor block and its followers; the state is broadcast into a scan over them.
 
+  The backward pass recomputes block by block, from each block's input and the anchor's state: to recompute whole
+  groups would take either the activations of all followers at once or a second recomputation.
+
   Attributes:
     config: the model.
     followers: how many followers the group has.
+    groups: how many groups the scan around this one covers.
   """
 
   config: ModelConfig
   followers: int
+  groups: int = 1
 
   @nn.compact
   def __call__(self, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
     """``[B, T, D]`` → the same."""
-    x, state = AnchorBlock(self.config, name="anchor")(x, lengths)
+    anchor = self._remat(lambda block, x, lengths: block(x, lengths), self.groups)
+    x, state = anchor(AnchorBlock(self.config, name="anchor"), x, lengths)
     if self.followers:
+      follower = self._remat(lambda block, x, state: block(x, state), self.groups * self.followers)
       scan = nn.scan(
-        lambda block, x, state: (block(x, state), None),
+        lambda block, x, state: (follower(block, x, state), None),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,
@@ -87,6 +95,13 @@ class Group(nn.Module):
       )
       x, _ = scan(FollowerBlock(self.config, name="followers"), x, state)
     return x
+
+  def _remat(self, block: Callable[..., Any], repeats: int) -> Callable[..., Any]:
+    """The block as the config's ``remat`` has it, in scans that run it so many times."""
+    if self.config.remat == "none":
+      return block
+    # A loop of one iteration is no loop to the compiler, which would find the recomputation superfluous.
+    return nn.remat(block, prevent_cse=repeats == 1, policy=_REMAT_POLICIES[self.config.remat])
 
 
 class Runs(nn.Module):
@@ -102,18 +117,15 @@ class Runs(nn.Module):
   def __call__(self, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
     """``[B, T, D]`` → the same."""
     for index, run in enumerate(self.plan.runs):
-      body = lambda group, x, lengths: (group(x, lengths), None)
-      if self.config.remat != "none":
-        body = nn.remat(body, prevent_cse=False, policy=_REMAT_POLICIES[self.config.remat])
       scan = nn.scan(
-        body,
+        lambda group, x, lengths: (group(x, lengths), None),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,
         length=run.groups,
         metadata_params={nn.PARTITION_NAME: "groups"},
       )
-      x, _ = scan(Group(self.config, run.followers, name=str(index)), x, lengths)
+      x, _ = scan(Group(self.config, run.followers, run.groups, name=str(index)), x, lengths)
     return x
 
 

@@ -1,7 +1,7 @@
 """Pure functions on arrays: the mathematics, with no Flax in it."""
 
 from sa_jax.ops.attention import apply_weights, attend, attention_weights, backends, choose_backend
-from sa_jax.ops.loss import token_log_likelihoods
+from sa_jax.ops.loss import next_token_loss, token_log_likelihoods
 from sa_jax.ops.norm import rms_norm
 from sa_jax.ops.rope import RopeConfig, apply_rope, rope_frequencies
 
@@ -13,6 +13,7 @@ __all__ = [
   "attention_weights",
   "backends",
   "choose_backend",
+  "next_token_loss",
   "rms_norm",
   "rope_frequencies",
   "token_log_likelihoods",
