@@ -17,17 +17,17 @@ class Backend(NamedTuple):
 
   Attributes:
     attend: the function.
-    unsupported: why a call is beyond it, or None when it is not.
+    unsupported: from platform and q, why it cannot compute the call, or None when it can.
     partitions: whether XLA can split it over a mesh; what it cannot split runs under `jax.shard_map`, as
       `sa_jax.nn.QueryKey` does.
   """
 
   attend: Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
-  unsupported: Callable[[str, jax.Array, jax.Array], str | None]
+  unsupported: Callable[[str, jax.Array], str | None]
   partitions: bool = True
 
 
-def _cudnn_unsupported(platform: str, q: jax.Array, k: jax.Array) -> str | None:
+def _cudnn_unsupported(platform: str, q: jax.Array) -> str | None:
   if platform not in ("gpu", "cuda"):
     return f"it runs on NVIDIA GPUs, and this is {platform}"
   if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -37,20 +37,16 @@ def _cudnn_unsupported(platform: str, q: jax.Array, k: jax.Array) -> str | None:
   return None
 
 
-def _splash_unsupported(platform: str, q: jax.Array, k: jax.Array) -> str | None:
+def _splash_unsupported(platform: str, q: jax.Array) -> str | None:  # noqa: ARG001
   return None if platform == "tpu" else f"it runs on TPUs, and this is {platform}"
-
-
-def _anywhere(platform: str, q: jax.Array, k: jax.Array) -> str | None:
-  return None
 
 
 # The fused ones first, the fastest of those that a platform has before the others.
 backends: dict[str, Backend] = {
   "cudnn": Backend(cudnn.attend, _cudnn_unsupported),
   "splash": Backend(splash.attend, _splash_unsupported, partitions=False),
-  "blockwise": Backend(blockwise.attend, _anywhere),
-  "reference": Backend(reference.attend, _anywhere),
+  "blockwise": Backend(blockwise.attend, lambda *_: None),
+  "reference": Backend(reference.attend, lambda *_: None),
 }
 
 # Up to this many keys the weights fit in cache and one softmax beats many small ones.
@@ -77,13 +73,13 @@ def choose_backend(name: str, q: jax.Array, k: jax.Array, platform: str | None =
   """
   platform = platform or _platform()
   if name == "auto":
-    fused = next(name for name, backend in backends.items() if backend.unsupported(platform, q, k) is None)
+    fused = next(name for name, backend in backends.items() if backend.unsupported(platform, q) is None)
     chosen = "reference" if fused == "blockwise" and k.shape[1] <= _SHORT else fused
     _LOG.debug("attention of q %s, k %s, %s on %s: %s", q.shape, k.shape, q.dtype, platform, chosen)
     return chosen
   if name not in backends:
     raise ValueError(f"no attention backend {name!r}; there are auto, {', '.join(backends)}")
-  if reason := backends[name].unsupported(platform, q, k):
+  if reason := backends[name].unsupported(platform, q):
     raise ValueError(f"the attention backend {name!r} cannot compute this: {reason}; 'auto' chooses one that can")
   return name
 
