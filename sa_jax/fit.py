@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -285,3 +285,48 @@ def _sharded(shapes: Any, shardings: Any) -> Any:
 def _tokens(job: Job, mesh: Mesh, *axes: str) -> jax.ShapeDtypeStruct:
   shape = (job.batch, job.length)[: len(axes)]
   return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=named_sharding(mesh, axes))
+
+
+def _roofline(job: Job, arguments: tuple[Any, ...]) -> tuple[float, float]:
+  """FLOPs and bytes of one execution on one device, from `sa_jax.cost`, padding and re-reading left out."""
+  counted = cost(job.config, job.plan, job.batch, job.length)
+  devices = job.data * job.fsdp * job.tensor
+  # What a device reads of the parameters is what it multiplies with: its part of `tensor`, gathered over `fsdp`.
+  params = counted.param_bytes / job.tensor
+  cache = counted.kv_cache_bytes / devices
+  if job.kind == "decode":
+    read = (counted.decode_bytes - counted.kv_cache_bytes) / job.tensor
+    return counted.decode_flops / devices, read + cache
+  if job.kind == "prefill":
+    skipped = 2 * job.config.vocab_size * job.config.embed_dim * job.batch * (job.length - 1)
+    return (counted.flops - skipped) / devices, params + cache
+  # Forward, recomputed, and twice as much backward; parameters and state are read and written once more to update.
+  held = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(arguments[:2]))
+  return 4 * counted.flops / devices, 3 * params + 2 * held
+
+
+def _shard_bytes(array: jax.ShapeDtypeStruct) -> int:
+  return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+
+
+def _out_of_memory(message: str) -> str:
+  """The sentence of the compiler's report that says how much was needed and how much there is."""
+  match = re.search(r"Ran out of memory[^\n]*?(Used [^\n]*?hbm\.[^\n]*?\.)", message)
+  return match[1] if match else message.splitlines()[0]
+
+
+def _main(question: str, answer: str) -> None:
+  """The process of `fit`: a job in, its `Fit` or what was wrong with it out."""
+  result: Fit | Exception
+  try:
+    result = compile_job(pickle.loads(Path(question).read_bytes()))
+  except (ValueError, RuntimeError) as error:
+    result = type(error)(str(error))
+  Path(answer).write_bytes(pickle.dumps(result))
+
+
+if __name__ == "__main__":
+  # Under its own name, so that what is pickled here can be read elsewhere.
+  from sa_jax.fit import _main as main
+
+  main(*sys.argv[1:])
