@@ -32,13 +32,23 @@ class Mlp(nn.Module):
 
   config: ModelConfig
 
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def setup(self) -> None:
     config = self.config
-    gate = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="gate_proj")(x)
-    up = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="up_proj")(x)
-    hidden = nn.with_logical_constraint(jax.nn.silu(gate) * up, ("batch", "length", "mlp"))
-    return projection(config, config.embed_dim, ("mlp",), ("embed",), name="down_proj")(hidden)
+    self.gate_proj = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="gate_proj")
+    self.up_proj = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="up_proj")
+    self.down_proj = projection(config, config.embed_dim, ("mlp",), ("embed",), name="down_proj")
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """``[B, T, D]`` → the same."""
+    hidden = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
+    return self.down_proj(nn.with_logical_constraint(hidden, ("batch", "length", "mlp")))
+
+  def step(self, x: jax.Array) -> jax.Array:
+    """`__call__` for one token a row, ``[B, 1, D]``, where reading the weights is the cost."""
+    gate, up = (module.variables["params"]["kernel"] for module in (self.gate_proj, self.up_proj))
+    if not ops.has_gated_linear(x[:, 0], gate):
+      return self(x)
+    return self.down_proj(ops.gated_linear(x[:, 0], gate, up)[:, None])
 
 
 class _Block(nn.Module):
@@ -51,19 +61,25 @@ class _Block(nn.Module):
     self.mlp_norm = RMSNorm(self.config)
     self.mlp = Mlp(self.config)
 
-  def around(self, x: jax.Array, attention: Callable[[jax.Array], tuple[Any, ...]]) -> tuple[Any, ...]:
+  def around(
+    self,
+    x: jax.Array,
+    attention: Callable[[jax.Array], tuple[Any, ...]],
+    mlp: Callable[[jax.Array], jax.Array] | None = None,
+  ) -> tuple[Any, ...]:
     """The whole block, whichever way attention is computed.
 
     Args:
       x: ``[B, T, D]``.
       attention: from normalised x to its output ``[B, T, D]`` and whatever else it returns.
+      mlp: the way to compute the MLP; ``self.mlp`` when None.
 
     Returns:
       The block's output ``[B, T, D]``, and whatever else attention returned.
     """
     y, *others = attention(self.attention_norm(x))
     x = x + y
-    x = x + self.mlp(self.mlp_norm(x))
+    x = x + (mlp or self.mlp)(self.mlp_norm(x))
     return nn.with_logical_constraint(x, ("batch", "length", "embed")), *others
 
 
@@ -86,7 +102,11 @@ class AnchorBlock(_Block):
     self, x: jax.Array, cache: LayerCache, positions: jax.Array
   ) -> tuple[jax.Array, AttentionWeights, LayerCache]:
     """One token a row, ``[B, 1, D]``, against the cache."""
-    return self.around(x, lambda h: self.attention.step(h, cache, positions))
+    return self.around(x, lambda h: self.attention.step(h, cache, positions), self.mlp.step)
+
+  def step_alone(self, x: jax.Array, cache: LayerCache, positions: jax.Array) -> tuple[jax.Array, LayerCache]:
+    """`step` of an anchor that no layer follows."""
+    return self.around(x, lambda h: self.attention.step_alone(h, cache, positions), self.mlp.step)
 
 
 class FollowerBlock(_Block):
@@ -108,4 +128,4 @@ class FollowerBlock(_Block):
     self, x: jax.Array, state: AttentionWeights, cache: LayerCache, positions: jax.Array
   ) -> tuple[jax.Array, LayerCache]:
     """One token a row, ``[B, 1, D]``, against the cache."""
-    return self.around(x, lambda h: self.attention.step(h, state, cache, positions))
+    return self.around(x, lambda h: self.attention.step(h, state, cache, positions), self.mlp.step)
