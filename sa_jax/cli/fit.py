@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -18,10 +19,11 @@ from sa_jax.plan import as_plan
 def rows_of_fit(fits: list[Fit]) -> list[list[str]]:
   """Table rows: a column a program, and the change from the first to the second."""
 
-  def row(label: str, values: list[float | None], unit: str) -> list[str]:
-    cells = ["-" if value is None else quantity(value, unit) for value in values]
-    known = len(values) == 2 and None not in values and values[0]
-    return [label, *cells, *([change(values[1], values[0]) if known else ""] if len(values) == 2 else [])]
+  def row(label: str, values: Sequence[float | None], unit: str) -> list[str]:
+    cells = ["-" if value is None else f"{value:,.1f} ms" if unit == "ms" else quantity(value, unit) for value in values]
+    known = [value for value in values if value is not None]
+    compared = change(known[1], known[0]) if len(known) == 2 and known[0] else ""
+    return [label, *cells, *([compared] if len(values) == 2 else [])]
 
   rows = [
     row("peak memory a device", [f.peak_bytes for f in fits], "B"),
@@ -34,9 +36,9 @@ def rows_of_fit(fits: list[Fit]) -> list[list[str]]:
       rows.append(row(f"{kind}, times", [c.count for c in found], ""))
       rows.append(row(f"{kind}, bytes a device", [c.bytes for c in found], "B"))
   rows += [
-    row("analytic: matrix products at peak rate", [f.compute_seconds for f in fits], "s"),
-    row("analytic: memory traffic at peak rate", [f.memory_seconds for f in fits], "s"),
-    row("analytic: at least (roofline)", [f.roofline_seconds for f in fits], "s"),
+    row("analytic: matrix products at peak rate", [1000 * f.compute_seconds for f in fits], "ms"),
+    row("analytic: memory traffic at peak rate", [1000 * f.memory_seconds for f in fits], "ms"),
+    row("analytic: at least (roofline)", [1000 * f.roofline_seconds for f in fits], "ms"),
     row("compilation, here", [f.compile_seconds for f in fits], "s"),
   ]
   return rows

@@ -3,17 +3,16 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
-from sa_jax import ModelConfig, SharingPlan, Transformer, ops
+from sa_jax import ops
 from sa_jax.ops.attention import reference, splash
 from sa_jax.ops.attention.dispatch import Backend
 from sa_jax.sharding import on_mesh, param_shardings
+from tests import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +36,9 @@ def arrays(length, heads, kv_heads, head_dim, batch=2):
 
 
 # One block; a padded one; several blocks, the last partly padding; each with another grouping of heads.
-@pytest.mark.parametrize(("length", "heads", "kv_heads", "head_dim"), [(128, 2, 2, 32), (200, 4, 2, 64), (1100, 2, 1, 8)])
+@pytest.mark.parametrize(
+  ("length", "heads", "kv_heads", "head_dim"), [(128, 2, 2, 32), (200, 4, 2, 64), (1100, 2, 1, 8)]
+)
 def test_splash_is_the_reference_forward_and_backward(length, heads, kv_heads, head_dim):
   q, k, v, d_out = arrays(length, heads, kv_heads, head_dim)
   lengths = jnp.array([length, length // 2], jnp.int32)
@@ -60,11 +61,11 @@ def test_blocks_tile_the_padded_length(length):
   padded = splash.padded_length(length)
   sizes = splash.block_sizes(padded)
   assert length <= padded < length + 512
-  for block in (sizes.block_q, sizes.block_kv, sizes.block_q_dkv, sizes.block_kv_dkv, sizes.block_q_dq, sizes.block_kv_dq):
-    assert padded % block == 0
-    assert block <= 1024
+  assert sizes.has_backward_blocks
+  blocks = {value for name, value in dataclasses.asdict(sizes).items() if name.startswith("block_")}
+  assert all(padded % block == 0 and block % 128 == 0 and 128 <= block <= 1024 for block in blocks)
   assert sizes.block_kv % sizes.block_kv_compute == 0
-  assert sizes.block_kv_compute % 128 == 0
+  assert padded <= 1024 or sizes.block_q >= 512
 
 
 def test_auto_is_splash_on_tpu_and_its_name_is_refused_elsewhere():
@@ -74,13 +75,14 @@ def test_auto_is_splash_on_tpu_and_its_name_is_refused_elsewhere():
     ops.attend(q, k, v, backend="splash")
 
 
-TINY = ModelConfig(
-  vocab_size=64, embed_dim=32, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, remat="full"
-)
+PLAN = "0:1"
 
 
-def loss_and_gradient(config, params, tokens, lengths):
-  model = Transformer(config, SharingPlan.parse("0:1", 3))
+def small(**changes):
+  return tiny.model(PLAN, num_layers=2, **changes)
+
+
+def loss_and_gradient(model, params, tokens, lengths):
 
   def loss(params, tokens, lengths):
     hidden = model.apply({"params": params}, tokens, lengths, method="hidden")
@@ -93,22 +95,20 @@ def loss_and_gradient(config, params, tokens, lengths):
 
 
 def test_a_sharded_model_runs_splash_on_each_shard(interpreted):
-  model = Transformer(TINY, SharingPlan.parse("0:1", 3))
-  tokens = jax.random.randint(jax.random.key(1), (4, 130), 0, 64)
-  lengths = jnp.array([130, 70, 1, 100], jnp.int32)
-  params = jax.tree.map(jnp.asarray, jax.jit(lambda key: model.init(key, tokens))(jax.random.key(0))["params"])
-  params = nn.unbox(params)
-  want = loss_and_gradient(dataclasses.replace(TINY, attention="reference"), params, tokens, lengths)
-  mesh = Mesh(
-    np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3
-  )
+  params = tiny.params(small(), layout="runs")
+  tokens = jnp.asarray(tiny.tokens(4, 100))
+  lengths = jnp.array([100, 70, 2, 31], jnp.int32)
+  want = loss_and_gradient(small(attention="reference"), params, tokens, lengths)
+  auto = (jax.sharding.AxisType.Auto,) * 3
+  mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=auto)
+  model = small(attention="splash")
   sharded = jax.device_put(params, param_shardings(model, mesh))
   with on_mesh(mesh):
-    got = loss_and_gradient(dataclasses.replace(TINY, attention="splash"), sharded, tokens, lengths)
+    got = loss_and_gradient(model, sharded, tokens, lengths)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), got, want)
 
 
 def test_on_a_mesh_without_rules_splash_says_what_is_missing(interpreted):
-  model = Transformer(dataclasses.replace(TINY, attention="splash"), SharingPlan.dense(3))
+  model = small(attention="splash")
   with jax.set_mesh(jax.make_mesh((8,), ("data",))), pytest.raises(ValueError, match="on_mesh"):
     jax.eval_shape(lambda key: model.init(key, jnp.zeros((8, 4), jnp.int32)), jax.random.key(0))
