@@ -11,7 +11,6 @@ import importlib.util
 import math
 import os
 import pickle
-import re
 import subprocess
 import sys
 import tempfile
@@ -162,13 +161,15 @@ def compile_job(job: Job) -> Fit:
   with on_mesh(mesh):
     info = pltpu.get_tpu_info()
     start = time.perf_counter()
-    problem, memory, found = None, None, ()
+    problem: str | None = None
+    memory: Any = None
+    found: tuple[Collective, ...] = ()
     try:
       compiled = step.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise RuntimeError(str(error)) from error
-      problem = _out_of_memory(str(error))
+      problem = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
     else:
       memory, found = compiled.memory_analysis(), collectives(compiled.as_text())
   compute, moved = _roofline(job, arguments)
@@ -307,12 +308,6 @@ def _roofline(job: Job, arguments: tuple[Any, ...]) -> tuple[float, float]:
 
 def _shard_bytes(array: jax.ShapeDtypeStruct) -> int:
   return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
-
-
-def _out_of_memory(message: str) -> str:
-  """The sentence of the compiler's report that says how much was needed and how much there is."""
-  match = re.search(r"Ran out of memory[^\n]*?(Used [^\n]*?hbm\.[^\n]*?\.)", message)
-  return match[1] if match else message.splitlines()[0]
 
 
 def _main(question: str, answer: str) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from sa_jax.nn import Cache, LayerCache, Transformer
+from sa_jax.nn import Cache, Transformer
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
@@ -65,8 +65,7 @@ def named_sharding(mesh: Mesh, axes: tuple[str | None, ...], rules: Rules = DEFA
 def cache_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Cache:
   """A `NamedSharding` for every array of a model's `sa_jax.nn.Cache`: rows like the batch, heads like the keys'."""
   sharding = named_sharding(mesh, ("batch", "kv_heads", "length", "head_dim"), rules)
-  anchors = [model.plan.is_anchor(layer) for layer in range(model.plan.num_layers)]
-  return Cache(tuple(LayerCache(sharding, sharding if anchor else None) for anchor in anchors))
+  return jax.tree.map(lambda _: sharding, jax.eval_shape(lambda: Cache.empty(model.config, model.plan, 1, 1)))
 
 
 def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any) -> Any:

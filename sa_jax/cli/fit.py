@@ -19,8 +19,13 @@ from sa_jax.plan import as_plan
 def rows_of_fit(fits: list[Fit]) -> list[list[str]]:
   """Table rows: a column a program, and the change from the first to the second."""
 
+  def cell(value: float | None, unit: str) -> str:
+    if value is None:
+      return "-"
+    return f"{1000 * value:,.1f} ms" if unit == "s" else quantity(value, unit)
+
   def row(label: str, values: Sequence[float | None], unit: str) -> list[str]:
-    cells = ["-" if value is None else f"{value:,.1f} ms" if unit == "ms" else quantity(value, unit) for value in values]
+    cells = [cell(value, unit) for value in values]
     known = [value for value in values if value is not None]
     compared = change(known[1], known[0]) if len(known) == 2 and known[0] else ""
     return [label, *cells, *([compared] if len(values) == 2 else [])]
@@ -36,10 +41,10 @@ def rows_of_fit(fits: list[Fit]) -> list[list[str]]:
       rows.append(row(f"{kind}, times", [c.count for c in found], ""))
       rows.append(row(f"{kind}, bytes a device", [c.bytes for c in found], "B"))
   rows += [
-    row("analytic: matrix products at peak rate", [1000 * f.compute_seconds for f in fits], "ms"),
-    row("analytic: memory traffic at peak rate", [1000 * f.memory_seconds for f in fits], "ms"),
-    row("analytic: at least (roofline)", [1000 * f.roofline_seconds for f in fits], "ms"),
-    row("compilation, here", [f.compile_seconds for f in fits], "s"),
+    row("analytic: matrix products at peak rate", [f.compute_seconds for f in fits], "s"),
+    row("analytic: memory traffic at peak rate", [f.memory_seconds for f in fits], "s"),
+    row("analytic: at least (roofline)", [f.roofline_seconds for f in fits], "s"),
+    row("compilation here, seconds", [round(f.compile_seconds, 1) for f in fits], ""),
   ]
   return rows
 
@@ -84,7 +89,7 @@ class FitOf:
       Job(config, plan, self.kind, self.topology, batch, self.length, self.data, self.fsdp, self.tensor)
       for plan in plans
     ]
-    fits = []
+    fits: list[Fit] = []
     with progress("compiling") as update:
       for job in jobs:
         update(len(fits), len(jobs))

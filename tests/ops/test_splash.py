@@ -79,7 +79,7 @@ PLAN = "0:1"
 
 
 def small(**changes):
-  return tiny.model(PLAN, num_layers=2, **changes)
+  return tiny.model(PLAN, num_layers=2, vocab_size=64, **changes)
 
 
 def loss_and_gradient(model, params, tokens, lengths):
