@@ -139,7 +139,10 @@ def test_refused_followers(followers, message):
   [
     ((), "a plan needs at least one layer"),
     ((1, 1), "layer 0 cannot be a follower"),
-    ((0, 1, 0), "layer 2 uses the weights of layer 0, but the nearest anchor before it is 1: .* its source is 1 \\(or 2,"),
+    (
+      (0, 1, 0),
+      "layer 2 uses the weights of layer 0, but the nearest anchor before it is 1: .* its source is 1 \\(or 2,",
+    ),
     ((0, 2, 2), "layer 1 uses the weights of layer 2"),
   ],
 )

@@ -19,6 +19,7 @@ from sa_jax.convert.source import Source, open_source
 from sa_jax.convert.table import Account, Entry, account
 from sa_jax.convert.tokenizer import load_tokenizer
 from sa_jax.nn import Transformer
+from sa_jax.nn.transformer import check_plan
 from sa_jax.params import stack
 from sa_jax.plan import SharingPlan, as_plan
 from sa_jax.sharding import abstract_params, param_shardings
@@ -89,6 +90,7 @@ def _describe(
   config = _with_dtype(hf_config.read(source.config), dtype)
   stored = hf_config.read_plan(source.config, config.num_layers)
   made = stored if plan is None else as_plan(plan, config.num_layers)
+  check_plan(config, made)
   return config, made, account(source.shapes, config, made, source.path)
 
 

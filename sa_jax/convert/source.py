@@ -192,7 +192,7 @@ class GgufFile:
       raise ValueError(
         f"{self.path}: heads of {key_length} with rotary embedding on {head_dim} of it are not implemented"
       )
-    if scaling := self.optional("llama.rope.scaling.type") not in (None, "none"):
+    if (scaling := self.optional("llama.rope.scaling.type")) not in (None, "none"):
       raise ValueError(f"{self.path}: rope scaling {scaling!r} in a GGUF file is not implemented")
     return {
       "architectures": ["LlamaForCausalLM"],

@@ -7,6 +7,8 @@ one subtree a layer and is unrolled: decoding needs it, because a scan copies ea
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_jax.config import ModelConfig
-from sa_jax.nn.block import AnchorBlock, FollowerBlock, RMSNorm
+from sa_jax.nn.block import AnchorBlock, FollowerBlock
 from sa_jax.nn.cache import Cache
-from sa_jax.nn.state import State
+from sa_jax.nn.norm import RMSNorm
+from sa_jax.nn.state import Local, State
 from sa_jax.plan import SharingPlan
 
 _REMAT_POLICIES = {
@@ -41,6 +44,8 @@ class Embed(nn.Module):
     """int32 ``[B, T]`` → ``[B, T, D]``; a token outside the vocabulary gives NaN, never another token's vector."""
     x = self.embedding.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     x = x.astype(self.config.dtype)
+    if self.config.scale_embeddings:
+      x = x * jnp.asarray(math.sqrt(self.config.embed_dim), x.dtype)
     return nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
   def logits(self, x: jax.Array) -> jax.Array:
@@ -59,6 +64,9 @@ class Head(nn.Module):
     init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "vocab"))
     shape = (self.config.embed_dim, self.config.vocab_size)
     kernel = self.param("kernel", init, shape, self.config.param_dtype)
+    if self.config.normalize_head:
+      norms = jnp.linalg.norm(kernel.astype(jnp.float32), axis=0, keepdims=True)
+      kernel = (kernel / jnp.maximum(norms, 1e-12).astype(kernel.dtype)).astype(kernel.dtype)
     return jnp.einsum("BTD,DV->BTV", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
@@ -79,9 +87,9 @@ class Group(nn.Module):
   groups: int = 1
 
   @nn.compact
-  def __call__(self, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+  def __call__(self, x: jax.Array, lengths: jax.Array | None, local: Local = False) -> jax.Array:
     """``[B, T, D]`` → the same."""
-    anchor = self._remat(lambda block, x, lengths: block(x, lengths), self.groups)
+    anchor = self._remat(lambda block, x, lengths: block(x, lengths, local), self.groups)
     x, state = anchor(AnchorBlock(self.config, name="anchor"), x, lengths)
     if self.followers:
       follower = self._remat(lambda block, x, state: block(x, state), self.groups * self.followers)
@@ -117,16 +125,27 @@ class Runs(nn.Module):
   def __call__(self, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
     """``[B, T, D]`` → the same."""
     for index, run in enumerate(self.plan.runs):
+      # Where the run's groups differ in kind, each tells its own: one program, whatever the pattern and the depth.
+      kinds = [layer in self.config.local_layers for layer in run.layers if self.plan.is_anchor(layer)]
+      kind = kinds[0] if len(set(kinds)) == 1 else None
       scan = nn.scan(
-        lambda group, x, lengths: (group(x, lengths), None),
+        functools.partial(_group_step, kind),
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        in_axes=(nn.broadcast, 0),
         length=run.groups,
         metadata_params={nn.PARTITION_NAME: "groups"},
       )
-      x, _ = scan(Group(self.config, run.followers, run.groups, name=str(index)), x, lengths)
+      local = jnp.asarray(kinds) if kind is None else None
+      x, _ = scan(Group(self.config, run.followers, run.groups, name=str(index)), x, lengths, local)
     return x
+
+
+def _group_step(
+  kind: bool | None, group: Group, x: jax.Array, lengths: jax.Array | None, local: jax.Array | None
+) -> tuple[jax.Array, None]:
+  """One step of the scan over a run's groups, of the kind that all of them are or of its own."""
+  return group(x, lengths, local if kind is None else kind), None
 
 
 class Layers(nn.Module):
@@ -148,9 +167,9 @@ class Layers(nn.Module):
   def prefill(self, x: jax.Array, lengths: jax.Array | None) -> tuple[jax.Array, Cache, tuple[State, ...]]:
     """`__call__` that also returns the cache of the T tokens, and the state that each layer used."""
     caches, states = [], []
-    for block in self.blocks:
+    for layer, block in enumerate(self.blocks):
       if isinstance(block, AnchorBlock):
-        x, state, cache = block.prefill(x, lengths)
+        x, state, cache = block.prefill(x, lengths, layer in self.config.local_layers)
       else:
         x, cache = block.prefill(x, state)
       caches.append(cache)
@@ -161,11 +180,11 @@ class Layers(nn.Module):
     """One token a row, ``[B, 1, D]``, at int32 ``positions [B]`` of the cache."""
     caches = list(cache.layers)
     for anchor, followers in self.plan.groups:
-      block = self.blocks[anchor]
+      block, local = self.blocks[anchor], anchor in self.config.local_layers
       if not followers:
-        x, caches[anchor] = block.step_alone(x, caches[anchor], positions)
+        x, caches[anchor] = block.step_alone(x, caches[anchor], positions, local)
         continue
-      x, state, caches[anchor] = block.step(x, caches[anchor], positions)
+      x, state, caches[anchor] = block.step(x, caches[anchor], positions, local)
       for layer in followers:
         x, caches[layer] = self.blocks[layer].step(x, state, caches[layer], positions)
     return x, Cache(tuple(caches))
@@ -179,15 +198,14 @@ class Transformer(nn.Module):
     plan: which layers are anchors and which follow them.
 
   Raises:
-    ValueError: if the plan is for another depth.
+    ValueError: see `check_plan`.
   """
 
   config: ModelConfig
   plan: SharingPlan
 
   def __post_init__(self) -> None:
-    if self.plan.num_layers != self.config.num_layers:
-      raise ValueError(f"the plan is for {self.plan.num_layers} layers, the model has {self.config.num_layers}")
+    check_plan(self.config, self.plan)
     super().__post_init__()
 
   def setup(self) -> None:
@@ -227,6 +245,8 @@ class Transformer(nn.Module):
   def logits(self, hidden: jax.Array) -> jax.Array:
     """The head: ``[B, T, D]`` → float32 ``[B, T, V]``."""
     logits = self.embed.logits(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
+    if (cap := self.config.logits_softcap) is not None:
+      logits = cap * jnp.tanh(logits / cap)
     return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
 
   def states(self, tokens: jax.Array, lengths: jax.Array | None = None) -> tuple[State, ...]:
@@ -264,6 +284,25 @@ class Transformer(nn.Module):
     """
     x, cache = self.layers.step(self.embed(tokens[:, None]), cache, positions)
     return self.logits(self.final_norm(x))[:, 0], cache
+
+
+def check_plan(config: ModelConfig, plan: SharingPlan) -> None:
+  """Checks that the model can share attention by the plan.
+
+  Raises:
+    ValueError: if the plan is for another depth, or a follower sees other keys than its anchor.
+  """
+  if plan.num_layers != config.num_layers:
+    raise ValueError(f"the plan is for {plan.num_layers} layers, the model has {config.num_layers}")
+  kind = lambda layer: f"local, {config.window} tokens" if layer in config.local_layers else "global"
+  if wrong := [layer for layer in plan.followers if kind(layer) != kind(plan.source[layer])]:
+    pairs = ", ".join(
+      f"{layer} ({kind(layer)}) follows {plan.source[layer]} ({kind(plan.source[layer])})" for layer in wrong
+    )
+    raise ValueError(
+      f"the plan '{plan}' shares weights between layers that see different keys: {pairs}; a follower needs an anchor "
+      f"of its own kind. This model's local layers are {list(config.local_layers)}"
+    )
 
 
 def check_tokens(tokens: Any, lengths: Any, vocab_size: int) -> None:

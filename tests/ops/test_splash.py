@@ -35,11 +35,16 @@ def arrays(length, heads, kv_heads, head_dim, batch=2):
   return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
 
 
-# One block; a padded one; several blocks, the last partly padding; each with another grouping of heads.
+# One block; a padded one; several blocks, the last partly padding; each with another grouping of heads and spec.
 @pytest.mark.parametrize(
-  ("length", "heads", "kv_heads", "head_dim"), [(128, 2, 2, 32), (200, 4, 2, 64), (1100, 2, 1, 8)]
+  ("length", "heads", "kv_heads", "head_dim", "spec"),
+  [
+    (128, 2, 2, 32, ops.AttentionSpec()),
+    (200, 4, 2, 64, ops.AttentionSpec(softcap=2.0, scale=0.3)),
+    (1100, 2, 1, 8, ops.AttentionSpec(window=700)),
+  ],
 )
-def test_splash_is_the_reference_forward_and_backward(length, heads, kv_heads, head_dim):
+def test_splash_is_the_reference_forward_and_backward(length, heads, kv_heads, head_dim, spec):
   q, k, v, d_out = arrays(length, heads, kv_heads, head_dim)
   lengths = jnp.array([length, length // 2], jnp.int32)
   row = (jnp.arange(length)[None] < lengths[:, None])[..., None, None]
@@ -47,7 +52,7 @@ def test_splash_is_the_reference_forward_and_backward(length, heads, kv_heads, h
 
   def both(attend):
     def run(q, k, v, lengths, d_out):
-      out, pull = jax.vjp(lambda *qkv: attend(*qkv, lengths), q, k, v)
+      out, pull = jax.vjp(lambda *qkv: attend(*qkv, lengths, spec), q, k, v)
       return jnp.where(row, out, 0), pull(d_out)
 
     return jax.jit(run)(q, k, v, lengths, d_out)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+from sa_jax.ops.attention.spec import AttentionSpec
+
 _LANES = 128
 _BLOCK = 512
 
@@ -31,7 +33,13 @@ def block_sizes(length: int) -> splash.BlockSizes:
 
 
 def attend(
-  q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, *, interpret: bool = False
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  lengths: jax.Array | None,
+  spec: AttentionSpec = AttentionSpec(),
+  *,
+  interpret: bool = False,
 ) -> jax.Array:
   """Splash attention; O(T) memory, grouped keys and values as they are. Shapes as in `sa_jax.ops.attend`.
 
@@ -43,16 +51,23 @@ def attend(
     k: ``[B, T, K, H]``.
     v: ``[B, T, K, H]``.
     lengths: int32 ``[B]``, or None.
+    spec: window, soft cap and scale.
     interpret: run the kernels in Pallas's interpreter, on any device.
   """
   del lengths
   length, heads, head_dim = q.shape[1:]
   padded = padded_length(length)
-  mask = splash.MultiHeadMask([splash.CausalMask((padded, padded))] * heads)
+  shape = (padded, padded)
+  mask = splash.CausalMask(shape) if spec.window is None else splash.LocalMask(shape, (spec.window - 1, 0), offset=0)
   kernel = splash.make_splash_mha(
-    mask, block_sizes=block_sizes(padded), head_shards=1, q_seq_shards=1, interpret=interpret
+    splash.MultiHeadMask([mask] * heads),
+    block_sizes=block_sizes(padded),
+    attn_logits_soft_cap=spec.softcap,
+    head_shards=1,
+    q_seq_shards=1,
+    interpret=interpret,
   )
   heads_first = lambda x: jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, padded - length), (0, 0)))
   # The kernel does not scale the scores.
-  out = jax.vmap(kernel)(heads_first(q / math.sqrt(head_dim)), heads_first(k), heads_first(v))
+  out = jax.vmap(kernel)(heads_first(q * spec.scale_for(head_dim)), heads_first(k), heads_first(v))
   return jnp.swapaxes(out, 1, 2)[:, :length].astype(v.dtype)
