@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from sa_jax import ModelConfig, SharingPlan, Transformer
-from sa_jax.convert.table import entries
+from sa_jax.convert.table import entries, to_theirs
 from sa_jax.sharding import abstract_params
 
 PLAN = "1:2-3,4:5-6"
@@ -57,7 +57,7 @@ def tensors(model: Transformer, params) -> dict[str, np.ndarray]:
     for name in entry.path:
       node = node.get(name) if node is not None else None
     if node is not None:
-      out[entry.key] = np.ascontiguousarray(entry.to_theirs(np.asarray(node)))
+      out[entry.key] = np.ascontiguousarray(to_theirs([(entry, np.asarray(node))]))
   return out
 
 
