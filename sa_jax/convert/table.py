@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ import einops
 import numpy as np
 
 from sa_jax.config import ModelConfig
-from sa_jax.convert.families import FAMILIES, Rule
+from sa_jax.convert.families import FAMILIES
 from sa_jax.params import ANCHOR_ONLY
 from sa_jax.plan import SharingPlan
 
@@ -79,14 +80,6 @@ def _extents(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 def entries(config: ModelConfig) -> Iterator[Entry]:
   """Every parameter of a dense model of this config, in the order of its family's table."""
-  for rule in FAMILIES[config.family].table:
-    for layer in range(config.num_layers) if "{layer}" in rule.key else (0,):
-      yield from _of_layer(rule, layer, config)
-
-
-def _of_layer(rule: Rule, layer: int, config: ModelConfig) -> tuple[Entry, ...]:
-  if rule.when and bool(getattr(config, rule.when.lstrip("!"))) == rule.when.startswith("!"):
-    return ()
   sizes = {
     "V": config.vocab_size,
     "D": config.embed_dim,
@@ -96,19 +89,21 @@ def _of_layer(rule: Rule, layer: int, config: ModelConfig) -> tuple[Entry, ...]:
     "H": config.head_dim,
     "F": config.mlp_dim,
   }
-  lengths = [_extents(axes.split(" -> ")[0], sizes)[0] for _, axes in rule.parts]
-  whole = sum(lengths)
-  if rule.view:
-    shape = _extents(rule.view.split(" -> ")[0], sizes | {"P": whole})
-  else:
-    shape = (whole, *_extents(rule.parts[0][1].split(" -> ")[0], sizes)[1:])
-  made, start = [], 0
-  for (path, axes), length in zip(rule.parts, lengths):
-    part = (start, start + length, whole)
-    ours = tuple(path.format(layer=layer).split("/"))
-    made.append(Entry(rule.key.format(layer=layer), ours, axes, shape, rule.view, part, sizes))
-    start += length
-  return tuple(made)
+  for rule in FAMILIES[config.family].table:
+    if rule.when and bool(getattr(config, rule.when.lstrip("!"))) == rule.when.startswith("!"):
+      continue
+    lengths = [_extents(axes.split(" -> ")[0], sizes)[0] for _, axes in rule.parts]
+    whole = sum(lengths)
+    if rule.view:
+      shape = _extents(rule.view.split(" -> ")[0], sizes | {"P": whole})
+    else:
+      shape = (whole, *_extents(rule.parts[0][1].split(" -> ")[0], sizes)[1:])
+    starts = itertools.accumulate(lengths, initial=0)
+    parts = [(path, axes, (start, start + length, whole)) for (path, axes), start, length in zip(rule.parts, starts, lengths)]
+    for layer in range(config.num_layers) if "{layer}" in rule.key else (0,):
+      key = rule.key.format(layer=layer)
+      for path, axes, part in parts:
+        yield Entry(key, tuple(path.format(layer=layer).split("/")), axes, shape, rule.view, part, sizes)
 
 
 class Account(NamedTuple):
