@@ -17,6 +17,7 @@ from sa_jax.config import ModelConfig
 from sa_jax.convert import hf_config
 from sa_jax.convert.lazy import LazyTensor, Progress, in_order
 from sa_jax.convert.source import read_json
+from sa_jax.convert.table import entries
 from sa_jax.convert.tokenizer import Tokenizer
 from sa_jax.plan import SharingPlan
 
@@ -162,6 +163,31 @@ def stored_shapes(path: Path) -> dict[str, Any]:
   return jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree, is_leaf=lambda leaf: hasattr(leaf, "dtype")
   )
+
+
+def check_stored(path: Path, stored: Any, config: ModelConfig, plan: SharingPlan) -> None:
+  """Checks that a checkpoint holds the parameters that its config describes, and no others.
+
+  Raises:
+    ValueError: lists everything that is missing, unknown, or of another shape.
+  """
+  found = dict(_paths(stored))
+  kept = [entry for entry in entries(config) if not entry.is_dropped(plan)]
+  wanted = {"/".join(entry.path): entry.our_shape() for entry in kept}
+  errors = [f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in found]
+  errors += [f"unknown: {name} {list(leaf.shape)}" for name, leaf in found.items() if name not in wanted]
+  errors += [
+    f"wrong shape: {name} is {list(found[name].shape)}, the config says {list(shape)}"
+    for name, shape in wanted.items()
+    if name in found and found[name].shape != shape
+  ]
+  if errors:
+    raise ValueError(f"{path} does not hold the model that its config describes:\n  " + "\n  ".join(errors))
+
+
+def _paths(tree: Any) -> list[tuple[str, jax.ShapeDtypeStruct]]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
 
 def restore(path: Path, target: Any) -> Any:

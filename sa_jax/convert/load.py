@@ -102,18 +102,7 @@ def _open_checkpoint(
     )
   model = Transformer(_with_dtype(config, dtype), made)
   target = abstract_params(model, layout="layers")
-  stored = dict(_paths(checkpoint.stored_shapes(path)))
-  wanted = dict(_paths(target))
-  errors = [f"missing: {name} {list(leaf.shape)}" for name, leaf in wanted.items() if name not in stored]
-  errors += [
-    f"wrong shape: {name} is {list(stored[name].shape)}, the config says {list(leaf.shape)}"
-    for name, leaf in wanted.items()
-    if name in stored and stored[name].shape != leaf.shape
-  ]
-  known = dict(_paths(abstract_params(Transformer(config, stored_plan), layout="layers")))
-  errors += [f"unknown: {name} {list(leaf.shape)}" for name, leaf in stored.items() if name not in known]
-  if errors:
-    raise ValueError(f"{path} does not hold the model that its config describes:\n  " + "\n  ".join(errors))
+  checkpoint.check_stored(path, checkpoint.stored_shapes(path), config, stored_plan)
   if mesh is None:
     shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), target)
   else:
@@ -123,11 +112,6 @@ def _open_checkpoint(
   )
   params = checkpoint.restore(path, target)
   return model, stack(params, made, donate=True) if layout == "runs" else params
-
-
-def _paths(tree: Any) -> list[tuple[str, jax.ShapeDtypeStruct]]:
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
 
 def convert(

@@ -49,6 +49,10 @@ class Entry(NamedTuple):
       tensor = _rearrange(tensor, self.view, self.sizes | {"P": self.part[2]})
     return _rearrange(tensor[self.part[0] : self.part[1]], self.axes, self.sizes)
 
+  def is_dropped(self, plan: SharingPlan) -> bool:
+    """Whether the parameter is of a kind that followers lack, in a follower."""
+    return bool(_ANCHOR_ONLY.match("/".join(self.path))) and not plan.is_anchor(int(self.path[1]))
+
   def our_shape(self) -> tuple[int, ...]:
     """The parameter's shape."""
     return self.to_ours(np.broadcast_to(np.zeros((), np.bool_), self.shape)).shape
@@ -138,8 +142,9 @@ def account(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, plan: Sh
     found = shapes.get(entry.key)
     if found is not None and tuple(found) != entry.shape:
       errors[f"wrong shape: {entry.key} is {list(found)}, the config says {list(entry.shape)}"] = None
-    elif _ANCHOR_ONLY.match("/".join(entry.path)) and not plan.is_anchor(layer := int(entry.path[1])):
+    elif entry.is_dropped(plan):
       if found is not None:
+        layer = int(entry.path[1])
         packed = entry.part[1] - entry.part[0] < entry.part[2]
         name = f"{entry.key}[{entry.path[-2]}]" if packed else entry.key
         dropped[name] = f"layer {layer} follows layer {plan.source[layer]}"
