@@ -113,7 +113,9 @@ def _family(values: Mapping[str, Any]) -> Family:
     return FAMILIES[model_type]
   supported = ", ".join(sorted(FAMILIES))
   if any("experts" in key for key in values):
-    raise ValueError(f"model_type {model_type!r} is a mixture of experts, which is not supported; supported: {supported}")
+    raise ValueError(
+      f"model_type {model_type!r} is a mixture of experts, which is not supported; supported: {supported}"
+    )
   if values.get("is_encoder_decoder") or not any("CausalLM" in str(name) for name in values.get("architectures") or ()):
     raise ValueError(
       f"model_type {model_type!r} is not known as a decoder-only language model, and no other is supported; "

@@ -68,7 +68,7 @@ class ConfigReader:
   def choice(self, key: str, choices: tuple[Any, ...], default: Any) -> Any:
     """One of the values that are implemented."""
     value = self.take(key, default)
-    if value not in choices or isinstance(value, bool) and not any(value is choice for choice in choices):
+    if value not in choices or (isinstance(value, bool) and not any(value is choice for choice in choices)):
       self.fail(key, f"not implemented; {' or '.join(map(repr, choices))} is")
       return default
     return value

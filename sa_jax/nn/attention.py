@@ -13,7 +13,7 @@ import numpy as np
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
-from sa_jax.nn.cache import LayerCache, write_slot
+from sa_jax.nn.cache import LayerCache
 from sa_jax.nn.norm import RMSNorm
 from sa_jax.nn.state import AttentionWeights, Local, State, make_state
 
@@ -121,9 +121,7 @@ class AnchorAttention(_Attention):
       nn.with_logical_constraint(k, ("batch", "length", "kv_heads", "head_dim")),
     )
 
-  def __call__(
-    self, x: jax.Array, lengths: jax.Array | None = None, local: Local = False
-  ) -> tuple[jax.Array, State]:
+  def __call__(self, x: jax.Array, lengths: jax.Array | None = None, local: Local = False) -> tuple[jax.Array, State]:
     """Attention over whole sequences.
 
     Args:
@@ -161,15 +159,22 @@ class AnchorAttention(_Attention):
     Returns:
       ``y [B, 1, D]``, the weights for the followers, and the cache.
     """
-    q, k = self.query_key(x, positions[:, None], positions + 1, local)
     assert cache.keys is not None, "an anchor's cache has keys"
-    keys = write_slot(cache.keys, k, positions)
-    values = write_slot(cache.values, self.values(x), positions)
-    weights = ops.attention_weights(
-      q, jnp.swapaxes(keys, 1, 2), positions=positions[:, None], spec=self.config.spec(local)
-    )
-    state = AttentionWeights(weights)
-    return self.output(state.attend(jnp.swapaxes(values, 1, 2))), state, LayerCache(values, keys)
+    q, k = self.query_key(x, positions[:, None], positions + 1, local)
+    keys = ops.write_slot(cache.keys, k[:, 0], positions)
+    values = ops.write_slot(cache.values, self.values(x)[:, 0], positions)
+    state = AttentionWeights(ops.decode_weights(q[:, 0], keys, positions, spec=self.config.spec(local)))
+    return self.output(ops.decode_apply(state.probs, values)[:, None]), state, LayerCache(values, keys)
+
+  def step_alone(
+    self, x: jax.Array, cache: LayerCache, positions: jax.Array, local: bool = False
+  ) -> tuple[jax.Array, LayerCache]:
+    """`step` of an anchor that no layer follows: nobody needs its weights, so a fused kernel may keep them."""
+    assert cache.keys is not None, "an anchor's cache has keys"
+    q, k = self.query_key(x, positions[:, None], positions + 1, local)
+    v, spec = self.values(x)[:, 0], self.config.spec(local)
+    heads, keys, values = ops.decode_attend(q[:, 0], k[:, 0], v, cache.keys, cache.values, positions, spec=spec)
+    return self.output(heads[:, None]), LayerCache(values, keys)
 
 
 class FollowerAttention(_Attention):
@@ -196,5 +201,5 @@ class FollowerAttention(_Attention):
     self, x: jax.Array, state: AttentionWeights, cache: LayerCache, positions: jax.Array
   ) -> tuple[jax.Array, LayerCache]:
     """Attention of one new token a row with the anchor's weights; shapes as in `AnchorAttention.step`."""
-    values = write_slot(cache.values, self.values(x), positions)
-    return self.output(state.attend(jnp.swapaxes(values, 1, 2))), LayerCache(values)
+    values = ops.write_slot(cache.values, self.values(x)[:, 0], positions)
+    return self.output(ops.decode_apply(state.probs, values)[:, None]), LayerCache(values)

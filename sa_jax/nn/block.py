@@ -1,4 +1,4 @@
-"""Transformer blocks: attention and MLP, each normalised before (in some families also after) and added to what it read."""
+"""Transformer blocks: attention and MLP, each normalised before (in some families also after) and added to x."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from sa_jax import ops
 from sa_jax.config import ModelConfig
 from sa_jax.nn.attention import AnchorAttention, FollowerAttention, projection
 from sa_jax.nn.cache import LayerCache
@@ -22,14 +23,24 @@ class Mlp(nn.Module):
 
   config: ModelConfig
 
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def setup(self) -> None:
     config = self.config
     bias = config.mlp_bias
-    gate = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="gate_proj", bias=bias)(x)
-    up = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="up_proj", bias=bias)(x)
-    hidden = nn.with_logical_constraint(_ACTIVATIONS[config.activation](gate) * up, ("batch", "length", "mlp"))
-    return projection(config, config.embed_dim, ("mlp",), ("embed",), name="down_proj", bias=bias)(hidden)
+    self.gate_proj = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="gate_proj", bias=bias)
+    self.up_proj = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="up_proj", bias=bias)
+    self.down_proj = projection(config, config.embed_dim, ("mlp",), ("embed",), name="down_proj", bias=bias)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """``[B, T, D]`` → the same."""
+    hidden = _ACTIVATIONS[self.config.activation](self.gate_proj(x)) * self.up_proj(x)
+    return self.down_proj(nn.with_logical_constraint(hidden, ("batch", "length", "mlp")))
+
+  def step(self, x: jax.Array) -> jax.Array:
+    """`__call__` for one token a row, ``[B, 1, D]``, where reading the weights is the cost."""
+    gate, up = (module.variables["params"]["kernel"] for module in (self.gate_proj, self.up_proj))
+    if self.config.activation != "silu" or self.config.mlp_bias or not ops.has_gated_linear(x[:, 0], gate):
+      return self(x)
+    return self.down_proj(ops.gated_linear(x[:, 0], gate, up)[:, None])
 
 
 class _Block(nn.Module):
@@ -45,19 +56,25 @@ class _Block(nn.Module):
       self.attention_post_norm = RMSNorm(self.config)
       self.mlp_post_norm = RMSNorm(self.config)
 
-  def around(self, x: jax.Array, attention: Callable[[jax.Array], tuple[Any, ...]]) -> tuple[Any, ...]:
+  def around(
+    self,
+    x: jax.Array,
+    attention: Callable[[jax.Array], tuple[Any, ...]],
+    mlp: Callable[[jax.Array], jax.Array] | None = None,
+  ) -> tuple[Any, ...]:
     """The whole block, whichever way attention is computed.
 
     Args:
       x: ``[B, T, D]``.
       attention: from normalised x to its output ``[B, T, D]`` and whatever else it returns.
+      mlp: the way to compute the MLP; ``self.mlp`` when None.
 
     Returns:
       The block's output ``[B, T, D]``, and whatever else attention returned.
     """
     y, *others = attention(self.attention_norm(x))
     x = x + (self.attention_post_norm(y) if self.config.post_norms else y)
-    y = self.mlp(self.mlp_norm(x))
+    y = (mlp or self.mlp)(self.mlp_norm(x))
     x = x + (self.mlp_post_norm(y) if self.config.post_norms else y)
     return nn.with_logical_constraint(x, ("batch", "length", "embed")), *others
 
@@ -69,9 +86,7 @@ class AnchorBlock(_Block):
     super().setup()
     self.attention = AnchorAttention(self.config)
 
-  def __call__(
-    self, x: jax.Array, lengths: jax.Array | None = None, local: Local = False
-  ) -> tuple[jax.Array, State]:
+  def __call__(self, x: jax.Array, lengths: jax.Array | None = None, local: Local = False) -> tuple[jax.Array, State]:
     """``[B, T, D]`` → the same, and the attention state."""
     return self.around(x, lambda h: self.attention(h, lengths, local))
 
@@ -82,10 +97,16 @@ class AnchorBlock(_Block):
     return self.around(x, lambda h: self.attention.prefill(h, lengths, local))
 
   def step(
-    self, x: jax.Array, cache: LayerCache, positions: jax.Array, local: Local = False
+    self, x: jax.Array, cache: LayerCache, positions: jax.Array, local: bool = False
   ) -> tuple[jax.Array, AttentionWeights, LayerCache]:
     """One token a row, ``[B, 1, D]``, against the cache."""
-    return self.around(x, lambda h: self.attention.step(h, cache, positions, local))
+    return self.around(x, lambda h: self.attention.step(h, cache, positions, local), self.mlp.step)
+
+  def step_alone(
+    self, x: jax.Array, cache: LayerCache, positions: jax.Array, local: bool = False
+  ) -> tuple[jax.Array, LayerCache]:
+    """`step` of an anchor that no layer follows."""
+    return self.around(x, lambda h: self.attention.step_alone(h, cache, positions, local), self.mlp.step)
 
 
 class FollowerBlock(_Block):
@@ -107,4 +128,4 @@ class FollowerBlock(_Block):
     self, x: jax.Array, state: AttentionWeights, cache: LayerCache, positions: jax.Array
   ) -> tuple[jax.Array, LayerCache]:
     """One token a row, ``[B, 1, D]``, against the cache."""
-    return self.around(x, lambda h: self.attention.step(h, state, cache, positions))
+    return self.around(x, lambda h: self.attention.step(h, state, cache, positions), self.mlp.step)

@@ -72,9 +72,10 @@ def make_state(
   config: ModelConfig, q: jax.Array, k: jax.Array, lengths: jax.Array | None, local: Local = False
 ) -> State:
   """The state in the form that the config asks for, from rotary-encoded q ``[B, T, N, H]`` and k ``[B, T, K, H]``."""
-  known = isinstance(local, bool)
-  specs = (config.spec(local),) if known else (config.spec(False), config.spec(True))
-  state = QueryKey(q, k, lengths, None if known else local, config.attention, specs)
+  if isinstance(local, bool):
+    state = QueryKey(q, k, lengths, None, config.attention, (config.spec(local),))
+  else:
+    state = QueryKey(q, k, lengths, local, config.attention, (config.spec(False), config.spec(True)))
   return state if config.attention_state == "query_key" else AttentionWeights(state.weights())
 
 

@@ -1,6 +1,18 @@
 """Pure functions on arrays: the mathematics, with no Flax in it."""
 
-from sa_jax.ops.attention import AttentionSpec, apply_weights, attend, attention_weights, backends, choose_backend
+from sa_jax.ops.attention import (
+  AttentionSpec,
+  apply_weights,
+  attend,
+  attention_weights,
+  backends,
+  choose_backend,
+  decode_apply,
+  decode_attend,
+  decode_weights,
+  write_slot,
+)
+from sa_jax.ops.glu import gated_linear, has_gated_linear
 from sa_jax.ops.loss import token_log_likelihoods
 from sa_jax.ops.norm import rms_norm, rms_norm_about_one
 from sa_jax.ops.rope import RopeConfig, apply_rope, rope_frequencies
@@ -14,8 +26,14 @@ __all__ = [
   "attention_weights",
   "backends",
   "choose_backend",
+  "decode_apply",
+  "decode_attend",
+  "decode_weights",
+  "gated_linear",
+  "has_gated_linear",
   "rms_norm",
   "rms_norm_about_one",
   "rope_frequencies",
   "token_log_likelihoods",
+  "write_slot",
 ]

@@ -51,9 +51,7 @@ class RopeConfig:
     return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
 
-def rope_frequencies(
-  rope: RopeConfig, head_dim: int, lengths: jax.Array | int | None = None
-) -> np.ndarray | jax.Array:
+def rope_frequencies(rope: RopeConfig, head_dim: int, lengths: jax.Array | int | None = None) -> np.ndarray | jax.Array:
   """Radians per position of each of the ``head_dim / 2`` planes, in float32 arithmetic as models were trained with.
 
   Args:
@@ -125,6 +123,7 @@ def apply_rope(
   Returns:
     ``[B, T, heads, H]`` in x's dtype.
   """
+  # A plain product: as a matrix product it would be rounded to bfloat16 or TF32 on accelerators.
   angles = jnp.atleast_2d(positions).astype(jnp.float32)[:, :, None] * jnp.atleast_2d(frequencies)[:, None, :]
   angles = jnp.broadcast_to(angles, (x.shape[0], x.shape[1], angles.shape[-1]))[:, :, None, :]
   cos, sin = jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude

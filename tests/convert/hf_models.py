@@ -161,12 +161,21 @@ class Published:
   def logits(self, tokens, source):
     weights, baichuan = self.weights, self.family == "baichuan"
     names = (
-      ("input_layernorm", "post_attention_layernorm", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+      (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+      )
       if baichuan
       else ("attention_norm", "ffn_norm", "attention.wo", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
     )
     norm = lambda x, name: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weights[f"{name}.weight"]
-    x = weights["model.embed_tokens.weight" if baichuan else "model.tok_embeddings.weight"][torch.from_numpy(tokens).long()]
+    x = weights["model.embed_tokens.weight" if baichuan else "model.tok_embeddings.weight"][
+      torch.from_numpy(tokens).long()
+    ]
     length = tokens.shape[1]
     mask = torch.full((length, length), float("-inf")).triu(1)
     probs = {}

@@ -4,7 +4,6 @@ import pytest
 import transformers
 
 import sa_jax
-
 from tests.convert.hf_models import CONFIGS, SIZES
 
 COMMON = {
@@ -60,9 +59,9 @@ def test_round_trip(family, spelling):
 
 
 def test_local_layers():
-  of = lambda family, **changes: sa_jax.ModelConfig.from_hf(
-    COMMON | HUB[family] | {"model_type": family} | changes
-  ).local_layers
+  of = lambda family, **changes: (
+    sa_jax.ModelConfig.from_hf(COMMON | HUB[family] | {"model_type": family} | changes).local_layers
+  )
   assert of("mistral") == (0, 1, 2, 3)
   assert of("mistral", sliding_window=None) == ()
   assert of("qwen2") == ()

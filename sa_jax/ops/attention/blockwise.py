@@ -68,9 +68,7 @@ def _to_heads_last(x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(
-  q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, spec: AttentionSpec, block: int
-) -> jax.Array:
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, spec: AttentionSpec, block: int) -> jax.Array:
   return _forward(q, k, v, lengths, spec, block)[0]
 
 
@@ -138,7 +136,9 @@ def _backward(
       return dq.at[i].add(product("BKGTS,BSKH->BTKGH", d_scores, k_j)), dk_j, dv_j
 
     zeros = jnp.zeros(k_j.shape, jnp.float32)
-    dq, dk_j, dv_j = jax.lax.fori_loop(j, _end_query_block(j, block, spec, len(q_blocks)), query_block, (dq, zeros, zeros))
+    dq, dk_j, dv_j = jax.lax.fori_loop(
+      j, _end_query_block(j, block, spec, len(q_blocks)), query_block, (dq, zeros, zeros)
+    )
     return dq, (dk_j.astype(k.dtype), dv_j.astype(v.dtype))
 
   dq, (dk, dv) = jax.lax.scan(
