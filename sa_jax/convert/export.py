@@ -51,7 +51,9 @@ def export(
   """
   src = Path(src)
   if not checkpoint.is_checkpoint(src):
-    raise ValueError(f"{src} is not an sa_jax checkpoint; sa_jax.convert makes one from a Hugging Face folder or a GGUF")
+    raise ValueError(
+      f"{src} is not an sa_jax checkpoint; sa_jax.convert makes one from a Hugging Face folder or a GGUF"
+    )
   config, plan = checkpoint.read_config(src)
   stored = checkpoint.stored_shapes(src)
   checkpoint.check_stored(src, stored, config, plan)
@@ -71,7 +73,8 @@ def _config(config: ModelConfig, plan: SharingPlan) -> dict[str, Any]:
     return values
   if config.family not in _SHARED_CLASSES:
     raise ValueError(
-      f"a {config.family} model with followers cannot be exported: there is PyTorch code for {', '.join(_SHARED_CLASSES)}"
+      f"a {config.family} model with followers cannot be exported: there is PyTorch code for "
+      f"{', '.join(_SHARED_CLASSES)}"
     )
   name = _SHARED_CLASSES[config.family]
   return values | {

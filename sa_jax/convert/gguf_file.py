@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from sa_jax.convert.tokenizer import Tokenizer
-
 # How llama.cpp names a Llama's tensors.
 _GGUF_NAMES = {
   "token_embd.weight": "model.embed_tokens.weight",

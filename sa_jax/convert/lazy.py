@@ -62,7 +62,7 @@ class LazyTensor:
     ours = entry.to_ours(self.source.read(entry.key))
     return (ours if index is None else ours[index]).astype(self.dtype, copy=False)
 
-  def read_owned(self, layer: int, index: Index) -> np.ndarray:
+  def read_owned(self, layer: int, index: Index | None) -> np.ndarray:
     """`read` for an array that may live on: not one that JAX could take over as it is, still backed by the file."""
     part = self.read(layer, index)
     return part.copy() if part.flags.c_contiguous else part
@@ -139,7 +139,7 @@ def _empty(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.Array:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _insert(stack: jax.Array, layer: jax.Array, position: tuple[jax.Array, ...]) -> jax.Array:
-  start = (*position, *[0] * layer.ndim)
+  start: tuple[Any, ...] = (*position, *[0] * layer.ndim)
   return jax.lax.dynamic_update_slice(stack, jnp.expand_dims(layer, tuple(range(len(position)))), start)
 
 

@@ -36,7 +36,7 @@ class Shard(Protocol):
 class SafetensorsFile:
   """A safetensors file. The package validates it; where its tensors lie we read ourselves, to map one at a time."""
 
-  suffix = ".safetensors"
+  suffix: ClassVar[str] = ".safetensors"
 
   def __init__(self, path: Path):
     from safetensors import SafetensorError, safe_open
@@ -73,7 +73,7 @@ class SafetensorsFile:
 class BinFile:
   """A ``pytorch_model.bin``. Only its tensors are unpickled; a file that wants more is refused."""
 
-  suffix = ".bin"
+  suffix: ClassVar[str] = ".bin"
 
   def __init__(self, path: Path):
     self.path = path

@@ -41,7 +41,7 @@ class Source(Protocol):
   shapes: dict[str, tuple[int, ...]]
 
   def read(self, key: str) -> np.ndarray:
-    """One tensor, in its stored floating-point dtype (float32 if it is quantised), mapped from the file if it can be."""
+    """One tensor, in its stored floating-point dtype (float32 if it is quantised), mapped from the file if possible."""
     ...
 
   def save_extras(self, folder: Path) -> None:
@@ -133,7 +133,7 @@ class HfFolder:
 def locate(name: str | Path, revision: str | None = None) -> Path:
   """The path of a model that is given by its path or its id on the Hugging Face hub.
 
-  A hub id is downloaded into huggingface_hub's cache, with its token and its settings (``HF_HUB_OFFLINE``, ``HF_HOME``).
+  A hub id is downloaded into huggingface_hub's cache, with its token and settings (``HF_HUB_OFFLINE``, ``HF_HOME``).
 
   Args:
     name: a path, or an id such as ``org/model``; a path that exists wins.

@@ -103,7 +103,9 @@ def entries(config: ModelConfig) -> Iterator[Entry]:
     else:
       shape = (whole, *_extents(rule.parts[0][1].split(" -> ")[0], sizes)[1:])
     starts = itertools.accumulate(lengths, initial=0)
-    parts = [(path, axes, (start, start + length, whole)) for (path, axes), start, length in zip(rule.parts, starts, lengths)]
+    parts = [
+      (path, axes, (start, start + length, whole)) for (path, axes), start, length in zip(rule.parts, starts, lengths)
+    ]
     for layer in range(config.num_layers) if "{layer}" in rule.key else (0,):
       key = rule.key.format(layer=layer)
       for path, axes, part in parts:

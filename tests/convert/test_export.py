@@ -55,7 +55,7 @@ def test_plan_runs_in_pytorch(family, tmp_path):
   assert model.plan.followers
   assert not [name for name, _ in theirs.named_parameters() if "layers.3.self_attn.q" in name]
   again, _ = sa_jax.from_pretrained(tmp_path / "back")
-  assert again.plan == model.plan and again.config == model.config
+  assert (again.plan, again.config) == (model.plan, model.config)
 
   tokens = torch.from_numpy(TOKENS).long()
   with torch.no_grad():
@@ -75,7 +75,8 @@ def test_plan_runs_in_pytorch(family, tmp_path):
       if cached:
         cache = out.past_key_values.layers
     for layer in model.plan.followers:
-      assert cache[layer].keys.numel() == 0 and cache[layer].values.shape[-1] == model.config.head_dim
+      assert cache[layer].keys.numel() == 0
+      assert cache[layer].values.shape[-1] == model.config.head_dim
     for layer in model.plan.anchors:
       assert cache[layer].keys.shape == cache[layer].values.shape
 

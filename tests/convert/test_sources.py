@@ -28,7 +28,9 @@ def as_bin(folder, to, shards, **options):
   to.mkdir()
   shutil.copy(folder / "config.json", to)
   tensors = load_file(folder / "model.safetensors")
-  names = ["pytorch_model.bin"] if shards == 1 else [f"pytorch_model-{i:05d}-of-{shards:05d}.bin" for i in range(shards)]
+  names = (
+    ["pytorch_model.bin"] if shards == 1 else [f"pytorch_model-{i:05d}-of-{shards:05d}.bin" for i in range(shards)]
+  )
   weight_map = {key: names[number % shards] for number, key in enumerate(tensors)}
   for name in names:
     torch.save({key: tensors[key] for key in tensors if weight_map[key] == name}, to / name, **options)

@@ -37,7 +37,7 @@ class FollowerAttention(nn.Module):
     self.head_dim, self.groups = attention.head_dim, attention.num_key_value_groups
     self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
 
-  def forward(self, hidden_states, shared, past_key_values=None, **kwargs):
+  def forward(self, hidden_states, shared, past_key_values=None, **_):
     batch, length, _ = hidden_states.shape
     values = self.v_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
     if past_key_values is not None:
