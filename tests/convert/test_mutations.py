@@ -124,8 +124,10 @@ def missing_file(rng, folder):
 
 
 def index_elsewhere(rng, folder):
-  names = ["../model.safetensors", "/etc/passwd", "..", ".", "", "sub/x.safetensors", "config.json", "a\\..\\b", "~",
-           "x" * 5000, "../" * 50 + "etc/passwd", "\0.safetensors", 7, None, ["a"], SHARDS[0] + "/../" + SHARDS[1]]  # fmt: skip
+  names = [
+    "../model.safetensors", "/etc/passwd", "..", ".", "", "sub/x.safetensors", "config.json", "a\\..\\b", "~",
+    "x" * 5000, "../" * 50 + "etc/passwd", "\0.safetensors", 7, None, ["a"], SHARDS[0] + "/../" + SHARDS[1],
+  ]  # fmt: skip
 
   def change(values):
     weight_map = values["weight_map"]
