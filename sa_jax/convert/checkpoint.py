@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
@@ -22,6 +23,7 @@ from sa_jax.convert.tokenizer import Tokenizer
 from sa_jax.plan import SharingPlan
 
 PARAMS = "params"
+_IN_FLIGHT_BYTES = 200_000_000  # written at once: enough to hide the disk's delay
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -114,18 +116,20 @@ def _handler(progress: Progress | None) -> Any:
   from orbax.checkpoint import type_handlers
 
   class LazyHandler(type_handlers.NumpyHandler):
-    """Writes lazy tensors in turn, as arrays; the next is read while the last is written."""
+    """Writes lazy tensors as arrays, in turn; a few are on their way to disk while the next is read."""
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
-      writing: list[Any] = []
+      writing: collections.deque[tuple[int, Any]] = collections.deque()
       for done, (value, info, arg) in enumerate(zip(values, infos, args, strict=True)):
         array = in_order(value.read())
-        for future in writing:
-          future.result()
-        writing = list(await super().serialize([array], [info], [arg]))
+        for future in await super().serialize([array], [info], [arg]):
+          writing.append((array.nbytes, future))
+        del array
+        while sum(nbytes for nbytes, _ in writing) > _IN_FLIGHT_BYTES:
+          writing.popleft()[1].result()
         if progress is not None:
           progress(done + 1, len(values))
-      return writing
+      return [future for _, future in writing]
 
   registry = type_handlers.create_type_handler_registry(
     (LazyTensor, LazyHandler(deepcopy_host_arrays=False)),
