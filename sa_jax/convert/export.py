@@ -17,7 +17,7 @@ from sa_jax.config import ModelConfig
 from sa_jax.convert import checkpoint, hf_config
 from sa_jax.convert.lazy import Progress, in_order
 from sa_jax.convert.source import copy_extras
-from sa_jax.convert.table import Entry, entries, to_theirs
+from sa_jax.convert.table import Entry, entries, pack
 from sa_jax.plan import SharingPlan
 
 _CODE = Path(__file__).parent / "pytorch" / "modeling_shared_attention.py"
@@ -115,7 +115,7 @@ def _write_shards(
     alone = len(shards) == 1
     name = "model.safetensors" if alone else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     params = _restore(src, stored, [entry for parts in shard for entry in parts])
-    made = {parts[0].key: in_order(to_theirs([(e, params[e.path]) for e in parts])) for parts in shard}
+    made = {parts[0].key: in_order(pack([(e, params[e.path]) for e in parts])) for parts in shard}
     save_file(made, folder / name, metadata={"format": "pt"})
     weight_map |= dict.fromkeys(made, name)
     done += len(shard)

@@ -117,7 +117,8 @@ class GgufFile:
     """See `Source.save_extras`."""
     from sa_jax.convert.tokenizer import from_gguf
 
-    from_gguf(self).save(folder)
+    if self.optional("tokenizer.ggml.model") is not None:
+      from_gguf(self).save(folder)
 
 
 def _hf_name(name: str) -> str:

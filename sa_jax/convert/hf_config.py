@@ -74,7 +74,7 @@ def read(values: Mapping[str, Any]) -> ModelConfig:
   if not isinstance(eos, list | tuple) or not all(isinstance(token, int) for token in eos):
     reader.fail("eos_token_id", "a token id, a list of token ids or null is needed")
     eos = ()
-  dtype = str(reader.take("dtype", reader.take("torch_dtype", "float32"))).removeprefix("torch.")
+  dtype = str(reader.either("dtype", "torch_dtype", "float32")).removeprefix("torch.")
   if dtype not in DTYPES:
     reader.fail("dtype" if "dtype" in values else "torch_dtype", f"one of {', '.join(DTYPES)} is needed")
   for key, allowed in (_FIXED | dict(family.fixed)).items():

@@ -22,6 +22,8 @@ def read(reader: ConfigReader, family: Family, max_length: int) -> tuple[RopeCon
     if not isinstance(value, Mapping):
       reader.fail(key, "an object or null is needed")
       return RopeConfig(), None
+  if "rope_theta" in parameters and reader.take("rope_theta", parameters["rope_theta"]) != parameters["rope_theta"]:
+    reader.fail("rope_theta", f"rope_parameters.rope_theta says {parameters['rope_theta']!r}; keep one of them")
   if not family.local_rope:
     if scaling and parameters and dict(scaling) != dict(parameters):
       reader.fail("rope_scaling", "it says something other than rope_parameters does; keep one of them")
@@ -45,11 +47,11 @@ def _read_one(
 ) -> RopeConfig:
   reader = ConfigReader(values, outer.errors, prefix)
   theta = reader.number("rope_theta", theta)
-  kind = reader.take("type", "default")
-  kind = reader.choice("rope_type", family.ropes, kind)
+  kind = reader.either("rope_type", "type", "default")
   reader.choice("partial_rotary_factor", (1, 1.0), 1.0)
   if kind not in family.ropes:
-    reader.fail("type", f"not implemented for this family; {' or '.join(map(repr, family.ropes))} is")
+    given = "rope_type" if reader.take("rope_type") else "type"
+    reader.fail(given, f"not implemented for this family; {' or '.join(map(repr, family.ropes))} is")
     return RopeConfig(theta)
   fields: dict[str, Any] = {}
   if kind != "default":

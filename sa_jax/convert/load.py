@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from sa_jax.config import ModelConfig
 from sa_jax.convert import checkpoint, hf_config
 from sa_jax.convert.lazy import Progress, lazy_tree, place, stack_lazily
-from sa_jax.convert.source import Source, locate, open_source
+from sa_jax.convert.source import Source, copy_extras, locate, open_source
 from sa_jax.convert.table import Account, account
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_plan
@@ -128,7 +129,7 @@ def convert(
   Tensors are read, transformed and written one at a time, so a model larger than memory converts.
 
   Args:
-    src: the model to read: a folder, a hub id or a GGUF file; see `from_pretrained`.
+    src: the model to read; see `from_pretrained`. Of an sa_jax checkpoint, another with other plan or dtype is made.
     dst: the folder to write, which must not exist. It appears only once it is complete.
     plan: see `from_pretrained`. A dense checkpoint can be opened under any plan later; a pruned one is smaller.
     dtype: to store; the source's when None.
@@ -136,14 +137,16 @@ def convert(
     progress: called with (parameters written, parameters in all).
 
   Raises:
-    ValueError: as `from_pretrained`, if ``src`` is an sa_jax checkpoint, or if ``dst`` exists.
+    ValueError: as `from_pretrained`, or if ``dst`` exists.
   """
   dst = Path(dst)
   if dst.exists():
     raise ValueError(f"{dst} exists already; name a new folder, or remove it first")
   path = locate(src, revision)
   if checkpoint.is_checkpoint(path):
-    raise ValueError(f"{path} is an sa_jax checkpoint already; from_pretrained opens it under any plan and dtype")
+    model, params = _open_checkpoint(path, plan, dtype, None, "layers")
+    checkpoint.write(dst, model.config, model.plan, params, functools.partial(copy_extras, path))
+    return
   source = open_source(path)
   config, made, found = _describe(source, plan, dtype)
   tree = lazy_tree(source, found.used, config.param_dtype)

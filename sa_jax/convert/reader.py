@@ -73,6 +73,13 @@ class ConfigReader:
       return default
     return value
 
+  def either(self, key: str, older: str, default: Any) -> Any:
+    """A value that has two names; it may not be given twice with two meanings."""
+    value, old = self.take(key), self.take(older)
+    if value is not None and old is not None and value != old:
+      self.fail(older, f"{key} says {value!r}; keep one of them")
+    return default if value is None and old is None else old if value is None else value
+
   def finish(self, inert: Iterable[str] = ()) -> None:
     """Reports every key that nothing has read and that is not inert."""
     for key in self.values:

@@ -49,6 +49,10 @@ class Entry(NamedTuple):
       tensor = _rearrange(tensor, self.view, self.sizes | {"P": self.part[2]})
     return _rearrange(tensor[self.part[0] : self.part[1]], self.axes, self.sizes)
 
+  def to_theirs(self, parameter: np.ndarray) -> np.ndarray:
+    """Our parameter as the checkpoint's tensor, or as its part of a packed one (see `pack`): undoes `to_ours`."""
+    return _rearrange(parameter, _inverse(self.axes), self.sizes)
+
   def is_dropped(self, plan: SharingPlan) -> bool:
     """Whether the parameter is of a kind that followers lack, in a follower."""
     return bool(_ANCHOR_ONLY.match("/".join(self.path))) and not plan.is_anchor(int(self.path[1]))
@@ -58,9 +62,9 @@ class Entry(NamedTuple):
     return self.to_ours(np.broadcast_to(np.zeros((), np.bool_), self.shape)).shape
 
 
-def to_theirs(parts: Sequence[tuple[Entry, np.ndarray]]) -> np.ndarray:
-  """The checkpoint's tensor from the parameters that it holds, all of them and in order: undoes `Entry.to_ours`."""
-  pieces = [_rearrange(parameter, _inverse(entry.axes), entry.sizes) for entry, parameter in parts]
+def pack(parts: Sequence[tuple[Entry, np.ndarray]]) -> np.ndarray:
+  """The checkpoint's tensor from the parameters that it holds, all of them and in order."""
+  pieces = [entry.to_theirs(parameter) for entry, parameter in parts]
   tensor = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
   first = parts[0][0]
   return _rearrange(tensor, _inverse(first.view), first.sizes | {"P": first.part[2]}) if first.view else tensor

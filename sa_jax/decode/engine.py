@@ -44,8 +44,9 @@ class DecodeState:
   def empty(cls, model: Transformer, slots: int, capacity: int) -> DecodeState:
     """A batch of rows that have all ended, for `insert` to fill."""
     cache = Cache.empty(model.config, model.plan, slots, capacity)
-    zeros = jnp.zeros(slots, jnp.int32)
-    return cls(cache, zeros, zeros, zeros, jnp.ones(slots, bool), row_keys(0, range(slots)))
+    # Three arrays, not one three times: the state is donated, and a buffer can be donated only once.
+    tokens, positions, remaining = (jnp.zeros(slots, jnp.int32) for _ in range(3))
+    return cls(cache, tokens, positions, remaining, jnp.ones(slots, bool), row_keys(0, range(slots)))
 
 
 def row_keys(seed: int, rows: Any) -> jax.Array:
@@ -148,5 +149,7 @@ def decode(
     return step + 1, DecodeState(cache, tokens, positions, remaining, state.done | ended, state.keys), out
 
   out = jnp.full((state.tokens.shape[0], steps), -1, jnp.int32)
+  if steps == 0:
+    return state, out
   _, state, out = jax.lax.while_loop(unfinished, one, (jnp.int32(0), state, out))
   return state, out

@@ -6,6 +6,8 @@ the state. ``step`` is the same layer for one token against a cache.
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,17 @@ from sa_jax.config import ModelConfig
 from sa_jax.nn.cache import LayerCache
 from sa_jax.nn.norm import RMSNorm
 from sa_jax.nn.state import AttentionWeights, Local, State, make_state
+
+
+class _KernelAxes(nn.LogicallyPartitioned):
+  """The logical axes of a kernel.
+
+  `nn.DenseGeneral` makes its kernel flat and unboxes it before giving it its shape: on a mesh, the constraint that
+  unboxing applies would be of another rank than the array.
+  """
+
+  def unbox(self, apply_constraint: bool = True) -> Any:
+    return super().unbox(apply_constraint and self.value.ndim == len(self.names))
 
 
 def projection(
@@ -36,7 +49,7 @@ def projection(
     use_bias=bias,
     dtype=config.dtype,
     param_dtype=config.param_dtype,
-    kernel_init=nn.with_logical_partitioning(init, inputs + outputs),
+    kernel_init=lambda *args: _KernelAxes(init(*args), inputs + outputs),
     bias_init=nn.with_logical_partitioning(nn.initializers.zeros, outputs),
     name=name,
   )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 from flax import struct
 
@@ -37,7 +38,7 @@ class QueryKey:
 
   def attend(self, v: jax.Array) -> jax.Array:
     """The anchor's attention over a layer's values: ``[B, T, K, H]`` → ``[B, T, N, H]``."""
-    attend = functools.partial(ops.attend, self.q, self.k, v, lengths=self.lengths, backend=self.backend)
+    attend = functools.partial(_attend, self.q, self.k, v, self.lengths, self.backend)
     return _with_spec(attend, self.specs, self.local)
 
   def weights(self) -> jax.Array:
@@ -86,3 +87,26 @@ def _with_spec(
   if local is None:
     return attention(spec=specs[0])
   return jax.lax.cond(local, lambda: attention(spec=specs[1]), lambda: attention(spec=specs[0]))
+
+
+def _attend(
+  q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, backend: str, spec: ops.AttentionSpec
+) -> jax.Array:
+  """`sa_jax.ops.attend`, of each device's rows and heads by itself where XLA cannot split it over the ambient mesh.
+
+  Rows and heads do not see each other, so this adds no communication. Inside a `jax.shard_map` of the caller's there is
+  nothing left to split.
+  """
+  backend = ops.choose_backend(backend, q, k, spec=spec)
+  attend = lambda q, k, v, lengths: ops.attend(q, k, v, lengths=lengths, backend=backend, spec=spec)
+  mesh = jax.sharding.get_abstract_mesh()
+  if ops.backends[backend].partitions or mesh.empty or mesh.manual_axes:
+    return attend(q, k, v, lengths)
+  if not nn.get_logical_axis_rules():
+    raise ValueError(
+      f"the attention backend {backend!r} runs on a mesh only where the rules say how it is split: "
+      "use `with sa_jax.sharding.on_mesh(mesh):`"
+    )
+  queries, keys = (nn.logical_to_mesh_axes(("batch", "length", heads, "head_dim")) for heads in ("heads", "kv_heads"))
+  specs = (queries, keys, keys, nn.logical_to_mesh_axes(("batch",)))
+  return jax.shard_map(attend, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, lengths)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -72,21 +73,28 @@ class Head(nn.Module):
 class Group(nn.Module):
   """An anchor block and its followers; the state is broadcast into a scan over them.
 
+  The backward pass recomputes block by block, from each block's input and the anchor's state: to recompute whole
+  groups would take either the activations of all followers at once or a second recomputation.
+
   Attributes:
     config: the model.
     followers: how many followers the group has.
+    groups: how many groups the scan around this one covers.
   """
 
   config: ModelConfig
   followers: int
+  groups: int = 1
 
   @nn.compact
   def __call__(self, x: jax.Array, lengths: jax.Array | None, local: Local = False) -> jax.Array:
     """``[B, T, D]`` → the same."""
-    x, state = AnchorBlock(self.config, name="anchor")(x, lengths, local)
+    anchor = self._remat(lambda block, x, lengths: block(x, lengths, local), self.groups)
+    x, state = anchor(AnchorBlock(self.config, name="anchor"), x, lengths)
     if self.followers:
+      follower = self._remat(lambda block, x, state: block(x, state), self.groups * self.followers)
       scan = nn.scan(
-        lambda block, x, state: (block(x, state), None),
+        lambda block, x, state: (follower(block, x, state), None),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,
@@ -95,6 +103,13 @@ class Group(nn.Module):
       )
       x, _ = scan(FollowerBlock(self.config, name="followers"), x, state)
     return x
+
+  def _remat(self, block: Callable[..., Any], repeats: int) -> Callable[..., Any]:
+    """The block as the config's ``remat`` has it, in scans that run it so many times."""
+    if self.config.remat == "none":
+      return block
+    # A loop of one iteration is no loop to the compiler, which would find the recomputation superfluous.
+    return nn.remat(block, prevent_cse=repeats == 1, policy=_REMAT_POLICIES[self.config.remat])
 
 
 class Runs(nn.Module):
@@ -113,11 +128,8 @@ class Runs(nn.Module):
       # Where the run's groups differ in kind, each tells its own: one program, whatever the pattern and the depth.
       kinds = [layer in self.config.local_layers for layer in run.layers if self.plan.is_anchor(layer)]
       kind = kinds[0] if len(set(kinds)) == 1 else None
-      body = functools.partial(_group_step, kind)
-      if self.config.remat != "none":
-        body = nn.remat(body, prevent_cse=False, policy=_REMAT_POLICIES[self.config.remat])
       scan = nn.scan(
-        body,
+        functools.partial(_group_step, kind),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0),
@@ -125,7 +137,7 @@ class Runs(nn.Module):
         metadata_params={nn.PARTITION_NAME: "groups"},
       )
       local = jnp.asarray(kinds) if kind is None else None
-      x, _ = scan(Group(self.config, run.followers, name=str(index)), x, lengths, local)
+      x, _ = scan(Group(self.config, run.followers, run.groups, name=str(index)), x, lengths, local)
     return x
 
 
@@ -297,13 +309,18 @@ def check_tokens(tokens: Any, lengths: Any, vocab_size: int) -> None:
   """Checks a batch where its values are known, that is, outside `jax.jit`.
 
   Raises:
-    ValueError: if tokens are not integers ``[B, T]``, one is not in the vocabulary, or a length is not in 1 to T.
+    ValueError: if tokens are not integers ``[B, T]`` or are none, one is not in the vocabulary, or a length is not an
+      integer in 1 to T.
   """
   if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
     raise ValueError(f"tokens are integers of shape [batch, length], not {tokens.dtype} of shape {tokens.shape}")
-  if lengths is not None and lengths.shape != tokens.shape[:1]:
-    raise ValueError(f"lengths has shape {lengths.shape}; one length a row, {tokens.shape[:1]}, is needed")
-  if isinstance(tokens, jax.core.Tracer) or not tokens.size:
+  if not tokens.size:
+    raise ValueError(f"a batch needs at least one row of at least one token, not shape {tokens.shape}")
+  if lengths is not None and (lengths.shape != tokens.shape[:1] or not jnp.issubdtype(lengths.dtype, jnp.integer)):
+    raise ValueError(
+      f"lengths are integers, one length a row, {tokens.shape[:1]}; not {lengths.dtype} of shape {lengths.shape}"
+    )
+  if isinstance(tokens, jax.core.Tracer):
     return
   # NumPy's copies: under a trace, operations on JAX arrays are traced even where their values are known.
   tokens = np.asarray(tokens)

@@ -13,7 +13,7 @@ from sa_jax.ops.attention import (
   write_slot,
 )
 from sa_jax.ops.glu import gated_linear, has_gated_linear
-from sa_jax.ops.loss import token_log_likelihoods
+from sa_jax.ops.loss import next_token_loss, token_log_likelihoods
 from sa_jax.ops.norm import rms_norm, rms_norm_about_one
 from sa_jax.ops.rope import RopeConfig, apply_rope, rope_frequencies
 
@@ -31,6 +31,7 @@ __all__ = [
   "decode_weights",
   "gated_linear",
   "has_gated_linear",
+  "next_token_loss",
   "rms_norm",
   "rms_norm_about_one",
   "rope_frequencies",

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sa_jax.ops.attention import blockwise, cudnn, reference
+from sa_jax.ops.attention import blockwise, cudnn, reference, splash
 from sa_jax.ops.attention.spec import AttentionSpec
 
 _LOG = logging.getLogger("sa_jax")
@@ -19,10 +19,13 @@ class Backend(NamedTuple):
   Attributes:
     attend: the function.
     unsupported: from platform, q and spec, why it cannot compute the call, or None when it can.
+    partitions: whether XLA can split it over a mesh; what it cannot split runs under `jax.shard_map`, as
+      `sa_jax.nn.QueryKey` does.
   """
 
   attend: Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, AttentionSpec], jax.Array]
   unsupported: Callable[[str, jax.Array, AttentionSpec], str | None]
+  partitions: bool = True
 
 
 def _cudnn_unsupported(platform: str, q: jax.Array, spec: AttentionSpec) -> str | None:
@@ -37,14 +40,26 @@ def _cudnn_unsupported(platform: str, q: jax.Array, spec: AttentionSpec) -> str 
   return None
 
 
+def _splash_unsupported(platform: str, q: jax.Array, spec: AttentionSpec) -> str | None:  # noqa: ARG001
+  return None if platform == "tpu" else f"it runs on TPUs, and this is {platform}"
+
+
+# The fused ones first, the fastest of those that a platform has before the others.
 backends: dict[str, Backend] = {
   "cudnn": Backend(cudnn.attend, _cudnn_unsupported),
+  "splash": Backend(splash.attend, _splash_unsupported, partitions=False),
   "blockwise": Backend(blockwise.attend, lambda *_: None),
   "reference": Backend(reference.attend, lambda *_: None),
 }
 
 # Up to this many keys the weights fit in cache and one softmax beats many small ones.
 _SHORT = 1024
+
+
+def _platform() -> str:
+  """Where the arrays are: compiling ahead of time, the mesh's devices are not the default backend's."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device is not None else jax.default_backend()
 
 
 def choose_backend(
@@ -56,15 +71,15 @@ def choose_backend(
     name: a backend, or ``auto`` for the fastest that supports the call.
     q: ``[B, T, N, H]`` (array or shape).
     k: ``[B, T, K, H]`` (array or shape).
-    platform: ``cpu``, ``gpu`` or ``tpu``; the default backend's when None.
+    platform: ``cpu``, ``gpu`` or ``tpu``; when None, the ambient mesh's (`jax.set_mesh`) or else the default backend's.
     spec: window, soft cap and scale.
 
   Raises:
     ValueError: if there is no backend of that name, or it cannot compute this call (the reason is given).
   """
-  platform = platform or jax.default_backend()
+  platform = platform or _platform()
   if name == "auto":
-    fused = "cudnn" if backends["cudnn"].unsupported(platform, q, spec) is None else "blockwise"
+    fused = next(name for name, backend in backends.items() if backend.unsupported(platform, q, spec) is None)
     chosen = "reference" if fused == "blockwise" and k.shape[1] <= _SHORT else fused
     _LOG.debug("attention of q %s, k %s, %s on %s: %s", q.shape, k.shape, q.dtype, platform, chosen)
     return chosen
@@ -94,7 +109,8 @@ def attend(
     k: ``[B, T, K, H]``, N a multiple of K.
     v: ``[B, T, K, H]``.
     lengths: int32 ``[B]``, or None when rows are full. Outputs at or past a row's length are finite and meaningless.
-    backend: ``auto``, ``reference`` (O(T²) memory), ``blockwise`` (O(T) memory, any device) or ``cudnn``.
+    backend: ``auto``, ``reference`` (O(T²) memory), ``blockwise`` (O(T) memory, any device), ``cudnn`` (NVIDIA) or
+      ``splash`` (TPU; on a mesh, call it under `jax.shard_map`).
     spec: window, soft cap and scale.
 
   Returns:
