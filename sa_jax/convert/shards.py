@@ -51,9 +51,10 @@ class SafetensorsFile:
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
       raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
     header.pop("__metadata__", None)
-    wrong = [f"{key} is {entry['dtype']}" for key, entry in header.items() if entry["dtype"] not in _FLOATS]
-    if wrong:
-      raise ValueError(f"{path} holds tensors of other types than {', '.join(_FLOATS)}: {'; '.join(wrong[:20])}")
+    if wrong := [key for key, entry in header.items() if entry["dtype"] not in _FLOATS]:
+      key = wrong[0]
+      others = f" (and {len(wrong) - 1} others like it)" if len(wrong) > 1 else ""
+      raise ValueError(f"{key} in {path} is {header[key]['dtype']}; one of {', '.join(_FLOATS)} is needed{others}")
     self.shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
     self._dtypes = {key: np.dtype(_FLOATS[entry["dtype"]]) for key, entry in header.items()}
     self._offsets = {key: 8 + size + entry["data_offsets"][0] for key, entry in header.items()}

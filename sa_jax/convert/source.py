@@ -89,8 +89,8 @@ class HfFolder:
         self._open(kind(path / single))
         break
     else:
-      names = " or ".join(name for index, single, _ in _FORMATS for name in (single, index))
-      raise ValueError(f"there are no weights in {path}: {names} is needed")
+      names = " and no ".join(name for index, single, _ in _FORMATS for name in (single, index))
+      raise ValueError(f"there is no {names} in {path}")
     self.shapes = {key: shard.shapes[key] for key, shard in self._shard_of.items()}
 
   def _add_generation_config(self) -> None:
@@ -106,7 +106,7 @@ class HfFolder:
     names = sorted(set(weight_map.values()))
     # A plain name cannot leave the folder.
     if outside := [name for name in names if Path(name).name != name or not name.endswith(kind.suffix)]:
-      raise ValueError(f"{index} names files that are not {kind.suffix} files of its folder: {outside}")
+      raise ValueError(f"{index} names files that are not {kind.suffix[1:]} files of its folder: {outside}")
     if missing := [name for name in names if not (self.path / name).is_file()]:
       raise ValueError(f"shards are missing from {self.path}: {', '.join(missing)}")
     for name in names:
