@@ -24,11 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
   """Runs ``sa-jax``; returns its exit code: 0 done, 2 bad usage or bad input."""
   import tyro
 
-  from sa_jax.cli import convert, cost, demo, fit, generate, perplexity
+  from sa_jax.cli import convert, cost, demo, export, fit, generate, perplexity
 
   commands: dict[str, Callable[..., Command]] = {
     "demo": demo.Demo,
     "convert": convert.Convert,
+    "export": export.Export,
     "generate": generate.Generate,
     "perplexity": perplexity.PerplexityOf,
     "cost": cost.CostOf,

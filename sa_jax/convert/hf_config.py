@@ -111,7 +111,7 @@ def _family(values: Mapping[str, Any]) -> Family:
   model_type = values.get("model_type")
   if isinstance(model_type, str) and model_type in FAMILIES:
     return FAMILIES[model_type]
-  supported = ", ".join(sorted(FAMILIES))
+  supported = ", ".join(FAMILIES)
   if any("experts" in key for key in values):
     raise ValueError(
       f"model_type {model_type!r} is a mixture of experts, which is not supported; supported: {supported}"
