@@ -66,7 +66,7 @@ def save_checkpoint(
   import orbax.checkpoint as ocp
 
   with new_folder(Path(path)) as folder:
-    values = hf_config.write(config) | {"shared_attention": {"source": list(plan.source)}}
+    values = hf_config.write(config) | {"shared_attention": hf_config.write_plan(plan)}
     (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
     if tokenizer is not None:
       tokenizer.save(folder)

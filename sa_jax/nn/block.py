@@ -41,7 +41,7 @@ class Mlp(nn.Module):
     return projection(config, config.embed_dim, ("mlp",), ("embed",), name="down_proj")(hidden)
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
   """A block around some attention."""
 
   config: ModelConfig
@@ -67,7 +67,7 @@ class _Block(nn.Module):
     return nn.with_logical_constraint(x, ("batch", "length", "embed")), *others
 
 
-class AnchorBlock(_Block):
+class AnchorBlock(Block):
   """A block with `AnchorAttention`; methods and shapes are its attention's."""
 
   def setup(self) -> None:
@@ -89,7 +89,7 @@ class AnchorBlock(_Block):
     return self.around(x, lambda h: self.attention.step(h, cache, positions))
 
 
-class FollowerBlock(_Block):
+class FollowerBlock(Block):
   """A block with `FollowerAttention`; methods and shapes are its attention's."""
 
   def setup(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from sa_jax import ops
@@ -15,7 +16,7 @@ class QueryKey:
 
   Attributes:
     q: ``[B, T, N, H]``.
-    k: ``[B, T, K, H]``.
+    k: ``[B, T, K, H]``, or ``[B, T, N, H]`` once heads have been taken.
     lengths: int32 ``[B]``, or None when rows are full.
     backend: how to attend; see `sa_jax.ops.attend`.
   """
@@ -27,7 +28,14 @@ class QueryKey:
 
   def attend(self, v: jax.Array) -> jax.Array:
     """The anchor's attention over a layer's values: ``[B, T, K, H]`` → ``[B, T, N, H]``."""
+    if self.k.shape[2] > v.shape[2]:
+      v = jnp.repeat(v, self.k.shape[2] // v.shape[2], axis=2)
     return ops.attend(self.q, self.k, v, lengths=self.lengths, backend=self.backend)
+
+  def take_heads(self, head_map: jax.Array) -> QueryKey:
+    """The state in which head ``n`` is this one's head ``head_map[n]``; int32 ``[N]``."""
+    group = self.q.shape[2] // self.k.shape[2]
+    return self.replace(q=jnp.take(self.q, head_map, axis=2), k=jnp.take(self.k, head_map // group, axis=2))
 
   def weights(self) -> jax.Array:
     """The softmaxed attention weights ``[B, N, T, T]``, computed now."""
@@ -47,6 +55,10 @@ class AttentionWeights:
   def attend(self, v: jax.Array) -> jax.Array:
     """The anchor's attention over a layer's values: ``[B, S, K, H]`` → ``[B, T, N, H]``."""
     return ops.apply_weights(self.probs, v)
+
+  def take_heads(self, head_map: jax.Array) -> AttentionWeights:
+    """The state in which head ``n`` is this one's head ``head_map[n]``; int32 ``[N]``."""
+    return AttentionWeights(jnp.take(self.probs, head_map, axis=1))
 
   def weights(self) -> jax.Array:
     """The softmaxed attention weights ``[B, N, T, S]``."""

@@ -19,7 +19,7 @@ from sa_jax.nn.attention import projection
 from sa_jax.nn.block import AnchorBlock, FollowerBlock, RMSNorm
 from sa_jax.nn.cache import Cache
 from sa_jax.nn.state import State
-from sa_jax.plan import SharingPlan
+from sa_jax.plan import HeadMap, Run, SharingPlan
 
 _REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -61,6 +61,11 @@ class Head(nn.Module):
     return jnp.einsum("BTD,DV->BTV", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
+def _with_heads(state: State, head_map: HeadMap | jax.Array | None) -> State:
+  """The state as a follower with this head map uses it."""
+  return state if head_map is None else state.take_heads(jnp.asarray(head_map, jnp.int32))
+
+
 class Group(nn.Module):
   """An anchor block and its followers; the state is broadcast into a scan over them.
 
@@ -73,19 +78,19 @@ class Group(nn.Module):
   followers: int
 
   @nn.compact
-  def __call__(self, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    """``[B, T, D]`` → the same."""
+  def __call__(self, x: jax.Array, lengths: jax.Array | None, head_maps: jax.Array | None = None) -> jax.Array:
+    """``[B, T, D]`` → the same; ``head_maps`` int32 ``[followers, N]``, or None where no follower has one."""
     x, state = AnchorBlock(self.config, name="anchor")(x, lengths)
     if self.followers:
       scan = nn.scan(
-        lambda block, x, state: (block(x, state), None),
+        lambda block, x, state, head_map: (block(x, _with_heads(state, head_map)), None),
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        in_axes=(nn.broadcast, 0),
         length=self.followers,
         metadata_params={nn.PARTITION_NAME: "followers"},
       )
-      x, _ = scan(FollowerBlock(self.config, name="followers"), x, state)
+      x, _ = scan(FollowerBlock(self.config, name="followers"), x, state, head_maps)
     return x
 
 
@@ -102,19 +107,28 @@ class Runs(nn.Module):
   def __call__(self, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
     """``[B, T, D]`` → the same."""
     for index, run in enumerate(self.plan.runs):
-      body = lambda group, x, lengths: (group(x, lengths), None)
+      body = lambda group, x, lengths, head_maps: (group(x, lengths, head_maps), None)
       if self.config.remat != "none":
         body = nn.remat(body, prevent_cse=False, policy=_REMAT_POLICIES[self.config.remat])
       scan = nn.scan(
         body,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        in_axes=(nn.broadcast, 0),
         length=run.groups,
         metadata_params={nn.PARTITION_NAME: "groups"},
       )
-      x, _ = scan(Group(self.config, run.followers, name=str(index)), x, lengths)
+      x, _ = scan(Group(self.config, run.followers, name=str(index)), x, lengths, self._head_maps(run))
     return x
+
+  def _head_maps(self, run: Run) -> jax.Array | None:
+    """The head maps of a run's followers, int32 ``[groups, followers, N]``; None if it has none."""
+    followers = [layer for layer in run.layers if not self.plan.is_anchor(layer)]
+    maps = [self.plan.head_map_of(layer) for layer in followers]
+    if not any(maps):
+      return None
+    filled = [tuple(range(self.config.num_heads)) if entry is None else entry for entry in maps]
+    return jnp.asarray(filled, jnp.int32).reshape(run.groups, run.followers, self.config.num_heads)
 
 
 class Layers(nn.Module):
@@ -136,23 +150,26 @@ class Layers(nn.Module):
   def prefill(self, x: jax.Array, lengths: jax.Array | None) -> tuple[jax.Array, Cache, tuple[State, ...]]:
     """`__call__` that also returns the cache of the T tokens, and the state that each layer used."""
     caches, states = [], []
-    for block in self.blocks:
+    for layer, block in enumerate(self.blocks):
       if isinstance(block, AnchorBlock):
         x, state, cache = block.prefill(x, lengths)
+        used = state
       else:
-        x, cache = block.prefill(x, state)
+        used = _with_heads(state, self.plan.head_map_of(layer))
+        x, cache = block.prefill(x, used)
       caches.append(cache)
-      states.append(state)
+      states.append(used)
     return x, Cache(tuple(caches)), tuple(states)
 
   def step(self, x: jax.Array, cache: Cache, positions: jax.Array) -> tuple[jax.Array, Cache]:
     """One token a row, ``[B, 1, D]``, at int32 ``positions [B]`` of the cache."""
     caches = []
-    for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
+    for layer, (block, layer_cache) in enumerate(zip(self.blocks, cache.layers, strict=True)):
       if isinstance(block, AnchorBlock):
         x, state, layer_cache = block.step(x, layer_cache, positions)
       else:
-        x, layer_cache = block.step(x, state, layer_cache, positions)
+        used = _with_heads(state, self.plan.head_map_of(layer))
+        x, layer_cache = block.step(x, used, layer_cache, positions)
       caches.append(layer_cache)
     return x, Cache(tuple(caches))
 
@@ -165,7 +182,7 @@ class Transformer(nn.Module):
     plan: which layers are anchors and which follow them.
 
   Raises:
-    ValueError: if the plan is for another depth.
+    ValueError: if the plan is for another depth, or its head maps for another number of heads.
   """
 
   config: ModelConfig
@@ -174,6 +191,7 @@ class Transformer(nn.Module):
   def __post_init__(self) -> None:
     if self.plan.num_layers != self.config.num_layers:
       raise ValueError(f"the plan is for {self.plan.num_layers} layers, the model has {self.config.num_layers}")
+    self.plan.check_heads(self.config.num_heads)
     super().__post_init__()
 
   def setup(self) -> None:

@@ -1,0 +1,165 @@
+"""The dense model with the plan as data: one compiled program evaluates any plan.
+
+Every layer is an anchor in its parameters, and arrays say which of them act as followers. This is for search and
+analysis; a model whose plan is settled is a `Transformer`, which does not compute what its followers do not need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from sa_jax.config import ModelConfig
+from sa_jax.nn.attention import AnchorAttention
+from sa_jax.nn.block import Block, RMSNorm
+from sa_jax.nn.state import State, make_state
+from sa_jax.nn.transformer import Embed, Head
+from sa_jax.plan import SharingPlan
+
+
+@struct.dataclass
+class PlanArrays:
+  """A plan as arrays: of all layers, of one layer (without the first axis), or of many plans (with another one before).
+
+  Attributes:
+    is_anchor: bool ``[L]``.
+    head_map: int32 ``[L, N]``, the identity where a layer has none.
+  """
+
+  is_anchor: jax.Array
+  head_map: jax.Array
+
+  @classmethod
+  def of(cls, plan: SharingPlan, num_heads: int) -> PlanArrays:
+    """The plan of a model with this many query heads.
+
+    Raises:
+      ValueError: if the plan's head maps are for another number of heads.
+    """
+    plan.check_heads(num_heads)
+    layers = range(plan.num_layers)
+    maps = [plan.head_map_of(layer) or tuple(range(num_heads)) for layer in layers]
+    return cls(np.array([plan.is_anchor(layer) for layer in layers]), np.array(maps, np.int32))
+
+  @classmethod
+  def stack(cls, plans: Sequence[SharingPlan], num_heads: int) -> PlanArrays:
+    """Many plans of one model, to `jax.vmap` or `jax.lax.map` over."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *[cls.of(plan, num_heads) for plan in plans])
+
+
+class PlannedAttention(AnchorAttention):
+  """`AnchorAttention` that an array turns into a follower's."""
+
+  def state(self, x: jax.Array, carried: State, is_anchor: jax.Array) -> State:
+    """The state of the layer's group: its own if it is an anchor, otherwise the one carried to it."""
+    own = make_state(self.config, *self.query_key(x, jnp.arange(x.shape[1])), None)
+    return jax.tree.map(lambda mine, theirs: jnp.where(is_anchor, mine, theirs), own, carried)
+
+  def heads(self, x: jax.Array, state: State, head_map: jax.Array) -> jax.Array:
+    """What the output projection reads, ``[B, T, N, H]``."""
+    return state.take_heads(head_map).attend(self.values(x))
+
+
+class PlannedBlock(Block):
+  """A block with `PlannedAttention`; its parameters are an `AnchorBlock`'s."""
+
+  def setup(self) -> None:
+    super().setup()
+    self.attention = PlannedAttention(self.config)
+
+  def __call__(self, x: jax.Array, carried: State, layer: PlanArrays) -> tuple[jax.Array, State]:
+    """``[B, T, D]`` and the state carried to the layer → the block's output and the state it carries on."""
+
+    def attention(h: jax.Array) -> tuple[jax.Array, State]:
+      state = self.attention.state(h, carried, layer.is_anchor)
+      return self.attention.output(self.attention.heads(h, state, layer.head_map)), state
+
+    return self.around(x, attention)
+
+  def state(self, x: jax.Array, carried: State, is_anchor: jax.Array) -> State:
+    """`PlannedAttention.state` of the block's input."""
+    return self.attention.state(self.attention_norm(x), carried, is_anchor)
+
+  def heads(self, x: jax.Array, state: State, head_map: jax.Array) -> jax.Array:
+    """`PlannedAttention.heads` of the block's input."""
+    return self.attention.heads(self.attention_norm(x), state, head_map)
+
+  def attention_output(self, heads: jax.Array) -> jax.Array:
+    """The output projection: ``[B, T, N, H]`` → ``[B, T, D]``."""
+    return self.attention.output(heads)
+
+  def finish(self, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The rest of the block, given what attention adds to its input."""
+    return self.around(x, lambda _: (y,))[0]
+
+
+class _PlannedGroup(nn.Module):
+  """Gives the block the name that the dense run layout has for it."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, carry: tuple[jax.Array, State], layer: PlanArrays) -> tuple[tuple[jax.Array, State], None]:
+    return PlannedBlock(self.config, name="anchor")(*carry, layer), None
+
+
+class _PlannedRuns(nn.Module):
+  """One scan over all layers. It carries the attention state, which is why its form should be `QueryKey`."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array, plan: PlanArrays) -> jax.Array:
+    scan = nn.scan(
+      _PlannedGroup,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=len(plan.is_anchor),
+      metadata_params={nn.PARTITION_NAME: "groups"},
+    )
+    (x, _), _ = scan(self.config, name="0")((x, empty_state(self.config, *x.shape[:2])), plan)
+    return x
+
+
+class PlannedTransformer(nn.Module):
+  """The whole model; parameters are a dense `Transformer`'s in the run layout.
+
+  Attributes:
+    config: the model.
+  """
+
+  config: ModelConfig
+
+  def setup(self) -> None:
+    self.embed = Embed(self.config)
+    self.runs = _PlannedRuns(self.config)
+    self.final_norm = RMSNorm(self.config)
+    if not self.config.tie_embeddings:
+      self.lm_head = Head(self.config)
+
+  def __call__(self, tokens: jax.Array, plan: PlanArrays) -> jax.Array:
+    """Logits float32 ``[B, T, V]`` of full rows of tokens, int32 ``[B, T]``, under a plan."""
+    return self.read(self.runs(self.embed(tokens), plan))
+
+  def embedded(self, tokens: jax.Array) -> jax.Array:
+    """The first block's input: int32 ``[B, T]`` → ``[B, T, D]``."""
+    return self.embed(tokens)
+
+  def read(self, x: jax.Array) -> jax.Array:
+    """The last block's output ``[B, T, D]`` → logits float32 ``[B, T, V]``."""
+    x = self.final_norm(x)
+    return self.embed.logits(x) if self.config.tie_embeddings else self.lm_head(x)
+
+
+def empty_state(config: ModelConfig, batch: int, length: int) -> State:
+  """A state of zeros, for layer 0, which is an anchor and does not read it."""
+  shape = lambda heads: jax.ShapeDtypeStruct((batch, length, heads, config.head_dim), jnp.dtype(config.dtype))
+  state = jax.eval_shape(
+    lambda q, k: make_state(config, q, k, None), shape(config.num_heads), shape(config.num_kv_heads)
+  )
+  return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)

@@ -1,0 +1,74 @@
+"""The plan as data: one compilation, any plan."""
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_params import random_params
+
+import sa_jax
+from sa_jax import nn, ops
+from sa_jax.config import ModelConfig
+
+CONFIG = ModelConfig(
+  vocab_size=53, embed_dim=24, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=32, eos_token_ids=()
+)
+DENSE = sa_jax.SharingPlan.dense(6)
+TOKENS = np.random.default_rng(0).integers(0, 53, (2, 10), np.int32)
+
+
+@pytest.fixture(scope="module")
+def params():
+  return random_params(CONFIG, DENSE, layout="runs")
+
+
+def random_plan(rng: np.random.Generator) -> sa_jax.SharingPlan:
+  followers = [layer for layer in range(1, 6) if rng.random() < 0.5]
+  plan = sa_jax.SharingPlan.from_followers(6, followers)
+  return plan.with_head_maps({layer: rng.integers(0, 4, 4).tolist() for layer in followers if rng.random() < 0.5})
+
+
+def test_parameters_are_the_dense_models():
+  shapes = jax.eval_shape(
+    lambda: nn.PlannedTransformer(CONFIG).init(
+      jax.random.key(0), jnp.asarray(TOKENS), nn.PlanArrays.of(DENSE, CONFIG.num_heads)
+    )
+  )
+  ours = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), flax.linen.unbox(shapes)["params"])
+  theirs = jax.tree.map(
+    lambda leaf: (leaf.shape, leaf.dtype), sa_jax.sharding.abstract_params(sa_jax.Transformer(CONFIG, DENSE))
+  )
+  assert ours == theirs
+
+
+def test_a_hundred_plans_with_one_compilation(params):
+  traces = 0
+
+  @jax.jit
+  def losses(params, tokens, plan):
+    nonlocal traces
+    traces += 1
+    logits = nn.PlannedTransformer(CONFIG).apply({"params": params}, tokens, plan)
+    return -ops.token_log_likelihoods(logits[:, :-1], tokens[:, 1:]).mean()
+
+  rng = np.random.default_rng(2)
+  plans = [random_plan(rng) for _ in range(100)]
+  got = [float(losses(params, TOKENS, nn.PlanArrays.of(plan, CONFIG.num_heads))) for plan in plans]
+  assert traces == 1
+  assert losses._cache_size() == 1
+  assert len(set(plans)) > 60
+  layers = sa_jax.unstack(params, DENSE)
+  for plan, loss in list(zip(plans, got))[::25]:
+    want = sa_jax.perplexity(sa_jax.Transformer(CONFIG, plan), sa_jax.prune(layers, plan), TOKENS, batch_size=2).loss
+    assert loss == pytest.approx(want, abs=1e-5)
+
+
+def test_plans_can_be_vmapped(params):
+  rng = np.random.default_rng(3)
+  plans = [random_plan(rng) for _ in range(4)]
+  apply = lambda plan: nn.PlannedTransformer(CONFIG).apply({"params": params}, TOKENS, plan)
+  together = jax.jit(jax.vmap(apply))(nn.PlanArrays.stack(plans, CONFIG.num_heads))
+  alone = jax.jit(apply)
+  for plan, logits in zip(plans, together):
+    np.testing.assert_allclose(logits, alone(nn.PlanArrays.of(plan, CONFIG.num_heads)), atol=1e-5)
