@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sa_jax.ops.rope import RopeConfig
 
@@ -53,7 +53,7 @@ class ModelConfig:
   mlp_dim: int
   max_length: int = 2048
   norm_eps: float = 1e-5
-  rope: RopeConfig = RopeConfig()
+  rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
   tie_embeddings: bool = False
   bos_token_id: int | None = None
   eos_token_ids: tuple[int, ...] = ()
@@ -93,8 +93,8 @@ class ModelConfig:
       ("attention_state", AttentionState),
       ("remat", RematPolicy),
     ):
-      if getattr(self, name) not in choices.__args__:
-        wrong.append(f"{name}={getattr(self, name)!r} (one of {', '.join(choices.__args__)} is needed)")
+      if getattr(self, name) not in get_args(choices):
+        wrong.append(f"{name}={getattr(self, name)!r} (one of {', '.join(get_args(choices))} is needed)")
     if wrong:
       raise ValueError("model config: " + "; ".join(wrong))
 

@@ -49,7 +49,11 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def save_checkpoint(
-  path: str | Path, config: ModelConfig, plan: SharingPlan, params: Mapping[str, Any], tokenizer: Tokenizer | None = None
+  path: str | Path,
+  config: ModelConfig,
+  plan: SharingPlan,
+  params: Mapping[str, Any],
+  tokenizer: Tokenizer | None = None,
 ) -> None:
   """Writes a checkpoint that `sa_jax.from_pretrained` opens under any plan that it has the weights for.
 

@@ -244,7 +244,7 @@ def read_plan(values: Mapping[str, Any], num_layers: int) -> SharingPlan:
     return SharingPlan.dense(num_layers)
   source = shared.get("source") if isinstance(shared, Mapping) else None
   if not _integers(source):
-    raise ValueError("config.json: shared_attention must be {\"source\": [one layer number a layer]}")
+    raise ValueError('config.json: shared_attention must be {"source": [one layer number a layer]}')
   if unknown := sorted(set(shared) - {"source", "head_map"}):
     raise ValueError(f"config.json: shared_attention has unknown keys {unknown}")
   plan = as_plan(source, num_layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,7 +16,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from sa_jax.config import ModelConfig
 from sa_jax.convert import checkpoint, hf_config
 from sa_jax.convert.source import Source, open_source
-from sa_jax.convert.table import Account, account
+from sa_jax.convert.table import Account, Entry, account
 from sa_jax.convert.tokenizer import load_tokenizer
 from sa_jax.nn import Transformer
 from sa_jax.params import stack
@@ -76,7 +77,7 @@ def from_pretrained(
     node = tree
     for name in parents:
       node = node.setdefault(name, {})
-    node[leaf] = LazyTensor(entry.our_shape(), lambda entry=entry: entry.to_ours(source.read(entry.key)))
+    node[leaf] = LazyTensor(entry.our_shape(), functools.partial(_read, source, entry))
   if layout == "runs":
     tree = stack(tree, made, join=_stack_lazily)
   return model, _place(tree, model, mesh, layout, progress)
@@ -97,6 +98,10 @@ def _with_dtype(config: ModelConfig, dtype: str | None) -> ModelConfig:
   if dtype not in hf_config.DTYPES:
     raise ValueError(f"dtype {dtype!r} is not supported; one of {', '.join(hf_config.DTYPES)} is")
   return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+
+
+def _read(source: Source, entry: Entry) -> np.ndarray:
+  return entry.to_ours(source.read(entry.key))
 
 
 def _stack_lazily(leaves: Sequence[LazyTensor], leading: tuple[int, ...]) -> LazyTensor:
@@ -127,7 +132,7 @@ def _place(
   placed = []
   for index, (leaf, sharding) in enumerate(zip(leaves, shardings, strict=True)):
     value = leaf.load().astype(jnp.dtype(model.config.param_dtype))
-    placed.append(jax.make_array_from_callback(value.shape, sharding, lambda part, value=value: value[part]))
+    placed.append(jax.make_array_from_callback(value.shape, sharding, value.__getitem__))
     if progress is not None:
       progress(index + 1, len(leaves))
   return jax.tree.unflatten(structure, placed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ class Source(Protocol):
 
   path: Path
   config: dict[str, Any]
-  shapes: Mapping[str, tuple[int, ...]]
+  shapes: dict[str, tuple[int, ...]]
 
   def read(self, key: str) -> np.ndarray:
     """One tensor, in its stored floating-point dtype (float32 if it is quantised)."""
@@ -95,7 +95,7 @@ class HfFolder:
 
   def _open(self, file: Path) -> None:
     with _safetensors(file) as handle:
-      for key in handle.keys():
+      for key in handle.keys():  # noqa: SIM118 (not a mapping)
         if key in self._file_of:
           raise ValueError(f"{key} is in both {self._file_of[key].name} and {file.name} of {self.path}")
         stored = handle.get_slice(key)
@@ -105,10 +105,12 @@ class HfFolder:
         self._file_of[key] = file
 
   def read(self, key: str) -> np.ndarray:
+    """See `Source.read`."""
     with _safetensors(self._file_of[key]) as handle:
       return handle.get_tensor(key)
 
   def tokenizer(self) -> Tokenizer | None:
+    """See `Source.tokenizer`."""
     return load_tokenizer(self.path) if (self.path / "tokenizer.json").exists() else None
 
 
@@ -187,7 +189,9 @@ class GgufFile:
     embed_dim = self.field("llama.embedding_length", int)
     head_dim = self.field("llama.rope.dimension_count", int, embed_dim // max(heads, 1))
     if (key_length := self.optional("llama.attention.key_length")) not in (None, head_dim):
-      raise ValueError(f"{self.path}: heads of {key_length} with rotary embedding on {head_dim} of it are not implemented")
+      raise ValueError(
+        f"{self.path}: heads of {key_length} with rotary embedding on {head_dim} of it are not implemented"
+      )
     if scaling := self.optional("llama.rope.scaling.type") not in (None, "none"):
       raise ValueError(f"{self.path}: rope scaling {scaling!r} in a GGUF file is not implemented")
     return {
@@ -213,6 +217,7 @@ class GgufFile:
     }
 
   def read(self, key: str) -> np.ndarray:
+    """See `Source.read`."""
     tensor = self._tensors[key]
     weight = self._dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes[key])
     for name, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
@@ -223,6 +228,7 @@ class GgufFile:
     return weight
 
   def tokenizer(self) -> Tokenizer | None:
+    """See `Source.tokenizer`."""
     from sa_jax.convert.tokenizer import from_gguf
 
     return from_gguf(self)
@@ -248,5 +254,7 @@ def open_source(path: Path) -> Source:
   with path.open("rb") as file:
     magic = file.read(4)
   if magic != b"GGUF":
-    raise ValueError(f"{path} is not a GGUF file; a model is a Hugging Face folder, a GGUF file or an sa_jax checkpoint")
+    raise ValueError(
+      f"{path} is not a GGUF file; a model is a Hugging Face folder, a GGUF file or an sa_jax checkpoint"
+    )
   return GgufFile(path)

@@ -135,9 +135,7 @@ def from_gguf(file: GgufFile) -> Tokenizer:
   merges = [tuple(merge.split(" ", 1)) for merge in file.field("tokenizer.ggml.merges", list)]
   vocabulary = {token: index for index, token in enumerate(tokens)}
   backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
-  splits = [
-    tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in _PRE_TOKENIZERS[pre]
-  ]
+  splits = [tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in _PRE_TOKENIZERS[pre]]
   byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*splits, byte_level])
   backend.decoder = tokenizers.decoders.ByteLevel()

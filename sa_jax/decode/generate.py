@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from sa_jax.decode.engine import decode, prefill
 from sa_jax.decode.padding import to_right_padded
@@ -18,8 +17,7 @@ from sa_jax.nn.transformer import check_tokens
 from sa_jax.params import as_layers
 
 
-@struct.dataclass
-class Generated:
+class Generated(NamedTuple):
   """What `generate` returns.
 
   Attributes:

@@ -117,6 +117,7 @@ class AnchorAttention(_Attention):
       ``y [B, 1, D]``, the weights for the followers, and the cache.
     """
     q, k = self.query_key(x, positions[:, None])
+    assert cache.keys is not None, "an anchor's cache has keys"
     keys = write_slot(cache.keys, k, positions)
     values = write_slot(cache.values, self.values(x), positions)
     state = AttentionWeights(ops.attention_weights(q, jnp.swapaxes(keys, 1, 2), positions=positions[:, None]))

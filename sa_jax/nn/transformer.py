@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_jax.config import ModelConfig
-from sa_jax.nn.attention import projection
 from sa_jax.nn.block import AnchorBlock, FollowerBlock, RMSNorm
 from sa_jax.nn.cache import Cache
 from sa_jax.nn.state import State

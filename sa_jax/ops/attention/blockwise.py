@@ -64,7 +64,7 @@ def _forward(
   """Output ``[B, T, K, G, H]`` and the residuals of the backward pass."""
   q_blocks, k_blocks, v_blocks = _blocks(q, block), _blocks(k, block), _blocks(v, block)
 
-  def query_block(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+  def query_block(carry: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
     i, q_i = inputs
 
     def key_block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -86,7 +86,7 @@ def _forward(
     )
     accumulated, maximum, total = jax.lax.fori_loop(0, i + 1, key_block, start)
     out = accumulated / _to_heads_last(total)[..., None]
-    return None, (out.astype(v.dtype), maximum + jnp.log(total))
+    return carry, (out.astype(v.dtype), maximum + jnp.log(total))
 
   _, (out, log_sums) = jax.lax.scan(query_block, None, (jnp.arange(len(q_blocks)), q_blocks))
   out = _unblocks(out)

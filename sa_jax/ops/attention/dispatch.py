@@ -13,13 +13,18 @@ _LOG = logging.getLogger("sa_jax")
 
 
 class Backend(NamedTuple):
-  """A way to compute attention: the function, and why a call may be beyond it (None when it is not)."""
+  """A way to compute attention.
+
+  Attributes:
+    attend: the function.
+    unsupported: from platform and q, why it cannot compute the call, or None when it can.
+  """
 
   attend: Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
-  unsupported: Callable[[str, jax.Array, jax.Array], str | None]
+  unsupported: Callable[[str, jax.Array], str | None]
 
 
-def _cudnn_unsupported(platform: str, q: jax.Array, k: jax.Array) -> str | None:
+def _cudnn_unsupported(platform: str, q: jax.Array) -> str | None:
   if platform not in ("gpu", "cuda"):
     return f"it runs on NVIDIA GPUs, and this is {platform}"
   if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -29,14 +34,10 @@ def _cudnn_unsupported(platform: str, q: jax.Array, k: jax.Array) -> str | None:
   return None
 
 
-def _anywhere(platform: str, q: jax.Array, k: jax.Array) -> str | None:
-  return None
-
-
 backends: dict[str, Backend] = {
   "cudnn": Backend(cudnn.attend, _cudnn_unsupported),
-  "blockwise": Backend(blockwise.attend, _anywhere),
-  "reference": Backend(reference.attend, _anywhere),
+  "blockwise": Backend(blockwise.attend, lambda *_: None),
+  "reference": Backend(reference.attend, lambda *_: None),
 }
 
 # Up to this many keys the weights fit in cache and one softmax beats many small ones.
@@ -57,13 +58,13 @@ def choose_backend(name: str, q: jax.Array, k: jax.Array, platform: str | None =
   """
   platform = platform or jax.default_backend()
   if name == "auto":
-    fused = "cudnn" if backends["cudnn"].unsupported(platform, q, k) is None else "blockwise"
+    fused = "cudnn" if backends["cudnn"].unsupported(platform, q) is None else "blockwise"
     chosen = "reference" if fused == "blockwise" and k.shape[1] <= _SHORT else fused
     _LOG.debug("attention of q %s, k %s, %s on %s: %s", q.shape, k.shape, q.dtype, platform, chosen)
     return chosen
   if name not in backends:
     raise ValueError(f"no attention backend {name!r}; there are auto, {', '.join(backends)}")
-  if reason := backends[name].unsupported(platform, q, k):
+  if reason := backends[name].unsupported(platform, q):
     raise ValueError(f"the attention backend {name!r} cannot compute this: {reason}; 'auto' chooses one that can")
   return name
 

@@ -1,0 +1,85 @@
+"""What subcommands share: tables, progress, JSON, numbers for people."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+console = Console(highlight=False)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+  """Prints a table: the first column names the row, the others are numbers."""
+  table = Table(title=title, title_justify="left", title_style="bold")
+  for index, column in enumerate(columns):
+    table.add_column(column, justify="left" if index == 0 else "right")
+  for row in rows:
+    table.add_row(*row)
+  console.print(table)
+
+
+@contextlib.contextmanager
+def progress(label: str) -> Iterator[Callable[[int, int], None]]:
+  """A progress bar on stderr; yields a function that takes (done, in all)."""
+  columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+  with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    task = bar.add_task(label, total=None)
+    yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def write_json(path: Path | None, values: Any) -> None:
+  """Writes values, dataclasses among them, to a JSON file if one was asked for.
+
+  Raises:
+    ValueError: if the file cannot be written.
+  """
+  if path is None:
+    return
+  try:
+    path.write_text(json.dumps(values, indent=2, default=_plain) + "\n", encoding="utf-8")
+  except OSError as error:
+    raise ValueError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _plain(value: Any) -> Any:
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    return dataclasses.asdict(value)
+  return str(value)
+
+
+def read_text(path: Path) -> str:
+  """A text file's contents.
+
+  Raises:
+    ValueError: if it cannot be read, or is not UTF-8 text.
+  """
+  try:
+    return path.read_text(encoding="utf-8")
+  except OSError as error:
+    raise ValueError(f"cannot read {path}: {error.strerror}") from None
+  except UnicodeDecodeError:
+    raise ValueError(f"{path} is not UTF-8 text") from None
+
+
+def quantity(value: float, unit: str = "") -> str:
+  """A number with three digits and a decimal prefix, such as ``13.5 G`` of a unit."""
+  prefixes = ["", "k", "M", "G", "T", "P"]
+  while abs(value) >= 999.5 and len(prefixes) > 1:
+    value /= 1000
+    prefixes.pop(0)
+  prefix = prefixes[0]
+  digits = 0 if prefix == "" and value == int(value) else 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+  return f"{value:.{digits}f} {prefix}{unit}".rstrip()
+
+
+def change(new: float, old: float) -> str:
+  """The relative change from old to new, in per cent."""
+  return "=" if new == old else f"{100 * (new / old - 1):+.1f} %"

