@@ -32,13 +32,18 @@ class Mlp(nn.Module):
 
   config: ModelConfig
 
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def setup(self) -> None:
     config = self.config
-    gate = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="gate_proj")(x)
-    up = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="up_proj")(x)
-    hidden = nn.with_logical_constraint(jax.nn.silu(gate) * up, ("batch", "length", "mlp"))
-    return projection(config, config.embed_dim, ("mlp",), ("embed",), name="down_proj")(hidden)
+    self.gate_proj = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="gate_proj")
+    self.up_proj = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="up_proj")
+    self.down_proj = projection(config, config.embed_dim, ("mlp",), ("embed",), name="down_proj")
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.down_proj(self.hidden(x))
+
+  def hidden(self, x: jax.Array) -> jax.Array:
+    """What the last projection reads: ``[B, T, D]`` → ``[B, T, F]``."""
+    return nn.with_logical_constraint(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x), ("batch", "length", "mlp"))
 
 
 class Block(nn.Module):

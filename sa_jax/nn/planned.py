@@ -97,6 +97,10 @@ class PlannedBlock(Block):
     """The rest of the block, given what attention adds to its input."""
     return self.around(x, lambda _: (y,))[0]
 
+  def mlp_hidden(self, x: jax.Array) -> jax.Array:
+    """What the MLP's last projection reads, ``[B, T, F]``, from the sum of the block's input and its attention."""
+    return self.mlp.hidden(self.mlp_norm(x))
+
 
 class _PlannedGroup(nn.Module):
   """Gives the block the name that the dense run layout has for it."""
