@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,7 +13,6 @@ from sa_jax.config import ModelConfig
 from sa_jax.cost import cost
 from sa_jax.plan import SharingPlan
 
-Strategy = Literal["greedy", "beam", "dp", "spans"]
 Progress = Callable[[int, int], None]
 
 
