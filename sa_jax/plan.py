@@ -200,15 +200,16 @@ class SharingPlan:
     """The layer's head map, or None for the identity."""
     return None if self.head_map is None else self.head_map[layer]
 
-  def with_head_maps(self, maps: Mapping[int, Sequence[int]]) -> SharingPlan:
-    """The same sharing with these head maps, by follower; followers that are not named have the identity.
+  def with_head_maps(self, maps: Mapping[int, Sequence[int] | None]) -> SharingPlan:
+    """The same sharing with these head maps, by follower; followers not named, or with None, have the identity.
 
     Raises:
       ValueError: as the class.
     """
     if unknown := sorted(set(maps) - set(range(self.num_layers))):
       raise ValueError(f"head maps for layers {unknown}, but the layers are 0 to {self.num_layers - 1}")
-    return SharingPlan(self.source, tuple(maps.get(layer) for layer in range(self.num_layers)))  # type: ignore[arg-type]
+    given = [maps.get(layer) for layer in range(self.num_layers)]
+    return SharingPlan(self.source, tuple(None if entry is None else tuple(entry) for entry in given))
 
   def check_heads(self, num_heads: int) -> None:
     """Checks that the head maps are for a model of this many query heads.

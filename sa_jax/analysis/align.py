@@ -19,7 +19,8 @@ from sa_jax import ops
 from sa_jax.analysis import walk
 from sa_jax.analysis.ridge import Sums, gain, total
 from sa_jax.config import ModelConfig
-from sa_jax.nn import PlanArrays, PlannedTransformer, QueryKey, Transformer
+from sa_jax.nn import PlanArrays, PlannedTransformer, Transformer
+from sa_jax.nn.state import QueryKey, State
 from sa_jax.nn.transformer import check_tokens
 from sa_jax.params import prune, stack
 from sa_jax.plan import HeadMap, SharingPlan
@@ -30,9 +31,12 @@ KINDS: tuple[Kind, ...] = ("group", "permutation", "free")
 
 
 @functools.partial(jax.jit, static_argnames="block")
-def _products(mine: QueryKey, theirs: QueryKey, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _products(mine: State, theirs: State, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Inner products ``[N, N]`` of two layers' heads without the first key, and their squared norms ``[N]``."""
+  assert isinstance(mine, QueryKey)
+  assert isinstance(theirs, QueryKey)
   length = mine.q.shape[1]
+  block = min(block, length)
   padded = -length % block
 
   def one(start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -52,7 +56,7 @@ def _products(mine: QueryKey, theirs: QueryKey, block: int) -> tuple[jax.Array, 
   return jax.tree.map(lambda leaf: leaf.sum(axis=0), parts)
 
 
-def head_similarity(follower: Sequence[QueryKey], anchor: Sequence[QueryKey], block: int = 128) -> np.ndarray:
+def head_similarity(follower: Sequence[State], anchor: Sequence[State], block: int = 128) -> np.ndarray:
   """Cosine of the weights of every head of one layer with every head of another, the first key left out.
 
   Args:
@@ -63,8 +67,7 @@ def head_similarity(follower: Sequence[QueryKey], anchor: Sequence[QueryKey], bl
   Returns:
     float64 ``[N, N]``: follower's head, anchor's head.
   """
-  length = follower[0].q.shape[1]
-  parts = [_products(mine, theirs, min(block, length)) for mine, theirs in zip(follower, anchor, strict=True)]
+  parts = [_products(mine, theirs, block) for mine, theirs in zip(follower, anchor, strict=True)]
   products, mine, theirs = (sum(np.asarray(part, np.float64) for part in column) for column in zip(*parts, strict=True))
   return products / np.maximum(np.sqrt(np.outer(mine, theirs)), np.finfo(np.float64).tiny)
 
@@ -142,12 +145,12 @@ def _descend(
   def improve(step: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     best, head_map = carry
     tried = jnp.tile(head_map[None], (heads, 1)).at[:, step % heads].set(jnp.arange(heads, dtype=jnp.int32))
-    found = jax.lax.map(objective, tried)
+    found = jax.vmap(objective)(tried)
     index = jnp.argmin(found)
     better = found[index] < best - 1e-6 * sums.energy
     return jnp.where(better, found[index], best), jnp.where(better, tried[index], head_map)
 
-  start_values = jax.lax.map(objective, starts)
+  start_values = jax.vmap(objective)(starts)
   index = jnp.argmin(start_values)
   return jax.lax.fori_loop(0, sweeps * heads, improve, (start_values[index], starts[index]))[1]
 

@@ -128,8 +128,8 @@ class Judge:
     if not self.maps:
       return None
     if (anchor, layer) not in self._maps:
-      states = [[target.state for target in self._trace[each][: self._calibration]] for each in (layer, anchor)]
-      similarity = head_similarity(*states)
+      states = lambda each: [target.state for target in self._trace[each][: self._calibration]]
+      similarity = head_similarity(states(layer), states(anchor))
       self._maps[anchor, layer] = best_map(similarity, self.config.num_kv_heads, "free")
     return self._maps[anchor, layer]
 

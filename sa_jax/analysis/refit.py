@@ -138,9 +138,8 @@ def recover_layer(
   done = []
   fitted = list(zip(stream, targets, strict=True))[:calibration]
   if not layer.is_anchor:
-    refitted, *errors = refit_attention(config, block, fitted, jnp.asarray(layer.head_map), refit)
-    done.append(("attention", *errors))
-    block = refitted
+    block, before, after, condition = refit_attention(config, block, fitted, jnp.asarray(layer.head_map), refit)
+    done.append(("attention", before, after, condition))
   middle = [_attend(config, block, chunk, layer) for chunk in stream]
   if refit.mlp:
     pairs = zip(middle[:calibration], targets, strict=False)

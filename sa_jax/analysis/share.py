@@ -145,4 +145,5 @@ def share(
     results.append(
       {text.name: perplexity(each, runs, jnp.asarray(text.judging), batch_size=1, progress=report) for text in texts}
     )
-  return Shared(made.model, made.params, *results, made.reports)
+  dense, shared = results
+  return Shared(made.model, made.params, dense, shared, made.reports)

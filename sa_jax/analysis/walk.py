@@ -119,10 +119,11 @@ def row_losses(config: ModelConfig, params: Mapping[str, Any], x: jax.Array, tok
 def losses(config: ModelConfig, params: Mapping[str, Any], stream: Stream, tokens: np.ndarray) -> np.ndarray:
   """`row_losses` of a stream after the last layer: float64 ``[rows]``."""
   outside = {name: value for name, value in params.items() if name != "layers"}
-  out = []
+  out, done = [], 0
   for chunk in stream:
-    rows = tokens[sum(map(len, out)) :][: len(chunk.x)]
+    rows = tokens[done : done + chunk.x.shape[0]]
     out.append(row_losses(config, outside, chunk.x, jnp.asarray(rows, jnp.int32)))
+    done += len(rows)
   return np.concatenate([np.asarray(part, np.float64) for part in out])
 
 

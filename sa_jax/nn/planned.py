@@ -7,6 +7,7 @@ analysis; a model whose plan is settled is a `Transformer`, which does not compu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -31,8 +32,8 @@ class PlanArrays:
     head_map: int32 ``[L, N]``, the identity where a layer has none.
   """
 
-  is_anchor: jax.Array
-  head_map: jax.Array
+  is_anchor: jax.Array | np.ndarray | np.bool_
+  head_map: jax.Array | np.ndarray
 
   @classmethod
   def of(cls, plan: SharingPlan, num_heads: int) -> PlanArrays:
@@ -55,12 +56,12 @@ class PlanArrays:
 class PlannedAttention(AnchorAttention):
   """`AnchorAttention` that an array turns into a follower's."""
 
-  def state(self, x: jax.Array, carried: State, is_anchor: jax.Array) -> State:
+  def state(self, x: jax.Array, carried: State, is_anchor: Any) -> State:
     """The state of the layer's group: its own if it is an anchor, otherwise the one carried to it."""
     own = make_state(self.config, *self.query_key(x, jnp.arange(x.shape[1])), None)
     return jax.tree.map(lambda mine, theirs: jnp.where(is_anchor, mine, theirs), own, carried)
 
-  def heads(self, x: jax.Array, state: State, head_map: jax.Array) -> jax.Array:
+  def heads(self, x: jax.Array, state: State, head_map: Any) -> jax.Array:
     """What the output projection reads, ``[B, T, N, H]``."""
     return state.take_heads(head_map).attend(self.values(x))
 
@@ -81,11 +82,11 @@ class PlannedBlock(Block):
 
     return self.around(x, attention)
 
-  def state(self, x: jax.Array, carried: State, is_anchor: jax.Array) -> State:
+  def state(self, x: jax.Array, carried: State, is_anchor: Any) -> State:
     """`PlannedAttention.state` of the block's input."""
     return self.attention.state(self.attention_norm(x), carried, is_anchor)
 
-  def heads(self, x: jax.Array, state: State, head_map: jax.Array) -> jax.Array:
+  def heads(self, x: jax.Array, state: State, head_map: Any) -> jax.Array:
     """`PlannedAttention.heads` of the block's input."""
     return self.attention.heads(self.attention_norm(x), state, head_map)
 
@@ -123,7 +124,7 @@ class _PlannedRuns(nn.Module):
       _PlannedGroup,
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      length=len(plan.is_anchor),
+      length=plan.head_map.shape[0],
       metadata_params={nn.PARTITION_NAME: "groups"},
     )
     (x, _), _ = scan(self.config, name="0")((x, empty_state(self.config, *x.shape[:2])), plan)

@@ -35,7 +35,8 @@ class QueryKey:
   def take_heads(self, head_map: jax.Array) -> QueryKey:
     """The state in which head ``n`` is this one's head ``head_map[n]``; int32 ``[N]``."""
     group = self.q.shape[2] // self.k.shape[2]
-    return self.replace(q=jnp.take(self.q, head_map, axis=2), k=jnp.take(self.k, head_map // group, axis=2))
+    q, k = jnp.take(self.q, head_map, axis=2), jnp.take(self.k, head_map // group, axis=2)
+    return QueryKey(q, k, self.lengths, self.backend)
 
   def weights(self) -> jax.Array:
     """The softmaxed attention weights ``[B, N, T, T]``, computed now."""

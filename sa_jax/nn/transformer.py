@@ -60,8 +60,8 @@ class Head(nn.Module):
     return jnp.einsum("BTD,DV->BTV", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def _with_heads(state: State, head_map: HeadMap | jax.Array | None) -> State:
-  """The state as a follower with this head map uses it."""
+def _with_heads(state: Any, head_map: HeadMap | jax.Array | None) -> Any:
+  """A state, in the form that it has, as a follower with this head map uses it."""
   return state if head_map is None else state.take_heads(jnp.asarray(head_map, jnp.int32))
 
 
