@@ -61,8 +61,7 @@ def unstack(params: Params, plan: SharingPlan, *, donate: bool = False) -> dict[
   """Run layout → layer layout: the inverse of `stack`, with the same arguments and errors."""
   if "runs" not in params:
     raise ValueError(f"unstack takes the run layout, which has 'runs'; these parameters have {sorted(params)}")
-  if set(params["runs"]) != {str(index) for index in range(len(plan.runs))}:
-    raise ValueError(f"the parameters have runs {sorted(params['runs'])}, the plan '{plan}' has {len(plan.runs)}")
+  _check_runs(params["runs"], plan)
   layers: dict[str, Any] = {}
   for index, run in enumerate(plan.runs):
     stacked = params["runs"][str(index)]
@@ -113,6 +112,24 @@ def _check_plan(layers: Mapping[str, Any], plan: SharingPlan) -> None:
     raise ValueError(
       f"the plan '{plan}' makes layers {extra} followers, but they still have q_proj and k_proj; prune first"
     )
+
+
+def _check_runs(runs: Mapping[str, Any], plan: SharingPlan) -> None:
+  if set(runs) != {str(index) for index in range(len(plan.runs))}:
+    raise ValueError(f"the parameters have runs {sorted(runs)}, the plan '{plan}' has {len(plan.runs)}")
+  errors = []
+  for index, run in enumerate(plan.runs):
+    leading: dict[str, tuple[int, ...]] = {"anchor": (run.groups,)}
+    if run.followers:
+      leading["followers"] = (run.groups, run.followers)
+    found = {
+      part: sorted({leaf.shape[: len(leading.get(part, ()))] for leaf in jax.tree.leaves(tree, is_leaf=_is_leaf)})
+      for part, tree in runs[str(index)].items()
+    }
+    if found != {part: [shape] for part, shape in leading.items()}:
+      errors.append(f"run {index} has {run.groups} groups of {run.followers} followers, the parameters have {found}")
+  if errors:
+    raise ValueError(f"the parameters are stacked for another plan than '{plan}': " + "; ".join(errors))
 
 
 def _members(run: Run) -> tuple[list[int], list[int]]:

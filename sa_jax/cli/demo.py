@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +43,7 @@ class Demo:
 
     import sa_jax
     from sa_jax.analysis import layer_similarity, plots
+    from sa_jax.decode import Cache
 
     path = self.model or packaged_model()
     with progress("opening the model") as report:
@@ -63,9 +65,14 @@ class Demo:
     for name, (each, params) in models.items():
       with progress(f"reading a text, {name}") as report:
         loss = sa_jax.perplexity(each, sa_jax.stack(params, each.plan), rows, progress=report)
-      with progress(f"answering, {name}") as report:
-        answer = self._answer(each, params, tokens, tokenizer, report)
-      results[name] = {"perplexity": loss.perplexity, **answer}
+      with progress(f"answering, {name}"):
+        out = sa_jax.generate(each, params, tokens, max_new_tokens=self.max_new_tokens)
+      cache = Cache.empty(config, each.plan, 1, tokens.shape[1] + self.max_new_tokens)
+      answer = tokenizer.decode(out.tokens[0, : out.lengths[0]].tolist()).strip()
+      results[name] = {"perplexity": loss.perplexity, "answer": answer, "cache_bytes": cache.nbytes}
+    with progress("timing both in turn") as report:
+      for name, seconds in self._time(models, tokens, report).items():
+        results[name]["tokens_per_second"] = self.max_new_tokens / seconds
 
     length = tokens.shape[1] + self.max_new_tokens
     costs = [sa_jax.cost(config, each.plan, 1, length) for each, _ in models.values()]
@@ -90,26 +97,20 @@ class Demo:
     console.print(f"\nWhich layers attend alike: [bold]{file}[/bold] (the plan's groups are outlined)")
     write_json(self.json, {"plan": str(plan), "costs": dict(zip(models, costs, strict=True)), "results": results})
 
-  def _answer(self, model: Any, params: Mapping[str, Any], tokens: Any, tokenizer: Any, report: Any) -> dict[str, Any]:
+  def _time(self, models: Mapping[str, tuple[Any, Any]], tokens: Any, report: Any, rounds: int = 5) -> dict[str, float]:
+    """Median seconds that each model takes to generate ``max_new_tokens`` tokens, whatever they say."""
     import sa_jax
-    from sa_jax.decode import Cache
 
-    out = sa_jax.generate(model, params, tokens, max_new_tokens=self.max_new_tokens)
-    report(1, 3)
-    # Without end tokens both models generate equally many tokens, so that their speeds compare.
-    endless = sa_jax.Transformer(dataclasses.replace(model.config, eos_token_ids=()), model.plan)
-    for attempt in range(2):  # the first one compiles
-      start = time.perf_counter()
-      sa_jax.generate(endless, params, tokens, max_new_tokens=self.max_new_tokens)
-      seconds = time.perf_counter() - start
-      report(attempt + 2, 3)
-    length = int(out.lengths[0])
-    cache = Cache.empty(model.config, model.plan, 1, tokens.shape[1] + self.max_new_tokens)
-    return {
-      "answer": tokenizer.decode(out.tokens[0, :length]).strip(),
-      "tokens_per_second": self.max_new_tokens / seconds,
-      "cache_bytes": cache.nbytes,
-    }
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for attempt in range(rounds + 1):
+      for name, (model, params) in models.items():
+        endless = sa_jax.Transformer(dataclasses.replace(model.config, eos_token_ids=()), model.plan)
+        start = time.perf_counter()
+        sa_jax.generate(endless, params, tokens, max_new_tokens=self.max_new_tokens)
+        if attempt:  # the first round compiles
+          seconds[name].append(time.perf_counter() - start)
+      report(attempt + 1, rounds + 1)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def packaged_model() -> Path:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
-from sa_jax.nn.cache import LayerCache, write_slot
+from sa_jax.nn.cache import LayerCache
 from sa_jax.nn.state import AttentionWeights, State, make_state
 
 
@@ -116,12 +116,19 @@ class AnchorAttention(_Attention):
     Returns:
       ``y [B, 1, D]``, the weights for the followers, and the cache.
     """
-    q, k = self.query_key(x, positions[:, None])
     assert cache.keys is not None, "an anchor's cache has keys"
-    keys = write_slot(cache.keys, k, positions)
-    values = write_slot(cache.values, self.values(x), positions)
-    state = AttentionWeights(ops.attention_weights(q, jnp.swapaxes(keys, 1, 2), positions=positions[:, None]))
-    return self.output(state.attend(jnp.swapaxes(values, 1, 2))), state, LayerCache(values, keys)
+    q, k = self.query_key(x, positions[:, None])
+    keys = ops.write_slot(cache.keys, k[:, 0], positions)
+    values = ops.write_slot(cache.values, self.values(x)[:, 0], positions)
+    state = AttentionWeights(ops.decode_weights(q[:, 0], keys, positions))
+    return self.output(ops.decode_apply(state.probs, values)[:, None]), state, LayerCache(values, keys)
+
+  def step_alone(self, x: jax.Array, cache: LayerCache, positions: jax.Array) -> tuple[jax.Array, LayerCache]:
+    """`step` of an anchor that no layer follows: nobody needs its weights, so a fused kernel may keep them."""
+    assert cache.keys is not None, "an anchor's cache has keys"
+    q, k = self.query_key(x, positions[:, None])
+    heads, keys, values = ops.decode_attend(q[:, 0], k[:, 0], self.values(x)[:, 0], cache.keys, cache.values, positions)
+    return self.output(heads[:, None]), LayerCache(values, keys)
 
 
 class FollowerAttention(_Attention):
@@ -148,5 +155,5 @@ class FollowerAttention(_Attention):
     self, x: jax.Array, state: AttentionWeights, cache: LayerCache, positions: jax.Array
   ) -> tuple[jax.Array, LayerCache]:
     """Attention of one new token a row with the anchor's weights; shapes as in `AnchorAttention.step`."""
-    values = write_slot(cache.values, self.values(x), positions)
-    return self.output(state.attend(jnp.swapaxes(values, 1, 2))), LayerCache(values)
+    values = ops.write_slot(cache.values, self.values(x)[:, 0], positions)
+    return self.output(ops.decode_apply(state.probs, values)[:, None]), LayerCache(values)

@@ -39,11 +39,19 @@ class Mlp(nn.Module):
     self.down_proj = projection(config, config.embed_dim, ("mlp",), ("embed",), name="down_proj")
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    """``[B, T, D]`` → the same."""
     return self.down_proj(self.hidden(x))
 
   def hidden(self, x: jax.Array) -> jax.Array:
     """What the last projection reads: ``[B, T, D]`` → ``[B, T, F]``."""
     return nn.with_logical_constraint(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x), ("batch", "length", "mlp"))
+
+  def step(self, x: jax.Array) -> jax.Array:
+    """`__call__` for one token a row, ``[B, 1, D]``, where reading the weights is the cost."""
+    gate, up = (module.variables["params"]["kernel"] for module in (self.gate_proj, self.up_proj))
+    if not ops.has_gated_linear(x[:, 0], gate):
+      return self(x)
+    return self.down_proj(ops.gated_linear(x[:, 0], gate, up)[:, None])
 
 
 class Block(nn.Module):
@@ -56,19 +64,25 @@ class Block(nn.Module):
     self.mlp_norm = RMSNorm(self.config)
     self.mlp = Mlp(self.config)
 
-  def around(self, x: jax.Array, attention: Callable[[jax.Array], tuple[Any, ...]]) -> tuple[Any, ...]:
+  def around(
+    self,
+    x: jax.Array,
+    attention: Callable[[jax.Array], tuple[Any, ...]],
+    mlp: Callable[[jax.Array], jax.Array] | None = None,
+  ) -> tuple[Any, ...]:
     """The whole block, whichever way attention is computed.
 
     Args:
       x: ``[B, T, D]``.
       attention: from normalised x to its output ``[B, T, D]`` and whatever else it returns.
+      mlp: the way to compute the MLP; ``self.mlp`` when None.
 
     Returns:
       The block's output ``[B, T, D]``, and whatever else attention returned.
     """
     y, *others = attention(self.attention_norm(x))
     x = x + y
-    x = x + self.mlp(self.mlp_norm(x))
+    x = x + (mlp or self.mlp)(self.mlp_norm(x))
     return nn.with_logical_constraint(x, ("batch", "length", "embed")), *others
 
 
@@ -91,7 +105,11 @@ class AnchorBlock(Block):
     self, x: jax.Array, cache: LayerCache, positions: jax.Array
   ) -> tuple[jax.Array, AttentionWeights, LayerCache]:
     """One token a row, ``[B, 1, D]``, against the cache."""
-    return self.around(x, lambda h: self.attention.step(h, cache, positions))
+    return self.around(x, lambda h: self.attention.step(h, cache, positions), self.mlp.step)
+
+  def step_alone(self, x: jax.Array, cache: LayerCache, positions: jax.Array) -> tuple[jax.Array, LayerCache]:
+    """`step` of an anchor that no layer follows."""
+    return self.around(x, lambda h: self.attention.step_alone(h, cache, positions), self.mlp.step)
 
 
 class FollowerBlock(Block):
@@ -113,4 +131,4 @@ class FollowerBlock(Block):
     self, x: jax.Array, state: AttentionWeights, cache: LayerCache, positions: jax.Array
   ) -> tuple[jax.Array, LayerCache]:
     """One token a row, ``[B, 1, D]``, against the cache."""
-    return self.around(x, lambda h: self.attention.step(h, state, cache, positions))
+    return self.around(x, lambda h: self.attention.step(h, state, cache, positions), self.mlp.step)

@@ -51,15 +51,3 @@ class Cache:
   def nbytes(self) -> int:
     """Bytes of all arrays."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
-
-
-def write_slot(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
-  """Writes one token a row into its slot.
-
-  Args:
-    cache: ``[B, K, S, H]``.
-    new: ``[B, 1, K, H]``.
-    slots: int32 ``[B]``.
-  """
-  rows = jnp.arange(cache.shape[0])
-  return cache.at[rows, :, slots].set(new[:, 0].astype(cache.dtype), mode="drop", unique_indices=True)

@@ -38,7 +38,8 @@ class Embed(nn.Module):
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """int32 ``[B, T]`` → ``[B, T, D]``; a token outside the vocabulary gives NaN, never another token's vector."""
-    x = jnp.take(self.embedding, tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(self.config.dtype)
+    x = self.embedding.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    x = x.astype(self.config.dtype)
     return nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
   def logits(self, x: jax.Array) -> jax.Array:
@@ -137,7 +138,7 @@ class Layers(nn.Module):
   plan: SharingPlan
 
   def setup(self) -> None:
-    self.blocks = [
+    self.blocks: list[Any] = [
       (AnchorBlock if self.plan.is_anchor(layer) else FollowerBlock)(self.config, name=str(layer))
       for layer in range(self.plan.num_layers)
     ]
@@ -162,14 +163,16 @@ class Layers(nn.Module):
 
   def step(self, x: jax.Array, cache: Cache, positions: jax.Array) -> tuple[jax.Array, Cache]:
     """One token a row, ``[B, 1, D]``, at int32 ``positions [B]`` of the cache."""
-    caches = []
-    for layer, (block, layer_cache) in enumerate(zip(self.blocks, cache.layers, strict=True)):
-      if isinstance(block, AnchorBlock):
-        x, state, layer_cache = block.step(x, layer_cache, positions)
-      else:
+    caches = list(cache.layers)
+    for anchor, followers in self.plan.groups:
+      block = self.blocks[anchor]
+      if not followers:
+        x, caches[anchor] = block.step_alone(x, caches[anchor], positions)
+        continue
+      x, state, caches[anchor] = block.step(x, caches[anchor], positions)
+      for layer in followers:
         used = _with_heads(state, self.plan.head_map_of(layer))
-        x, layer_cache = block.step(x, used, layer_cache, positions)
-      caches.append(layer_cache)
+        x, caches[layer] = self.blocks[layer].step(x, used, caches[layer], positions)
     return x, Cache(tuple(caches))
 
 
@@ -281,12 +284,15 @@ def check_tokens(tokens: Any, lengths: Any, vocab_size: int) -> None:
     raise ValueError(f"lengths has shape {lengths.shape}; one length a row, {tokens.shape[:1]}, is needed")
   if isinstance(tokens, jax.core.Tracer) or not tokens.size:
     return
-  low, high = np.min(tokens), np.max(tokens)
+  # NumPy's copies: under a trace, operations on JAX arrays are traced even where their values are known.
+  tokens = np.asarray(tokens)
+  low, high = tokens.min(), tokens.max()
   if low < 0 or high >= vocab_size:
     raise ValueError(
       f"token {low if low < 0 else high} is outside the vocabulary of {vocab_size}, 0 to {vocab_size - 1}"
     )
   if lengths is not None and not isinstance(lengths, jax.core.Tracer):
-    low, high = np.min(lengths), np.max(lengths)
+    lengths = np.asarray(lengths)
+    low, high = lengths.min(), lengths.max()
     if low < 1 or high > tokens.shape[1]:
       raise ValueError(f"a length of {low if low < 1 else high} does not fit rows of {tokens.shape[1]} tokens")

@@ -63,7 +63,8 @@ def apply_rope(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> j
   Returns:
     ``[B, T, heads, H]`` in x's dtype.
   """
-  angles = jnp.einsum("...t,f->...tf", positions.astype(jnp.float32), jnp.asarray(frequencies))
+  # A plain product: as a matrix product it would be rounded to bfloat16 or TF32 on accelerators.
+  angles = jnp.expand_dims(positions.astype(jnp.float32), -1) * np.expand_dims(frequencies, tuple(range(positions.ndim)))
   angles = jnp.broadcast_to(angles, (x.shape[0], x.shape[1], angles.shape[-1]))[:, :, None, :]
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

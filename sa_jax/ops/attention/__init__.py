@@ -4,7 +4,18 @@
 `apply_weights` are its two halves. Handing `attend` an anchor's q and k and a follower's v *is* Shared Attention.
 """
 
+from sa_jax.ops.attention.decode import decode_apply, decode_attend, decode_weights, write_slot
 from sa_jax.ops.attention.dispatch import attend, backends, choose_backend
 from sa_jax.ops.attention.reference import apply_weights, attention_weights
 
-__all__ = ["apply_weights", "attend", "attention_weights", "backends", "choose_backend"]
+__all__ = [
+  "apply_weights",
+  "attend",
+  "attention_weights",
+  "backends",
+  "choose_backend",
+  "decode_apply",
+  "decode_attend",
+  "decode_weights",
+  "write_slot",
+]

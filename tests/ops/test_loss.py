@@ -1,0 +1,25 @@
+import jax.numpy as jnp
+import numpy as np
+
+from sa_jax import ops
+
+
+def test_against_numpy():
+  rng = np.random.default_rng(0)
+  logits, tokens = (5 * rng.normal(size=(2, 3, 11))).astype(np.float32), rng.integers(0, 11, (2, 3))
+  exact = logits.astype(np.float64)
+  log_probs = exact - np.log(np.exp(exact).sum(axis=-1, keepdims=True))
+  wanted = np.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+  np.testing.assert_allclose(ops.token_log_likelihoods(logits, jnp.asarray(tokens)), wanted, rtol=1e-5)
+
+
+def test_uniform_logits():
+  found = ops.token_log_likelihoods(jnp.full((1, 4, 7), 1e4), jnp.zeros((1, 4), jnp.int32))
+  np.testing.assert_allclose(found, -np.log(7), rtol=1e-3)
+
+
+def test_computed_in_float32():
+  logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 64)), jnp.bfloat16)
+  found = ops.token_log_likelihoods(logits, jnp.array([3]))
+  assert found.dtype == jnp.float32
+  np.testing.assert_allclose(found, ops.token_log_likelihoods(logits.astype(jnp.float32), jnp.array([3])))
