@@ -13,8 +13,9 @@ import jax
 import numpy as np
 
 import sa_jax
-from sa_jax.analysis import Judge, Refit, Text, plots, refit, search
+from sa_jax.analysis import Judge, Text, plots, search
 from sa_jax.analysis.align import shared_model
+from sa_jax.analysis.refit import Refit, refit
 from sa_jax.plan import SharingPlan
 
 BUDGETS = (2, 4, 6, 8, 12, 16, 20)

@@ -1,24 +1,9 @@
-"""Choosing what to share, and recovering what it costs."""
+"""Choosing what to share, and recovering what it costs: similarity, search, head alignment, refit.
 
-from sa_jax.analysis.align import Aligned, align, fold
+The modules `align`, `refit` and `share` each hold a function of their name, so they are imported from there.
+"""
+
 from sa_jax.analysis.judge import Judge, Text
-from sa_jax.analysis.refit import Refit, Refitted, refit
-from sa_jax.analysis.share import Shared, search_plan, share
 from sa_jax.analysis.similarity import Similarity, drift, layer_similarity
 
-__all__ = [
-  "Aligned",
-  "Judge",
-  "Refit",
-  "Refitted",
-  "Shared",
-  "Similarity",
-  "Text",
-  "align",
-  "drift",
-  "fold",
-  "layer_similarity",
-  "refit",
-  "search_plan",
-  "share",
-]
+__all__ = ["Judge", "Similarity", "Text", "drift", "layer_similarity"]

@@ -40,8 +40,7 @@ class Align:
     import numpy as np
 
     from sa_jax import SharingPlan
-    from sa_jax.analysis import align
-    from sa_jax.analysis.align import shared_model
+    from sa_jax.analysis.align import align, shared_model
     from sa_jax.cli.texts import open_dense, rows_of_texts, save, stages
     from sa_jax.convert.hf_config import write_plan
 

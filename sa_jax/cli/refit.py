@@ -47,7 +47,7 @@ class RefitModel:
     import numpy as np
 
     from sa_jax import SharingPlan
-    from sa_jax.analysis import Refit, refit
+    from sa_jax.analysis.refit import Refit, refit
     from sa_jax.cli.texts import open_dense, rows_of_texts, save, stages
 
     if self.out.exists():

@@ -51,8 +51,9 @@ class SearchPlan:
   def run(self) -> None:
     """Prints the plan and the Pareto front."""
     from sa_jax import cost
-    from sa_jax.analysis import Judge, Refit, plots, search, search_plan
-    from sa_jax.analysis.share import Search
+    from sa_jax.analysis import Judge, plots, search
+    from sa_jax.analysis.refit import Refit
+    from sa_jax.analysis.share import Search, search_plan
     from sa_jax.cli.texts import open_dense, split_texts, stages
     from sa_jax.convert.hf_config import write_plan
 

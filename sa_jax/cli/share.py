@@ -49,8 +49,8 @@ class Share:
   def run(self) -> None:
     """Prints dense against shared, and saves."""
     from sa_jax import cost
-    from sa_jax.analysis import search, share
-    from sa_jax.analysis.share import Search
+    from sa_jax.analysis import search
+    from sa_jax.analysis.share import Search, share
     from sa_jax.cli.texts import open_dense, save, split_texts, stages
     from sa_jax.convert.hf_config import write_plan
 

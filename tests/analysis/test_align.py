@@ -2,13 +2,15 @@
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_params import random_params
 
 import sa_jax
 from sa_jax.analysis import align, walk
 from sa_jax.config import ModelConfig
+from tests import tiny
 
 CONFIG = ModelConfig(
   vocab_size=47, embed_dim=24, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=32, eos_token_ids=()
@@ -20,7 +22,7 @@ TOKENS = np.random.default_rng(0).integers(0, 47, (6, 16), np.int32)
 
 @pytest.fixture(scope="module")
 def params():
-  return random_params(CONFIG, DENSE.plan)
+  return jax.tree.map(jnp.asarray, tiny.params(DENSE))
 
 
 def test_similarity_against_numpy(params):

@@ -1,14 +1,15 @@
 """Refit against least squares in NumPy, and its promises."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_params import random_params
 
 import sa_jax
 from sa_jax.analysis import align, ridge, walk
 from sa_jax.analysis.refit import Refit, refit
 from sa_jax.config import ModelConfig
+from tests import tiny
 
 CONFIG = ModelConfig(
   vocab_size=47, embed_dim=24, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=32, eos_token_ids=()
@@ -20,7 +21,7 @@ TOKENS = np.random.default_rng(0).integers(0, 47, (16, 16), np.int32)
 
 @pytest.fixture(scope="module")
 def params():
-  return random_params(CONFIG, DENSE.plan)
+  return jax.tree.map(jnp.asarray, tiny.params(DENSE))
 
 
 def test_ridge_against_numpy():

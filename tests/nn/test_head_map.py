@@ -2,15 +2,16 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_params import random_params
 
 import sa_jax
 from sa_jax import nn
 from sa_jax.config import ModelConfig
 from sa_jax.convert import checkpoint, hf_config
+from tests import tiny
 
 CONFIG = ModelConfig(
   vocab_size=61, embed_dim=32, num_layers=5, num_heads=6, num_kv_heads=2, head_dim=8, mlp_dim=48, eos_token_ids=()
@@ -21,7 +22,7 @@ TOKENS = np.random.default_rng(0).integers(0, 61, (2, 12), np.int32)
 
 @pytest.fixture(scope="module")
 def params():
-  return random_params(CONFIG, PLAN, layout="runs")
+  return jax.tree.map(jnp.asarray, tiny.params(sa_jax.Transformer(CONFIG, PLAN), "runs"))
 
 
 def test_follower_uses_the_mapped_heads(params):

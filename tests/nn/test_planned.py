@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_params import random_params
 
 import sa_jax
 from sa_jax import nn, ops
 from sa_jax.config import ModelConfig
+from tests import tiny
 
 CONFIG = ModelConfig(
   vocab_size=53, embed_dim=24, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=32, eos_token_ids=()
@@ -20,7 +20,7 @@ TOKENS = np.random.default_rng(0).integers(0, 53, (2, 10), np.int32)
 
 @pytest.fixture(scope="module")
 def params():
-  return random_params(CONFIG, DENSE, layout="runs")
+  return jax.tree.map(jnp.asarray, tiny.params(sa_jax.Transformer(CONFIG, DENSE), "runs"))
 
 
 def random_plan(rng: np.random.Generator) -> sa_jax.SharingPlan:
