@@ -115,12 +115,12 @@ def recoveries() -> dict[str, tuple[bool, Refit | None]]:
   return {
     "identity": (False, None),
     "similar heads": (True, None),
-    "W_O": (False, Refit(mlp=False)),
-    "similar heads, W_O": (True, Refit(mlp=False)),
-    "fitted heads, W_O": (True, Refit(mlp=False, maps=True)),
-    "fitted heads, W_O, W_V": (True, Refit(mlp=False, maps=True, values=10)),
-    "fitted heads, W_O, MLP": (True, Refit(maps=True)),
-    "fitted heads, W_O, W_V, MLP": (True, Refit(maps=True, values=10)),
+    "W_O": (False, Refit()),
+    "similar heads, W_O": (True, Refit()),
+    "fitted heads, W_O": (True, Refit(maps=True)),
+    "fitted heads, W_O, W_V": (True, Refit(maps=True, values=10)),
+    "fitted heads, W_O, MLP": (True, Refit(maps=True, mlp=True)),
+    "fitted heads, W_O, W_V, MLP": (True, Refit(maps=True, values=10, mlp=True)),
   }
 
 
@@ -143,7 +143,7 @@ def ridges(experiment: Experiment, mapper: Judge) -> None:
   for name in ("eight pairs", "every second"):
     plan = SharingPlan.parse(HAND_PICKED[name], experiment.model.config.num_layers)
     for ridge, mlp_ridge in ((0.01, 0.03), (0.01, 0.1), (0.01, 0.3), (0.01, 1.0), (0.03, 0.1), (0.003, 0.1)):
-      values = experiment.measure(mapper.with_maps(plan), Refit(ridge=ridge, mlp_ridge=mlp_ridge, maps=True))
+      values = experiment.measure(mapper.with_maps(plan), Refit(ridge=ridge, mlp_ridge=mlp_ridge, maps=True, mlp=True))
       results[f"{name}, ridge {ridge}, MLP {mlp_ridge}"] = values
       experiment.show(f"{name}, ridge {ridge}, MLP {mlp_ridge}", plan, values)
   experiment.save("ridges", results)
@@ -165,7 +165,7 @@ def searched(experiment: Experiment, judge: Judge, strategy: str, width: int, sh
   for count, plan in plans.items():
     losses = judge.losses(plan)
     results[str(count)] = {"plan": str(plan), "judged": [math.exp(x) for x in losses - judge.dense]}
-    for label in ("identity", "fitted heads, W_O", "fitted heads, W_O, MLP", "fitted heads, W_O, W_V, MLP"):
+    for label in ("identity", "fitted heads, W_O", "fitted heads, W_O, W_V", "fitted heads, W_O, W_V, MLP"):
       maps, how = recoveries()[label]
       values = experiment.measure(judge.with_maps(plan) if maps else plan, how)
       results[str(count)][label] = values

@@ -25,8 +25,8 @@ class RefitModel:
   """The checkpoint to write, which must not exist."""
   maps: bool = True
   """Whether to choose head maps by the error that the refit leaves."""
-  mlp: bool = True
-  """Whether to refit the last projection of MLPs too."""
+  mlp: bool = False
+  """Whether to refit the last projection of MLPs too; needs much text."""
   values: int = 0
   """Conjugate-gradient steps on each follower's W_V."""
   ridge: float = 0.01

@@ -44,7 +44,7 @@ def test_ridge_against_numpy():
 def test_follower_against_numpy(params):
   """The first follower's W_O is the least-squares solution from its head outputs to the dense attention's output."""
   plan = sa_jax.SharingPlan.parse("0:1", 5)
-  result = refit(DENSE, params, plan, TOKENS, Refit(mlp=False), chunk=16)
+  result = refit(DENSE, params, plan, TOKENS, Refit(), chunk=16)
   trace = walk.dense_trace(CONFIG, params, walk.start(CONFIG, params, TOKENS, 16))
   states = DENSE.apply({"params": params}, TOKENS, method="states")
   block = params["layers"]["1"]
@@ -66,7 +66,7 @@ def test_follower_against_numpy(params):
   assert report.after == pytest.approx(np.sum((y - heads @ want) ** 2) / np.sum(y**2), rel=1e-4)
 
 
-@pytest.mark.parametrize("how", [Refit(mlp=False), Refit(values=4, maps=True)])
+@pytest.mark.parametrize("how", [Refit(), Refit(values=4, maps=True, mlp=True)])
 def test_streaming_equals_one_batch_and_never_raises_the_error(params, how):
   whole, parts = (refit(DENSE, params, PLAN, TOKENS, how, chunk=chunk) for chunk in (16, 5))
   assert whole.model.plan == parts.model.plan
@@ -85,7 +85,7 @@ def test_each_ingredient_lowers_the_error_further(params):
   plan = sa_jax.SharingPlan.parse("0:1", 5)
   after = [
     refit(DENSE, params, plan, TOKENS, how, chunk=16).reports[0].after
-    for how in (Refit(mlp=False), Refit(mlp=False, values=8), Refit(mlp=False, maps=True))
+    for how in (Refit(), Refit(values=8), Refit(maps=True))
   ]
   assert after[1] < 0.9 * after[0]
   assert after[2] < after[0]
@@ -109,7 +109,7 @@ def test_map_by_refit_is_the_best_of_its_neighbours(params):
 
   def error(head_map):
     plan = sa_jax.SharingPlan.parse("0:1", 5).with_head_maps({1: head_map})
-    return refit(DENSE, params, plan, TOKENS, Refit(mlp=False), chunk=16).reports[0].after
+    return refit(DENSE, params, plan, TOKENS, Refit(), chunk=16).reports[0].after
 
   best = error(found)
   assert best < error((0, 1, 2, 3))
@@ -120,6 +120,6 @@ def test_map_by_refit_is_the_best_of_its_neighbours(params):
 
 def test_undetermined_weights_are_refused(params):
   with pytest.raises(ValueError, match=r"layer 1 attention.*more text or a greater ridge"):
-    refit(DENSE, params, PLAN, TOKENS[:1, :3], Refit(ridge=1e-12, mlp=False))
+    refit(DENSE, params, PLAN, TOKENS[:1, :3], Refit(ridge=1e-12))
   with pytest.raises(ValueError, match="positive"):
     Refit(ridge=0.0)

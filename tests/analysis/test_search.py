@@ -20,7 +20,7 @@ CONFIG = ModelConfig(
 DENSE = sa_jax.Transformer(CONFIG, sa_jax.SharingPlan.dense(5))
 RNG = np.random.default_rng(0)
 TEXTS = [Text(name, *RNG.integers(0, 47, (2, 8, 16), np.int32)) for name in ("one", "two")]
-HOW = Refit(mlp_ridge=1.0)
+HOW = Refit(mlp=True, mlp_ridge=1.0)
 
 
 @pytest.fixture(scope="module")
