@@ -6,16 +6,17 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from sa_jax.ops.rope import RopeConfig
+from sa_jax.ops import AttentionSpec, RopeConfig
 
 AttentionState = Literal["query_key", "attention_weights"]
-AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn"]
+AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn", "splash"]
 RematPolicy = Literal["none", "full", "dots"]
+Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder-only transformer of the Llama family.
+  """A decoder-only transformer: Llama's, and what its relatives add to it.
 
   The first block of fields describes the model and comes from its checkpoint; the second says how to compute it and
   may be changed freely with `dataclasses.replace`.
@@ -32,6 +33,22 @@ class ModelConfig:
     norm_eps: added to the mean square in RMSNorm.
     rope: the rotary position embedding.
     tie_embeddings: whether the output head is the embedding.
+    qkv_bias: whether queries, keys and values have biases.
+    output_bias: whether attention's output projection has one.
+    mlp_bias: whether the MLP's projections have biases.
+    qk_norm: whether each query and key head is normalised before its rotation (Qwen 3, Gemma 3).
+    norm_about_one: whether norms multiply by one plus their scale (Gemma).
+    post_norms: whether the outputs of attention and MLP are normalised too, before they are added (Gemma 2, 3).
+    activation: of the MLP's gate: ``silu``, or ``gelu_tanh``, the GELU by its tanh formula.
+    scale_embeddings: whether embeddings are multiplied by ``sqrt(D)`` (Gemma).
+    normalize_head: whether the output head's rows are normalised to length one (Baichuan 2's NormHead).
+    attention_scale: what attention scores are multiplied by; ``1 / sqrt(H)`` when None.
+    attention_softcap: attention scores ``s`` become ``cap * tanh(s / cap)`` (Gemma 2); None for no cap.
+    logits_softcap: the same for the logits.
+    window: how many tokens a query of a local layer sees, itself included.
+    local_layers: the layers with that window; the others are global.
+    local_rope: the rotary embedding of local layers; ``rope`` when None (Gemma 3).
+    family: whose names and config spelling its checkpoints have; a ``model_type`` of Hugging Face.
     bos_token_id: put before a text, or None.
     eos_token_ids: tokens that end a generation.
     pad_token_id: fills rows after their end, or None.
@@ -55,6 +72,22 @@ class ModelConfig:
   norm_eps: float = 1e-5
   rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
   tie_embeddings: bool = False
+  qkv_bias: bool = False
+  output_bias: bool = False
+  mlp_bias: bool = False
+  qk_norm: bool = False
+  norm_about_one: bool = False
+  post_norms: bool = False
+  activation: Activation = "silu"
+  scale_embeddings: bool = False
+  normalize_head: bool = False
+  attention_scale: float | None = None
+  attention_softcap: float | None = None
+  logits_softcap: float | None = None
+  window: int | None = None
+  local_layers: tuple[int, ...] = ()
+  local_rope: RopeConfig | None = None
+  family: str = "llama"
   bos_token_id: int | None = None
   eos_token_ids: tuple[int, ...] = ()
   pad_token_id: int | None = None
@@ -86,9 +119,20 @@ class ModelConfig:
       wrong.append(f"head_dim={self.head_dim} (rotary embedding needs an even number)")
     if not self.norm_eps > 0:
       wrong.append(f"norm_eps={self.norm_eps!r} (a positive number is needed)")
-    if not self.rope.theta > 0:
-      wrong.append(f"rope.theta={self.rope.theta!r} (a positive number is needed)")
+    for name in ("attention_scale", "attention_softcap", "logits_softcap", "window"):
+      if (value := getattr(self, name)) is not None and not value > 0:
+        wrong.append(f"{name}={value!r} (a positive number or None is needed)")
+    for name in ("rope", "local_rope"):
+      if (rope := getattr(self, name)) is not None and not rope.theta > 0:
+        wrong.append(f"{name}.theta={rope.theta!r} (a positive number is needed)")
+    if self.local_layers and self.window is None:
+      wrong.append("window=None (local_layers need a number of tokens)")
+    if outside := [layer for layer in self.local_layers if not 0 <= layer < self.num_layers]:
+      wrong.append(f"local_layers has {outside} (layers are 0 to {self.num_layers - 1})")
+    if self.normalize_head and self.tie_embeddings:
+      wrong.append("normalize_head=True (a head that is tied to the embedding cannot be normalised)")
     for name, choices in (
+      ("activation", Activation),
       ("attention", AttentionBackend),
       ("attention_state", AttentionState),
       ("remat", RematPolicy),
@@ -97,6 +141,10 @@ class ModelConfig:
         wrong.append(f"{name}={getattr(self, name)!r} (one of {', '.join(get_args(choices))} is needed)")
     if wrong:
       raise ValueError("model config: " + "; ".join(wrong))
+
+  def spec(self, local: bool = False) -> AttentionSpec:
+    """The attention of a local or a global layer."""
+    return AttentionSpec(self.window if local else None, self.attention_softcap, self.attention_scale)
 
   @classmethod
   def preset(cls, name: str, **changes: Any) -> ModelConfig:

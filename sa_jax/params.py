@@ -1,7 +1,7 @@
 """The two parameter layouts, and the pure functions between them.
 
 * layer layout: ``{"embed", "layers": {"0": block, "1": block, …}, "final_norm", "lm_head"}``. On disk and in decoding.
-  A follower's block has no ``q_proj`` and no ``k_proj``.
+  A follower's block has no ``q_proj`` and no ``k_proj``, and nothing that hangs on them.
 * run layout: ``{"embed", "runs": {"0": {"anchor": block, "followers": block}, …}, "final_norm", "lm_head"}``, where
   an anchor's leaves are stacked ``[groups, …]`` and the followers' ``[groups, followers, …]``. For scan.
 
@@ -19,6 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_jax.plan import Run, SharingPlan
+
+ANCHOR_ONLY = ("q_proj", "k_proj", "q_norm", "k_norm")
+"""What an anchor's attention has and a follower's has not."""
 
 Params = Mapping[str, Any]
 Join = Callable[[Sequence[Any], tuple[int, ...]], Any]
@@ -74,7 +77,7 @@ def unstack(params: Params, plan: SharingPlan, *, donate: bool = False) -> dict[
 
 
 def prune(params: Params, plan: SharingPlan) -> dict[str, Any]:
-  """Drops what the plan's followers do not have: their ``q_proj`` and ``k_proj``. Layer layout in and out.
+  """Drops what the plan's followers do not have, `ANCHOR_ONLY`. Layer layout in and out.
 
   Raises:
     ValueError: if an anchor of the plan has no ``q_proj`` or ``k_proj`` to begin with.
@@ -83,7 +86,7 @@ def prune(params: Params, plan: SharingPlan) -> dict[str, Any]:
   for layer in range(plan.num_layers):
     block = dict(params["layers"][str(layer)])
     if not plan.is_anchor(layer):
-      block["attention"] = {name: leaf for name, leaf in block["attention"].items() if name not in ("q_proj", "k_proj")}
+      block["attention"] = {name: leaf for name, leaf in block["attention"].items() if name not in ANCHOR_ONLY}
     layers[str(layer)] = block
   _check_plan(layers, plan)
   return dict(params) | {"layers": layers}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sa_jax.nn import Transformer
+from sa_jax.nn import Cache, Transformer
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
@@ -43,6 +46,47 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
   return jax.make_mesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=auto)
 
 
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
+  """Makes the mesh and the rules ambient for what is traced inside.
+
+  The modules' constraints on activations act only here, and attention kernels that XLA cannot split (splash) find here
+  how to split themselves. `jax.jit` traces once for a mesh: do not call one function under two sets of rules.
+  """
+  with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+    yield
+
+
+def named_sharding(mesh: Mesh, axes: tuple[str | None, ...], rules: Rules = DEFAULT_RULES) -> NamedSharding:
+  """The sharding of an array with these logical axes; of token rows, for example, ``("batch", "length")``."""
+  return NamedSharding(mesh, nn.logical_to_mesh_axes(axes, rules))
+
+
+def cache_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Cache:
+  """A `NamedSharding` for every array of a model's `sa_jax.nn.Cache`: rows like the batch, heads like the keys'."""
+  sharding = named_sharding(mesh, ("batch", "kv_heads", "length", "head_dim"), rules)
+  return jax.tree.map(lambda _: sharding, jax.eval_shape(lambda: Cache.empty(model.config, model.plan, 1, 1)))
+
+
+def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any) -> Any:
+  """A `NamedSharding` for every array of an optimiser's state: like its parameter, or else a copy on every device.
+
+  Args:
+    optimizer: whose ``init`` makes the state.
+    params: the parameters' shapes and dtypes.
+    shardings: of the parameters, as from `param_shardings`.
+  """
+  mesh = jax.tree.leaves(shardings)[0].mesh
+  everywhere = NamedSharding(mesh, jax.sharding.PartitionSpec())
+  return optax.tree.map_params(
+    optimizer,
+    lambda _, sharding: sharding,
+    jax.eval_shape(optimizer.init, params),
+    shardings,
+    transform_non_params=lambda _: everywhere,
+  )
+
+
 def param_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES, *, layout: str = "runs") -> Any:
   """A `NamedSharding` for every parameter, from the logical axes that the modules declare.
 
@@ -59,22 +103,25 @@ def param_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES
     ValueError: if an axis of a parameter is not divisible by its mesh axis, or two of its axes map to one mesh axis.
   """
   boxed = abstract_params(model, layout=layout, boxed=True)
-  specs = nn.get_partition_spec(boxed)
-  shardings = nn.logical_to_mesh_sharding(specs, mesh, rules)
+  mesh_axes = dict(rules)
   errors: list[str] = []
 
-  def check(path: Any, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> None:
+  def sharding(path: Any, leaf: jax.ShapeDtypeStruct, logical: PartitionSpec) -> NamedSharding | None:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    used = [axis for entry in sharding.spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
+    # Not by Flax's own function, which leaves an axis unsharded when its mesh axis is taken.
+    spec = PartitionSpec(*(mesh_axes[axis] for axis in logical))
+    used = [axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
     if len(used) != len(set(used)):
-      errors.append(f"{name}: the rules map two of its axes to one mesh axis, {sharding.spec}")
-      return
+      errors.append(f"{name}: the rules map two of its axes {tuple(logical)} to one mesh axis, {spec}")
+      return None
+    made = NamedSharding(mesh, spec)
     try:
-      sharding.shard_shape(leaf.shape)
+      made.shard_shape(leaf.shape)
     except ValueError:
-      errors.append(f"{name}: shape {list(leaf.shape)} is not divisible by {sharding.spec} on {dict(mesh.shape)}")
+      errors.append(f"{name}: shape {list(leaf.shape)} is not divisible by {spec} on {dict(mesh.shape)}")
+    return made
 
-  jax.tree_util.tree_map_with_path(check, nn.unbox(boxed), shardings)
+  shardings = jax.tree_util.tree_map_with_path(sharding, nn.unbox(boxed), nn.get_partition_spec(boxed))
   if errors:
     raise ValueError("the parameters do not fit the mesh:\n  " + "\n  ".join(errors))
   return shardings

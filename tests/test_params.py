@@ -137,7 +137,9 @@ class TestErrors:
     params = layers(self.plan)
     with pytest.raises(ValueError, match="the plan 'dense' makes layers \\[2\\] anchors, but .* no q_proj and k_proj"):
       stack(params, SharingPlan.dense(4))
-    with pytest.raises(ValueError, match="the plan '1:2-3' makes layers \\[3\\] followers, .* still have .* prune first"):
+    with pytest.raises(
+      ValueError, match="the plan '1:2-3' makes layers \\[3\\] followers, .* still have .* prune first"
+    ):
       stack(params, SharingPlan.parse("1:2-3", 4))
     with pytest.raises(ValueError, match="the parameters have runs \\['0', '1', '2'\\], the plan 'dense' has 1"):
       unstack(stack(params, self.plan), SharingPlan.dense(4))

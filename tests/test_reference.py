@@ -122,7 +122,9 @@ def test_loss_and_gradients(reference, state):
 
   loss, norms = loss_and_norms(params)
   assert abs(float(loss) - float(expected["loss"])) <= 1e-5
-  wanted = {name.removeprefix("grad_norm/"): float(expected[name]) for name in expected if name.startswith("grad_norm/")}
+  wanted = {
+    name.removeprefix("grad_norm/"): float(expected[name]) for name in expected if name.startswith("grad_norm/")
+  }
   found = {}
   for entry in entries(model.config):
     node = norms

@@ -30,25 +30,14 @@ KINDS: tuple[Kind, ...] = ("group", "permutation", "free")
 """Permutations that keep KV groups together; any permutations; any maps."""
 
 
-@functools.partial(jax.jit, static_argnames="block")
-def _products(mine: State, theirs: State, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("length", "block"))
+def _products(mine: State, theirs: State, length: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Inner products ``[N, N]`` of two layers' heads without the first key, and their squared norms ``[N]``."""
-  assert isinstance(mine, QueryKey)
-  assert isinstance(theirs, QueryKey)
-  length = mine.q.shape[1]
-  block = min(block, length)
-  padded = -length % block
 
   def one(start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     positions = start + jnp.arange(block)
     real = (positions < length).astype(jnp.float32)[None, None, :, None]
-
-    def weights(state: QueryKey) -> jax.Array:
-      q = jax.lax.dynamic_slice_in_dim(jnp.pad(state.q, ((0, 0), (0, padded), (0, 0), (0, 0))), start, block, axis=1)
-      made = ops.attention_weights(q.astype(jnp.float32), state.k.astype(jnp.float32), positions=positions)
-      return made[..., 1:] * real
-
-    a, b = weights(mine), weights(theirs)
+    a, b = (state.weights(positions)[..., 1:].astype(jnp.float32) * real for state in (mine, theirs))
     product = functools.partial(jnp.einsum, precision="highest")
     return product("BNTS,BMTS->NM", a, b), product("BNTS,BNTS->N", a, a), product("BNTS,BNTS->N", b, b)
 
@@ -67,7 +56,10 @@ def head_similarity(follower: Sequence[State], anchor: Sequence[State], block: i
   Returns:
     float64 ``[N, N]``: follower's head, anchor's head.
   """
-  parts = [_products(mine, theirs, block) for mine, theirs in zip(follower, anchor, strict=True)]
+  first = follower[0]
+  assert isinstance(first, QueryKey), "texts are walked with queries and keys"
+  length = first.q.shape[1]
+  parts = [_products(mine, theirs, length, min(block, length)) for mine, theirs in zip(follower, anchor, strict=True)]
   products, mine, theirs = (sum(np.asarray(part, np.float64) for part in column) for column in zip(*parts, strict=True))
   return products / np.maximum(np.sqrt(np.outer(mine, theirs)), np.finfo(np.float64).tiny)
 
@@ -247,7 +239,7 @@ def align(
   stacked = stack(params, SharingPlan.dense(config.num_layers))
 
   def loss(plan: SharingPlan) -> float:
-    arrays = PlanArrays.of(plan, config.num_heads)
+    arrays = PlanArrays.of(plan, config)
     total = sum(
       float(_loss(config, stacked, jnp.asarray(rows), arrays)) * len(rows)
       for rows in np.split(tokens, range(chunk, len(tokens), chunk))

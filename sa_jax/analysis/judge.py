@@ -23,8 +23,8 @@ from sa_jax.analysis.refit import Refit, recover_layer
 from sa_jax.analysis.ridge import Sums, solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
-from sa_jax.nn import Transformer
-from sa_jax.nn.transformer import check_tokens
+from sa_jax.nn import PlanArrays, Transformer
+from sa_jax.nn.transformer import check_plan, check_tokens
 from sa_jax.plan import HeadMap, SharingPlan
 
 Progress = Callable[[int, int], None]
@@ -92,6 +92,8 @@ class Judge:
     for text in texts:
       for tokens in (text.calibration, text.judging):
         check_tokens(np.asarray(tokens), None, self.config.vocab_size)
+    if how is not None:
+      how.check(self.config)
     self.params, self.texts, self.how, self.maps, self.chunk = params, tuple(texts), how, maps, chunk
     begin = functools.partial(walk.start, self.config, params, chunk=chunk)
     calibration = begin(np.concatenate([text.calibration for text in texts]))
@@ -146,7 +148,11 @@ class Judge:
       plan: without maps: they are `head_map`'s.
       base: another plan's walk with its streams, whose layers up to the first difference are not repeated.
       keep: whether to keep the streams.
+
+    Raises:
+      ValueError: if the model cannot share attention by the plan.
     """
+    check_plan(self.config, plan)
     layers = self.config.num_layers
     first = min(plan.followers, default=layers)
     if base is not None and base.streams:
@@ -157,11 +163,9 @@ class Judge:
       streams = [self._before(layer) for layer in range(begin + 1)]
     stream = streams[-1]
     for layer in range(begin, layers):
-      arrays = walk.layer_arrays(
-        self.config,
-        plan.is_anchor(layer),
-        None if plan.is_anchor(layer) else self.head_map(plan.source[layer], layer),
-      )
+      is_anchor = plan.is_anchor(layer)
+      head_map = None if is_anchor else self.head_map(plan.source[layer], layer)
+      arrays = PlanArrays.of_layer(layer, self.config, is_anchor, head_map)
       if self.how is None:
         stream = tuple(walk.advance(self.config, self.block(layer), chunk, arrays) for chunk in stream)
       else:
@@ -207,7 +211,7 @@ class Judge:
       progress: called with (layers done, layers in all).
 
     Returns:
-      float64 ``[L, L]``: anchor, follower; infinite where a pair is no anchor and follower, or out of reach.
+      float64 ``[L, L]``: anchor, follower; infinite where one cannot follow the other, or is out of reach.
     """
     layers = self.config.num_layers
     out = np.full((layers, layers), np.inf)
@@ -215,6 +219,8 @@ class Judge:
     for layer in range(layers - 1, 0, -1):
       gradient = next(gradients)
       for anchor in range(max(0, layer - reach), layer):
+        if (anchor in self.config.local_layers) != (layer in self.config.local_layers):
+          continue
         out[anchor, layer] = self._pair_cost(anchor, layer, gradient)
       if progress is not None:
         progress(layers - layer, layers - 1)
@@ -231,7 +237,7 @@ class Judge:
     ]
     for layer in range(self.config.num_layers - 1, 0, -1):
       pairs = [
-        _gradient(self.config, self.block(layer), chunk, cotangent)
+        _gradient(self.config, self.block(layer), chunk, PlanArrays.of_layer(layer, self.config, True), cotangent)
         for chunk, cotangent in zip(self._before(layer), cotangents, strict=False)
       ]
       cotangents = [x for x, _ in pairs]
@@ -261,13 +267,16 @@ def _head_gradient(config: ModelConfig, params: Mapping[str, Any], x: jax.Array,
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _gradient(config: ModelConfig, block: Block, chunk: Chunk, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _gradient(
+  config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays, cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   """Pulls a gradient back through a dense block: to its input, and to its attention's output."""
 
   def through(x: jax.Array, y: jax.Array) -> jax.Array:
-    state = walk.call(config, block, "state", x, chunk.state, jnp.bool_(True))
-    heads = walk.call(config, block, "heads", x, state, jnp.arange(config.num_heads, dtype=jnp.int32))
-    return walk.call(config, block, "finish", x, walk.call(config, block, "attention_output", heads) + y)
+    state = walk.call(config, block, "state", x, chunk.state, layer)
+    heads = walk.call(config, block, "heads", x, state, layer.head_map)
+    y = walk.call(config, block, "attention_output", heads) + y
+    return walk.call(config, block, "add_mlp", walk.call(config, block, "add_attention", x, y))
 
   return jax.vjp(through, chunk.x, jnp.zeros_like(chunk.x))[1](cotangent)
 

@@ -28,7 +28,7 @@ from sa_jax.analysis.ridge import Sums, relative_error, solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
 from sa_jax.nn import PlanArrays, Transformer
-from sa_jax.nn.transformer import check_tokens
+from sa_jax.nn.transformer import check_plan, check_tokens
 from sa_jax.plan import SharingPlan
 
 
@@ -61,6 +61,16 @@ class Refit:
     if self.values < 0:
       raise ValueError(f"values, a number of steps, must not be negative, and is {self.values}")
 
+  def check(self, config: ModelConfig) -> None:
+    """Checks that the model can be refitted so.
+
+    Raises:
+      ValueError: if an MLP's output is normalised before it is added: no linear map leads from its last projection to
+        what the dense block's output lacks.
+    """
+    if self.mlp and config.post_norms:
+      raise ValueError("the MLPs of this model are normalised at their output and cannot be refitted: leave them out")
+
 
 class Report(NamedTuple):
   """One refitted projection.
@@ -89,10 +99,11 @@ def _head_sums(config: ModelConfig, block: Block, chunk: Chunk, y: jax.Array, he
 
 @functools.partial(jax.jit, static_argnames="config")
 def _attend(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) -> tuple[jax.Array, Any]:
-  """The block's input plus its attention, and the state it carries on."""
-  state = walk.call(config, block, "state", chunk.x, chunk.state, layer.is_anchor)
+  """The block's input with its attention added, and the state it carries on."""
+  state = walk.call(config, block, "state", chunk.x, chunk.state, layer)
   heads = walk.call(config, block, "heads", chunk.x, state, layer.head_map)
-  return chunk.x + walk.call(config, block, "attention_output", heads), state
+  y = walk.call(config, block, "attention_output", heads)
+  return walk.call(config, block, "add_attention", chunk.x, y), state
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -103,7 +114,7 @@ def _mlp_sums(config: ModelConfig, block: Block, x: jax.Array, target: jax.Array
 
 @functools.partial(jax.jit, static_argnames="config")
 def _mlp(config: ModelConfig, block: Block, x: jax.Array) -> jax.Array:
-  return walk.call(config, block, "finish", x, jnp.zeros_like(x))
+  return walk.call(config, block, "add_mlp", x)
 
 
 def with_kernel(block: Block, part: str, projection: str, kernel: jax.Array) -> Block:
@@ -269,14 +280,16 @@ def refit(
   config = walk.walking(model.config, params)
   tokens = np.asarray(tokens, np.int32)
   check_tokens(tokens, None, config.vocab_size)
-  plan.check_heads(config.num_heads)
+  check_plan(config, plan)
+  how.check(config)
   shared = dense = walk.start(config, params, tokens, chunk)
   layers = dict(params["layers"])
   reports = []
   first = min(plan.followers, default=config.num_layers)
   for layer in range(config.num_layers):
     block = layers[str(layer)]
-    targets = tuple(walk.dense_layer(config, block, part) for part in dense)
+    as_dense = PlanArrays.of_layer(layer, config, is_anchor=True)
+    targets = tuple(walk.dense_layer(config, block, part, as_dense) for part in dense)
     dense = tuple(Chunk(target.x, target.state) for target in targets)
     if layer < first:
       shared = dense
@@ -285,7 +298,7 @@ def refit(
       if how.maps and not is_anchor:
         head_map = map_by_refit(config, block, list(zip(shared, targets, strict=True)), head_map, how.ridge)
         plan = with_map(plan, layer, head_map)
-      arrays = walk.layer_arrays(config, is_anchor, head_map)
+      arrays = PlanArrays.of_layer(layer, config, is_anchor, head_map)
       layers[str(layer)], shared, done = recover_layer(config, block, shared, targets, arrays, how, len(shared))
       reports += [Report(layer, part, *map(float, numbers)) for part, *numbers in done]
       check_conditions(reports)

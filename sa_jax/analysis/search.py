@@ -11,6 +11,7 @@ import numpy as np
 from sa_jax.analysis.judge import Judge
 from sa_jax.config import ModelConfig
 from sa_jax.cost import cost
+from sa_jax.nn.transformer import check_plan
 from sa_jax.plan import SharingPlan
 
 Progress = Callable[[int, int], None]
@@ -97,7 +98,7 @@ def beam(
   if shortlist is not None and costs is None:
     raise ValueError("a shortlist needs pair costs to choose by")
   kept = [judge.walk(SharingPlan.dense(layers), keep=True)]
-  best = []
+  best: list[Found] = []
   for _ in range(followers):
     parents = {
       SharingPlan.from_followers(layers, (*base.plan.followers, layer)): base
@@ -105,6 +106,9 @@ def beam(
       for layer in free
       if base.plan.is_anchor(layer)
     }
+    parents = {plan: base for plan, base in parents.items() if fits(judge.config, plan)}
+    if not parents:
+      raise ValueError(f"no layer can follow any more with {len(best)} followers: layers of different kinds alternate")
     candidates = list(parents)
     if shortlist is not None and costs is not None:
       candidates = sorted(candidates, key=lambda plan: plan_cost(plan, costs))[:shortlist]
@@ -167,6 +171,15 @@ def cheapest(costs: np.ndarray, followers: int, excluded: Sequence[int] = ()) ->
   return SharingPlan(tuple(source))
 
 
+def fits(config: ModelConfig, plan: SharingPlan) -> bool:
+  """Whether the model can share attention by the plan; see `sa_jax.nn.transformer.check_plan`."""
+  try:
+    check_plan(config, plan)
+  except ValueError:
+    return False
+  return True
+
+
 def late_spans(num_layers: int, followers: int) -> Iterator[SharingPlan]:
   """The paper's recipe: one contiguous span of followers, in the later half of the model as far as it fits there."""
   earliest = min(num_layers // 2, num_layers - followers - 1)
@@ -216,6 +229,7 @@ def improve(
     free = set(range(1, layers)) - followers - set(excluded)
     sets = (followers - {out} | {into} for out in followers for into in free)
     swaps = {SharingPlan.from_followers(layers, chosen) for chosen in sets} - tried
+    swaps = {plan for plan in swaps if fits(judge.config, plan)}
     if not swaps:
       break
     plan = min(swaps, key=lambda plan: (plan_cost(plan, costs), plan.source))

@@ -68,7 +68,9 @@ def search_plan(judge: Judge, followers: int, how: Search, stage: Stage = lambda
   excluded = how.excluded
   if how.strategy == "spans":
     spans = search.late_spans(judge.config.num_layers, followers)
-    allowed = [plan for plan in spans if not set(excluded) & set(plan.followers)]
+    allowed = [
+      plan for plan in spans if not set(excluded) & set(plan.followers) and search.fits(judge.config, plan)
+    ]
     return search.best_of(judge, allowed, stage("measuring spans"))
   needs_costs = how.strategy == "dp" or how.shortlist is not None
   costs = judge.costs(how.reach, stage("estimating pairs")) if needs_costs else None

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import entr
 
-from sa_jax import ops
 from sa_jax.nn import Transformer
+from sa_jax.nn.state import State
 from sa_jax.nn.transformer import check_tokens
 from sa_jax.params import as_layers
 
@@ -80,9 +80,10 @@ def layer_similarity(
   block = min(block, tokens.shape[1])
   total: _Sums | None = None
   for index, row in enumerate(tokens):
-    q, k = _query_keys(model, layers, jnp.asarray(row[None], jnp.int32))
+    states = _states(model, layers, jnp.asarray(row[None], jnp.int32))
     for start in range(0, tokens.shape[1], block):
-      sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), block_sums(q, k, start, top_k, block))
+      part = block_sums(states, start, tokens.shape[1], top_k, block)
+      sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), part)
       total = sums if total is None else jax.tree.map(np.add, total, sums)
     if progress is not None:
       progress(index + 1, len(tokens))
@@ -105,30 +106,24 @@ class _Sums(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _query_keys(model: Transformer, layers: Mapping[str, Any], tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Queries and keys of all layers, ``[L, B, T, N, H]`` each, in float32."""
-  states = model.apply({"params": layers}, tokens, method="states")
-  heads = model.config.num_heads
-  q = jnp.stack([state.q for state in states])
-  k = jnp.stack([jnp.repeat(state.k, heads // state.k.shape[2], axis=2) for state in states])
-  return q.astype(jnp.float32), k.astype(jnp.float32)
+def _states(model: Transformer, layers: Mapping[str, Any], tokens: jax.Array) -> tuple[State, ...]:
+  return model.apply({"params": layers}, tokens, method="states")
 
 
-@functools.partial(jax.jit, static_argnames=("top_k", "block"))
-def block_sums(q: jax.Array, k: jax.Array, start: jax.Array | int, top_k: int, block: int) -> _Sums:
+@functools.partial(jax.jit, static_argnames=("length", "top_k", "block"))
+def block_sums(states: tuple[State, ...], start: jax.Array | int, length: int, top_k: int, block: int) -> _Sums:
   """What a block of queries, ``start`` to ``start + block``, adds to the comparison.
 
   Args:
-    q: ``[L, B, T, N, H]``.
-    k: ``[L, B, T, N, H]``.
-    start: first query; queries past T add nothing.
+    states: of all layers.
+    start: first query.
+    length: tokens a row; queries past it add nothing.
     top_k: see `layer_similarity`.
     block: number of queries.
   """
-  batch, length = q.shape[1:3]
   positions = start + jnp.arange(block)
-  q = jnp.take(q, positions, axis=2, mode="fill", fill_value=0.0)
-  weights = jax.vmap(lambda q, k: ops.attention_weights(q, k, positions=positions))(q, k)
+  weights = jnp.stack([state.weights(positions) for state in states]).astype(jnp.float32)
+  batch = weights.shape[1]
   only = lambda queries, values: values * queries.astype(values.dtype)[None, None, None, :, None]
   weights = only(positions < length, weights)
   seen = jnp.where(positions < length, positions + 1, 0)

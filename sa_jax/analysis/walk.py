@@ -101,12 +101,12 @@ def advance(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) 
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def dense_layer(config: ModelConfig, block: Block, chunk: Chunk) -> Targets:
-  """A chunk through one layer as an anchor, with what it computes on the way."""
-  state = call(config, block, "state", chunk.x, chunk.state, jnp.bool_(True))
-  heads = call(config, block, "heads", chunk.x, state, jnp.arange(config.num_heads, dtype=jnp.int32))
+def dense_layer(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) -> Targets:
+  """A chunk through one layer, an anchor, with what it computes on the way."""
+  state = call(config, block, "state", chunk.x, chunk.state, layer)
+  heads = call(config, block, "heads", chunk.x, state, layer.head_map)
   y = call(config, block, "attention_output", heads)
-  return Targets(y, call(config, block, "finish", chunk.x, y), state)
+  return Targets(y, call(config, block, "add_mlp", call(config, block, "add_attention", chunk.x, y)), state)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -127,18 +127,14 @@ def losses(config: ModelConfig, params: Mapping[str, Any], stream: Stream, token
   return np.concatenate([np.asarray(part, np.float64) for part in out])
 
 
-def layer_arrays(config: ModelConfig, is_anchor: bool, head_map: tuple[int, ...] | None = None) -> PlanArrays:
-  """One layer's part of a plan."""
-  return PlanArrays(np.bool_(is_anchor), np.asarray(head_map or range(config.num_heads), np.int32))
-
-
 def dense_trace(
   config: ModelConfig, params: Mapping[str, Any], stream: Stream, report: Callable[[int, int], None] | None = None
 ) -> list[tuple[Targets, ...]]:
   """What the dense model computes in every layer, for every chunk. Holds ``L`` layers of the text's activations."""
   trace = []
   for layer in range(config.num_layers):
-    targets = tuple(dense_layer(config, params["layers"][str(layer)], chunk) for chunk in stream)
+    arrays = PlanArrays.of_layer(layer, config, is_anchor=True)
+    targets = tuple(dense_layer(config, params["layers"][str(layer)], chunk, arrays) for chunk in stream)
     stream = tuple(Chunk(target.x, target.state) for target in targets)
     trace.append(targets)
     if report is not None:

@@ -24,7 +24,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
   """Runs ``sa-jax``; returns its exit code: 0 done, 2 bad usage or bad input."""
   import tyro
 
-  from sa_jax.cli import align, analyze, convert, cost, demo, generate, perplexity, refit, search, share
+  from sa_jax.cli import (
+    align,
+    analyze,
+    convert,
+    cost,
+    demo,
+    fit,
+    generate,
+    perplexity,
+    refit,
+    search,
+    share,
+  )
 
   commands: dict[str, Callable[..., Command]] = {
     "demo": demo.Demo,
@@ -37,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     "align": align.Align,
     "refit": refit.RefitModel,
     "share": share.Share,
+    "fit": fit.FitOf,
   }
   logging.basicConfig(format="%(name)s: %(message)s", level=os.environ.get("SA_JAX_LOG", "WARNING").upper())
   command: Command = tyro.extras.subcommand_cli_from_dict(

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from sa_jax.config import ModelConfig
-from sa_jax.ops.rope import RopeConfig
+from sa_jax.convert import hf_rope
+from sa_jax.convert.families import FAMILIES, QUERY_SCALE, Family
+from sa_jax.convert.reader import ConfigReader
 from sa_jax.plan import SharingPlan, as_plan
-
-ARCHITECTURES = {"llama": "LlamaForCausalLM"}
-"""Supported ``model_type`` values and the class that transformers loads them with."""
 
 # Keys that change nothing that we compute: provenance, training set-up, and defaults of transformers' own generate.
 _INERT = frozenset(
@@ -29,9 +28,6 @@ _INERT = frozenset(
 
 # Keys we implement one value of: any other value would change the result.
 _FIXED: dict[str, tuple[Any, ...]] = {
-  "hidden_act": ("silu",),
-  "attention_bias": (False,),
-  "mlp_bias": (False,),
   "attention_dropout": (0, 0.0),
   "pretraining_tp": (1,),
   "rope_interleaved": (False,),
@@ -39,9 +35,10 @@ _FIXED: dict[str, tuple[Any, ...]] = {
   "is_decoder": (False,),
   "add_cross_attention": (False,),
   "pruned_heads": ({}, None),
-  "sliding_window": (None,),
   "quantization_config": (None,),
   "partial_rotary_factor": (1, 1.0, None),
+  "attention_bias": (False,),
+  "mlp_bias": (False,),
 }
 
 _SIZES = {
@@ -51,60 +48,13 @@ _SIZES = {
   "num_attention_heads": "num_heads",
   "intermediate_size": "mlp_dim",
 }
+_MOST_LAYERS = 10_000
+
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_KINDS = {"full_attention": False, "sliding_attention": True}
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Floating-point types that parameters may have."""
-
-
-class _Reader:
-  """Takes values out of a config and remembers which keys were read and what was wrong with them."""
-
-  def __init__(self, values: Mapping[str, Any], errors: list[str], prefix: str = ""):
-    self._values, self._prefix, self.errors = values, prefix, errors
-    self._read: set[str] = set()
-
-  def fail(self, key: str, why: str) -> None:
-    self.errors.append(f"{self._prefix}{key} = {self._values.get(key)!r}: {why}")
-
-  def take(self, key: str, default: Any = None) -> Any:
-    self._read.add(key)
-    value = self._values.get(key)
-    return default if value is None else value
-
-  def integer(self, key: str, default: int | None = None) -> int:
-    value = self.take(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-      self.fail(key, "a positive integer is needed")
-      return 1
-    return value
-
-  def number(self, key: str, default: float | None = None) -> float:
-    value = self.take(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-      self.fail(key, "a positive number is needed")
-      return 1.0
-    return float(value)
-
-  def token(self, key: str, absent: int | None) -> int | None:
-    self._read.add(key)
-    value = self._values.get(key, absent)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-      self.fail(key, "a token id or null is needed")
-      return None
-    return value
-
-  def choice(self, key: str, choices: tuple[Any, ...], default: Any) -> Any:
-    value = self.take(key, default)
-    if value not in choices:
-      self.fail(key, f"not implemented; {' or '.join(map(repr, choices))} is")
-      return default
-    return value
-
-  def finish(self, inert: frozenset[str] = frozenset()) -> None:
-    """Reports every key that nothing has read."""
-    for key in self._values:
-      if key not in self._read and key not in inert:
-        self.fail(key, "this key is not known, so its effect is not implemented; remove it if it has none")
 
 
 def read(values: Mapping[str, Any]) -> ModelConfig:
@@ -116,82 +66,120 @@ def read(values: Mapping[str, Any]) -> ModelConfig:
   Raises:
     ValueError: names, all at once, each value that is missing, malformed or not implemented, and each unknown key.
   """
-  model_type = values.get("model_type")
-  if model_type not in ARCHITECTURES:
-    raise ValueError(f"model_type {model_type!r} is not supported; supported are: {', '.join(sorted(ARCHITECTURES))}")
-  reader = _Reader(values, [])
-  sizes = {ours: reader.integer(theirs) for theirs, ours in _SIZES.items()}
-  num_kv_heads = reader.integer("num_key_value_heads", sizes["num_heads"])
-  if sizes["num_heads"] % num_kv_heads:
-    reader.fail("num_key_value_heads", f"num_attention_heads = {sizes['num_heads']} must be a multiple of it")
-  if values.get("head_dim") is None and sizes["embed_dim"] % sizes["num_heads"]:
-    reader.fail("hidden_size", f"without head_dim it must be a multiple of num_attention_heads = {sizes['num_heads']}")
-  head_dim = reader.integer("head_dim", max(sizes["embed_dim"] // sizes["num_heads"], 1))
-  if head_dim % 2:
-    reader.fail("head_dim", "rotary embedding needs an even number")
-  max_length = reader.integer("max_position_embeddings", 2048)
-  eos = reader.take("eos_token_id", () if "eos_token_id" in values else 2)
+  family = _family(values)
+  reader = ConfigReader({**family.defaults, **values}, [])
+  sizes = _read_sizes(reader)
+  eos = reader.take("eos_token_id", () if "eos_token_id" in reader.values else 2)
   eos = (eos,) if isinstance(eos, int) else eos
   if not isinstance(eos, list | tuple) or not all(isinstance(token, int) for token in eos):
     reader.fail("eos_token_id", "a token id, a list of token ids or null is needed")
     eos = ()
-  dtype = str(reader.take("dtype", reader.take("torch_dtype", "float32"))).removeprefix("torch.")
+  dtype = str(reader.either("dtype", "torch_dtype", "float32")).removeprefix("torch.")
   if dtype not in DTYPES:
     reader.fail("dtype" if "dtype" in values else "torch_dtype", f"one of {', '.join(DTYPES)} is needed")
-  for key, allowed in _FIXED.items():
-    reader.choice(key, allowed, allowed[0])
-  rope = _read_rope(reader, max_length)
+  for key, allowed in (_FIXED | dict(family.fixed)).items():
+    if key not in {read.name for read in family.keys}:
+      reader.choice(key, allowed, allowed[0])
+  for key, why in family.required.items():
+    if values.get(key) is None:
+      reader.fail(key, why)
+  rope, local_rope = hf_rope.read(reader, family, sizes["max_length"])
   config = {
     **sizes,
-    "num_kv_heads": num_kv_heads,
-    "head_dim": head_dim,
-    "max_length": max_length,
+    **family.fields,
+    **_read_keys(reader, family),
+    **_read_window(reader, family, sizes["num_layers"]),
     "norm_eps": reader.number("rms_norm_eps", 1e-6),
     "rope": rope,
-    "tie_embeddings": reader.choice("tie_word_embeddings", (True, False), False),
+    "local_rope": local_rope,
+    "activation": _ACTIVATIONS[reader.choice(family.activation, tuple(_ACTIVATIONS), "silu")],
+    "tie_embeddings": reader.flag("tie_word_embeddings", False),
+    "family": values["model_type"],
     "bos_token_id": reader.token("bos_token_id", absent=1),
     "eos_token_ids": tuple(eos),
     "pad_token_id": reader.token("pad_token_id", absent=None),
     "dtype": dtype,
     "param_dtype": dtype,
   }
-  reader.finish(_INERT)
+  reader.finish(_INERT | family.inert | family.defaults.keys() - values.keys())
   if reader.errors:
     raise ValueError("config.json cannot be used:\n  " + "\n  ".join(reader.errors))
   return ModelConfig(**config)
 
 
-def _read_rope(reader: _Reader, max_length: int) -> RopeConfig:
-  theta = reader.number("rope_theta", 10_000.0)
-  scaling = reader.take("rope_scaling")
-  parameters = reader.take("rope_parameters", {})
-  for key, value in (("rope_scaling", scaling or {}), ("rope_parameters", parameters)):
-    if not isinstance(value, Mapping):
-      reader.fail(key, "an object or null is needed")
-      return RopeConfig()
-  if scaling and parameters and dict(scaling) != dict(parameters):
-    reader.fail("rope_scaling", "it says something other than rope_parameters does; keep one of them")
-  inner = _Reader(dict(scaling or {}) | dict(parameters), reader.errors, prefix="rope_parameters.")
-  theta = inner.number("rope_theta", theta)
-  kind = inner.take("rope_type", inner.take("type", "default"))
-  inner.choice("partial_rotary_factor", (1, 1.0), 1.0)
-  rope = RopeConfig(theta=theta)
-  if kind == "llama3":
-    rope = RopeConfig(
-      theta=theta,
-      scaling="llama3",
-      factor=inner.number("factor"),
-      low_freq_factor=inner.number("low_freq_factor"),
-      high_freq_factor=inner.number("high_freq_factor"),
-      original_max_length=inner.integer("original_max_position_embeddings", max_length),
+def _family(values: Mapping[str, Any]) -> Family:
+  model_type = values.get("model_type")
+  if isinstance(model_type, str) and model_type in FAMILIES:
+    return FAMILIES[model_type]
+  supported = ", ".join(sorted(FAMILIES))
+  if any("experts" in key for key in values):
+    raise ValueError(
+      f"model_type {model_type!r} is a mixture of experts, which is not supported; supported: {supported}"
     )
-    if rope.high_freq_factor <= rope.low_freq_factor:
-      inner.fail("high_freq_factor", f"it must be greater than low_freq_factor = {rope.low_freq_factor}")
-  elif kind != "default":
-    inner.fail("rope_type", "not implemented; 'default' or 'llama3' is")
-    return rope
-  inner.finish()
-  return rope
+  if values.get("is_encoder_decoder") or not any("CausalLM" in str(name) for name in values.get("architectures") or ()):
+    raise ValueError(
+      f"model_type {model_type!r} is not known as a decoder-only language model, and no other is supported; "
+      f"supported are: {supported}"
+    )
+  raise ValueError(f"model_type {model_type!r} is not supported; supported are: {supported}")
+
+
+def _read_sizes(reader: ConfigReader) -> dict[str, int]:
+  sizes = {ours: reader.integer(theirs) for theirs, ours in _SIZES.items()}
+  if sizes["num_layers"] > _MOST_LAYERS:
+    reader.fail("num_hidden_layers", f"models of more than {_MOST_LAYERS} layers are not believed")
+    sizes["num_layers"] = 1
+  num_kv_heads = reader.integer("num_key_value_heads", sizes["num_heads"])
+  if sizes["num_heads"] % num_kv_heads:
+    reader.fail("num_key_value_heads", f"num_attention_heads = {sizes['num_heads']} must be a multiple of it")
+  if reader.values.get("head_dim") is None and sizes["embed_dim"] % sizes["num_heads"]:
+    reader.fail("hidden_size", f"without head_dim it must be a multiple of num_attention_heads = {sizes['num_heads']}")
+  head_dim = reader.integer("head_dim", max(sizes["embed_dim"] // sizes["num_heads"], 1))
+  if head_dim % 2:
+    reader.fail("head_dim", "rotary embedding needs an even number")
+  max_length = reader.integer("max_position_embeddings", 2048)
+  return sizes | {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "max_length": max_length}
+
+
+def _read_keys(reader: ConfigReader, family: Family) -> dict[str, Any]:
+  """The fields that only some families' configs have."""
+  fields: dict[str, Any] = {}
+  for key in family.keys:
+    value = reader.flag(key.name, False) if key.kind == "flag" else reader.optional_number(key.name)
+    fields |= dict.fromkeys(key.fields, value)
+  if QUERY_SCALE in family.defaults:
+    fields["attention_scale"] = reader.number(QUERY_SCALE) ** -0.5
+  return fields
+
+
+def _read_window(reader: ConfigReader, family: Family, num_layers: int) -> dict[str, Any]:
+  """Which layers are local, and how far they see."""
+  if not family.window:
+    return {}
+  switched_on = family.window != "optional" or reader.flag("use_sliding_window", False)
+  window = None if reader.take("sliding_window") is None else reader.integer("sliding_window")
+  if family.window == "all":
+    return {"window": window, "local_layers": () if window is None else tuple(range(num_layers))}
+  for key in ("max_window_layers", "sliding_window_pattern"):
+    if key in family.defaults:
+      reader.integer(key)
+  types = reader.take("layer_types")
+  if types is None:
+    assert family.is_local is not None
+    pattern = [bool(not reader.errors and family.is_local(reader.values, layer)) for layer in range(num_layers)]
+  elif isinstance(types, list) and len(types) == num_layers and all(isinstance(t, str) and t in _KINDS for t in types):
+    pattern = [_KINDS[kind] for kind in types]
+  else:
+    reader.fail("layer_types", f"a list of {num_layers} names, each of {' or '.join(_KINDS)}, is needed")
+    return {}
+  if not switched_on:
+    if types is not None and any(pattern):
+      reader.fail("layer_types", "it names sliding_attention, and use_sliding_window is false")
+    return {}
+  if window is None and any(pattern):
+    reader.fail("sliding_window", "layers with sliding_attention need a number of tokens")
+    return {}
+  return {"window": window, "local_layers": tuple(layer for layer, local in enumerate(pattern) if local)}
 
 
 def write(config: ModelConfig, spelling: Literal["v4", "v5"] = "v5") -> dict[str, Any]:
@@ -202,35 +190,64 @@ def write(config: ModelConfig, spelling: Literal["v4", "v5"] = "v5") -> dict[str
     spelling: ``v5`` writes ``rope_parameters`` and ``dtype`` (transformers 5); ``v4`` writes ``rope_theta``,
       ``rope_scaling`` and ``torch_dtype``.
   """
-  rope: dict[str, Any] = {"rope_type": config.rope.scaling}
-  if config.rope.scaling == "llama3":
-    rope |= {
-      "factor": config.rope.factor,
-      "low_freq_factor": config.rope.low_freq_factor,
-      "high_freq_factor": config.rope.high_freq_factor,
-      "original_max_position_embeddings": config.rope.original_max_length,
-    }
+  family = FAMILIES[config.family]
+  activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
   eos = config.eos_token_ids
   values = {
-    "architectures": [ARCHITECTURES["llama"]],
-    "model_type": "llama",
+    "architectures": [family.architecture],
+    "model_type": config.family,
     **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
     "num_key_value_heads": config.num_kv_heads,
     "head_dim": config.head_dim,
     "max_position_embeddings": config.max_length,
     "rms_norm_eps": config.norm_eps,
     "tie_word_embeddings": config.tie_embeddings,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
+    family.activation: activations[config.activation],
+    **{key.name: getattr(config, key.fields[0]) for key in family.keys},
+    **_write_window(config, family),
     "bos_token_id": config.bos_token_id,
     "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
     "pad_token_id": config.pad_token_id,
+    **hf_rope.write(config, family, spelling),
+    "dtype" if spelling == "v5" else "torch_dtype": config.param_dtype,
   }
-  if spelling == "v5":
-    return values | {"rope_parameters": {"rope_theta": config.rope.theta, **rope}, "dtype": config.param_dtype}
-  scaling = None if config.rope.scaling == "default" else rope
-  return values | {"rope_theta": config.rope.theta, "rope_scaling": scaling, "torch_dtype": config.param_dtype}
+  if QUERY_SCALE in family.defaults:
+    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+    values[QUERY_SCALE] = _whole(scale**-2)
+  _check_written(config, values)
+  return values
+
+
+def _write_window(config: ModelConfig, family: Family) -> dict[str, Any]:
+  match family.window:
+    case "":
+      return {}
+    case "all":
+      return {"sliding_window": config.window}
+  names = {local: name for name, local in _KINDS.items()}
+  types = [names[layer in config.local_layers] for layer in range(config.num_layers)]
+  values = {"sliding_window": config.window, "layer_types": types}
+  return values | ({"use_sliding_window": bool(config.local_layers)} if family.window == "optional" else {})
+
+
+def _check_written(config: ModelConfig, values: Mapping[str, Any]) -> None:
+  """Checks that the family's config can say all that the model is.
+
+  Raises:
+    ValueError: names each field that a reader of ``values`` would get wrong.
+  """
+  back = read(values)
+  ours = ("dtype", "param_dtype", "attention", "attention_state", "remat")
+  fields = [field for field in vars(config) if field not in ours and getattr(config, field) != getattr(back, field)]
+  if "window" in fields and not config.local_layers:
+    fields.remove("window")  # of no effect without local layers
+  if wrong := [f"{field}={getattr(config, field)!r} (it has {getattr(back, field)!r})" for field in fields]:
+    raise ValueError(f"a {config.family} config.json cannot describe this model: {'; '.join(wrong)}")
+
+
+def _whole(value: float) -> int | float:
+  """The integer that a number is but for rounding."""
+  return round(value) if abs(value - round(value)) < 1e-6 * value else value
 
 
 def read_plan(values: Mapping[str, Any], num_layers: int) -> SharingPlan:

@@ -17,8 +17,9 @@ from sa_jax.config import ModelConfig
 from sa_jax.convert import checkpoint, hf_config
 from sa_jax.convert.source import Source, open_source
 from sa_jax.convert.table import Account, Entry, account
-from sa_jax.convert.tokenizer import load_tokenizer
+from sa_jax.convert.tokenizer import Tokenizer, load_tokenizer
 from sa_jax.nn import Transformer
+from sa_jax.nn.transformer import check_plan
 from sa_jax.params import stack
 from sa_jax.plan import SharingPlan, as_plan
 from sa_jax.sharding import abstract_params, param_shardings
@@ -89,6 +90,7 @@ def _describe(
   config = _with_dtype(hf_config.read(source.config), dtype)
   stored = hf_config.read_plan(source.config, config.num_layers)
   made = stored if plan is None else as_plan(plan, config.num_layers)
+  check_plan(config, made)
   return config, made, account(source.shapes, config, made, source.path)
 
 
@@ -201,11 +203,16 @@ def convert(
   dst = Path(dst)
   if dst.exists():
     raise ValueError(f"{dst} exists already; name a new folder, or remove it first")
+  tokenizer = _tokenizer(Path(src))
   model, params = from_pretrained(src, plan, dtype, layout="layers", progress=progress)
-  src = Path(src)
-  has_tokenizer = src.is_file() or (src / "tokenizer.json").exists()
-  tokenizer = load_tokenizer(src) if has_tokenizer else None
   checkpoint.save_checkpoint(dst, model.config, model.plan, params, tokenizer)
+
+
+def _tokenizer(path: Path) -> Tokenizer | None:
+  """The tokenizer that comes with a model, if one does."""
+  if not checkpoint.is_checkpoint(path):
+    return open_source(path).tokenizer()
+  return load_tokenizer(path) if (path / "tokenizer.json").exists() else None
 
 
 def inspect(path: str | Path, plan: SharingPlan | str | Sequence[int] | None = None) -> Account:

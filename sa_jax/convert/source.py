@@ -192,7 +192,7 @@ class GgufFile:
       raise ValueError(
         f"{self.path}: heads of {key_length} with rotary embedding on {head_dim} of it are not implemented"
       )
-    if scaling := self.optional("llama.rope.scaling.type") not in (None, "none"):
+    if (scaling := self.optional("llama.rope.scaling.type")) not in (None, "none"):
       raise ValueError(f"{self.path}: rope scaling {scaling!r} in a GGUF file is not implemented")
     return {
       "architectures": ["LlamaForCausalLM"],
@@ -231,7 +231,7 @@ class GgufFile:
     """See `Source.tokenizer`."""
     from sa_jax.convert.tokenizer import from_gguf
 
-    return from_gguf(self)
+    return from_gguf(self) if self.optional("tokenizer.ggml.model") is not None else None
 
 
 def _hf_name(name: str) -> str:

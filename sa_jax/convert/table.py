@@ -1,101 +1,114 @@
-"""Which checkpoint tensor becomes which parameter: one small table an architecture.
-
-To add an architecture, add its ``model_type`` to `sa_jax.convert.hf_config` and its table to `TABLES`.
-"""
+"""Which checkpoint tensor becomes which parameter, worked out for one model from its family's table."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import einops
 import numpy as np
 
 from sa_jax.config import ModelConfig
+from sa_jax.convert.families import FAMILIES, Rule
+from sa_jax.params import ANCHOR_ONLY
 from sa_jax.plan import SharingPlan
 
+_ANCHOR_ONLY = re.compile(rf"layers/\d+/attention/({'|'.join(ANCHOR_ONLY)})/")
+_RECOMPUTED = re.compile(r"model\.layers\.\d+\.(self_attn|attention)\.rotary_emb\.inv_freq")
 
-class Rule(NamedTuple):
-  """One row of a table.
-
-  Attributes:
-    key: the Hugging Face name; ``{layer}`` stands for the layer's number.
-    path: our name in the layer layout; ``{layer}`` likewise.
-    axes: einops pattern from their axes to ours, in the letters of `sizes`.
-  """
-
-  key: str
-  path: str
-  axes: str
-
-
-_LAYER, _BLOCK = "model.layers.{layer}", "layers/{layer}"
-
-LLAMA = (
-  Rule("model.embed_tokens.weight", "embed/embedding", "V D -> V D"),
-  Rule(f"{_LAYER}.input_layernorm.weight", f"{_BLOCK}/attention_norm/scale", "D -> D"),
-  Rule(f"{_LAYER}.self_attn.q_proj.weight", f"{_BLOCK}/attention/q_proj/kernel", "(N H) D -> D N H"),
-  Rule(f"{_LAYER}.self_attn.k_proj.weight", f"{_BLOCK}/attention/k_proj/kernel", "(K H) D -> D K H"),
-  Rule(f"{_LAYER}.self_attn.v_proj.weight", f"{_BLOCK}/attention/v_proj/kernel", "(K H) D -> D K H"),
-  Rule(f"{_LAYER}.self_attn.o_proj.weight", f"{_BLOCK}/attention/o_proj/kernel", "D (N H) -> N H D"),
-  Rule(f"{_LAYER}.post_attention_layernorm.weight", f"{_BLOCK}/mlp_norm/scale", "D -> D"),
-  Rule(f"{_LAYER}.mlp.gate_proj.weight", f"{_BLOCK}/mlp/gate_proj/kernel", "F D -> D F"),
-  Rule(f"{_LAYER}.mlp.up_proj.weight", f"{_BLOCK}/mlp/up_proj/kernel", "F D -> D F"),
-  Rule(f"{_LAYER}.mlp.down_proj.weight", f"{_BLOCK}/mlp/down_proj/kernel", "D F -> F D"),
-  Rule("model.norm.weight", "final_norm/scale", "D -> D"),
-  Rule("lm_head.weight", "lm_head/kernel", "V D -> D V"),
-)
-
-TABLES: dict[str, tuple[Rule, ...]] = {"llama": LLAMA}
-
-_ANCHOR_ONLY = re.compile(r"layers/\d+/attention/[qk]_proj/")
-_RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_LISTED = 200  # lines of an error message: all that a person reads
 
 
 class Entry(NamedTuple):
-  """A tensor that a model of some config has in its checkpoint: a rule for one layer, with sizes filled in."""
+  """A parameter and the checkpoint tensor, or the part of one, that it comes from.
+
+  Attributes:
+    key: the checkpoint's name.
+    path: ours, in the layer layout.
+    axes: einops pattern from the part's axes to ours.
+    shape: of the checkpoint's tensor, whole.
+    view: einops pattern that lets the parts lie along the first axis; none when empty.
+    part: where the part begins and ends along that axis, and how long the axis is.
+    sizes: of the letters.
+  """
 
   key: str
   path: tuple[str, ...]
   axes: str
   shape: tuple[int, ...]
-  sizes: Mapping[str, int]
+  view: str
+  part: tuple[int, int, int]
+  sizes: dict[str, int]
 
   def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-    """The checkpoint's tensor as our parameter."""
-    return einops.rearrange(tensor, self.axes, **self.sizes)
-
-  def to_theirs(self, parameter: np.ndarray) -> np.ndarray:
-    """Our parameter as the checkpoint's tensor: the inverse of `to_ours`."""
-    theirs, ours = self.axes.split(" -> ")
-    return einops.rearrange(parameter, f"{ours} -> {theirs}", **self.sizes)
+    """The checkpoint's tensor as our parameter: a view of it where strides allow."""
+    if self.view:
+      tensor = _rearrange(tensor, self.view, self.sizes | {"P": self.part[2]})
+    return _rearrange(tensor[self.part[0] : self.part[1]], self.axes, self.sizes)
 
   def our_shape(self) -> tuple[int, ...]:
     """The parameter's shape."""
     return self.to_ours(np.broadcast_to(np.zeros((), np.bool_), self.shape)).shape
 
 
-def entries(config: ModelConfig, model_type: str = "llama") -> Iterator[Entry]:
-  """Every tensor of a dense checkpoint of this model, in the order of the table."""
+def to_theirs(parts: Sequence[tuple[Entry, np.ndarray]]) -> np.ndarray:
+  """The checkpoint's tensor from the parameters that it holds, all of them and in order: undoes `Entry.to_ours`."""
+  pieces = [_rearrange(parameter, _inverse(entry.axes), entry.sizes) for entry, parameter in parts]
+  tensor = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+  first = parts[0][0]
+  return _rearrange(tensor, _inverse(first.view), first.sizes | {"P": first.part[2]}) if first.view else tensor
+
+
+def _inverse(pattern: str) -> str:
+  before, after = pattern.split(" -> ")
+  return f"{after} -> {before}"
+
+
+def _rearrange(tensor: np.ndarray, pattern: str, sizes: Mapping[str, int]) -> np.ndarray:
+  return einops.rearrange(tensor, pattern, **{letter: sizes[letter] for letter in set(re.findall(r"[A-Z]", pattern))})
+
+
+def _extents(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+  """The shape of one side of a pattern."""
+  return tuple(
+    math.prod(sizes[letter] for letter in re.findall(r"[A-Z]", axis)) for axis in re.findall(r"\([^)]*\)|\w", axes)
+  )
+
+
+def entries(config: ModelConfig) -> Iterator[Entry]:
+  """Every parameter of a dense model of this config, in the order of its family's table."""
+  for rule in FAMILIES[config.family].table:
+    for layer in range(config.num_layers) if "{layer}" in rule.key else (0,):
+      yield from _of_layer(rule, layer, config)
+
+
+def _of_layer(rule: Rule, layer: int, config: ModelConfig) -> tuple[Entry, ...]:
+  if rule.when and bool(getattr(config, rule.when.lstrip("!"))) == rule.when.startswith("!"):
+    return ()
   sizes = {
     "V": config.vocab_size,
     "D": config.embed_dim,
     "N": config.num_heads,
     "K": config.num_kv_heads,
+    "G": config.num_heads // config.num_kv_heads,
     "H": config.head_dim,
     "F": config.mlp_dim,
   }
-  for rule in TABLES[model_type]:
-    if rule.path == "lm_head/kernel" and config.tie_embeddings:
-      continue
-    theirs = rule.axes.split(" -> ")[0]
-    axes = re.findall(r"\([^)]*\)|\w", theirs)
-    shape = tuple(int(np.prod([sizes[letter] for letter in re.findall(r"\w", axis)])) for axis in axes)
-    used = {letter: sizes[letter] for letter in re.findall(r"\w", theirs)}
-    for layer in range(config.num_layers) if "{layer}" in rule.key else (0,):
-      path = tuple(rule.path.format(layer=layer).split("/"))
-      yield Entry(rule.key.format(layer=layer), path, rule.axes, shape, used)
+  lengths = [_extents(axes.split(" -> ")[0], sizes)[0] for _, axes in rule.parts]
+  whole = sum(lengths)
+  if rule.view:
+    shape = _extents(rule.view.split(" -> ")[0], sizes | {"P": whole})
+  else:
+    shape = (whole, *_extents(rule.parts[0][1].split(" -> ")[0], sizes)[1:])
+  made, start = [], 0
+  for (path, axes), length in zip(rule.parts, lengths):
+    part = (start, start + length, whole)
+    ours = tuple(path.format(layer=layer).split("/"))
+    made.append(Entry(rule.key.format(layer=layer), ours, axes, shape, rule.view, part, sizes))
+    start += length
+  return tuple(made)
 
 
 class Account(NamedTuple):
@@ -103,51 +116,53 @@ class Account(NamedTuple):
 
   Attributes:
     used: entries that become parameters.
-    dropped: names of tensors that are not needed, each with the reason.
+    dropped: names of tensors, or of parts of packed ones, that are not needed, each with the reason.
   """
 
   used: tuple[Entry, ...]
   dropped: dict[str, str]
 
 
-def account(
-  shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, plan: SharingPlan, where: Any, model_type: str = "llama"
-) -> Account:
+def account(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, plan: SharingPlan, where: Any) -> Account:
   """Matches the tensors that a checkpoint holds with those that the planned model needs.
 
   Args:
     shapes: name → shape of every tensor in the checkpoint.
-    config: the model.
+    config: the model; its family names the table.
     plan: decides which queries and keys are dropped.
     where: the checkpoint, for messages.
-    model_type: names the table.
 
   Raises:
-    ValueError: lists, all at once, every tensor that is missing, unknown, or of another shape.
+    ValueError: lists every tensor that is missing, unknown, or of another shape.
   """
-  used, dropped, errors = [], {}, []
+  used, dropped = [], {}
+  errors: dict[str, None] = {}  # an ordered set: the parts of one tensor share its faults
   known = set()
-  for entry in entries(config, model_type):
+  for entry in entries(config):
     known.add(entry.key)
     found = shapes.get(entry.key)
     if found is not None and tuple(found) != entry.shape:
-      errors.append(f"wrong shape: {entry.key} is {list(found)}, the config says {list(entry.shape)}")
+      errors[f"wrong shape: {entry.key} is {list(found)}, the config says {list(entry.shape)}"] = None
     elif _ANCHOR_ONLY.match("/".join(entry.path)) and not plan.is_anchor(layer := int(entry.path[1])):
       if found is not None:
-        dropped[entry.key] = f"layer {layer} follows layer {plan.source[layer]}"
+        packed = entry.part[1] - entry.part[0] < entry.part[2]
+        name = f"{entry.key}[{entry.path[-2]}]" if packed else entry.key
+        dropped[name] = f"layer {layer} follows layer {plan.source[layer]}"
     elif found is None:
-      errors.append(f"missing: {entry.key} {list(entry.shape)}")
+      errors[f"missing: {entry.key} {list(entry.shape)}"] = None
     else:
       used.append(entry)
+  heads = [rule.key for rule in FAMILIES[config.family].table if rule.when == "!tie_embeddings"]
   for key in shapes:
     if key in known:
       continue
-    if key == "lm_head.weight" and config.tie_embeddings:
+    if key in heads and config.tie_embeddings:
       dropped[key] = "the output head is tied to the embedding"
     elif _RECOMPUTED.fullmatch(key):
       dropped[key] = "recomputed from rope_theta"
     else:
-      errors.append(f"unknown: {key} {list(shapes[key])}")
+      errors[f"unknown: {key} {list(shapes[key])}"] = None
   if errors:
-    raise ValueError(f"{where} does not hold the model that its config describes:\n  " + "\n  ".join(errors))
+    listed = [*errors][:_LISTED] + ([f"… and {len(errors) - _LISTED} more"] if len(errors) > _LISTED else [])
+    raise ValueError(f"{where} does not hold the model that its config describes:\n  " + "\n  ".join(listed))
   return Account(tuple(used), dropped)

@@ -91,10 +91,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
   Raises:
     ValueError: if there is none, or it is damaged.
   """
+  from sa_jax.convert.source import GgufFile, read_json
+
   path = Path(path)
   if path.is_file():
-    from sa_jax.convert.source import GgufFile
-
     return from_gguf(GgufFile(path))
   file = path / "tokenizer.json"
   if not file.exists():
@@ -105,7 +105,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     raise ValueError(f"{file} is not a tokenizer: {error}") from None
   values: dict[str, Any] = {}
   if (settings := path / "tokenizer_config.json").exists():
-    values = json.loads(settings.read_text(encoding="utf-8"))
+    values = read_json(settings)
   template = values.get("chat_template")
   if (separate := path / "chat_template.jinja").exists():
     template = separate.read_text(encoding="utf-8")

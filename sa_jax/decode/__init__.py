@@ -1,20 +1,27 @@
 """Generation: cache, prefill, the token loop on device, sampling."""
 
-from sa_jax.decode.engine import DecodeState, decode, prefill
+from sa_jax.decode.batcher import Batcher, Request
+from sa_jax.decode.engine import DecodeState, bucket, decode, insert, prefill, retire, row_keys
 from sa_jax.decode.generate import Generated, generate
 from sa_jax.decode.padding import right_pad, to_right_padded
 from sa_jax.decode.sampling import Sampler
 from sa_jax.nn.cache import Cache, LayerCache
 
 __all__ = [
+  "Batcher",
   "Cache",
   "DecodeState",
   "Generated",
   "LayerCache",
+  "Request",
   "Sampler",
+  "bucket",
   "decode",
   "generate",
+  "insert",
   "prefill",
+  "retire",
   "right_pad",
+  "row_keys",
   "to_right_padded",
 ]

@@ -1,8 +1,10 @@
-"""The compiled parts of generation: prefill, and the token loop on device."""
+"""The compiled parts of generation: prefill, the token loop on device, and putting a prefilled row into a batch."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,10 @@ from flax import struct
 from sa_jax.decode.sampling import Sampler
 from sa_jax.nn import Cache, Transformer
 
+_LOG = logging.getLogger("sa_jax")
+
+_SHORTEST_BUCKET = 64
+
 
 @struct.dataclass
 class DecodeState:
@@ -22,21 +28,47 @@ class DecodeState:
     cache: of everything before ``tokens``.
     tokens: int32 ``[B]``, the newest token of each row, not yet in the cache.
     positions: int32 ``[B]``, the slot that it will take.
-    done: bool ``[B]``, whether the row has ended.
+    remaining: int32 ``[B]``, how many tokens the row may still add.
+    done: bool ``[B]``, whether the row has ended: by an end token, or with none remaining.
     keys: ``[B]`` PRNG keys of the rows.
   """
 
   cache: Cache
   tokens: jax.Array
   positions: jax.Array
+  remaining: jax.Array
   done: jax.Array
   keys: jax.Array
 
+  @classmethod
+  def empty(cls, model: Transformer, slots: int, capacity: int) -> DecodeState:
+    """A batch of rows that have all ended, for `insert` to fill."""
+    cache = Cache.empty(model.config, model.plan, slots, capacity)
+    # Three arrays, not one three times: the state is donated, and a buffer can be donated only once.
+    tokens, positions, remaining = (jnp.zeros(slots, jnp.int32) for _ in range(3))
+    return cls(cache, tokens, positions, remaining, jnp.ones(slots, bool), row_keys(0, range(slots)))
 
-def _choose(model: Transformer, sampler: Sampler, logits: jax.Array, positions: jax.Array, keys: jax.Array) -> Any:
+
+def row_keys(seed: int, rows: Any) -> jax.Array:
+  """A PRNG key for each row number, which depends on nothing else."""
+  return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(rows))
+
+
+def bucket(length: int, longest: int) -> int:
+  """The length a prompt is padded to, so that few programs are compiled: a power of two from 64 on, or ``longest``."""
+  size = _SHORTEST_BUCKET
+  while size < length:
+    size *= 2
+  return min(size, longest)
+
+
+def _choose(
+  model: Transformer, sampler: Sampler, logits: jax.Array, positions: jax.Array, remaining: jax.Array, keys: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The next token of each row, and whether it ends the row."""
   tokens = sampler(logits, jax.vmap(jax.random.fold_in)(keys, positions))
   ends = jnp.asarray(model.config.eos_token_ids, jnp.int32)
-  return tokens, (tokens[:, None] == ends[None, :]).any(axis=-1)
+  return tokens, (tokens[:, None] == ends[None, :]).any(axis=-1) | (remaining <= 0)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampler", "capacity"))
@@ -47,6 +79,7 @@ def prefill(
   params: Mapping[str, Any],
   tokens: jax.Array,
   lengths: jax.Array,
+  remaining: jax.Array,
   keys: jax.Array,
 ) -> DecodeState:
   """Reads prompts and draws the first token of each.
@@ -58,12 +91,27 @@ def prefill(
     params: in the layer layout.
     tokens: int32 ``[B, T]``, right-padded.
     lengths: int32 ``[B]``.
+    remaining: int32 ``[B]``, how many tokens each row may add after the first.
     keys: ``[B]`` PRNG keys.
   """
+  _LOG.info("compiling prefill of %s × %s tokens into %s slots", *tokens.shape, capacity)
   logits, cache = model.apply({"params": params}, tokens, lengths, method="prefill")
   grown = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, capacity - x.shape[2]), (0, 0))), cache)
-  first, done = _choose(model, sampler, logits, lengths, keys)
-  return DecodeState(grown, first, lengths, done, keys)
+  first, done = _choose(model, sampler, logits, lengths, remaining, keys)
+  return DecodeState(grown, first, lengths, remaining, done, keys)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def insert(state: DecodeState, row: DecodeState, slot: jax.Array) -> DecodeState:
+  """Puts a batch of one row, prefilled into at most as many slots, at a place in a running batch (donated)."""
+  put = lambda into, new: jax.lax.dynamic_update_slice(into, new, (slot,) + (0,) * (into.ndim - 1))
+  return jax.tree.map(put, state, row)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def retire(state: DecodeState, rows: jax.Array) -> DecodeState:
+  """Ends the rows that bool ``rows [B]`` names, whatever they were doing."""
+  return dataclasses.replace(state, done=state.done | rows)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampler", "steps"), donate_argnames="state")
@@ -82,6 +130,7 @@ def decode(
   Returns:
     The state, and int32 ``[B, steps]`` tokens, -1 after a row's end.
   """
+  _LOG.info("compiling %s decode steps of %s rows, %s slots each", steps, state.tokens.shape[0], state.cache.capacity)
 
   def unfinished(carry: tuple[jax.Array, DecodeState, jax.Array]) -> jax.Array:
     step, state, _ = carry
@@ -91,12 +140,16 @@ def decode(
     step, state, out = carry
     logits, cache = model.apply({"params": params}, state.tokens, state.cache, state.positions, method="step")
     # A row that has ended stays where it is: it rewrites one slot of its own, and its tokens are not recorded.
-    positions = jnp.where(state.done, state.positions, state.positions + 1)
-    tokens, ended = _choose(model, sampler, logits, positions, state.keys)
-    out = out.at[:, step].set(jnp.where(state.done, -1, tokens))
-    tokens = jnp.where(state.done, state.tokens, tokens)
-    return step + 1, DecodeState(cache, tokens, positions, state.done | ended, state.keys), out
+    stay = lambda old, new: jnp.where(state.done, old, new)
+    positions = stay(state.positions, state.positions + 1)
+    remaining = stay(state.remaining, state.remaining - 1)
+    tokens, ended = _choose(model, sampler, logits, positions, remaining, state.keys)
+    out = out.at[:, step].set(stay(jnp.full_like(tokens, -1), tokens))
+    tokens = stay(state.tokens, tokens)
+    return step + 1, DecodeState(cache, tokens, positions, remaining, state.done | ended, state.keys), out
 
   out = jnp.full((state.tokens.shape[0], steps), -1, jnp.int32)
+  if steps == 0:
+    return state, out
   _, state, out = jax.lax.while_loop(unfinished, one, (jnp.int32(0), state, out))
   return state, out

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sa_jax.decode.engine import decode, prefill
+from sa_jax.decode.batcher import Batcher
+from sa_jax.decode.engine import bucket, decode, prefill, row_keys
 from sa_jax.decode.padding import to_right_padded
 from sa_jax.decode.sampling import Sampler
 from sa_jax.nn import Transformer
@@ -42,6 +42,7 @@ def generate(
   top_p: float | None = None,
   attention_mask: Any = None,
   cache_length: int | None = None,
+  slots: int = 64,
 ) -> Generated:
   """Continues prompts until an end token or ``max_new_tokens``.
 
@@ -59,7 +60,8 @@ def generate(
     top_k: see `Sampler`.
     top_p: see `Sampler`.
     attention_mask: ``[B, T]``, 1 at tokens and 0 at padding, in Hugging Face's manner; instead of ``lengths``.
-    cache_length: slots a row of the cache; just enough when None.
+    cache_length: slots a row of the cache; enough, in steps of 64, when None.
+    slots: rows in the batch at once; more prompts than that go through continuous batching (see `Batcher`).
 
   Raises:
     ValueError: if a token is not in the vocabulary, a length does not fit, or the prompts and their continuations do
@@ -79,20 +81,63 @@ def generate(
     raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
   # The last token of a row is returned and never cached.
   needed = int(lengths.max()) + max_new_tokens - 1
-  capacity = max(needed, tokens.shape[1]) if cache_length is None else cache_length
+  capacity = -(-max(needed, tokens.shape[1]) // 64) * 64 if cache_length is None else cache_length
   if needed > capacity or tokens.shape[1] > capacity:
     raise ValueError(
       f"prompts of up to {int(lengths.max())} tokens (rows of {tokens.shape[1]}) with {max_new_tokens} new ones do not "
       f"fit a cache of {capacity} slots; {max(needed, tokens.shape[1])} are needed"
     )
-  layers = as_layers(params, model.plan)
-  keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(len(tokens)))
-  state = prefill(
-    model, sampler, capacity, layers, jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32), keys
-  )
-  first = np.asarray(state.tokens)[:, None]
-  _, rest = decode(model, sampler, max_new_tokens - 1, layers, state)
-  out = np.concatenate([first, np.asarray(rest)], axis=1)
+  if len(tokens) > slots:
+    rows = _continuous(model, params, tokens, lengths, max_new_tokens, sampler, seed, slots, capacity)
+  else:
+    rows = _static(model, params, tokens, lengths, max_new_tokens, sampler, seed, capacity)
   config = model.config
   pad = config.pad_token_id if config.pad_token_id is not None else (*config.eos_token_ids, 0)[0]
-  return Generated(np.where(out < 0, pad, out).astype(np.int32), (out >= 0).sum(axis=1).astype(np.int32))
+  return Generated(np.where(rows < 0, pad, rows).astype(np.int32), (rows >= 0).sum(axis=1).astype(np.int32))
+
+
+def _static(
+  model: Transformer,
+  params: Mapping[str, Any],
+  tokens: np.ndarray,
+  lengths: np.ndarray,
+  max_new_tokens: int,
+  sampler: Sampler,
+  seed: int,
+  capacity: int,
+) -> np.ndarray:
+  """All rows in one batch; int32 ``[B, max_new_tokens]``, -1 after a row's end."""
+  layers = as_layers(params, model.plan)
+  padded = np.zeros((len(tokens), bucket(tokens.shape[1], capacity)), np.int32)
+  padded[:, : tokens.shape[1]] = tokens
+  remaining = jnp.full(len(tokens), max_new_tokens - 1, jnp.int32)
+  keys = row_keys(seed, range(len(tokens)))
+  ends = jnp.asarray(lengths, jnp.int32)
+  state = prefill(model, sampler, capacity, layers, jnp.asarray(padded), ends, remaining, keys)
+  first = np.asarray(state.tokens)[:, None]
+  _, rest = decode(model, sampler, max_new_tokens - 1, layers, state)
+  return np.concatenate([first, np.asarray(rest)], axis=1)
+
+
+def _continuous(
+  model: Transformer,
+  params: Mapping[str, Any],
+  tokens: np.ndarray,
+  lengths: np.ndarray,
+  max_new_tokens: int,
+  sampler: Sampler,
+  seed: int,
+  slots: int,
+  capacity: int,
+) -> np.ndarray:
+  """More rows than slots: as `_static`, by continuous batching."""
+  batcher = Batcher(model, params, slots=slots, capacity=capacity, sampler=sampler)
+  requests = [
+    batcher.submit(row[:length], max_new_tokens, seed=seed, row=number)
+    for number, (row, length) in enumerate(zip(tokens, lengths, strict=True))
+  ]
+  batcher.run()
+  rows = np.full((len(tokens), max_new_tokens), -1, np.int32)
+  for row, request in zip(rows, requests, strict=True):
+    row[: len(request.tokens)] = request.tokens
+  return rows

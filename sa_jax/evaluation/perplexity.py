@@ -76,14 +76,18 @@ def perplexity(
     progress: called with (rows scored, rows in all).
 
   Raises:
-    ValueError: if a token is not in the vocabulary.
+    ValueError: if a token is not in the vocabulary, rows are shorter than 2 tokens, or ``batch_size`` is not positive.
   """
-  tokens = np.asarray(tokens, np.int32)
+  tokens = np.asarray(tokens)
   check_tokens(tokens, None, model.config.vocab_size)
+  if tokens.shape[1] < 2:
+    raise ValueError(f"rows need at least 2 tokens, one to predict from and one to predict, not {tokens.shape[1]}")
+  if batch_size < 1:
+    raise ValueError(f"batch_size must be at least 1, not {batch_size}")
   total = 0.0
   for start in range(0, len(tokens), batch_size):
     batch = tokens[start : start + batch_size]
-    total += float(np.asarray(_log_likelihood(model, params, jnp.asarray(batch))).sum(dtype=np.float64))
+    total += float(np.asarray(_log_likelihood(model, params, jnp.asarray(batch, jnp.int32))).sum(dtype=np.float64))
     if progress is not None:
       progress(start + len(batch), len(tokens))
   count = tokens.shape[0] * (tokens.shape[1] - 1)

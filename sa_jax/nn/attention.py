@@ -6,32 +6,68 @@ the state. ``step`` is the same layer for one token against a cache.
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
 from sa_jax.nn.cache import LayerCache
-from sa_jax.nn.state import AttentionWeights, State, make_state
+from sa_jax.nn.norm import RMSNorm
+from sa_jax.nn.state import AttentionWeights, Local, State, make_state
+
+
+class _KernelAxes(nn.LogicallyPartitioned):
+  """The logical axes of a kernel.
+
+  `nn.DenseGeneral` makes its kernel flat and unboxes it before giving it its shape: on a mesh, the constraint that
+  unboxing applies would be of another rank than the array.
+  """
+
+  def unbox(self, apply_constraint: bool = True) -> Any:
+    return super().unbox(apply_constraint and self.value.ndim == len(self.names))
 
 
 def projection(
-  config: ModelConfig, features: int | tuple[int, ...], inputs: tuple[str, ...], outputs: tuple[str, ...], name: str
+  config: ModelConfig,
+  features: int | tuple[int, ...],
+  inputs: tuple[str, ...],
+  outputs: tuple[str, ...],
+  name: str,
+  bias: bool = False,
 ) -> nn.DenseGeneral:
-  """A bias-free linear map whose kernel carries its logical axes, ``inputs`` then ``outputs``."""
+  """A linear map whose kernel carries its logical axes, ``inputs`` then ``outputs``, and its bias ``outputs``."""
   init = nn.initializers.variance_scaling(
     1.0, "fan_in", "truncated_normal", in_axis=tuple(range(len(inputs))), out_axis=tuple(range(-len(outputs), 0))
   )
   return nn.DenseGeneral(
     features,
     axis=tuple(range(-len(inputs), 0)),
-    use_bias=False,
+    use_bias=bias,
     dtype=config.dtype,
     param_dtype=config.param_dtype,
-    kernel_init=nn.with_logical_partitioning(init, inputs + outputs),
+    kernel_init=lambda *args: _KernelAxes(init(*args), inputs + outputs),
+    bias_init=nn.with_logical_partitioning(nn.initializers.zeros, outputs),
     name=name,
   )
+
+
+def _rotation(
+  config: ModelConfig, lengths: jax.Array | int, local: Local
+) -> tuple[np.ndarray | jax.Array, float | jax.Array]:
+  """The rotary embedding's frequencies and magnitude in a layer that is local or not."""
+
+  def of(rope: ops.RopeConfig) -> tuple[np.ndarray | jax.Array, float]:
+    return ops.rope_frequencies(rope, config.head_dim, lengths), rope.magnitude
+
+  if config.local_rope is None or local is False:
+    return of(config.rope)
+  if local is True:
+    return of(config.local_rope)
+  return jax.tree.map(lambda here, there: jnp.where(local, here, there), of(config.local_rope), of(config.rope))
 
 
 class _Attention(nn.Module):
@@ -46,9 +82,16 @@ class _Attention(nn.Module):
   def setup(self) -> None:
     config = self.config
     self.v_proj = projection(
-      config, (config.num_kv_heads, config.head_dim), ("embed",), ("kv_heads", "head_dim"), name="v_proj"
+      config,
+      (config.num_kv_heads, config.head_dim),
+      ("embed",),
+      ("kv_heads", "head_dim"),
+      name="v_proj",
+      bias=config.qkv_bias,
     )
-    self.o_proj = projection(config, config.embed_dim, ("heads", "head_dim"), ("embed",), name="o_proj")
+    self.o_proj = projection(
+      config, config.embed_dim, ("heads", "head_dim"), ("embed",), name="o_proj", bias=config.output_bias
+    )
 
   def values(self, x: jax.Array) -> jax.Array:
     """``[B, T, D]`` → ``[B, T, K, H]``."""
@@ -66,45 +109,57 @@ class AnchorAttention(_Attention):
   def setup(self) -> None:
     super().setup()
     config = self.config
+    bias = config.qkv_bias
     self.q_proj = projection(
-      config, (config.num_heads, config.head_dim), ("embed",), ("heads", "head_dim"), name="q_proj"
+      config, (config.num_heads, config.head_dim), ("embed",), ("heads", "head_dim"), name="q_proj", bias=bias
     )
     self.k_proj = projection(
-      config, (config.num_kv_heads, config.head_dim), ("embed",), ("kv_heads", "head_dim"), name="k_proj"
+      config, (config.num_kv_heads, config.head_dim), ("embed",), ("kv_heads", "head_dim"), name="k_proj", bias=bias
     )
+    if config.qk_norm:
+      self.q_norm = RMSNorm(config, axis="head_dim")
+      self.k_norm = RMSNorm(config, axis="head_dim")
 
-  def query_key(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rotary-encoded queries ``[B, T, N, H]`` and keys ``[B, T, K, H]`` of ``[B, T, D]``."""
-    frequencies = ops.rope_frequencies(self.config.rope, self.config.head_dim)
-    q = ops.apply_rope(self.q_proj(x), positions, frequencies)
-    k = ops.apply_rope(self.k_proj(x), positions, frequencies)
+  def query_key(
+    self, x: jax.Array, positions: jax.Array, lengths: jax.Array | int, local: Local
+  ) -> tuple[jax.Array, jax.Array]:
+    """Rotary-encoded queries ``[B, T, N, H]`` and keys ``[B, T, K, H]`` of ``[B, T, D]`` in rows of these lengths."""
+    q, k = self.q_proj(x), self.k_proj(x)
+    if self.config.qk_norm:
+      q, k = self.q_norm(q), self.k_norm(k)
+    rotation = _rotation(self.config, lengths, local)
+    q, k = ops.apply_rope(q, positions, *rotation), ops.apply_rope(k, positions, *rotation)
     return (
       nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim")),
       nn.with_logical_constraint(k, ("batch", "length", "kv_heads", "head_dim")),
     )
 
-  def __call__(self, x: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, State]:
+  def __call__(self, x: jax.Array, lengths: jax.Array | None = None, local: Local = False) -> tuple[jax.Array, State]:
     """Attention over whole sequences.
 
     Args:
       x: ``[B, T, D]``.
       lengths: int32 ``[B]`` of right-padded rows, or None when rows are full.
+      local: whether this is one of the config's ``local_layers``.
 
     Returns:
       ``y [B, T, D]`` and the state for the followers.
     """
-    y, state, _ = self.prefill(x, lengths)
+    y, state, _ = self.prefill(x, lengths, local)
     return y, state
 
-  def prefill(self, x: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, State, LayerCache]:
+  def prefill(
+    self, x: jax.Array, lengths: jax.Array | None = None, local: Local = False
+  ) -> tuple[jax.Array, State, LayerCache]:
     """`__call__` that also returns the cache of the T tokens, ``[B, K, T, H]`` each for keys and values."""
-    q, k = self.query_key(x, jnp.arange(x.shape[1]))
+    length = x.shape[1]
+    q, k = self.query_key(x, jnp.arange(length), length if lengths is None else lengths, local)
     v = self.values(x)
-    state = make_state(self.config, q, k, lengths)
+    state = make_state(self.config, q, k, lengths, local)
     return self.output(state.attend(v)), state, LayerCache(jnp.swapaxes(v, 1, 2), jnp.swapaxes(k, 1, 2))
 
   def step(
-    self, x: jax.Array, cache: LayerCache, positions: jax.Array
+    self, x: jax.Array, cache: LayerCache, positions: jax.Array, local: bool = False
   ) -> tuple[jax.Array, AttentionWeights, LayerCache]:
     """Attention of one new token a row over the cache that it joins.
 
@@ -112,22 +167,26 @@ class AnchorAttention(_Attention):
       x: ``[B, 1, D]``.
       cache: this layer's; the token is written to its slot.
       positions: int32 ``[B]``, the slot of each row's token, which is also its position.
+      local: whether this is one of the config's ``local_layers``.
 
     Returns:
       ``y [B, 1, D]``, the weights for the followers, and the cache.
     """
     assert cache.keys is not None, "an anchor's cache has keys"
-    q, k = self.query_key(x, positions[:, None])
+    q, k = self.query_key(x, positions[:, None], positions + 1, local)
     keys = ops.write_slot(cache.keys, k[:, 0], positions)
     values = ops.write_slot(cache.values, self.values(x)[:, 0], positions)
-    state = AttentionWeights(ops.decode_weights(q[:, 0], keys, positions))
+    state = AttentionWeights(ops.decode_weights(q[:, 0], keys, positions, spec=self.config.spec(local)))
     return self.output(ops.decode_apply(state.probs, values)[:, None]), state, LayerCache(values, keys)
 
-  def step_alone(self, x: jax.Array, cache: LayerCache, positions: jax.Array) -> tuple[jax.Array, LayerCache]:
+  def step_alone(
+    self, x: jax.Array, cache: LayerCache, positions: jax.Array, local: bool = False
+  ) -> tuple[jax.Array, LayerCache]:
     """`step` of an anchor that no layer follows: nobody needs its weights, so a fused kernel may keep them."""
     assert cache.keys is not None, "an anchor's cache has keys"
-    q, k = self.query_key(x, positions[:, None])
-    heads, keys, values = ops.decode_attend(q[:, 0], k[:, 0], self.values(x)[:, 0], cache.keys, cache.values, positions)
+    q, k = self.query_key(x, positions[:, None], positions + 1, local)
+    v, spec = self.values(x)[:, 0], self.config.spec(local)
+    heads, keys, values = ops.decode_attend(q[:, 0], k[:, 0], v, cache.keys, cache.values, positions, spec=spec)
     return self.output(heads[:, None]), LayerCache(values, keys)
 
 

@@ -1,4 +1,4 @@
-"""Transformer blocks: attention and MLP, each normalised before and added to what it read."""
+"""Transformer blocks: attention and MLP, each normalised before (in some families also after) and added to x."""
 
 from __future__ import annotations
 
@@ -12,31 +12,23 @@ from sa_jax import ops
 from sa_jax.config import ModelConfig
 from sa_jax.nn.attention import AnchorAttention, FollowerAttention, projection
 from sa_jax.nn.cache import LayerCache
-from sa_jax.nn.state import AttentionWeights, State
+from sa_jax.nn.norm import RMSNorm
+from sa_jax.nn.state import AttentionWeights, Local, State
 
-
-class RMSNorm(nn.Module):
-  """Root mean square normalisation with a learned scale; see `sa_jax.ops.rms_norm`."""
-
-  config: ModelConfig
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
-    scale = self.param("scale", init, (x.shape[-1],), self.config.param_dtype)
-    return ops.rms_norm(x, scale, self.config.norm_eps)
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 
 
 class Mlp(nn.Module):
-  """``down(silu(gate(x)) * up(x))`` (SwiGLU; Shazeer, arXiv 2002.05202)."""
+  """``down(f(gate(x)) * up(x))`` with the config's activation ``f`` (SwiGLU, GeGLU; Shazeer, arXiv 2002.05202)."""
 
   config: ModelConfig
 
   def setup(self) -> None:
     config = self.config
-    self.gate_proj = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="gate_proj")
-    self.up_proj = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="up_proj")
-    self.down_proj = projection(config, config.embed_dim, ("mlp",), ("embed",), name="down_proj")
+    bias = config.mlp_bias
+    self.gate_proj = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="gate_proj", bias=bias)
+    self.up_proj = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="up_proj", bias=bias)
+    self.down_proj = projection(config, config.embed_dim, ("mlp",), ("embed",), name="down_proj", bias=bias)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """``[B, T, D]`` → the same."""
@@ -44,12 +36,13 @@ class Mlp(nn.Module):
 
   def hidden(self, x: jax.Array) -> jax.Array:
     """What the last projection reads: ``[B, T, D]`` → ``[B, T, F]``."""
-    return nn.with_logical_constraint(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x), ("batch", "length", "mlp"))
+    hidden = _ACTIVATIONS[self.config.activation](self.gate_proj(x)) * self.up_proj(x)
+    return nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
 
   def step(self, x: jax.Array) -> jax.Array:
     """`__call__` for one token a row, ``[B, 1, D]``, where reading the weights is the cost."""
     gate, up = (module.variables["params"]["kernel"] for module in (self.gate_proj, self.up_proj))
-    if not ops.has_gated_linear(x[:, 0], gate):
+    if self.config.activation != "silu" or self.config.mlp_bias or not ops.has_gated_linear(x[:, 0], gate):
       return self(x)
     return self.down_proj(ops.gated_linear(x[:, 0], gate, up)[:, None])
 
@@ -63,6 +56,9 @@ class Block(nn.Module):
     self.attention_norm = RMSNorm(self.config)
     self.mlp_norm = RMSNorm(self.config)
     self.mlp = Mlp(self.config)
+    if self.config.post_norms:
+      self.attention_post_norm = RMSNorm(self.config)
+      self.mlp_post_norm = RMSNorm(self.config)
 
   def around(
     self,
@@ -81,9 +77,17 @@ class Block(nn.Module):
       The block's output ``[B, T, D]``, and whatever else attention returned.
     """
     y, *others = attention(self.attention_norm(x))
-    x = x + y
-    x = x + (mlp or self.mlp)(self.mlp_norm(x))
-    return nn.with_logical_constraint(x, ("batch", "length", "embed")), *others
+    return self.add_mlp(self.add_attention(x, y), mlp), *others
+
+  def add_attention(self, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The block's input ``[B, T, D]`` and its attention's output, added up."""
+    return x + (self.attention_post_norm(y) if self.config.post_norms else y)
+
+  def add_mlp(self, x: jax.Array, mlp: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+    """What `add_attention` gave, and the MLP's output of it."""
+    y = (mlp or self.mlp)(self.mlp_norm(x))
+    x = x + (self.mlp_post_norm(y) if self.config.post_norms else y)
+    return nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
 
 class AnchorBlock(Block):
@@ -93,23 +97,27 @@ class AnchorBlock(Block):
     super().setup()
     self.attention = AnchorAttention(self.config)
 
-  def __call__(self, x: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, State]:
+  def __call__(self, x: jax.Array, lengths: jax.Array | None = None, local: Local = False) -> tuple[jax.Array, State]:
     """``[B, T, D]`` → the same, and the attention state."""
-    return self.around(x, lambda h: self.attention(h, lengths))
+    return self.around(x, lambda h: self.attention(h, lengths, local))
 
-  def prefill(self, x: jax.Array, lengths: jax.Array | None) -> tuple[jax.Array, State, LayerCache]:
+  def prefill(
+    self, x: jax.Array, lengths: jax.Array | None, local: Local = False
+  ) -> tuple[jax.Array, State, LayerCache]:
     """`__call__` that also returns the cache of these tokens."""
-    return self.around(x, lambda h: self.attention.prefill(h, lengths))
+    return self.around(x, lambda h: self.attention.prefill(h, lengths, local))
 
   def step(
-    self, x: jax.Array, cache: LayerCache, positions: jax.Array
+    self, x: jax.Array, cache: LayerCache, positions: jax.Array, local: bool = False
   ) -> tuple[jax.Array, AttentionWeights, LayerCache]:
     """One token a row, ``[B, 1, D]``, against the cache."""
-    return self.around(x, lambda h: self.attention.step(h, cache, positions), self.mlp.step)
+    return self.around(x, lambda h: self.attention.step(h, cache, positions, local), self.mlp.step)
 
-  def step_alone(self, x: jax.Array, cache: LayerCache, positions: jax.Array) -> tuple[jax.Array, LayerCache]:
+  def step_alone(
+    self, x: jax.Array, cache: LayerCache, positions: jax.Array, local: bool = False
+  ) -> tuple[jax.Array, LayerCache]:
     """`step` of an anchor that no layer follows."""
-    return self.around(x, lambda h: self.attention.step_alone(h, cache, positions), self.mlp.step)
+    return self.around(x, lambda h: self.attention.step_alone(h, cache, positions, local), self.mlp.step)
 
 
 class FollowerBlock(Block):

@@ -17,10 +17,10 @@ from flax import struct
 
 from sa_jax.config import ModelConfig
 from sa_jax.nn.attention import AnchorAttention
-from sa_jax.nn.block import Block, RMSNorm
+from sa_jax.nn.block import Block
 from sa_jax.nn.state import State, make_state
-from sa_jax.nn.transformer import Embed, Head
-from sa_jax.plan import SharingPlan
+from sa_jax.nn.transformer import Frame, check_plan
+from sa_jax.plan import HeadMap, SharingPlan
 
 
 @struct.dataclass
@@ -30,44 +30,58 @@ class PlanArrays:
   Attributes:
     is_anchor: bool ``[L]``.
     head_map: int32 ``[L, N]``, the identity where a layer has none.
+    is_local: bool ``[L]``, the config's ``local_layers``; of an anchor, what it sees.
   """
 
-  is_anchor: jax.Array | np.ndarray | np.bool_
-  head_map: jax.Array | np.ndarray
+  is_anchor: Any
+  head_map: Any
+  is_local: Any
 
   @classmethod
-  def of(cls, plan: SharingPlan, num_heads: int) -> PlanArrays:
-    """The plan of a model with this many query heads.
+  def of(cls, plan: SharingPlan, config: ModelConfig) -> PlanArrays:
+    """The plan of a model.
 
     Raises:
-      ValueError: if the plan's head maps are for another number of heads.
+      ValueError: if the model cannot share attention by the plan.
     """
-    plan.check_heads(num_heads)
-    layers = range(plan.num_layers)
-    maps = [plan.head_map_of(layer) or tuple(range(num_heads)) for layer in layers]
-    return cls(np.array([plan.is_anchor(layer) for layer in layers]), np.array(maps, np.int32))
+    check_plan(config, plan)
+    layers = [
+      cls.of_layer(layer, config, plan.is_anchor(layer), plan.head_map_of(layer)) for layer in range(plan.num_layers)
+    ]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
 
   @classmethod
-  def stack(cls, plans: Sequence[SharingPlan], num_heads: int) -> PlanArrays:
+  def of_layer(cls, layer: int, config: ModelConfig, is_anchor: bool, head_map: HeadMap | None = None) -> PlanArrays:
+    """One layer's part of a plan."""
+    heads = np.array(head_map or range(config.num_heads), np.int32)
+    return cls(np.bool_(is_anchor), heads, np.bool_(layer in config.local_layers))
+
+  @classmethod
+  def stack(cls, plans: Sequence[SharingPlan], config: ModelConfig) -> PlanArrays:
     """Many plans of one model, to `jax.vmap` or `jax.lax.map` over."""
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *[cls.of(plan, num_heads) for plan in plans])
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *[cls.of(plan, config) for plan in plans])
 
 
 class PlannedAttention(AnchorAttention):
   """`AnchorAttention` that an array turns into a follower's."""
 
-  def state(self, x: jax.Array, carried: State, is_anchor: Any) -> State:
+  def state(self, x: jax.Array, carried: State, layer: PlanArrays) -> State:
     """The state of the layer's group: its own if it is an anchor, otherwise the one carried to it."""
-    own = make_state(self.config, *self.query_key(x, jnp.arange(x.shape[1])), None)
-    return jax.tree.map(lambda mine, theirs: jnp.where(is_anchor, mine, theirs), own, carried)
+    length = x.shape[1]
+    local = jnp.asarray(layer.is_local) if self.config.local_layers else False
+    own = make_state(self.config, *self.query_key(x, jnp.arange(length), length, local), None, local)
+    return jax.tree.map(lambda mine, theirs: jnp.where(layer.is_anchor, mine, theirs), own, carried)
 
-  def heads(self, x: jax.Array, state: State, head_map: Any) -> jax.Array:
+  def heads(self, x: jax.Array, state: State, head_map: jax.Array) -> jax.Array:
     """What the output projection reads, ``[B, T, N, H]``."""
     return state.take_heads(head_map).attend(self.values(x))
 
 
 class PlannedBlock(Block):
-  """A block with `PlannedAttention`; its parameters are an `AnchorBlock`'s."""
+  """A block with `PlannedAttention`; its parameters are an `AnchorBlock`'s.
+
+  Besides the whole block it offers its pieces, for what needs to change one of them.
+  """
 
   def setup(self) -> None:
     super().setup()
@@ -77,16 +91,16 @@ class PlannedBlock(Block):
     """``[B, T, D]`` and the state carried to the layer → the block's output and the state it carries on."""
 
     def attention(h: jax.Array) -> tuple[jax.Array, State]:
-      state = self.attention.state(h, carried, layer.is_anchor)
+      state = self.attention.state(h, carried, layer)
       return self.attention.output(self.attention.heads(h, state, layer.head_map)), state
 
     return self.around(x, attention)
 
-  def state(self, x: jax.Array, carried: State, is_anchor: Any) -> State:
+  def state(self, x: jax.Array, carried: State, layer: PlanArrays) -> State:
     """`PlannedAttention.state` of the block's input."""
-    return self.attention.state(self.attention_norm(x), carried, is_anchor)
+    return self.attention.state(self.attention_norm(x), carried, layer)
 
-  def heads(self, x: jax.Array, state: State, head_map: Any) -> jax.Array:
+  def heads(self, x: jax.Array, state: State, head_map: jax.Array) -> jax.Array:
     """`PlannedAttention.heads` of the block's input."""
     return self.attention.heads(self.attention_norm(x), state, head_map)
 
@@ -94,12 +108,8 @@ class PlannedBlock(Block):
     """The output projection: ``[B, T, N, H]`` → ``[B, T, D]``."""
     return self.attention.output(heads)
 
-  def finish(self, x: jax.Array, y: jax.Array) -> jax.Array:
-    """The rest of the block, given what attention adds to its input."""
-    return self.around(x, lambda _: (y,))[0]
-
   def mlp_hidden(self, x: jax.Array) -> jax.Array:
-    """What the MLP's last projection reads, ``[B, T, F]``, from the sum of the block's input and its attention."""
+    """What the MLP's last projection reads, ``[B, T, F]``, of what `add_attention` gave."""
     return self.mlp.hidden(self.mlp_norm(x))
 
 
@@ -131,21 +141,12 @@ class _PlannedRuns(nn.Module):
     return x
 
 
-class PlannedTransformer(nn.Module):
-  """The whole model; parameters are a dense `Transformer`'s in the run layout.
-
-  Attributes:
-    config: the model.
-  """
-
-  config: ModelConfig
+class PlannedTransformer(Frame):
+  """The whole model; parameters are a dense `Transformer`'s in the run layout."""
 
   def setup(self) -> None:
-    self.embed = Embed(self.config)
+    super().setup()
     self.runs = _PlannedRuns(self.config)
-    self.final_norm = RMSNorm(self.config)
-    if not self.config.tie_embeddings:
-      self.lm_head = Head(self.config)
 
   def __call__(self, tokens: jax.Array, plan: PlanArrays) -> jax.Array:
     """Logits float32 ``[B, T, V]`` of full rows of tokens, int32 ``[B, T]``, under a plan."""
@@ -157,14 +158,16 @@ class PlannedTransformer(nn.Module):
 
   def read(self, x: jax.Array) -> jax.Array:
     """The last block's output ``[B, T, D]`` → logits float32 ``[B, T, V]``."""
-    x = self.final_norm(x)
-    return self.embed.logits(x) if self.config.tie_embeddings else self.lm_head(x)
+    return self.logits(self.final_norm(x))
 
 
 def empty_state(config: ModelConfig, batch: int, length: int) -> State:
   """A state of zeros, for layer 0, which is an anchor and does not read it."""
   shape = lambda heads: jax.ShapeDtypeStruct((batch, length, heads, config.head_dim), jnp.dtype(config.dtype))
   state = jax.eval_shape(
-    lambda q, k: make_state(config, q, k, None), shape(config.num_heads), shape(config.num_kv_heads)
+    lambda q, k, local: make_state(config, q, k, None, local if config.local_layers else False),
+    shape(config.num_heads),
+    shape(config.num_kv_heads),
+    jax.ShapeDtypeStruct((), jnp.bool_),
   )
   return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)

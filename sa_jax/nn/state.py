@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
+
+Local = bool | jax.Array
+"""Whether a layer attends locally: known, or a traced bool where layers of both kinds share one scan."""
 
 
 @struct.dataclass
@@ -18,29 +25,36 @@ class QueryKey:
     q: ``[B, T, N, H]``.
     k: ``[B, T, K, H]``, or ``[B, T, N, H]`` once heads have been taken.
     lengths: int32 ``[B]``, or None when rows are full.
+    local: a traced bool that chooses the second of two ``specs``, or None when there is one.
     backend: how to attend; see `sa_jax.ops.attend`.
+    specs: window, soft cap and scale.
   """
 
   q: jax.Array
   k: jax.Array
   lengths: jax.Array | None = None
+  local: jax.Array | None = None
   backend: str = struct.field(pytree_node=False, default="auto")
+  specs: tuple[ops.AttentionSpec, ...] = struct.field(pytree_node=False, default=(ops.AttentionSpec(),))
 
   def attend(self, v: jax.Array) -> jax.Array:
     """The anchor's attention over a layer's values: ``[B, T, K, H]`` → ``[B, T, N, H]``."""
     if self.k.shape[2] > v.shape[2]:
       v = jnp.repeat(v, self.k.shape[2] // v.shape[2], axis=2)
-    return ops.attend(self.q, self.k, v, lengths=self.lengths, backend=self.backend)
+    attend = functools.partial(_attend, self.q, self.k, v, self.lengths, self.backend)
+    return _with_spec(attend, self.specs, self.local)
 
   def take_heads(self, head_map: jax.Array) -> QueryKey:
     """The state in which head ``n`` is this one's head ``head_map[n]``; int32 ``[N]``."""
     group = self.q.shape[2] // self.k.shape[2]
     q, k = jnp.take(self.q, head_map, axis=2), jnp.take(self.k, head_map // group, axis=2)
-    return QueryKey(q, k, self.lengths, self.backend)
+    return QueryKey(q, k, self.lengths, self.local, self.backend, self.specs)
 
-  def weights(self) -> jax.Array:
-    """The softmaxed attention weights ``[B, N, T, T]``, computed now."""
-    return ops.attention_weights(self.q, self.k, lengths=self.lengths)
+  def weights(self, positions: jax.Array | None = None) -> jax.Array:
+    """The softmaxed attention weights ``[B, N, T, T]``, computed now; only of the queries at ``positions`` if given."""
+    q = self.q if positions is None else jnp.take(self.q, positions, axis=1, mode="clip")
+    weights = functools.partial(ops.attention_weights, q, self.k, lengths=self.lengths, positions=positions)
+    return _with_spec(weights, self.specs, self.local)
 
 
 @struct.dataclass
@@ -61,16 +75,52 @@ class AttentionWeights:
     """The state in which head ``n`` is this one's head ``head_map[n]``; int32 ``[N]``."""
     return AttentionWeights(jnp.take(self.probs, head_map, axis=1))
 
-  def weights(self) -> jax.Array:
-    """The softmaxed attention weights ``[B, N, T, S]``."""
-    return self.probs
+  def weights(self, positions: jax.Array | None = None) -> jax.Array:
+    """The softmaxed attention weights ``[B, N, T, S]``; only of the queries at ``positions`` if given."""
+    return self.probs if positions is None else jnp.take(self.probs, positions, axis=2, mode="clip")
 
 
 State = QueryKey | AttentionWeights
 
 
-def make_state(config: ModelConfig, q: jax.Array, k: jax.Array, lengths: jax.Array | None) -> State:
+def make_state(
+  config: ModelConfig, q: jax.Array, k: jax.Array, lengths: jax.Array | None, local: Local = False
+) -> State:
   """The state in the form that the config asks for, from rotary-encoded q ``[B, T, N, H]`` and k ``[B, T, K, H]``."""
-  if config.attention_state == "query_key":
-    return QueryKey(q, k, lengths, config.attention)
-  return AttentionWeights(ops.attention_weights(q, k, lengths=lengths))
+  if isinstance(local, bool):
+    state = QueryKey(q, k, lengths, None, config.attention, (config.spec(local),))
+  else:
+    state = QueryKey(q, k, lengths, local, config.attention, (config.spec(False), config.spec(True)))
+  return state if config.attention_state == "query_key" else AttentionWeights(state.weights())
+
+
+def _with_spec(
+  attention: Callable[..., jax.Array], specs: tuple[ops.AttentionSpec, ...], local: jax.Array | None
+) -> jax.Array:
+  """The attention with its spec; of two, the one that ``local`` chooses is computed, and the other is not."""
+  if local is None:
+    return attention(spec=specs[0])
+  return jax.lax.cond(local, lambda: attention(spec=specs[1]), lambda: attention(spec=specs[0]))
+
+
+def _attend(
+  q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, backend: str, spec: ops.AttentionSpec
+) -> jax.Array:
+  """`sa_jax.ops.attend`, of each device's rows and heads by itself where XLA cannot split it over the ambient mesh.
+
+  Rows and heads do not see each other, so this adds no communication. Inside a `jax.shard_map` of the caller's there is
+  nothing left to split.
+  """
+  backend = ops.choose_backend(backend, q, k, spec=spec)
+  attend = lambda q, k, v, lengths: ops.attend(q, k, v, lengths=lengths, backend=backend, spec=spec)
+  mesh = jax.sharding.get_abstract_mesh()
+  if ops.backends[backend].partitions or mesh.empty or mesh.manual_axes:
+    return attend(q, k, v, lengths)
+  if not nn.get_logical_axis_rules():
+    raise ValueError(
+      f"the attention backend {backend!r} runs on a mesh only where the rules say how it is split: "
+      "use `with sa_jax.sharding.on_mesh(mesh):`"
+    )
+  queries, keys = (nn.logical_to_mesh_axes(("batch", "length", heads, "head_dim")) for heads in ("heads", "kv_heads"))
+  specs = (queries, keys, keys, nn.logical_to_mesh_axes(("batch",)))
+  return jax.shard_map(attend, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, lengths)

@@ -7,6 +7,9 @@ one subtree a layer and is unrolled: decoding needs it, because a scan copies ea
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -15,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_jax.config import ModelConfig
-from sa_jax.nn.block import AnchorBlock, FollowerBlock, RMSNorm
+from sa_jax.nn.block import AnchorBlock, FollowerBlock
 from sa_jax.nn.cache import Cache
-from sa_jax.nn.state import State
+from sa_jax.nn.norm import RMSNorm
+from sa_jax.nn.state import Local, State
 from sa_jax.plan import HeadMap, Run, SharingPlan
 
 _REMAT_POLICIES = {
@@ -40,6 +44,8 @@ class Embed(nn.Module):
     """int32 ``[B, T]`` → ``[B, T, D]``; a token outside the vocabulary gives NaN, never another token's vector."""
     x = self.embedding.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     x = x.astype(self.config.dtype)
+    if self.config.scale_embeddings:
+      x = x * jnp.asarray(math.sqrt(self.config.embed_dim), x.dtype)
     return nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
   def logits(self, x: jax.Array) -> jax.Array:
@@ -58,6 +64,9 @@ class Head(nn.Module):
     init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "vocab"))
     shape = (self.config.embed_dim, self.config.vocab_size)
     kernel = self.param("kernel", init, shape, self.config.param_dtype)
+    if self.config.normalize_head:
+      norms = jnp.linalg.norm(kernel.astype(jnp.float32), axis=0, keepdims=True)
+      kernel = (kernel / jnp.maximum(norms, 1e-12).astype(kernel.dtype)).astype(kernel.dtype)
     return jnp.einsum("BTD,DV->BTV", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
@@ -69,21 +78,30 @@ def _with_heads(state: Any, head_map: HeadMap | jax.Array | None) -> Any:
 class Group(nn.Module):
   """An anchor block and its followers; the state is broadcast into a scan over them.
 
+  The backward pass recomputes block by block, from each block's input and the anchor's state: to recompute whole
+  groups would take either the activations of all followers at once or a second recomputation.
+
   Attributes:
     config: the model.
     followers: how many followers the group has.
+    groups: how many groups the scan around this one covers.
   """
 
   config: ModelConfig
   followers: int
+  groups: int = 1
 
   @nn.compact
-  def __call__(self, x: jax.Array, lengths: jax.Array | None, head_maps: jax.Array | None = None) -> jax.Array:
+  def __call__(
+    self, x: jax.Array, lengths: jax.Array | None, local: Local = False, head_maps: jax.Array | None = None
+  ) -> jax.Array:
     """``[B, T, D]`` → the same; ``head_maps`` int32 ``[followers, N]``, or None where no follower has one."""
-    x, state = AnchorBlock(self.config, name="anchor")(x, lengths)
+    anchor = self._remat(lambda block, x, lengths: block(x, lengths, local), self.groups)
+    x, state = anchor(AnchorBlock(self.config, name="anchor"), x, lengths)
     if self.followers:
+      follower = self._remat(lambda block, x, state: block(x, state), self.groups * self.followers)
       scan = nn.scan(
-        lambda block, x, state, head_map: (block(x, _with_heads(state, head_map)), None),
+        lambda block, x, state, head_map: (follower(block, x, _with_heads(state, head_map)), None),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0),
@@ -92,6 +110,13 @@ class Group(nn.Module):
       )
       x, _ = scan(FollowerBlock(self.config, name="followers"), x, state, head_maps)
     return x
+
+  def _remat(self, block: Callable[..., Any], repeats: int) -> Callable[..., Any]:
+    """The block as the config's ``remat`` has it, in scans that run it so many times."""
+    if self.config.remat == "none":
+      return block
+    # A loop of one iteration is no loop to the compiler, which would find the recomputation superfluous.
+    return nn.remat(block, prevent_cse=repeats == 1, policy=_REMAT_POLICIES[self.config.remat])
 
 
 class Runs(nn.Module):
@@ -107,18 +132,20 @@ class Runs(nn.Module):
   def __call__(self, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
     """``[B, T, D]`` → the same."""
     for index, run in enumerate(self.plan.runs):
-      body = lambda group, x, lengths, head_maps: (group(x, lengths, head_maps), None)
-      if self.config.remat != "none":
-        body = nn.remat(body, prevent_cse=False, policy=_REMAT_POLICIES[self.config.remat])
+      # Where the run's groups differ in kind, each tells its own: one program, whatever the pattern and the depth.
+      kinds = [layer in self.config.local_layers for layer in run.layers if self.plan.is_anchor(layer)]
+      kind = kinds[0] if len(set(kinds)) == 1 else None
       scan = nn.scan(
-        body,
+        functools.partial(_group_step, kind),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0),
         length=run.groups,
         metadata_params={nn.PARTITION_NAME: "groups"},
       )
-      x, _ = scan(Group(self.config, run.followers, name=str(index)), x, lengths, self._head_maps(run))
+      local = jnp.asarray(kinds) if kind is None else None
+      group = Group(self.config, run.followers, run.groups, name=str(index))
+      x, _ = scan(group, x, lengths, (local, self._head_maps(run)))
     return x
 
   def _head_maps(self, run: Run) -> jax.Array | None:
@@ -129,6 +156,18 @@ class Runs(nn.Module):
       return None
     filled = [tuple(range(self.config.num_heads)) if entry is None else entry for entry in maps]
     return jnp.asarray(filled, jnp.int32).reshape(run.groups, run.followers, self.config.num_heads)
+
+
+def _group_step(
+  kind: bool | None,
+  group: Group,
+  x: jax.Array,
+  lengths: jax.Array | None,
+  own: tuple[jax.Array | None, jax.Array | None],
+) -> tuple[jax.Array, None]:
+  """One step of the scan over a run's groups: of the kind that all of them are or of its own, with its head maps."""
+  local, head_maps = own
+  return group(x, lengths, local if kind is None else kind, head_maps), None
 
 
 class Layers(nn.Module):
@@ -152,7 +191,7 @@ class Layers(nn.Module):
     caches, states = [], []
     for layer, block in enumerate(self.blocks):
       if isinstance(block, AnchorBlock):
-        x, state, cache = block.prefill(x, lengths)
+        x, state, cache = block.prefill(x, lengths, layer in self.config.local_layers)
         used = state
       else:
         used = _with_heads(state, self.plan.head_map_of(layer))
@@ -165,18 +204,41 @@ class Layers(nn.Module):
     """One token a row, ``[B, 1, D]``, at int32 ``positions [B]`` of the cache."""
     caches = list(cache.layers)
     for anchor, followers in self.plan.groups:
-      block = self.blocks[anchor]
+      block, local = self.blocks[anchor], anchor in self.config.local_layers
       if not followers:
-        x, caches[anchor] = block.step_alone(x, caches[anchor], positions)
+        x, caches[anchor] = block.step_alone(x, caches[anchor], positions, local)
         continue
-      x, state, caches[anchor] = block.step(x, caches[anchor], positions)
+      x, state, caches[anchor] = block.step(x, caches[anchor], positions, local)
       for layer in followers:
         used = _with_heads(state, self.plan.head_map_of(layer))
         x, caches[layer] = self.blocks[layer].step(x, used, caches[layer], positions)
     return x, Cache(tuple(caches))
 
 
-class Transformer(nn.Module):
+class Frame(nn.Module):
+  """What is around the layers: embedding, last norm, head.
+
+  Attributes:
+    config: the model.
+  """
+
+  config: ModelConfig
+
+  def setup(self) -> None:
+    self.embed = Embed(self.config)
+    self.final_norm = RMSNorm(self.config)
+    if not self.config.tie_embeddings:
+      self.lm_head = Head(self.config)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """The head: ``[B, T, D]`` → float32 ``[B, T, V]``."""
+    logits = self.embed.logits(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
+    if (cap := self.config.logits_softcap) is not None:
+      logits = cap * jnp.tanh(logits / cap)
+    return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
+
+
+class Transformer(Frame):
   """A decoder-only transformer whose layers share attention weights by a plan.
 
   Attributes:
@@ -184,25 +246,19 @@ class Transformer(nn.Module):
     plan: which layers are anchors and which follow them.
 
   Raises:
-    ValueError: if the plan is for another depth, or its head maps for another number of heads.
+    ValueError: see `check_plan`.
   """
 
-  config: ModelConfig
   plan: SharingPlan
 
   def __post_init__(self) -> None:
-    if self.plan.num_layers != self.config.num_layers:
-      raise ValueError(f"the plan is for {self.plan.num_layers} layers, the model has {self.config.num_layers}")
-    self.plan.check_heads(self.config.num_heads)
+    check_plan(self.config, self.plan)
     super().__post_init__()
 
   def setup(self) -> None:
-    self.embed = Embed(self.config)
+    super().setup()
     self.layers = Layers(self.config, self.plan)
     self.runs = Runs(self.config, self.plan)
-    self.final_norm = RMSNorm(self.config)
-    if not self.config.tie_embeddings:
-      self.lm_head = Head(self.config)
 
   def __call__(self, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
     """Next-token logits at every position, with parameters in either layout.
@@ -229,11 +285,6 @@ class Transformer(nn.Module):
   def init_layers(self, tokens: jax.Array) -> jax.Array:
     """`__call__` for ``init`` to make the layer layout: ``model.init(key, tokens, method="init_layers")``."""
     return self.logits(self.final_norm(self.layers(self.embed(tokens), None)))
-
-  def logits(self, hidden: jax.Array) -> jax.Array:
-    """The head: ``[B, T, D]`` → float32 ``[B, T, V]``."""
-    logits = self.embed.logits(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
-    return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
 
   def states(self, tokens: jax.Array, lengths: jax.Array | None = None) -> tuple[State, ...]:
     """The attention state that each layer used; arguments as in `__call__`, parameters in the layer layout.
@@ -272,17 +323,43 @@ class Transformer(nn.Module):
     return self.logits(self.final_norm(x))[:, 0], cache
 
 
+def check_plan(config: ModelConfig, plan: SharingPlan) -> None:
+  """Checks that the model can share attention by the plan.
+
+  Raises:
+    ValueError: if the plan is for another depth, a follower sees other keys than its anchor, or its head map is for
+      another number of heads.
+  """
+  if plan.num_layers != config.num_layers:
+    raise ValueError(f"the plan is for {plan.num_layers} layers, the model has {config.num_layers}")
+  kind = lambda layer: f"local, {config.window} tokens" if layer in config.local_layers else "global"
+  if wrong := [layer for layer in plan.followers if kind(layer) != kind(plan.source[layer])]:
+    pairs = ", ".join(
+      f"{layer} ({kind(layer)}) follows {plan.source[layer]} ({kind(plan.source[layer])})" for layer in wrong
+    )
+    raise ValueError(
+      f"the plan '{plan}' shares weights between layers that see different keys: {pairs}; a follower needs an anchor "
+      f"of its own kind. This model's local layers are {list(config.local_layers)}"
+    )
+  plan.check_heads(config.num_heads)
+
+
 def check_tokens(tokens: Any, lengths: Any, vocab_size: int) -> None:
   """Checks a batch where its values are known, that is, outside `jax.jit`.
 
   Raises:
-    ValueError: if tokens are not integers ``[B, T]``, one is not in the vocabulary, or a length is not in 1 to T.
+    ValueError: if tokens are not integers ``[B, T]`` or are none, one is not in the vocabulary, or a length is not an
+      integer in 1 to T.
   """
   if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
     raise ValueError(f"tokens are integers of shape [batch, length], not {tokens.dtype} of shape {tokens.shape}")
-  if lengths is not None and lengths.shape != tokens.shape[:1]:
-    raise ValueError(f"lengths has shape {lengths.shape}; one length a row, {tokens.shape[:1]}, is needed")
-  if isinstance(tokens, jax.core.Tracer) or not tokens.size:
+  if not tokens.size:
+    raise ValueError(f"a batch needs at least one row of at least one token, not shape {tokens.shape}")
+  if lengths is not None and (lengths.shape != tokens.shape[:1] or not jnp.issubdtype(lengths.dtype, jnp.integer)):
+    raise ValueError(
+      f"lengths are integers, one length a row, {tokens.shape[:1]}; not {lengths.dtype} of shape {lengths.shape}"
+    )
+  if isinstance(tokens, jax.core.Tracer):
     return
   # NumPy's copies: under a trace, operations on JAX arrays are traced even where their values are known.
   tokens = np.asarray(tokens)

@@ -1,6 +1,7 @@
 """Pure functions on arrays: the mathematics, with no Flax in it."""
 
 from sa_jax.ops.attention import (
+  AttentionSpec,
   apply_weights,
   attend,
   attention_weights,
@@ -12,11 +13,12 @@ from sa_jax.ops.attention import (
   write_slot,
 )
 from sa_jax.ops.glu import gated_linear, has_gated_linear
-from sa_jax.ops.loss import token_log_likelihoods
-from sa_jax.ops.norm import rms_norm
+from sa_jax.ops.loss import next_token_loss, token_log_likelihoods
+from sa_jax.ops.norm import rms_norm, rms_norm_about_one
 from sa_jax.ops.rope import RopeConfig, apply_rope, rope_frequencies
 
 __all__ = [
+  "AttentionSpec",
   "RopeConfig",
   "apply_rope",
   "apply_weights",
@@ -29,7 +31,9 @@ __all__ = [
   "decode_weights",
   "gated_linear",
   "has_gated_linear",
+  "next_token_loss",
   "rms_norm",
+  "rms_norm_about_one",
   "rope_frequencies",
   "token_log_likelihoods",
   "write_slot",

@@ -17,6 +17,21 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   Returns:
     ``[..., D]`` in x's dtype.
   """
+  return _normalised(x, eps).astype(x.dtype) * _over_last(scale.astype(x.dtype), x)
+
+
+def rms_norm_about_one(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+  """``x / sqrt(mean(x²) + eps) * (1 + scale)``, all in float32 and then cast, as in Gemma.
+
+  Arguments and result as in `rms_norm`.
+  """
+  return (_normalised(x, eps) * _over_last(1.0 + scale.astype(jnp.float32), x)).astype(x.dtype)
+
+
+def _normalised(x: jax.Array, eps: float) -> jax.Array:
   x32 = x.astype(jnp.float32)
-  normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-  return normed.astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), tuple(range(x.ndim - 1)))
+  return x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+
+
+def _over_last(scale: jax.Array, x: jax.Array) -> jax.Array:
+  return jnp.expand_dims(scale, tuple(range(x.ndim - 1)))

@@ -1,5 +1,7 @@
 """Refit against least squares in NumPy, and its promises."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,3 +125,27 @@ def test_undetermined_weights_are_refused(params):
     refit(DENSE, params, PLAN, TOKENS[:1, :3], Refit(ridge=1e-12))
   with pytest.raises(ValueError, match="positive"):
     Refit(ridge=0.0)
+
+
+def test_other_families(params):
+  """Biases, two kinds of layers, norms after attention: a follower refitted onto itself is left as it is."""
+  config = dataclasses.replace(
+    CONFIG, window=4, local_layers=(0, 1), qkv_bias=True, output_bias=True, post_norms=True, attention_softcap=5.0
+  )
+  dense = sa_jax.Transformer(config, DENSE.plan)
+  made = tiny.params(dense)
+  first, second = made["layers"]["0"], made["layers"]["1"]
+  # Layer 0 adds nothing, so layer 1 with its queries and keys attends as it does.
+  silent = {name: {"scale": 0 * first[name]["scale"]} for name in ("attention_post_norm", "mlp_post_norm")}
+  alike = {name: first["attention"][name] for name in ("q_proj", "k_proj")}
+  second = second | {"attention": second["attention"] | alike, "attention_norm": first["attention_norm"]}
+  made = made | {"layers": made["layers"] | {"0": first | silent, "1": second}}
+  plan = sa_jax.SharingPlan.parse("0:1", 5)
+  result = refit(dense, made, plan, TOKENS, Refit(values=2), chunk=16)
+  assert result.reports[0].before < 1e-5
+  got = jax.jit(result.model.apply)({"params": result.params}, TOKENS)
+  np.testing.assert_allclose(got, jax.jit(dense.apply)({"params": made}, TOKENS), atol=1e-4)
+  with pytest.raises(ValueError, match="normalised at their output"):
+    refit(dense, made, plan, TOKENS, Refit(mlp=True))
+  with pytest.raises(ValueError, match="different keys"):
+    refit(dense, made, sa_jax.SharingPlan.parse("1:2", 5), TOKENS)

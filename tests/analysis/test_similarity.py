@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import sa_jax
+from sa_jax import nn
 from sa_jax.analysis import similarity
 
 
@@ -52,8 +53,9 @@ def test_against_numpy_on_the_references_weights(reference):
 
 def test_memory_is_one_block_of_queries():
   layers, heads, length, block = 6, 4, 2048, 64
-  q = jax.ShapeDtypeStruct((layers, 1, length, heads, 8), jnp.float32)
-  compiled = similarity.block_sums.lower(q, q, 0, top_k=8, block=block).compile()
+  q = jax.ShapeDtypeStruct((1, length, heads, 8), jnp.float32)
+  states = (nn.QueryKey(q, q),) * layers
+  compiled = similarity.block_sums.lower(states, 0, length=length, top_k=8, block=block).compile()
   one = 4 * layers * heads * block * length
   temporary = compiled.memory_analysis().temp_size_in_bytes
   assert temporary < 8 * one

@@ -1,5 +1,7 @@
 """The plan as data: one compilation, any plan."""
 
+import dataclasses
+
 import flax.linen
 import jax
 import jax.numpy as jnp
@@ -32,7 +34,7 @@ def random_plan(rng: np.random.Generator) -> sa_jax.SharingPlan:
 def test_parameters_are_the_dense_models():
   shapes = jax.eval_shape(
     lambda: nn.PlannedTransformer(CONFIG).init(
-      jax.random.key(0), jnp.asarray(TOKENS), nn.PlanArrays.of(DENSE, CONFIG.num_heads)
+      jax.random.key(0), jnp.asarray(TOKENS), nn.PlanArrays.of(DENSE, CONFIG)
     )
   )
   ours = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), flax.linen.unbox(shapes)["params"])
@@ -54,7 +56,7 @@ def test_a_hundred_plans_with_one_compilation(params):
 
   rng = np.random.default_rng(2)
   plans = [random_plan(rng) for _ in range(100)]
-  got = [float(losses(params, TOKENS, nn.PlanArrays.of(plan, CONFIG.num_heads))) for plan in plans]
+  got = [float(losses(params, TOKENS, nn.PlanArrays.of(plan, CONFIG))) for plan in plans]
   assert traces == 1
   assert losses._cache_size() == 1
   assert len(set(plans)) > 60
@@ -68,7 +70,22 @@ def test_plans_can_be_vmapped(params):
   rng = np.random.default_rng(3)
   plans = [random_plan(rng) for _ in range(4)]
   apply = lambda plan: nn.PlannedTransformer(CONFIG).apply({"params": params}, TOKENS, plan)
-  together = jax.jit(jax.vmap(apply))(nn.PlanArrays.stack(plans, CONFIG.num_heads))
+  together = jax.jit(jax.vmap(apply))(nn.PlanArrays.stack(plans, CONFIG))
   alone = jax.jit(apply)
   for plan, logits in zip(plans, together):
-    np.testing.assert_allclose(logits, alone(nn.PlanArrays.of(plan, CONFIG.num_heads)), atol=1e-5)
+    np.testing.assert_allclose(logits, alone(nn.PlanArrays.of(plan, CONFIG)), atol=1e-5)
+
+
+def test_layers_of_two_kinds_and_everything_else_that_families_add():
+  config = dataclasses.replace(
+    CONFIG, window=4, local_layers=(0, 1, 3), qk_norm=True, qkv_bias=True, mlp_bias=True, post_norms=True,
+    norm_about_one=True, scale_embeddings=True, attention_softcap=5.0, logits_softcap=3.0, tie_embeddings=True,
+  )  # fmt: skip
+  plan = sa_jax.SharingPlan.parse("0:1,4:5", 6).with_head_maps({5: (1, 1, 3, 0)})
+  dense = tiny.params(sa_jax.Transformer(config, DENSE))
+  apply = lambda params, plan: nn.PlannedTransformer(config).apply({"params": params}, TOKENS, plan)
+  got = jax.jit(apply)(sa_jax.stack(dense, DENSE), nn.PlanArrays.of(plan, config))
+  want = jax.jit(sa_jax.Transformer(config, plan).apply)({"params": sa_jax.prune(dense, plan)}, TOKENS)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  with pytest.raises(ValueError, match="different keys"):
+    nn.PlanArrays.of(sa_jax.SharingPlan.parse("1:2", 6), config)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sa_jax import ops
+from sa_jax.ops import AttentionSpec
 from sa_jax.ops.attention import blockwise
 from sa_jax.ops.attention.reference import visible
 
@@ -27,14 +28,14 @@ def implementations() -> list[Implementation]:
   for name, backend in ops.backends.items():
     for dtype, tolerance in (("float32", 2e-6), ("bfloat16", 2e-2)):
       sample = jax.ShapeDtypeStruct((1, 8, 2, 8), dtype)
-      if backend.unsupported(jax.default_backend(), sample, sample) is None:
+      if backend.unsupported(jax.default_backend(), sample, AttentionSpec()) is None:
         attend = functools.partial(_named, backend=name)
         found.append(Implementation(f"{name}-{dtype}", attend, dtype, tolerance))
   return found
 
 
 def _with_block(q, k, v, lengths, block):
-  return blockwise.attend(q, k, v, lengths, block)
+  return blockwise.attend(q, k, v, lengths, AttentionSpec(), block)
 
 
 def _named(q, k, v, lengths, backend):
@@ -119,7 +120,9 @@ class TestBackend:
     wanted = gradients_in_numpy(*(x.astype(np.float64) for x in (q, k, v, d_out)), seen_by(length, lengths))
     for ours, theirs in zip(found, wanted, strict=True):
       scale = max(1.0, np.abs(theirs).max())
-      np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, rtol=0, atol=5 * implementation.tolerance * scale)
+      np.testing.assert_allclose(
+        np.asarray(ours, np.float64), theirs, rtol=0, atol=5 * implementation.tolerance * scale
+      )
 
 
 def test_numpy_gradients_by_finite_differences():

@@ -9,7 +9,9 @@ import pytest
 from sa_jax import ops
 from sa_jax.ops import RopeConfig
 
-LLAMA3 = RopeConfig(500_000.0, "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=8192)
+LLAMA3 = RopeConfig(
+  500_000.0, "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=8192
+)
 
 
 def published(rope: RopeConfig, head_dim: int) -> list[float]:

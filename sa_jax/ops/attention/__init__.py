@@ -7,8 +7,10 @@
 from sa_jax.ops.attention.decode import decode_apply, decode_attend, decode_weights, write_slot
 from sa_jax.ops.attention.dispatch import attend, backends, choose_backend
 from sa_jax.ops.attention.reference import apply_weights, attention_weights
+from sa_jax.ops.attention.spec import AttentionSpec
 
 __all__ = [
+  "AttentionSpec",
   "apply_weights",
   "attend",
   "attention_weights",

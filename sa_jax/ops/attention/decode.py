@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from sa_jax.ops.attention import flash_decode
 from sa_jax.ops.attention.reference import apply_weights, attention_weights
+from sa_jax.ops.attention.spec import AttentionSpec
 
 
 def write_slot(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
@@ -19,18 +20,21 @@ def write_slot(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
   return cache.at[rows, :, slots].set(new.astype(cache.dtype), mode="drop", unique_indices=True)
 
 
-def decode_weights(q: jax.Array, keys: jax.Array, positions: jax.Array) -> jax.Array:
+def decode_weights(
+  q: jax.Array, keys: jax.Array, positions: jax.Array, *, spec: AttentionSpec = AttentionSpec()
+) -> jax.Array:
   """Softmaxed attention weights of one token a row.
 
   Args:
     q: ``[B, N, H]``.
     keys: ``[B, K, S, H]``, the token's own among them.
     positions: int32 ``[B]``, the slot of each row's token: it sees slots 0 to that one.
+    spec: window, soft cap and scale.
 
   Returns:
     ``[B, N, 1, S]`` in q's dtype.
   """
-  return attention_weights(q[:, None], jnp.swapaxes(keys, 1, 2), positions=positions[:, None])
+  return attention_weights(q[:, None], jnp.swapaxes(keys, 1, 2), positions=positions[:, None], spec=spec)
 
 
 def decode_apply(weights: jax.Array, values: jax.Array) -> jax.Array:
@@ -45,6 +49,8 @@ def decode_attend(
   keys: jax.Array,
   values: jax.Array,
   positions: jax.Array,
+  *,
+  spec: AttentionSpec = AttentionSpec(),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Attention of one new token a row over the cache that it joins, without handing out the weights.
 
@@ -58,21 +64,25 @@ def decode_attend(
     keys: ``[B, K, S, H]``.
     values: ``[B, K, S, H]``.
     positions: int32 ``[B]``, the slot that each row's token takes.
+    spec: window, soft cap and scale.
 
   Returns:
     ``[B, N, H]``, and the cache with the new keys and values.
   """
-  if _has_kernel(q, keys):
-    return flash_decode.attend(q, new_key, new_value, keys, values, positions)
+  if _has_kernel(q, keys, spec):
+    scale = spec.scale_for(q.shape[-1])
+    return flash_decode.attend(q, new_key, new_value, keys, values, positions, scale=scale)
   keys, values = write_slot(keys, new_key, positions), write_slot(values, new_value, positions)
-  return decode_apply(decode_weights(q, keys, positions), values), keys, values
+  return decode_apply(decode_weights(q, keys, positions, spec=spec), values), keys, values
 
 
-def _has_kernel(q: jax.Array, keys: jax.Array) -> bool:
+def _has_kernel(q: jax.Array, keys: jax.Array, spec: AttentionSpec) -> bool:
   return (
     jax.default_backend() == "gpu"
     and q.dtype in (jnp.bfloat16, jnp.float16)
     and q.dtype == keys.dtype
+    and spec.window is None
+    and spec.softcap is None
     and q.shape[-1] in (64, 128)
     and keys.shape[2] % flash_decode.BLOCK == 0
   )

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sa_jax.ops.attention import blockwise, cudnn, reference
+from sa_jax.ops.attention import blockwise, cudnn, reference, splash
+from sa_jax.ops.attention.spec import AttentionSpec
 
 _LOG = logging.getLogger("sa_jax")
 
@@ -17,25 +18,36 @@ class Backend(NamedTuple):
 
   Attributes:
     attend: the function.
-    unsupported: from platform and q, why it cannot compute the call, or None when it can.
+    unsupported: from platform, q and spec, why it cannot compute the call, or None when it can.
+    partitions: whether XLA can split it over a mesh; what it cannot split runs under `jax.shard_map`, as
+      `sa_jax.nn.QueryKey` does.
   """
 
-  attend: Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
-  unsupported: Callable[[str, jax.Array], str | None]
+  attend: Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, AttentionSpec], jax.Array]
+  unsupported: Callable[[str, jax.Array, AttentionSpec], str | None]
+  partitions: bool = True
 
 
-def _cudnn_unsupported(platform: str, q: jax.Array) -> str | None:
+def _cudnn_unsupported(platform: str, q: jax.Array, spec: AttentionSpec) -> str | None:
   if platform not in ("gpu", "cuda"):
     return f"it runs on NVIDIA GPUs, and this is {platform}"
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     return f"it computes in bfloat16 or float16, and q is {q.dtype}"
   if q.shape[-1] % 8 or q.shape[-1] > 128:
     return f"it takes head dimensions that are multiples of 8 up to 128, and q has {q.shape[-1]}"
+  if spec.softcap is not None:
+    return f"it has no soft cap of scores, and this attention has one of {spec.softcap}"
   return None
 
 
+def _splash_unsupported(platform: str, q: jax.Array, spec: AttentionSpec) -> str | None:  # noqa: ARG001
+  return None if platform == "tpu" else f"it runs on TPUs, and this is {platform}"
+
+
+# The fused ones first, the fastest of those that a platform has before the others.
 backends: dict[str, Backend] = {
   "cudnn": Backend(cudnn.attend, _cudnn_unsupported),
+  "splash": Backend(splash.attend, _splash_unsupported, partitions=False),
   "blockwise": Backend(blockwise.attend, lambda *_: None),
   "reference": Backend(reference.attend, lambda *_: None),
 }
@@ -44,33 +56,48 @@ backends: dict[str, Backend] = {
 _SHORT = 1024
 
 
-def choose_backend(name: str, q: jax.Array, k: jax.Array, platform: str | None = None) -> str:
+def _platform() -> str:
+  """Where the arrays are: compiling ahead of time, the mesh's devices are not the default backend's."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device is not None else jax.default_backend()
+
+
+def choose_backend(
+  name: str, q: jax.Array, k: jax.Array, platform: str | None = None, spec: AttentionSpec = AttentionSpec()
+) -> str:
   """The backend that `attend` will use for these arrays.
 
   Args:
     name: a backend, or ``auto`` for the fastest that supports the call.
     q: ``[B, T, N, H]`` (array or shape).
     k: ``[B, T, K, H]`` (array or shape).
-    platform: ``cpu``, ``gpu`` or ``tpu``; the default backend's when None.
+    platform: ``cpu``, ``gpu`` or ``tpu``; when None, the ambient mesh's (`jax.set_mesh`) or else the default backend's.
+    spec: window, soft cap and scale.
 
   Raises:
     ValueError: if there is no backend of that name, or it cannot compute this call (the reason is given).
   """
-  platform = platform or jax.default_backend()
+  platform = platform or _platform()
   if name == "auto":
-    fused = "cudnn" if backends["cudnn"].unsupported(platform, q) is None else "blockwise"
+    fused = next(name for name, backend in backends.items() if backend.unsupported(platform, q, spec) is None)
     chosen = "reference" if fused == "blockwise" and k.shape[1] <= _SHORT else fused
     _LOG.debug("attention of q %s, k %s, %s on %s: %s", q.shape, k.shape, q.dtype, platform, chosen)
     return chosen
   if name not in backends:
     raise ValueError(f"no attention backend {name!r}; there are auto, {', '.join(backends)}")
-  if reason := backends[name].unsupported(platform, q):
+  if reason := backends[name].unsupported(platform, q, spec):
     raise ValueError(f"the attention backend {name!r} cannot compute this: {reason}; 'auto' chooses one that can")
   return name
 
 
 def attend(
-  q: jax.Array, k: jax.Array, v: jax.Array, *, lengths: jax.Array | None = None, backend: str = "auto"
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  lengths: jax.Array | None = None,
+  backend: str = "auto",
+  spec: AttentionSpec = AttentionSpec(),
 ) -> jax.Array:
   """Causal attention ``softmax(q kᵀ / sqrt(H) + mask) v`` over whole sequences.
 
@@ -82,7 +109,9 @@ def attend(
     k: ``[B, T, K, H]``, N a multiple of K.
     v: ``[B, T, K, H]``.
     lengths: int32 ``[B]``, or None when rows are full. Outputs at or past a row's length are finite and meaningless.
-    backend: ``auto``, ``reference`` (O(T²) memory), ``blockwise`` (O(T) memory, any device) or ``cudnn``.
+    backend: ``auto``, ``reference`` (O(T²) memory), ``blockwise`` (O(T) memory, any device), ``cudnn`` (NVIDIA) or
+      ``splash`` (TPU; on a mesh, call it under `jax.shard_map`).
+    spec: window, soft cap and scale.
 
   Returns:
     ``[B, T, N, H]`` in v's dtype.
@@ -95,4 +124,4 @@ def attend(
     raise ValueError(
       f"attend takes q [B, T, N, H] and k, v [B, T, K, H] with N a multiple of K, not {q.shape}, {k.shape}, {v.shape}"
     )
-  return backends[choose_backend(backend, q, k)].attend(q, k, v, lengths)
+  return backends[choose_backend(backend, q, k, spec=spec)].attend(q, k, v, lengths, spec)

@@ -6,7 +6,6 @@ that owns the new token's slot also writes its key and value, in place.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -30,11 +29,12 @@ def attend(
   values: jax.Array,
   positions: jax.Array,
   *,
+  scale: float,
   interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Attention of one new token a row over the cache that it joins; arguments as in `sa_jax.ops.decode_attend`.
 
-  ``interpret`` runs the kernel on any device, slowly.
+  ``scale`` multiplies ``q kᵀ``; ``interpret`` runs the kernel on any device, slowly.
   """
   batch, heads, head_dim = q.shape
   kv_heads, slots = keys.shape[1], keys.shape[2]
@@ -47,7 +47,7 @@ def attend(
   cached = pl.BlockSpec((None, None, split, head_dim), lambda b, k, s: (b, k, s, 0))
   partial = lambda *shape: pl.BlockSpec((None, None, None, *shape), lambda b, k, s: (b, k, s, *(0 for _ in shape)))
   out, maximum, total, keys, values = pl.pallas_call(
-    functools.partial(_kernel, group=group),
+    functools.partial(_kernel, group=group, scale=scale),
     grid=(batch, kv_heads, splits),
     in_specs=[
       pl.BlockSpec((None,), lambda b, k, s: (b,)),
@@ -104,10 +104,10 @@ def _kernel(
   value_out_ref: Any,
   *,
   group: int,
+  scale: float,
 ) -> None:
   rows, head_dim = q_ref.shape
   split = key_ref.shape[0]
-  scale = 1 / math.sqrt(head_dim)
   new = position_ref[...] - pl.program_id(2) * split  # the new token's slot, counted from this program's first
   kept = jax.lax.broadcasted_iota(jnp.int32, (rows,), 0) < group
   kept_2d = jax.lax.broadcasted_iota(jnp.int32, (rows, head_dim), 0) < group

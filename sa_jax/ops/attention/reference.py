@@ -1,21 +1,24 @@
 """Attention as the formula says it, with the weights in memory."""
 
-import math
-
 import jax
 import jax.numpy as jnp
+
+from sa_jax.ops.attention.spec import AttentionSpec
 
 MASKED = -1e30
 """Score of a key that a query may not see: finite, so that a row with no visible key stays finite."""
 
 
-def visible(query_positions: jax.Array, key_positions: jax.Array, lengths: jax.Array | None) -> jax.Array:
-  """Which keys each query sees: those at or before it and, of a right-padded row, before the row's end.
+def visible(
+  query_positions: jax.Array, key_positions: jax.Array, lengths: jax.Array | None, window: int | None = None
+) -> jax.Array:
+  """Which keys each query sees: those at or before it, within its window and, of a right-padded row, before its end.
 
   Args:
     query_positions: int32 ``[T]`` or ``[B, T]``.
     key_positions: int32 ``[S]``.
     lengths: int32 ``[B]``, tokens of each row, or None when rows are full.
+    window: how many keys a query sees at most, its own included; None for all.
 
   Returns:
     bool ``[B or 1, T, S]``.
@@ -23,11 +26,18 @@ def visible(query_positions: jax.Array, key_positions: jax.Array, lengths: jax.A
   query = jnp.atleast_2d(query_positions)[:, :, None]
   key = key_positions[None, None, :]
   seen = key <= query
+  if window is not None:
+    seen &= key > query - window
   return seen if lengths is None else seen & (key < lengths[:, None, None])
 
 
 def attention_weights(
-  q: jax.Array, k: jax.Array, *, lengths: jax.Array | None = None, positions: jax.Array | None = None
+  q: jax.Array,
+  k: jax.Array,
+  *,
+  lengths: jax.Array | None = None,
+  positions: jax.Array | None = None,
+  spec: AttentionSpec = AttentionSpec(),
 ) -> jax.Array:
   """Softmaxed causal attention weights, computed in float32 and cast to q's dtype.
 
@@ -38,6 +48,7 @@ def attention_weights(
     k: ``[B, S, K, H]``.
     lengths: int32 ``[B]``: keys at or past a row's length are not seen; None when rows are full.
     positions: int32 ``[T]`` or ``[B, T]``, the slot of each query among the keys; 0 to T - 1 when None.
+    spec: window, soft cap and scale.
 
   Returns:
     ``[B, N, T, S]`` in q's dtype; rows sum to one.
@@ -45,8 +56,8 @@ def attention_weights(
   batch, queries, heads, head_dim = q.shape
   keys, kv_heads = k.shape[1], k.shape[2]
   grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
-  scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32) / math.sqrt(head_dim)
-  seen = visible(jnp.arange(queries) if positions is None else positions, jnp.arange(keys), lengths)
+  scores = spec.scores(jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32), head_dim)
+  seen = visible(jnp.arange(queries) if positions is None else positions, jnp.arange(keys), lengths, spec.window)
   weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, MASKED), axis=-1)
   return weights.astype(q.dtype).reshape(batch, heads, queries, keys)
 
@@ -68,6 +79,6 @@ def apply_weights(weights: jax.Array, v: jax.Array) -> jax.Array:
   return out.reshape(batch, queries, heads, v.shape[3])
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, spec: AttentionSpec) -> jax.Array:
   """Attention through its weights; O(T S) memory. Shapes as in `sa_jax.ops.attend`."""
-  return apply_weights(attention_weights(q, k, lengths=lengths), v)
+  return apply_weights(attention_weights(q, k, lengths=lengths, spec=spec), v)

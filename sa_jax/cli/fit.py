@@ -1,0 +1,106 @@
+"""``sa-jax fit``: will it fit on a TPU slice, compiled ahead of time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from sa_jax.cli.common import change, console, progress, quantity, show_table, write_json
+from sa_jax.cli.cost import config_of
+from sa_jax.fit import Fit, Job, Kind, fit
+from sa_jax.hlo import KINDS, Collective
+from sa_jax.plan import as_plan
+
+
+def rows_of_fit(fits: list[Fit]) -> list[list[str]]:
+  """Table rows: a column a program, and the change from the first to the second."""
+
+  def cell(value: float | None, unit: str) -> str:
+    if value is None:
+      return "-"
+    return f"{1000 * value:,.1f} ms" if unit == "s" else quantity(value, unit)
+
+  def row(label: str, values: Sequence[float | None], unit: str) -> list[str]:
+    cells = [cell(value, unit) for value in values]
+    known = [value for value in values if value is not None]
+    compared = change(known[1], known[0]) if len(known) == 2 and known[0] else ""
+    return [label, *cells, *([compared] if len(values) == 2 else [])]
+
+  rows = [
+    row("peak memory a device", [f.peak_bytes for f in fits], "B"),
+    row("parameters, state, batch", [f.argument_bytes for f in fits], "B"),
+    row("memory of the device", [f.hbm_bytes for f in fits], "B"),
+  ]
+  for kind in KINDS:
+    if any(kind in _by_kind(f) for f in fits):
+      found = [_by_kind(f).get(kind, Collective(kind, 0, 0)) for f in fits]
+      rows.append(row(f"{kind}, times", [c.count for c in found], ""))
+      rows.append(row(f"{kind}, bytes a device", [c.bytes for c in found], "B"))
+  rows += [
+    row("analytic: matrix products at peak rate", [f.compute_seconds for f in fits], "s"),
+    row("analytic: memory traffic at peak rate", [f.memory_seconds for f in fits], "s"),
+    row("analytic: at least (roofline)", [f.roofline_seconds for f in fits], "s"),
+    row("compilation here, seconds", [round(f.compile_seconds, 1) for f in fits], ""),
+  ]
+  return rows
+
+
+def _by_kind(result: Fit) -> dict[str, Collective]:
+  return {collective.kind: collective for collective in result.collectives}
+
+
+@dataclasses.dataclass(frozen=True)
+class FitOf:
+  """Compile a program for a TPU slice without one: peak memory, collectives, analytic time, dense beside a plan."""
+
+  model: tyro.conf.Positional[str]
+  """A preset (llama-2-7b, llama-2-13b, llama-3-8b, smollm2-135m), or a folder with a config.json."""
+  topology: str
+  """The slice, such as v5e:16x16, v6e:4x4 or v5p:4x4x4."""
+  plan: Annotated[str, tyro.conf.arg(metavar="PLAN")] = "dense"
+  """Which layers share, such as 22:23-26."""
+  kind: Kind = "train"
+  """A training step, reading prompts, or decoding a token a row."""
+  data: int = 1
+  """Mesh: ways to split rows alone."""
+  fsdp: int = 1
+  """Mesh: ways to split rows and parameters."""
+  tensor: int = 1
+  """Mesh: ways to split heads, MLP and vocabulary."""
+  batch: int | None = None
+  """Rows in all; one for each way to split them when not given."""
+  length: int = 4096
+  """Tokens a row; of the cache when decoding."""
+  dtype: str = "bfloat16"
+  """Of parameters and activations."""
+  json: Path | None = None
+  """Also write the numbers to this file."""
+
+  def run(self) -> None:
+    """Compiles dense and the plan, and prints the table."""
+    config = dataclasses.replace(config_of(self.model), dtype=self.dtype, param_dtype=self.dtype)
+    batch = self.data * self.fsdp if self.batch is None else self.batch
+    plans = dict.fromkeys((as_plan(None, config.num_layers), as_plan(self.plan, config.num_layers)))
+    jobs = [
+      Job(config, plan, self.kind, self.topology, batch, self.length, self.data, self.fsdp, self.tensor)
+      for plan in plans
+    ]
+    fits: list[Fit] = []
+    with progress("compiling") as update:
+      for job in jobs:
+        update(len(fits), len(jobs))
+        fits.append(fit(job))
+    names = [str(plan) for plan in plans]
+    mesh = f"data {self.data} × fsdp {self.fsdp} × tensor {self.tensor}"
+    title = f"{self.model}, {self.kind}, {batch} × {self.length} tokens, {self.dtype}, {self.topology} as {mesh}"
+    show_table(title, ["a step", *names, *(["change"] if len(fits) == 2 else [])], rows_of_fit(fits))
+    for name, result in zip(names, fits, strict=True):
+      verdict = "fits" if result.fits else f"does not fit: {result.problem}"
+      console.print(f"{name}: {verdict} ({result.devices} × {result.device})")
+    values = {"model": self.model, "kind": self.kind, "topology": self.topology, "batch": batch, "length": self.length}
+    mesh_sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+    write_json(self.json, values | {"mesh": mesh_sizes, "dtype": self.dtype, "fits": dict(zip(names, fits))})

@@ -1,0 +1,154 @@
+"""Continuous batching: rows enter a running batch as others leave it."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sa_jax.decode.engine import DecodeState, bucket, decode, insert, prefill, retire, row_keys
+from sa_jax.decode.sampling import Sampler
+from sa_jax.nn import Transformer
+from sa_jax.nn.transformer import check_tokens
+from sa_jax.params import as_layers
+
+
+@dataclasses.dataclass
+class Request:
+  """A prompt on its way.
+
+  Attributes:
+    prompt: int32 ``[T]``.
+    max_new_tokens: most tokens to add.
+    key: PRNG key of its samples, ``[1]``.
+    tokens: what it has generated so far.
+    status: where it is.
+  """
+
+  prompt: np.ndarray
+  max_new_tokens: int
+  key: jax.Array
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  status: Literal["waiting", "running", "done", "cancelled"] = "waiting"
+
+
+class Batcher:
+  """Generates for many requests at once, in a batch of ``slots`` rows.
+
+  A request waits for a free slot, is prefilled alone (padded to a bucket, so that few programs are compiled), joins the
+  running batch, and frees its slot when it ends. What it generates does not depend on the requests beside it.
+
+  Attributes:
+    slots: rows of the batch.
+    capacity: cache slots a row: a prompt and its continuation, but for the last token, must fit.
+    chunk: decode steps on device between two looks of the host; new tokens, cancellations and free slots are seen then.
+  """
+
+  def __init__(
+    self,
+    model: Transformer,
+    params: Mapping[str, Any],
+    *,
+    slots: int = 16,
+    capacity: int = 2048,
+    sampler: Sampler = Sampler(),
+    chunk: int = 16,
+  ):
+    if slots < 1 or capacity < 1 or chunk < 1:
+      raise ValueError(f"slots, capacity and chunk must be at least 1, not {slots}, {capacity} and {chunk}")
+    self.slots, self.capacity, self.chunk = slots, capacity, chunk
+    self._model, self._params, self._sampler = model, as_layers(params, model.plan), sampler
+    self._state = DecodeState.empty(model, slots, capacity)
+    self._waiting: collections.deque[Request] = collections.deque()
+    self._running: dict[int, Request] = {}
+
+  def submit(self, prompt: Sequence[int] | np.ndarray, max_new_tokens: int, *, seed: int = 0, row: int = 0) -> Request:
+    """Queues a prompt; ``seed`` and ``row`` choose its samples as in `sa_jax.generate`.
+
+    Raises:
+      ValueError: if the prompt is empty, has a token outside the vocabulary, or does not fit the cache with its
+        continuation. Other requests go on.
+    """
+    tokens = np.asarray(prompt)
+    if tokens.ndim != 1 or not tokens.size:
+      raise ValueError(f"a prompt is a list of at least one token, not of shape {tokens.shape}")
+    check_tokens(tokens[None], None, self._model.config.vocab_size)
+    if max_new_tokens < 1:
+      raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if (needed := len(tokens) + max_new_tokens - 1) > self.capacity:
+      raise ValueError(
+        f"a prompt of {len(tokens)} tokens with {max_new_tokens} new ones needs {needed} cache slots, "
+        f"and a row has {self.capacity}"
+      )
+    request = Request(tokens.astype(np.int32), max_new_tokens, row_keys(seed, [row]))
+    self._waiting.append(request)
+    return request
+
+  def cancel(self, request: Request) -> None:
+    """Stops a request; its slot is free at the next `step`. What it has generated stays in ``request.tokens``."""
+    if request.status == "waiting":
+      self._waiting.remove(request)
+    if request.status in ("waiting", "running"):
+      request.status = "cancelled"
+
+  @property
+  def busy(self) -> bool:
+    """Whether any request is waiting or running."""
+    return bool(self._waiting or self._running)
+
+  def step(self) -> dict[int, list[int]]:
+    """Fills free slots, decodes up to ``chunk`` tokens a row, and collects them.
+
+    Returns:
+      New tokens by ``id(request)``, for streaming; they are in ``request.tokens`` too.
+    """
+    self._drop_cancelled()
+    first: dict[int, jax.Array] = {}
+    for slot in range(self.slots):
+      if slot not in self._running and self._waiting:
+        first[slot] = self._admit(self._waiting.popleft(), slot)
+    if not self._running:
+      return {}
+    self._state, out = decode(self._model, self._sampler, self.chunk, self._params, self._state)
+    out, done = np.asarray(out), np.asarray(self._state.done)
+    news = {}
+    for slot, request in list(self._running.items()):
+      new = [int(first[slot][0])] if slot in first else []
+      new += [int(token) for token in out[slot] if token >= 0]
+      request.tokens += new
+      news[id(request)] = new
+      if done[slot]:
+        request.status = "done"
+        del self._running[slot]
+    return news
+
+  def run(self) -> None:
+    """Steps until no request is left."""
+    while self.busy:
+      self.step()
+
+  def _drop_cancelled(self) -> None:
+    cancelled = [slot for slot, request in self._running.items() if request.status == "cancelled"]
+    if cancelled:
+      self._state = retire(self._state, jnp.zeros(self.slots, bool).at[np.array(cancelled)].set(True))
+    for slot in cancelled:
+      del self._running[slot]
+
+  def _admit(self, request: Request, slot: int) -> jax.Array:
+    """Prefills a request into a slot; returns its first token, ``[1]``, on device."""
+    length = len(request.prompt)
+    size = bucket(length, self.capacity)
+    tokens = np.zeros((1, size), np.int32)
+    tokens[0, :length] = request.prompt
+    remaining = jnp.asarray([request.max_new_tokens - 1], jnp.int32)
+    lengths = jnp.asarray([length], jnp.int32)
+    row = prefill(self._model, self._sampler, size, self._params, jnp.asarray(tokens), lengths, remaining, request.key)
+    self._state = insert(self._state, row, jnp.int32(slot))
+    request.status = "running"
+    self._running[slot] = request
+    return row.tokens

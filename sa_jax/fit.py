@@ -1,0 +1,327 @@
+"""Will it fit, and how long will it take at best? Compiling ahead of time for a TPU slice, on a machine without one.
+
+`fit` compiles the real program with the real compiler (libtpu) for a named topology, and reads memory and collectives
+off the result. Nothing runs: times are analytic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from sa_jax import ops
+from sa_jax.config import ModelConfig
+from sa_jax.cost import cost
+from sa_jax.hlo import Collective, collectives
+from sa_jax.nn import Cache, Transformer
+from sa_jax.plan import SharingPlan
+from sa_jax.sharding import (
+  abstract_params,
+  cache_shardings,
+  named_sharding,
+  on_mesh,
+  optimizer_shardings,
+  param_shardings,
+)
+
+Kind = Literal["train", "prefill", "decode"]
+
+# What libtpu needs to be told on a machine that is no TPU host.
+_ENVIRONMENT = {
+  "JAX_PLATFORMS": "cpu",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_WORKER_ID": "0",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A program and the slice that it is for.
+
+  Attributes:
+    config: the model. Parameters have its ``param_dtype``; a train step keeps Adam's moments in float32.
+    plan: which layers share.
+    kind: ``train`` (a step of AdamW), ``prefill`` (of whole rows) or ``decode`` (of one token a row).
+    topology: a slice as libtpu names it, for example ``v5e:16x16``, ``v6e:4x4``, ``v5p:4x4x4``.
+    batch: rows in all, ``B``.
+    length: tokens a row; when decoding, the slots of the cache.
+    data: mesh size over which rows are split and parameters are not.
+    fsdp: mesh size over which rows and parameters are split.
+    tensor: mesh size over which heads, MLP and vocabulary are split.
+  """
+
+  config: ModelConfig
+  plan: SharingPlan
+  kind: Kind
+  topology: str
+  batch: int
+  length: int
+  data: int = 1
+  fsdp: int = 1
+  tensor: int = 1
+
+  def __post_init__(self) -> None:
+    wrong = [
+      f"{name}={getattr(self, name)} (at least 1 is needed)"
+      for name in ("batch", "length", "data", "fsdp", "tensor")
+      if getattr(self, name) < 1
+    ]
+    if not wrong and self.batch % (self.data * self.fsdp):
+      wrong.append(f"batch={self.batch} (a multiple of data × fsdp = {self.data * self.fsdp} is needed)")
+    if self.plan.num_layers != self.config.num_layers:
+      wrong.append(f"a plan for {self.plan.num_layers} layers (the model has {self.config.num_layers})")
+    if wrong:
+      raise ValueError("fit: " + "; ".join(wrong))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """What compiling a `Job` showed. Everything is of one device, which on most TPUs is a chip.
+
+  Attributes:
+    device: its kind, as JAX names it.
+    devices: how many the topology has.
+    hbm_bytes: its memory.
+    fits: whether the program compiles for it.
+    problem: why not, in the compiler's words.
+    peak_bytes: the most memory in use at one time, arguments included; None when it does not fit.
+    argument_bytes: of that, parameters, state, cache and batch.
+    collectives: what it sends and receives in one execution, by kind.
+    compute_seconds: analytic: the model's FLOPs (of a train step with full rematerialisation, four forward passes)
+      at the peak matrix rate.
+    memory_seconds: analytic: the bytes that must be read and written, at the peak memory rate.
+    compile_seconds: how long compiling took here.
+  """
+
+  device: str
+  devices: int
+  hbm_bytes: int
+  fits: bool
+  problem: str | None
+  peak_bytes: int | None
+  argument_bytes: int | None
+  collectives: tuple[Collective, ...]
+  compute_seconds: float
+  memory_seconds: float
+  compile_seconds: float
+
+  @property
+  def roofline_seconds(self) -> float:
+    """No execution can be faster: the larger of the two, with communication free and everything overlapped."""
+    return max(self.compute_seconds, self.memory_seconds)
+
+
+def fit(job: Job) -> Fit:
+  """Compiles a job in a process of its own, whose environment is what libtpu needs.
+
+  Raises:
+    ValueError: if libtpu is not installed, or the job does not make sense (its topology, mesh or sizes).
+    RuntimeError: if the compiler fails in another way than running out of memory.
+  """
+  if importlib.util.find_spec("libtpu") is None:
+    raise ValueError("fit compiles with libtpu, which is not installed: pip install 'sa-jax[tpu]'")
+  with tempfile.TemporaryDirectory() as folder:
+    question, answer = Path(folder, "job"), Path(folder, "fit")
+    question.write_bytes(pickle.dumps(job))
+    command = [sys.executable, "-m", "sa_jax.fit", str(question), str(answer)]
+    done = subprocess.run(command, env=os.environ | _ENVIRONMENT, capture_output=True, text=True)
+    if not answer.exists():
+      last = "\n".join(done.stderr.strip().splitlines()[-20:])
+      raise RuntimeError(f"the compiler's process ended with {done.returncode}:\n{last}")
+    result = pickle.loads(answer.read_bytes())
+  if isinstance(result, Exception):
+    raise result
+  return result
+
+
+def compile_job(job: Job) -> Fit:
+  """Compiles a job in this process, whose environment must be as `fit` makes it; arguments and errors as there."""
+  from jax.experimental.pallas import tpu as pltpu
+
+  mesh = topology_mesh(job)
+  cores = mesh.devices.flat[0].num_cores
+  step, arguments = program(job, mesh)
+  with on_mesh(mesh):
+    info = pltpu.get_tpu_info()
+    start = time.perf_counter()
+    problem: str | None = None
+    memory: Any = None
+    found: tuple[Collective, ...] = ()
+    try:
+      compiled = step.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise RuntimeError(str(error)) from error
+      problem = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+    else:
+      memory, found = compiled.memory_analysis(), collectives(compiled.as_text())
+  compute, moved = _roofline(job, arguments)
+  return Fit(
+    device=mesh.devices.flat[0].device_kind,
+    devices=mesh.devices.size,
+    hbm_bytes=info.hbm_capacity_bytes * cores,
+    fits=problem is None,
+    problem=problem,
+    peak_bytes=memory.peak_memory_in_bytes if memory else None,
+    argument_bytes=memory.argument_size_in_bytes if memory else None,
+    collectives=found,
+    compute_seconds=compute / (info.bf16_ops_per_second * cores),
+    memory_seconds=moved / (info.mem_bw_bytes_per_second * cores),
+    compile_seconds=time.perf_counter() - start,
+  )
+
+
+def topology_mesh(job: Job) -> Mesh:
+  """The job's mesh over the devices of its topology.
+
+  Raises:
+    ValueError: if libtpu does not know the topology, or its devices are not as many as the mesh needs.
+  """
+  from jax.experimental import mesh_utils, topologies
+
+  try:
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=job.topology).devices
+  except Exception as error:
+    raise ValueError(
+      f"libtpu does not know the topology {job.topology!r} ({str(error).splitlines()[0]}); "
+      "there are, for example, v5e:2x4, v5e:16x16, v6e:4x4, v5p:2x2x1, v5p:4x4x4"
+    ) from error
+  shape = (job.data, job.fsdp, job.tensor)
+  if job.data * job.fsdp * job.tensor != len(devices):
+    raise ValueError(
+      f"{job.topology} has {len(devices)} devices; data {job.data} × fsdp {job.fsdp} × tensor {job.tensor} "
+      f"makes {job.data * job.fsdp * job.tensor}"
+    )
+  arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  return Mesh(arranged, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+
+def program(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+  """The job as a jitted function and the shapes of its arguments, with their shardings.
+
+  Raises:
+    ValueError: if the parameters do not fit the mesh.
+  """
+  make = {"train": _train, "prefill": _prefill, "decode": _decode}[job.kind]
+  return make(job, mesh)
+
+
+def _train(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+  model = Transformer(dataclasses.replace(job.config, remat="full"), job.plan)
+  optimizer = optax.adamw(1e-4)
+  as_float32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+  def loss(params: Any, tokens: jax.Array) -> jax.Array:
+    hidden = model.apply({"params": params}, tokens, method="hidden")
+    head = lambda hidden: model.apply({"params": params}, hidden, method="logits")
+    total, count = ops.next_token_loss(head, hidden, tokens)
+    return total / count
+
+  def step(params: Any, state: Any, tokens: jax.Array) -> tuple[Any, Any, jax.Array]:
+    value, gradients = jax.value_and_grad(loss)(params, tokens)
+    wide = as_float32(params)
+    updates, state = optimizer.update(as_float32(gradients), state, wide)
+    updated = jax.tree.map(lambda p, u, old: (p + u).astype(old.dtype), wide, updates, params)
+    return updated, state, value
+
+  shapes, shardings = abstract_params(model), param_shardings(model, mesh)
+  wide = jax.eval_shape(as_float32, shapes)
+  state_shardings = optimizer_shardings(optimizer, wide, shardings)
+  arguments = (
+    _sharded(shapes, shardings),
+    _sharded(jax.eval_shape(optimizer.init, wide), state_shardings),
+    _tokens(job, mesh, "batch", "length"),
+  )
+  outputs = (shardings, state_shardings, named_sharding(mesh, ()))
+  return jax.jit(step, donate_argnums=(0, 1), out_shardings=outputs), arguments
+
+
+def _prefill(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+  model = Transformer(job.config, job.plan)
+  prefill = lambda params, tokens, lengths: model.apply({"params": params}, tokens, lengths, method="prefill")
+  outputs = (named_sharding(mesh, ("batch", "vocab")), cache_shardings(model, mesh))
+  arguments = (_layer_params(model, mesh), _tokens(job, mesh, "batch", "length"), _tokens(job, mesh, "batch"))
+  return jax.jit(prefill, out_shardings=outputs), arguments
+
+
+def _decode(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+  model = Transformer(job.config, job.plan)
+
+  def step(params: Any, cache: Cache, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Cache]:
+    logits, cache = model.apply({"params": params}, tokens, cache, positions, method="step")
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+
+  cache = jax.eval_shape(lambda: Cache.empty(job.config, job.plan, job.batch, job.length))
+  shardings = cache_shardings(model, mesh)
+  rows = _tokens(job, mesh, "batch")
+  arguments = (_layer_params(model, mesh), _sharded(cache, shardings), rows, rows)
+  return jax.jit(step, donate_argnums=1, out_shardings=(rows.sharding, shardings)), arguments
+
+
+def _layer_params(model: Transformer, mesh: Mesh) -> Any:
+  return _sharded(abstract_params(model, layout="layers"), param_shardings(model, mesh, layout="layers"))
+
+
+def _sharded(shapes: Any, shardings: Any) -> Any:
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _tokens(job: Job, mesh: Mesh, *axes: str) -> jax.ShapeDtypeStruct:
+  shape = (job.batch, job.length)[: len(axes)]
+  return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=named_sharding(mesh, axes))
+
+
+def _roofline(job: Job, arguments: tuple[Any, ...]) -> tuple[float, float]:
+  """FLOPs and bytes of one execution on one device, from `sa_jax.cost`, padding and re-reading left out."""
+  counted = cost(job.config, job.plan, job.batch, job.length)
+  devices = job.data * job.fsdp * job.tensor
+  # What a device reads of the parameters is what it multiplies with: its part of `tensor`, gathered over `fsdp`.
+  params = counted.param_bytes / job.tensor
+  cache = counted.kv_cache_bytes / devices
+  if job.kind == "decode":
+    read = (counted.decode_bytes - counted.kv_cache_bytes) / job.tensor
+    return counted.decode_flops / devices, read + cache
+  if job.kind == "prefill":
+    skipped = 2 * job.config.vocab_size * job.config.embed_dim * job.batch * (job.length - 1)
+    return (counted.flops - skipped) / devices, params + cache
+  # Forward, recomputed, and twice as much backward; parameters and state are read and written once more to update.
+  held = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(arguments[:2]))
+  return 4 * counted.flops / devices, 3 * params + 2 * held
+
+
+def _shard_bytes(array: jax.ShapeDtypeStruct) -> int:
+  return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+
+
+def _main(question: str, answer: str) -> None:
+  """The process of `fit`: a job in, its `Fit` or what was wrong with it out."""
+  result: Fit | Exception
+  try:
+    result = compile_job(pickle.loads(Path(question).read_bytes()))
+  except (ValueError, RuntimeError) as error:
+    result = type(error)(str(error))
+  Path(answer).write_bytes(pickle.dumps(result))
+
+
+if __name__ == "__main__":
+  # Under its own name, so that what is pickled here can be read elsewhere.
+  from sa_jax.fit import _main as main
+
+  main(*sys.argv[1:])

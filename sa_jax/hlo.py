@@ -1,0 +1,116 @@
+"""Reading collectives off a compiled program's text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
+_OPERATION = re.compile(r"%([\w.\-]+) = (.*?) (" + "|".join(KINDS) + r")(-start)?\(")
+_CALLS = re.compile(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)")
+_MANY_CALLS = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
+_WHILE = re.compile(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)")
+_ARRAY = re.compile(r"([a-z]+)(\d+)\w*\[([\d,]*)\]|(pred)\[([\d,]*)\]")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """The collectives of one kind in one execution of a program.
+
+  Attributes:
+    kind: as HLO names it.
+    count: how many a device takes part in, those in loops counted once an iteration.
+    bytes: their arrays on one device: what is gathered, reduced (before scattering) or sent.
+  """
+
+  kind: str
+  count: int
+  bytes: int
+
+
+def collectives(text: str) -> tuple[Collective, ...]:
+  """The collectives of a compiled program, by kind.
+
+  Two disguises of the TPU compiler are seen through: a reduce-scatter is an all-reduce inside a fusion of that name,
+  and an asynchronous collective is spread over several fusions, whose parts share a channel.
+
+  Args:
+    text: HLO after optimisation, ``compiled.as_text()``.
+  """
+  computations = _computations(text)
+  callers = {callee: name for name, lines in computations.items() for callee in _callees(lines)}
+  loops = dict(_loops(computations))
+
+  def times(name: str) -> int:
+    """How often a computation runs."""
+    repeats = loops.get(name, 1)
+    return repeats * times(callers[name]) if name in callers else repeats
+
+  def scope(name: str) -> str:
+    """The loop's body, or the whole program, that a computation is part of."""
+    return name if name in loops or name not in callers else scope(callers[name])
+
+  found: dict[tuple[str, str], tuple[str, int, int]] = {}
+  for name, lines in computations.items():
+    for line in lines:
+      if match := _OPERATION.search(line):
+        instruction, shape, kind, start = match.groups()
+        channel = _CHANNEL.search(line)
+        if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+          kind = "reduce-scatter"
+        key = (scope(name), channel[1] if channel else instruction)
+        found[key] = (kind, times(name), _bytes(shape, is_start=start is not None and kind != "all-reduce"))
+  return tuple(
+    Collective(
+      kind,
+      sum(count for other, count, _ in found.values() if other == kind),
+      sum(count * size for other, count, size in found.values() if other == kind),
+    )
+    for kind in KINDS
+    if any(other == kind for other, _, _ in found.values())
+  )
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+  """The lines of each computation."""
+  computations: dict[str, list[str]] = {}
+  current: list[str] = []
+  for line in text.splitlines():
+    if match := _COMPUTATION.match(line):
+      current = computations.setdefault(match[2], [])
+    else:
+      current.append(line)
+  return computations
+
+
+def _callees(lines: Iterable[str]) -> Iterable[str]:
+  for line in lines:
+    yield from _CALLS.findall(line)
+    for names in _MANY_CALLS.findall(line):
+      yield from (name.strip().lstrip("%") for name in names.split(","))
+
+
+def _loops(computations: Mapping[str, list[str]]) -> Iterable[tuple[str, int]]:
+  """Each loop's body and how often it runs: what its condition compares a counter, which starts at 0, with."""
+  for lines in computations.values():
+    for line in lines:
+      if match := _WHILE.search(line):
+        limits = [int(limit) for text in computations[match[1]] for limit in _LIMIT.findall(text)]
+        yield match[2], max(limits, default=1)
+
+
+def _bytes(shape: str, is_start: bool) -> int:
+  """Bytes of an array or of a tuple of arrays; of an asynchronous start's operands and results, the results."""
+  sizes = []
+  for kind, bits, dims, pred, pred_dims in _ARRAY.findall(shape):
+    count = math.prod(int(dim) for dim in (dims or pred_dims).split(",") if dim)
+    width = 8 if pred else int(bits)
+    if not (is_start and kind in "us" and not dims):  # A context word of the runtime.
+      sizes.append(count * width // 8)
+  return sum(sizes[len(sizes) // 2 :]) if is_start else sum(sizes)

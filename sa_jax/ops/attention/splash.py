@@ -1,0 +1,73 @@
+"""JAX's splash attention, the TPU's fused attention kernel."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+from sa_jax.ops.attention.spec import AttentionSpec
+
+_LANES = 128
+_BLOCK = 512
+
+
+def padded_length(length: int) -> int:
+  """The least length that splits into whole blocks: a multiple of 128 up to 1024, and of 512 above."""
+  unit = _LANES if length <= 2 * _BLOCK else _BLOCK
+  return -(-length // unit) * unit
+
+
+def block_sizes(length: int) -> splash.BlockSizes:
+  """Blocks for a `padded_length`: all of it up to 1024 tokens, then 1024 or 512, with weights in tiles of up to 512.
+
+  The backward pass computes dQ apart from dK and dV: the kernel that fuses them stores dQ once for every block of keys.
+  """
+  block = length if length <= 2 * _BLOCK else math.gcd(length, 2 * _BLOCK)
+  tile = math.gcd(block, _BLOCK)
+  return splash.BlockSizes(
+    block_q=block, block_kv=block, block_kv_compute=tile,
+    block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=tile,
+    block_q_dq=block, block_kv_dq=tile,
+  )  # fmt: skip
+
+
+def attend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  lengths: jax.Array | None,
+  spec: AttentionSpec = AttentionSpec(),
+  *,
+  interpret: bool = False,
+) -> jax.Array:
+  """Splash attention; O(T) memory, grouped keys and values as they are. Shapes as in `sa_jax.ops.attend`.
+
+  Lengths need no mask of their own: causality keeps a row's tokens from the padding on their right, and what padding
+  attends to means nothing.
+
+  Args:
+    q: ``[B, T, N, H]``.
+    k: ``[B, T, K, H]``.
+    v: ``[B, T, K, H]``.
+    lengths: int32 ``[B]``, or None.
+    spec: window, soft cap and scale.
+    interpret: run the kernels in Pallas's interpreter, on any device.
+  """
+  del lengths
+  length, heads, head_dim = q.shape[1:]
+  padded = padded_length(length)
+  shape = (padded, padded)
+  mask = splash.CausalMask(shape) if spec.window is None else splash.LocalMask(shape, (spec.window - 1, 0), offset=0)
+  kernel = splash.make_splash_mha(
+    splash.MultiHeadMask([mask] * heads),
+    block_sizes=block_sizes(padded),
+    attn_logits_soft_cap=spec.softcap,
+    head_shards=1,
+    q_seq_shards=1,
+    interpret=interpret,
+  )
+  heads_first = lambda x: jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, padded - length), (0, 0)))
+  # The kernel does not scale the scores.
+  out = jax.vmap(kernel)(heads_first(q * spec.scale_for(head_dim)), heads_first(k), heads_first(v))
+  return jnp.swapaxes(out, 1, 2)[:, :length].astype(v.dtype)

@@ -1,0 +1,204 @@
+"""Tiny models of every family, and torch forwards to compare ours with."""
+
+import json
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import save_file
+
+SIZES = dict(
+  vocab_size=96,
+  hidden_size=32,
+  intermediate_size=48,
+  num_hidden_layers=4,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  max_position_embeddings=64,
+  bos_token_id=1,
+  eos_token_id=None,
+  pad_token_id=0,
+)
+
+# What each family's config says besides the sizes. Windows are shorter than the texts, and layers differ in kind.
+CONFIGS = {
+  "llama": dict(attention_bias=True, mlp_bias=True, head_dim=16),
+  "mistral": dict(sliding_window=8, head_dim=8),
+  "qwen2": dict(use_sliding_window=True, sliding_window=8, max_window_layers=2, tie_word_embeddings=True),
+  "qwen3": dict(head_dim=16),
+  "phi3": dict(sliding_window=10),
+  "gemma2": dict(sliding_window=8, head_dim=16, query_pre_attn_scalar=24, hidden_size=64),
+  "gemma3_text": dict(
+    sliding_window=8,
+    head_dim=16,
+    query_pre_attn_scalar=24,
+    layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    rope_parameters={
+      "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+      "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+  ),
+}
+# A plan that each family's pattern of local and global layers allows.
+PLANS = dict.fromkeys(CONFIGS, "1:2-3") | {"qwen2": "2:3", "gemma2": None, "gemma3_text": "0:1"}
+
+
+def build(family, folder, dtype=torch.float32, **changes):
+  """A random model, saved by transformers; norms, biases and logits large enough to show every fault."""
+  torch.manual_seed(0)
+  config = transformers.AutoConfig.for_model(family, **{**SIZES, **CONFIGS[family], **changes})
+  config._attn_implementation = "eager"
+  model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+  with torch.no_grad():
+    for name, parameter in model.named_parameters():
+      parameter.normal_(std=0.3)
+      if "norm" in name and "gemma" not in family:
+        parameter.add_(1.0)
+  model.save_pretrained(folder)
+  return model
+
+
+def shared_attention(source):
+  """An attention function for transformers in which layer ``l`` uses the weights of layer ``source[l]``."""
+  weights = {}
+
+  def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
+    layer = module.layer_idx
+    repeats = query.shape[1] // key.shape[1]
+    if source[layer] == layer:
+      scores = query @ key.repeat_interleave(repeats, 1).mT * scaling
+      if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+      weights[layer] = torch.softmax(scores + attention_mask, -1)
+    out = weights[source[layer]] @ value.repeat_interleave(repeats, 1)
+    return out.transpose(1, 2).contiguous(), None
+
+  return attend
+
+
+def logits_under_plan(model, tokens, source):
+  """The model's logits when followers use their anchor's attention weights, by the definition."""
+  transformers.AttentionInterface.register("shared", shared_attention(source))
+  transformers.AttentionMaskInterface.register("shared", transformers.masking_utils.eager_mask)
+  model.set_attn_implementation("shared")
+  with torch.no_grad():
+    logits = model(torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()
+  model.set_attn_implementation("eager")
+  return logits
+
+
+# Baichuan 2 and InternLM 2 are not in transformers: from their published architectures, in torch.
+
+PUBLISHED = {
+  "baichuan": dict(num_key_value_heads=None, architectures=["BaichuanForCausalLM"], hidden_act="silu"),
+  "internlm2": dict(bias=True, rope_theta=1e4, rope_scaling={"type": "dynamic", "factor": 2.0}, hidden_act="silu"),
+}
+
+
+class Published:
+  """Baichuan 2 (arXiv 2309.10305: W_pack, NormHead) or InternLM 2 (arXiv 2403.17297: wqkv interleaved by group)."""
+
+  def __init__(self, family, folder):
+    torch.manual_seed(0)
+    self.family = family
+    self.config = {**SIZES, "model_type": family, "rms_norm_eps": 1e-6, "torch_dtype": "float32", **PUBLISHED[family]}
+    self.config = {key: value for key, value in self.config.items() if value is not None or key == "eos_token_id"}
+    self.weights = {name: torch.randn(shape) * 0.3 for name, shape in self.shapes().items()}
+    for name in self.weights:
+      if "norm" in name:
+        self.weights[name] += 1.0
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(self.config))
+    save_file(self.weights, folder / "model.safetensors")
+
+  def shapes(self):
+    d, f, v = (self.config[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
+    heads = self.config["num_attention_heads"]
+    rows = (heads + 2 * self.config.get("num_key_value_heads", heads)) * (d // heads)
+    if self.family == "baichuan":
+      outer = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,), "lm_head.weight": (v, d)}
+      inner = {
+        "input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,), "self_attn.W_pack.weight": (rows, d),
+        "self_attn.o_proj.weight": (d, d), "mlp.gate_proj.weight": (f, d), "mlp.up_proj.weight": (f, d),
+        "mlp.down_proj.weight": (d, f),
+      }  # fmt: skip
+    else:
+      outer = {"model.tok_embeddings.weight": (v, d), "model.norm.weight": (d,), "output.weight": (v, d)}
+      inner = {
+        "attention_norm.weight": (d,), "ffn_norm.weight": (d,), "attention.wqkv.weight": (rows, d),
+        "attention.wqkv.bias": (rows,), "attention.wo.weight": (d, d), "attention.wo.bias": (d,),
+        "feed_forward.w1.weight": (f, d), "feed_forward.w3.weight": (f, d), "feed_forward.w2.weight": (d, f),
+      }  # fmt: skip
+    layers = range(self.config["num_hidden_layers"])
+    return outer | {f"model.layers.{i}.{name}": shape for i in layers for name, shape in inner.items()}
+
+  def project(self, x, layer):
+    """Queries, keys and values ``[B, heads, T, H]``."""
+    config, heads = self.config, self.config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads", heads)
+    batch, length, width = x.shape
+    head_dim = width // heads
+    if self.family == "baichuan":
+      packed = x @ self.weights[f"model.layers.{layer}.self_attn.W_pack.weight"].T
+      parts = packed.unflatten(-1, (3, width)).unbind(-2)
+      return [part.view(batch, length, heads, head_dim).transpose(1, 2) for part in parts]
+    name = f"model.layers.{layer}.attention.wqkv"
+    packed = x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
+    packed = packed.view(batch, length, kv_heads, heads // kv_heads + 2, head_dim)
+    query = packed[..., :-2, :].reshape(batch, length, heads, head_dim)
+    return [part.transpose(1, 2) for part in (query, packed[..., -2, :], packed[..., -1, :])]
+
+  def rotate(self, x, length):
+    dim = x.shape[-1]
+    theta = 1e4
+    if self.family == "internlm2" and length > (limit := self.config["max_position_embeddings"]):
+      theta *= (2.0 * length / limit - 1.0) ** (dim / (dim - 2))
+    angles = torch.arange(x.shape[2])[:, None] * (1.0 / theta ** (torch.arange(0, dim, 2).float() / dim))
+    angles = torch.cat([angles, angles], -1)
+    turned = torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], -1)
+    return x * angles.cos() + turned * angles.sin()
+
+  def logits(self, tokens, source):
+    weights, baichuan = self.weights, self.family == "baichuan"
+    names = (
+      (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+      )
+      if baichuan
+      else ("attention_norm", "ffn_norm", "attention.wo", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
+    )
+    norm = lambda x, name: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weights[f"{name}.weight"]
+    x = weights["model.embed_tokens.weight" if baichuan else "model.tok_embeddings.weight"][
+      torch.from_numpy(tokens).long()
+    ]
+    length = tokens.shape[1]
+    mask = torch.full((length, length), float("-inf")).triu(1)
+    probs = {}
+    for layer, anchor in enumerate(source):
+      before, after, out, gate, up, down = (f"model.layers.{layer}.{name}" for name in names)
+      q, k, v = self.project(norm(x, before), layer)
+      repeats = q.shape[1] // k.shape[1]
+      if anchor == layer:
+        scores = self.rotate(q, length) @ self.rotate(k, length).repeat_interleave(repeats, 1).mT / q.shape[-1] ** 0.5
+        probs[layer] = torch.softmax(scores + mask, -1)
+      y = (probs[anchor] @ v.repeat_interleave(repeats, 1)).transpose(1, 2).flatten(2)
+      x = x + y @ weights[f"{out}.weight"].T + weights.get(f"{out}.bias", 0.0)
+      h = norm(x, after)
+      hidden = torch.nn.functional.silu(h @ weights[f"{gate}.weight"].T) * (h @ weights[f"{up}.weight"].T)
+      x = x + hidden @ weights[f"{down}.weight"].T
+    x = norm(x, "model.norm")
+    head = torch.nn.functional.normalize(weights["lm_head.weight"]) if baichuan else weights["output.weight"]
+    return (x @ head.T).numpy()
+
+  def greedy(self, prompt, new):
+    """The likeliest continuation of one prompt, each token from a whole forward pass."""
+    tokens = prompt
+    for _ in range(new):
+      choice = self.logits(tokens, range(self.config["num_hidden_layers"]))[:, -1].argmax(-1)
+      tokens = np.concatenate([tokens, choice[:, None].astype(tokens.dtype)], 1)
+    return tokens[:, prompt.shape[1] :]

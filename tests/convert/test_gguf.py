@@ -1,0 +1,210 @@
+"""GGUF files, written by the gguf package, against the Hugging Face folder of the same weights."""
+
+import functools
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+import sa_jax
+from sa_jax import SharingPlan
+from tests import tiny
+from tests.tiny import assert_trees_equal
+
+# Sizes that the blocks of 32 values of quantised types divide.
+SMALL = {"plan": "dense", "num_layers": 2, "vocab_size": 64, "mlp_dim": 64, "norm_eps": 1e-5, "bos_token_id": 1}
+NAMES = {
+  "model.embed_tokens": "token_embd",
+  "model.norm": "output_norm",
+  "lm_head": "output",
+  "input_layernorm": "attn_norm",
+  "self_attn.q_proj": "attn_q",
+  "self_attn.k_proj": "attn_k",
+  "self_attn.v_proj": "attn_v",
+  "self_attn.o_proj": "attn_output",
+  "post_attention_layernorm": "ffn_norm",
+  "mlp.gate_proj": "ffn_gate",
+  "mlp.up_proj": "ffn_up",
+  "mlp.down_proj": "ffn_down",
+}
+QUANTISED = gguf.GGMLQuantizationType
+
+
+def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+  """Llama's query and key rows as llama.cpp's converter permutes them, one row at a time."""
+  size = weight.shape[0] // heads
+  half = size // 2
+  rows = [head * size + side * half + plane for head in range(heads) for plane in range(half) for side in (0, 1)]
+  return weight[rows]
+
+
+def write_gguf(path: Path, model, params, kind=QUANTISED.F32, change=None) -> Path:
+  """The model as llama.cpp's converter writes it: matrices in one type, norms in float32."""
+  config = model.config
+  writer = gguf.GGUFWriter(path, "llama")
+  writer.add_block_count(config.num_layers)
+  writer.add_context_length(config.max_length)
+  writer.add_embedding_length(config.embed_dim)
+  writer.add_feed_forward_length(config.mlp_dim)
+  writer.add_head_count(config.num_heads)
+  writer.add_head_count_kv(config.num_kv_heads)
+  writer.add_layer_norm_rms_eps(config.norm_eps)
+  writer.add_rope_freq_base(config.rope.theta)
+  writer.add_rope_dimension_count(config.head_dim)
+  writer.add_bos_token_id(config.bos_token_id)
+  writer.add_eos_token_id(config.eos_token_ids[0])
+  for key, weight in tiny.tensors(model, params).items():
+    name = key.removesuffix(".weight")
+    if name.startswith("model.layers."):
+      _, _, layer, rest = name.split(".", 3)
+      name = f"blk.{layer}.{NAMES[rest]}"
+    else:
+      name = NAMES[name]
+    for letter, heads in (("q", config.num_heads), ("k", config.num_kv_heads)):
+      if name.endswith(f"attn_{letter}"):
+        weight = interleave(weight, heads)
+    if weight.ndim == 1 or kind == QUANTISED.F32:
+      writer.add_tensor(f"{name}.weight", weight)
+    else:
+      writer.add_tensor(f"{name}.weight", quantise(weight, kind), raw_dtype=kind)
+  if change is not None:
+    change(writer)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return path
+
+
+def quantise(weight: np.ndarray, kind) -> np.ndarray:
+  return gguf.quants.quantize(weight, kind)
+
+
+@functools.cache
+def small(tied: bool = False):
+  model = tiny.model(**SMALL, tie_embeddings=tied, eos_token_ids=(2,))
+  return model, tiny.params(model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_float32_is_exact(tmp_path, tied):
+  model, params = small(tied)
+  path = write_gguf(tmp_path / "model.gguf", model, params)
+  opened, found = sa_jax.from_pretrained(path, layout="layers")
+  assert opened == model
+  assert_trees_equal(found, params)
+  folder = tiny.write_hf(tmp_path / "hf", model, params)
+  assert_trees_equal(found, sa_jax.from_pretrained(folder, layout="layers")[1])
+
+
+# Relative to the largest value of a block: rounding; half of one of 127 steps; half of one of 15 steps between its
+# ends. The steps' sizes are rounded to float16.
+@pytest.mark.parametrize(
+  ("kind", "error"), [(QUANTISED.F16, 2**-11), (QUANTISED.Q8_0, 0.5 / 127 + 2**-10), (QUANTISED.Q4_1, 1.02 / 15)]
+)
+def test_quantised(tmp_path, kind, error):
+  model, params = small()
+  path = write_gguf(tmp_path / "model.gguf", model, params, kind)
+  opened, found = sa_jax.from_pretrained(path, layout="layers")
+  assert opened.config.param_dtype == "float32"
+  ours, theirs = tiny.tensors(model, found), tiny.tensors(model, params)
+  for key, wanted in theirs.items():
+    if wanted.ndim == 1:
+      np.testing.assert_array_equal(ours[key], wanted)
+      continue
+    blocks = np.abs(wanted).reshape(-1, 32).max(axis=1, keepdims=True)
+    difference = np.abs(ours[key] - wanted).reshape(-1, 32)
+    assert (difference <= error * blocks).all()
+    assert difference.max() > 0
+
+
+def test_file_is_smaller(tmp_path):
+  """The quantised file is what it says it is."""
+  model, params = small()
+  sizes = [
+    write_gguf(tmp_path / kind.name, model, params, kind).stat().st_size
+    for kind in (QUANTISED.F32, QUANTISED.F16, QUANTISED.Q8_0, QUANTISED.Q4_1)
+  ]
+  assert sizes == sorted(sizes, reverse=True)
+  assert sizes[3] < 0.3 * sizes[0]
+
+
+def test_plan(tmp_path):
+  model, params = small()
+  path = write_gguf(tmp_path / "model.gguf", model, params)
+  opened, found = sa_jax.from_pretrained(path, "0:1", layout="layers")
+  assert opened.plan == SharingPlan.parse("0:1", 2)
+  assert_trees_equal(found, sa_jax.prune(params, opened.plan))
+  assert set(sa_jax.inspect(path, "0:1").dropped) == {
+    "model.layers.1.self_attn.q_proj.weight",
+    "model.layers.1.self_attn.k_proj.weight",
+  }
+
+
+def test_convert_without_a_tokenizer(tmp_path):
+  model, params = small()
+  path = write_gguf(tmp_path / "model.gguf", model, params)
+  sa_jax.convert(path, tmp_path / "out", "0:1", None)
+  opened, found = sa_jax.from_pretrained(tmp_path / "out", layout="layers")
+  assert_trees_equal(found, sa_jax.prune(params, opened.plan))
+  assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+class TestDamaged:
+  def refuse(self, path: Path, message: str) -> None:
+    before = set(path.parent.iterdir())
+    with pytest.raises(ValueError, match=message):
+      sa_jax.convert(path, path.parent / "out")
+    assert set(path.parent.iterdir()) == before
+
+  def test_empty(self, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"")
+    self.refuse(tmp_path / "model.gguf", "is not a GGUF file")
+
+  @pytest.mark.parametrize("kept", [4, 8, 20, 60, 200, 700, 0.3, 0.5, 0.99])
+  def test_truncated(self, tmp_path, kept):
+    content = write_gguf(tmp_path / "whole.gguf", *small()).read_bytes()
+    (tmp_path / "model.gguf").write_bytes(content[: kept if kept > 1 else int(kept * len(content))])
+    self.refuse(tmp_path / "model.gguf", "model.gguf is not a whole GGUF file")
+
+  @pytest.mark.parametrize("position", [4, 8, 16, 24, 40])
+  def test_corrupted(self, tmp_path, position):
+    content = bytearray(write_gguf(tmp_path / "whole.gguf", *small()).read_bytes())
+    content[position : position + 4] = b"\xff\xff\xff\x7f"
+    (tmp_path / "model.gguf").write_bytes(content)
+    self.refuse(tmp_path / "model.gguf", "model.gguf")
+
+  def test_another_architecture(self, tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    self.refuse(tmp_path / "model.gguf", "holds the architecture 'qwen2'; supported in GGUF is: llama")
+
+  def test_unknown_tensor(self, tmp_path):
+    def change(writer):
+      writer.add_tensor("blk.0.attn_q.bias", np.zeros(32, np.float32))
+      writer.add_tensor("blk.0.mystery.weight", np.zeros(32, np.float32))
+
+    path = write_gguf(tmp_path / "model.gguf", *small(), change=change)
+    with pytest.raises(ValueError, match="does not hold the model") as caught:
+      sa_jax.from_pretrained(path)
+    assert set(str(caught.value).split("\n  ")[1:]) == {
+      "unknown: blk.0.attn_q.bias [32]",
+      "unknown: model.layers.0.mystery.weight [32]",
+    }
+
+  def test_rope_scaling(self, tmp_path):
+    change = lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    self.refuse(write_gguf(tmp_path / "model.gguf", *small(), change=change), "rope scaling 'yarn' .* not implemented")
+
+  def test_another_head_size(self, tmp_path):
+    change = lambda writer: writer.add_key_length(16)
+    self.refuse(write_gguf(tmp_path / "model.gguf", *small(), change=change), "heads of 16 with rotary embedding on 8")
+
+  def test_tokenizer_that_cannot_be_rebuilt(self, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", *small(), change=lambda writer: writer.add_tokenizer_model("t5"))
+    with pytest.raises(ValueError, match="a tokenizer of kind 't5', None, which cannot be rebuilt; supported are"):
+      sa_jax.load_tokenizer(path)

@@ -1,0 +1,121 @@
+"""Tokenizers: text to tokens and back, special tokens, chat templates, and damage."""
+
+import json
+
+import pytest
+import tokenizers
+
+import sa_jax
+from sa_jax import Tokenizer
+
+TEXTS = ["Hello, world!", "  two  spaces\n\nand 1234 lines ", "naïve café — 日本語 🙂", "don't they're I'll", ""]
+TEMPLATE = (
+  "{% for message in messages %}{{ bos_token }}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+  "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "a": 1, "b": 2, "[UNK]": 3}, unk_token="[UNK]"))
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  backend.add_special_tokens(["<s>"])
+  backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+  return Tokenizer(backend, TEMPLATE, (("bos_token", "<s>"),))
+
+
+def test_encode_and_decode(tokenizer):
+  assert tokenizer.encode("a b") == [0, 1, 2]
+  assert tokenizer.encode("a b", special=False) == [1, 2]
+  assert tokenizer.decode([0, 1, 2]) == "a b"
+  assert tokenizer.decode([0, 1, 2], special=True) == "<s> a b"
+
+
+def test_save_and_load(tokenizer, tmp_path):
+  tokenizer.save(tmp_path)
+  loaded = sa_jax.load_tokenizer(tmp_path)
+  assert loaded.backend.to_str() == tokenizer.backend.to_str()
+  assert (loaded.chat_template, loaded.special) == (tokenizer.chat_template, tokenizer.special)
+
+
+def test_chat(tokenizer):
+  messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+  assert tokenizer.chat(messages) == "<s>system: Be brief.\n<s>user: Hi\nassistant:"
+  assert tokenizer.chat(messages, prompt=False) == "<s>system: Be brief.\n<s>user: Hi\n"
+
+
+def test_template_in_its_own_file(tokenizer, tmp_path):
+  tokenizer.save(tmp_path)
+  (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+  assert sa_jax.load_tokenizer(tmp_path).chat([{"role": "user", "content": "Hi"}]) == "Hi"
+
+
+def test_spelling_of_older_folders(tokenizer, tmp_path):
+  """Special tokens as objects, several templates by name."""
+  tokenizer.save(tmp_path)
+  values = {
+    "bos_token": {"content": "<s>", "lstrip": False},
+    "chat_template": [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "{{ bos_token }}"}],
+  }
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
+  loaded = sa_jax.load_tokenizer(tmp_path)
+  assert loaded.special == (("bos_token", "<s>"),)
+  assert loaded.chat([]) == "<s>"
+
+
+def test_refused(tokenizer, tmp_path):
+  with pytest.raises(ValueError, match="there is no tokenizer.json in"):
+    sa_jax.load_tokenizer(tmp_path)
+  (tmp_path / "tokenizer.json").write_text("{}")
+  with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
+    sa_jax.load_tokenizer(tmp_path)
+  with pytest.raises(ValueError, match="this model has no chat template: it takes plain text, not messages"):
+    Tokenizer(tokenizer.backend).chat([])
+  rejecting = Tokenizer(tokenizer.backend, "{{ raise_exception('roles must alternate') }}")
+  with pytest.raises(ValueError, match="the chat template rejects these messages: roles must alternate"):
+    rejecting.chat([])
+  with pytest.raises(ValueError, match="the chat template rejects these messages"):
+    Tokenizer(tokenizer.backend, "{% if %}").chat([])
+  with pytest.raises(ValueError, match="the chat template rejects these messages"):
+    Tokenizer(tokenizer.backend, "{{ ''.__class__.__mro__ }}").chat([])
+
+
+def test_damaged_settings(tokenizer, tmp_path):
+  tokenizer.save(tmp_path)
+  (tmp_path / "tokenizer_config.json").write_text("{")
+  with pytest.raises(ValueError, match="tokenizer_config.json is not readable JSON"):
+    sa_jax.load_tokenizer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def smol_tokenizer(smollm2) -> Tokenizer:
+  return sa_jax.load_tokenizer(smollm2)
+
+
+@pytest.mark.real_model
+class TestSmolLM2:
+  @pytest.mark.parametrize("text", TEXTS)
+  def test_round_trip(self, smol_tokenizer, text):
+    assert smol_tokenizer.decode(smol_tokenizer.encode(text)) == text
+
+  def test_literal(self, smol_tokenizer):
+    """Digits stand alone; a space belongs to the word after it."""
+    pieces = [smol_tokenizer.backend.id_to_token(token) for token in smol_tokenizer.encode("The year 1984.")]
+    assert pieces == ["The", "Ġyear", "Ġ", "1", "9", "8", "4", "."]
+
+  def test_special_tokens(self, smol_tokenizer):
+    assert smol_tokenizer.encode("<|im_start|>user<|im_end|>")[::2] == [1, 2]
+    assert smol_tokenizer.decode([1, 2]) == ""
+    assert smol_tokenizer.decode([1, 2], special=True) == "<|im_start|><|im_end|>"
+
+  def test_chat(self, smol_tokenizer):
+    text = smol_tokenizer.chat([{"role": "user", "content": "Hi"}])
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert text.startswith("<|im_start|>system\n")
+
+  def test_saved(self, smol_tokenizer, tmp_path):
+    smol_tokenizer.save(tmp_path)
+    loaded = sa_jax.load_tokenizer(tmp_path)
+    assert [loaded.encode(text) for text in TEXTS] == [smol_tokenizer.encode(text) for text in TEXTS]
+    assert loaded.chat_template == smol_tokenizer.chat_template
+    assert loaded.special == smol_tokenizer.special

@@ -1,0 +1,73 @@
+"""Perplexity against NumPy's on the model's logits."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+import sa_jax
+from sa_jax import stack
+from tests import tiny
+
+ROWS = tiny.tokens(5, 9)
+
+
+@pytest.fixture(scope="module")
+def model():
+  return tiny.model("0:1", num_layers=2)
+
+
+@pytest.fixture(scope="module")
+def params(model):
+  return tiny.params(model)
+
+
+def test_against_numpy(model, params):
+  logits = np.asarray(jax.jit(model.apply)({"params": params}, ROWS), np.float64)[:, :-1]
+  log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+  loss = -np.take_along_axis(log_probs, ROWS[:, 1:, None], axis=-1).mean()
+  found = sa_jax.perplexity(model, params, ROWS, batch_size=2)
+  assert found.tokens == 5 * 8
+  assert found.loss == pytest.approx(loss, rel=1e-6)
+  assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-6)
+
+
+def test_batches_and_layouts_do_not_matter(model, params):
+  progress = []
+  first = sa_jax.perplexity(model, params, ROWS, batch_size=2, progress=lambda *step: progress.append(step))
+  second = sa_jax.perplexity(model, stack(params, model.plan), ROWS, batch_size=5)
+  assert first.loss == pytest.approx(second.loss, rel=1e-6)
+  assert progress == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_uniform_model(model, params):
+  """A head of zeros gives every token the same probability."""
+  flat = params | {"lm_head": {"kernel": np.zeros_like(params["lm_head"]["kernel"])}}
+  assert sa_jax.perplexity(model, flat, ROWS).perplexity == pytest.approx(61, rel=1e-5)
+
+
+def test_rows_of():
+  assert sa_jax.rows_of(range(10), 3).tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+  assert sa_jax.rows_of(range(10), 3, rows=2).tolist() == [[0, 1, 2], [3, 4, 5]]
+  with pytest.raises(ValueError, match="the text has 10 tokens, too few for 4 rows of 3"):
+    sa_jax.rows_of(range(10), 3, rows=4)
+  with pytest.raises(ValueError, match="the text has 2 tokens, too few for 1 rows of 3"):
+    sa_jax.rows_of(range(2), 3)
+  with pytest.raises(ValueError, match="rows need at least 2 tokens"):
+    sa_jax.rows_of(range(10), 1)
+
+
+@pytest.mark.parametrize(
+  ("rows", "message"),
+  [
+    ([[1, 61]], "token 61 is outside the vocabulary"),
+    ([1, 2], "tokens are integers of shape"),
+    ([[1], [2]], "rows need at least 2 tokens"),
+    (np.zeros((0, 4), np.int32), "at least one row"),
+    ([[1.5, 2.5]], "tokens are integers"),
+  ],
+)
+def test_refused(model, params, rows, message):
+  with pytest.raises(ValueError, match=message):
+    sa_jax.perplexity(model, params, rows)
