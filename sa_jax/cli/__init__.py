@@ -24,7 +24,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
   """Runs ``sa-jax``; returns its exit code: 0 done, 2 bad usage or bad input."""
   import tyro
 
-  from sa_jax.cli import convert, cost, demo, export, fit, generate, perplexity
+  from sa_jax.cli import (
+    align,
+    analyze,
+    bench,
+    convert,
+    cost,
+    demo,
+    export,
+    fit,
+    generate,
+    perplexity,
+    refit,
+    search,
+    share,
+  )
 
   commands: dict[str, Callable[..., Command]] = {
     "demo": demo.Demo,
@@ -33,7 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     "generate": generate.Generate,
     "perplexity": perplexity.PerplexityOf,
     "cost": cost.CostOf,
+    "analyze": analyze.Analyze,
+    "search": search.SearchPlan,
+    "align": align.Align,
+    "refit": refit.RefitModel,
+    "share": share.Share,
     "fit": fit.FitOf,
+    "bench": bench.Bench,
   }
   logging.basicConfig(format="%(name)s: %(message)s", level=os.environ.get("SA_JAX_LOG", "WARNING").upper())
   command: Command = tyro.extras.subcommand_cli_from_dict(

@@ -99,7 +99,7 @@ def write(
   import orbax.checkpoint as ocp
 
   with new_folder(path) as folder:
-    values = hf_config.write(config) | {"shared_attention": {"source": list(plan.source)}}
+    values = hf_config.write(config) | {"shared_attention": hf_config.write_plan(plan)}
     (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
     if save_extras is not None:
       save_extras(folder)
