@@ -362,7 +362,7 @@ class TestCheckpoint:
     def fail(*_args, **_kwargs):
       raise RuntimeError("disk full")
 
-    monkeypatch.setattr(ocp.PyTreeCheckpointer, "save", fail)
+    monkeypatch.setattr(ocp.Checkpointer, "save", fail)
     with pytest.raises(RuntimeError, match="disk full"):
       checkpoint.save_checkpoint(tmp_path / "out", model.config, model.plan, params)
     assert list(tmp_path.iterdir()) == []
