@@ -75,11 +75,20 @@ def _with_heads(state: Any, head_map: HeadMap | jax.Array | None) -> Any:
   return state if head_map is None else state.take_heads(jnp.asarray(head_map, jnp.int32))
 
 
+def _remat(config: ModelConfig, step: Callable[..., Any], repeats: int) -> Callable[..., Any]:
+  """A step of a scan, as the config's ``remat`` has it; ``repeats`` is how often the compiled loops run it."""
+  if config.remat == "none":
+    return step
+  # A loop of one iteration is no loop to the compiler, which would find the recomputation superfluous.
+  return nn.remat(step, prevent_cse=repeats == 1, policy=_REMAT_POLICIES[config.remat])
+
+
 class Group(nn.Module):
   """An anchor block and its followers; the state is broadcast into a scan over them.
 
-  The backward pass recomputes block by block, from each block's input and the anchor's state: to recompute whole
-  groups would take either the activations of all followers at once or a second recomputation.
+  Under remat the backward pass recomputes block by block, from each block's input and the anchor's state: to recompute
+  whole groups would take the activations of all followers at once. Attention weights are too large to keep one state a
+  group; with them, `Runs` recomputes whole groups.
 
   Attributes:
     config: the model.
@@ -112,11 +121,7 @@ class Group(nn.Module):
     return x
 
   def _remat(self, block: Callable[..., Any], repeats: int) -> Callable[..., Any]:
-    """The block as the config's ``remat`` has it, in scans that run it so many times."""
-    if self.config.remat == "none":
-      return block
-    # A loop of one iteration is no loop to the compiler, which would find the recomputation superfluous.
-    return nn.remat(block, prevent_cse=repeats == 1, policy=_REMAT_POLICIES[self.config.remat])
+    return block if self.config.attention_state == "attention_weights" else _remat(self.config, block, repeats)
 
 
 class Runs(nn.Module):
@@ -135,8 +140,11 @@ class Runs(nn.Module):
       # Where the run's groups differ in kind, each tells its own: one program, whatever the pattern and the depth.
       kinds = [layer in self.config.local_layers for layer in run.layers if self.plan.is_anchor(layer)]
       kind = kinds[0] if len(set(kinds)) == 1 else None
+      step: Callable[..., Any] = functools.partial(_group_step, kind)
+      if self.config.attention_state == "attention_weights":
+        step = _remat(self.config, step, run.groups)
       scan = nn.scan(
-        functools.partial(_group_step, kind),
+        step,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0),

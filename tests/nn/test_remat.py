@@ -1,0 +1,38 @@
+"""What the backward pass keeps under full rematerialisation, in bytes of the compiled program."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from sa_jax import Transformer
+from sa_jax.sharding import abstract_params
+from tests import tiny
+
+LENGTH = 256
+
+
+def temporaries(model: Transformer) -> int:
+  def loss(params, tokens):
+    return model.apply({"params": params}, tokens, method="hidden").sum()
+
+  params, tokens = abstract_params(model), jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
+  return jax.jit(jax.grad(loss)).lower(params, tokens).compile().memory_analysis().temp_size_in_bytes
+
+
+small = functools.partial(tiny.model, max_length=LENGTH, mlp_dim=512, remat="full")
+
+
+def test_followers_are_recomputed_one_by_one():
+  block = LENGTH * 3 * small().config.mlp_dim * 4
+  dense = temporaries(small("dense", num_layers=9, attention="blockwise"))
+  shared = temporaries(small("0:1-8", num_layers=9, attention="blockwise"))
+  # Recomputing the whole group would take the activations of its eight followers at once.
+  assert shared <= dense + 4 * block
+
+
+def test_weights_are_not_kept_for_every_group():
+  weights = small().config.num_heads * LENGTH**2 * 4
+  plan = lambda groups: ",".join(f"{2 * group}:{2 * group + 1}" for group in range(groups))
+  few, many = (temporaries(small(plan(n), num_layers=2 * n, attention_state="attention_weights")) for n in (2, 8))
+  assert many - few < 6 * weights / 2
