@@ -39,8 +39,7 @@ class Refit:
   Attributes:
     ridge: of W_O, relative to the mean energy of its inputs; greater values stay nearer to the old weights.
     values: conjugate-gradient steps on a follower's W_V between two solutions for W_O; 0 leaves W_V.
-    mlp: whether MLPs are refitted too, from the first follower on: many more weights, for which little text is worse
-      than none (SmolLM2-135M with 4,096 tokens: perplexity on other text rises).
+    mlp: whether MLPs are refitted too, from the first follower on: many more weights, which little text overfits.
     mlp_ridge: as ``ridge``, of the MLPs' last projection.
     maps: whether each follower's head map is chosen by the error that refitting it would leave, starting from the
       plan's. Needs a sum over all (anchor head, KV head) pairs of features, ``[N K H, N K H]``.
@@ -269,7 +268,7 @@ def refit(
     plan: which layers follow, with head maps or without.
     tokens: int ``[rows, T]`` of calibration text, full rows.
     how: what is refitted.
-    chunk: rows computed at once. Between two layers the text's activations wait in host memory.
+    chunk: rows computed at once. Between two layers the text's activations, ``rows * length * D``, wait on the device.
     progress: called with (layers done, layers in all).
 
   Raises:
