@@ -5,7 +5,7 @@ Liao & Vargas, "Beyond KV Caching: Shared Attention for Efficient LLMs", arXiv 2
 
 from sa_jax import nn, ops
 from sa_jax.config import ModelConfig
-from sa_jax.convert import Tokenizer, convert, from_pretrained, inspect, load_tokenizer
+from sa_jax.convert import Tokenizer, convert, export, from_pretrained, inspect, load_tokenizer
 from sa_jax.cost import Cost, cost
 from sa_jax.decode import Generated, generate
 from sa_jax.evaluation import Perplexity, perplexity, rows_of
@@ -24,6 +24,7 @@ __all__ = [
   "Cost",
   # Checkpoints.
   "convert",
+  "export",
   "from_pretrained",
   "inspect",
   "load_tokenizer",

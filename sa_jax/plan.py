@@ -1,7 +1,7 @@
 """Which layer computes attention weights, and which layers reuse them.
 
 A plan is one tuple, ``source``: layer ``l`` uses the attention weights of layer ``source[l]``. Anchors, followers,
-groups and runs are all derived from it.
+groups and runs are all derived from it. A head map may say which of those weights each head of a follower uses.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
+
+HeadMap = tuple[int, ...]
+"""Of one follower: which anchor head each of its N query heads uses."""
 
 _SPAN = re.compile(r"(\d+):(\d+)(?:-(\d+))?")
 _EXAMPLE = "'22:23-26' is anchor 22 with followers 23 to 26; several groups are joined by commas"
@@ -43,16 +46,26 @@ class SharingPlan:
   Attributes:
     source: one entry a layer; ``source[l]`` is the layer whose attention weights layer ``l`` uses, ``l`` itself for an
       anchor.
+    head_map: one entry a layer; ``head_map[l][n]`` is the anchor head whose weights query head ``n`` of follower ``l``
+      uses. The entry is None where heads are not renumbered (anchors, and followers with the identity), and the whole
+      is None if every entry would be: plans that mean the same are equal. Plan strings leave head maps out.
 
   Raises:
     ValueError: if layer 0 is a follower, a source lies outside the model or after its follower, or a follower's source
-      is not the nearest anchor before it (groups are contiguous).
+      is not the nearest anchor before it (groups are contiguous); if a head map is given for an anchor, or names a head
+      that does not exist.
   """
 
   source: tuple[int, ...]
+  head_map: tuple[HeadMap | None, ...] | None = None
 
   def __post_init__(self) -> None:
     object.__setattr__(self, "source", tuple(int(s) for s in self.source))
+    self._check_source()
+    if self.head_map is not None:
+      object.__setattr__(self, "head_map", _normal_head_map(self.head_map, self.source))
+
+  def _check_source(self) -> None:
     if not self.source:
       raise ValueError("a plan needs at least one layer")
     anchor = 0
@@ -182,6 +195,53 @@ class SharingPlan:
   def is_anchor(self, layer: int) -> bool:
     """Whether the layer computes its own attention weights."""
     return self.source[layer] == layer
+
+  def head_map_of(self, layer: int) -> HeadMap | None:
+    """The layer's head map, or None for the identity."""
+    return None if self.head_map is None else self.head_map[layer]
+
+  def with_head_maps(self, maps: Mapping[int, Sequence[int] | None]) -> SharingPlan:
+    """The same sharing with these head maps, by follower; followers not named, or with None, have the identity.
+
+    Raises:
+      ValueError: as the class.
+    """
+    if unknown := sorted(set(maps) - set(range(self.num_layers))):
+      raise ValueError(f"head maps for layers {unknown}, but the layers are 0 to {self.num_layers - 1}")
+    given = [maps.get(layer) for layer in range(self.num_layers)]
+    return SharingPlan(self.source, tuple(None if entry is None else tuple(entry) for entry in given))
+
+  def check_heads(self, num_heads: int) -> None:
+    """Checks that the head maps are for a model of this many query heads.
+
+    Raises:
+      ValueError: if they are not.
+    """
+    if self.head_map is None:
+      return
+    if wrong := [layer for layer, entry in enumerate(self.head_map) if entry is not None and len(entry) != num_heads]:
+      raise ValueError(f"the head maps of layers {wrong} do not have {num_heads} entries, one a query head")
+
+
+def _normal_head_map(
+  given: Sequence[Sequence[int] | None], source: tuple[int, ...]
+) -> tuple[HeadMap | None, ...] | None:
+  """The head map with identities replaced by None."""
+  if len(given) != len(source):
+    raise ValueError(f"the head map has {len(given)} entries, the plan {len(source)} layers: one a layer is needed")
+  entries: list[HeadMap | None] = []
+  errors = []
+  for layer, entry in enumerate(given):
+    made = None if entry is None else tuple(int(head) for head in entry)
+    if made is not None:
+      if source[layer] == layer:
+        errors.append(f"layer {layer} is an anchor, and only followers have a head map")
+      if outside := sorted({head for head in made if not 0 <= head < len(made)}):
+        errors.append(f"layer {layer} uses heads {outside}, but its anchor's heads are 0 to {len(made) - 1}")
+    entries.append(None if made == tuple(range(len(made or ()))) else made)
+  if errors:
+    raise ValueError("head map: " + "; ".join(errors))
+  return None if all(entry is None for entry in entries) else tuple(entries)
 
 
 def as_plan(plan: SharingPlan | str | Sequence[int] | None, num_layers: int) -> SharingPlan:

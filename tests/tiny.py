@@ -8,7 +8,6 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from sa_jax import ModelConfig, SharingPlan, Transformer
-from sa_jax.convert.table import entries
 from sa_jax.sharding import abstract_params
 
 PLAN = "1:2-3,4:5-6"
@@ -50,15 +49,21 @@ def tokens(batch: int, length: int, vocab_size: int = 61, seed: int = 0) -> np.n
 
 
 def tensors(model: Transformer, params) -> dict[str, np.ndarray]:
-  """The parameters, in the layer layout, under Hugging Face's names and shapes."""
-  out = {}
-  for entry in entries(model.config):
-    node = params
-    for name in entry.path:
-      node = node.get(name) if node is not None else None
-    if node is not None:
-      out[entry.key] = np.ascontiguousarray(entry.to_theirs(np.asarray(node)))
-  return out
+  """The parameters of a Llama, in the layer layout, under Hugging Face's names: matrices ``[out, in]``."""
+  embed = model.config.embed_dim
+  out = {"model.embed_tokens.weight": params["embed"]["embedding"], "model.norm.weight": params["final_norm"]["scale"]}
+  if "lm_head" in params:
+    out["lm_head.weight"] = params["lm_head"]["kernel"].T
+  for layer, block in params["layers"].items():
+    prefix = f"model.layers.{layer}"
+    out[f"{prefix}.input_layernorm.weight"] = block["attention_norm"]["scale"]
+    out[f"{prefix}.post_attention_layernorm.weight"] = block["mlp_norm"]["scale"]
+    for name, leaf in block["attention"].items():
+      shape = (-1, embed) if name == "o_proj" else (embed, -1)
+      out[f"{prefix}.self_attn.{name}.weight"] = leaf["kernel"].reshape(shape).T
+    for name, leaf in block["mlp"].items():
+      out[f"{prefix}.mlp.{name}.weight"] = leaf["kernel"].T
+  return {name: np.ascontiguousarray(tensor) for name, tensor in out.items()}
 
 
 def write_hf(folder: Path, model: Transformer, params, shards: int = 1, spelling: str = "v5") -> Path:

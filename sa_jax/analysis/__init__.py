@@ -1,5 +1,9 @@
-"""Choosing what to share."""
+"""Choosing what to share, and recovering what it costs: similarity, search, head alignment, refit.
 
-from sa_jax.analysis.similarity import layer_similarity
+The modules `align`, `refit` and `share` each hold a function of their name, so they are imported from there.
+"""
 
-__all__ = ["layer_similarity"]
+from sa_jax.analysis.judge import Judge, Text
+from sa_jax.analysis.similarity import Similarity, drift, layer_similarity
+
+__all__ = ["Judge", "Similarity", "Text", "drift", "layer_similarity"]

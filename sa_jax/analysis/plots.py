@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,8 @@ import numpy as np
 from sa_jax.plan import SharingPlan
 
 
-def similarity_map(similarity: Any, path: Path, *, title: str, plan: SharingPlan | None = None) -> None:
-  """Draws a layer-to-layer similarity as a heat map.
-
-  Args:
-    similarity: ``[L, L]``.
-    path: the PNG to write.
-    title: above the picture.
-    plan: outlines its groups.
+def new_figure(width: float, height: float) -> Any:
+  """An empty figure that needs no display.
 
   Raises:
     ValueError: if matplotlib is not installed.
@@ -25,19 +20,99 @@ def similarity_map(similarity: Any, path: Path, *, title: str, plan: SharingPlan
   try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
   except ImportError:
     raise ValueError("pictures need matplotlib: pip install 'sa-jax[plots]'") from None
-  values = np.asarray(similarity)
-  figure = Figure(figsize=(7, 6), dpi=150, layout="constrained")
+  figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
   FigureCanvasAgg(figure)
-  axes = figure.subplots()
-  image = axes.imshow(values, origin="lower", cmap="viridis", vmin=min(0.0, float(values.min())), vmax=1.0)
-  figure.colorbar(image, ax=axes, label="cosine similarity of attention weights")
+  return figure
+
+
+def _heat_map(axes: Any, values: np.ndarray, title: str, lowest: float, highest: float) -> Any:
   axes.set(title=title, xlabel="layer", ylabel="layer")
+  return axes.imshow(values, origin="lower", cmap="viridis", vmin=lowest, vmax=highest)
+
+
+def similarity_map(
+  similarity: Any,
+  path: Path,
+  *,
+  title: str,
+  label: str = "cosine similarity of attention weights",
+  highest: float = 1.0,
+  plan: SharingPlan | None = None,
+) -> None:
+  """Draws a layer-to-layer similarity as a heat map.
+
+  Args:
+    similarity: ``[L, L]``.
+    path: the PNG to write.
+    title: above the picture.
+    label: what the colours mean.
+    highest: end of the colour scale.
+    plan: outlines its groups.
+
+  Raises:
+    ValueError: if matplotlib is not installed.
+  """
+  values = np.asarray(similarity)
+  figure = new_figure(7, 6)
+  axes = figure.subplots()
+  image = _heat_map(axes, values, title, min(0.0, float(values.min())), highest)
+  figure.colorbar(image, ax=axes, label=label)
   if plan is not None:
+    from matplotlib.patches import Rectangle
+
     for anchor, followers in plan.groups:
       if followers:
         size = len(followers) + 1
         axes.add_patch(Rectangle((anchor - 0.5, anchor - 0.5), size, size, fill=False, edgecolor="white", linewidth=2))
+  figure.savefig(path)
+
+
+def similarity_animation(similarities: Mapping[str, Any], path: Path) -> None:
+  """Draws the similarity maps of several checkpoints as one animated GIF.
+
+  Args:
+    similarities: title → ``[L, L]``, in order.
+    path: the GIF to write.
+
+  Raises:
+    ValueError: if matplotlib is not installed.
+  """
+  figure = new_figure(7, 6)
+  from matplotlib.animation import FuncAnimation, PillowWriter
+
+  axes = figure.subplots()
+  maps = {title: np.asarray(values) for title, values in similarities.items()}
+  lowest = min(0.0, *(float(values.min()) for values in maps.values()))
+  titles = list(maps)
+  image = _heat_map(axes, maps[titles[0]], titles[0], lowest, 1.0)
+  figure.colorbar(image, ax=axes, label="cosine similarity of attention weights")
+
+  def draw(frame: int) -> list[Any]:
+    image.set_data(maps[titles[frame]])
+    axes.set_title(titles[frame])
+    return [image]
+
+  FuncAnimation(figure, draw, frames=len(titles)).save(path, writer=PillowWriter(fps=2))
+
+
+def pareto_front(points: Mapping[str, Sequence[tuple[float, float]]], path: Path, *, title: str) -> None:
+  """Draws KV bytes saved against loss added, one line a search.
+
+  Args:
+    points: name → (share of the KV cache saved, nats a token added), in order.
+    path: the PNG to write.
+    title: above the picture.
+
+  Raises:
+    ValueError: if matplotlib is not installed.
+  """
+  figure = new_figure(7, 5)
+  axes = figure.subplots()
+  for name, line in points.items():
+    axes.plot([100 * saved for saved, _ in line], [added for _, added in line], marker="o", label=name)
+  axes.set(title=title, xlabel="KV cache saved, per cent", ylabel="loss added, nats a token")
+  axes.grid(alpha=0.3)
+  axes.legend()
   figure.savefig(path)

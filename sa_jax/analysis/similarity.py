@@ -1,40 +1,190 @@
-"""How alike the attention weights of a model's layers are."""
+"""How alike the attention weights of a model's layers are, and how they are spread.
+
+Everything is a sum over queries, so text is streamed row by row and each row's queries block by block: the weights in
+memory are those of one block, ``[L, B, N, block, T]``.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import entr
 
 from sa_jax.nn import Transformer
+from sa_jax.nn.state import State
+from sa_jax.nn.transformer import check_tokens
 from sa_jax.params import as_layers
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _cosine(model: Transformer, params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
-  states = model.apply({"params": params}, tokens, method="states")
-  maps = jnp.stack([state.weights().astype(jnp.float32) for state in states])
-  layers, batch, heads = maps.shape[:3]
-  maps = maps.reshape(layers, batch * heads, -1)
-  maps = maps / jnp.linalg.norm(maps, axis=-1, keepdims=True)
-  return jnp.einsum("LRX,MRX->LM", maps, maps) / (batch * heads)
+class Similarity(NamedTuple):
+  """All pairs of layers compared, head by head (head ``n`` of one with head ``n`` of the other), over all queries.
+
+  Attributes:
+    cosine: float64 ``[L, L, N]``, of two layers' weights as vectors (Liao & Vargas, arXiv 2407.12866, section 3).
+    cosine_without_sink: the same without the weights on the first key, the attention sink that all layers have.
+    js_divergence: Jensen-Shannon divergence of two layers' weights in nats (0 alike, log 2 disjoint), mean over
+      queries.
+    top_k_overlap: of a query's k heaviest keys, the share that two layers have in common; mean over the queries that
+      see at least k keys.
+    entropy: ``[L, N]``, of the weights in nats, mean over queries.
+    weighted_variance: ``[L, N]``, the variance of a query's weights over the keys that it sees (whose mean is one over
+      their number), averaged over queries with that number as weight.
+  """
+
+  cosine: np.ndarray
+  cosine_without_sink: np.ndarray
+  js_divergence: np.ndarray
+  top_k_overlap: np.ndarray
+  entropy: np.ndarray
+  weighted_variance: np.ndarray
+
+  def mean(self) -> Similarity:
+    """Averaged over heads: ``[L, L]`` and ``[L]``."""
+    return Similarity(*(values.mean(axis=-1) for values in self))
 
 
-def layer_similarity(model: Transformer, params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
-  """Cosine similarity of every pair of layers' attention weights (Liao & Vargas, arXiv 2407.12866, section 3).
-
-  Two heads of the same number are compared as vectors of all their weights, and the cosines averaged over heads and
-  rows. Takes O(L N T²) memory. The weights on the first token, an attention sink, raise every value.
+def layer_similarity(
+  model: Transformer,
+  params: Mapping[str, Any],
+  tokens: Any,
+  *,
+  top_k: int = 8,
+  block: int = 64,
+  progress: Callable[[int, int], None] | None = None,
+) -> Similarity:
+  """Compares the attention weights of every pair of layers.
 
   Args:
-    model: dense, or the followers equal their anchors.
+    model: under any plan; followers have the weights that they use.
     params: in either layout.
-    tokens: int32 ``[B, T]``, full rows.
+    tokens: int ``[rows, T]``, full rows, each on its own.
+    top_k: of `Similarity.top_k_overlap`.
+    block: queries compared at once; O(L N block T) memory.
+    progress: called with (rows compared, rows in all).
+
+  Raises:
+    ValueError: if a token is not in the vocabulary, or rows are shorter than ``top_k``.
+  """
+  tokens = np.asarray(tokens)
+  check_tokens(tokens, None, model.config.vocab_size)
+  if not 1 <= top_k <= tokens.shape[1]:
+    raise ValueError(f"top_k must be in 1 to {tokens.shape[1]}, the tokens of a row, not {top_k}")
+  model = Transformer(dataclasses.replace(model.config, attention_state="query_key"), model.plan)
+  layers = as_layers(params, model.plan)
+  block = min(block, tokens.shape[1])
+  total: _Sums | None = None
+  for index, row in enumerate(tokens):
+    states = _states(model, layers, jnp.asarray(row[None], jnp.int32))
+    for start in range(0, tokens.shape[1], block):
+      part = block_sums(states, start, tokens.shape[1], top_k, block)
+      sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), part)
+      total = sums if total is None else jax.tree.map(np.add, total, sums)
+    if progress is not None:
+      progress(index + 1, len(tokens))
+  assert total is not None
+  return _finish(total)
+
+
+class _Sums(NamedTuple):
+  """Sums over queries; ``[L, L, N]``, ``[L, N]`` or scalar."""
+
+  products: Any
+  sink_products: Any
+  divergence: Any
+  overlap: Any
+  entropy: Any
+  queries: Any
+  long_queries: Any
+  keys: Any
+  inverse_keys: Any
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _states(model: Transformer, layers: Mapping[str, Any], tokens: jax.Array) -> tuple[State, ...]:
+  return model.apply({"params": layers}, tokens, method="states")
+
+
+@functools.partial(jax.jit, static_argnames=("length", "top_k", "block"))
+def block_sums(states: tuple[State, ...], start: jax.Array | int, length: int, top_k: int, block: int) -> _Sums:
+  """What a block of queries, ``start`` to ``start + block``, adds to the comparison.
+
+  Args:
+    states: of all layers.
+    start: first query.
+    length: tokens a row; queries past it add nothing.
+    top_k: see `layer_similarity`.
+    block: number of queries.
+  """
+  positions = start + jnp.arange(block)
+  weights = jnp.stack([state.weights(positions) for state in states]).astype(jnp.float32)
+  batch = weights.shape[1]
+  only = lambda queries, values: values * queries.astype(values.dtype)[None, None, None, :, None]
+  weights = only(positions < length, weights)
+  seen = jnp.where(positions < length, positions + 1, 0)
+  is_long = seen >= top_k
+
+  product = functools.partial(jnp.einsum, "LBNTS,MBNTS->LMN", precision="highest")
+  products = product(weights, weights)
+  sink = weights[..., :1]
+  chosen = jax.lax.top_k(weights, top_k)[1]
+  heaviest = jnp.put_along_axis(jnp.zeros_like(weights), chosen, jnp.float32(1), axis=-1, inplace=False)
+  heaviest = only(is_long, heaviest)
+
+  def divergence_from(one: jax.Array) -> jax.Array:
+    one = jnp.broadcast_to(one, weights.shape)
+    return (entr((one + weights) / 2) - (entr(one) + entr(weights)) / 2).sum(axis=(1, 3, 4))
+
+  return _Sums(
+    products=products,
+    sink_products=product(sink, sink),
+    divergence=jax.lax.map(divergence_from, weights),
+    overlap=product(heaviest, heaviest) / top_k,
+    entropy=entr(weights).sum(axis=(1, 3, 4)),
+    queries=batch * (seen > 0).sum(),
+    long_queries=batch * is_long.sum(),
+    keys=batch * seen.sum(),
+    inverse_keys=batch * jnp.where(seen > 0, 1 / jnp.maximum(seen, 1), 0.0).sum(),
+  )
+
+
+def _finish(sums: _Sums) -> Similarity:
+  squares = np.einsum("LLN->LN", sums.products)
+  return Similarity(
+    cosine=_cosine(sums.products),
+    cosine_without_sink=_cosine(sums.products - sums.sink_products),
+    js_divergence=sums.divergence / sums.queries,
+    top_k_overlap=sums.overlap / max(sums.long_queries, 1),
+    entropy=sums.entropy / sums.queries,
+    weighted_variance=(squares - sums.inverse_keys) / sums.keys,
+  )
+
+
+def _cosine(products: np.ndarray) -> np.ndarray:
+  """Cosines ``[L, L, N]`` from inner products; 0 for a head without weights."""
+  norms = np.sqrt(np.einsum("LLN->LN", products))
+  return products / np.maximum(norms[:, None] * norms[None], np.finfo(np.float64).tiny)
+
+
+def drift(similarities: Sequence[Similarity]) -> np.ndarray:
+  """How far each checkpoint's map is from the last one's: mean absolute difference of cosines over pairs of layers.
+
+  Args:
+    similarities: one a checkpoint, in order of training, of models of one shape.
 
   Returns:
-    float32 ``[L, L]``, symmetric, ones on the diagonal.
+    float64 ``[checkpoints]``; 0 for the last.
+
+  Raises:
+    ValueError: if there is none, or their shapes differ.
   """
-  return _cosine(model, as_layers(params, model.plan), tokens)
+  if len({similarity.cosine.shape for similarity in similarities}) != 1:
+    raise ValueError("drift compares checkpoints of one model: at least one, and all of the same depth and heads")
+  maps = [similarity.mean().cosine for similarity in similarities]
+  upper = np.triu_indices(len(maps[0]), 1)
+  return np.array([np.abs(each - maps[-1])[upper].mean() for each in maps])

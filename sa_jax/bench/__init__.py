@@ -1,1 +1,9 @@
-"""Benchmarks."""
+"""Benchmarks: decode, prefill, training and continuous batching, ours and peers', on whatever device is there.
+
+A measurement is a `Task`; `run_task` runs it in a process of its own, so that no measurement inherits another's memory.
+"""
+
+from sa_jax.bench.measure import Timing, copy_bandwidth, device_name, matrix_rate, timed
+from sa_jax.bench.task import Result, Task, run_task
+
+__all__ = ["Result", "Task", "Timing", "copy_bandwidth", "device_name", "matrix_rate", "run_task", "timed"]

@@ -24,15 +24,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
   """Runs ``sa-jax``; returns its exit code: 0 done, 2 bad usage or bad input."""
   import tyro
 
-  from sa_jax.cli import convert, cost, demo, fit, generate, perplexity
+  from sa_jax.cli import (
+    align,
+    analyze,
+    bench,
+    convert,
+    cost,
+    demo,
+    export,
+    fit,
+    generate,
+    perplexity,
+    refit,
+    search,
+    share,
+  )
 
   commands: dict[str, Callable[..., Command]] = {
     "demo": demo.Demo,
     "convert": convert.Convert,
+    "export": export.Export,
     "generate": generate.Generate,
     "perplexity": perplexity.PerplexityOf,
     "cost": cost.CostOf,
+    "analyze": analyze.Analyze,
+    "search": search.SearchPlan,
+    "align": align.Align,
+    "refit": refit.RefitModel,
+    "share": share.Share,
     "fit": fit.FitOf,
+    "bench": bench.Bench,
   }
   logging.basicConfig(format="%(name)s: %(message)s", level=os.environ.get("SA_JAX_LOG", "WARNING").upper())
   command: Command = tyro.extras.subcommand_cli_from_dict(

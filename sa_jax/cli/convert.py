@@ -15,14 +15,16 @@ from sa_jax.cli.common import console, progress, show_table
 class Convert:
   """Convert a Hugging Face folder or a GGUF file into an sa_jax checkpoint."""
 
-  src: tyro.conf.Positional[Path]
-  """The model to read."""
+  src: tyro.conf.Positional[str]
+  """The model to read: a folder, a GGUF file or a hub id such as org/model."""
   dst: tyro.conf.Positional[Path | None] = None
   """The folder to write; it must not exist. Not needed with --inspect."""
   plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None
   """Which layers share, such as 22:23-26; queries and keys of followers are dropped. None keeps the model dense."""
   dtype: Literal["float32", "bfloat16", "float16"] | None = "bfloat16"
   """Type of the stored parameters; None keeps the source's."""
+  revision: str | None = None
+  """Of a hub id: a branch, tag or commit."""
   inspect: bool = False
   """Say what the checkpoint holds and what the plan would drop, without reading the weights."""
 
@@ -31,8 +33,8 @@ class Convert:
     from sa_jax.convert import convert, inspect
 
     if self.inspect:
-      found = inspect(self.src, self.plan)
-      rows = [[entry.key, "×".join(map(str, entry.shape)), "used"] for entry in found.used]
+      found = inspect(self.src, self.plan, revision=self.revision)
+      rows = [[key, "×".join(map(str, shape)), "used"] for key, shape in {e.key: e.shape for e in found.used}.items()]
       rows += [[key, "", f"dropped: {reason}"] for key, reason in found.dropped.items()]
       show_table(
         f"{self.src}: {len(found.used)} tensors used, {len(found.dropped)} dropped", ["tensor", "shape", ""], rows
@@ -40,8 +42,8 @@ class Convert:
       return
     if self.dst is None:
       raise ValueError("name the folder to write: sa-jax convert SRC DST")
-    with progress(f"reading {self.src.name}") as report:
-      convert(self.src, self.dst, self.plan, self.dtype, progress=report)
+    with progress(f"converting {Path(self.src).name}") as report:
+      convert(self.src, self.dst, self.plan, self.dtype, revision=self.revision, progress=report)
     size = sum(file.stat().st_size for file in self.dst.rglob("*") if file.is_file())
     console.print(
       f"{self.dst}: {size / 1e6:.1f} MB, plan {self.plan or 'as in the source'}, {self.dtype or 'source dtype'}"

@@ -93,7 +93,7 @@ class Demo:
       similarity = layer_similarity(model, dense, jnp.asarray(rows[:1, :128]))
     self.out.mkdir(parents=True, exist_ok=True)
     file = self.out / "similarity.png"
-    plots.similarity_map(similarity, file, title=f"{path.stem}: layers attend alike", plan=plan)
+    plots.similarity_map(similarity.mean().cosine, file, title=f"{path.stem}: layers attend alike", plan=plan)
     console.print(f"\nWhich layers attend alike: [bold]{file}[/bold] (the plan's groups are outlined)")
     write_json(self.json, {"plan": str(plan), "costs": dict(zip(models, costs, strict=True)), "results": results})
 

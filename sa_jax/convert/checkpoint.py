@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from sa_jax.config import ModelConfig
 from sa_jax.convert import hf_config
+from sa_jax.convert.lazy import LazyTensor, Progress, in_order
 from sa_jax.convert.source import read_json
+from sa_jax.convert.table import entries
 from sa_jax.convert.tokenizer import Tokenizer
 from sa_jax.plan import SharingPlan
 
 PARAMS = "params"
+_IN_FLIGHT_BYTES = 200_000_000  # written at once: enough to hide the disk's delay
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -67,15 +72,71 @@ def save_checkpoint(
   Raises:
     ValueError: if the folder exists or cannot be made.
   """
+  write(Path(path), config, plan, params, tokenizer.save if tokenizer is not None else None)
+
+
+def write(
+  path: Path,
+  config: ModelConfig,
+  plan: SharingPlan,
+  params: Mapping[str, Any],
+  save_extras: Callable[[Path], None] | None,
+  progress: Progress | None = None,
+) -> None:
+  """`save_checkpoint` of arrays, or of `LazyTensor`s, which are read and written one after the other.
+
+  Args:
+    path: a folder that does not exist yet.
+    config: the model.
+    plan: the plan that the parameters are pruned to.
+    params: in the layer layout.
+    save_extras: writes what travels with the model into the folder.
+    progress: called with (lazy tensors written, lazy tensors in all).
+
+  Raises:
+    ValueError: if the folder exists or cannot be made.
+  """
   import orbax.checkpoint as ocp
 
-  with new_folder(Path(path)) as folder:
-    values = hf_config.write(config) | {"shared_attention": {"source": list(plan.source)}}
+  with new_folder(path) as folder:
+    values = hf_config.write(config) | {"shared_attention": hf_config.write_plan(plan)}
     (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
-    if tokenizer is not None:
-      tokenizer.save(folder)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-      checkpointer.save(folder.resolve() / PARAMS, params)
+    if save_extras is not None:
+      save_extras(folder)
+    with ocp.Checkpointer(_handler(progress)) as checkpointer:
+      checkpointer.save(folder.resolve() / PARAMS, ocp.args.PyTreeSave(params))
+
+
+def _handler(progress: Progress | None) -> Any:
+  """Orbax's handler of trees, which can also write `LazyTensor`s.
+
+  Weights hardly compress, and compressing them takes longer than writing them.
+  """
+  import orbax.checkpoint as ocp
+  from orbax.checkpoint import type_handlers
+
+  class LazyHandler(type_handlers.NumpyHandler):
+    """Writes lazy tensors as arrays, in turn; a few are on their way to disk while the next is read."""
+
+    async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
+      writing: collections.deque[tuple[int, Any]] = collections.deque()
+      for done, (value, info, arg) in enumerate(zip(values, infos, args, strict=True)):
+        array = in_order(value.read())
+        for future in await super().serialize([array], [info], [arg]):
+          writing.append((array.nbytes, future))
+        del array
+        while sum(nbytes for nbytes, _ in writing) > _IN_FLIGHT_BYTES:
+          writing.popleft()[1].result()
+        if progress is not None:
+          progress(done + 1, len(values))
+      return [future for _, future in writing]
+
+  registry = type_handlers.create_type_handler_registry(
+    (LazyTensor, LazyHandler(deepcopy_host_arrays=False)),
+    (np.ndarray, type_handlers.NumpyHandler()),
+    (jax.Array, type_handlers.ArrayHandler()),
+  )
+  return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
 
 
 def read_config(path: Path) -> tuple[ModelConfig, SharingPlan]:
@@ -106,6 +167,31 @@ def stored_shapes(path: Path) -> dict[str, Any]:
   return jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree, is_leaf=lambda leaf: hasattr(leaf, "dtype")
   )
+
+
+def check_stored(path: Path, stored: Any, config: ModelConfig, plan: SharingPlan) -> None:
+  """Checks that a checkpoint holds the parameters that its config describes, and no others.
+
+  Raises:
+    ValueError: lists everything that is missing, unknown, or of another shape.
+  """
+  found = dict(_paths(stored))
+  kept = [entry for entry in entries(config) if not entry.is_dropped(plan)]
+  wanted = {"/".join(entry.path): entry.our_shape() for entry in kept}
+  errors = [f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in found]
+  errors += [f"unknown: {name} {list(leaf.shape)}" for name, leaf in found.items() if name not in wanted]
+  errors += [
+    f"wrong shape: {name} is {list(found[name].shape)}, the config says {list(shape)}"
+    for name, shape in wanted.items()
+    if name in found and found[name].shape != shape
+  ]
+  if errors:
+    raise ValueError(f"{path} does not hold the model that its config describes:\n  " + "\n  ".join(errors))
+
+
+def _paths(tree: Any) -> list[tuple[str, jax.ShapeDtypeStruct]]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
 
 def restore(path: Path, target: Any) -> Any:

@@ -111,7 +111,7 @@ def _family(values: Mapping[str, Any]) -> Family:
   model_type = values.get("model_type")
   if isinstance(model_type, str) and model_type in FAMILIES:
     return FAMILIES[model_type]
-  supported = ", ".join(sorted(FAMILIES))
+  supported = ", ".join(FAMILIES)
   if any("experts" in key for key in values):
     raise ValueError(
       f"model_type {model_type!r} is a mixture of experts, which is not supported; supported: {supported}"
@@ -260,8 +260,26 @@ def read_plan(values: Mapping[str, Any], num_layers: int) -> SharingPlan:
   if shared is None:
     return SharingPlan.dense(num_layers)
   source = shared.get("source") if isinstance(shared, Mapping) else None
-  if not isinstance(source, list) or not all(isinstance(layer, int) for layer in source):
+  if not _integers(source):
     raise ValueError('config.json: shared_attention must be {"source": [one layer number a layer]}')
-  if unknown := sorted(set(shared) - {"source"}):
+  if unknown := sorted(set(shared) - {"source", "head_map"}):
     raise ValueError(f"config.json: shared_attention has unknown keys {unknown}")
-  return as_plan(source, num_layers)
+  plan = as_plan(source, num_layers)
+  head_map = shared.get("head_map")
+  if head_map is None:
+    return plan
+  if not isinstance(head_map, list) or not all(entry is None or _integers(entry) for entry in head_map):
+    raise ValueError("config.json: shared_attention's head_map must be a list, for each layer null or a list of heads")
+  return SharingPlan(plan.source, tuple(entry and tuple(entry) for entry in head_map))
+
+
+def write_plan(plan: SharingPlan) -> dict[str, Any]:
+  """What `read_plan` reads back: the ``shared_attention`` of a ``config.json``."""
+  values: dict[str, Any] = {"source": list(plan.source)}
+  if plan.head_map is not None:
+    values["head_map"] = [entry if entry is None else list(entry) for entry in plan.head_map]
+  return values
+
+
+def _integers(value: Any) -> bool:
+  return isinstance(value, list) and all(isinstance(item, int) for item in value)

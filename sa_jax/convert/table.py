@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ import einops
 import numpy as np
 
 from sa_jax.config import ModelConfig
-from sa_jax.convert.families import FAMILIES, Rule
+from sa_jax.convert.families import FAMILIES
 from sa_jax.params import ANCHOR_ONLY
 from sa_jax.plan import SharingPlan
 
@@ -48,14 +49,22 @@ class Entry(NamedTuple):
       tensor = _rearrange(tensor, self.view, self.sizes | {"P": self.part[2]})
     return _rearrange(tensor[self.part[0] : self.part[1]], self.axes, self.sizes)
 
+  def to_theirs(self, parameter: np.ndarray) -> np.ndarray:
+    """Our parameter as the checkpoint's tensor, or as its part of a packed one (see `pack`): undoes `to_ours`."""
+    return _rearrange(parameter, _inverse(self.axes), self.sizes)
+
+  def is_dropped(self, plan: SharingPlan) -> bool:
+    """Whether the parameter is of a kind that followers lack, in a follower."""
+    return bool(_ANCHOR_ONLY.match("/".join(self.path))) and not plan.is_anchor(int(self.path[1]))
+
   def our_shape(self) -> tuple[int, ...]:
     """The parameter's shape."""
     return self.to_ours(np.broadcast_to(np.zeros((), np.bool_), self.shape)).shape
 
 
-def to_theirs(parts: Sequence[tuple[Entry, np.ndarray]]) -> np.ndarray:
-  """The checkpoint's tensor from the parameters that it holds, all of them and in order: undoes `Entry.to_ours`."""
-  pieces = [_rearrange(parameter, _inverse(entry.axes), entry.sizes) for entry, parameter in parts]
+def pack(parts: Sequence[tuple[Entry, np.ndarray]]) -> np.ndarray:
+  """The checkpoint's tensor from the parameters that it holds, all of them and in order."""
+  pieces = [entry.to_theirs(parameter) for entry, parameter in parts]
   tensor = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
   first = parts[0][0]
   return _rearrange(tensor, _inverse(first.view), first.sizes | {"P": first.part[2]}) if first.view else tensor
@@ -79,14 +88,6 @@ def _extents(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 def entries(config: ModelConfig) -> Iterator[Entry]:
   """Every parameter of a dense model of this config, in the order of its family's table."""
-  for rule in FAMILIES[config.family].table:
-    for layer in range(config.num_layers) if "{layer}" in rule.key else (0,):
-      yield from _of_layer(rule, layer, config)
-
-
-def _of_layer(rule: Rule, layer: int, config: ModelConfig) -> tuple[Entry, ...]:
-  if rule.when and bool(getattr(config, rule.when.lstrip("!"))) == rule.when.startswith("!"):
-    return ()
   sizes = {
     "V": config.vocab_size,
     "D": config.embed_dim,
@@ -96,19 +97,23 @@ def _of_layer(rule: Rule, layer: int, config: ModelConfig) -> tuple[Entry, ...]:
     "H": config.head_dim,
     "F": config.mlp_dim,
   }
-  lengths = [_extents(axes.split(" -> ")[0], sizes)[0] for _, axes in rule.parts]
-  whole = sum(lengths)
-  if rule.view:
-    shape = _extents(rule.view.split(" -> ")[0], sizes | {"P": whole})
-  else:
-    shape = (whole, *_extents(rule.parts[0][1].split(" -> ")[0], sizes)[1:])
-  made, start = [], 0
-  for (path, axes), length in zip(rule.parts, lengths):
-    part = (start, start + length, whole)
-    ours = tuple(path.format(layer=layer).split("/"))
-    made.append(Entry(rule.key.format(layer=layer), ours, axes, shape, rule.view, part, sizes))
-    start += length
-  return tuple(made)
+  for rule in FAMILIES[config.family].table:
+    if rule.when and bool(getattr(config, rule.when.lstrip("!"))) == rule.when.startswith("!"):
+      continue
+    lengths = [_extents(axes.split(" -> ")[0], sizes)[0] for _, axes in rule.parts]
+    whole = sum(lengths)
+    if rule.view:
+      shape = _extents(rule.view.split(" -> ")[0], sizes | {"P": whole})
+    else:
+      shape = (whole, *_extents(rule.parts[0][1].split(" -> ")[0], sizes)[1:])
+    starts = itertools.accumulate(lengths, initial=0)
+    parts = [
+      (path, axes, (start, start + length, whole)) for (path, axes), start, length in zip(rule.parts, starts, lengths)
+    ]
+    for layer in range(config.num_layers) if "{layer}" in rule.key else (0,):
+      key = rule.key.format(layer=layer)
+      for path, axes, part in parts:
+        yield Entry(key, tuple(path.format(layer=layer).split("/")), axes, shape, rule.view, part, sizes)
 
 
 class Account(NamedTuple):
@@ -143,8 +148,9 @@ def account(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, plan: Sh
     found = shapes.get(entry.key)
     if found is not None and tuple(found) != entry.shape:
       errors[f"wrong shape: {entry.key} is {list(found)}, the config says {list(entry.shape)}"] = None
-    elif _ANCHOR_ONLY.match("/".join(entry.path)) and not plan.is_anchor(layer := int(entry.path[1])):
+    elif entry.is_dropped(plan):
       if found is not None:
+        layer = int(entry.path[1])
         packed = entry.part[1] - entry.part[0] < entry.part[2]
         name = f"{entry.key}[{entry.path[-2]}]" if packed else entry.key
         dropped[name] = f"layer {layer} follows layer {plan.source[layer]}"

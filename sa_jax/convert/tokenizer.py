@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 
 if TYPE_CHECKING:
-  from sa_jax.convert.source import GgufFile
+  from sa_jax.convert.gguf_file import GgufFile
 
 _GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3_SPLIT = (
@@ -91,7 +91,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
   Raises:
     ValueError: if there is none, or it is damaged.
   """
-  from sa_jax.convert.source import GgufFile, read_json
+  from sa_jax.convert.gguf_file import GgufFile
+  from sa_jax.convert.source import read_json
 
   path = Path(path)
   if path.is_file():

@@ -40,9 +40,8 @@ def projection(
   bias: bool = False,
 ) -> nn.DenseGeneral:
   """A linear map whose kernel carries its logical axes, ``inputs`` then ``outputs``, and its bias ``outputs``."""
-  init = nn.initializers.variance_scaling(
-    1.0, "fan_in", "truncated_normal", in_axis=tuple(range(len(inputs))), out_axis=tuple(range(-len(outputs), 0))
-  )
+  # DenseGeneral initialises the kernel as a matrix, all inputs by all outputs.
+  init = nn.initializers.lecun_normal()
   return nn.DenseGeneral(
     features,
     axis=tuple(range(-len(inputs), 0)),

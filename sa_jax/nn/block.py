@@ -32,8 +32,12 @@ class Mlp(nn.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """``[B, T, D]`` → the same."""
+    return self.down_proj(self.hidden(x))
+
+  def hidden(self, x: jax.Array) -> jax.Array:
+    """What the last projection reads: ``[B, T, D]`` → ``[B, T, F]``."""
     hidden = _ACTIVATIONS[self.config.activation](self.gate_proj(x)) * self.up_proj(x)
-    return self.down_proj(nn.with_logical_constraint(hidden, ("batch", "length", "mlp")))
+    return nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
 
   def step(self, x: jax.Array) -> jax.Array:
     """`__call__` for one token a row, ``[B, 1, D]``, where reading the weights is the cost."""
@@ -43,7 +47,7 @@ class Mlp(nn.Module):
     return self.down_proj(ops.gated_linear(x[:, 0], gate, up)[:, None])
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
   """A block around some attention."""
 
   config: ModelConfig
@@ -73,13 +77,20 @@ class _Block(nn.Module):
       The block's output ``[B, T, D]``, and whatever else attention returned.
     """
     y, *others = attention(self.attention_norm(x))
-    x = x + (self.attention_post_norm(y) if self.config.post_norms else y)
+    return self.add_mlp(self.add_attention(x, y), mlp), *others
+
+  def add_attention(self, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The block's input ``[B, T, D]`` and its attention's output, added up."""
+    return x + (self.attention_post_norm(y) if self.config.post_norms else y)
+
+  def add_mlp(self, x: jax.Array, mlp: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+    """What `add_attention` gave, and the MLP's output of it."""
     y = (mlp or self.mlp)(self.mlp_norm(x))
     x = x + (self.mlp_post_norm(y) if self.config.post_norms else y)
-    return nn.with_logical_constraint(x, ("batch", "length", "embed")), *others
+    return nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
 
-class AnchorBlock(_Block):
+class AnchorBlock(Block):
   """A block with `AnchorAttention`; methods and shapes are its attention's."""
 
   def setup(self) -> None:
@@ -109,7 +120,7 @@ class AnchorBlock(_Block):
     return self.around(x, lambda h: self.attention.step_alone(h, cache, positions, local), self.mlp.step)
 
 
-class FollowerBlock(_Block):
+class FollowerBlock(Block):
   """A block with `FollowerAttention`; methods and shapes are its attention's."""
 
   def setup(self) -> None:

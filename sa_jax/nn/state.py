@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from sa_jax import ops
@@ -22,7 +23,7 @@ class QueryKey:
 
   Attributes:
     q: ``[B, T, N, H]``.
-    k: ``[B, T, K, H]``.
+    k: ``[B, T, K, H]``, or ``[B, T, N, H]`` once heads have been taken.
     lengths: int32 ``[B]``, or None when rows are full.
     local: a traced bool that chooses the second of two ``specs``, or None when there is one.
     backend: how to attend; see `sa_jax.ops.attend`.
@@ -38,12 +39,21 @@ class QueryKey:
 
   def attend(self, v: jax.Array) -> jax.Array:
     """The anchor's attention over a layer's values: ``[B, T, K, H]`` → ``[B, T, N, H]``."""
+    if self.k.shape[2] > v.shape[2]:
+      v = jnp.repeat(v, self.k.shape[2] // v.shape[2], axis=2)
     attend = functools.partial(_attend, self.q, self.k, v, self.lengths, self.backend)
     return _with_spec(attend, self.specs, self.local)
 
-  def weights(self) -> jax.Array:
-    """The softmaxed attention weights ``[B, N, T, T]``, computed now."""
-    weights = functools.partial(ops.attention_weights, self.q, self.k, lengths=self.lengths)
+  def take_heads(self, head_map: jax.Array) -> QueryKey:
+    """The state in which head ``n`` is this one's head ``head_map[n]``; int32 ``[N]``."""
+    group = self.q.shape[2] // self.k.shape[2]
+    q, k = jnp.take(self.q, head_map, axis=2), jnp.take(self.k, head_map // group, axis=2)
+    return QueryKey(q, k, self.lengths, self.local, self.backend, self.specs)
+
+  def weights(self, positions: jax.Array | None = None) -> jax.Array:
+    """The softmaxed attention weights ``[B, N, T, T]``, computed now; only of the queries at ``positions`` if given."""
+    q = self.q if positions is None else jnp.take(self.q, positions, axis=1, mode="clip")
+    weights = functools.partial(ops.attention_weights, q, self.k, lengths=self.lengths, positions=positions)
     return _with_spec(weights, self.specs, self.local)
 
 
@@ -61,9 +71,13 @@ class AttentionWeights:
     """The anchor's attention over a layer's values: ``[B, S, K, H]`` → ``[B, T, N, H]``."""
     return ops.apply_weights(self.probs, v)
 
-  def weights(self) -> jax.Array:
-    """The softmaxed attention weights ``[B, N, T, S]``."""
-    return self.probs
+  def take_heads(self, head_map: jax.Array) -> AttentionWeights:
+    """The state in which head ``n`` is this one's head ``head_map[n]``; int32 ``[N]``."""
+    return AttentionWeights(jnp.take(self.probs, head_map, axis=1))
+
+  def weights(self, positions: jax.Array | None = None) -> jax.Array:
+    """The softmaxed attention weights ``[B, N, T, S]``; only of the queries at ``positions`` if given."""
+    return self.probs if positions is None else jnp.take(self.probs, positions, axis=2, mode="clip")
 
 
 State = QueryKey | AttentionWeights

@@ -22,7 +22,7 @@ from sa_jax.nn.block import AnchorBlock, FollowerBlock
 from sa_jax.nn.cache import Cache
 from sa_jax.nn.norm import RMSNorm
 from sa_jax.nn.state import Local, State
-from sa_jax.plan import SharingPlan
+from sa_jax.plan import HeadMap, Run, SharingPlan
 
 _REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -42,7 +42,7 @@ class Embed(nn.Module):
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """int32 ``[B, T]`` → ``[B, T, D]``; a token outside the vocabulary gives NaN, never another token's vector."""
-    x = self.embedding.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    x = jnp.asarray(self.embedding).at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     x = x.astype(self.config.dtype)
     if self.config.scale_embeddings:
       x = x * jnp.asarray(math.sqrt(self.config.embed_dim), x.dtype)
@@ -68,6 +68,11 @@ class Head(nn.Module):
       norms = jnp.linalg.norm(kernel.astype(jnp.float32), axis=0, keepdims=True)
       kernel = (kernel / jnp.maximum(norms, 1e-12).astype(kernel.dtype)).astype(kernel.dtype)
     return jnp.einsum("BTD,DV->BTV", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _with_heads(state: Any, head_map: HeadMap | jax.Array | None) -> Any:
+  """A state, in the form that it has, as a follower with this head map uses it."""
+  return state if head_map is None else state.take_heads(jnp.asarray(head_map, jnp.int32))
 
 
 def _remat(config: ModelConfig, step: Callable[..., Any], repeats: int) -> Callable[..., Any]:
@@ -96,21 +101,23 @@ class Group(nn.Module):
   groups: int = 1
 
   @nn.compact
-  def __call__(self, x: jax.Array, lengths: jax.Array | None, local: Local = False) -> jax.Array:
-    """``[B, T, D]`` → the same."""
+  def __call__(
+    self, x: jax.Array, lengths: jax.Array | None, local: Local = False, head_maps: jax.Array | None = None
+  ) -> jax.Array:
+    """``[B, T, D]`` → the same; ``head_maps`` int32 ``[followers, N]``, or None where no follower has one."""
     anchor = self._remat(lambda block, x, lengths: block(x, lengths, local), self.groups)
     x, state = anchor(AnchorBlock(self.config, name="anchor"), x, lengths)
     if self.followers:
       follower = self._remat(lambda block, x, state: block(x, state), self.groups * self.followers)
       scan = nn.scan(
-        lambda block, x, state: (follower(block, x, state), None),
+        lambda block, x, state, head_map: (follower(block, x, _with_heads(state, head_map)), None),
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        in_axes=(nn.broadcast, 0),
         length=self.followers,
         metadata_params={nn.PARTITION_NAME: "followers"},
       )
-      x, _ = scan(FollowerBlock(self.config, name="followers"), x, state)
+      x, _ = scan(FollowerBlock(self.config, name="followers"), x, state, head_maps)
     return x
 
   def _remat(self, block: Callable[..., Any], repeats: int) -> Callable[..., Any]:
@@ -133,7 +140,7 @@ class Runs(nn.Module):
       # Where the run's groups differ in kind, each tells its own: one program, whatever the pattern and the depth.
       kinds = [layer in self.config.local_layers for layer in run.layers if self.plan.is_anchor(layer)]
       kind = kinds[0] if len(set(kinds)) == 1 else None
-      step = functools.partial(_group_step, kind)
+      step: Callable[..., Any] = functools.partial(_group_step, kind)
       if self.config.attention_state == "attention_weights":
         step = _remat(self.config, step, run.groups)
       scan = nn.scan(
@@ -145,15 +152,30 @@ class Runs(nn.Module):
         metadata_params={nn.PARTITION_NAME: "groups"},
       )
       local = jnp.asarray(kinds) if kind is None else None
-      x, _ = scan(Group(self.config, run.followers, run.groups, name=str(index)), x, lengths, local)
+      group = Group(self.config, run.followers, run.groups, name=str(index))
+      x, _ = scan(group, x, lengths, (local, self._head_maps(run)))
     return x
+
+  def _head_maps(self, run: Run) -> jax.Array | None:
+    """The head maps of a run's followers, int32 ``[groups, followers, N]``; None if it has none."""
+    followers = [layer for layer in run.layers if not self.plan.is_anchor(layer)]
+    maps = [self.plan.head_map_of(layer) for layer in followers]
+    if not any(maps):
+      return None
+    filled = [tuple(range(self.config.num_heads)) if entry is None else entry for entry in maps]
+    return jnp.asarray(filled, jnp.int32).reshape(run.groups, run.followers, self.config.num_heads)
 
 
 def _group_step(
-  kind: bool | None, group: Group, x: jax.Array, lengths: jax.Array | None, local: jax.Array | None
+  kind: bool | None,
+  group: Group,
+  x: jax.Array,
+  lengths: jax.Array | None,
+  own: tuple[jax.Array | None, jax.Array | None],
 ) -> tuple[jax.Array, None]:
-  """One step of the scan over a run's groups, of the kind that all of them are or of its own."""
-  return group(x, lengths, local if kind is None else kind), None
+  """One step of the scan over a run's groups: of the kind that all of them are or of its own, with its head maps."""
+  local, head_maps = own
+  return group(x, lengths, local if kind is None else kind, head_maps), None
 
 
 class Layers(nn.Module):
@@ -178,10 +200,12 @@ class Layers(nn.Module):
     for layer, block in enumerate(self.blocks):
       if isinstance(block, AnchorBlock):
         x, state, cache = block.prefill(x, lengths, layer in self.config.local_layers)
+        used = state
       else:
-        x, cache = block.prefill(x, state)
+        used = _with_heads(state, self.plan.head_map_of(layer))
+        x, cache = block.prefill(x, used)
       caches.append(cache)
-      states.append(state)
+      states.append(used)
     return x, Cache(tuple(caches)), tuple(states)
 
   def step(self, x: jax.Array, cache: Cache, positions: jax.Array) -> tuple[jax.Array, Cache]:
@@ -194,11 +218,35 @@ class Layers(nn.Module):
         continue
       x, state, caches[anchor] = block.step(x, caches[anchor], positions, local)
       for layer in followers:
-        x, caches[layer] = self.blocks[layer].step(x, state, caches[layer], positions)
+        used = _with_heads(state, self.plan.head_map_of(layer))
+        x, caches[layer] = self.blocks[layer].step(x, used, caches[layer], positions)
     return x, Cache(tuple(caches))
 
 
-class Transformer(nn.Module):
+class Frame(nn.Module):
+  """What is around the layers: embedding, last norm, head.
+
+  Attributes:
+    config: the model.
+  """
+
+  config: ModelConfig
+
+  def setup(self) -> None:
+    self.embed = Embed(self.config)
+    self.final_norm = RMSNorm(self.config)
+    if not self.config.tie_embeddings:
+      self.lm_head = Head(self.config)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """The head: ``[B, T, D]`` → float32 ``[B, T, V]``."""
+    logits = self.embed.logits(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
+    if (cap := self.config.logits_softcap) is not None:
+      logits = cap * jnp.tanh(logits / cap)
+    return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
+
+
+class Transformer(Frame):
   """A decoder-only transformer whose layers share attention weights by a plan.
 
   Attributes:
@@ -209,7 +257,6 @@ class Transformer(nn.Module):
     ValueError: see `check_plan`.
   """
 
-  config: ModelConfig
   plan: SharingPlan
 
   def __post_init__(self) -> None:
@@ -217,12 +264,9 @@ class Transformer(nn.Module):
     super().__post_init__()
 
   def setup(self) -> None:
-    self.embed = Embed(self.config)
+    super().setup()
     self.layers = Layers(self.config, self.plan)
     self.runs = Runs(self.config, self.plan)
-    self.final_norm = RMSNorm(self.config)
-    if not self.config.tie_embeddings:
-      self.lm_head = Head(self.config)
 
   def __call__(self, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
     """Next-token logits at every position, with parameters in either layout.
@@ -249,13 +293,6 @@ class Transformer(nn.Module):
   def init_layers(self, tokens: jax.Array) -> jax.Array:
     """`__call__` for ``init`` to make the layer layout: ``model.init(key, tokens, method="init_layers")``."""
     return self.logits(self.final_norm(self.layers(self.embed(tokens), None)))
-
-  def logits(self, hidden: jax.Array) -> jax.Array:
-    """The head: ``[B, T, D]`` → float32 ``[B, T, V]``."""
-    logits = self.embed.logits(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
-    if (cap := self.config.logits_softcap) is not None:
-      logits = cap * jnp.tanh(logits / cap)
-    return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
 
   def states(self, tokens: jax.Array, lengths: jax.Array | None = None) -> tuple[State, ...]:
     """The attention state that each layer used; arguments as in `__call__`, parameters in the layer layout.
@@ -298,7 +335,8 @@ def check_plan(config: ModelConfig, plan: SharingPlan) -> None:
   """Checks that the model can share attention by the plan.
 
   Raises:
-    ValueError: if the plan is for another depth, or a follower sees other keys than its anchor.
+    ValueError: if the plan is for another depth, a follower sees other keys than its anchor, or its head map is for
+      another number of heads.
   """
   if plan.num_layers != config.num_layers:
     raise ValueError(f"the plan is for {plan.num_layers} layers, the model has {config.num_layers}")
@@ -311,6 +349,7 @@ def check_plan(config: ModelConfig, plan: SharingPlan) -> None:
       f"the plan '{plan}' shares weights between layers that see different keys: {pairs}; a follower needs an anchor "
       f"of its own kind. This model's local layers are {list(config.local_layers)}"
     )
+  plan.check_heads(config.num_heads)
 
 
 def check_tokens(tokens: Any, lengths: Any, vocab_size: int) -> None:

@@ -112,8 +112,8 @@ def test_loop_stops_when_every_row_has_ended(model, params, greedy):
   assert stop not in greedy.tokens[1, :2]
   ending = Transformer(dataclasses.replace(model.config, eos_token_ids=(stop,)), model.plan)
   keys = jax.random.split(jax.random.key(0), 1)
-  tokens, lengths = jnp.array([PROMPTS[1]]), jnp.array([2])
-  state = prefill(ending, Sampler(), 40, params, tokens, lengths, keys)
+  tokens, lengths, remaining = jnp.array([PROMPTS[1]]), jnp.array([2]), jnp.array([30])
+  state = prefill(ending, Sampler(), 40, params, tokens, lengths, remaining, keys)
   state, out = decode(ending, Sampler(), 30, params, state)
   assert state.done.tolist() == [True]
   assert out[0, :2].tolist() == greedy.tokens[1, 1:3].tolist()
@@ -126,7 +126,8 @@ def test_loop_stops_when_every_row_has_ended(model, params, greedy):
 def test_cache_of_followers_has_no_keys(model, params, batch):
   tokens, lengths = map(jnp.asarray, batch)
   keys = jax.random.split(jax.random.key(0), 3)
-  state = jax.eval_shape(functools.partial(prefill, model, Sampler(), 9), params, tokens, lengths, keys)
+  remaining = jnp.full(3, NEW - 1, jnp.int32)
+  state = jax.eval_shape(functools.partial(prefill, model, Sampler(), 9), params, tokens, lengths, remaining, keys)
   assert isinstance(state, DecodeState)
   assert [layer.keys is None for layer in state.cache.layers] == [False, True, False, True]
   shapes = {leaf.shape for leaf in jax.tree.leaves(state.cache)}

@@ -197,7 +197,7 @@ class TestChoice:
     [
       ("cpu", 1024, "float32", 64, "reference"),
       ("cpu", 1025, "float32", 64, "blockwise"),
-      ("tpu", 4096, "bfloat16", 64, "blockwise"),
+      ("tpu", 4096, "bfloat16", 64, "splash"),
       ("gpu", 64, "bfloat16", 64, "cudnn"),
       ("gpu", 4096, "bfloat16", 128, "cudnn"),
       ("gpu", 4096, "float32", 64, "blockwise"),
@@ -216,7 +216,13 @@ class TestChoice:
   @pytest.mark.parametrize(
     ("name", "platform", "dtype", "head_dim", "message"),
     [
-      ("flash", "cpu", "float32", 64, "no attention backend 'flash'; there are auto, cudnn, blockwise, reference"),
+      (
+        "flash",
+        "cpu",
+        "float32",
+        64,
+        "no attention backend 'flash'; there are auto, cudnn, splash, blockwise, reference",
+      ),
       ("cudnn", "cpu", "bfloat16", 64, "'cudnn' cannot compute this: it runs on NVIDIA GPUs, and this is cpu; 'auto'"),
       ("cudnn", "gpu", "float32", 64, "it computes in bfloat16 or float16, and q is float32"),
       ("cudnn", "gpu", "bfloat16", 60, "head dimensions that are multiples of 8 up to 128, and q has 60"),

@@ -1,5 +1,7 @@
 """Windows, soft caps and scales: literal masks, a NumPy formula, and every backend against it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,8 +63,9 @@ def test_backends(backend, spec):
 def test_blockwise_gradient(spec):
   q, k, v, cotangent = arrays()
   grads = []
-  for attend in (ops.backends["reference"].attend, lambda *args: blockwise.attend(*args, block=4)):
-    grads.append(jax.grad(lambda q, k, v: (attend(q, k, v, None, spec) * cotangent).sum(), argnums=(0, 1, 2))(q, k, v))
+  for attend in (ops.backends["reference"].attend, functools.partial(blockwise.attend, block=4)):
+    loss = lambda q, k, v, attend=attend: (attend(q, k, v, None, spec) * cotangent).sum()
+    grads.append(jax.grad(loss, argnums=(0, 1, 2))(q, k, v))
   for expected, found in zip(*grads):
     assert np.abs(expected).max() > 0.01
     np.testing.assert_allclose(found, expected, atol=5e-6)

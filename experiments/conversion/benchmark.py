@@ -1,0 +1,109 @@
+"""Peak memory and time of opening and of converting a checkpoint; README.md says how to run it and what to expect.
+
+Each measurement is a process of its own, whose peak resident memory the kernel reports when it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+_START = "import jax, orbax.checkpoint, sa_jax; jax.devices(); "
+_TASKS = {
+  "start": "pass",
+  "from_pretrained": "sa_jax.from_pretrained(sys.argv[2])",
+  "convert": "sa_jax.convert(sys.argv[2], sys.argv[3])",
+  "copy": "copy(sys.argv[2], sys.argv[3])",
+}
+
+
+def peak_bytes() -> int:
+  """Peak resident memory of this process so far."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(task: str, src: Path, dst: Path) -> dict[str, float]:
+  """Runs one task in a fresh process."""
+  done = subprocess.run(
+    [sys.executable, __file__, "--task", task, str(src), str(dst)],
+    env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, text=True, check=True,
+  )  # fmt: skip
+  if dst.exists():
+    shutil.rmtree(dst)
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def copy(src: str, dst: str) -> None:
+  """Copies a folder onto the disk, as conversion writes its own: not into the page cache alone."""
+  shutil.copytree(src, dst)
+  for file in Path(dst).iterdir():
+    with file.open("rb") as opened:
+      os.fsync(opened.fileno())
+
+
+def run_task(task: str) -> None:
+  """The body of such a process: prints seconds and bytes."""
+  scope = {"sys": sys, "copy": copy}
+  sys.argv = [sys.argv[0], task, *sys.argv[3:]]
+  exec(_START, scope)
+  began = time.perf_counter()
+  exec(_TASKS[task], scope)
+  seconds = time.perf_counter() - began
+  used = resource.getrusage(resource.RUSAGE_SELF)
+  print(json.dumps({"seconds": seconds, "cpu": used.ru_utime + used.ru_stime, "peak": peak_bytes()}))
+
+
+def main() -> None:
+  """Measures, prints the table, and fails if a limit is passed."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("folder", type=Path, nargs="?", help="a checkpoint; a synthetic one is made when left out")
+  parser.add_argument("--json", type=Path)
+  arguments = parser.parse_args()
+  with tempfile.TemporaryDirectory(dir=arguments.folder.parent if arguments.folder else None) as scratch:
+    folder = arguments.folder
+    if folder is None:
+      from make_checkpoint import make
+
+      folder = Path(scratch) / "model"
+      make(folder)
+    from sa_jax.convert.source import open_source
+
+    sizes = [2 * count for count in map(_count, open_source(folder).shapes.values())]
+    stored, largest = sum(sizes), max(sizes)
+    dst = Path(scratch) / "out"
+    measure("copy", folder, dst)  # the page cache is warm for all that follow
+    found = {task: measure(task, folder, dst) for task in _TASKS}
+  start = found["start"]["peak"]
+  limits = {"from_pretrained": 1.15 * stored + 0.6e9, "convert": start + 1.0e9 + largest}
+  print(f"{stored / 1e9:.2f} GB of bfloat16, largest tensor {largest / 1e9:.2f} GB, start {start / 1e9:.2f} GB")
+  print(f"{'':<16} {'seconds':>8} {'× copy':>7} {'CPU s':>6} {'peak GB':>8} {'limit GB':>9}")
+  for task, result in found.items():
+    limit = f"{limits[task] / 1e9:9.2f}" if task in limits else ""
+    ratio = result["seconds"] / found["copy"]["seconds"]
+    print(f"{task:<16} {result['seconds']:8.2f} {ratio:7.2f} {result['cpu']:6.1f} {result['peak'] / 1e9:8.2f} {limit}")
+  if arguments.json:
+    arguments.json.write_text(json.dumps({"stored": stored, "largest": largest, "limits": limits, **found}, indent=2))
+  if over := [task for task, limit in limits.items() if found[task]["peak"] > limit]:
+    sys.exit(f"over the limit: {', '.join(over)}")
+
+
+def _count(shape: tuple[int, ...]) -> int:
+  count = 1
+  for size in shape:
+    count *= size
+  return count
+
+
+if __name__ == "__main__":
+  if "--task" in sys.argv:
+    run_task(sys.argv[2])
+  else:
+    main()

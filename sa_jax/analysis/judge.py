@@ -1,0 +1,341 @@
+"""Judging plans by what they cost after the recovery that they would get.
+
+The dense model's activations on some text are computed once and kept. A plan is judged by walking that text through the
+shared model, refitting as it goes, from the first layer in which it differs from a plan that was walked before.
+Refits use one part of each text and losses another; losses count per text, not per token.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sa_jax.analysis import walk
+from sa_jax.analysis.align import best_map, head_similarity
+from sa_jax.analysis.refit import Refit, recover_layer
+from sa_jax.analysis.ridge import Sums, solve, total
+from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
+from sa_jax.config import ModelConfig
+from sa_jax.nn import PlanArrays, Transformer
+from sa_jax.nn.transformer import check_plan, check_tokens
+from sa_jax.plan import HeadMap, SharingPlan
+
+Progress = Callable[[int, int], None]
+
+
+class Text(NamedTuple):
+  """One text to judge by.
+
+  Attributes:
+    name: of the text.
+    calibration: int ``[rows, T]``, what refits are fitted to.
+    judging: int ``[rows, T]``, other rows, what losses are measured on.
+  """
+
+  name: str
+  calibration: np.ndarray
+  judging: np.ndarray
+
+
+class Walk(NamedTuple):
+  """A plan taken through the text.
+
+  Attributes:
+    plan: which plan.
+    streams: the text before each layer; empty if they were not kept.
+    losses: float64 ``[texts]``, in nats.
+  """
+
+  plan: SharingPlan
+  streams: tuple[Stream, ...]
+  losses: np.ndarray
+
+
+class Judge:
+  """Measures plans of one dense model on some texts.
+
+  Args:
+    model: the dense model.
+    params: in the layer layout, queries and keys of every layer included.
+    texts: to fit and to judge.
+    how: the recovery that plans get before they are judged; None judges them as they are. Head maps come from
+      `head_map`, so ``how.maps`` is left to the final refit.
+    maps: whether followers get head maps.
+    chunk: rows computed at once.
+    record: a JSON file of the plans measured so far: a search that is run again does not measure them again.
+    progress: called with (layers walked, layers in all) while the dense model is walked.
+
+  Raises:
+    ValueError: if the parameters lack queries and keys, a text cannot be used, or the record is of another search.
+  """
+
+  def __init__(
+    self,
+    model: Transformer,
+    params: Mapping[str, Any],
+    texts: Sequence[Text],
+    how: Refit | None,
+    *,
+    maps: bool = True,
+    chunk: int = 4,
+    record: Path | None = None,
+    progress: Progress | None = None,
+  ):
+    self.config = walk.walking(model.config, params)
+    for text in texts:
+      for tokens in (text.calibration, text.judging):
+        check_tokens(np.asarray(tokens), None, self.config.vocab_size)
+    if how is not None:
+      how.check(self.config)
+    self.params, self.texts, self.how, self.maps, self.chunk = params, tuple(texts), how, maps, chunk
+    begin = functools.partial(walk.start, self.config, params, chunk=chunk)
+    calibration = begin(np.concatenate([text.calibration for text in texts]))
+    self._calibration = len(calibration)
+    self._judging = [begin(np.asarray(text.judging)) for text in texts]
+    self._start: Stream = sum(self._judging, calibration)
+    self._trace = walk.dense_trace(self.config, params, self._start, progress)
+    self._maps: dict[tuple[int, int], HeadMap | None] = {}
+    self.dense = self._losses(tuple(Chunk(target.x, target.state) for target in self._trace[-1]))
+    self._record = Record(record, self._settings())
+
+  def _settings(self) -> dict[str, Any]:
+    return {
+      "how": str(self.how),
+      "maps": self.maps,
+      "texts": {text.name: [text.calibration.shape, text.judging.shape] for text in self.texts},
+      "dense": [round(float(loss), 4) for loss in self.dense],
+    }
+
+  def _losses(self, stream: Stream) -> np.ndarray:
+    """Mean loss of each text, from the stream after the last layer."""
+    rest, out = stream[self._calibration :], []
+    for text, begun in zip(self.texts, self._judging, strict=True):
+      out.append(walk.losses(self.config, self.params, rest[: len(begun)], np.asarray(text.judging)).mean())
+      rest = rest[len(begun) :]
+    return np.array(out)
+
+  def block(self, layer: int) -> Block:
+    """The dense model's block."""
+    return self.params["layers"][str(layer)]
+
+  def head_map(self, anchor: int, layer: int) -> HeadMap | None:
+    """The most similar anchor heads for a layer's heads, in the dense model; None without maps."""
+    if not self.maps:
+      return None
+    if (anchor, layer) not in self._maps:
+      states = lambda each: [target.state for target in self._trace[each][: self._calibration]]
+      similarity = head_similarity(states(layer), states(anchor))
+      self._maps[anchor, layer] = best_map(similarity, self.config.num_kv_heads, "free")
+    return self._maps[anchor, layer]
+
+  def with_maps(self, plan: SharingPlan) -> SharingPlan:
+    """The plan with `head_map` for each follower."""
+    if not self.maps:
+      return plan
+    return plan.with_head_maps({layer: self.head_map(plan.source[layer], layer) for layer in plan.followers})
+
+  def walk(self, plan: SharingPlan, base: Walk | None = None, keep: bool = False) -> Walk:
+    """Takes the text through the shared model.
+
+    Args:
+      plan: without maps: they are `head_map`'s.
+      base: another plan's walk with its streams, whose layers up to the first difference are not repeated.
+      keep: whether to keep the streams.
+
+    Raises:
+      ValueError: if the model cannot share attention by the plan.
+    """
+    check_plan(self.config, plan)
+    layers = self.config.num_layers
+    first = min(plan.followers, default=layers)
+    if base is not None and base.streams:
+      begin = next((layer for layer in range(layers) if plan.source[layer] != base.plan.source[layer]), layers)
+      streams = list(base.streams[: begin + 1])
+    else:
+      begin = first
+      streams = [self._before(layer) for layer in range(begin + 1)]
+    stream = streams[-1]
+    for layer in range(begin, layers):
+      is_anchor = plan.is_anchor(layer)
+      head_map = None if is_anchor else self.head_map(plan.source[layer], layer)
+      arrays = PlanArrays.of_layer(layer, self.config, is_anchor, head_map)
+      if self.how is None:
+        stream = tuple(walk.advance(self.config, self.block(layer), chunk, arrays) for chunk in stream)
+      else:
+        stream = recover_layer(
+          self.config, self.block(layer), stream, self._trace[layer], arrays, self.how, self._calibration
+        )[1]
+      if keep:
+        streams.append(stream)
+    losses = self._losses(stream)
+    self._record.add(plan, losses)
+    return Walk(plan, tuple(streams) if keep else (), losses)
+
+  def _before(self, layer: int) -> Stream:
+    """The dense model's stream before a layer."""
+    if layer == 0:
+      return self._start
+    return tuple(Chunk(target.x, target.state) for target in self._trace[layer - 1])
+
+  def losses(self, plan: SharingPlan, base: Walk | None = None) -> np.ndarray:
+    """The plan's losses, float64 ``[texts]``: from the record, or measured now."""
+    known = self._record.get(plan)
+    return self.walk(plan, base).losses if known is None else known
+
+  def increase(self, losses: np.ndarray) -> float:
+    """By how much losses exceed the dense model's, mean over texts, in nats."""
+    return float((losses - self.dense).mean())
+
+  @property
+  def measured(self) -> dict[SharingPlan, np.ndarray]:
+    """Every plan measured so far and its losses."""
+    return {
+      SharingPlan.parse(text, self.config.num_layers): np.array(losses) for text, losses in self._record.plans.items()
+    }
+
+  def costs(self, reach: int, progress: Progress | None = None) -> np.ndarray:
+    """An estimate of what each single follower costs, without a forward pass for each.
+
+    The refitted follower's error δ in the attention's output is weighed with the loss's gradient g there,
+    ``½ mean (g·δ)²`` over tokens: the loss's second-order term with the empirical Fisher matrix, token by token.
+
+    Args:
+      reach: farthest anchor considered, in layers before the follower.
+      progress: called with (layers done, layers in all).
+
+    Returns:
+      float64 ``[L, L]``: anchor, follower; infinite where one cannot follow the other, or is out of reach.
+    """
+    layers = self.config.num_layers
+    out = np.full((layers, layers), np.inf)
+    gradients = self._gradients()
+    for layer in range(layers - 1, 0, -1):
+      gradient = next(gradients)
+      for anchor in range(max(0, layer - reach), layer):
+        if (anchor in self.config.local_layers) != (layer in self.config.local_layers):
+          continue
+        out[anchor, layer] = self._pair_cost(anchor, layer, gradient)
+      if progress is not None:
+        progress(layers - layer, layers - 1)
+    return out
+
+  def _gradients(self) -> Any:
+    """Of the calibration text's loss with respect to each layer's attention output, from the last layer down."""
+    outside = {name: value for name, value in self.params.items() if name != "layers"}
+    tokens = np.concatenate([text.calibration for text in self.texts])
+    chunks = np.split(tokens, range(self.chunk, len(tokens), self.chunk))
+    cotangents = [
+      _head_gradient(self.config, outside, target.x, jnp.asarray(rows, jnp.int32))
+      for target, rows in zip(self._trace[-1], chunks, strict=False)
+    ]
+    for layer in range(self.config.num_layers - 1, 0, -1):
+      pairs = [
+        _gradient(self.config, self.block(layer), chunk, PlanArrays.of_layer(layer, self.config, True), cotangent)
+        for chunk, cotangent in zip(self._before(layer), cotangents, strict=False)
+      ]
+      cotangents = [x for x, _ in pairs]
+      yield [y for _, y in pairs]
+
+  def _pair_cost(self, anchor: int, layer: int, gradient: list[jax.Array]) -> float:
+    block = self.block(layer)
+    head_map = jnp.asarray(self.head_map(anchor, layer) or range(self.config.num_heads), jnp.int32)
+    parts = [
+      (Chunk(before.x, mine.state), target, weight)
+      for before, mine, target, weight in zip(
+        self._before(layer), self._trace[anchor], self._trace[layer], gradient, strict=False
+      )
+    ]
+    prior = block["attention"]["o_proj"]["kernel"].astype(jnp.float32).reshape(-1, self.config.embed_dim)
+    if self.how is not None:
+      sums = total(_pair_sums(self.config, block, chunk, target, head_map) for chunk, target, _ in parts)
+      prior = solve(sums, prior, self.how.ridge)[0]
+    squares = [_weighed_error(self.config, block, *part, head_map, prior) for part in parts]
+    return float(sum(squares)) / sum(chunk.x.shape[0] * chunk.x.shape[1] for chunk, *_ in parts) / 2
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _head_gradient(config: ModelConfig, params: Mapping[str, Any], x: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Gradient of the summed loss with respect to the last block's output."""
+  return jax.grad(lambda x: walk.row_losses(config, params, x, tokens).sum() * (tokens.shape[1] - 1))(x)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _gradient(
+  config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays, cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Pulls a gradient back through a dense block: to its input, and to its attention's output."""
+
+  def through(x: jax.Array, y: jax.Array) -> jax.Array:
+    state = walk.call(config, block, "state", x, chunk.state, layer)
+    heads = walk.call(config, block, "heads", x, state, layer.head_map)
+    y = walk.call(config, block, "attention_output", heads) + y
+    return walk.call(config, block, "add_mlp", walk.call(config, block, "add_attention", x, y))
+
+  return jax.vjp(through, chunk.x, jnp.zeros_like(chunk.x))[1](cotangent)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _pair_sums(config: ModelConfig, block: Block, chunk: Chunk, target: Targets, head_map: jax.Array) -> Sums:
+  heads = walk.call(config, block, "heads", chunk.x, chunk.state, head_map)
+  return Sums.of(heads.reshape(*heads.shape[:2], -1), walk.without_bias(block, "attention", "o_proj", target.y))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _weighed_error(
+  config: ModelConfig,
+  block: Block,
+  chunk: Chunk,
+  target: Targets,
+  gradient: jax.Array,
+  head_map: jax.Array,
+  kernel: jax.Array,
+) -> jax.Array:
+  """Sum over tokens of (g·δ)²."""
+  heads = walk.call(config, block, "heads", chunk.x, chunk.state, head_map).astype(jnp.float32)
+  y = walk.without_bias(block, "attention", "o_proj", target.y).astype(jnp.float32)
+  error = heads.reshape(*heads.shape[:2], -1) @ kernel - y
+  return jnp.square((error * gradient.astype(jnp.float32)).sum(axis=-1)).sum()
+
+
+class Record:
+  """The plans measured so far, in memory and, if a file is named, on disk after every one.
+
+  Args:
+    path: a JSON file, or None.
+    settings: what was measured and how: a file with other settings is refused.
+
+  Raises:
+    ValueError: if the file cannot be read or has other settings.
+  """
+
+  def __init__(self, path: Path | None, settings: dict[str, Any]):
+    self._path, self._settings = path, json.loads(json.dumps(settings))
+    self.plans: dict[str, list[float]] = {}
+    if path is not None and path.exists():
+      try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        settings, self.plans = stored["settings"], stored["plans"]
+      except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not the record of a search; name another file, or remove it") from None
+      if settings != self._settings:
+        raise ValueError(f"{path} records a search with other settings, {settings}; name another file, or remove it")
+
+  def get(self, plan: SharingPlan) -> np.ndarray | None:
+    """The plan's losses, if it has been measured."""
+    losses = self.plans.get(str(plan))
+    return None if losses is None else np.array(losses)
+
+  def add(self, plan: SharingPlan, losses: np.ndarray) -> None:
+    """Records a plan's losses."""
+    self.plans[str(plan)] = [float(loss) for loss in losses]
+    if self._path is not None:
+      unfinished = self._path.with_name(self._path.name + ".unfinished")
+      unfinished.write_text(json.dumps({"settings": self._settings, "plans": self.plans}, indent=1), encoding="utf-8")
+      unfinished.replace(self._path)

@@ -1,0 +1,321 @@
+"""Refit: closed-form recovery of what sharing costs, without training and at no run-time cost.
+
+Calibration text is walked through the dense model and the shared one side by side. A follower's output projection is
+replaced by the ridge solution that maps its head outputs ``O`` onto what the dense layer's attention added, ``Y``,
+
+    W = W_O + (OᵀO + λI)⁻¹ Oᵀ(Y − O W_O),    λ = ridge × the mean diagonal of OᵀO,
+
+which is never farther from ``Y`` than W_O is. Then W_V, by conjugate gradients on the same error (in which it is linear
+too), and W_O again. From the first follower on, the last projection of each MLP may be refitted in the same way, onto
+what the dense layer's output lacks: it sees the error that attention left and that of the layers before.
+Only sums over tokens are kept, so text streams through batch by batch; on a mesh the sums reduce over devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sa_jax.analysis import walk
+from sa_jax.analysis.align import map_by_refit, shared_model, with_map
+from sa_jax.analysis.ridge import Sums, relative_error, solve, total
+from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
+from sa_jax.config import ModelConfig
+from sa_jax.nn import PlanArrays, Transformer
+from sa_jax.nn.transformer import check_plan, check_tokens
+from sa_jax.plan import SharingPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class Refit:
+  """What is refitted and how.
+
+  Attributes:
+    ridge: of W_O, relative to the mean energy of its inputs; greater values stay nearer to the old weights.
+    values: conjugate-gradient steps on a follower's W_V between two solutions for W_O; 0 leaves W_V.
+    mlp: whether MLPs are refitted too, from the first follower on: many more weights, which little text overfits.
+    mlp_ridge: as ``ridge``, of the MLPs' last projection.
+    maps: whether each follower's head map is chosen by the error that refitting it would leave, starting from the
+      plan's. Needs a sum over all (anchor head, KV head) pairs of features, ``[N K H, N K H]``.
+
+  Raises:
+    ValueError: if a ridge is not positive or a number of steps negative.
+  """
+
+  ridge: float = 0.01
+  values: int = 0
+  mlp: bool = False
+  mlp_ridge: float = 0.1
+  maps: bool = False
+
+  def __post_init__(self) -> None:
+    if not (self.ridge > 0 and self.mlp_ridge > 0):
+      raise ValueError(f"ridge and mlp_ridge must be positive, not {self.ridge} and {self.mlp_ridge}")
+    if self.values < 0:
+      raise ValueError(f"values, a number of steps, must not be negative, and is {self.values}")
+
+  def check(self, config: ModelConfig) -> None:
+    """Checks that the model can be refitted so.
+
+    Raises:
+      ValueError: if an MLP's output is normalised before it is added: no linear map leads from its last projection to
+        what the dense block's output lacks.
+    """
+    if self.mlp and config.post_norms:
+      raise ValueError("the MLPs of this model are normalised at their output and cannot be refitted: leave them out")
+
+
+class Report(NamedTuple):
+  """One refitted projection.
+
+  Attributes:
+    layer: which.
+    part: ``attention`` or ``mlp``.
+    before: squared error before, relative to the energy of the target.
+    after: the same after.
+    condition: estimated reciprocal condition number of the last solution.
+  """
+
+  layer: int
+  part: str
+  before: float
+  after: float
+  condition: float
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _head_sums(config: ModelConfig, block: Block, chunk: Chunk, y: jax.Array, head_map: jax.Array) -> Sums:
+  """Sums of a follower's head outputs ``[N H]`` with the dense attention's output."""
+  heads = walk.call(config, block, "heads", chunk.x, chunk.state, head_map)
+  return Sums.of(heads.reshape(*heads.shape[:2], -1), y)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _attend(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) -> tuple[jax.Array, Any]:
+  """The block's input with its attention added, and the state it carries on."""
+  state = walk.call(config, block, "state", chunk.x, chunk.state, layer)
+  heads = walk.call(config, block, "heads", chunk.x, state, layer.head_map)
+  y = walk.call(config, block, "attention_output", heads)
+  return walk.call(config, block, "add_attention", chunk.x, y), state
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _mlp_sums(config: ModelConfig, block: Block, x: jax.Array, target: jax.Array) -> Sums:
+  """Sums of the MLP's hidden activations ``[F]`` with what the dense block's output lacks before the MLP is added."""
+  return Sums.of(walk.call(config, block, "mlp_hidden", x), target - x)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _mlp(config: ModelConfig, block: Block, x: jax.Array) -> jax.Array:
+  return walk.call(config, block, "add_mlp", x)
+
+
+def with_kernel(block: Block, part: str, projection: str, kernel: jax.Array) -> Block:
+  """The block with one projection's kernel replaced, in the old one's shape and dtype."""
+  old = block[part][projection]["kernel"]
+  new = dict(block[part][projection]) | {"kernel": kernel.reshape(old.shape).astype(old.dtype)}
+  return dict(block) | {part: dict(block[part]) | {projection: new}}
+
+
+def recover_layer(
+  config: ModelConfig,
+  block: Block,
+  stream: Stream,
+  targets: tuple[Targets, ...],
+  layer: PlanArrays,
+  refit: Refit,
+  calibration: int,
+) -> tuple[Block, Stream, list[tuple[str, Any, Any, Any]]]:
+  """Refits one layer of the shared model and takes the text through it.
+
+  Args:
+    config: the model.
+    block: the layer's parameters.
+    stream: the text before the layer, in the shared model.
+    targets: what the dense model computes in the layer, by chunk.
+    layer: the layer's part of the plan.
+    refit: what to refit.
+    calibration: how many of the chunks to fit to; the others only go along.
+
+  Returns:
+    The parameters, the stream after the layer, and what was refitted: part, error before, error after, condition.
+  """
+  done = []
+  fitted = list(zip(stream, targets, strict=True))[:calibration]
+  if not layer.is_anchor:
+    block, before, after, condition = refit_attention(config, block, fitted, jnp.asarray(layer.head_map), refit)
+    done.append(("attention", before, after, condition))
+  middle = [_attend(config, block, chunk, layer) for chunk in stream]
+  if refit.mlp:
+    pairs = zip(middle[:calibration], targets, strict=False)
+    sums = total(
+      _mlp_sums(config, block, x, walk.without_bias(block, "mlp", "down_proj", target.x)) for (x, _), target in pairs
+    )
+    prior = block["mlp"]["down_proj"]["kernel"]
+    kernel, condition = solve(sums, prior, refit.mlp_ridge)
+    done.append(("mlp", relative_error(sums, prior), relative_error(sums, kernel), condition))
+    block = with_kernel(block, "mlp", "down_proj", kernel)
+  return block, tuple(Chunk(_mlp(config, block, x), state) for x, state in middle), done
+
+
+def refit_attention(
+  config: ModelConfig, block: Block, fitted: list[tuple[Chunk, Targets]], head_map: jax.Array, refit: Refit
+) -> tuple[Block, jax.Array, jax.Array, jax.Array]:
+  """Refits a follower's W_O, or W_O, W_V and W_O again; see `recover_layer`.
+
+  Returns:
+    The block, its relative error before and after, and the condition of the last solution.
+  """
+
+  def sums_of(block: Block) -> Sums:
+    return total(
+      _head_sums(config, block, chunk, walk.without_bias(block, "attention", "o_proj", target.y), head_map)
+      for chunk, target in fitted
+    )
+
+  sums = sums_of(block)
+  prior = block["attention"]["o_proj"]["kernel"].reshape(sums.cross.shape)
+  before = relative_error(sums, prior)
+  kernel, condition = solve(sums, prior, refit.ridge)
+  block = with_kernel(block, "attention", "o_proj", kernel)
+  if refit.values:
+    block = _refit_values(config, block, fitted, head_map, refit)
+    sums = sums_of(block)
+    kernel, condition = solve(sums, kernel, refit.ridge)
+    block = with_kernel(block, "attention", "o_proj", kernel)
+  return block, before, relative_error(sums, kernel), condition
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _value_product(
+  config: ModelConfig, block: Block, chunk: Chunk, head_map: jax.Array, kernel: jax.Array, target: jax.Array | None
+) -> jax.Array:
+  """``Aᵀ(target − A kernel)``, or without target ``AᵀA kernel``; A maps W_V to the attention's output."""
+
+  def output(kernel: jax.Array) -> jax.Array:
+    changed = with_kernel(block, "attention", "v_proj", kernel)
+    heads = walk.call(config, changed, "heads", chunk.x, chunk.state, head_map)
+    return walk.call(config, changed, "attention_output", heads)
+
+  offset = output(jnp.zeros_like(kernel))
+  out, transpose = jax.vjp(output, kernel)
+  difference = out - offset if target is None else target - out
+  return transpose(difference)[0]
+
+
+def _refit_values(
+  config: ModelConfig, block: Block, fitted: list[tuple[Chunk, Targets]], head_map: jax.Array, refit: Refit
+) -> Block:
+  """Conjugate gradients on the follower's error as a function of W_V, from the W_V it has."""
+
+  def product(kernel: jax.Array, with_target: bool) -> jax.Array:
+    parts = [
+      _value_product(config, block, chunk, head_map, kernel, target.y if with_target else None)
+      for chunk, target in fitted
+    ]
+    return jax.tree.reduce(jnp.add, parts)
+
+  kernel = block["attention"]["v_proj"]["kernel"]
+  residual = product(kernel, True)
+  direction = residual
+  square = jnp.vdot(residual, residual)
+  for _ in range(refit.values):
+    curved = product(direction, False)
+    step = square / jnp.maximum(jnp.vdot(direction, curved), jnp.finfo(jnp.float32).tiny)
+    kernel = kernel + step * direction
+    residual = residual - step * curved
+    new = jnp.vdot(residual, residual)
+    direction = residual + new / jnp.maximum(square, jnp.finfo(jnp.float32).tiny) * direction
+    square = new
+  return with_kernel(block, "attention", "v_proj", kernel)
+
+
+class Refitted(NamedTuple):
+  """What `refit` returns.
+
+  Attributes:
+    model: of the plan, its foldable head maps folded.
+    params: in the layer layout, pruned: an ordinary checkpoint.
+    reports: what was refitted, in order.
+  """
+
+  model: Transformer
+  params: dict[str, Any]
+  reports: list[Report]
+
+
+def refit(
+  model: Transformer,
+  params: Mapping[str, Any],
+  plan: SharingPlan,
+  tokens: Any,
+  how: Refit | None = None,
+  *,
+  chunk: int = 4,
+  progress: Callable[[int, int], None] | None = None,
+) -> Refitted:
+  """Refits a shared model to its dense original, layer by layer, each behind those already refitted.
+
+  Args:
+    model: the dense model.
+    params: in the layer layout, queries and keys of every layer included.
+    plan: which layers follow, with head maps or without.
+    tokens: int ``[rows, T]`` of calibration text, full rows.
+    how: what is refitted.
+    chunk: rows computed at once. Between two layers the text's activations, ``rows * length * D``, wait on the device.
+    progress: called with (layers done, layers in all).
+
+  Raises:
+    ValueError: if the parameters lack queries and keys, a token is not in the vocabulary, or the text does not
+      determine the weights in float32.
+  """
+  how = how or Refit()
+  config = walk.walking(model.config, params)
+  tokens = np.asarray(tokens, np.int32)
+  check_tokens(tokens, None, config.vocab_size)
+  check_plan(config, plan)
+  how.check(config)
+  shared = dense = walk.start(config, params, tokens, chunk)
+  layers = dict(params["layers"])
+  reports = []
+  first = min(plan.followers, default=config.num_layers)
+  for layer in range(config.num_layers):
+    block = layers[str(layer)]
+    as_dense = PlanArrays.of_layer(layer, config, is_anchor=True)
+    targets = tuple(walk.dense_layer(config, block, part, as_dense) for part in dense)
+    dense = tuple(Chunk(target.x, target.state) for target in targets)
+    if layer < first:
+      shared = dense
+    else:
+      is_anchor, head_map = plan.is_anchor(layer), plan.head_map_of(layer)
+      if how.maps and not is_anchor:
+        head_map = map_by_refit(config, block, list(zip(shared, targets, strict=True)), head_map, how.ridge)
+        plan = with_map(plan, layer, head_map)
+      arrays = PlanArrays.of_layer(layer, config, is_anchor, head_map)
+      layers[str(layer)], shared, done = recover_layer(config, block, shared, targets, arrays, how, len(shared))
+      reports += [Report(layer, part, *map(float, numbers)) for part, *numbers in done]
+      check_conditions(reports)
+    if progress is not None:
+      progress(layer + 1, config.num_layers)
+  shared_config = dataclasses.replace(config, attention_state=model.config.attention_state)
+  return Refitted(*shared_model(shared_config, dict(params) | {"layers": layers}, plan), reports)
+
+
+def check_conditions(reports: list[Report]) -> None:
+  """Checks that every solution was determined.
+
+  Raises:
+    ValueError: if the text does not determine some weights in float32.
+  """
+  eps = float(np.finfo(np.float32).eps)
+  if wrong := [f"layer {report.layer} {report.part}" for report in reports if not report.condition > eps]:
+    raise ValueError(
+      f"the calibration text does not determine the weights of {', '.join(wrong)} in float32: "
+      "give more text or a greater ridge"
+    )

@@ -1,0 +1,93 @@
+"""Ridge regression from sums over tokens: what refitting and aligning have in common."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+product = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+"""`jnp.einsum` in full float32, which accelerators do not give unasked."""
+
+
+class Sums(NamedTuple):
+  """What ridge regression needs to know of its data, summed over tokens in float32.
+
+  Attributes:
+    gram: ``[X, X]``, inputs with inputs.
+    cross: ``[X, D]``, inputs with targets.
+    energy: scalar, targets with targets.
+  """
+
+  gram: jax.Array
+  cross: jax.Array
+  energy: jax.Array
+
+  @classmethod
+  def of(cls, inputs: jax.Array, targets: jax.Array) -> Sums:
+    """Of inputs ``[..., X]`` and targets ``[..., D]``."""
+    x = inputs.reshape(-1, inputs.shape[-1]).astype(jnp.float32)
+    y = targets.reshape(-1, targets.shape[-1]).astype(jnp.float32)
+    return cls(product("TX,TZ->XZ", x, x), product("TX,TD->XD", x, y), jnp.sum(jnp.square(y)))
+
+  def __add__(self, other: Sums) -> Sums:  # type: ignore[override]
+    return Sums(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+  def error(self, weights: jax.Array) -> jax.Array:
+    """Squared error of the linear map ``[X, D]``, summed over tokens and outputs."""
+    inner = product("XD,XD->", weights, 2 * self.cross - product("XZ,ZD->XD", self.gram, weights))
+    return self.energy - inner
+
+
+def gain(sums: Sums, prior: jax.Array, ridge: float | jax.Array) -> jax.Array:
+  """By how much `solve` lowers the penalised error: ``‖L⁻¹ R‖²`` with R the prior's residual and L the factor."""
+  factor = jnp.linalg.cholesky(_penalised(sums.gram, ridge))
+  residual = sums.cross - product("XZ,ZD->XD", sums.gram, prior)
+  return jnp.sum(jnp.square(jax.scipy.linalg.solve_triangular(factor, residual, lower=True)))
+
+
+def _penalised(gram: jax.Array, ridge: float | jax.Array) -> jax.Array:
+  size = gram.shape[0]
+  mean = jnp.maximum(jnp.trace(gram) / size, jnp.finfo(jnp.float32).tiny)
+  return gram + ridge * mean * jnp.eye(size, dtype=jnp.float32)
+
+
+@jax.jit
+def solve(sums: Sums, prior: jax.Array, ridge: float | jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Ridge regression towards a prior.
+
+  Args:
+    sums: of the data.
+    prior: ``[X, D]``, the weights to stay near.
+    ridge: penalty relative to the mean diagonal of ``sums.gram``.
+
+  Returns:
+    float32 ``[X, D]`` weights whose error is at most the prior's, and an estimate of the reciprocal condition number
+    (from the Cholesky factor's diagonal; NaN if the matrix is not positive definite in float32).
+  """
+  prior = prior.astype(jnp.float32)
+  matrix = _penalised(sums.gram, ridge)
+  factor = jax.scipy.linalg.cho_factor(matrix)
+  residual = sums.cross - product("XZ,ZD->XD", sums.gram, prior)
+  step = jax.scipy.linalg.cho_solve(factor, residual)
+  # One step of iterative refinement takes back what float32 lost in the factor.
+  step = step + jax.scipy.linalg.cho_solve(factor, residual - product("XZ,ZD->XD", matrix, step))
+  diagonal = jnp.diagonal(factor[0])
+  return prior + step, jnp.square(diagonal.min() / diagonal.max())
+
+
+@jax.jit
+def relative_error(sums: Sums, weights: jax.Array) -> jax.Array:
+  """`Sums.error` divided by the targets' energy."""
+  return sums.error(weights.astype(jnp.float32)) / jnp.maximum(sums.energy, jnp.finfo(jnp.float32).tiny)
+
+
+def total(parts: Iterable[Sums]) -> Sums:
+  """The sum of some chunks' sums, at least one.
+
+  Chunks are added as they come, so that one chunk's activations are in memory at a time.
+  """
+  return functools.reduce(Sums.__add__, parts)

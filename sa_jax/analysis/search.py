@@ -1,0 +1,257 @@
+"""Which layers to share: greedy and beam search by loss, dynamic programming over pair costs, and the paper's spans."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sa_jax.analysis.judge import Judge
+from sa_jax.config import ModelConfig
+from sa_jax.cost import cost
+from sa_jax.nn.transformer import check_plan
+from sa_jax.plan import SharingPlan
+
+Progress = Callable[[int, int], None]
+
+
+class Found(NamedTuple):
+  """A plan that a search proposes.
+
+  Attributes:
+    plan: without head maps.
+    losses: float64 ``[texts]`` of the judging rows, after recovery.
+    increase: over the dense model, mean over texts, in nats.
+  """
+
+  plan: SharingPlan
+  losses: np.ndarray
+  increase: float
+
+
+def followers_for(config: ModelConfig, budget: str, seq_len: int = 1024) -> int:
+  """How many followers a budget asks for.
+
+  Args:
+    config: the model.
+    budget: a number of followers, such as ``8``; or the share of the dense model's cost that may remain: ``kv=80%`` of
+      the KV cache, ``flops=95%`` of a forward pass over ``seq_len`` tokens.
+    seq_len: tokens, for FLOPs.
+
+  Raises:
+    ValueError: if the budget has another form, or no plan can meet it.
+  """
+  most = config.num_layers - 1
+  kind, _, amount = budget.strip().partition("=")
+  if not amount and kind.isdecimal():
+    if not 1 <= int(kind) <= most:
+      raise ValueError(f"{kind} followers are impossible: a model of {config.num_layers} layers can have 1 to {most}")
+    return int(kind)
+  measure = {"kv": "kv_cache_bytes", "flops": "flops"}.get(kind)
+  if measure is None or not amount.endswith("%") or not amount[:-1].replace(".", "", 1).isdecimal():
+    raise ValueError(f"the budget {budget!r} is none of: a number of followers, 'kv=80%', 'flops=95%'")
+  of = lambda count: getattr(
+    cost(config, SharingPlan.from_followers(config.num_layers, range(1, count + 1)), 1, seq_len), measure
+  )
+  share = float(amount[:-1]) / 100
+  for count in range(most + 1):
+    if of(count) <= share * of(0) * (1 + 1e-9):
+      return max(count, 1)
+  raise ValueError(
+    f"no plan brings {kind} to {share:.1%} of the dense model's: with {most} followers it is {of(most) / of(0):.1%}"
+  )
+
+
+def beam(
+  judge: Judge,
+  followers: int,
+  *,
+  width: int = 1,
+  shortlist: int | None = None,
+  costs: np.ndarray | None = None,
+  excluded: Sequence[int] = (),
+  progress: Progress | None = None,
+) -> list[Found]:
+  """Adds one follower at a time, keeping the plans that raise the loss least; with ``width`` 1, greedy search.
+
+  Args:
+    judge: measures plans.
+    followers: how many to reach.
+    width: plans kept at each step.
+    shortlist: of each step's candidates, how many are measured; those of least summed pair cost. None measures all.
+    costs: pair costs ``[L, L]`` for the shortlist.
+    excluded: layers that stay anchors.
+    progress: called with (plans measured, plans to measure) at every step.
+
+  Returns:
+    The best plan found for each number of followers from 1 up.
+
+  Raises:
+    ValueError: if there are too few layers, or a shortlist is asked for without costs.
+  """
+  layers = judge.config.num_layers
+  free = sorted(set(range(1, layers)) - set(excluded))
+  if followers > len(free):
+    raise ValueError(f"{followers} followers are impossible: only {len(free)} layers may follow")
+  if shortlist is not None and costs is None:
+    raise ValueError("a shortlist needs pair costs to choose by")
+  kept = [judge.walk(SharingPlan.dense(layers), keep=True)]
+  best: list[Found] = []
+  for _ in range(followers):
+    parents = {
+      SharingPlan.from_followers(layers, (*base.plan.followers, layer)): base
+      for base in kept
+      for layer in free
+      if base.plan.is_anchor(layer)
+    }
+    parents = {plan: base for plan, base in parents.items() if fits(judge.config, plan)}
+    if not parents:
+      raise ValueError(f"no layer can follow any more with {len(best)} followers: layers of different kinds alternate")
+    candidates = list(parents)
+    if shortlist is not None and costs is not None:
+      candidates = sorted(candidates, key=lambda plan: plan_cost(plan, costs))[:shortlist]
+    found = []
+    for index, plan in enumerate(candidates):
+      losses = judge.losses(plan, parents[plan])
+      found.append(Found(plan, losses, judge.increase(losses)))
+      if progress is not None:
+        progress(index + 1, len(candidates))
+    found.sort(key=lambda each: (each.increase, each.plan.source))
+    best.append(found[0])
+    if len(best) < followers:
+      kept = [judge.walk(each.plan, parents[each.plan], keep=True) for each in found[:width]]
+  return best
+
+
+def plan_cost(plan: SharingPlan, costs: np.ndarray) -> float:
+  """Summed cost of a plan's pairs of anchor and follower."""
+  return float(sum(costs[plan.source[layer], layer] for layer in plan.followers))
+
+
+def cheapest(costs: np.ndarray, followers: int, excluded: Sequence[int] = ()) -> SharingPlan:
+  """The plan with this many followers whose pair costs have the least sum, by dynamic programming.
+
+  Args:
+    costs: ``[L, L]``: anchor, follower; infinite where not allowed.
+    followers: how many.
+    excluded: layers that stay anchors.
+
+  Raises:
+    ValueError: if there is no such plan.
+  """
+  layers = len(costs)
+  allowed = costs.copy()
+  allowed[:, list(excluded)] = np.inf
+  # best[l][f]: least cost of layers before l with f followers, where l starts a group; and where that group starts.
+  best = np.full((layers + 1, followers + 1), np.inf)
+  origin = np.zeros((layers + 1, followers + 1), int)
+  best[0, 0] = 0.0
+  for anchor in range(layers):
+    group = 0.0
+    for end in range(anchor + 1, layers + 1):
+      size = end - anchor - 1
+      if size:
+        group += allowed[anchor, end - 1]
+      if size > followers or math.isinf(group):
+        break
+      for before in range(followers - size + 1):
+        if best[anchor, before] + group < best[end, before + size]:
+          best[end, before + size] = best[anchor, before] + group
+          origin[end, before + size] = anchor
+  if math.isinf(best[layers, followers]):
+    raise ValueError(f"no plan has {followers} followers within the pairs that were considered: widen the reach")
+  source = [0] * layers
+  end, left = layers, followers
+  while end:
+    anchor = int(origin[end, left])
+    source[anchor:end] = [anchor] * (end - anchor)
+    end, left = anchor, left - (end - anchor - 1)
+  return SharingPlan(tuple(source))
+
+
+def fits(config: ModelConfig, plan: SharingPlan) -> bool:
+  """Whether the model can share attention by the plan; see `sa_jax.nn.transformer.check_plan`."""
+  try:
+    check_plan(config, plan)
+  except ValueError:
+    return False
+  return True
+
+
+def late_spans(num_layers: int, followers: int) -> Iterator[SharingPlan]:
+  """The paper's recipe: one contiguous span of followers, in the later half of the model as far as it fits there."""
+  earliest = min(num_layers // 2, num_layers - followers - 1)
+  for anchor in range(max(earliest, 0), num_layers - followers):
+    yield SharingPlan.from_followers(num_layers, range(anchor + 1, anchor + 1 + followers))
+
+
+def best_of(judge: Judge, plans: Sequence[SharingPlan], progress: Progress | None = None) -> Found:
+  """The plan of least loss.
+
+  Raises:
+    ValueError: if there is none.
+  """
+  if not plans:
+    raise ValueError("there is no plan to choose from")
+  found = []
+  for index, plan in enumerate(plans):
+    losses = judge.losses(plan)
+    found.append(Found(plan, losses, judge.increase(losses)))
+    if progress is not None:
+      progress(index + 1, len(plans))
+  return min(found, key=lambda each: each.increase)
+
+
+def improve(
+  judge: Judge,
+  start: Found,
+  costs: np.ndarray,
+  *,
+  tries: int,
+  excluded: Sequence[int] = (),
+  progress: Progress | None = None,
+) -> Found:
+  """Local search: swaps one follower for another while that lowers the measured loss, cheapest swaps first.
+
+  Args:
+    judge: measures plans.
+    start: where to begin.
+    costs: pair costs, which order the swaps.
+    tries: plans to measure at most.
+    excluded: layers that stay anchors.
+    progress: called with (plans measured, tries).
+  """
+  layers, best, tried = judge.config.num_layers, start, {start.plan}
+  for attempt in range(tries):
+    followers = set(best.plan.followers)
+    free = set(range(1, layers)) - followers - set(excluded)
+    sets = (followers - {out} | {into} for out in followers for into in free)
+    swaps = {SharingPlan.from_followers(layers, chosen) for chosen in sets} - tried
+    swaps = {plan for plan in swaps if fits(judge.config, plan)}
+    if not swaps:
+      break
+    plan = min(swaps, key=lambda plan: (plan_cost(plan, costs), plan.source))
+    tried.add(plan)
+    losses = judge.losses(plan)
+    found = Found(plan, losses, judge.increase(losses))
+    best = min(best, found, key=lambda each: each.increase)
+    if progress is not None:
+      progress(attempt + 1, tries)
+  return best
+
+
+def pareto(judge: Judge) -> list[Found]:
+  """Of all plans measured, those that no other plan beats in both followers and loss; in order of followers."""
+  best: list[Found] = []
+  by_count: dict[int, Found] = {}
+  for plan, losses in judge.measured.items():
+    found = Found(plan, losses, judge.increase(losses))
+    count = len(plan.followers)
+    if count not in by_count or found.increase < by_count[count].increase:
+      by_count[count] = found
+  for count in sorted(by_count, reverse=True):
+    if not best or by_count[count].increase < best[-1].increase:
+      best.append(by_count[count])
+  return best[::-1]

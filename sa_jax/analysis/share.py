@@ -1,0 +1,149 @@
+"""From a dense model and a budget to a shared model: search, head maps, refit, and what it cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from sa_jax.analysis import search
+from sa_jax.analysis.judge import Judge, Text
+from sa_jax.analysis.refit import Refit, Report, refit
+from sa_jax.evaluation import Perplexity, perplexity
+from sa_jax.nn import Transformer
+from sa_jax.params import as_runs
+
+Strategy = Literal["dp", "greedy", "beam", "spans"]
+Stage = Callable[[str], Callable[[int, int], None]]
+"""Called with the name of a stage of the work; returns what is called with (done, in all) during it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+  """How a plan is searched for.
+
+  Attributes:
+    strategy: ``dp`` (the plan whose pair costs have the least sum, then swaps that lower its measured loss), ``greedy``
+      and ``beam`` (one follower more at each step, by measured loss), or ``spans`` (the paper's baseline: the best
+      contiguous late span).
+    reach: dp and shortlists: farthest anchor considered, in layers before the follower.
+    swaps: dp: plans to measure in search of an improvement.
+    width: beam: plans kept at each step.
+    shortlist: greedy and beam: candidates measured at each step, those of least pair cost; None measures all.
+    excluded: layers that stay anchors.
+
+  Raises:
+    ValueError: if there is no such strategy or a number is out of range.
+  """
+
+  strategy: Strategy = "dp"
+  reach: int = 5
+  swaps: int = 0
+  width: int = 4
+  shortlist: int | None = None
+  excluded: tuple[int, ...] = ()
+
+  def __post_init__(self) -> None:
+    if self.strategy not in Strategy.__args__:  # type: ignore[attr-defined]
+      raise ValueError(f"no search strategy {self.strategy!r}; there are {', '.join(Strategy.__args__)}")  # type: ignore[attr-defined]
+    if self.reach < 1 or self.width < 1 or self.swaps < 0 or (self.shortlist is not None and self.shortlist < 1):
+      raise ValueError(f"reach, width and shortlist must be at least 1 and swaps at least 0: {self}")
+
+
+def search_plan(judge: Judge, followers: int, how: Search, stage: Stage = lambda _: lambda *_: None) -> search.Found:
+  """The plan with this many followers that a search proposes.
+
+  Args:
+    judge: measures plans.
+    followers: how many.
+    how: the strategy.
+    stage: told what is being done.
+
+  Raises:
+    ValueError: if no plan has so many followers under the search's limits.
+  """
+  excluded = how.excluded
+  if how.strategy == "spans":
+    spans = search.late_spans(judge.config.num_layers, followers)
+    allowed = [plan for plan in spans if not set(excluded) & set(plan.followers) and search.fits(judge.config, plan)]
+    return search.best_of(judge, allowed, stage("measuring spans"))
+  needs_costs = how.strategy == "dp" or how.shortlist is not None
+  costs = judge.costs(how.reach, stage("estimating pairs")) if needs_costs else None
+  if how.strategy == "dp":
+    assert costs is not None
+    found = search.best_of(judge, [search.cheapest(costs, followers, excluded)], stage("measuring the plan"))
+    return search.improve(judge, found, costs, tries=how.swaps, excluded=excluded, progress=stage("trying swaps"))
+  width = how.width if how.strategy == "beam" else 1
+  return search.beam(
+    judge,
+    followers,
+    width=width,
+    shortlist=how.shortlist,
+    costs=costs,
+    excluded=excluded,
+    progress=stage("measuring candidates"),
+  )[-1]
+
+
+class Shared(NamedTuple):
+  """What `share` returns.
+
+  Attributes:
+    model: of the plan found, with the head maps that could not be folded.
+    params: in the layer layout, pruned and refitted: an ordinary checkpoint.
+    dense: the dense model's perplexity of each text's judging rows.
+    shared: the shared model's.
+    reports: what was refitted.
+  """
+
+  model: Transformer
+  params: dict[str, Any]
+  dense: dict[str, Perplexity]
+  shared: dict[str, Perplexity]
+  reports: list[Report]
+
+
+def share(
+  model: Transformer,
+  params: Mapping[str, Any],
+  texts: Sequence[Text],
+  followers: int,
+  *,
+  how: Search | None = None,
+  recovery: Refit | None = None,
+  chunk: int = 4,
+  stage: Stage = lambda _: lambda *_: None,
+) -> Shared:
+  """Finds a plan, aligns heads, refits, and measures: everything without training.
+
+  Args:
+    model: the dense model.
+    params: in the layer layout, queries and keys of every layer included.
+    texts: to calibrate on and, by their other rows, to judge by.
+    followers: how many layers shall share; see `sa_jax.analysis.search.followers_for`.
+    how: the search.
+    recovery: the refit.
+    chunk: rows computed at once.
+    stage: told what is being done.
+
+  Raises:
+    ValueError: as `Judge`, `search_plan` and `refit`.
+  """
+  recovery = recovery or Refit(maps=True)
+  judge = Judge(model, params, texts, recovery, chunk=chunk, progress=stage("reading the texts"))
+  plan = judge.with_maps(search_plan(judge, followers, how or Search(), stage).plan)
+  del judge
+  calibration = np.concatenate([text.calibration for text in texts])
+  made = refit(model, params, plan, calibration, recovery, chunk=chunk, progress=stage("refitting"))
+  results = []
+  for label, each, weights in (("dense", model, params), ("shared", made.model, made.params)):
+    runs = as_runs(weights, each.plan)
+    report = stage(f"scoring, {label}")
+    results.append(
+      {text.name: perplexity(each, runs, jnp.asarray(text.judging), batch_size=1, progress=report) for text in texts}
+    )
+  dense, shared = results
+  return Shared(made.model, made.params, dense, shared, made.reports)

@@ -1,0 +1,148 @@
+"""Walking calibration text through a dense model layer by layer, with any layer acting as a follower.
+
+A `Stream` is where the text stands between two layers. Every step is one compiled function for all layers, and a walk
+can start from any stream that was kept: trying another follower does not repeat the layers before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from sa_jax import ops
+from sa_jax.config import ModelConfig
+from sa_jax.nn import PlanArrays, PlannedBlock, PlannedTransformer
+from sa_jax.nn.planned import empty_state
+from sa_jax.nn.state import State
+
+Block = Mapping[str, Any]
+"""One block's parameters, with queries and keys."""
+
+
+@struct.dataclass
+class Chunk:
+  """Some rows of text between two layers.
+
+  Attributes:
+    x: ``[B, T, D]``.
+    state: the attention state carried to the next layer.
+  """
+
+  x: jax.Array
+  state: State
+
+
+Stream = tuple[Chunk, ...]
+
+
+class Targets(NamedTuple):
+  """What the dense model computes in one layer, for a chunk.
+
+  Attributes:
+    y: ``[B, T, D]``, the attention's output.
+    x: ``[B, T, D]``, the block's output.
+    state: the layer's own attention state.
+  """
+
+  y: jax.Array
+  x: jax.Array
+  state: State
+
+
+def walking(config: ModelConfig, params: Mapping[str, Any]) -> ModelConfig:
+  """The config to walk with, once the parameters are known to be in the layer layout, with every layer's W_Q and W_K.
+
+  Raises:
+    ValueError: if they do not.
+  """
+  if "layers" not in params:
+    raise ValueError("parameters in the layer layout are needed: open the model with layout='layers'")
+  layers = params["layers"]
+  if missing := [
+    layer for layer in range(config.num_layers) if not {"q_proj", "k_proj"} <= set(layers[str(layer)]["attention"])
+  ]:
+    raise ValueError(
+      f"layers {missing} have no q_proj and k_proj, without which it cannot be told what they attend to: "
+      "start from the dense checkpoint"
+    )
+  return dataclasses.replace(config, attention_state="query_key")
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _embed(config: ModelConfig, params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
+  return PlannedTransformer(config).apply({"params": params}, tokens, method="embedded")
+
+
+def start(config: ModelConfig, params: Mapping[str, Any], tokens: np.ndarray, chunk: int) -> Stream:
+  """The stream before layer 0, of int ``[rows, T]`` tokens in chunks of rows."""
+  outside = {name: value for name, value in params.items() if name != "layers"}
+  return tuple(
+    Chunk(_embed(config, outside, jnp.asarray(rows, jnp.int32)), empty_state(config, *rows.shape))
+    for rows in np.split(tokens, range(chunk, len(tokens), chunk))
+  )
+
+
+def call(config: ModelConfig, block: Block, method: str, *arguments: Any) -> Any:
+  """A method of `PlannedBlock` with a block's parameters."""
+  return PlannedBlock(config).apply({"params": block}, *arguments, method=method)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def advance(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) -> Chunk:
+  """A chunk through one layer, which is an anchor or a follower as ``layer`` says."""
+  return Chunk(*call(config, block, "__call__", chunk.x, chunk.state, layer))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def dense_layer(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) -> Targets:
+  """A chunk through one layer, an anchor, with what it computes on the way."""
+  state = call(config, block, "state", chunk.x, chunk.state, layer)
+  heads = call(config, block, "heads", chunk.x, state, layer.head_map)
+  y = call(config, block, "attention_output", heads)
+  return Targets(y, call(config, block, "add_mlp", call(config, block, "add_attention", chunk.x, y)), state)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def row_losses(config: ModelConfig, params: Mapping[str, Any], x: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Mean negative log-likelihood of each row's tokens after its first, ``[B]``, from the last block's output."""
+  logits = PlannedTransformer(config).apply({"params": params}, x, method="read")
+  return -ops.token_log_likelihoods(logits[:, :-1], tokens[:, 1:]).mean(axis=-1)
+
+
+def losses(config: ModelConfig, params: Mapping[str, Any], stream: Stream, tokens: np.ndarray) -> np.ndarray:
+  """`row_losses` of a stream after the last layer: float64 ``[rows]``."""
+  outside = {name: value for name, value in params.items() if name != "layers"}
+  out, done = [], 0
+  for chunk in stream:
+    rows = tokens[done : done + chunk.x.shape[0]]
+    out.append(row_losses(config, outside, chunk.x, jnp.asarray(rows, jnp.int32)))
+    done += len(rows)
+  return np.concatenate([np.asarray(part, np.float64) for part in out])
+
+
+def dense_trace(
+  config: ModelConfig, params: Mapping[str, Any], stream: Stream, report: Callable[[int, int], None] | None = None
+) -> list[tuple[Targets, ...]]:
+  """What the dense model computes in every layer, for every chunk. Holds ``L`` layers of the text's activations."""
+  trace = []
+  for layer in range(config.num_layers):
+    arrays = PlanArrays.of_layer(layer, config, is_anchor=True)
+    targets = tuple(dense_layer(config, params["layers"][str(layer)], chunk, arrays) for chunk in stream)
+    stream = tuple(Chunk(target.x, target.state) for target in targets)
+    trace.append(targets)
+    if report is not None:
+      report(layer + 1, config.num_layers)
+  return trace
+
+
+def without_bias(block: Block, part: str, projection: str, target: jax.Array) -> jax.Array:
+  """The target that the kernel alone must reach: what a bias adds is left as it is."""
+  bias = block[part][projection].get("bias")
+  return target if bias is None else target - jnp.broadcast_to(bias, target.shape)

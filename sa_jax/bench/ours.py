@@ -1,0 +1,156 @@
+"""Our own measurements. Parameters are random: only shapes matter."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sa_jax import ops
+from sa_jax.bench.measure import Timing, copy_bandwidth, device_name, matrix_rate, timed
+from sa_jax.bench.task import Result, Task
+from sa_jax.config import ModelConfig
+from sa_jax.cost import cost
+from sa_jax.decode import Batcher, DecodeState, Sampler
+from sa_jax.decode import decode as decode_steps
+from sa_jax.decode.engine import prefill as prefill_rows
+from sa_jax.decode.engine import row_keys
+from sa_jax.nn import Runs, Transformer
+from sa_jax.plan import SharingPlan
+from sa_jax.sharding import abstract_params
+
+_STEPS = 32
+
+
+def config_of(task: Task) -> ModelConfig:
+  """The preset with the task's depth and way to compute; it never ends a row by itself."""
+  preset = ModelConfig.preset(task.model)
+  return dataclasses.replace(
+    preset,
+    num_layers=task.layers or preset.num_layers,
+    eos_token_ids=(),
+    attention=task.attention,
+    attention_state=task.attention_state,
+  )
+
+
+def random_tree(tree: Any) -> Any:
+  """Normal values of standard deviation 0.02 in the shapes and dtypes of a tree."""
+  leaves, structure = jax.tree.flatten(tree)
+  fill = jax.jit(_normal, static_argnames=("shape", "dtype"))
+  values = [fill(jax.random.key(number), leaf.shape, str(leaf.dtype)) for number, leaf in enumerate(leaves)]
+  return jax.tree.unflatten(structure, values)
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+  return (jax.random.normal(key, shape, jnp.float32) * 0.02).astype(dtype)
+
+
+def decode(task: Task) -> Result:
+  """One decode step of full rows: `_STEPS` steps on device in one call, the last of which fills the cache."""
+  config = config_of(task)
+  plan = SharingPlan.parse(task.plan, config.num_layers)
+  model = Transformer(config, plan)
+  ceiling = copy_bandwidth()
+  params = random_tree(abstract_params(model, layout="layers"))
+  start = task.seq_len - _STEPS
+  state = DecodeState.empty(model, task.batch, task.seq_len)
+
+  def call() -> jax.Array:
+    nonlocal state
+    fresh = dataclasses.replace(
+      state,
+      positions=jnp.full(task.batch, start, jnp.int32),
+      remaining=jnp.full(task.batch, _STEPS + 1, jnp.int32),
+      done=jnp.zeros(task.batch, bool),
+    )
+    state, out = decode_steps(model, Sampler(), _STEPS, params, fresh)
+    return out
+
+  timing = timed(call, task.repeats).scaled(1 / _STEPS)
+  # What the steps read on average: the cache grows from `start + 1` to `seq_len` tokens.
+  work = cost(config, plan, task.batch, task.seq_len - (_STEPS - 1) // 2).decode_bytes
+  return Result(task, *timing, work, ceiling, device_name(), detail=f"cache {state.cache.nbytes / 1e9:.2f} GB")
+
+
+def prefill(task: Task) -> Result:
+  """The forward pass of a stack of layers, without embedding and head."""
+  return _stack_of_layers(task, gradient=False)
+
+
+def train(task: Task) -> Result:
+  """The gradient of a stack of layers with respect to parameters and input, each layer rematerialised."""
+  return _stack_of_layers(task, gradient=True)
+
+
+def _stack_of_layers(task: Task, gradient: bool) -> Result:
+  config = dataclasses.replace(config_of(task), remat="full")
+  plan = SharingPlan.parse(task.plan, config.num_layers)
+  ceiling = matrix_rate()
+  layers = Runs(config, plan)
+  shape = (task.batch, task.seq_len, config.embed_dim)
+  abstract = jax.eval_shape(lambda: layers.init(jax.random.key(0), jnp.zeros(shape, config.dtype), None))
+  params = random_tree(jax.tree.map(lambda box: box.value, abstract, is_leaf=lambda leaf: hasattr(leaf, "value")))
+  x = jax.random.normal(jax.random.key(0), shape, config.dtype)
+
+  def loss(params: Any, x: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.square(layers.apply(params, x, None).astype(jnp.float32)))
+
+  program = jax.jit(jax.grad(loss, argnums=(0, 1)) if gradient else lambda params, x: layers.apply(params, x, None))
+  compiled = program.lower(params, x).compile()
+  memory = compiled.memory_analysis()
+  timing = timed(lambda: compiled(params, x), task.repeats)
+  temporaries = memory.temp_size_in_bytes if memory else None
+  head = 2 * task.batch * task.seq_len * config.vocab_size * config.embed_dim
+  flops = (cost(config, plan, task.batch, task.seq_len).flops - head) * (3 if gradient else 1)
+  backend = "weights"
+  if config.attention_state == "query_key":
+    q, k = (jnp.zeros((1, task.seq_len, heads, config.head_dim), config.dtype) for heads in (config.num_heads, 1))
+    backend = ops.choose_backend(config.attention, q, k)
+  return Result(task, *timing, flops, ceiling, device_name(), temporaries, backend)
+
+
+def batching(task: Task) -> Result:
+  """All tokens of requests with 64 prompt tokens and 16 to 512 new ones; ``detail`` compares with static batches."""
+  config = config_of(task)
+  plan = SharingPlan.parse(task.plan, config.num_layers)
+  model = Transformer(config, plan)
+  params = random_tree(abstract_params(model, layout="layers"))
+  rng = np.random.default_rng(0)
+  prompts = rng.integers(3, config.vocab_size, (task.requests, 64)).astype(np.int32)
+  lengths = rng.integers(16, 513, task.requests)
+
+  def continuous() -> None:
+    batcher = Batcher(model, params, slots=task.batch, capacity=task.seq_len)
+    requests = [batcher.submit(prompt, int(length)) for prompt, length in zip(prompts, lengths, strict=True)]
+    batcher.run()
+    assert [len(request.tokens) for request in requests] == lengths.tolist()
+
+  def static() -> None:
+    for start in range(0, task.requests, task.batch):
+      rows = slice(start, start + task.batch)
+      state = prefill_rows(
+        model, Sampler(), task.seq_len, params, jnp.asarray(prompts[rows]),
+        jnp.full(task.batch, 64, jnp.int32), jnp.asarray(lengths[rows] - 1, jnp.int32), row_keys(0, range(task.batch)),
+      )  # fmt: skip
+      jax.block_until_ready(decode_steps(model, Sampler(), 511, params, state))
+
+  ours, theirs = _wall(continuous, task.repeats), _wall(static, task.repeats)
+  tokens = int(lengths.sum())
+  detail = f"static batches {tokens / theirs.median:.0f} tokens/s; continuous {theirs.median / ours.median:.2f} ×"
+  return Result(task, *ours, tokens, 0.0, device_name(), detail=detail)
+
+
+def _wall(call: functools.partial[None] | Any, repeats: int) -> Timing:
+  call()
+  seconds = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    call()
+    seconds.append(time.perf_counter() - start)
+  return Timing(float(np.median(seconds)), min(seconds), max(seconds))

@@ -1,0 +1,112 @@
+"""What a user would pick instead, where it is installed: Hugging Face transformers on torch."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from sa_jax.bench.measure import Timing
+from sa_jax.bench.task import Result, Task
+from sa_jax.config import ModelConfig
+from sa_jax.convert import hf_config
+from sa_jax.cost import cost
+
+_STEPS = 32
+
+
+def _build(task: Task, head: bool) -> tuple[Any, ModelConfig]:
+  """A randomly initialised model in bfloat16 on the GPU, in the shapes of the preset."""
+  try:
+    import torch
+    import transformers
+  except ImportError:
+    raise ValueError("peers need torch and transformers: pip install torch transformers") from None
+  import dataclasses
+
+  preset = ModelConfig.preset(task.model)
+  config = dataclasses.replace(preset, num_layers=task.layers or preset.num_layers)
+  if not head:
+    config = dataclasses.replace(config, vocab_size=32)
+  values = hf_config.write(config) | {"bos_token_id": 0, "eos_token_id": 1}
+  made = transformers.LlamaConfig(**values, attn_implementation="sdpa")  # type: ignore[call-arg]
+  torch.set_default_dtype(torch.bfloat16)
+  with torch.device("cuda"):
+    model = (transformers.LlamaForCausalLM if head else transformers.LlamaModel)(made)
+  return model, config
+
+
+def _timed(call: Callable[[], Any], repeats: int, warmup: int = 3) -> Timing:
+  import torch
+
+  seconds = []
+  for attempt in range(warmup + repeats):
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    if attempt >= warmup:
+      seconds.append(time.perf_counter() - start)
+  return Timing(statistics.median(seconds), min(seconds), max(seconds))
+
+
+def decode(task: Task) -> Result:
+  """Greedy decode steps against a static cache of ``seq_len`` slots, the forward pass compiled with CUDA graphs."""
+  import torch
+  import transformers
+
+  model, config = _build(task, head=True)
+  model.eval()
+  cache = transformers.StaticCache(config=model.config, max_cache_len=task.seq_len)
+
+  def step(token: Any, position: Any) -> Any:
+    out = model(token, past_key_values=cache, position_ids=position, use_cache=True)
+    return out.logits[:, -1:].argmax(-1)
+
+  with torch.no_grad():
+    prompt = torch.randint(2, config.vocab_size, (task.batch, 16), device="cuda")
+    token = model(prompt, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    if task.who == "hf-compiled":
+      step = torch.compile(step, mode="reduce-overhead", dynamic=False)
+    positions = [torch.full((task.batch, 1), 16 + index, device="cuda") for index in range(_STEPS)]
+
+    def call() -> None:
+      nonlocal token
+      cache.layers  # noqa: B018 (the cache is the compiled function's own)
+      for position in positions:
+        token = step(token, position).clone()
+
+    # The attention reads all slots of a static cache, whatever the position, so a short run stands for a long one.
+    calls = min(task.repeats, (task.seq_len - 16) // _STEPS - 4)
+    timing = _timed(call, calls).scaled(1 / _STEPS)
+  work = cost(config, None, task.batch, task.seq_len).decode_bytes
+  return Result(
+    task, *timing, work, 0.0, torch.cuda.get_device_name(), detail=f"transformers {transformers.__version__}"
+  )
+
+
+def train(task: Task) -> Result:
+  """The gradient of a stack of layers, SDPA, gradient checkpointing; compiled."""
+  import torch
+  import transformers
+
+  model, config = _build(task, head=False)
+  model.train()
+  model.gradient_checkpointing_enable()
+  if task.who == "hf-compiled":
+    model.compile()
+  x = torch.randn(task.batch, task.seq_len, config.embed_dim, device="cuda", requires_grad=True)
+
+  def call() -> None:
+    model.zero_grad(set_to_none=True)
+    x.grad = None
+    out = model(inputs_embeds=x, use_cache=False).last_hidden_state
+    out.float().square().mean().backward()
+
+  timing = _timed(call, task.repeats)
+  head = 2 * task.batch * task.seq_len * config.vocab_size * config.embed_dim
+  flops = (cost(config, None, task.batch, task.seq_len).flops - head) * 3
+  peak = torch.cuda.max_memory_allocated()
+  detail = f"transformers {transformers.__version__}, peak {peak / 1e9:.1f} GB"
+  return Result(task, *timing, flops, 0.0, torch.cuda.get_device_name(), detail=detail)

@@ -1,0 +1,39 @@
+"""Pictures of measurements, as PNG. Needs the extra ``plots``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sa_jax.analysis.plots import new_figure
+from sa_jax.bench.task import Result
+from sa_jax.config import ModelConfig
+from sa_jax.cost import cost
+
+
+def decode_curves(results: Sequence[Result], path: Path) -> None:
+  """Draws decode time and cache size against context length, one line a plan.
+
+  Args:
+    results: decode measurements.
+    path: the PNG to write.
+
+  Raises:
+    ValueError: if matplotlib is not installed.
+  """
+  figure = new_figure(10, 4)
+  time_axes, cache_axes = figure.subplots(1, 2)
+  for plan in dict.fromkeys(result.task.plan for result in results):
+    chosen = [result for result in results if result.task.plan == plan]
+    lengths = [result.task.seq_len for result in chosen]
+    configs = [ModelConfig.preset(result.task.model) for result in chosen]
+    cache = [cost(config, plan, r.task.batch, r.task.seq_len).kv_cache_bytes for config, r in zip(configs, chosen)]
+    time_axes.plot(lengths, [result.seconds * 1e3 for result in chosen], marker="o", label=plan)
+    cache_axes.plot(lengths, [size / 1e9 for size in cache], marker="o", label=plan)
+  batch, device = results[0].task.batch, results[0].device
+  time_axes.set(title=f"a decode step of {batch} rows, {device}", xlabel="context, tokens", ylabel="ms", ylim=(0, None))
+  cache_axes.set(title=f"KV cache of {batch} rows", xlabel="context, tokens", ylabel="GB", ylim=(0, None))
+  for axes in (time_axes, cache_axes):
+    axes.legend()
+    axes.grid(alpha=0.3)
+  figure.savefig(path)

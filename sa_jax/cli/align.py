@@ -1,0 +1,63 @@
+"""``sa-jax align``: which anchor head serves each head of a follower."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from sa_jax.cli.common import console, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Align:
+  """Choose a head map for every follower of a plan, never worse than none on the calibration text."""
+
+  model: tyro.conf.Positional[Path]
+  """A dense Hugging Face folder, GGUF file or sa_jax checkpoint."""
+  plan: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PLAN")]
+  """Which layers share, such as 22:23-26."""
+  texts: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT ...")]
+  """Text files (or .jsonl with a "text" a line) to calibrate on."""
+  kinds: tuple[Literal["group", "permutation", "free"], ...] = ("group", "permutation", "free")
+  """Maps to consider; group alone is free at run time, folded into the weights."""
+  length: int = 512
+  """Tokens a row."""
+  rows: int = 4
+  """Rows of each text."""
+  out: Path | None = None
+  """Save the shared model as this checkpoint, which must not exist."""
+  dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+  """Type of the stored parameters."""
+  json: Path | None = None
+  """Also write the maps to this file."""
+
+  def run(self) -> None:
+    """Prints each follower's map and what the maps gain."""
+    import numpy as np
+
+    from sa_jax import SharingPlan
+    from sa_jax.analysis.align import align, shared_model
+    from sa_jax.cli.texts import open_dense, rows_of_texts, save, stages
+    from sa_jax.convert.hf_config import write_plan
+
+    tokens = np.concatenate(rows_of_texts(self.model, self.texts, self.length, self.rows))
+    model, params = open_dense(self.model)
+    plan = SharingPlan.parse(self.plan, model.config.num_layers)
+    with stages() as stage:
+      result = align(model, params, plan, tokens, kinds=self.kinds, progress=stage("aligning heads"))
+    for layer in plan.followers:
+      heads = result.plan.head_map_of(layer) or "as they are"
+      console.print(f"layer {layer} with the heads of {plan.source[layer]}: {heads}")
+    console.print(
+      f"calibration perplexity {math.exp(result.identity_loss):.3f} → [bold]{math.exp(result.loss):.3f}[/bold]"
+    )
+    if self.out is not None:
+      save(self.out, self.model, *shared_model(model.config, params, result.plan), self.dtype)
+    write_json(
+      self.json,
+      {"shared_attention": write_plan(result.plan), "loss": result.loss, "identity_loss": result.identity_loss},
+    )

@@ -1,0 +1,86 @@
+"""``sa-jax analyze``: which layers attend alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sa_jax.cli.common import console, progress, show_table, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Analyze:
+  """Similarity of all pairs of layers, and how each layer's attention is spread; several checkpoints show the drift."""
+
+  text: tyro.conf.Positional[Path]
+  """A UTF-8 text file, or a .jsonl file with a "text" a line."""
+  models: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL ...")]
+  """One or more checkpoints of one model, in order."""
+  length: int = 512
+  """Tokens a row."""
+  rows: int = 4
+  """Rows of the text to read."""
+  top_k: int = 8
+  """Heaviest keys compared for the top-k overlap."""
+  block: int = 64
+  """Queries compared at once: memory is layers × heads × block × length."""
+  out: Path = Path("analysis")
+  """Folder for the pictures."""
+  json: Path | None = None
+  """Also write all numbers, per head and averaged, to this file."""
+
+  def run(self) -> None:
+    """Prints a row a layer and draws the maps."""
+    from sa_jax import from_pretrained
+    from sa_jax.analysis import drift, layer_similarity, plots
+    from sa_jax.cli.texts import rows_of_texts
+
+    if not self.models:
+      raise ValueError("name at least one model: sa-jax analyze TEXT MODEL ...")
+    found = {}
+    for path in self.models:
+      (tokens,) = rows_of_texts(path, [self.text], self.length, self.rows)
+      with progress(f"opening {path.name}") as report:
+        model, params = from_pretrained(path, dtype="float32", layout="layers", progress=report)
+      with progress(f"comparing layers, {path.name}") as report:
+        found[str(path)] = layer_similarity(model, params, tokens, top_k=self.top_k, block=self.block, progress=report)
+    self.out.mkdir(parents=True, exist_ok=True)
+    name, similarity = list(found.items())[-1]
+    mean = similarity.mean()
+    show_table(
+      f"{name}: each layer and the one before it, {self.rows} rows of {self.length} tokens",
+      ["layer", "cosine", "without sink", "JS, nats", f"top-{self.top_k}", "entropy, nats", "weighted variance"],
+      [[str(layer), *(f"{value:.3f}" for value in _beside(mean, layer))] for layer in range(len(mean.entropy))],
+    )
+    for field, label, highest in (
+      ("cosine", "cosine similarity", 1.0),
+      ("cosine_without_sink", "cosine similarity without the first key", 1.0),
+      ("js_divergence", "Jensen-Shannon divergence, nats", 0.6931),
+      ("top_k_overlap", f"overlap of the {self.top_k} heaviest keys", 1.0),
+    ):
+      file = self.out / f"{field}.png"
+      plots.similarity_map(getattr(mean, field), file, title=Path(name).stem, label=label, highest=highest)
+      console.print(f"{label}: [bold]{file}[/bold]")
+    values: dict[str, Any] = {
+      each: {"per_head": _lists(result), "mean": _lists(result.mean())} for each, result in found.items()
+    }
+    if len(found) > 1:
+      distances = drift(list(found.values()))
+      show_table("drift", ["checkpoint", "distance to the last"], [[n, f"{d:.4f}"] for n, d in zip(found, distances)])
+      plots.similarity_animation({each: result.mean().cosine for each, result in found.items()}, self.out / "drift.gif")
+      console.print(f"over checkpoints: [bold]{self.out / 'drift.gif'}[/bold]")
+      values["drift"] = dict(zip(found, distances.tolist(), strict=True))
+    write_json(self.json, values)
+
+
+def _beside(mean: Any, layer: int) -> list[float]:
+  pairs = [mean.cosine, mean.cosine_without_sink, mean.js_divergence, mean.top_k_overlap]
+  beside = [float(values[layer - 1, layer]) if layer else float("nan") for values in pairs]
+  return [*beside, float(mean.entropy[layer]), float(mean.weighted_variance[layer])]
+
+
+def _lists(similarity: Any) -> dict[str, Any]:
+  return {name: values.tolist() for name, values in similarity._asdict().items()}

@@ -1,0 +1,105 @@
+"""``sa-jax bench``: how fast, beside dense and beside peers."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from sa_jax.bench.task import Kind, Result, Task, run_task
+from sa_jax.cli.common import console, progress, quantity, show_table, write_json
+
+_UNITS = {"decode": "B/s", "prefill": "FLOP/s", "train": "FLOP/s", "batching": "tokens/s"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+  """Time decoding, prefill, training or continuous batching in a model's shapes (random weights)."""
+
+  task: tyro.conf.Positional[Kind]
+  """decode: one token a row; prefill, train: a stack of layers, forward and gradient; batching: unequal requests."""
+  model: str = "llama-3-8b"
+  """A preset: llama-2-7b, llama-2-13b, llama-3-8b or smollm2-135m."""
+  plan: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PLAN ...")] = ("dense",)
+  """One or more plans."""
+  batch: int = 1
+  """Rows; in batching, slots."""
+  seq_len: tuple[int, ...] = (1024,)
+  """Tokens a row, one or more; in decode and batching, cache slots."""
+  layers: int | None = None
+  """Depth; the preset's when None."""
+  attention_state: tuple[Literal["query_key", "attention_weights"], ...] = ("query_key",)
+  """What followers get from their anchor, in prefill and train."""
+  attention: tuple[Literal["auto", "reference", "blockwise", "cudnn", "splash"], ...] = ("auto",)
+  """Attention backends, in prefill and train."""
+  peers: tuple[Literal["hf-compiled", "hf-eager"], ...] = ()
+  """Also time transformers on torch, dense, in the same run."""
+  requests: int = 256
+  """How many, in batching."""
+  repeats: int = 10
+  """Timed calls of each."""
+  plot: Path | None = None
+  """decode: draw time and cache size against seq-len to this PNG."""
+  json: Path | None = None
+  """Also write the numbers to this file."""
+
+  def run(self) -> None:
+    """Measures each combination in a process of its own, and prints a table."""
+    tasks = self._tasks()
+    results = []
+    with progress(f"measuring {self.task}") as report:
+      for index, task in enumerate(tasks):
+        results.append(run_task(task))
+        report(index + 1, len(tasks))
+    columns = ["", "B", "S", "ms", "low to high", "work", "rate", "of ceiling", "temporaries", "detail"]
+    show_table(f"{self.task}, {self.model}, {results[0].device}", columns, [_row(result) for result in results])
+    if ceilings := [result.ceiling for result in results if result.ceiling]:
+      what = "copy bandwidth" if self.task == "decode" else "matrix product"
+      low, high = quantity(min(ceilings), _UNITS[self.task]), quantity(max(ceilings), _UNITS[self.task])
+      console.print(f"ceiling: {what} measured in each process, {low} to {high}")
+    write_json(self.json, results)
+    if self.plot is not None:
+      from sa_jax.bench.plot import decode_curves
+
+      decode_curves([result for result in results if result.task.who == "sa_jax"], self.plot)
+      console.print(f"drawn: {self.plot}")
+
+  def _tasks(self) -> list[Task]:
+    base = Task(
+      self.task, self.model, batch=self.batch, layers=self.layers, requests=self.requests, repeats=self.repeats
+    )
+    tasks = [
+      dataclasses.replace(base, plan=plan, seq_len=length, attention_state=state, attention=attention)
+      for length, state, attention, plan in itertools.product(
+        self.seq_len, self.attention_state, self.attention, self.plan
+      )
+    ]
+    if self.peers and self.task not in ("decode", "train"):
+      raise ValueError(f"peers are timed in decode and train, not in {self.task}")
+    tasks += [
+      dataclasses.replace(base, seq_len=length, who=who) for who, length in itertools.product(self.peers, self.seq_len)
+    ]
+    return tasks
+
+
+def _row(result: Result) -> list[str]:
+  task = result.task
+  name = task.plan if task.who == "sa_jax" else task.who
+  if task.attention_state != "query_key":
+    name += f" {task.attention_state}"
+  work = {"decode": "B", "batching": "tokens"}.get(task.kind, "FLOP")
+  return [
+    name,
+    str(task.batch),
+    str(task.seq_len),
+    f"{result.seconds * 1e3:.2f}",
+    f"{result.low * 1e3:.2f}–{result.high * 1e3:.2f}",
+    quantity(result.work, work),
+    quantity(result.rate, _UNITS[task.kind]),
+    "" if result.share is None else f"{100 * result.share:.1f} %",
+    "" if result.temp_bytes is None else quantity(result.temp_bytes, "B"),
+    result.detail,
+  ]

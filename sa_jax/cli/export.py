@@ -1,0 +1,31 @@
+"""``sa-jax export``: one of our checkpoints into a Hugging Face folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from sa_jax.cli.common import console, progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+  """Export an sa_jax checkpoint as a Hugging Face folder; one with followers brings its PyTorch code along."""
+
+  src: tyro.conf.Positional[Path]
+  """The sa_jax checkpoint."""
+  dst: tyro.conf.Positional[Path]
+  """The folder to write; it must not exist."""
+
+  def run(self) -> None:
+    """Exports."""
+    from sa_jax.convert import export
+
+    with progress(f"exporting {self.src.name}") as report:
+      export(self.src, self.dst, progress=report)
+    shared = (self.dst / "modeling_shared_attention.py").exists()
+    remedy = "AutoModelForCausalLM.from_pretrained" + ("(…, trust_remote_code=True)" if shared else "(…)")
+    size = sum(file.stat().st_size for file in self.dst.rglob("*") if file.is_file())
+    console.print(f"{self.dst}: {size / 1e6:.1f} MB, opened by {remedy}", markup=False)

@@ -1,0 +1,109 @@
+"""``sa-jax search``: which layers to share."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from sa_jax.cli.common import console, show_table, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchPlan:
+  """Search for the plan that a budget allows, judged by loss after the recovery that it would get."""
+
+  model: tyro.conf.Positional[Path]
+  """A dense Hugging Face folder, GGUF file or sa_jax checkpoint."""
+  texts: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT ...")]
+  """Text files (or .jsonl with a "text" a line) to calibrate on and judge by; each counts alike."""
+  budget: str = "8"
+  """A number of followers, or what may remain of the dense cost: kv=80%, flops=95%."""
+  strategy: Literal["dp", "greedy", "beam", "spans"] = "dp"
+  """dp is the cheapest; greedy and beam measure every candidate, or a shortlist; spans is the paper's recipe."""
+  width: int = 4
+  """beam: plans kept at each step."""
+  shortlist: int | None = None
+  """greedy, beam: candidates measured at each step; None measures all."""
+  swaps: int = 0
+  """dp: swaps to measure after it."""
+  exclude: tuple[int, ...] = ()
+  """Layers that stay anchors."""
+  refit: bool = True
+  """Whether plans are judged after refitting."""
+  maps: bool = True
+  """Whether plans are judged with head maps."""
+  length: int = 512
+  """Tokens a row."""
+  calibration_rows: int = 8
+  """Rows of each text to fit to."""
+  judging_rows: int = 4
+  """Further rows of each text to measure on."""
+  record: Path | None = None
+  """Every measured plan is kept in this file, and not measured again when the search is resumed."""
+  out: Path = Path("search")
+  """Folder for the picture."""
+  json: Path | None = None
+  """Also write the plan and the Pareto front to this file."""
+
+  def run(self) -> None:
+    """Prints the plan and the Pareto front."""
+    from sa_jax import cost
+    from sa_jax.analysis import Judge, plots, search
+    from sa_jax.analysis.refit import Refit
+    from sa_jax.analysis.share import Search, search_plan
+    from sa_jax.cli.texts import open_dense, split_texts, stages
+    from sa_jax.convert.hf_config import write_plan
+
+    how = Search(
+      strategy=self.strategy, width=self.width, shortlist=self.shortlist, swaps=self.swaps, excluded=self.exclude
+    )
+    texts = split_texts(self.model, self.texts, self.length, self.calibration_rows, self.judging_rows)
+    model, params = open_dense(self.model)
+    followers = search.followers_for(model.config, self.budget, self.length)
+    with stages() as stage:
+      judge = Judge(
+        model,
+        params,
+        texts,
+        Refit() if self.refit else None,
+        maps=self.maps,
+        record=self.record,
+        progress=stage("reading the texts"),
+      )
+      found = search_plan(judge, followers, how, stage)
+    front = search.pareto(judge)
+    dense = cost(model.config, None).kv_bytes_per_token
+    saved = lambda plan: 1 - cost(model.config, plan).kv_bytes_per_token / dense
+    show_table(
+      f"Pareto front of {len(judge.measured)} plans measured",
+      ["plan", "followers", "KV saved", "nats added", *(f"nats, {text.name}" for text in texts)],
+      [
+        [
+          str(each.plan),
+          str(len(each.plan.followers)),
+          f"{saved(each.plan):.1%}",
+          f"{each.increase:.4f}",
+          *(f"{loss:.4f}" for loss in each.losses),
+        ]
+        for each in front
+      ],
+    )
+    self.out.mkdir(parents=True, exist_ok=True)
+    file = self.out / "pareto.png"
+    points = [(saved(each.plan), each.increase) for each in front]
+    plots.pareto_front({self.strategy: points}, file, title=f"{self.model.stem}: what sharing costs")
+    console.print(f"\n[bold]{found.plan}[/bold]\n\nThe front: [bold]{file}[/bold]")
+    write_json(
+      self.json,
+      {
+        "plan": str(found.plan),
+        "shared_attention": write_plan(judge.with_maps(found.plan)),
+        "dense_losses": dict(zip((text.name for text in texts), judge.dense.tolist(), strict=True)),
+        "front": [
+          {"plan": str(each.plan), "kv_saved": saved(each.plan), "losses": each.losses.tolist()} for each in front
+        ],
+      },
+    )

@@ -1,0 +1,147 @@
+"""Our checkpoints as Hugging Face folders: plain ones, or ones with PyTorch code for Shared Attention beside them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from sa_jax.config import ModelConfig
+from sa_jax.convert import checkpoint, hf_config
+from sa_jax.convert.lazy import Progress, in_order
+from sa_jax.convert.source import copy_extras
+from sa_jax.convert.table import Entry, entries, pack
+from sa_jax.plan import SharingPlan
+
+_CODE = Path(__file__).parent / "pytorch" / "modeling_shared_attention.py"
+_SHARED_CLASSES = {
+  "llama": "SharedLlamaForCausalLM",
+  "mistral": "SharedMistralForCausalLM",
+  "qwen2": "SharedQwen2ForCausalLM",
+  "qwen3": "SharedQwen3ForCausalLM",
+}
+_SHARD_BYTES = 500_000_000
+
+
+def export(
+  src: str | Path, dst: str | Path, *, shard_bytes: int = _SHARD_BYTES, progress: Progress | None = None
+) -> None:
+  """Writes an sa_jax checkpoint as a Hugging Face folder, bit for bit in the stored dtype.
+
+  A dense model becomes a folder that transformers opens like any other. A model with followers is accompanied by
+  ``modeling_shared_attention.py``, which transformers runs under ``trust_remote_code=True``; its followers have no
+  queries and keys, and cache values alone. Memory holds one shard at a time.
+
+  Args:
+    src: an sa_jax checkpoint.
+    dst: the folder to write, which must not exist. It appears only once it is complete.
+    shard_bytes: about how large each safetensors file becomes.
+    progress: called with (tensors written, tensors in all).
+
+  Raises:
+    ValueError: if ``src`` is not a whole sa_jax checkpoint, ``dst`` exists, or the model has followers and its family
+      has no PyTorch code for them.
+  """
+  src = Path(src)
+  if not checkpoint.is_checkpoint(src):
+    raise ValueError(
+      f"{src} is not an sa_jax checkpoint; sa_jax.convert makes one from a Hugging Face folder or a GGUF"
+    )
+  config, plan = checkpoint.read_config(src)
+  stored = checkpoint.stored_shapes(src)
+  checkpoint.check_stored(src, stored, config, plan)
+  values = _config(config, plan)
+  tensors = _tensors(config, plan)
+  with checkpoint.new_folder(Path(dst)) as folder:
+    (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
+    copy_extras(src, folder)
+    if plan.followers:
+      shutil.copyfile(_CODE, folder / _CODE.name)
+    _write_shards(src, stored, folder, tensors, shard_bytes, progress)
+
+
+def _config(config: ModelConfig, plan: SharingPlan) -> dict[str, Any]:
+  values = hf_config.write(config)
+  if not plan.followers:
+    return values
+  if config.family not in _SHARED_CLASSES:
+    raise ValueError(
+      f"a {config.family} model with followers cannot be exported: there is PyTorch code for "
+      f"{', '.join(_SHARED_CLASSES)}"
+    )
+  name = _SHARED_CLASSES[config.family]
+  return values | {
+    "architectures": [name],
+    "auto_map": {"AutoModelForCausalLM": f"{_CODE.stem}.{name}"},
+    "shared_attention": {"source": list(plan.source)},
+  }
+
+
+def _tensors(config: ModelConfig, plan: SharingPlan) -> list[list[Entry]]:
+  """The checkpoint's tensors, each as the parameters that it is made of."""
+  kept = [entry for entry in entries(config) if not entry.is_dropped(plan)]
+  return [list(parts) for _, parts in itertools.groupby(kept, key=lambda entry: entry.key)]
+
+
+def _shards(tensors: list[list[Entry]], itemsize: int, limit: int) -> Iterator[list[list[Entry]]]:
+  shard: list[list[Entry]] = []
+  size = 0
+  for parts in tensors:
+    nbytes = int(np.prod(parts[0].shape)) * itemsize
+    if shard and size + nbytes > limit:
+      yield shard
+      shard, size = [], 0
+    shard.append(parts)
+    size += nbytes
+  yield shard
+
+
+def _write_shards(
+  src: Path, stored: Any, folder: Path, tensors: list[list[Entry]], limit: int, progress: Progress | None
+) -> None:
+  from safetensors.numpy import save_file
+
+  shards = list(_shards(tensors, jax.tree.leaves(stored)[0].dtype.itemsize, limit))
+  weight_map: dict[str, str] = {}
+  done = 0
+  for number, shard in enumerate(shards, start=1):
+    alone = len(shards) == 1
+    name = "model.safetensors" if alone else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    params = _restore(src, stored, [entry for parts in shard for entry in parts])
+    made = {parts[0].key: in_order(pack([(e, params[e.path]) for e in parts])) for parts in shard}
+    save_file(made, folder / name, metadata={"format": "pt"})
+    weight_map |= dict.fromkeys(made, name)
+    done += len(shard)
+    if progress is not None:
+      progress(done, len(tensors))
+  if len(shards) > 1:
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _restore(src: Path, stored: Any, wanted: list[Entry]) -> dict[tuple[str, ...], np.ndarray]:
+  """These parameters, by path."""
+  sharding = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+  target: dict[str, Any] = {}
+  for entry in wanted:
+    leaf, node = stored, target
+    for name in entry.path:
+      leaf = leaf[name]
+    for name in entry.path[:-1]:
+      node = node.setdefault(name, {})
+    node[entry.path[-1]] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  params = checkpoint.restore(src, target)
+  found = {}
+  for entry in wanted:
+    leaf = params
+    for name in entry.path:
+      leaf = leaf[name]
+    found[entry.path] = np.asarray(leaf)
+  return found

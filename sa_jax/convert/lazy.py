@@ -1,0 +1,154 @@
+"""Parameters that have not been read yet, and their way to devices: a slice at a time, in the dtype that is wanted."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from sa_jax.convert.source import Source
+from sa_jax.convert.table import Entry
+
+Index = tuple[slice, ...]
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LazyTensor:
+  """A parameter that has not been read yet: one tensor of the checkpoint, or the stack of several layers'.
+
+  Attributes:
+    source: the checkpoint.
+    entries: one, or one a layer in the order of the leading axes.
+    leading: those axes' lengths; empty when there are none.
+    dtype: that it is wanted in.
+  """
+
+  source: Source
+  entries: tuple[Entry, ...]
+  leading: tuple[int, ...]
+  dtype: np.dtype
+
+  @functools.cached_property
+  def layer_shape(self) -> tuple[int, ...]:
+    """The shape without the leading axes."""
+    return self.entries[0].our_shape()
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The parameter's shape."""
+    return (*self.leading, *self.layer_shape)
+
+  @property
+  def size(self) -> int:
+    """How many numbers it holds."""
+    return math.prod(self.shape)
+
+  @property
+  def nbytes(self) -> int:
+    """Its bytes, in the dtype that it is wanted in."""
+    return self.size * self.dtype.itemsize
+
+  def read(self, layer: int = 0, index: Index | None = None) -> np.ndarray:
+    """One layer's tensor, or a slice of it; of a mapped file only what the slice needs is touched."""
+    entry = self.entries[layer]
+    ours = entry.to_ours(self.source.read(entry.key))
+    return (ours if index is None else ours[index]).astype(self.dtype, copy=False)
+
+  def read_owned(self, layer: int, index: Index | None) -> np.ndarray:
+    """`read` for an array that may live on: not one that JAX could take over as it is, still backed by the file."""
+    part = self.read(layer, index)
+    return part.copy() if part.flags.c_contiguous else part
+
+  def stacked(self, others: Sequence[LazyTensor], leading: tuple[int, ...]) -> LazyTensor:
+    """The stack of this tensor and others of its shape."""
+    entries = tuple(entry for tensor in (self, *others) for entry in tensor.entries)
+    return dataclasses.replace(self, entries=entries, leading=leading)
+
+
+def lazy_tree(source: Source, used: Sequence[Entry], dtype: str) -> dict[str, Any]:
+  """The layer layout, unread."""
+  tree: dict[str, Any] = {}
+  for entry in used:
+    *parents, leaf = entry.path
+    node = tree
+    for name in parents:
+      node = node.setdefault(name, {})
+    node[leaf] = LazyTensor(source, (entry,), (), jnp.dtype(dtype))
+  return tree
+
+
+def stack_lazily(leaves: Sequence[LazyTensor], leading: tuple[int, ...]) -> LazyTensor:
+  """For `sa_jax.params.stack`."""
+  return leaves[0].stacked(leaves[1:], leading)
+
+
+def place(tree: Mapping[str, Any], shardings: Any, progress: Progress | None) -> dict[str, Any]:
+  """Reads every parameter onto its devices, a layer at a time; each device is given its own slice and no more.
+
+  Args:
+    tree: of `LazyTensor`.
+    shardings: a tree like it, or one sharding for all.
+    progress: called with (tensors placed, tensors in all).
+  """
+  leaves, structure = jax.tree.flatten(tree)
+  each = [shardings] * len(leaves) if isinstance(shardings, Sharding) else jax.tree.leaves(shardings)
+  placed: list[jax.Array | None] = [None] * len(leaves)
+  done, total = 0, sum(len(leaf.entries) for leaf in leaves)
+  # The largest first: the memory in flight is then least when the most is placed.
+  for number in sorted(range(len(leaves)), key=lambda number: -leaves[number].nbytes):
+    leaf, sharding = leaves[number], each[number]
+    array = None
+    for layer in range(len(leaf.entries)):
+      piece = _put(leaf, layer, _of_layer(sharding, len(leaf.leading)))
+      if not leaf.leading:
+        array = piece
+      else:
+        array = _empty(leaf.shape, leaf.dtype, sharding) if array is None else array
+        array = _insert(array, piece, tuple(np.int32(i) for i in np.unravel_index(layer, leaf.leading)))
+      array.block_until_ready()  # so that one tensor at most is in flight
+      done += 1
+      if progress is not None:
+        progress(done, total)
+    placed[number] = array
+  return jax.tree.unflatten(structure, placed)
+
+
+def _put(leaf: LazyTensor, layer: int, sharding: Sharding) -> jax.Array:
+  return jax.make_array_from_callback(leaf.layer_shape, sharding, lambda index: leaf.read_owned(layer, index))
+
+
+def _of_layer(sharding: Sharding, leading: int) -> Sharding:
+  """The sharding of one layer of a stack."""
+  if not isinstance(sharding, NamedSharding):
+    return sharding
+  return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[leading:]))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.Array:
+  return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert(stack: jax.Array, layer: jax.Array, position: tuple[jax.Array, ...]) -> jax.Array:
+  # As integers: XLA's CPU backend copies 16-bit floats one by one through float32, eight times slower.
+  kind = jnp.uint16 if stack.dtype.itemsize == 2 else stack.dtype
+  as_kind = lambda x: jax.lax.bitcast_convert_type(x, kind)
+  start: tuple[Any, ...] = (*position, *[0] * layer.ndim)
+  layer = jnp.expand_dims(as_kind(layer), tuple(range(len(position))))
+  return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(as_kind(stack), layer, start), stack.dtype)
+
+
+def in_order(array: np.ndarray) -> np.ndarray:
+  """The array with its elements in the order of its axes; JAX's copy is several times faster than NumPy's."""
+  if array.flags.c_contiguous:
+    return array
+  return np.asarray(jax.device_put(array, jax.local_devices(backend="cpu")[0]))

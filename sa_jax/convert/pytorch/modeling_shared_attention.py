@@ -1,0 +1,111 @@
+"""Shared Attention in PyTorch, for transformers: followers reuse their anchor's attention weights.
+
+Written by sa_jax's export beside a checkpoint, and loaded with ``AutoModelForCausalLM.from_pretrained(folder,
+trust_remote_code=True)``. Liao & Vargas, "Beyond KV Caching: Shared Attention for Efficient LLMs", arXiv 2407.12866.
+
+``config.shared_attention["source"]`` has one entry a layer: the layer whose softmaxed weights it uses, its own number
+for an anchor. A follower has no queries and no keys, and caches its values alone. Attention is eager: the weights that
+followers need are never formed by fused kernels.
+"""
+
+from torch import nn
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers.models.mistral.modeling_mistral import MistralForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
+
+
+def leaving_weights(attention_class):
+  """A class of attention whose weights are left for followers in the forward pass's ``shared`` dictionary."""
+
+  class AnchorAttention(attention_class):
+    def forward(self, hidden_states, shared, **kwargs):
+      output, weights = super().forward(hidden_states=hidden_states, **kwargs)
+      shared[self.layer_idx] = weights
+      return output, weights
+
+  return AnchorAttention
+
+
+class FollowerAttention(nn.Module):
+  """Attention with an anchor's weights: values and output alone."""
+
+  def __init__(self, attention, source):
+    super().__init__()
+    self.source, self.layer_idx = source, attention.layer_idx
+    self.head_dim, self.groups = attention.head_dim, attention.num_key_value_groups
+    self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
+
+  def forward(self, hidden_states, shared, past_key_values=None, **_):
+    batch, length, _ = hidden_states.shape
+    values = self.v_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
+    if past_key_values is not None:
+      _, values = past_key_values.update(values[..., :0], values, self.layer_idx)
+    weights = shared[self.source]
+    output = weights @ values.repeat_interleave(self.groups, dim=1)
+    return self.o_proj(output.transpose(1, 2).reshape(batch, length, -1)), weights
+
+
+class ValueLayer(DynamicLayer):
+  """A follower's cache: values, and keys of width zero."""
+
+  def get_seq_length(self):
+    return self.values.shape[-2] if self.is_initialized and self.values.numel() else 0
+
+
+class SharedAttention:
+  """Turns a causal language model of transformers into one whose layers share attention weights."""
+
+  _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = False
+  _can_record_outputs = {}
+  supports_gradient_checkpointing = False  # recomputing a follower would need its anchor's weights again
+
+  def __init__(self, config):
+    config._attn_implementation = "eager"
+    super().__init__(config)
+    if unknown := set(config.shared_attention) - {"source"}:
+      raise ValueError(f"config.shared_attention has {sorted(unknown)}, which this file does not implement")
+    source = config.shared_attention["source"]
+    self.followers = [layer for layer, anchor in enumerate(source) if layer != anchor]
+    anchor_class = leaving_weights(type(self.model.layers[0].self_attn))
+    for index, (layer, anchor) in enumerate(zip(self.model.layers, source, strict=True)):
+      if index == anchor:
+        layer.self_attn.__class__ = anchor_class
+      else:
+        layer.self_attn = FollowerAttention(layer.self_attn, anchor)
+
+  def forward(self, input_ids=None, past_key_values=None, use_cache=None, **kwargs):
+    use_cache = self.config.use_cache if use_cache is None else use_cache
+    if use_cache and past_key_values is None:
+      past_key_values = DynamicCache(config=self.config)
+    if past_key_values is not None:
+      self._cache_values_alone(past_key_values)
+    return super().forward(
+      input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache, shared={}, **kwargs
+    )
+
+  def _cache_values_alone(self, cache):
+    missing = len(self.model.layers) - len(cache.layers)
+    cache.layers.extend(DynamicLayer() for _ in range(missing))
+    for layer in self.followers:
+      if type(cache.layers[layer]) is DynamicLayer and not cache.layers[layer].is_initialized:
+        cache.layers[layer] = ValueLayer()
+      elif not isinstance(cache.layers[layer], ValueLayer | DynamicSlidingWindowLayer):
+        raise ValueError(f"followers take a DynamicCache, not one with a {type(cache.layers[layer]).__name__}")
+
+
+class SharedLlamaForCausalLM(SharedAttention, LlamaForCausalLM):
+  """Llama."""
+
+
+class SharedMistralForCausalLM(SharedAttention, MistralForCausalLM):
+  """Mistral."""
+
+
+class SharedQwen2ForCausalLM(SharedAttention, Qwen2ForCausalLM):
+  """Qwen 1.5, 2 and 2.5."""
+
+
+class SharedQwen3ForCausalLM(SharedAttention, Qwen3ForCausalLM):
+  """Qwen 3."""

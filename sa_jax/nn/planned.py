@@ -1,0 +1,173 @@
+"""The dense model with the plan as data: one compiled program evaluates any plan.
+
+Every layer is an anchor in its parameters, and arrays say which of them act as followers. This is for search and
+analysis; a model whose plan is settled is a `Transformer`, which does not compute what its followers do not need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from sa_jax.config import ModelConfig
+from sa_jax.nn.attention import AnchorAttention
+from sa_jax.nn.block import Block
+from sa_jax.nn.state import State, make_state
+from sa_jax.nn.transformer import Frame, check_plan
+from sa_jax.plan import HeadMap, SharingPlan
+
+
+@struct.dataclass
+class PlanArrays:
+  """A plan as arrays: of all layers, of one layer (without the first axis), or of many plans (with another one before).
+
+  Attributes:
+    is_anchor: bool ``[L]``.
+    head_map: int32 ``[L, N]``, the identity where a layer has none.
+    is_local: bool ``[L]``, the config's ``local_layers``; of an anchor, what it sees.
+  """
+
+  is_anchor: Any
+  head_map: Any
+  is_local: Any
+
+  @classmethod
+  def of(cls, plan: SharingPlan, config: ModelConfig) -> PlanArrays:
+    """The plan of a model.
+
+    Raises:
+      ValueError: if the model cannot share attention by the plan.
+    """
+    check_plan(config, plan)
+    layers = [
+      cls.of_layer(layer, config, plan.is_anchor(layer), plan.head_map_of(layer)) for layer in range(plan.num_layers)
+    ]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+
+  @classmethod
+  def of_layer(cls, layer: int, config: ModelConfig, is_anchor: bool, head_map: HeadMap | None = None) -> PlanArrays:
+    """One layer's part of a plan."""
+    heads = np.array(head_map or range(config.num_heads), np.int32)
+    return cls(np.bool_(is_anchor), heads, np.bool_(layer in config.local_layers))
+
+  @classmethod
+  def stack(cls, plans: Sequence[SharingPlan], config: ModelConfig) -> PlanArrays:
+    """Many plans of one model, to `jax.vmap` or `jax.lax.map` over."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *[cls.of(plan, config) for plan in plans])
+
+
+class PlannedAttention(AnchorAttention):
+  """`AnchorAttention` that an array turns into a follower's."""
+
+  def state(self, x: jax.Array, carried: State, layer: PlanArrays) -> State:
+    """The state of the layer's group: its own if it is an anchor, otherwise the one carried to it."""
+    length = x.shape[1]
+    local = jnp.asarray(layer.is_local) if self.config.local_layers else False
+    own = make_state(self.config, *self.query_key(x, jnp.arange(length), length, local), None, local)
+    return jax.tree.map(lambda mine, theirs: jnp.where(layer.is_anchor, mine, theirs), own, carried)
+
+  def heads(self, x: jax.Array, state: State, head_map: jax.Array) -> jax.Array:
+    """What the output projection reads, ``[B, T, N, H]``."""
+    return state.take_heads(head_map).attend(self.values(x))
+
+
+class PlannedBlock(Block):
+  """A block with `PlannedAttention`; its parameters are an `AnchorBlock`'s.
+
+  Besides the whole block it offers its pieces, for what needs to change one of them.
+  """
+
+  def setup(self) -> None:
+    super().setup()
+    self.attention = PlannedAttention(self.config)
+
+  def __call__(self, x: jax.Array, carried: State, layer: PlanArrays) -> tuple[jax.Array, State]:
+    """``[B, T, D]`` and the state carried to the layer → the block's output and the state it carries on."""
+
+    def attention(h: jax.Array) -> tuple[jax.Array, State]:
+      state = self.attention.state(h, carried, layer)
+      return self.attention.output(self.attention.heads(h, state, layer.head_map)), state
+
+    return self.around(x, attention)
+
+  def state(self, x: jax.Array, carried: State, layer: PlanArrays) -> State:
+    """`PlannedAttention.state` of the block's input."""
+    return self.attention.state(self.attention_norm(x), carried, layer)
+
+  def heads(self, x: jax.Array, state: State, head_map: jax.Array) -> jax.Array:
+    """`PlannedAttention.heads` of the block's input."""
+    return self.attention.heads(self.attention_norm(x), state, head_map)
+
+  def attention_output(self, heads: jax.Array) -> jax.Array:
+    """The output projection: ``[B, T, N, H]`` → ``[B, T, D]``."""
+    return self.attention.output(heads)
+
+  def mlp_hidden(self, x: jax.Array) -> jax.Array:
+    """What the MLP's last projection reads, ``[B, T, F]``, of what `add_attention` gave."""
+    return self.mlp.hidden(self.mlp_norm(x))
+
+
+class _PlannedGroup(nn.Module):
+  """Gives the block the name that the dense run layout has for it."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, carry: tuple[jax.Array, State], layer: PlanArrays) -> tuple[tuple[jax.Array, State], None]:
+    return PlannedBlock(self.config, name="anchor")(*carry, layer), None
+
+
+class _PlannedRuns(nn.Module):
+  """One scan over all layers. It carries the attention state, which is why its form should be `QueryKey`."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array, plan: PlanArrays) -> jax.Array:
+    scan = nn.scan(
+      _PlannedGroup,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=plan.head_map.shape[0],
+      metadata_params={nn.PARTITION_NAME: "groups"},
+    )
+    (x, _), _ = scan(self.config, name="0")((x, empty_state(self.config, *x.shape[:2])), plan)
+    return x
+
+
+class PlannedTransformer(Frame):
+  """The whole model; parameters are a dense `Transformer`'s in the run layout."""
+
+  def setup(self) -> None:
+    super().setup()
+    self.runs = _PlannedRuns(self.config)
+
+  def __call__(self, tokens: jax.Array, plan: PlanArrays) -> jax.Array:
+    """Logits float32 ``[B, T, V]`` of full rows of tokens, int32 ``[B, T]``, under a plan."""
+    return self.read(self.runs(self.embed(tokens), plan))
+
+  def embedded(self, tokens: jax.Array) -> jax.Array:
+    """The first block's input: int32 ``[B, T]`` → ``[B, T, D]``."""
+    return self.embed(tokens)
+
+  def read(self, x: jax.Array) -> jax.Array:
+    """The last block's output ``[B, T, D]`` → logits float32 ``[B, T, V]``."""
+    return self.logits(self.final_norm(x))
+
+
+def empty_state(config: ModelConfig, batch: int, length: int) -> State:
+  """A state of zeros, for layer 0, which is an anchor and does not read it."""
+  shape = lambda heads: jax.ShapeDtypeStruct((batch, length, heads, config.head_dim), jnp.dtype(config.dtype))
+  state = jax.eval_shape(
+    lambda q, k, local: make_state(config, q, k, None, local if config.local_layers else False),
+    shape(config.num_heads),
+    shape(config.num_kv_heads),
+    jax.ShapeDtypeStruct((), jnp.bool_),
+  )
+  return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)

@@ -1,0 +1,143 @@
+"""Judging and searching plans."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sa_jax
+from sa_jax.analysis import align, search
+from sa_jax.analysis.judge import Judge, Text
+from sa_jax.analysis.refit import Refit, refit
+from sa_jax.config import ModelConfig
+from tests import tiny
+
+CONFIG = ModelConfig(
+  vocab_size=47, embed_dim=24, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=32, eos_token_ids=()
+)
+DENSE = sa_jax.Transformer(CONFIG, sa_jax.SharingPlan.dense(5))
+RNG = np.random.default_rng(0)
+TEXTS = [Text(name, *RNG.integers(0, 47, (2, 8, 16), np.int32)) for name in ("one", "two")]
+HOW = Refit(mlp=True, mlp_ridge=1.0)
+
+
+@pytest.fixture(scope="module")
+def params():
+  return jax.tree.map(jnp.asarray, tiny.params(DENSE))
+
+
+@pytest.fixture(scope="module")
+def judge(params):
+  return Judge(DENSE, params, TEXTS, HOW, chunk=8)
+
+
+def test_losses_are_those_of_the_refitted_model(judge, params):
+  plan = sa_jax.SharingPlan.parse("0:1,2:3-4", 5)
+  mapped = judge.with_maps(plan)
+  calibration = np.concatenate([text.calibration for text in TEXTS])
+  made = refit(DENSE, params, mapped, calibration, HOW, chunk=8)
+  for index, text in enumerate(TEXTS):
+    want = sa_jax.perplexity(made.model, made.params, text.judging, batch_size=8).loss
+    assert judge.losses(plan)[index] == pytest.approx(want, abs=2e-5)
+    dense = sa_jax.perplexity(DENSE, params, text.judging, batch_size=8).loss
+    assert judge.dense[index] == pytest.approx(dense, abs=1e-5)
+
+
+def test_a_walk_from_another_plans_streams_is_the_same(judge):
+  base = judge.walk(sa_jax.SharingPlan.parse("1:2", 5), keep=True)
+  for text in ("1:2,3:4", "1:2-3", "0:1-2", "2:3"):
+    plan = sa_jax.SharingPlan.parse(text, 5)
+    np.testing.assert_allclose(judge.walk(plan, base).losses, judge.walk(plan).losses, atol=1e-6)
+
+
+def test_without_recovery_it_is_the_pruned_models_loss(params):
+  judge = Judge(DENSE, params, TEXTS, None, maps=False, chunk=8)
+  plan = sa_jax.SharingPlan.parse("1:2-3", 5)
+  model, pruned = align.shared_model(CONFIG, params, plan)
+  want = sa_jax.perplexity(model, pruned, TEXTS[0].judging, batch_size=8).loss
+  assert judge.losses(plan)[0] == pytest.approx(want, abs=1e-5)
+
+
+def test_greedy_takes_the_best_of_every_step(judge):
+  found = search.beam(judge, 2)
+  singles = [sa_jax.SharingPlan.from_followers(5, [layer]) for layer in range(1, 5)]
+  first = min(singles, key=lambda plan: judge.increase(judge.losses(plan)))
+  assert found[0].plan == first
+  pairs = [
+    sa_jax.SharingPlan.from_followers(5, {*first.followers, layer}) for layer in range(1, 5) if first.is_anchor(layer)
+  ]
+  assert found[1].plan == min(pairs, key=lambda plan: judge.increase(judge.losses(plan)))
+  everything = search.beam(judge, 2, width=4)[1]
+  all_pairs = [sa_jax.SharingPlan.from_followers(5, pair) for pair in itertools.combinations(range(1, 5), 2)]
+  assert everything.plan == min(all_pairs, key=lambda plan: judge.increase(judge.losses(plan)))
+
+
+def test_pair_costs_predict_measured_losses(judge):
+  costs = judge.costs(reach=4)
+  assert np.isfinite(costs).sum() == 10
+  assert (costs[np.isfinite(costs)] > 0).all()
+  swapped = search.improve(judge, search.best_of(judge, [sa_jax.SharingPlan.parse("3:4", 5)]), costs, tries=3)
+  assert swapped.increase == min(
+    judge.increase(judge.losses(sa_jax.SharingPlan.from_followers(5, [layer]))) for layer in range(1, 5)
+  )
+
+
+@pytest.mark.parametrize("excluded", [(), (3,)])
+def test_cheapest_plan_by_trying_all(excluded):
+  costs = np.random.default_rng(1).random((7, 7))
+  costs[0, 4:] = np.inf
+  for followers in range(1, 5):
+    free = [layer for layer in range(1, 7) if layer not in excluded]
+    plans = [sa_jax.SharingPlan.from_followers(7, chosen) for chosen in itertools.combinations(free, followers)]
+    want = min(plans, key=lambda plan: search.plan_cost(plan, costs))
+    assert search.cheapest(costs, followers, excluded) == want
+  with pytest.raises(ValueError, match="widen the reach"):
+    search.cheapest(np.full((7, 7), np.inf), 2)
+
+
+def test_a_search_resumes_from_its_record(params, tmp_path):
+  record = tmp_path / "record.json"
+  first = Judge(DENSE, params, TEXTS, HOW, chunk=8, record=record)
+  plan = sa_jax.SharingPlan.parse("2:3", 5)
+  want = first.losses(plan)
+  again = Judge(DENSE, params, TEXTS, HOW, chunk=8, record=record)
+  again.walk = None  # nothing is measured anew
+  np.testing.assert_array_equal(again.losses(plan), want)
+  with pytest.raises(ValueError, match="other settings"):
+    Judge(DENSE, params, TEXTS, None, chunk=8, record=record)
+  record.write_text("[]")
+  with pytest.raises(ValueError, match="not the record"):
+    Judge(DENSE, params, TEXTS, HOW, chunk=8, record=record)
+
+
+def test_pareto_front_has_no_dominated_plan(judge):
+  for chosen in ((1,), (4,), (1, 2), (3, 4)):
+    judge.losses(sa_jax.SharingPlan.from_followers(5, chosen))
+  front = search.pareto(judge)
+  counts, increases = [len(each.plan.followers) for each in front], [each.increase for each in front]
+  assert counts == sorted(set(counts))
+  assert increases == sorted(increases)
+  for plan, losses in judge.measured.items():
+    as_many = [each.increase for each in front if len(each.plan.followers) >= len(plan.followers)]
+    assert min(as_many) <= judge.increase(losses)
+
+
+def test_spans_and_budgets():
+  spans = [str(plan) for plan in search.late_spans(6, 2)]
+  assert spans == ["3:4-5"]
+  assert [str(plan) for plan in search.late_spans(8, 2)] == ["4:5-6", "5:6-7"]
+  assert [str(plan) for plan in search.late_spans(4, 3)] == ["0:1-3"]
+  config = ModelConfig.preset("llama-2-7b")
+  assert search.followers_for(config, "8") == 8
+  assert search.followers_for(config, "kv=87.5%") == 8
+  assert search.followers_for(config, "flops=95%") == min(
+    count
+    for count in range(32)
+    if sa_jax.cost(config, sa_jax.SharingPlan.from_followers(32, range(1, count + 1)), 1, 1024).flops
+    <= 0.95 * sa_jax.cost(config, None, 1, 1024).flops
+  )
+  for wrong, message in (("32", "1 to 31"), ("kv=40%", "51.6%"), ("half", "none of"), ("0", "1 to 31")):
+    with pytest.raises(ValueError, match=message):
+      search.followers_for(config, wrong)

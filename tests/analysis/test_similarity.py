@@ -1,0 +1,75 @@
+"""Similarities against plain NumPy on the attention weights that the PyTorch reference computed."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sa_jax
+from sa_jax import nn
+from sa_jax.analysis import similarity
+
+
+def plain(weights, top_k):
+  """The definitions, on ``[L, B, N, T, T]``, one pair of layers at a time."""
+  weights = weights.astype(np.float64)
+  layers, batch, heads, length, _ = weights.shape
+  names = ("cosine", "cosine_without_sink", "js_divergence", "top_k_overlap")
+  out = {name: np.zeros((layers, layers, heads)) for name in names}
+  entropy = lambda p: -np.sum(p * np.log(np.where(p > 0, p, 1)), axis=-1)
+  cosine = lambda a, b: np.sum(a * b) / np.sqrt(np.sum(a * a) * np.sum(b * b))
+  for i in range(layers):
+    for j in range(layers):
+      for n in range(heads):
+        p, q = weights[i, :, n], weights[j, :, n]
+        out["cosine"][i, j, n] = cosine(p, q)
+        out["cosine_without_sink"][i, j, n] = cosine(p[..., 1:], q[..., 1:])
+        out["js_divergence"][i, j, n] = np.mean(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2)
+        overlaps = [
+          len(set(np.argsort(p[b, t])[-top_k:]) & set(np.argsort(q[b, t])[-top_k:])) / top_k
+          for b in range(batch)
+          for t in range(top_k - 1, length)
+        ]
+        out["top_k_overlap"][i, j, n] = np.mean(overlaps)
+  out["entropy"] = entropy(weights).mean(axis=(1, 3))
+  deviations = [(weights[..., t, : t + 1] - 1 / (t + 1)) ** 2 for t in range(length)]
+  out["weighted_variance"] = sum(d.sum(axis=(1, 3)) for d in deviations) / (batch * sum(range(1, length + 1)))
+  return out
+
+
+def test_against_numpy_on_the_references_weights(reference):
+  expected = np.load(reference / "expected.npz")
+  followers = json.loads((reference / "sharing.json").read_text())["shared_layers"]
+  layers = expected["attentions_unpadded"].shape[0]
+  plan = sa_jax.SharingPlan.from_followers(layers, followers)
+  model, params = sa_jax.from_pretrained(reference, plan, layout="layers")
+  got = similarity.layer_similarity(model, params, expected["input_ids"], top_k=4, block=8)
+  for name, want in plain(expected["attentions_unpadded"], 4).items():
+    np.testing.assert_allclose(getattr(got, name), want, atol=1e-6, err_msg=name)
+  np.testing.assert_allclose(got.mean().cosine, got.cosine.mean(axis=-1))
+
+
+def test_memory_is_one_block_of_queries():
+  layers, heads, length, block = 6, 4, 2048, 64
+  q = jax.ShapeDtypeStruct((1, length, heads, 8), jnp.float32)
+  states = (nn.QueryKey(q, q),) * layers
+  compiled = similarity.block_sums.lower(states, 0, length=length, top_k=8, block=block).compile()
+  one = 4 * layers * heads * block * length
+  temporary = compiled.memory_analysis().temp_size_in_bytes
+  assert temporary < 8 * one
+  assert 8 * one < 4 * layers * heads * length * length / 2
+
+
+def test_drift_is_the_distance_to_the_last_map():
+  make = lambda value: similarity.Similarity(*[np.full((3, 3, 2), value)] * 4, *[np.zeros((3, 2))] * 2)
+  np.testing.assert_allclose(similarity.drift([make(0.5), make(0.9), make(0.8)]), [0.3, 0.1, 0.0])
+  with pytest.raises(ValueError, match="one model"):
+    similarity.drift([])
+
+
+def test_short_rows_are_refused(reference):
+  model, params = sa_jax.from_pretrained(reference, layout="layers")
+  with pytest.raises(ValueError, match="1 to 4"):
+    similarity.layer_similarity(model, params, np.zeros((1, 4), np.int32), top_k=8)

@@ -1,0 +1,118 @@
+"""analyze, search, align, refit and share, from files to files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+import sa_jax
+from sa_jax.cli import main
+from sa_jax.cli.texts import read_documents, split_texts
+
+REFERENCE = Path(__file__).parents[1] / "data" / "reference" / "llama-gqa-8l"
+SIZES = ["--length", "12", "--calibration-rows", "4", "--judging-rows", "2"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A model whose tokens are numbers, and two texts of them."""
+  model = tmp_path / "model"
+  model.mkdir()
+  for name in ("config.json", "model.safetensors"):
+    shutil.copy(REFERENCE / name, model)
+  size = json.loads((model / "config.json").read_text())["vocab_size"]
+  tokenizer = Tokenizer(WordLevel({str(token): token for token in range(size)}, unk_token="0"))
+  tokenizer.pre_tokenizer = Whitespace()
+  tokenizer.save(str(model / "tokenizer.json"))
+  rng = np.random.default_rng(0)
+  words = lambda: " ".join(map(str, rng.integers(0, size, 200)))
+  (tmp_path / "one.txt").write_text(words())
+  (tmp_path / "two.jsonl").write_text("\n".join(json.dumps({"text": words()}) for _ in range(2)))
+  return tmp_path
+
+
+def test_share_saves_the_model_that_it_measured(folder):
+  texts = [folder / "one.txt", folder / "two.jsonl"]
+  arguments = ["share", str(folder / "model"), *map(str, texts), "--out", str(folder / "shared")]
+  arguments += ["--budget", "3", *SIZES]
+  assert main([*arguments, "--dtype", "float32", "--json", str(folder / "share.json")]) == 0
+  numbers = json.loads((folder / "share.json").read_text())
+  model, params = sa_jax.from_pretrained(folder / "shared")
+  assert str(model.plan) == numbers["plan"]
+  assert len(model.plan.followers) == 3
+  for text in split_texts(folder / "model", texts, 12, 4, 2):
+    want = numbers["perplexity"][text.name]["shared"]
+    assert sa_jax.perplexity(model, params, text.judging, batch_size=2).perplexity == pytest.approx(want, rel=1e-4)
+  assert main(arguments) == 2  # the folder exists
+
+
+def test_search_writes_its_front_and_resumes(folder):
+  arguments = ["search", str(folder / "model"), str(folder / "one.txt"), "--budget", "kv=90%", "--strategy", "greedy"]
+  arguments += [*SIZES, "--shortlist", "2", "--record", str(folder / "record.json"), "--out", str(folder / "out")]
+  assert main([*arguments, "--json", str(folder / "search.json")]) == 0
+  numbers = json.loads((folder / "search.json").read_text())
+  plan = sa_jax.SharingPlan.parse(numbers["plan"], 8)
+  assert len(plan.followers) == 2  # each saves half of a layer's cache: 1 - 2/16 is the first below 90 %
+  assert tuple(numbers["shared_attention"]["source"]) == plan.source
+  assert (folder / "out" / "pareto.png").read_bytes().startswith(b"\x89PNG")
+  measured = json.loads((folder / "record.json").read_text())["plans"]
+  assert numbers["plan"] in measured
+
+
+def test_align_and_refit_save_checkpoints(folder):
+  model, text = str(folder / "model"), str(folder / "one.txt")
+  aligned = ["align", model, "1:2-3", text, "--length", "12", "--rows", "4", "--json", str(folder / "align.json")]
+  assert main([*aligned, "--kinds", "group", "--out", str(folder / "aligned")]) == 0
+  numbers = json.loads((folder / "align.json").read_text())
+  assert numbers["loss"] <= numbers["identity_loss"]
+  opened, _ = sa_jax.from_pretrained(folder / "aligned")
+  assert opened.plan == sa_jax.SharingPlan.parse("1:2-3", 8)  # folded
+  refitted = ["refit", model, "1:2-3", text, "--length", "12", "--rows", "8", "--json", str(folder / "refit.json")]
+  assert main([*refitted, "--out", str(folder / "refitted")]) == 0
+  reports = json.loads((folder / "refit.json").read_text())
+  assert {report["layer"] for report in reports if report["part"] == "attention"} == {2, 3}
+  assert all(report["after"] <= report["before"] for report in reports)
+  assert str(sa_jax.from_pretrained(folder / "refitted")[0].plan) == "1:2-3"
+
+
+def test_analyze_draws_maps_and_drift(folder):
+  shutil.copytree(folder / "model", folder / "later")
+  arguments = ["analyze", str(folder / "one.txt"), str(folder / "model"), str(folder / "later"), "--length", "16"]
+  arguments += ["--rows", "2", "--top-k", "4", "--out", str(folder / "out"), "--json", str(folder / "analysis.json")]
+  assert main(arguments) == 0
+  numbers = json.loads((folder / "analysis.json").read_text())
+  assert list(numbers["drift"].values()) == [0.0, 0.0]
+  mean = np.array(numbers[str(folder / "model")]["mean"]["cosine"])
+  np.testing.assert_allclose(np.diag(mean), 1, atol=1e-6)
+  assert {file.name for file in (folder / "out").iterdir()} == {
+    "cosine.png", "cosine_without_sink.png", "js_divergence.png", "top_k_overlap.png", "drift.gif",
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (["--budget", "40"], "40 followers are impossible"),
+    (["--length", "500"], "too few"),
+    (["--budget", "much"], "'much' is none of"),
+  ],
+)
+def test_bad_input_ends_with_one_line(folder, capsys, changes, message):
+  arguments = ["share", str(folder / "model"), str(folder / "one.txt"), "--out", str(folder / "shared"), *SIZES]
+  assert main([*arguments, *changes]) == 2
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert error.startswith("sa-jax: error: ")
+  assert message in error
+  assert not (folder / "shared").exists()
+
+
+def test_lines_without_text_are_named(tmp_path):
+  file = tmp_path / "a.jsonl"
+  file.write_text('{"text": "fine"}\n{"other": 1}\n')
+  with pytest.raises(ValueError, match="line 2"):
+    read_documents(file)

@@ -1,0 +1,91 @@
+"""Out again: bit-exact round trips, and PyTorch running what a plan made."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+import sa_jax
+from tests.convert import hf_models
+
+TOKENS = np.random.default_rng(1).integers(2, 90, (2, 20)).astype(np.int32)
+
+
+def tensors(folder):
+  return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize("family", [*hf_models.CONFIGS, *hf_models.PUBLISHED])
+def test_round_trip_is_exact(family, tmp_path):
+  if family in hf_models.PUBLISHED:
+    hf_models.Published(family, tmp_path / "theirs")
+  else:
+    hf_models.build(family, tmp_path / "theirs", torch.bfloat16)
+  (tmp_path / "theirs" / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+  sa_jax.convert(tmp_path / "theirs", tmp_path / "ours", dtype=None)
+  sa_jax.export(tmp_path / "ours", tmp_path / "back", shard_bytes=20_000)
+  before, after = tensors(tmp_path / "theirs"), tensors(tmp_path / "back")
+  assert before.keys() == after.keys()
+  for name, value in before.items():
+    assert value.dtype == after[name].dtype
+    np.testing.assert_array_equal(value.view(np.uint8), after[name].view(np.uint8), err_msg=name)
+  assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
+  assert (tmp_path / "back" / "tokenizer_config.json").read_text() == '{"chat_template": "{{ messages }}"}'
+  assert not (tmp_path / "back" / "modeling_shared_attention.py").exists()
+
+
+def test_dense_export_is_opened_by_transformers(tmp_path):
+  theirs = hf_models.build("qwen3", tmp_path / "theirs")
+  sa_jax.convert(tmp_path / "theirs", tmp_path / "ours", dtype=None)
+  sa_jax.export(tmp_path / "ours", tmp_path / "back")
+  back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+  tokens = torch.from_numpy(TOKENS).long()
+  with torch.no_grad():
+    np.testing.assert_allclose(back(tokens).logits, theirs(tokens).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_plan_runs_in_pytorch(family, tmp_path):
+  hf_models.build(family, tmp_path / "theirs")
+  sa_jax.convert(tmp_path / "theirs", tmp_path / "ours", hf_models.PLANS[family], dtype=None)
+  sa_jax.export(tmp_path / "ours", tmp_path / "back")
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", trust_remote_code=True).eval()
+  model, params = sa_jax.from_pretrained(tmp_path / "ours", layout="layers")
+  assert model.plan.followers
+  assert not [name for name, _ in theirs.named_parameters() if "layers.3.self_attn.q" in name]
+  again, _ = sa_jax.from_pretrained(tmp_path / "back")
+  assert (again.plan, again.config) == (model.plan, model.config)
+
+  tokens = torch.from_numpy(TOKENS).long()
+  with torch.no_grad():
+    logits = theirs(tokens, use_cache=False).logits.numpy()
+  np.testing.assert_allclose(model.apply({"params": params}, TOKENS), logits, atol=1e-4)
+
+  # A left-padded batch, with and without a cache.
+  mask = np.ones_like(TOKENS)
+  mask[0, :7] = 0
+  padded = torch.from_numpy(np.where(mask, TOKENS, 0)).long()
+  ours = sa_jax.generate(model, params, np.where(mask, TOKENS, 0), attention_mask=mask, max_new_tokens=16).tokens
+  options = dict(attention_mask=torch.from_numpy(mask), max_new_tokens=16, do_sample=False, pad_token_id=0)
+  with torch.no_grad():
+    for cached in (True, False):
+      out = theirs.generate(padded, use_cache=cached, return_dict_in_generate=True, **options)
+      np.testing.assert_array_equal(out.sequences[:, 20:], ours)
+      if cached:
+        cache = out.past_key_values.layers
+    for layer in model.plan.followers:
+      assert cache[layer].keys.numel() == 0
+      assert cache[layer].values.shape[-1] == model.config.head_dim
+    for layer in model.plan.anchors:
+      assert cache[layer].keys.shape == cache[layer].values.shape
+
+
+def test_what_cannot_be_exported(tmp_path):
+  with pytest.raises(ValueError, match="not an sa_jax checkpoint"):
+    sa_jax.export(tmp_path, tmp_path / "out")
+  hf_models.build("phi3", tmp_path / "theirs")
+  sa_jax.convert(tmp_path / "theirs", tmp_path / "ours", "1:2-3", dtype=None)
+  with pytest.raises(ValueError, match="a phi3 model with followers cannot be exported"):
+    sa_jax.export(tmp_path / "ours", tmp_path / "out")
+  assert not (tmp_path / "out").exists()

@@ -1,0 +1,84 @@
+"""Placement: each device reads its own slice, nothing is held twice, any mesh opens what another wrote."""
+
+import jax
+import numpy as np
+import pytest
+
+import sa_jax
+from sa_jax.convert import lazy
+from sa_jax.sharding import make_mesh
+from tests.convert import hf_models
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("streaming") / "phi3"
+  hf_models.build("phi3", folder, num_key_value_heads=4)
+  return folder
+
+
+@pytest.mark.parametrize("layout", ["runs", "layers"])
+def test_devices_hold_their_shards(folder, layout, monkeypatch):
+  mesh = make_mesh(data=1, fsdp=2, tensor=4)
+  reads = []
+  read = lazy.LazyTensor.read_owned
+
+  def spy(self, layer, index):
+    part = read(self, layer, index)
+    reads.append((part.nbytes, int(np.prod(self.layer_shape)) * part.itemsize))
+    return part
+
+  monkeypatch.setattr(lazy.LazyTensor, "read_owned", spy)
+  _, params = sa_jax.from_pretrained(folder, "1:2-3", mesh=mesh, layout=layout)
+  # What is read for a device is its slice: an eighth of a matrix that both axes divide, never all of it.
+  matrices = [(part, whole) for part, whole in reads if whole > 8 * 32 * 4]
+  assert matrices
+  assert all(part * 8 == whole for part, whole in matrices)
+  _, alone = sa_jax.from_pretrained(folder, "1:2-3", layout=layout)
+  for sharded, whole in zip(jax.tree.leaves(params), jax.tree.leaves(alone), strict=True):
+    np.testing.assert_array_equal(sharded, whole)
+    for shard in sharded.addressable_shards:
+      assert shard.data.shape == sharded.sharding.shard_shape(sharded.shape)
+  assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(params)} == {8}
+
+
+def test_checkpoint_moves_between_meshes(folder, tmp_path):
+  written = make_mesh(data=2, fsdp=2, tensor=2)
+  model, params = sa_jax.from_pretrained(folder, mesh=written, layout="layers")
+  from sa_jax.convert.checkpoint import save_checkpoint
+
+  save_checkpoint(tmp_path / "ours", model.config, model.plan, params)
+  sa_jax.convert(folder, tmp_path / "streamed", dtype=None)
+  _, one = sa_jax.from_pretrained(folder, layout="layers")
+  for path in (tmp_path / "ours", tmp_path / "streamed"):
+    for mesh in (None, make_mesh(data=1, fsdp=8, tensor=1)):
+      _, opened = sa_jax.from_pretrained(path, mesh=mesh, layout="layers")
+      for found, expected in zip(jax.tree.leaves(opened), jax.tree.leaves(one), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_file_may_go_once_opened(folder, tmp_path):
+  """Parameters do not live in the mapped file."""
+  import shutil
+
+  copy = tmp_path / "copy"
+  shutil.copytree(folder, copy)
+  _, params = sa_jax.from_pretrained(copy, layout="layers")
+  before = jax.tree.map(lambda leaf: np.array(leaf), params)
+  for file in copy.glob("*.safetensors"):
+    size = file.stat().st_size
+    with file.open("r+b") as opened:
+      opened.write(b"\xff" * size)
+  for found, expected in zip(jax.tree.leaves(params), jax.tree.leaves(before), strict=True):
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_dtype_never_passes_through_float32(folder, tmp_path, monkeypatch):
+  hf_models.build("llama", tmp_path / "bf16", __import__("torch").bfloat16)
+  kinds = set()
+  read = lazy.LazyTensor.read
+  monkeypatch.setattr(
+    lazy.LazyTensor, "read", lambda self, *args: kinds.add(str((part := read(self, *args)).dtype)) or part
+  )
+  _, params = sa_jax.from_pretrained(tmp_path / "bf16")
+  assert kinds == {"bfloat16"} == {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
