@@ -1,7 +1,7 @@
 """Generation: cache, prefill, the token loop on device, sampling."""
 
 from sa_jax.decode.batcher import Batcher, Request
-from sa_jax.decode.engine import DecodeState, bucket, decode, insert, prefill, retire, row_keys
+from sa_jax.decode.engine import DecodeState, admit, bucket, decode, insert, prefill, retire, row_keys
 from sa_jax.decode.generate import Generated, generate
 from sa_jax.decode.padding import right_pad, to_right_padded
 from sa_jax.decode.sampling import Sampler
@@ -15,6 +15,7 @@ __all__ = [
   "LayerCache",
   "Request",
   "Sampler",
+  "admit",
   "bucket",
   "decode",
   "generate",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sa_jax.decode.engine import DecodeState, bucket, decode, insert, prefill, retire, row_keys
+from sa_jax.decode.engine import DecodeState, admit, bucket, decode, retire, row_keys
 from sa_jax.decode.sampling import Sampler
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_tokens
@@ -115,7 +115,8 @@ class Batcher:
     if not self._running:
       return {}
     self._state, out = decode(self._model, self._sampler, self.chunk, self._params, self._state)
-    out, done = np.asarray(out), np.asarray(self._state.done)
+    # One transfer a chunk: for a small model the host's work is most of the time.
+    out, done, first = jax.device_get((out, self._state.done, first))
     news = {}
     for slot, request in list(self._running.items()):
       new = [int(first[slot][0])] if slot in first else []
@@ -145,10 +146,10 @@ class Batcher:
     size = bucket(length, self.capacity)
     tokens = np.zeros((1, size), np.int32)
     tokens[0, :length] = request.prompt
-    remaining = jnp.asarray([request.max_new_tokens - 1], jnp.int32)
-    lengths = jnp.asarray([length], jnp.int32)
-    row = prefill(self._model, self._sampler, size, self._params, jnp.asarray(tokens), lengths, remaining, request.key)
-    self._state = insert(self._state, row, jnp.int32(slot))
+    lengths, remaining = np.array([length], np.int32), np.array([request.max_new_tokens - 1], np.int32)
+    self._state, first = admit(
+      self._model, self._sampler, self._params, self._state, np.int32(slot), tokens, lengths, remaining, request.key
+    )
     request.status = "running"
     self._running[slot] = request
-    return row.tokens
+    return first

@@ -51,7 +51,12 @@ class DecodeState:
 
 def row_keys(seed: int, rows: Any) -> jax.Array:
   """A PRNG key for each row number, which depends on nothing else."""
-  return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(rows))
+  return _row_keys(seed, jnp.asarray(rows))
+
+
+@jax.jit
+def _row_keys(seed: jax.Array, rows: jax.Array) -> jax.Array:
+  return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(rows)
 
 
 def bucket(length: int, longest: int) -> int:
@@ -106,6 +111,23 @@ def insert(state: DecodeState, row: DecodeState, slot: jax.Array) -> DecodeState
   """Puts a batch of one row, prefilled into at most as many slots, at a place in a running batch (donated)."""
   put = lambda into, new: jax.lax.dynamic_update_slice(into, new, (slot,) + (0,) * (into.ndim - 1))
   return jax.tree.map(put, state, row)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampler"), donate_argnames="state")
+def admit(
+  model: Transformer,
+  sampler: Sampler,
+  params: Mapping[str, Any],
+  state: DecodeState,
+  slot: jax.Array,
+  tokens: jax.Array,
+  lengths: jax.Array,
+  remaining: jax.Array,
+  keys: jax.Array,
+) -> tuple[DecodeState, jax.Array]:
+  """`prefill` of one row and its `insert`, in one program: the batch, and the row's first token, int32 ``[1]``."""
+  row = prefill(model, sampler, tokens.shape[1], params, tokens, lengths, remaining, keys)
+  return insert(state, row, slot), row.tokens
 
 
 @functools.partial(jax.jit, donate_argnames="state")
