@@ -28,9 +28,10 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 @contextlib.contextmanager
 def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-  """A progress bar on stderr; yields a function that takes (done, in all)."""
+  """A progress bar on stderr, where that is a terminal; yields a function that takes (done, in all)."""
   columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-  with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+  screen = Console(stderr=True)
+  with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
     task = bar.add_task(label, total=None)
     yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -80,7 +80,7 @@ def _config(config: ModelConfig, plan: SharingPlan) -> dict[str, Any]:
   return values | {
     "architectures": [name],
     "auto_map": {"AutoModelForCausalLM": f"{_CODE.stem}.{name}"},
-    "shared_attention": {"source": list(plan.source)},
+    "shared_attention": hf_config.write_plan(plan),
   }
 
 

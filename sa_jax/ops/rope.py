@@ -33,9 +33,9 @@ class RopeConfig:
   theta: float = 10_000.0
   scaling: RopeScaling = "default"
   factor: float = 1.0
-  original_max_length: int = 8192
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
+  original_max_length: int = 8192
   beta_fast: float = 32.0
   beta_slow: float = 1.0
   truncate: bool = True

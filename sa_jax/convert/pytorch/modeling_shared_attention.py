@@ -4,8 +4,9 @@ Written by sa_jax's export beside a checkpoint, and loaded with ``AutoModelForCa
 trust_remote_code=True)``. Liao & Vargas, "Beyond KV Caching: Shared Attention for Efficient LLMs", arXiv 2407.12866.
 
 ``config.shared_attention["source"]`` has one entry a layer: the layer whose softmaxed weights it uses, its own number
-for an anchor. A follower has no queries and no keys, and caches its values alone. Attention is eager: the weights that
-followers need are never formed by fused kernels.
+for an anchor. ``config.shared_attention["head_map"]``, if there is one, says for each layer which anchor head each of
+its query heads uses, or null for the head of its own number. A follower has no queries and no keys, and caches its
+values alone. Attention is eager: the weights that followers need are never formed by fused kernels.
 """
 
 from torch import nn
@@ -31,9 +32,9 @@ def leaving_weights(attention_class):
 class FollowerAttention(nn.Module):
   """Attention with an anchor's weights: values and output alone."""
 
-  def __init__(self, attention, source):
+  def __init__(self, attention, source, head_map):
     super().__init__()
-    self.source, self.layer_idx = source, attention.layer_idx
+    self.source, self.head_map, self.layer_idx = source, head_map, attention.layer_idx
     self.head_dim, self.groups = attention.head_dim, attention.num_key_value_groups
     self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
 
@@ -43,6 +44,8 @@ class FollowerAttention(nn.Module):
     if past_key_values is not None:
       _, values = past_key_values.update(values[..., :0], values, self.layer_idx)
     weights = shared[self.source]
+    if self.head_map is not None:
+      weights = weights[:, self.head_map]
     output = weights @ values.repeat_interleave(self.groups, dim=1)
     return self.o_proj(output.transpose(1, 2).reshape(batch, length, -1)), weights
 
@@ -64,16 +67,17 @@ class SharedAttention:
   def __init__(self, config):
     config._attn_implementation = "eager"
     super().__init__(config)
-    if unknown := set(config.shared_attention) - {"source"}:
+    if unknown := set(config.shared_attention) - {"source", "head_map"}:
       raise ValueError(f"config.shared_attention has {sorted(unknown)}, which this file does not implement")
     source = config.shared_attention["source"]
+    head_map = config.shared_attention.get("head_map") or [None] * len(source)
     self.followers = [layer for layer, anchor in enumerate(source) if layer != anchor]
     anchor_class = leaving_weights(type(self.model.layers[0].self_attn))
     for index, (layer, anchor) in enumerate(zip(self.model.layers, source, strict=True)):
       if index == anchor:
         layer.self_attn.__class__ = anchor_class
       else:
-        layer.self_attn = FollowerAttention(layer.self_attn, anchor)
+        layer.self_attn = FollowerAttention(layer.self_attn, anchor, head_map[index])
 
   def forward(self, input_ids=None, past_key_values=None, use_cache=None, **kwargs):
     use_cache = self.config.use_cache if use_cache is None else use_cache

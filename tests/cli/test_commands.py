@@ -1,0 +1,117 @@
+"""convert, generate, perplexity, cost and the demo's picture, as a user types them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+import sa_jax
+from sa_jax.cli import main
+from sa_jax.cli.common import change, quantity
+from sa_jax.cli.demo import picture
+
+REFERENCE = Path(__file__).parents[1] / "data" / "reference" / "llama-gqa-8l"
+PLAN = "1:2-3,4:5-6"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """The reference's model, with a tokenizer whose words are the numbers of its tokens."""
+  path = tmp_path_factory.mktemp("model")
+  for name in ("config.json", "model.safetensors"):
+    shutil.copy(REFERENCE / name, path)
+  tokenizer = Tokenizer(WordLevel({str(token): token for token in range(199)}, unk_token="0"))
+  tokenizer.pre_tokenizer = Whitespace()
+  tokenizer.save(str(path / "tokenizer.json"))
+  return path
+
+
+@pytest.fixture(scope="module")
+def expected():
+  return np.load(REFERENCE / "expected.npz")
+
+
+def test_generate_says_what_the_reference_says(folder, expected, tmp_path):
+  """The left-padded batch's rows, as prompts of unequal length."""
+  rows = zip(expected["input_ids"], expected["attention_mask"], strict=True)
+  prompts = [" ".join(map(str, row[mask == 1])) for row, mask in rows]
+  out = tmp_path / "out.json"
+  assert main(["generate", str(folder), *prompts, "--plan", PLAN, "--max-new-tokens", "24", "--json", str(out)]) == 0
+  results = json.loads(out.read_text())["results"]
+  assert [result["tokens"] for result in results] == expected["greedy_tokens"].tolist()
+
+
+def test_perplexity_is_the_reference_s_loss(folder, expected, tmp_path, capsys):
+  text, out = tmp_path / "text.txt", tmp_path / "out.json"
+  text.write_text(" ".join(map(str, expected["input_ids"].ravel())))
+  arguments = ["perplexity", str(folder), str(text), "--plan", PLAN, "dense", "--length", "21", "--json", str(out)]
+  assert main(arguments) == 0
+  results = json.loads(out.read_text())
+  assert results[PLAN]["loss"] == pytest.approx(float(expected["loss"]), abs=1e-5)
+  assert results["dense"]["loss"] != pytest.approx(results[PLAN]["loss"], abs=1e-3)
+  assert f"{results[PLAN]['perplexity']:.3f}" in capsys.readouterr().out
+
+
+def test_convert_and_cost(folder, expected, tmp_path, capsys):
+  checkpoint, out = tmp_path / "checkpoint", tmp_path / "out.json"
+  assert main(["convert", str(folder), str(checkpoint), "--plan", PLAN, "--dtype", "float32"]) == 0
+  model, params = sa_jax.from_pretrained(checkpoint)
+  assert str(model.plan) == PLAN
+  logits = model.apply({"params": params}, expected["input_ids"])
+  np.testing.assert_allclose(logits, expected["logits_unpadded"], atol=1e-4)
+  assert main(["cost", str(checkpoint), "--plan", PLAN, "--batch", "2", "--seq-len", "64", "--json", str(out)]) == 0
+  costs = json.loads(out.read_text())
+  assert costs["shared"]["kv_cache_bytes"] == 2 * 64 * (8 + 4) * 2 * 8 * 4
+  assert "-25.0 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("arguments", "says"),
+  [
+    (["cost", "no-such-model"], "is not a preset"),
+    (["cost", "llama-2-7b", "--plan", "0:2-3"], "the followers of 0 start at 1"),
+    (["cost", "llama-2-7b", "--batch", "0"], "must be at least 1"),
+    (["generate", "no-such-folder", "hello"], "no-such-folder"),
+    (["perplexity", "FOLDER", "no-such-text"], "cannot read no-such-text"),
+    (["convert", "FOLDER", "FOLDER"], "exists already"),
+    (["convert", "FOLDER"], "name the folder to write"),
+    (["generate", "FOLDER", "1", "--top-k", "3"], "set a temperature above 0"),
+  ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(folder, capsys, arguments, says):
+  assert main([str(folder) if argument == "FOLDER" else argument for argument in arguments]) == 2
+  error = capsys.readouterr().err
+  assert error.startswith("sa-jax: error: ")
+  assert error.count("\n") == 1
+  assert says in error
+
+
+def test_bad_usage_is_exit_code_2(capsys):
+  with pytest.raises(SystemExit) as stopped:
+    main(["cost", "llama-2-7b", "--no-such-flag"])
+  assert stopped.value.code == 2
+  assert "no-such-flag" in "".join(capsys.readouterr())
+
+
+def test_picture_of_a_plan():
+  dots, numbers, _ = picture(sa_jax.SharingPlan.parse("1:2-3,5:6", 7)).splitlines()
+  assert dots == "  ● ●─○─○ ● ●─○"
+  assert numbers.split() == ["0", "5"]
+  assert dots.index("●", 12) == numbers.index("5")
+
+
+@pytest.mark.parametrize(
+  ("value", "unit", "text"),
+  [(0, "", "0"), (999, "B", "999 B"), (13_476_000_000, "B", "13.5 GB"), (1_234, "", "1.23 k"), (999_900, "", "1.00 M")],
+)
+def test_quantities(value, unit, text):
+  assert quantity(value, unit) == text
+
+
+def test_changes():
+  assert (change(90, 100), change(1, 1), change(107.8, 100)) == ("-10.0 %", "=", "+7.8 %")

@@ -1,0 +1,102 @@
+"""Continuous batching: what a request gets does not depend on its neighbours."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import sa_jax
+from sa_jax import Transformer
+from sa_jax.decode import Batcher, Sampler
+from tests import tiny
+
+LONGEST, CAPACITY = 24, 256
+
+
+@pytest.fixture(scope="module")
+def model():
+  """Four of its 61 tokens end a row, so rows stop at places of their own."""
+  made = tiny.model("0:1", num_layers=3, max_length=CAPACITY)
+  return Transformer(dataclasses.replace(made.config, eos_token_ids=(7, 19, 23, 42)), made.plan)
+
+
+@pytest.fixture(scope="module")
+def params(model):
+  return tiny.params(model)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+  rng = np.random.default_rng(0)
+  return [rng.integers(0, 61, rng.integers(1, 200)).astype(np.int32) for _ in range(60)]
+
+
+@pytest.fixture(scope="module")
+def alone(model, params, prompts):
+  """Each prompt's tokens from `generate` on it alone."""
+  outs = [sa_jax.generate(model, params, prompt[None], None, LONGEST, cache_length=CAPACITY) for prompt in prompts]
+  return [out.tokens[0, : out.lengths[0]].tolist() for out in outs]
+
+
+def test_sixty_requests_get_what_each_gets_alone(model, params, prompts, alone):
+  batcher = Batcher(model, params, slots=4, capacity=CAPACITY, chunk=5)
+  limits = np.random.default_rng(1).integers(1, LONGEST + 1, len(prompts)).tolist()
+  requests = [batcher.submit(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
+  batcher.run()
+  assert [request.tokens for request in requests] == [
+    tokens[:limit] for tokens, limit in zip(alone, limits, strict=True)
+  ]
+  assert {request.status for request in requests} == {"done"}
+  assert len({len(tokens) for tokens in alone}) > 5, "rows are meant to stop at different places"
+
+
+def test_a_cancelled_request_frees_its_slot(model, params, prompts, alone):
+  batcher = Batcher(model, params, slots=1, capacity=CAPACITY, chunk=2)
+  long = max(range(len(alone)), key=lambda index: len(alone[index]))
+  first, waiting, last = (batcher.submit(prompts[index], LONGEST) for index in (long, 1, 2))
+  batcher.step()
+  batcher.cancel(first)
+  batcher.cancel(waiting)
+  batcher.run()
+  assert first.tokens == alone[long][: len(first.tokens)]
+  assert len(first.tokens) == 3
+  assert (first.status, waiting.status, last.status) == ("cancelled", "cancelled", "done")
+  assert (waiting.tokens, last.tokens) == ([], alone[2])
+
+
+def test_a_request_that_does_not_fit_is_refused_alone(model, params, prompts, alone):
+  batcher = Batcher(model, params, slots=2, capacity=CAPACITY)
+  good = batcher.submit(prompts[0], LONGEST)
+  with pytest.raises(ValueError, match="250 tokens with 24 new ones needs 273 cache slots, and a row has 256"):
+    batcher.submit(np.zeros(250, np.int32), LONGEST)
+  with pytest.raises(ValueError, match="token 61 is outside the vocabulary"):
+    batcher.submit([61], LONGEST)
+  with pytest.raises(ValueError, match="at least one token"):
+    batcher.submit([], LONGEST)
+  batcher.run()
+  assert good.tokens == alone[0]
+
+
+def test_streamed_tokens_are_the_requests_tokens(model, params, prompts):
+  batcher = Batcher(model, params, slots=2, capacity=CAPACITY, chunk=3)
+  requests = [batcher.submit(prompt, 9) for prompt in prompts[:3]]
+  streamed = {id(request): [] for request in requests}
+  while batcher.busy:
+    for request, new in batcher.step().items():
+      assert len(new) <= 4, "a chunk, and the token of the prefill"
+      streamed[request] += new
+  assert [streamed[id(request)] for request in requests] == [request.tokens for request in requests]
+
+
+def test_generate_batches_continuously_beyond_its_slots(model, params, prompts):
+  """Samples too: a row's depend on its number, not on its slot."""
+  tokens = np.stack([prompt[:1] for prompt in prompts[:7]])
+  settings = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3, "cache_length": 64}
+  static, continuous = (sa_jax.generate(model, params, tokens, **settings, slots=slots) for slots in (64, 2))
+  np.testing.assert_array_equal(static.tokens, continuous.tokens)
+  np.testing.assert_array_equal(static.lengths, continuous.lengths)
+
+
+def test_sizes_are_checked(model, params):
+  with pytest.raises(ValueError, match="slots, capacity and chunk must be at least 1, not 0, 64 and 16"):
+    Batcher(model, params, slots=0, capacity=64, sampler=Sampler())

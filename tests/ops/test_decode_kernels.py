@@ -1,0 +1,69 @@
+"""The GPU kernels of decoding, interpreted on the CPU, against plain JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sa_jax import ops
+from sa_jax.ops.attention import flash_decode
+
+
+def arrays(seed: int, *shapes: tuple[int, ...]) -> list[jax.Array]:
+  rng = np.random.default_rng(seed)
+  return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (2, 2), (24, 1)])
+def test_flash_decode_equals_its_parts(heads, kv_heads):
+  """Rows that end in the first slot, inside a block, on a block's border and in the last slot."""
+  slots, head_dim = 256, 32
+  positions = jnp.asarray([0, 70, 128, slots - 1], jnp.int32)
+  cached = (4, kv_heads, slots, head_dim)
+  q, key, value, keys, values = arrays(0, (4, heads, head_dim), *[(4, kv_heads, head_dim)] * 2, cached, cached)
+  out, new_keys, new_values = flash_decode.attend(
+    q, key, value, keys, values, positions, scale=head_dim**-0.5, interpret=True
+  )
+  written = [np.array(keys), np.array(values)]
+  for row, position in enumerate(positions.tolist()):
+    written[0][row, :, position], written[1][row, :, position] = key[row], value[row]
+  np.testing.assert_array_equal(new_keys, written[0])
+  np.testing.assert_array_equal(new_values, written[1])
+  for row, position in enumerate(positions.tolist()):
+    for head in range(heads):
+      k, v = (each[row, head // (heads // kv_heads), : position + 1].astype(np.float64) for each in written)
+      scores = k @ np.asarray(q[row, head], np.float64) / head_dim**0.5
+      weights = np.exp(scores - scores.max())
+      np.testing.assert_allclose(out[row, head], weights @ v / weights.sum(), atol=2e-6)
+
+
+def test_flash_decode_reads_nothing_past_the_end():
+  """Slots after a row's token may hold anything, NaN included, where no block before it holds them too."""
+  keys, values = (jnp.full((1, 1, 128, 16), jnp.nan).at[:, :, :64].set(1.0) for _ in range(2))
+  q, key, value = arrays(1, (1, 2, 16), (1, 1, 16), (1, 1, 16))
+  out, _, _ = flash_decode.attend(q, key, value, keys, values, jnp.asarray([63]), scale=0.25, interpret=True)
+  assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize(
+  ("rows", "slots", "split"),
+  [(128, 4096, 2048), (512, 4096, 2048), (8, 1024, 64), (32, 1024, 256), (1, 192, 64)],
+)
+def test_splits_fill_the_processors_and_divide_the_cache(rows, slots, split):
+  assert flash_decode.choose_split(rows, slots) == split
+  assert slots % split == 0
+
+
+@pytest.mark.parametrize("batch", [1, 5, 16, 20])
+def test_gated_linear_equals_its_formula(batch):
+  x, gate, up = arrays(2, (batch, 128), (128, 192), (128, 192))
+  x64, gate64, up64 = (np.asarray(each, np.float64) for each in (x, gate, up))
+  linear = x64 @ gate64
+  expected = linear / (1 + np.exp(-linear)) * (x64 @ up64)
+  np.testing.assert_allclose(ops.gated_linear(x, gate, up, interpret=True), expected, rtol=1e-4, atol=2e-4)
+
+
+def test_kernels_are_not_for_this_device():
+  """On the CPU decoding takes the plain path: float32, and no interpreter."""
+  (x,) = arrays(3, (1, 64))
+  assert not ops.has_gated_linear(x.astype(jnp.bfloat16), jnp.zeros((64, 64), jnp.bfloat16))
