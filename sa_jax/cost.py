@@ -59,26 +59,45 @@ def cost(config: ModelConfig, plan: SharingPlan | str | None, batch: int = 1, se
   value_output = embed * (kv_heads + heads) * head_dim
   mlp = 3 * embed * config.mlp_dim
   matrices = anchors * query_key + layers * (value_output + mlp)
-  norms = (2 * layers + 1) * embed
+  vectors = embed + layers * _vectors(config) + anchors * _anchor_vectors(config)
   table = config.vocab_size * embed
-  params = matrices + norms + table * (1 if config.tie_embeddings else 2)
+  params = matrices + vectors + table * (1 if config.tie_embeddings else 2)
 
-  # Scores in anchors, weighted sums of values in every layer.
-  attention = 2 * heads * head_dim * (anchors + layers)
-  seen = seq_len * (seq_len + 1) // 2
+  # Scores in anchors, weighted sums of values in every layer; a local layer sees no more than its window.
+  forward_attention = decode_attention = 0
+  for layer, source in enumerate(plan.source):
+    window = min(seq_len, config.window or seq_len) if source in config.local_layers else seq_len
+    products = 2 * heads * head_dim * (2 if layer == source else 1)
+    forward_attention += products * (window * (window + 1) // 2 + (seq_len - window) * window)
+    decode_attention += products * window
   per_token = 2 * (matrices + table)
 
   itemsize = jnp.dtype(config.dtype).itemsize
   param_itemsize = jnp.dtype(config.param_dtype).itemsize
   kv_bytes_per_token = (layers + anchors) * kv_heads * head_dim * itemsize
   kv_cache_bytes = batch * seq_len * kv_bytes_per_token
-  read_params = matrices + norms + table + (0 if config.tie_embeddings else batch * embed)
+  read_params = matrices + vectors + table + (0 if config.tie_embeddings else batch * embed)
   return Cost(
     params=params,
     param_bytes=params * param_itemsize,
-    flops=batch * (seq_len * per_token + seen * attention),
-    decode_flops=batch * (per_token + seq_len * attention),
+    flops=batch * (seq_len * per_token + forward_attention),
+    decode_flops=batch * (per_token + decode_attention),
     kv_cache_bytes=kv_cache_bytes,
     kv_bytes_per_token=kv_bytes_per_token,
     decode_bytes=read_params * param_itemsize + kv_cache_bytes,
   )
+
+
+def _vectors(config: ModelConfig) -> int:
+  """Parameters of a layer, anchor or follower, that are not in matrices: norms and biases."""
+  norms = (4 if config.post_norms else 2) * config.embed_dim
+  value_bias = config.num_kv_heads * config.head_dim if config.qkv_bias else 0
+  output_bias = config.embed_dim if config.output_bias else 0
+  mlp_bias = 2 * config.mlp_dim + config.embed_dim if config.mlp_bias else 0
+  return norms + value_bias + output_bias + mlp_bias
+
+
+def _anchor_vectors(config: ModelConfig) -> int:
+  """What an anchor has besides: biases and norms of queries and keys."""
+  biases = (config.num_heads + config.num_kv_heads) * config.head_dim if config.qkv_bias else 0
+  return biases + (2 * config.head_dim if config.qk_norm else 0)

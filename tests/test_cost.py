@@ -143,3 +143,29 @@ def test_refused():
     sa_jax.cost(tiny.config(), "6:7")
   with pytest.raises(ValueError, match="the plan is for 3 layers, the model has 7"):
     sa_jax.cost(tiny.config(), SharingPlan.dense(3))
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"qkv_bias": True},
+    {"output_bias": True, "mlp_bias": True},
+    {"qk_norm": True},
+    {"qkv_bias": True, "output_bias": True, "mlp_bias": True, "qk_norm": True, "post_norms": True},
+  ],
+)
+def test_parameters_of_other_families(changes):
+  """Biases and further norms; a follower has none of those that hang on queries and keys."""
+  model = tiny.model(**changes)
+  leaves = jax.tree.leaves(abstract_params(model, layout="layers"))
+  assert sa_jax.cost(model.config, model.plan).params == sum(leaf.size for leaf in leaves)
+
+
+def test_a_window_bounds_what_attention_costs():
+  """Layers 1 (anchor), 2 and 3 (its followers) see 3 tokens: of 5 queries 1 + 2 + 3 + 3 + 3 keys and not 15."""
+  full, local = (tiny.config(window=window, local_layers=layers) for window, layers in ((None, ()), (3, (1, 2, 3))))
+  costs = [sa_jax.cost(config, tiny.PLAN, batch=2, seq_len=5) for config in (full, local)]
+  products = 2 * 4 * 8 * 4  # FLOPs a key: heads × head_dim, for scores in one layer and values in three
+  assert costs[0].flops - costs[1].flops == 2 * products * (15 - 12)
+  assert costs[0].decode_flops - costs[1].decode_flops == 2 * products * (5 - 3)
+  assert costs[0].kv_cache_bytes == costs[1].kv_cache_bytes
