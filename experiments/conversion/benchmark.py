@@ -70,10 +70,9 @@ def main() -> None:
   with tempfile.TemporaryDirectory(dir=arguments.folder.parent if arguments.folder else None) as scratch:
     folder = arguments.folder
     if folder is None:
-      from make_checkpoint import make
-
       folder = Path(scratch) / "model"
-      make(folder)
+      # In a process of its own: a child's peak counts what its parent held when it was forked.
+      subprocess.run([sys.executable, Path(__file__).with_name("make_checkpoint.py"), folder], check=True)
     from sa_jax.convert.source import open_source
 
     sizes = [2 * count for count in map(_count, open_source(folder).shapes.values())]

@@ -20,7 +20,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
   """Prints a table: the first column names the row, the others are numbers."""
   table = Table(title=title, title_justify="left", title_style="bold")
   for index, column in enumerate(columns):
-    table.add_column(column, justify="left" if index == 0 else "right")
+    table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
   for row in rows:
     table.add_row(*row)
   console.print(table)
