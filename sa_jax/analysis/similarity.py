@@ -26,7 +26,7 @@ class Similarity(NamedTuple):
   """All pairs of layers compared, head by head (head ``n`` of one with head ``n`` of the other), over all queries.
 
   Attributes:
-    cosine: float64 ``[L, L, N]``, of two layers' weights as vectors (Liao & Vargas, arXiv 2407.12866, section 3).
+    cosine: float64 ``[L, L, N]``, of two layers' weights as vectors (Liao & Vargas, arXiv 2407.12866).
     cosine_without_sink: the same without the weights on the first key, the attention sink that all layers have.
     js_divergence: Jensen-Shannon divergence of two layers' weights in nats (0 alike, log 2 disjoint), mean over
       queries.

@@ -96,7 +96,7 @@ def save(path: Path, source: Path, model: Transformer, params: dict[str, Any], d
     dataclasses.replace(model.config, dtype=dtype, param_dtype=dtype),
     model.plan,
     jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params),
-    load_tokenizer(source) if has_tokenizer else None,
+    load_tokenizer(source).save if has_tokenizer else None,
   )
 
 

@@ -19,7 +19,6 @@ from sa_jax.convert import hf_config
 from sa_jax.convert.lazy import LazyTensor, Progress, in_order
 from sa_jax.convert.source import read_json
 from sa_jax.convert.table import entries
-from sa_jax.convert.tokenizer import Tokenizer
 from sa_jax.plan import SharingPlan
 
 PARAMS = "params"
@@ -58,7 +57,8 @@ def save_checkpoint(
   config: ModelConfig,
   plan: SharingPlan,
   params: Mapping[str, Any],
-  tokenizer: Tokenizer | None = None,
+  save_extras: Callable[[Path], None] | None = None,
+  progress: Progress | None = None,
 ) -> None:
   """Writes a checkpoint that `sa_jax.from_pretrained` opens under any plan that it has the weights for.
 
@@ -66,31 +66,8 @@ def save_checkpoint(
     path: a folder that does not exist yet.
     config: the model.
     plan: the plan that the parameters are pruned to.
-    params: in the layer layout.
-    tokenizer: to go with it.
-
-  Raises:
-    ValueError: if the folder exists or cannot be made.
-  """
-  write(Path(path), config, plan, params, tokenizer.save if tokenizer is not None else None)
-
-
-def write(
-  path: Path,
-  config: ModelConfig,
-  plan: SharingPlan,
-  params: Mapping[str, Any],
-  save_extras: Callable[[Path], None] | None,
-  progress: Progress | None = None,
-) -> None:
-  """`save_checkpoint` of arrays, or of `LazyTensor`s, which are read and written one after the other.
-
-  Args:
-    path: a folder that does not exist yet.
-    config: the model.
-    plan: the plan that the parameters are pruned to.
-    params: in the layer layout.
-    save_extras: writes what travels with the model into the folder.
+    params: in the layer layout: arrays, or `LazyTensor`s, which are read and written one after the other.
+    save_extras: writes what travels with the model, such as its tokenizer, into the folder.
     progress: called with (lazy tensors written, lazy tensors in all).
 
   Raises:
@@ -98,7 +75,7 @@ def write(
   """
   import orbax.checkpoint as ocp
 
-  with new_folder(path) as folder:
+  with new_folder(Path(path)) as folder:
     values = hf_config.write(config) | {"shared_attention": hf_config.write_plan(plan)}
     (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
     if save_extras is not None:

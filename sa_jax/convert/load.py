@@ -145,12 +145,12 @@ def convert(
   path = locate(src, revision)
   if checkpoint.is_checkpoint(path):
     model, params = _open_checkpoint(path, plan, dtype, None, "layers")
-    checkpoint.write(dst, model.config, model.plan, params, functools.partial(copy_extras, path))
+    checkpoint.save_checkpoint(dst, model.config, model.plan, params, functools.partial(copy_extras, path))
     return
   source = open_source(path)
   config, made, found = _describe(source, plan, dtype)
   tree = lazy_tree(source, found.used, config.param_dtype)
-  checkpoint.write(dst, config, made, tree, source.save_extras, progress)
+  checkpoint.save_checkpoint(dst, config, made, tree, source.save_extras, progress)
 
 
 def inspect(

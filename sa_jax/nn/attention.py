@@ -103,7 +103,7 @@ class _Attention(nn.Module):
 
 
 class AnchorAttention(_Attention):
-  """Self-attention that hands out its attention state (Liao & Vargas, arXiv 2407.12866, section 3)."""
+  """Self-attention that hands out its attention state (Liao & Vargas, arXiv 2407.12866)."""
 
   def setup(self) -> None:
     super().setup()

@@ -102,7 +102,7 @@ def attend(
   """Causal attention ``softmax(q kᵀ / sqrt(H) + mask) v`` over whole sequences.
 
   Query ``t`` sees keys 0 to ``t``, of a right-padded row only those before its length. With q and k of an anchor layer
-  and v of a follower, this is the follower's attention (Liao & Vargas, arXiv 2407.12866, section 3).
+  and v of a follower, this is the follower's attention (Liao & Vargas, arXiv 2407.12866).
 
   Args:
     q: ``[B, T, N, H]``.

@@ -15,7 +15,7 @@ class AttentionSpec:
 
   Attributes:
     window: how many tokens a query sees, itself included (sliding window); all before it when None.
-    softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask (Gemma 2, arXiv 2408.00118, section 2).
+    softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask (Gemma 2, arXiv 2408.00118).
     scale: what ``q kᵀ`` is multiplied by; ``1 / sqrt(H)`` when None.
 
   Raises:
