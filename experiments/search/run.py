@@ -57,7 +57,7 @@ class Experiment:
     # The last quarter of the calibration rows judges plans; no plan and no weight ever sees the test texts.
     self.calibration = {name: split(text, rows) for name, text in calibration.items()}
     self.test = {name: split(text, test_rows) for name, text in test.items()}
-    self.dense = self.perplexities(self.model, self.params)
+    self.dense = self.perplexities(self.model, self.params, self.test)
 
   @property
   def fitting(self) -> np.ndarray:
@@ -68,23 +68,43 @@ class Experiment:
     """Texts for a search: ``rows`` of each to fit to, and its last quarter to judge by."""
     return [Text(name, each[:rows], each[-self.rows // 4 :]) for name, each in self.calibration.items()]
 
-  def perplexities(self, model: sa_jax.Transformer, params: Any) -> dict[str, float]:
-    """Of the test texts; parameters in the layer layout."""
+  @property
+  def judging(self) -> dict[str, np.ndarray]:
+    """The rows of each calibration text that plans and settings are chosen by."""
+    return {name: rows[-self.rows // 4 :] for name, rows in self.calibration.items()}
+
+  def perplexities(self, model: sa_jax.Transformer, params: Any, texts: dict[str, np.ndarray]) -> dict[str, float]:
+    """Of each text; parameters in the layer layout."""
     stacked = sa_jax.stack(params, model.plan)
     return {
-      name: sa_jax.perplexity(model, stacked, rows, batch_size=self.chunk).perplexity
-      for name, rows in self.test.items()
+      name: sa_jax.perplexity(model, stacked, rows, batch_size=self.chunk).perplexity for name, rows in texts.items()
     }
 
   def measure(self, plan: SharingPlan, how: Refit | None) -> dict[str, Any]:
     """Test perplexities of a plan, refitted on all calibration rows."""
+    return self._measure(plan, how, self.fitting, self.test, self.dense)
+
+  def choose(self, plan: SharingPlan, how: Refit) -> dict[str, Any]:
+    """Perplexities of the judging rows, refitted on the others: to choose settings by."""
+    others = np.concatenate([rows[: -self.rows // 4] for rows in self.calibration.values()])
+    dense = self.perplexities(self.model, self.params, self.judging)
+    return self._measure(plan, how, others, self.judging, dense)
+
+  def _measure(
+    self,
+    plan: SharingPlan,
+    how: Refit | None,
+    fitting: np.ndarray,
+    texts: dict[str, np.ndarray],
+    dense: dict[str, float],
+  ) -> dict[str, Any]:
     begun = time.perf_counter()
     if how is None:
       model, params = shared_model(self.model.config, self.params, plan)
     else:
-      model, params, _ = refit(self.model, self.params, plan, self.fitting, how, chunk=self.chunk)
-    found = self.perplexities(model, params)
-    times = {name: found[name] / self.dense[name] for name in found}
+      model, params, _ = refit(self.model, self.params, plan, fitting, how, chunk=self.chunk)
+    found = self.perplexities(model, params, texts)
+    times = {name: found[name] / dense[name] for name in found}
     return {
       "perplexity": found,
       "times_dense": times,
@@ -124,10 +144,11 @@ def recoveries() -> dict[str, tuple[bool, Refit | None]]:
   }
 
 
-def ablation(experiment: Experiment, mapper: Judge) -> None:
+def ablation(experiment: Experiment, mapper: Judge, names: list[str]) -> None:
   """What each ingredient contributes, on plans chosen by eye."""
   results: dict[str, Any] = {}
-  for name, text in HAND_PICKED.items():
+  for name in names:
+    text = HAND_PICKED[name]
     plain = SharingPlan.parse(text, experiment.model.config.num_layers)
     results[name] = {"plan": text}
     for label, (maps, how) in recoveries().items():
@@ -138,18 +159,20 @@ def ablation(experiment: Experiment, mapper: Judge) -> None:
 
 
 def ridges(experiment: Experiment, mapper: Judge) -> None:
-  """How strongly the refit should be held to the old weights."""
+  """How strongly the refit should be held to the old weights, told by the judging rows."""
   results: dict[str, Any] = {}
   for name in ("eight pairs", "every second"):
     plan = SharingPlan.parse(HAND_PICKED[name], experiment.model.config.num_layers)
     for ridge, mlp_ridge in ((0.01, 0.03), (0.01, 0.1), (0.01, 0.3), (0.01, 1.0), (0.03, 0.1), (0.003, 0.1)):
-      values = experiment.measure(mapper.with_maps(plan), Refit(ridge=ridge, mlp_ridge=mlp_ridge, maps=True, mlp=True))
+      values = experiment.choose(mapper.with_maps(plan), Refit(ridge=ridge, mlp_ridge=mlp_ridge, maps=True, mlp=True))
       results[f"{name}, ridge {ridge}, MLP {mlp_ridge}"] = values
       experiment.show(f"{name}, ridge {ridge}, MLP {mlp_ridge}", plan, values)
   experiment.save("ridges", results)
 
 
-def searched(experiment: Experiment, judge: Judge, strategy: str, width: int, shortlist: int | None) -> None:
+def searched(
+  experiment: Experiment, judge: Judge, strategy: str, width: int, shortlist: int | None, labels: list[str]
+) -> None:
   """Plans of one strategy at every budget, refitted and measured on the test texts."""
   layers = judge.config.num_layers
   costs = judge.costs(reach=8) if strategy == "dp" or shortlist else None
@@ -165,7 +188,7 @@ def searched(experiment: Experiment, judge: Judge, strategy: str, width: int, sh
   for count, plan in plans.items():
     losses = judge.losses(plan)
     results[str(count)] = {"plan": str(plan), "judged": [math.exp(x) for x in losses - judge.dense]}
-    for label in ("identity", "fitted heads, W_O", "fitted heads, W_O, W_V", "fitted heads, W_O, W_V, MLP"):
+    for label in labels:
       maps, how = recoveries()[label]
       values = experiment.measure(judge.with_maps(plan) if maps else plan, how)
       results[str(count)][label] = values
@@ -205,6 +228,17 @@ def main() -> None:
   parser.add_argument("--chunk", type=int, default=16)
   parser.add_argument("--width", type=int, default=3, help="of the beam")
   parser.add_argument("--shortlist", type=int, default=None, help="candidates measured a step; all if not given")
+  parser.add_argument("--judge-mlp", action="store_true", help="refit MLPs inside the search too")
+  parser.add_argument(
+    "--plans", nargs="+", default=list(HAND_PICKED), choices=list(HAND_PICKED), help="of the ablation"
+  )
+  parser.add_argument(
+    "--recoveries",
+    nargs="+",
+    default=["identity", "fitted heads, W_O", "fitted heads, W_O, MLP"],
+    choices=list(recoveries()),
+    help="of the plans that a search finds",
+  )
   arguments = parser.parse_args()
   if arguments.stages == ["report"]:
     report(arguments.out)
@@ -223,18 +257,19 @@ def main() -> None:
     experiment.model,
     experiment.params,
     experiment.texts(arguments.search_rows),
-    Refit(),
+    Refit(mlp=arguments.judge_mlp),
     chunk=arguments.chunk,
-    record=arguments.out / "record.json",
+    record=arguments.out / f"record{'-mlp' if arguments.judge_mlp else ''}.json",
   )
   for stage in arguments.stages:
     begun = time.perf_counter()
     if stage == "ablation":
-      ablation(experiment, judge)
+      ablation(experiment, judge, arguments.plans)
     elif stage == "ridges":
       ridges(experiment, judge)
     elif stage in ("spans", "dp", "greedy", "beam"):
-      searched(experiment, judge, stage, arguments.width if stage == "beam" else 1, arguments.shortlist)
+      width = arguments.width if stage == "beam" else 1
+      searched(experiment, judge, stage, width, arguments.shortlist, arguments.recoveries)
     else:
       parser.error(f"no stage {stage!r}; there are spans, dp, greedy, beam, ablation, ridges, report")
     print(f"{stage}: {time.perf_counter() - begun:.0f} s\n", flush=True)

@@ -46,7 +46,8 @@ class Batcher:
   Attributes:
     slots: rows of the batch.
     capacity: cache slots a row: a prompt and its continuation, but for the last token, must fit.
-    chunk: decode steps on device between two looks of the host; new tokens, cancellations and free slots are seen then.
+    chunk: most decode steps on device between two looks of the host, at which new tokens and cancellations are seen; a
+      slot that becomes free while a request waits for it ends them early.
   """
 
   def __init__(
@@ -114,7 +115,9 @@ class Batcher:
         first[slot] = self._admit(self._waiting.popleft(), slot)
     if not self._running:
       return {}
-    self._state, out = decode(self._model, self._sampler, self.chunk, self._params, self._state)
+    # While requests wait, one row that ends is enough to stop for: its slot is free.
+    enough = np.int32(self.slots - len(self._running) + 1 if self._waiting else self.slots)
+    self._state, out = decode(self._model, self._sampler, self.chunk, self._params, self._state, enough)
     # One transfer a chunk: for a small model the host's work is most of the time.
     out, done, first = jax.device_get((out, self._state.done, first))
     news = {}

@@ -138,9 +138,14 @@ def retire(state: DecodeState, rows: jax.Array) -> DecodeState:
 
 @functools.partial(jax.jit, static_argnames=("model", "sampler", "steps"), donate_argnames="state")
 def decode(
-  model: Transformer, sampler: Sampler, steps: int, params: Mapping[str, Any], state: DecodeState
+  model: Transformer,
+  sampler: Sampler,
+  steps: int,
+  params: Mapping[str, Any],
+  state: DecodeState,
+  ended: jax.Array | None = None,
 ) -> tuple[DecodeState, jax.Array]:
-  """Generates up to ``steps`` further tokens a row, stopping early when every row has ended.
+  """Generates up to ``steps`` further tokens a row, stopping early when enough rows have ended.
 
   Args:
     model: the model.
@@ -148,15 +153,17 @@ def decode(
     steps: tokens a row.
     params: in the layer layout.
     state: donated; the cache needs room for the tokens of rows that have not ended.
+    ended: int32 ``[]``, how many ended rows are enough to stop; all of them when None.
 
   Returns:
     The state, and int32 ``[B, steps]`` tokens, -1 after a row's end.
   """
   _LOG.info("compiling %s decode steps of %s rows, %s slots each", steps, state.tokens.shape[0], state.cache.capacity)
+  enough = state.done.size if ended is None else ended
 
   def unfinished(carry: tuple[jax.Array, DecodeState, jax.Array]) -> jax.Array:
     step, state, _ = carry
-    return (step < steps) & ~state.done.all()
+    return (step < steps) & (state.done.sum() < enough)
 
   def one(carry: tuple[jax.Array, DecodeState, jax.Array]) -> tuple[jax.Array, DecodeState, jax.Array]:
     step, state, out = carry
@@ -165,10 +172,10 @@ def decode(
     stay = lambda old, new: jnp.where(state.done, old, new)
     positions = stay(state.positions, state.positions + 1)
     remaining = stay(state.remaining, state.remaining - 1)
-    tokens, ended = _choose(model, sampler, logits, positions, remaining, state.keys)
+    tokens, ends = _choose(model, sampler, logits, positions, remaining, state.keys)
     out = out.at[:, step].set(stay(jnp.full_like(tokens, -1), tokens))
     tokens = stay(state.tokens, tokens)
-    return step + 1, DecodeState(cache, tokens, positions, remaining, state.done | ended, state.keys), out
+    return step + 1, DecodeState(cache, tokens, positions, remaining, state.done | ends, state.keys), out
 
   out = jnp.full((state.tokens.shape[0], steps), -1, jnp.int32)
   if steps == 0:
