@@ -109,7 +109,6 @@ def main() -> None:
         "dense": ours(checkpoint, "dense", "bfloat16", rows, NEW_TOKENS, arguments.repeats)[1],
         f"plan {arguments.plan}": ours(checkpoint, arguments.plan, "bfloat16", rows, NEW_TOKENS, arguments.repeats)[1],
         "transformers, static cache, compiled": timed(lambda: peer.generate(rows, NEW_TOKENS, "static"), 3),  # noqa: B023
-        "transformers, eager": timed(lambda: peer.generate(rows, NEW_TOKENS, "dynamic"), 2),  # noqa: B023
       }
       for name, timing in measured.items():
         rate = batch * NEW_TOKENS / timing["seconds"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -36,17 +38,25 @@ def jsonl(path: Path, *fields: str) -> str:
   return "\n\n".join("".join(row[field] for field in fields) for row in rows)
 
 
+def rare_words_unknown(text: str, fewest: int = 3) -> str:
+  """Raw WikiText as WikiText-2 has it: words that occur less often are ``<unk>`` (Merity et al., arXiv 1609.07843)."""
+  counts = collections.Counter(text.split())
+  return re.sub(r"\S+", lambda word: word[0] if counts[word[0]] >= fewest else "<unk>", text)
+
+
 class Experiment:
   """The model, the texts, and where results go."""
 
-  def __init__(self, model: Path, data: Path, out: Path, length: int, rows: int, test_rows: int, chunk: int):
-    self.out, self.chunk, self.rows = out, chunk, rows
+  def __init__(
+    self, model: Path, data: Path, out: Path, length: int, rows: int, judging_rows: int, test_rows: int, chunk: int
+  ):
+    self.out, self.chunk, self.judging_rows = out, chunk, judging_rows
     out.mkdir(parents=True, exist_ok=True)
     self.model, self.params = sa_jax.from_pretrained(model, "dense", "float32", layout="layers")
     tokenizer = sa_jax.load_tokenizer(model)
     corpora = data / "corpora"
     calibration = {
-      "wikitext-2 train": (corpora / "wikitext2_train_5k.txt").read_text(encoding="utf-8"),
+      "wikitext-2 train": rare_words_unknown((corpora / "wikitext2_train_5k.txt").read_text(encoding="utf-8")),
       "C4": jsonl(corpora / "llamafactory_c4_demo.jsonl", "text"),
     }
     test = {
@@ -54,7 +64,7 @@ class Experiment:
       "LAMBADA": jsonl(data / "eval" / "llm_foundry" / "lambada_openai.jsonl", "context", "continuation"),
     }
     split = lambda text, rows: sa_jax.rows_of(tokenizer.encode(text[: 8 * length * rows]), length, rows)
-    # The last quarter of the calibration rows judges plans; no plan and no weight ever sees the test texts.
+    # The last of the calibration rows judge plans; no plan and no weight ever sees the test texts.
     self.calibration = {name: split(text, rows) for name, text in calibration.items()}
     self.test = {name: split(text, test_rows) for name, text in test.items()}
     self.dense = self.perplexities(self.model, self.params, self.test)
@@ -65,13 +75,13 @@ class Experiment:
     return np.concatenate(list(self.calibration.values()))
 
   def texts(self, rows: int) -> list[Text]:
-    """Texts for a search: ``rows`` of each to fit to, and its last quarter to judge by."""
-    return [Text(name, each[:rows], each[-self.rows // 4 :]) for name, each in self.calibration.items()]
+    """Texts for a search: ``rows`` of each to fit to, and its last rows to judge by."""
+    return [Text(name, each[:rows], self.judging[name]) for name, each in self.calibration.items()]
 
   @property
   def judging(self) -> dict[str, np.ndarray]:
     """The rows of each calibration text that plans and settings are chosen by."""
-    return {name: rows[-self.rows // 4 :] for name, rows in self.calibration.items()}
+    return {name: rows[-self.judging_rows :] for name, rows in self.calibration.items()}
 
   def perplexities(self, model: sa_jax.Transformer, params: Any, texts: dict[str, np.ndarray]) -> dict[str, float]:
     """Of each text; parameters in the layer layout."""
@@ -86,7 +96,7 @@ class Experiment:
 
   def choose(self, plan: SharingPlan, how: Refit) -> dict[str, Any]:
     """Perplexities of the judging rows, refitted on the others: to choose settings by."""
-    others = np.concatenate([rows[: -self.rows // 4] for rows in self.calibration.values()])
+    others = np.concatenate([rows[: -self.judging_rows] for rows in self.calibration.values()])
     dense = self.perplexities(self.model, self.params, self.judging)
     return self._measure(plan, how, others, self.judging, dense)
 
@@ -222,8 +232,9 @@ def main() -> None:
   parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
   parser.add_argument("--stages", nargs="+", default=["spans", "dp", "greedy", "ablation"])
   parser.add_argument("--length", type=int, default=512)
-  parser.add_argument("--rows", type=int, default=64, help="calibration rows of each of two texts")
-  parser.add_argument("--search-rows", type=int, default=16, help="of them, rows that a search refits on")
+  parser.add_argument("--rows", type=int, default=192, help="calibration rows of each of two texts")
+  parser.add_argument("--judging-rows", type=int, default=16, help="of them, the last, to judge plans by")
+  parser.add_argument("--search-rows", type=int, default=16, help="of them, the first, that a search refits on")
   parser.add_argument("--test-rows", type=int, default=16)
   parser.add_argument("--chunk", type=int, default=16)
   parser.add_argument("--width", type=int, default=3, help="of the beam")
@@ -250,7 +261,7 @@ def main() -> None:
     arguments.model = packaged_model()
   experiment = Experiment(
     arguments.model, arguments.data, arguments.out, arguments.length, arguments.rows,
-    arguments.test_rows, arguments.chunk,
+    arguments.judging_rows, arguments.test_rows, arguments.chunk,
   )  # fmt: skip
   print("dense", experiment.dense, flush=True)
   judge = Judge(
