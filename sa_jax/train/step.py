@@ -66,7 +66,7 @@ def make_state(optimizer: optax.GradientTransformation, params: Any, shardings: 
 
   Args:
     optimizer: as for `make_step`.
-    params: what is trained. The state has a copy, so that the caller's arrays survive the step, which donates its state.
+    params: what is trained. The state has a copy, so that these arrays survive the step, which donates its state.
     shardings: from `state_shardings`; everything stays where it is when None.
   """
 
