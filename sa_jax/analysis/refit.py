@@ -136,6 +136,7 @@ def recover_layer(
   layer: PlanArrays,
   refit: Refit,
   calibration: int,
+  keep: walk.Keep = walk.on_device,
 ) -> tuple[Block, Stream, list[tuple[str, Any, Any, Any]]]:
   """Refits one layer of the shared model and takes the text through it.
 
@@ -147,6 +148,7 @@ def recover_layer(
     layer: the layer's part of the plan.
     refit: what to refit.
     calibration: how many of the chunks to fit to; the others only go along.
+    keep: where chunks wait.
 
   Returns:
     The parameters, the stream after the layer, and what was refitted: part, error before, error after, condition.
@@ -156,7 +158,7 @@ def recover_layer(
   if not layer.is_anchor:
     block, before, after, condition = refit_attention(config, block, fitted, jnp.asarray(layer.head_map), refit)
     done.append(("attention", before, after, condition))
-  middle = [_attend(config, block, chunk, layer) for chunk in stream]
+  middle = [keep(_attend(config, block, chunk, layer)) for chunk in stream]
   if refit.mlp:
     pairs = zip(middle[:calibration], targets, strict=False)
     sums = total(
@@ -166,7 +168,7 @@ def recover_layer(
     kernel, condition = solve(sums, prior, refit.mlp_ridge)
     done.append(("mlp", relative_error(sums, prior), relative_error(sums, kernel), condition))
     block = with_kernel(block, "mlp", "down_proj", kernel)
-  return block, tuple(Chunk(_mlp(config, block, x), state) for x, state in middle), done
+  return block, tuple(Chunk(keep(_mlp(config, block, x)), state) for x, state in middle), done
 
 
 def refit_attention(
@@ -263,6 +265,7 @@ def refit(
   how: Refit | None = None,
   *,
   chunk: int = 4,
+  on_device: bool = False,
   progress: Callable[[int, int], None] | None = None,
 ) -> Refitted:
   """Refits a shared model to its dense original, layer by layer, each behind those already refitted.
@@ -273,7 +276,9 @@ def refit(
     plan: which layers follow, with head maps or without.
     tokens: int ``[rows, T]`` of calibration text, full rows.
     how: what is refitted.
-    chunk: rows computed at once. Between two layers the text's activations, ``rows * length * D``, wait on the device.
+    chunk: rows computed at once.
+    on_device: whether the text's activations wait on the device between two layers, a few arrays ``[rows, T, D]``. That
+      is faster; in the host's memory, where they wait otherwise, there may be any amount of text.
     progress: called with (layers done, layers in all).
 
   Raises:
@@ -286,14 +291,15 @@ def refit(
   check_tokens(tokens, None, config.vocab_size)
   check_plan(config, plan)
   how.check(config)
-  shared = dense = walk.start(config, params, tokens, chunk)
+  keep = walk.on_device if on_device else jax.device_get
+  shared = dense = walk.start(config, params, tokens, chunk, keep)
   layers = dict(params["layers"])
   reports = []
   first = min(plan.followers, default=config.num_layers)
   for layer in range(config.num_layers):
     block = layers[str(layer)]
     as_dense = PlanArrays.of_layer(layer, config, is_anchor=True)
-    targets = tuple(walk.dense_layer(config, block, part, as_dense) for part in dense)
+    targets = tuple(keep(walk.dense_layer(config, block, part, as_dense)) for part in dense)
     dense = tuple(Chunk(target.x, target.state) for target in targets)
     if layer < first:
       shared = dense
@@ -303,7 +309,7 @@ def refit(
         head_map = map_by_refit(config, block, list(zip(shared, targets, strict=True)), head_map, how.ridge)
         plan = with_map(plan, layer, head_map)
       arrays = PlanArrays.of_layer(layer, config, is_anchor, head_map)
-      layers[str(layer)], shared, done = recover_layer(config, block, shared, targets, arrays, how, len(shared))
+      layers[str(layer)], shared, done = recover_layer(config, block, shared, targets, arrays, how, len(shared), keep)
       reports += [Report(layer, part, *map(float, numbers)) for part, *numbers in done]
       check_conditions(reports)
     if progress is not None:

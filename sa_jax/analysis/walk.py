@@ -80,11 +80,22 @@ def _embed(config: ModelConfig, params: Mapping[str, Any], tokens: jax.Array) ->
   return PlannedTransformer(config).apply({"params": params}, tokens, method="embedded")
 
 
-def start(config: ModelConfig, params: Mapping[str, Any], tokens: np.ndarray, chunk: int) -> Stream:
+Keep = Callable[[Any], Any]
+"""Where a chunk's arrays wait until they are needed again: `on_device`, or `jax.device_get` for the host's memory."""
+
+
+def on_device(chunk: Any) -> Any:
+  """Keeps a chunk's arrays where they are."""
+  return chunk
+
+
+def start(
+  config: ModelConfig, params: Mapping[str, Any], tokens: np.ndarray, chunk: int, keep: Keep = on_device
+) -> Stream:
   """The stream before layer 0, of int ``[rows, T]`` tokens in chunks of rows."""
   outside = {name: value for name, value in params.items() if name != "layers"}
   return tuple(
-    Chunk(_embed(config, outside, jnp.asarray(rows, jnp.int32)), empty_state(config, *rows.shape))
+    keep(Chunk(_embed(config, outside, jnp.asarray(rows, jnp.int32)), empty_state(config, *rows.shape)))
     for rows in np.split(tokens, range(chunk, len(tokens), chunk))
   )
 

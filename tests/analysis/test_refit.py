@@ -68,7 +68,7 @@ def test_follower_against_numpy(params):
 
 @pytest.mark.parametrize("how", [Refit(), Refit(values=4, maps=True, mlp=True)])
 def test_streaming_equals_one_batch_and_never_raises_the_error(params, how):
-  whole, parts = (refit(DENSE, params, PLAN, TOKENS, how, chunk=chunk) for chunk in (16, 5))
+  whole, parts = (refit(DENSE, params, PLAN, TOKENS, how, chunk=chunk, on_device=chunk == 16) for chunk in (16, 5))
   assert whole.model.plan == parts.model.plan
   for mine, theirs in zip(whole.reports, parts.reports, strict=True):
     np.testing.assert_allclose(mine[2:4], theirs[2:4], rtol=1e-4)
@@ -78,6 +78,21 @@ def test_streaming_equals_one_batch_and_never_raises_the_error(params, how):
   assert [(report.layer, report.part) for report in whole.reports if report.part == "attention"] == [
     (layer, "attention") for layer in (1, 3, 4)
   ]
+
+
+def test_the_device_holds_a_chunk_however_much_text_there_is(params):
+  """Between two layers nothing of the text is on the device: what is, parameters and sums, does not grow with it."""
+
+  def most_bytes(rows: int, on_device: bool) -> int:
+    seen = []
+    count = lambda done, total: seen.append(sum(array.nbytes for array in jax.live_arrays()))
+    refit(DENSE, params, PLAN, np.tile(TOKENS, (rows // 16, 1)), Refit(), chunk=8, on_device=on_device, progress=count)
+    return max(seen)
+
+  few, many = most_bytes(16, False), most_bytes(64, False)
+  # A chunk's worth may differ, by what Python has not collected yet.
+  assert many < few + 8 * 16 * 24 * 4 * 4
+  assert most_bytes(64, True) > most_bytes(16, True) + 48 * 16 * 24 * 4 * 3
 
 
 def test_each_ingredient_lowers_the_error_further(params):
