@@ -1,0 +1,47 @@
+"""Being asked to stop: a scheduler's SIGTERM or the user's Ctrl-C, on any host."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any, Self
+
+import jax
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interruption:
+  """Turns the first SIGTERM or SIGINT into a request that a loop asks for between steps; the second acts as ever."""
+
+  def __init__(self) -> None:
+    self._requested = False
+    self._before: dict[signal.Signals, Any] = {}
+
+  def __enter__(self) -> Self:
+    # With several hosts JAX takes SIGTERM itself, and makes all of them stop at one step.
+    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+      self._before = {number: signal.signal(number, self._request) for number in _SIGNALS}
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self._restore()
+
+  def requested(self, step: int) -> bool:
+    """Whether to stop after this step; the same answer on every host."""
+    if jax.process_count() == 1:
+      return self._requested
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(step)
+
+  def _request(self, number: int, frame: FrameType | None) -> None:
+    del number, frame
+    self._requested = True
+    self._restore()
+
+  def _restore(self) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+    self._before = {}
