@@ -69,6 +69,11 @@ def _rotation(
   return jax.tree.map(lambda here, there: jnp.where(local, here, there), of(config.local_rope), of(config.rope))
 
 
+def _gathered(x: jax.Array) -> jax.Array:
+  """Keys or values ``[B, T, K, H]``, of which every device that has some of a row's queries needs the whole row."""
+  return nn.with_logical_constraint(x, ("batch", None, "kv_heads", "head_dim"))
+
+
 class _Attention(nn.Module):
   """What anchors and followers have in common: values and output.
 
@@ -94,7 +99,7 @@ class _Attention(nn.Module):
 
   def values(self, x: jax.Array) -> jax.Array:
     """``[B, T, D]`` → ``[B, T, K, H]``."""
-    return nn.with_logical_constraint(self.v_proj(x), ("batch", "length", "kv_heads", "head_dim"))
+    return _gathered(self.v_proj(x))
 
   def output(self, heads: jax.Array) -> jax.Array:
     """``[B, T, N, H]`` → ``[B, T, D]``."""
@@ -130,31 +135,43 @@ class AnchorAttention(_Attention):
     q, k = ops.apply_rope(q, positions, *rotation), ops.apply_rope(k, positions, *rotation)
     return (
       nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim")),
-      nn.with_logical_constraint(k, ("batch", "length", "kv_heads", "head_dim")),
+      _gathered(k),
     )
 
-  def __call__(self, x: jax.Array, lengths: jax.Array | None = None, local: Local = False) -> tuple[jax.Array, State]:
+  def __call__(
+    self,
+    x: jax.Array,
+    lengths: jax.Array | None = None,
+    local: Local = False,
+    segments: jax.Array | None = None,
+  ) -> tuple[jax.Array, State]:
     """Attention over whole sequences.
 
     Args:
       x: ``[B, T, D]``.
       lengths: int32 ``[B]`` of right-padded rows, or None when rows are full.
       local: whether this is one of the config's ``local_layers``.
+      segments: int32 ``[B, T]``, the documents of packed rows, or None when a row is one document.
 
     Returns:
       ``y [B, T, D]`` and the state for the followers.
     """
-    y, state, _ = self.prefill(x, lengths, local)
+    y, state, _ = self.prefill(x, lengths, local, segments)
     return y, state
 
   def prefill(
-    self, x: jax.Array, lengths: jax.Array | None = None, local: Local = False
+    self,
+    x: jax.Array,
+    lengths: jax.Array | None = None,
+    local: Local = False,
+    segments: jax.Array | None = None,
   ) -> tuple[jax.Array, State, LayerCache]:
     """`__call__` that also returns the cache of the T tokens, ``[B, K, T, H]`` each for keys and values."""
+    # A document's positions need not begin at 0: the rotary embedding only tells how far apart two tokens are.
     length = x.shape[1]
     q, k = self.query_key(x, jnp.arange(length), length if lengths is None else lengths, local)
     v = self.values(x)
-    state = make_state(self.config, q, k, lengths, local)
+    state = make_state(self.config, q, k, lengths, local, segments)
     return self.output(state.attend(v)), state, LayerCache(jnp.swapaxes(v, 1, 2), jnp.swapaxes(k, 1, 2))
 
   def step(

@@ -97,15 +97,25 @@ class AnchorBlock(Block):
     super().setup()
     self.attention = AnchorAttention(self.config)
 
-  def __call__(self, x: jax.Array, lengths: jax.Array | None = None, local: Local = False) -> tuple[jax.Array, State]:
+  def __call__(
+    self,
+    x: jax.Array,
+    lengths: jax.Array | None = None,
+    local: Local = False,
+    segments: jax.Array | None = None,
+  ) -> tuple[jax.Array, State]:
     """``[B, T, D]`` → the same, and the attention state."""
-    return self.around(x, lambda h: self.attention(h, lengths, local))
+    return self.around(x, lambda h: self.attention(h, lengths, local, segments))
 
   def prefill(
-    self, x: jax.Array, lengths: jax.Array | None, local: Local = False
+    self,
+    x: jax.Array,
+    lengths: jax.Array | None,
+    local: Local = False,
+    segments: jax.Array | None = None,
   ) -> tuple[jax.Array, State, LayerCache]:
     """`__call__` that also returns the cache of these tokens."""
-    return self.around(x, lambda h: self.attention.prefill(h, lengths, local))
+    return self.around(x, lambda h: self.attention.prefill(h, lengths, local, segments))
 
   def step(
     self, x: jax.Array, cache: LayerCache, positions: jax.Array, local: bool = False

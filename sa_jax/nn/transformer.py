@@ -102,11 +102,16 @@ class Group(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, lengths: jax.Array | None, local: Local = False, head_maps: jax.Array | None = None
+    self,
+    x: jax.Array,
+    lengths: jax.Array | None,
+    local: Local = False,
+    head_maps: jax.Array | None = None,
+    segments: jax.Array | None = None,
   ) -> jax.Array:
     """``[B, T, D]`` → the same; ``head_maps`` int32 ``[followers, N]``, or None where no follower has one."""
-    anchor = self._remat(lambda block, x, lengths: block(x, lengths, local), self.groups)
-    x, state = anchor(AnchorBlock(self.config, name="anchor"), x, lengths)
+    anchor = self._remat(lambda block, x, lengths, segments: block(x, lengths, local, segments), self.groups)
+    x, state = anchor(AnchorBlock(self.config, name="anchor"), x, lengths, segments)
     if self.followers:
       follower = self._remat(lambda block, x, state: block(x, state), self.groups * self.followers)
       scan = nn.scan(
@@ -134,7 +139,7 @@ class Runs(nn.Module):
   plan: SharingPlan
 
   @nn.compact
-  def __call__(self, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+  def __call__(self, x: jax.Array, lengths: jax.Array | None, segments: jax.Array | None = None) -> jax.Array:
     """``[B, T, D]`` → the same."""
     for index, run in enumerate(self.plan.runs):
       # Where the run's groups differ in kind, each tells its own: one program, whatever the pattern and the depth.
@@ -147,13 +152,13 @@ class Runs(nn.Module):
         step,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast, 0),
+        in_axes=(nn.broadcast, nn.broadcast, 0),
         length=run.groups,
         metadata_params={nn.PARTITION_NAME: "groups"},
       )
       local = jnp.asarray(kinds) if kind is None else None
       group = Group(self.config, run.followers, run.groups, name=str(index))
-      x, _ = scan(group, x, lengths, (local, self._head_maps(run)))
+      x, _ = scan(group, x, lengths, segments, (local, self._head_maps(run)))
     return x
 
   def _head_maps(self, run: Run) -> jax.Array | None:
@@ -171,11 +176,12 @@ def _group_step(
   group: Group,
   x: jax.Array,
   lengths: jax.Array | None,
+  segments: jax.Array | None,
   own: tuple[jax.Array | None, jax.Array | None],
 ) -> tuple[jax.Array, None]:
   """One step of the scan over a run's groups: of the kind that all of them are or of its own, with its head maps."""
   local, head_maps = own
-  return group(x, lengths, local if kind is None else kind, head_maps), None
+  return group(x, lengths, local if kind is None else kind, head_maps, segments), None
 
 
 class Layers(nn.Module):
@@ -190,16 +196,18 @@ class Layers(nn.Module):
       for layer in range(self.plan.num_layers)
     ]
 
-  def __call__(self, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+  def __call__(self, x: jax.Array, lengths: jax.Array | None, segments: jax.Array | None = None) -> jax.Array:
     """``[B, T, D]`` → the same."""
-    return self.prefill(x, lengths)[0]
+    return self.prefill(x, lengths, segments)[0]
 
-  def prefill(self, x: jax.Array, lengths: jax.Array | None) -> tuple[jax.Array, Cache, tuple[State, ...]]:
+  def prefill(
+    self, x: jax.Array, lengths: jax.Array | None, segments: jax.Array | None = None
+  ) -> tuple[jax.Array, Cache, tuple[State, ...]]:
     """`__call__` that also returns the cache of the T tokens, and the state that each layer used."""
     caches, states = [], []
     for layer, block in enumerate(self.blocks):
       if isinstance(block, AnchorBlock):
-        x, state, cache = block.prefill(x, lengths, layer in self.config.local_layers)
+        x, state, cache = block.prefill(x, lengths, layer in self.config.local_layers, segments)
         used = state
       else:
         used = _with_heads(state, self.plan.head_map_of(layer))
@@ -268,27 +276,32 @@ class Transformer(Frame):
     self.layers = Layers(self.config, self.plan)
     self.runs = Runs(self.config, self.plan)
 
-  def __call__(self, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+  def __call__(
+    self, tokens: jax.Array, lengths: jax.Array | None = None, segments: jax.Array | None = None
+  ) -> jax.Array:
     """Next-token logits at every position, with parameters in either layout.
 
     Args:
       tokens: int32 ``[B, T]``; rows may be right-padded.
       lengths: int32 ``[B]``, or None when rows are full. Logits at or past a row's length mean nothing.
+      segments: int32 ``[B, T]``, the document of each token of packed rows, each a stretch of the row; None when a row
+        is one document. A token sees its own document only.
 
     Returns:
       float32 ``[B, T, V]``.
 
     Raises:
       ValueError: outside `jax.jit`, if a token is not in the vocabulary (inside it, its row's logits are NaN) or a
-        length is not in 1 to T.
+        length is not in 1 to T; if rows are packed and the rotary embedding depends on a sequence's length.
     """
-    return self.logits(self.hidden(tokens, lengths))
+    return self.logits(self.hidden(tokens, lengths, segments))
 
-  def hidden(self, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+  def hidden(self, tokens: jax.Array, lengths: jax.Array | None = None, segments: jax.Array | None = None) -> jax.Array:
     """What the head reads: the normalised last hidden states ``[B, T, D]``; arguments as in `__call__`."""
     check_tokens(tokens, lengths, self.config.vocab_size)
+    check_segments(self.config, tokens, segments)
     stack = self.layers if self.has_variable("params", "layers") else self.runs
-    return self.final_norm(stack(self.embed(jnp.asarray(tokens)), lengths))
+    return self.final_norm(stack(self.embed(jnp.asarray(tokens)), lengths, segments))
 
   def init_layers(self, tokens: jax.Array) -> jax.Array:
     """`__call__` for ``init`` to make the layer layout: ``model.init(key, tokens, method="init_layers")``."""
@@ -350,6 +363,24 @@ def check_plan(config: ModelConfig, plan: SharingPlan) -> None:
       f"of its own kind. This model's local layers are {list(config.local_layers)}"
     )
   plan.check_heads(config.num_heads)
+
+
+def check_segments(config: ModelConfig, tokens: jax.Array, segments: jax.Array | None) -> None:
+  """Checks that rows may be packed as they are.
+
+  Raises:
+    ValueError: if the model cannot read packed rows, or segments are not one integer a token.
+  """
+  if segments is None:
+    return
+  if segments.shape != tokens.shape or not jnp.issubdtype(segments.dtype, jnp.integer):
+    raise ValueError(
+      f"segments are integers, one a token, {tokens.shape}; not {segments.dtype} of shape {segments.shape}"
+    )
+  if any(rope is not None and rope.scaling == "dynamic" for rope in (config.rope, config.local_rope)):
+    raise ValueError(
+      "the dynamic rotary embedding depends on a document's length: give each document a row of its own, not segments"
+    )
 
 
 def check_tokens(tokens: Any, lengths: Any, vocab_size: int) -> None:
