@@ -13,6 +13,7 @@ import tyro
 from sa_jax.config import ModelConfig, RematPolicy
 from sa_jax.train.data import Reading
 from sa_jax.train.data.packing import Packing, TooLong
+from sa_jax.train.lora import LoraConfig
 from sa_jax.train.optimizer import OptimizerConfig
 
 
@@ -49,25 +50,15 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig:
-  """Low-rank adapters, which are trained in the place of the parameters (``--method lora``)."""
-
-  rank: int = 16
-  """Of each adapter."""
-  alpha: float = 32.0
-  """Adapters are scaled by alpha / rank."""
-  targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-  """Which matrices have adapters."""
-
-
-@dataclasses.dataclass(frozen=True)
 class DistillConfig:
   """What the student learns from the dense model that it came from (``--mode distill``)."""
 
   temperature: float = 1.0
   """That both distributions are softened by."""
+  teacher_weight: float = 1.0
+  """Weight of the divergence from the dense model; the rest, up to 1, is that of the ordinary loss."""
   hidden_weight: float = 0.0
-  """Weight of matching the hidden states of each layer, beside the logits."""
+  """Weight of the distance of each layer's output from the dense model's, besides."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +75,8 @@ class LogConfig:
   """Steps between two checkpoints; there is one at the end too."""
   keep: int = 2
   """How many checkpoints stay."""
+  minutes: float | None = None
+  """Stop after so long, as a signal would: what is done is saved, and the same command goes on from there."""
   profile: tuple[int, int] | None = None
   """Record a profile (TensorBoard, Perfetto) from before the first of these steps to after the second."""
   peak_tflops: float | None = None
@@ -106,6 +99,8 @@ class TrainConfig:
   """The run's folder: metrics, checkpoints, and at the end the model. A run that is there already is resumed."""
   model: Path | None = None
   """The checkpoint to start from: a Hugging Face folder, a GGUF file or an sa_jax checkpoint."""
+  teacher: Path | None = None
+  """The dense checkpoint to distil from, if --model is not one."""
   preset: str | None = None
   """Or the shape, by name, of a model to train from scratch."""
   shape: Annotated[ModelConfig | None, tyro.conf.Suppress] = None
@@ -140,7 +135,7 @@ class TrainConfig:
   """Data."""
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   """AdamW."""
-  lora: LoraConfig = LoraConfig()
+  lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
   """Adapters."""
   distill: DistillConfig = DistillConfig()
   """Distillation."""
@@ -159,6 +154,8 @@ class TrainConfig:
       wrong.append("--method lora needs a checkpoint (--model) to adapt")
     if self.gradual_steps and self.model is None:
       wrong.append("--gradual-steps needs a checkpoint (--model), whose followers' own weights it starts from")
+    if self.teacher is not None and self.mode != "distill":
+      wrong.append("--teacher is of use in --mode distill only")
     if self.gradual_steps > self.steps:
       wrong.append(f"--gradual-steps {self.gradual_steps} needs as many --steps, not {self.steps}")
     positive = {

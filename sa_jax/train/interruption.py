@@ -1,13 +1,15 @@
-"""Being asked to stop: a scheduler's SIGTERM or the user's Ctrl-C, on any host."""
+"""Being asked to stop: by a scheduler's SIGTERM or the user's Ctrl-C, on any host, or by the clock."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any, Self
 
 import jax
+import numpy as np
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -15,8 +17,14 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Interruption:
   """Turns the first SIGTERM or SIGINT into a request that a loop asks for between steps; the second acts as ever."""
 
-  def __init__(self) -> None:
+  def __init__(self, minutes: float | None = None) -> None:
+    """Begins to count.
+
+    Args:
+      minutes: after which a stop is requested too.
+    """
     self._requested = False
+    self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
     self._before: dict[signal.Signals, Any] = {}
 
   def __enter__(self) -> Self:
@@ -30,11 +38,14 @@ class Interruption:
 
   def requested(self, step: int) -> bool:
     """Whether to stop after this step; the same answer on every host."""
+    late = self._deadline is not None and time.monotonic() > self._deadline
     if jax.process_count() == 1:
-      return self._requested
+      return self._requested or late
     from jax.experimental import multihost_utils
 
-    return multihost_utils.reached_preemption_sync_point(step)
+    if self._deadline is not None:  # clocks differ: the first host's decides
+      late = bool(multihost_utils.broadcast_one_to_all(np.asarray(late)))
+    return late or multihost_utils.reached_preemption_sync_point(step)
 
   def _request(self, number: int, frame: FrameType | None) -> None:
     del number, frame

@@ -121,7 +121,7 @@ class Loop:
   def run(self, recorder: Recorder) -> bool:
     """Trains to the last step; returns whether a signal ended that early. Either way the state is on disk then."""
     config, log = self._config, self._config.log
-    with Interruption() as interruption:
+    with Interruption(log.minutes) as interruption:
       while self.done < config.steps:
         self._profile(starting=True)
         self._step(recorder)

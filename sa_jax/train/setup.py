@@ -86,7 +86,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     return jax.tree.map(like, shapes, shardings)
 
   return Run(
-    model=learner.model,
+    model=model,
     rows=rows,
     eval_rows=eval_rows,
     mine=host_rows(batch_sharding, config.batch_size),
@@ -97,7 +97,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     make_state=lambda: make_state(optimizer, learner.start(), shardings),
     abstract_state=abstract_state,
     export=lambda params, path: export(
-      path, learner.model, learner.finish(params, learner.frozen), config.dtype, tokenizer.save
+      path, model, learner.finish(params, learner.frozen), config.dtype, tokenizer.save
     ),
   )
 

@@ -1,10 +1,10 @@
 """A training run of seconds. As a program: one that dies, is stopped, or runs out of disk at a given step.
 
-    python -m tests.train.tiny_run OUT kill 7        # SIGKILL itself after step 7
-    python -m tests.train.tiny_run OUT save 8 0.01   # 0.01 s into the writing of the checkpoint of step 8
-    python -m tests.train.tiny_run OUT stop 7        # SIGTERM
-    python -m tests.train.tiny_run OUT full 8        # files cannot grow while step 8 is written
-    python -m tests.train.tiny_run OUT               # to the end; flags of `sa-jax train` may follow
+python -m tests.train.tiny_run OUT kill 7        # SIGKILL itself after step 7
+python -m tests.train.tiny_run OUT save 8 0.01   # 0.01 s into the writing of the checkpoint of step 8
+python -m tests.train.tiny_run OUT stop 7        # SIGTERM
+python -m tests.train.tiny_run OUT full 8        # files cannot grow while step 8 is written
+python -m tests.train.tiny_run OUT               # to the end; flags of `sa-jax train` may follow
 """
 
 import os
@@ -23,7 +23,9 @@ STEPS, SAVE_EVERY = 20, 4
 SHAPE = ModelConfig(
   vocab_size=264, embed_dim=16, num_layers=3, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32, tie_embeddings=True
 )
-TEXT = "\n\n".join(f"Sentence {number} says {number * number % 97} and then {'no' * (number % 5)} more." for number in range(300))
+TEXT = "\n\n".join(
+  f"Sentence {number} says {number * number % 97} and then {'no' * (number % 5)} more." for number in range(300)
+)
 
 
 def config(out: Path, **changes) -> TrainConfig:
@@ -61,6 +63,7 @@ def main(out: str, event: str = "", step: str = "0", delay: str = "0") -> None:
   def save_and(self, done, state, extra):
     if done != at:
       return save(self, done, state, extra)
+    self.wait()
     if event == "full":
       resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
     else:
