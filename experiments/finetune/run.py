@@ -145,7 +145,8 @@ def t0(archive: Path, path: Path, rows: int) -> Path:
   if path.exists():
     return path
   with tarfile.open(archive) as held:
-    tasks = [file.read().decode().replace(END_OF_TEXT, "").splitlines() for member in held if (file := held.extractfile(member))]
+    texts = [file.read().decode() for member in held if (file := held.extractfile(member))]
+  tasks = [text.replace(END_OF_TEXT, "").strip().split("\n") for text in texts if text]
   mixed = [task[index] for index in range(max(map(len, tasks))) for task in tasks if index < len(task)]
   path.write_text("".join(line + "\n" for line in mixed[:rows]), encoding="utf-8")
   return path
@@ -156,9 +157,7 @@ def untrained(path: Path, plan: str | None, texts: dict[str, np.ndarray]) -> dic
   return {"perplexity": score(path, plan, texts), "plan": plan}
 
 
-def trained(
-  flags: argparse.Namespace, name: str, variant: str, texts: dict[str, np.ndarray]
-) -> dict[str, Any] | None:
+def trained(flags: argparse.Namespace, name: str, variant: str, texts: dict[str, np.ndarray]) -> dict[str, Any] | None:
   """Trains one variant of one plan; None if its time was up."""
   began = time.perf_counter()
   refitted = flags.refitted.get(name) if variant == "refitted" else None
@@ -217,8 +216,7 @@ class Results:
     """Measures what is not there yet."""
     if name not in self.values and (value := how(*arguments)) is not None:
       self.values[name] = value
-      self.path.write_text(json.dumps(self.values, indent=2) + "
-")
+      self.path.write_text(json.dumps(self.values, indent=2) + "\n")
       self.show()
 
   def show(self) -> None:
