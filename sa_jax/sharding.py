@@ -136,7 +136,11 @@ def param_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES
   Raises:
     ValueError: if an axis of a parameter is not divisible by its mesh axis, or two of its axes map to one mesh axis.
   """
-  boxed = abstract_params(model, layout=layout, boxed=True)
+  return tree_shardings(abstract_params(model, layout=layout, boxed=True), mesh, rules)
+
+
+def tree_shardings(boxed: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
+  """A `NamedSharding` for every leaf of a tree of boxed shapes, as from `abstract_params`; see `param_shardings`."""
   mesh_axes = dict(rules_on(mesh, rules))
   errors: list[str] = []
 
