@@ -66,8 +66,8 @@ def run(flags: argparse.Namespace, name: str, size: int) -> dict[str, Any]:
   heads = flags.embed // (64 if flags.embed >= 256 else 32)
   shape = ModelConfig(
     vocab_size=264, embed_dim=flags.embed, num_layers=LAYERS, num_heads=heads, num_kv_heads=heads,
-    head_dim=flags.embed // heads, mlp_dim=8 * flags.embed // 3 // 32 * 32, max_length=flags.length, tie_embeddings=True,
-    eos_token_ids=(256,),
+    head_dim=flags.embed // heads, mlp_dim=8 * flags.embed // 3 // 32 * 32, max_length=flags.length,
+    tie_embeddings=True, eos_token_ids=(256,),
   )  # fmt: skip
   plan = SharingPlan(tuple(layer // size * size for layer in range(LAYERS)))
   corpora = flags.data / "corpora"
