@@ -34,6 +34,7 @@ import numpy as np
 import sa_jax
 from sa_jax.cli.common import console, show_table
 from sa_jax.train.config import DataConfig, DistillConfig, LogConfig, TrainConfig
+from sa_jax.train.data import Reading
 from sa_jax.train.data.sources import END_OF_TEXT
 from sa_jax.train.loop import train
 from sa_jax.train.optimizer import OptimizerConfig
@@ -178,6 +179,7 @@ def trained(flags: argparse.Namespace, name: str, variant: str, texts: dict[str,
       eval=(flags.data / "corpora" / "wikitext2_valid.txt",),
       length=flags.length,
       too_long="cut",
+      reading=Reading(skip_bad=True),  # some of T0's completions are empty
     ),
     optimizer=OptimizerConfig(
       learning_rate=flags.learning_rate, warmup_steps=max(flags.steps // 20, 1), b2=0.99, weight_decay=0.0

@@ -15,8 +15,9 @@ import threading
 from pathlib import Path
 
 from sa_jax import ModelConfig
-from sa_jax.train.config import DataConfig, LogConfig, TrainConfig
+from sa_jax.train.config import DataConfig, LogConfig, MeshConfig, TrainConfig
 from sa_jax.train.data import Reading
+from sa_jax.train.distributed import Hosts, start
 from sa_jax.train.optimizer import OptimizerConfig
 
 STEPS, SAVE_EVERY = 20, 4
@@ -47,8 +48,11 @@ def config(out: Path, **changes) -> TrainConfig:
   return TrainConfig(**({"out": out} | values | changes))
 
 
-def main(out: str, event: str = "", step: str = "0", delay: str = "0") -> None:
+def main(out: str, event: str = "", step: str = "0", *more: str) -> None:
+  if event == "shard" and more:
+    start(Hosts(coordinator=f"127.0.0.1:{more[0]}", processes=2, process=int(more[1])))
   from sa_jax.train.checkpoints import Checkpoints
+  from sa_jax.train.interruption import Interruption
   from sa_jax.train.loop import Loop, train
 
   at = int(step)
@@ -67,7 +71,7 @@ def main(out: str, event: str = "", step: str = "0", delay: str = "0") -> None:
     if event == "full":
       resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
     else:
-      threading.Timer(float(delay), end).start()
+      threading.Timer(float(more[0]), end).start()
     save(self, done, state, extra)
     self.wait()
 
@@ -75,8 +79,10 @@ def main(out: str, event: str = "", step: str = "0", delay: str = "0") -> None:
     Loop._step = step_then
   elif event in ("save", "full"):
     Checkpoints.save = save_and
+  elif event == "shard":
+    Interruption.requested = lambda self, done: done == at
   try:
-    outcome = train(config(Path(out)))
+    outcome = train(config(Path(out), mesh=MeshConfig(fsdp=8 if event == "shard" else 1)))
   except ValueError as error:
     sys.exit(str(error))
   sys.exit(143 if outcome.interrupted else 0)
