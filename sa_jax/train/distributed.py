@@ -32,7 +32,7 @@ def start(hosts: Hosts) -> None:
     raise ValueError("--coordinator, --processes and --process belong together; on a cluster --multihost is enough")
   if not (given or hosts.multihost) or jax.distributed.is_initialized():
     return
-  if jax.config.read("jax_platforms") == "cpu":
+  if jax.config.jax_platforms == "cpu":  # type: ignore[attr-defined]
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
   try:
     jax.distributed.initialize(hosts.coordinator, hosts.processes, hosts.process)

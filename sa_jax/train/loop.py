@@ -53,8 +53,9 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda text: None) -
     ValueError: if something in the config, the data or the file system does not work, before anything is compiled
       where it can be known then; or if too many steps in a row are not finite.
   """
-  _claim(config)
+  _check_folder(config)
   run = prepare(config, say)
+  _claim_folder(config)
   with Checkpoints(config.out / "checkpoints", config.log.keep) as checkpoints:
     loop = Loop(config, run, checkpoints)
     if loop.done:
@@ -69,8 +70,8 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda text: None) -
   return Outcome(loop.done, interrupted, loop.window.skipped, loop.eval_loss, model)
 
 
-def _claim(config: TrainConfig) -> None:
-  """Makes the run's folder, or checks that the one there is this run's."""
+def _check_folder(config: TrainConfig) -> None:
+  """Checks that the run's folder, if it is there, is this run's."""
   path = config.out / "config.json"
   if path.exists():
     try:
@@ -78,8 +79,13 @@ def _claim(config: TrainConfig) -> None:
     except (OSError, ValueError) as error:
       raise ValueError(f"{path} cannot be read: {error}") from None
     configs.check_same(config, before, config.out)
-  wait_for_all("claimed")
+
+
+def _claim_folder(config: TrainConfig) -> None:
+  """Makes the run's folder, and writes into it which run it is."""
+  wait_for_all("checked")
   if jax.process_index() == 0:
+    path = config.out / "config.json"
     try:
       config.out.mkdir(parents=True, exist_ok=True)
       unfinished = path.with_suffix(".unfinished")
