@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_jax import ops
-from sa_jax.bench.measure import Timing, copy_bandwidth, device_name, matrix_rate, timed
+from sa_jax.bench.measure import Timing, copy_bandwidth, device_name, matrix_rate, timed, training_rate
 from sa_jax.bench.task import Result, Task
 from sa_jax.config import ModelConfig
 from sa_jax.cost import cost
@@ -23,6 +24,7 @@ from sa_jax.decode.engine import row_keys
 from sa_jax.nn import Runs, Transformer
 from sa_jax.plan import SharingPlan
 from sa_jax.sharding import abstract_params
+from sa_jax.train import Batch, OptimizerConfig, make_optimizer, make_state, make_step, next_token
 
 _STEPS = 32
 
@@ -88,6 +90,42 @@ def train(task: Task) -> Result:
   return _stack_of_layers(task, gradient=True)
 
 
+def step(task: Task) -> Result:
+  """A whole train step: next-token loss, gradients, clipping and AdamW, on float32 parameters and moments."""
+  config = dataclasses.replace(config_of(task), remat=task.remat, param_dtype="float32")
+  plan = SharingPlan.parse(task.plan, config.num_layers)
+  model = Transformer(config, plan)
+  ceiling = matrix_rate() if jax.default_backend() != "cpu" else 0.0
+  optimizer = make_optimizer(OptimizerConfig(), total_steps=1000)
+  # The generated parameters must not outlive the state's copy of them.
+  state = make_state(optimizer, random_tree(abstract_params(model)))
+  tokens = jax.random.randint(jax.random.key(0), (task.batch, task.seq_len), 0, config.vocab_size)
+  batch = Batch(tokens, jnp.ones(tokens.shape, jnp.float32))
+  compiled = make_step(next_token(model), optimizer).lower(state, None, batch).compile()
+
+  def call() -> jax.Array:
+    nonlocal state
+    state, metrics = compiled(state, None, batch)
+    return metrics.loss
+
+  timing = timed(call, task.repeats)
+  if not np.isfinite(float(call())):
+    raise ValueError("the loss is not finite: what was timed is no training")
+  memory = compiled.memory_analysis()
+  flops = 3 * cost(config, plan, task.batch, task.seq_len).flops
+  detail = f"{training_rate(tokens.size, flops, timing.median)}, remat {task.remat}, {_backend(config, task.seq_len)}"
+  temporaries = memory.temp_size_in_bytes if memory else None
+  return Result(task, *timing, flops, ceiling, device_name(), temporaries, detail)
+
+
+def _backend(config: ModelConfig, length: int) -> str:
+  """The attention backend that computes full rows of this length."""
+  if config.attention_state != "query_key":
+    return "weights"
+  q, k = (jnp.zeros((1, length, heads, config.head_dim), config.dtype) for heads in (config.num_heads, 1))
+  return ops.choose_backend(config.attention, q, k)
+
+
 def _stack_of_layers(task: Task, gradient: bool) -> Result:
   config = dataclasses.replace(config_of(task), remat="full")
   plan = SharingPlan.parse(task.plan, config.num_layers)
@@ -108,15 +146,14 @@ def _stack_of_layers(task: Task, gradient: bool) -> Result:
   temporaries = memory.temp_size_in_bytes if memory else None
   head = 2 * task.batch * task.seq_len * config.vocab_size * config.embed_dim
   flops = (cost(config, plan, task.batch, task.seq_len).flops - head) * (3 if gradient else 1)
-  backend = "weights"
-  if config.attention_state == "query_key":
-    q, k = (jnp.zeros((1, task.seq_len, heads, config.head_dim), config.dtype) for heads in (config.num_heads, 1))
-    backend = ops.choose_backend(config.attention, q, k)
-  return Result(task, *timing, flops, ceiling, device_name(), temporaries, backend)
+  return Result(task, *timing, flops, ceiling, device_name(), temporaries, _backend(config, task.seq_len))
 
 
 def batching(task: Task) -> Result:
-  """All tokens of requests with 64 prompt tokens and 16 to 512 new ones; ``detail`` compares with static batches."""
+  """Requests with 64 prompt tokens and 16 to 512 new ones, longest first.
+
+  ``detail`` compares with the same in order of arrival, and with static batches, which wait for their longest row.
+  """
   config = config_of(task)
   plan = SharingPlan.parse(task.plan, config.num_layers)
   model = Transformer(config, plan)
@@ -125,14 +162,16 @@ def batching(task: Task) -> Result:
   prompts = rng.integers(3, config.vocab_size, (task.requests, 64)).astype(np.int32)
   lengths = rng.integers(16, 513, task.requests)
 
-  def continuous() -> None:
-    batcher = Batcher(model, params, slots=task.batch, capacity=task.seq_len)
-    requests = [batcher.submit(prompt, int(length)) for prompt, length in zip(prompts, lengths, strict=True)]
+  def continuous(count: int, longest_first: bool = False) -> None:
+    batcher = Batcher(model, params, slots=task.batch, capacity=task.seq_len, longest_first=longest_first)
+    requests = [
+      batcher.submit(prompt, int(length)) for prompt, length in zip(prompts[:count], lengths[:count], strict=True)
+    ]
     batcher.run()
-    assert [len(request.tokens) for request in requests] == lengths.tolist()
+    assert [len(request.tokens) for request in requests] == lengths[:count].tolist()
 
-  def static() -> None:
-    for start in range(0, task.requests, task.batch):
+  def static(count: int) -> None:
+    for start in range(0, count, task.batch):
       rows = slice(start, start + task.batch)
       state = prefill_rows(
         model, Sampler(), task.seq_len, params, jnp.asarray(prompts[rows]),
@@ -140,17 +179,22 @@ def batching(task: Task) -> Result:
       )  # fmt: skip
       jax.block_until_ready(decode_steps(model, Sampler(), 511, params, state))
 
-  ours, theirs = _wall(continuous, task.repeats), _wall(static, task.repeats)
+  measure = lambda run: _wall(run, task.batch, task.requests, task.repeats)
+  ours, arrival, static_batches = map(measure, (functools.partial(continuous, longest_first=True), continuous, static))
   tokens = int(lengths.sum())
-  detail = f"static batches {tokens / theirs.median:.0f} tokens/s; continuous {theirs.median / ours.median:.2f} ×"
+  detail = (
+    f"{static_batches.median / ours.median:.2f} × static batches ({tokens / static_batches.median:.0f} tokens/s); "
+    f"in order of arrival {static_batches.median / arrival.median:.2f} ×"
+  )
   return Result(task, *ours, tokens, 0.0, device_name(), detail=detail)
 
 
-def _wall(call: functools.partial[None] | Any, repeats: int) -> Timing:
-  call()
+def _wall(run: Callable[[int], None], few: int, requests: int, repeats: int) -> Timing:
+  """Times all requests, once a few have compiled the programs."""
+  run(few)
   seconds = []
   for _ in range(repeats):
     start = time.perf_counter()
-    call()
+    run(requests)
     seconds.append(time.perf_counter() - start)
   return Timing(float(np.median(seconds)), min(seconds), max(seconds))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import jax
+from typing import Any
+
 from flax import struct
 
 
@@ -18,6 +19,6 @@ class Batch:
       every row is one document from slot 0, which right-padded rows need no segments for: attention is causal.
   """
 
-  tokens: jax.Array
-  weights: jax.Array
-  segments: jax.Array | None = None
+  tokens: Any
+  weights: Any
+  segments: Any = None

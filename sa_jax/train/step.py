@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -67,17 +66,15 @@ def make_state(optimizer: optax.GradientTransformation, params: Any, shardings: 
 
   Args:
     optimizer: as for `make_step`.
-    params: what is trained; the state takes them over, and the step donates them.
+    params: what is trained. The state has a copy, so that these arrays survive the step, which donates its state.
     shardings: from `state_shardings`; everything stays where it is when None.
   """
 
   def make(params: Any) -> TrainState:
     zero = jnp.int32(0)
-    return TrainState(zero, params, optimizer.init(_as_float32(params)), zero, zero)
+    return TrainState(zero, jax.tree.map(jnp.copy, params), optimizer.init(_as_float32(params)), zero, zero)
 
-  if shardings is None:
-    return jax.jit(make)(params)
-  return jax.jit(make, out_shardings=shardings)(jax.device_put(params, shardings.params))
+  return jax.jit(make, out_shardings=shardings)(params)
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any) -> TrainState:
@@ -100,7 +97,7 @@ def make_step(
   shardings: TrainState | None = None,
   rules: Rules = DEFAULT_RULES,
   accumulate: int = 1,
-) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
+) -> jax.stages.Wrapped:
   """The train step, jitted: ``step(state, frozen, batch)`` → the next state and `Metrics`. It donates the state.
 
   Args:
@@ -145,9 +142,7 @@ def make_step(
   return jax.jit(step, donate_argnums=0, out_shardings=outputs)
 
 
-def make_eval(
-  objective: Objective, *, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES
-) -> Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]:
+def make_eval(objective: Objective, *, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES) -> jax.stages.Wrapped:
   """The objective alone, jitted: ``(params, frozen, batch)`` → sum of losses and its weight, at step 0."""
 
   def evaluate(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -6,13 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from sa_jax import SharingPlan, Transformer
 from sa_jax.hlo import collectives
-from sa_jax.sharding import make_mesh, named_sharding, param_shardings
+from sa_jax.sharding import make_mesh, named_sharding, param_shardings, tree_shardings
 from sa_jax.train import (
   Batch,
+  LoraConfig,
   OptimizerConfig,
+  abstract_adapters,
+  make_eval,
   make_optimizer,
   make_state,
   make_step,
@@ -108,3 +112,30 @@ def test_sharing_adds_no_collective(sizes):
   for kind, found in shared.items():
     assert found.count <= dense[kind].count
     assert found.bytes <= dense[kind].bytes
+
+
+def test_where_tokens_are_split_keys_are_gathered_once_a_group_and_values_once_a_layer():
+  mesh = make_mesh(sequence=8)
+  one = 8 * LENGTH * CONFIG.num_kv_heads * CONFIG.head_dim * 4
+
+  def gathered(plan):
+    made = model(plan)
+    params = jax.device_put(tiny.params(made, "runs"), param_shardings(made, mesh))
+    place = functools.partial(jax.device_put, device=named_sharding(mesh, ("batch", "length")))
+    lowered = make_eval(next_token(made), mesh=mesh).lower(params, None, jax.tree.map(place, next(batches())))
+    return {found.kind: found.bytes for found in collectives(lowered.compile().as_text())}["all-gather"]
+
+  # Besides, the segments, a number a token, once or twice.
+  small = 2 * 8 * LENGTH * 4
+  assert 4 * one <= gathered("dense") <= 4 * one + small
+  assert 3 * one <= gathered("0:1") <= 3 * one + small
+
+
+def test_adapters_are_sharded_like_what_they_adapt():
+  mesh, made = make_mesh(fsdp=2, tensor=4), model("0:1")
+  shardings = tree_shardings(abstract_adapters(made, LoraConfig(rank=4), boxed=True), mesh)
+  attention = shardings["runs"]["0"]["followers"]["attention"]
+  assert attention["v_proj"]["lora_a"].spec == P(None, None, "fsdp", None)
+  assert attention["v_proj"]["lora_b"].spec == P(None, None, None, "tensor", None)
+  assert attention["o_proj"]["lora_a"].spec == P(None, None, "tensor", None, None)
+  assert attention["o_proj"]["lora_b"].spec == P(None, None, None, "fsdp")

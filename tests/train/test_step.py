@@ -23,11 +23,6 @@ def batch_of(rows, length, seed=0):
   return Batch(jnp.asarray(tiny.tokens(rows, length, seed=seed)), jnp.asarray(weights))
 
 
-def fresh(params):
-  """A copy that a step may donate."""
-  return jax.tree.map(jnp.array, params)
-
-
 @pytest.mark.parametrize(
   ("folder", "state", "remat"),
   [
@@ -49,7 +44,7 @@ def test_loss_and_gradients_are_the_references(folder, state, remat):
   tokens = jnp.asarray(expected["input_ids"], jnp.int32)
   before, optimizer = jax.tree.map(np.asarray, params), optax.sgd(1.0)
   step = make_step(next_token(model), optimizer)
-  after, metrics = step(make_state(optimizer, fresh(params)), None, Batch(tokens, jnp.ones(tokens.shape, jnp.float32)))
+  after, metrics = step(make_state(optimizer, params), None, Batch(tokens, jnp.ones(tokens.shape, jnp.float32)))
   assert float(metrics.loss) == pytest.approx(float(expected["loss"]), abs=1e-5)
   assert float(metrics.weight) == tokens.shape[0] * (tokens.shape[1] - 1)
 
@@ -70,7 +65,7 @@ def test_loss_and_gradients_are_the_references(folder, state, remat):
 @pytest.fixture(scope="module")
 def small():
   model = tiny.model("0:1", num_layers=2)
-  return model, tiny.params(model, "runs")
+  return model, jax.tree.map(jnp.asarray, tiny.params(model, "runs"))
 
 
 def test_accumulated_four_times_two_is_once_eight(small):
@@ -79,9 +74,7 @@ def test_accumulated_four_times_two_is_once_eight(small):
   optimizer = optax.sgd(1.0)
   batch = batch_of(8, 12)
   once, four = (
-    make_step(next_token(model, z_loss=1e-3), optimizer, accumulate=parts)(
-      make_state(optimizer, fresh(params)), None, batch
-    )
+    make_step(next_token(model, z_loss=1e-3), optimizer, accumulate=parts)(make_state(optimizer, params), None, batch)
     for parts in (1, 4)
   )
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), once, four)
@@ -93,7 +86,7 @@ def test_what_does_not_divide_is_said_before_compilation(small):
   optimizer = optax.sgd(1.0)
   step = make_step(next_token(model), optimizer, accumulate=3)
   with pytest.raises(ValueError, match="8 rows cannot be accumulated in 3 equal parts"):
-    step(make_state(optimizer, fresh(params)), None, batch_of(8, 12))
+    step(make_state(optimizer, params), None, batch_of(8, 12))
   with pytest.raises(ValueError, match="at least 1, not 0"):
     make_step(next_token(model), optimizer, accumulate=0)
 
@@ -102,7 +95,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(small):
   model, params = small
   optimizer = make_optimizer(OptimizerConfig(warmup_steps=0), 10)
   step = make_step(next_token(model), optimizer)
-  state = make_state(optimizer, fresh(params))
+  state = make_state(optimizer, params)
   good = batch_of(2, 12)
   bad = Batch(good.tokens, good.weights.at[0, 3].set(jnp.nan))
   state, metrics = step(state, None, good)
@@ -123,7 +116,7 @@ def test_nothing_to_predict_is_no_fault(small):
   model, params = small
   optimizer = optax.sgd(1.0)
   batch = Batch(jnp.asarray(tiny.tokens(2, 12)), jnp.zeros((2, 12), jnp.float32))
-  state, metrics = make_step(next_token(model), optimizer)(make_state(optimizer, fresh(params)), None, batch)
+  state, metrics = make_step(next_token(model), optimizer)(make_state(optimizer, params), None, batch)
   assert (metrics.loss, metrics.grad_norm, metrics.weight, metrics.finite) == (0, 0, 0, 1)
   tiny.assert_trees_equal(jax.tree.map(np.asarray, params), jax.tree.map(np.asarray, state.params))
 
@@ -132,8 +125,10 @@ def test_bfloat16_computation_over_float32_parameters(small):
   model, params = small
   half = Transformer(dataclasses.replace(model.config, dtype="bfloat16"), model.plan)
   optimizer = make_optimizer(OptimizerConfig(warmup_steps=0), 10)
-  state, metrics = make_step(next_token(half), optimizer)(make_state(optimizer, fresh(params)), None, batch_of(2, 12))
+  state, metrics = make_step(next_token(half), optimizer)(make_state(optimizer, params), None, batch_of(2, 12))
   assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
   total, weight = make_eval(next_token(model))(params, None, batch_of(2, 12))
+  # The state had a copy.
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
   assert metrics.loss != total / weight
   assert float(metrics.loss) == pytest.approx(float(total / weight), rel=2e-2)
