@@ -89,6 +89,7 @@ def parse() -> argparse.Namespace:
   add("--length", type=int, default=512, help="tokens a row")
   add("--accumulate", type=int, default=1)
   add("--learning-rate", type=float, default=3e-4)
+  add("--packing", default="rows", choices=("rows", "none"), help="several documents a row, or one (for cuDNN)")
   add("--remat", default="none", choices=("none", "dots", "full"))
   add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of computation; parameters are float32")
   add("--t0-rows", type=int, default=20_000, help="rows of T0's instructions, the same number of each task; 0 for none")
@@ -178,6 +179,7 @@ def trained(flags: argparse.Namespace, name: str, variant: str, texts: dict[str,
       train=training_files(flags),
       eval=(flags.data / "corpora" / "wikitext2_valid.txt",),
       length=flags.length,
+      packing=flags.packing,
       too_long="cut",
       reading=Reading(skip_bad=True),  # some of T0's completions are empty
     ),

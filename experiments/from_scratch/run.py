@@ -81,7 +81,10 @@ def run(flags: argparse.Namespace, name: str, size: int) -> dict[str, Any]:
     dtype=flags.dtype,
     seed=flags.seed,
     data=DataConfig(
-      train=tuple(corpora / file for file in TRAIN), eval=(corpora / "wikitext2_valid.txt",), length=flags.length
+      train=tuple(corpora / file for file in TRAIN),
+      eval=(corpora / "wikitext2_valid.txt",),
+      length=flags.length,
+      packing="none",  # documents are long; without segments attention runs on cuDNN
     ),
     optimizer=OptimizerConfig(learning_rate=flags.learning_rate, warmup_steps=max(flags.steps // 20, 1)),
     log=LogConfig(

@@ -57,10 +57,11 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda text: None) -
   run = prepare(config, say)
   _claim_folder(config)
   with Checkpoints(config.out / "checkpoints", config.log.keep) as checkpoints:
-    loop = Loop(config, run, checkpoints)
-    if loop.done:
-      say(f"goes on after step {loop.done}, from {config.out}")
-    with Recorder(config.out, config.steps, loop.done, tensorboard=config.log.tensorboard) as recorder:
+    done = checkpoints.latest or 0
+    with Recorder(config.out, config.steps, done, tensorboard=config.log.tensorboard) as recorder:
+      if done:
+        say(f"goes on after step {done}, from {config.out}")
+      loop = Loop(config, run, checkpoints)
       interrupted = loop.run(recorder)
   model = None
   if not interrupted:
@@ -118,6 +119,11 @@ class Loop:
       self.done, self.window = checkpoints.latest, Window(**extra["window"])
       self.eval_loss = extra["eval_loss"]
       self._data.set_state(extra["data"])
+      if extra["rows"] != len(run.rows):
+        raise ValueError(
+          f"the training data have changed: they made {extra['rows']} rows when {config.out} was begun, now "
+          f"{len(run.rows)}; name a new --out, or bring the data back"
+        )
     self._unseen: tuple[int, Metrics] | None = None
     self._clock = Clock()
     flops = train_flops(run.model.config, run.model.plan, config.batch_size, config.data.length)
@@ -206,6 +212,7 @@ class Loop:
     began = time.perf_counter()
     extra = {
       "data": self._data.get_state(),
+      "rows": len(self._run.rows),
       "window": dataclasses.asdict(self.window),
       "eval_loss": self.eval_loss,
     }

@@ -126,6 +126,15 @@ def test_another_run_in_the_folder(whole):
     train(config(whole, batch_size=16))
 
 
+def test_other_data_under_the_same_name(whole):
+  text = whole.parent / "text.txt"
+  before = text.read_text()
+  text.write_text(before + "\n\nOne more sentence, which makes one more row." * 9)
+  with pytest.raises(ValueError, match="the training data have changed"):
+    train(config(whole))
+  text.write_text(before)
+
+
 def test_finished_run_is_left_alone(whole):
   before = (whole / "metrics.jsonl").read_bytes()
   assert train(config(whole)).step == STEPS
