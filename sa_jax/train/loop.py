@@ -125,6 +125,7 @@ class Loop:
           f"{len(run.rows)}; name a new --out, or bring the data back"
         )
     self._unseen: tuple[int, Metrics] | None = None
+    self._profiling = False
     self._clock = Clock()
     flops = train_flops(run.model.config, run.model.plan, config.batch_size, config.data.length)
     peak = peak_tflops(config.log.peak_tflops)
@@ -200,7 +201,8 @@ class Loop:
     assert run.eval_rows is not None
     batches = in_order(run.eval_rows, config.batch_size, run.mine, config.log.eval_batches)
     placed = (to_devices(batch, run.batch_sharding, config.batch_size) for batch in batches)
-    sums = jax.device_get([run.evaluate(self.state.params, run.frozen, batch) for batch in placed])
+    # One batch on the devices at a time.
+    sums = [jax.device_get(run.evaluate(self.state.params, run.frozen, batch)) for batch in placed]
     total, weight = np.asarray(sums, np.float64).sum(axis=0)
     self.eval_loss = float(total / weight)
     perplexity = math.exp(min(self.eval_loss, 700.0))
@@ -220,12 +222,12 @@ class Loop:
     self._clock.pause(time.perf_counter() - began)
 
   def _profile(self, *, starting: bool) -> None:
-    """Opens the profile's window before its first step, and closes it after its last one."""
-    window = self._config.log.profile
-    if window is None:
-      return
-    if starting and self.done + 1 == window[0]:
+    """Opens the profile's window before its first step, and closes it after its last one, or that of the run."""
+    first, last = self._config.log.profile or (0, 0)
+    if starting and self.done + 1 == first:
       jax.profiler.start_trace(str(self._config.out / "profile"))
-    elif not starting and self.done == window[1]:
+      self._profiling = True
+    elif self._profiling and not starting and self.done >= min(last, self._config.steps):
       jax.block_until_ready(self.state)
       jax.profiler.stop_trace()
+      self._profiling = False

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 
 import jax
 import numpy as np
@@ -15,7 +14,6 @@ from sa_jax.train.checkpoints import Checkpoints
 from sa_jax.train.config import DataConfig, DistillConfig, LogConfig, LoraConfig, MeshConfig, load_config
 from sa_jax.train.data import byte_tokenizer
 from sa_jax.train.loop import train
-from sa_jax.train.metrics import Window
 from sa_jax.train.setup import prepare
 from tests import tiny
 from tests.train.tiny_run import SHAPE, config
@@ -127,14 +125,6 @@ def test_steps_that_are_not_finite(dense, tmp_path):
     state, _ = checkpoints.restore(kept.abstract_state())
   assert int(state.skipped) == int(state.step)
   np.testing.assert_array_equal(state.params["embed"]["embedding"], params["embed"]["embedding"])
-
-
-def test_window():
-  window = Window()
-  for loss, weight, finite in ((1.0, 2.0, True), (math.nan, 2.0, False), (4.0, 4.0, True)):
-    window.add(loss, weight, finite)
-  assert (window.close(), window.seen, window.skipped, window.in_row) == (3.0, 6.0, 1, 0)
-  assert math.isnan(window.close())
 
 
 def test_config_file_and_flags(tmp_path, monkeypatch, capsys):
