@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -115,7 +116,9 @@ class Checkpoints:
     except Exception as error:  # Orbax and TensorStore raise many kinds; all mean that the file system refused
       whole = sorted(int(path.name) for path in self._folder.glob("*") if path.name.isdigit())
       last = f"the last whole one is of step {whole[-1]}" if whole else "there is no earlier one"
-      reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+      system = re.search(r"([^:]+) \[os_error_code", str(error))
+      lines = [system[1].strip()] if system else [line for line in str(error).splitlines() if line.strip()]
+      reason = lines[0] if lines else type(error).__name__
       raise ValueError(f"the checkpoint {what} in {self._folder}: {reason}; {last}") from error
 
 
