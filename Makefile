@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := gguf,plots,test,lint
+EXTRAS := gguf,plots,train,test,lint
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
 
 .PHONY: help demo test lint format clean

@@ -16,6 +16,8 @@ HEAVY = (
   "safetensors",
   "tyro",
   "hypothesis",
+  "grain",
+  "tensorboardX",
 )
 
 

@@ -38,8 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     refit,
     search,
     share,
+    train,
   )
 
+  logging.basicConfig(format="%(name)s: %(message)s", level=os.environ.get("SA_JAX_LOG", "WARNING").upper())
+  given = sys.argv[1:] if arguments is None else arguments
   commands: dict[str, Callable[..., Command]] = {
     "demo": demo.Demo,
     "convert": convert.Convert,
@@ -55,15 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     "fit": fit.FitOf,
     "bench": bench.Bench,
   }
-  logging.basicConfig(format="%(name)s: %(message)s", level=os.environ.get("SA_JAX_LOG", "WARNING").upper())
-  command: Command = tyro.extras.subcommand_cli_from_dict(
-    commands,
-    prog="sa-jax",
-    description="Shared Attention for JAX.",
-    args=arguments,
-    config=(tyro.conf.OmitArgPrefixes,),
-  )
   try:
+    commands["train"] = train.command(given)
+    command: Command = tyro.extras.subcommand_cli_from_dict(
+      commands,
+      prog="sa-jax",
+      description="Shared Attention for JAX.",
+      args=given,
+      config=(tyro.conf.OmitArgPrefixes,),
+    )
     command.run()
   except ValueError as error:
     if os.environ.get("SA_JAX_DEBUG"):

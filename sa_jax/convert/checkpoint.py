@@ -81,7 +81,7 @@ def save_checkpoint(
     (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
     if save_extras is not None:
       save_extras(folder)
-    with ocp.Checkpointer(_handler(progress)) as checkpointer:
+    with ocp.Checkpointer(_handler(progress), multiprocessing_options=_alone()) as checkpointer:
       checkpointer.save(folder.resolve() / PARAMS, ocp.args.PyTreeSave(params))
 
 
@@ -117,7 +117,17 @@ def _handler(progress: Progress | None) -> Any:
     (np.ndarray, type_handlers.NumpyHandler()),
     (jax.Array, type_handlers.ArrayHandler()),
   )
-  return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+  return ocp.PyTreeCheckpointHandler(
+    type_handler_registry=registry, use_compression=False, multiprocessing_options=_alone()
+  )
+
+
+def _alone() -> Any:
+  """Orbax's options for a process that writes by itself, whatever other processes of the same program do."""
+  import orbax.checkpoint as ocp
+
+  me = jax.process_index()
+  return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"of-{me}")
 
 
 def read_config(path: Path) -> tuple[ModelConfig, SharingPlan]:

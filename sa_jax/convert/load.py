@@ -74,6 +74,21 @@ def from_pretrained(
   return model, place(tree, shardings, progress)
 
 
+def describe(
+  path: str | Path,
+  plan: SharingPlan | str | Sequence[int] | None = None,
+  dtype: str | None = None,
+  *,
+  revision: str | None = None,
+) -> Transformer:
+  """The model that `from_pretrained` would open, without reading its weights; arguments and errors as there."""
+  path = locate(path, revision)
+  if checkpoint.is_checkpoint(path):
+    return _describe_checkpoint(path, plan, dtype)
+  config, made, _ = _describe(open_source(path), plan, dtype)
+  return Transformer(config, made)
+
+
 def _describe(
   source: Source, plan: SharingPlan | str | Sequence[int] | None, dtype: str | None
 ) -> tuple[ModelConfig, SharingPlan, Account]:
@@ -103,9 +118,7 @@ def _with_dtype(config: ModelConfig, dtype: str | None) -> ModelConfig:
   return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
 
 
-def _open_checkpoint(
-  path: Path, plan: SharingPlan | str | Sequence[int] | None, dtype: str | None, mesh: Mesh | None, layout: Layout
-) -> tuple[Transformer, dict[str, Any]]:
+def _describe_checkpoint(path: Path, plan: SharingPlan | str | Sequence[int] | None, dtype: str | None) -> Transformer:
   config, stored_plan = checkpoint.read_config(path)
   made = _asked(plan, stored_plan)
   if lost := sorted(set(made.anchors) - set(stored_plan.anchors)):
@@ -113,9 +126,15 @@ def _open_checkpoint(
       f"the plan '{made}' makes layers {lost} anchors, but {path} holds no queries and keys for them: it was made for "
       f"the plan '{stored_plan}'; start from the dense checkpoint"
     )
-  model = Transformer(_with_dtype(config, dtype), made)
-  target = abstract_params(model, layout="layers")
   checkpoint.check_stored(path, checkpoint.stored_shapes(path), config, stored_plan)
+  return Transformer(_with_dtype(config, dtype), made)
+
+
+def _open_checkpoint(
+  path: Path, plan: SharingPlan | str | Sequence[int] | None, dtype: str | None, mesh: Mesh | None, layout: Layout
+) -> tuple[Transformer, dict[str, Any]]:
+  model = _describe_checkpoint(path, plan, dtype)
+  target = abstract_params(model, layout="layers")
   if mesh is None:
     shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), target)
   else:
@@ -124,7 +143,7 @@ def _open_checkpoint(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), target, shardings
   )
   params = checkpoint.restore(path, target)
-  return model, stack(params, made, donate=True) if layout == "runs" else params
+  return model, stack(params, model.plan, donate=True) if layout == "runs" else params
 
 
 def convert(

@@ -1,13 +1,25 @@
 """Training: what is minimised, how, and over what."""
 
 from sa_jax.train.batch import Batch
+from sa_jax.train.config import DataConfig, DistillConfig, LogConfig, MeshConfig, TrainConfig
+from sa_jax.train.data import Reading
 from sa_jax.train.gradual import rising
+from sa_jax.train.loop import Outcome, train
 from sa_jax.train.lora import LoraConfig, abstract_adapters, adapted, attach, init_adapters, merge
 from sa_jax.train.objective import distill, next_token
 from sa_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from sa_jax.train.step import Metrics, Objective, TrainState, make_eval, make_state, make_step, state_shardings
 
 __all__ = [
+  # A run.
+  "DataConfig",
+  "DistillConfig",
+  "LogConfig",
+  "MeshConfig",
+  "Outcome",
+  "Reading",
+  "TrainConfig",
+  "train",
   # What a step reads, changes and tells.
   "Batch",
   "Metrics",

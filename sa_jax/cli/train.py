@@ -1,0 +1,62 @@
+"""``sa-jax train``: train from scratch, fine-tune, distil."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from sa_jax.train.config import TrainConfig, load_config
+from sa_jax.train.distributed import Hosts
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """A parsed ``sa-jax train``."""
+
+  config: TrainConfig
+  hosts: Hosts
+
+  def run(self) -> None:
+    """Trains; ends with code 143, as a process that SIGTERM ends, if a signal ended it with steps to go."""
+    from sa_jax.cli.common import console
+    from sa_jax.train.distributed import start
+
+    start(self.hosts)
+    from sa_jax.train.loop import train
+
+    outcome = train(self.config, lambda text: console.print(text))
+    if outcome.interrupted:
+      console.print(f"stopped after step {outcome.step}, which is saved; the same command goes on from there")
+      sys.exit(143)
+    console.print(f"saved: [bold]{outcome.model}[/bold]")
+
+
+def command(arguments: Sequence[str]) -> Callable[..., Train]:
+  """The subcommand; if a config file comes first in the arguments, its values are the flags' defaults."""
+  name, file = (*arguments[:2], "", "")[:2]
+  if name == "train" and file.endswith(".py"):
+    return functools.partial(_train, config=load_config(Path(file)))
+  return _train
+
+
+def _train(
+  file: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="CONFIG.py")] = None,
+  *,
+  config: TrainConfig,
+  hosts: Hosts = Hosts(),
+) -> Train:
+  """Train from scratch, fine-tune or distil a model that shares attention; go on with the run in the folder.
+
+  Args:
+    file: A Python file whose variable `config` is a sa_jax.train.TrainConfig. It comes first; flags override it.
+    config: The run.
+    hosts: Where the other processes are.
+  """
+  del file  # `command` has read it
+  return Train(config, hosts)

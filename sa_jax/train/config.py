@@ -1,0 +1,224 @@
+"""What a training run is: a dataclass, whose fields are the flags of ``sa-jax train`` and what a config file makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from sa_jax.config import ModelConfig, RematPolicy
+from sa_jax.train.data import Reading
+from sa_jax.train.data.packing import Packing, TooLong
+from sa_jax.train.lora import LoraConfig
+from sa_jax.train.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What is read, and how rows are made of it."""
+
+  train: tuple[Path, ...] = ()
+  """Text files, .jsonl or .json (text, prompt and completion, Alpaca, chats) to train on."""
+  eval: tuple[Path, ...] = ()
+  """Files to evaluate on during training."""
+  length: int = 1024
+  """Tokens a row."""
+  packing: Packing = "rows"
+  """Whether rows hold several documents, or one each (for attention kernels without segments)."""
+  too_long: TooLong = "error"
+  """What becomes of samples with a prompt that are longer than a row: an error, or cut and counted."""
+  reading: Reading = dataclasses.field(default_factory=Reading)
+  """How files are read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """How many devices each kind of parallelism has."""
+
+  data: int | None = None
+  """Over how many devices only the batch is split; None for all that are left."""
+  fsdp: int = 1
+  """Over how many the batch, parameters and optimiser state are split."""
+  tensor: int = 1
+  """Over how many heads, MLP and vocabulary are split."""
+  sequence: int = 1
+  """Over how many the tokens of a row are split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+  """What the student learns from the dense model that it came from (``--mode distill``)."""
+
+  temperature: float = 1.0
+  """That both distributions are softened by."""
+  teacher_weight: float = 1.0
+  """Weight of the divergence from the dense model; the rest, up to 1, is that of the ordinary loss."""
+  hidden_weight: float = 0.0
+  """Weight of the distance of each layer's output from the dense model's, besides."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+  """What is said, saved and measured on the way."""
+
+  log_every: int = 10
+  """Steps between two lines of metrics."""
+  eval_every: int = 200
+  """Steps between two evaluations; there is one at the end too."""
+  eval_batches: int | None = None
+  """Evaluate on this many batches at most; None for all."""
+  save_every: int = 500
+  """Steps between two checkpoints; there is one at the end too."""
+  keep: int = 2
+  """How many checkpoints stay."""
+  minutes: float | None = None
+  """Stop after so long, as a signal would: what is done is saved, and the same command goes on from there."""
+  profile: tuple[int, int] | None = None
+  """Record a profile (TensorBoard, Perfetto) from before the first of these steps to after the second."""
+  peak_tflops: float | None = None
+  """A device's peak rate, which MFU is stated against; None for the known rate of the device, if it is known."""
+  tensorboard: bool = True
+  """Also write TensorBoard's files."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """A training run.
+
+  Attributes are described where they are flags: ``sa-jax train --help``.
+
+  Raises:
+    ValueError: if values contradict each other; all that do are named.
+  """
+
+  out: Path
+  """The run's folder: metrics, checkpoints, and at the end the model. A run that is there already is resumed."""
+  model: Path | None = None
+  """The checkpoint to start from: a Hugging Face folder, a GGUF file or an sa_jax checkpoint."""
+  teacher: Path | None = None
+  """The dense checkpoint to distil from, if --model is not one."""
+  preset: str | None = None
+  """Or the shape, by name, of a model to train from scratch."""
+  shape: Annotated[ModelConfig | None, tyro.conf.Suppress] = None
+  """Or the shape itself, in a config file."""
+  tokenizer: str | None = None
+  """A folder or GGUF file with the tokenizer, or 'bytes'; None for the model's own, and bytes from scratch."""
+  plan: str | None = None
+  """Which layers share, such as 22:23-26; None for the model's own plan, dense from scratch."""
+  mode: Literal["pretrain", "sft", "distill"] = "sft"
+  """What is learnt: every token, only answers (where data have prompts), or the dense model's predictions of them."""
+  method: Literal["full", "lora"] = "full"
+  """What is trained: every parameter, or low-rank adapters."""
+  gradual_steps: int = 0
+  """Steps over which followers pass from their own weights to their anchor's; 0 for at once."""
+  batch_size: int = 32
+  """Rows a step, on all devices together."""
+  accumulate: int = 1
+  """In how many parts a batch is computed, one after the other."""
+  steps: int = 1000
+  """How many steps to train."""
+  remat: RematPolicy = "none"
+  """What the backward pass recomputes."""
+  dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+  """What is computed in, and what the model is saved in at the end; trained parameters are float32."""
+  z_loss: float = 0.0
+  """Weight of the squared logarithm of the softmax's denominator."""
+  seed: int = 0
+  """Of the order of the data and of what is initialised."""
+  max_skipped: int = 10
+  """Stop after this many steps in a row whose loss or gradient is not finite; each of them changes nothing."""
+  data: DataConfig = DataConfig()
+  """Data."""
+  optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+  """AdamW."""
+  lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+  """Adapters."""
+  distill: DistillConfig = DistillConfig()
+  """Distillation."""
+  mesh: MeshConfig = MeshConfig()
+  """Parallelism."""
+  log: LogConfig = LogConfig()
+  """Logs and checkpoints."""
+
+  def __post_init__(self) -> None:
+    wrong = []
+    if sum(source is not None for source in (self.model, self.preset, self.shape)) != 1:
+      wrong.append("name either a checkpoint to start from (--model) or a shape to train from scratch (--preset)")
+    if self.model is None and self.mode == "distill":
+      wrong.append("--mode distill needs a checkpoint (--model), whose dense model is the teacher")
+    if self.model is None and self.method == "lora":
+      wrong.append("--method lora needs a checkpoint (--model) to adapt")
+    if self.gradual_steps and self.model is None:
+      wrong.append("--gradual-steps needs a checkpoint (--model), whose followers' own weights it starts from")
+    if self.teacher is not None and self.mode != "distill":
+      wrong.append("--teacher is of use in --mode distill only")
+    if self.gradual_steps > self.steps:
+      wrong.append(f"--gradual-steps {self.gradual_steps} needs as many --steps, not {self.steps}")
+    positive = {
+      "batch_size": self.batch_size,
+      "accumulate": self.accumulate,
+      "steps": self.steps,
+      "max_skipped": self.max_skipped,
+      "log_every": self.log.log_every,
+      "eval_every": self.log.eval_every,
+      "save_every": self.log.save_every,
+      "keep": self.log.keep,
+    }
+    wrong += [f"{name}={value} (at least 1 is needed)" for name, value in positive.items() if value < 1]
+    if self.data.length < 2:
+      wrong.append(f"length={self.data.length} (at least 2 tokens are needed, one to predict from and one to predict)")
+    if wrong:
+      raise ValueError("training: " + "; ".join(wrong))
+
+
+def load_config(path: Path) -> TrainConfig:
+  """Runs a config file, a Python program whose variable ``config`` is the run.
+
+  Raises:
+    ValueError: if it cannot be run, or defines no `TrainConfig`.
+  """
+  spec = importlib.util.spec_from_file_location("sa_jax_train_config", path)
+  if spec is None or spec.loader is None or not path.is_file():
+    raise ValueError(f"{path} is not a Python file")
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:
+    raise ValueError(f"{path} fails: {type(error).__name__}: {error}") from error
+  config = getattr(module, "config", None)
+  if not isinstance(config, TrainConfig):
+    raise ValueError(f"{path} needs a variable 'config' that is a sa_jax.train.TrainConfig")
+  return config
+
+
+def recorded(config: TrainConfig) -> dict[str, Any]:
+  """What decides a run's numbers, as JSON values: the config without where it runs and what it says on the way."""
+  free = ("out", "mesh", "log")
+  values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+  values["data"]["reading"].pop("cache")
+  values["data"].pop("eval")
+  return {name: value for name, value in values.items() if name not in free}
+
+
+def check_same(config: TrainConfig, before: dict[str, Any], folder: Path) -> None:
+  """Checks that a run is the one that its folder holds.
+
+  Raises:
+    ValueError: names what differs.
+  """
+  now, then = _flat(recorded(config)), _flat(before)
+  different = [name for name in {**now, **then} if now.get(name) != then.get(name)]
+  if different:
+    listed = "; ".join(f"{name} is {now.get(name)}, there it is {then.get(name)}" for name in different)
+    raise ValueError(f"{folder} holds another run ({listed}); name a new --out, or remove the folder")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  out: dict[str, Any] = {}
+  for name, value in values.items():
+    out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+  return out

@@ -1,0 +1,27 @@
+"""Training data: files → documents → tokens → rows → batches on devices."""
+
+from sa_jax.train.data.bytes import BYTE_VOCABULARY, byte_tokenizer
+from sa_jax.train.data.corpus import Corpus, Reading, open_corpus
+from sa_jax.train.data.packing import Rows, make_rows, pack
+from sa_jax.train.data.pipeline import BatchIterator, host_rows, in_order, shuffled, to_devices
+from sa_jax.train.data.sources import Document, Piece, Report, read_documents
+
+__all__ = [
+  "BYTE_VOCABULARY",
+  "BatchIterator",
+  "Corpus",
+  "Document",
+  "Piece",
+  "Reading",
+  "Report",
+  "Rows",
+  "byte_tokenizer",
+  "host_rows",
+  "in_order",
+  "make_rows",
+  "open_corpus",
+  "pack",
+  "read_documents",
+  "shuffled",
+  "to_devices",
+]

@@ -1,0 +1,28 @@
+"""A tokenizer for models trained from scratch: a byte is a token."""
+
+from __future__ import annotations
+
+import tokenizers
+
+from sa_jax.convert import Tokenizer
+from sa_jax.train.data.sources import END_OF_TEXT
+
+BYTE_VOCABULARY = 257
+"""256 bytes, then the end of a text."""
+
+
+def byte_tokenizer() -> Tokenizer:
+  """An ordinary tokenizer, in which token ``b`` is byte ``b`` of the UTF-8 text, and token 256 ends a text."""
+  vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = tokenizers.decoders.ByteLevel()
+  backend.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
+  return Tokenizer(backend, None, (("eos_token", END_OF_TEXT),))
+
+
+def _byte_characters() -> list[str]:
+  """The printable character that byte-level tokenizers write for each byte (GPT-2's table)."""
+  printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+  others = iter(range(256, 512))
+  return [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -1,0 +1,155 @@
+"""Documents to tokens, once: in memory, or in a cache on disk that later runs and other hosts map."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from sa_jax.convert import Tokenizer
+from sa_jax.convert.checkpoint import new_folder
+from sa_jax.train.data.sources import Document, Documents, Report, read_documents
+
+_TOKEN = np.dtype("<u4")
+_AT_ONCE = 256  # documents tokenised at once, on all cores
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corpus:
+  """Tokenised documents, one after the other.
+
+  Attributes:
+    tokens: uint32 ``[tokens]``.
+    trained: bool ``[tokens]``, whether the model learns to write the token.
+    offsets: int64 ``[documents + 1]``: document ``d`` is ``tokens[offsets[d] : offsets[d + 1]]``.
+    report: what was read.
+  """
+
+  tokens: np.ndarray
+  trained: np.ndarray
+  offsets: np.ndarray
+  report: Report
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """How files are read; see `sa_jax.train.data.sources.read_documents`."""
+
+  documents: Documents = "file"
+  """What is a document in a text file: the whole file, or what is between blank lines or <|endoftext|> marks."""
+  text_key: str = "text"
+  """Key of the text in JSON lines that hold only text."""
+  skip_bad: bool = False
+  """Leave out lines that cannot be used, and count them."""
+  cache: Path | None = None
+  """Folder for tokenised corpora, for use again; None keeps them in memory."""
+
+
+def open_corpus(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading = Reading()) -> Corpus:
+  """Reads and tokenises files, or takes them from the cache.
+
+  A cache entry is keyed by the files' contents, the tokenizer and how files are read, and appears only whole.
+
+  Raises:
+    ValueError: as `read_documents`, or if the cache cannot be written.
+  """
+  missing = [str(path) for path in paths if not path.is_file()]
+  if missing or not paths:
+    raise ValueError(f"there is no file {', '.join(missing)}" if missing else "name at least one file of training data")
+  if reading.cache is None:
+    return _tokenise(paths, tokenizer, reading)
+  entry = reading.cache / _key(paths, tokenizer, reading)
+  if not entry.exists():
+    try:
+      with new_folder(entry) as folder:
+        _write(folder, paths, tokenizer, reading)
+    except (OSError, ValueError):
+      if not entry.exists():  # another process may have been faster
+        raise
+  return _load(entry)
+
+
+def _key(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> str:
+  digest = hashlib.sha256()
+  options = (_VERSION, reading.documents, reading.text_key, reading.skip_bad, tokenizer.special)
+  for part in (repr(options), tokenizer.backend.to_str(), tokenizer.chat_template or ""):
+    digest.update(hashlib.sha256(part.encode()).digest())
+  for path in paths:
+    with path.open("rb") as file:
+      digest.update(hashlib.file_digest(file, "sha256").digest() + path.suffix.encode())
+  return digest.hexdigest()[:32]
+
+
+def _tokenise(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> Corpus:
+  report = Report()
+  parts = list(_encoded(_documents(paths, tokenizer, report, reading), tokenizer))
+  tokens, trained = (np.concatenate(column) for column in zip(*parts, strict=True))
+  lengths = [len(part[0]) for part in parts]
+  return Corpus(tokens, trained, np.cumsum([0, *lengths], dtype=np.int64), report)
+
+
+def _write(folder: Path, paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> None:
+  """Fills a cache entry document by document, so that a corpus larger than memory can be tokenised."""
+  report = Report()
+  lengths = [0]
+  try:
+    with (folder / "tokens.bin").open("wb") as tokens, (folder / "trained.bin").open("wb") as trained:
+      for ids, mask in _encoded(_documents(paths, tokenizer, report, reading), tokenizer):
+        tokens.write(ids.tobytes())
+        trained.write(mask.tobytes())
+        lengths.append(len(ids))
+    np.save(folder / "offsets.npy", np.cumsum(lengths, dtype=np.int64))
+    (folder / "report.json").write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
+  except OSError as error:
+    raise ValueError(f"cannot write the tokenised corpus to {folder.parent}: {error.strerror}") from None
+
+
+def _load(entry: Path) -> Corpus:
+  try:
+    offsets = np.load(entry / "offsets.npy")
+    shape = (int(offsets[-1]),)
+    tokens = np.memmap(entry / "tokens.bin", _TOKEN, "r", shape=shape)
+    trained = np.memmap(entry / "trained.bin", np.bool_, "r", shape=shape)
+    report = Report(**json.loads((entry / "report.json").read_text(encoding="utf-8")))
+  except (OSError, ValueError, TypeError) as error:
+    raise ValueError(f"the tokenised corpus {entry} is damaged ({error}); remove it") from None
+  return Corpus(tokens, trained, offsets, report)
+
+
+def _documents(paths: Sequence[Path], tokenizer: Tokenizer, report: Report, reading: Reading) -> Iterator[Document]:
+  options: dict[str, Any] = {name: getattr(reading, name) for name in ("documents", "text_key", "skip_bad")}
+  return read_documents(paths, tokenizer, report, **options)
+
+
+def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Each document's tokens, and which of them are learnt: what the tokenizer puts before a text is not, its end is."""
+  name = dict(tokenizer.special).get("eos_token")
+  end = [] if name is None else [tokenizer.backend.token_to_id(name)]
+  start = [token for token in tokenizer.encode("") if token not in end]
+  iterator = iter(documents)
+  while block := list(itertools.islice(iterator, _AT_ONCE)):
+    texts = ["".join(piece.text for piece in document.pieces) for document in block]
+    for document, encoded in zip(block, tokenizer.backend.encode_batch(texts, add_special_tokens=False), strict=True):
+      ids, mask = np.asarray(encoded.ids, _TOKEN), _trained(document, encoded)
+      if not document.complete:
+        ids = np.concatenate([np.asarray(start, _TOKEN), ids, np.asarray(end, _TOKEN)])
+        mask = np.concatenate([np.zeros(len(start), np.bool_), mask, np.ones(len(end), np.bool_)])
+      yield ids, mask
+
+
+def _trained(document: Document, encoded: tokenizers.Encoding) -> np.ndarray:
+  """Which tokens are learnt: a token belongs to the piece that its last character is in."""
+  marks = [piece.trained for piece in document.pieces]
+  if all(marks):
+    return np.ones(len(encoded.ids), np.bool_)
+  ends = np.cumsum([len(piece.text) for piece in document.pieces])
+  last = np.asarray([stop for _, stop in encoded.offsets], np.int64) - 1
+  return np.asarray(marks, np.bool_)[np.searchsorted(ends, last, side="right").clip(max=len(marks) - 1)]

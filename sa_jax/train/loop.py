@@ -1,0 +1,233 @@
+"""The training loop: steps, and what happens between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from sa_jax.train import config as configs
+from sa_jax.train.checkpoints import Checkpoints
+from sa_jax.train.config import TrainConfig
+from sa_jax.train.data import in_order, shuffled, to_devices
+from sa_jax.train.distributed import wait_for_all
+from sa_jax.train.interruption import Interruption
+from sa_jax.train.metrics import Clock, Recorder, Window, peak_tflops, train_flops
+from sa_jax.train.setup import Run, prepare
+from sa_jax.train.step import Metrics
+
+
+class Outcome(NamedTuple):
+  """Attributes:
+  step: the last step that was done.
+  interrupted: whether a signal ended the run before its last step; run it again to go on.
+  skipped: steps that changed nothing, since their loss or gradient was not finite.
+  eval_loss: at the last evaluation, in nats a token; None if there was none.
+  model: the finished model, a checkpoint that `sa_jax.from_pretrained` opens; None if the run is not finished.
+  """
+
+  step: int
+  interrupted: bool
+  skipped: int
+  eval_loss: float | None
+  model: Path | None
+
+
+def train(config: TrainConfig, say: Callable[[str], None] = lambda text: None) -> Outcome:
+  """Trains, from the newest checkpoint in the run's folder if it has one.
+
+  Losses and parameters do not depend on how often a run is interrupted, nor by what.
+
+  Args:
+    config: the run.
+    say: is told, in sentences, what was read and from where the run goes on.
+
+  Raises:
+    ValueError: if something in the config, the data or the file system does not work, before anything is compiled
+      where it can be known then; or if too many steps in a row are not finite.
+  """
+  _check_folder(config)
+  run = prepare(config, say)
+  _claim_folder(config)
+  with Checkpoints(config.out / "checkpoints", config.log.keep) as checkpoints:
+    done = checkpoints.latest or 0
+    with Recorder(config.out, config.steps, done, tensorboard=config.log.tensorboard) as recorder:
+      if done:
+        say(f"goes on after step {done}, from {config.out}")
+      loop = Loop(config, run, checkpoints)
+      interrupted = loop.run(recorder)
+  model = None
+  if not interrupted:
+    model = config.out / "model"
+    if not model.exists():
+      run.export(loop.state.params, model)
+  return Outcome(loop.done, interrupted, loop.window.skipped, loop.eval_loss, model)
+
+
+def _check_folder(config: TrainConfig) -> None:
+  """Checks that the run's folder, if it is there, is this run's."""
+  path = config.out / "config.json"
+  if path.exists():
+    try:
+      before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+      raise ValueError(f"{path} cannot be read: {error}") from None
+    configs.check_same(config, before, config.out)
+
+
+def _claim_folder(config: TrainConfig) -> None:
+  """Makes the run's folder, and writes into it which run it is."""
+  wait_for_all("checked")
+  if jax.process_index() == 0:
+    path = config.out / "config.json"
+    try:
+      config.out.mkdir(parents=True, exist_ok=True)
+      unfinished = path.with_suffix(".unfinished")
+      unfinished.write_text(json.dumps(configs.recorded(config), indent=2) + "\n", encoding="utf-8")
+      unfinished.replace(path)
+    except OSError as error:
+      raise ValueError(f"cannot write to {config.out}: {error.strerror}") from None
+
+
+class Loop:
+  """A run under way.
+
+  Attributes:
+    done: the last step that was done.
+    state: after it.
+    window: what is counted over steps.
+    eval_loss: of the last evaluation.
+  """
+
+  def __init__(self, config: TrainConfig, run: Run, checkpoints: Checkpoints) -> None:
+    """Takes up the newest checkpoint, or makes the state of step 0."""
+    self._config, self._run, self._checkpoints = config, run, checkpoints
+    self._data = shuffled(run.rows, config.batch_size, config.seed, run.mine)
+    self.done, self.window = 0, Window()
+    self.eval_loss: float | None = None
+    if checkpoints.latest is None:
+      self.state = run.make_state()
+    else:
+      self.state, extra = checkpoints.restore(run.abstract_state())
+      self.done, self.window = checkpoints.latest, Window(**extra["window"])
+      self.eval_loss = extra["eval_loss"]
+      self._data.set_state(extra["data"])
+      if extra["rows"] != len(run.rows):
+        raise ValueError(
+          f"the training data have changed: they made {extra['rows']} rows when {config.out} was begun, now "
+          f"{len(run.rows)}; name a new --out, or bring the data back"
+        )
+    self._unseen: tuple[int, Metrics] | None = None
+    self._profiling = False
+    self._clock = Clock()
+    flops = train_flops(run.model.config, run.model.plan, config.batch_size, config.data.length)
+    peak = peak_tflops(config.log.peak_tflops)
+    self._mfu_seconds = flops / (peak * 1e12 * jax.device_count()) if peak else None
+
+  def run(self, recorder: Recorder) -> bool:
+    """Trains to the last step; returns whether a signal ended that early. Either way the state is on disk then."""
+    config, log = self._config, self._config.log
+    with Interruption(log.minutes) as interruption:
+      while self.done < config.steps:
+        self._profile(starting=True)
+        self._step(recorder)
+        self._profile(starting=False)
+        last = self.done == config.steps
+        stop = interruption.requested(self.done) and not last
+        if self._run.eval_rows is not None and (last or self.done % log.eval_every == 0):
+          self._evaluate(recorder)
+        if last or stop or self.done % log.save_every == 0:
+          self._save(recorder)
+        self._checkpoints.check()
+        recorder.advance(self.done)
+        if stop:
+          return True
+    return False
+
+  def _step(self, recorder: Recorder) -> None:
+    """Starts a step, and looks at the one before it while the device computes."""
+    batch = to_devices(next(self._data), self._run.batch_sharding, self._config.batch_size)
+    self.state, metrics = self._run.step(self.state, self._run.frozen, batch)
+    self.done += 1
+    self._look(recorder)
+    self._unseen = self.done, metrics
+
+  def _look(self, recorder: Recorder) -> None:
+    """Waits for the last step that was not looked at, counts it, and writes a line if it is time for one.
+
+    Raises:
+      ValueError: if too many steps in a row were not finite.
+    """
+    if self._unseen is None:
+      return
+    step, metrics = self._unseen
+    self._unseen = None
+    loss, norm, weight, finite = (float(value) for value in jax.device_get(dataclasses.astuple(metrics)))
+    self.window.add(loss, weight, bool(finite))
+    self._clock.tick()
+    if self.window.in_row >= self._config.max_skipped:
+      raise ValueError(
+        f"loss or gradient were not finite in {self.window.in_row} steps in a row, up to step {step} (loss {loss}, "
+        f"gradient norm {norm}); none of them changed the parameters. The last checkpoint is of step "
+        f"{self._checkpoints.latest}. Look at the data, or lower --learning-rate"
+      )
+    if step % self._config.log.log_every == 0 or step == self._config.steps:
+      recorder.write(step, self._line(norm))
+
+  def _line(self, norm: float) -> dict[str, float]:
+    seconds = self._clock.lap()
+    rows, length = self._config.batch_size, self._config.data.length
+    values = {"loss": self.window.close(), "grad_norm": norm, "tokens": self.window.seen}
+    if self.window.skipped:
+      values["skipped"] = self.window.skipped
+    if seconds is not None:
+      values["tokens_per_second"] = rows * length / seconds
+      if self._mfu_seconds is not None:
+        values["mfu"] = self._mfu_seconds / seconds
+    return values
+
+  def _evaluate(self, recorder: Recorder) -> None:
+    """Loss and perplexity on the evaluation data."""
+    self._look(recorder)
+    began = time.perf_counter()
+    run, config = self._run, self._config
+    assert run.eval_rows is not None
+    batches = in_order(run.eval_rows, config.batch_size, run.mine, config.log.eval_batches)
+    placed = (to_devices(batch, run.batch_sharding, config.batch_size) for batch in batches)
+    # One batch on the devices at a time.
+    sums = [jax.device_get(run.evaluate(self.state.params, run.frozen, batch)) for batch in placed]
+    total, weight = np.asarray(sums, np.float64).sum(axis=0)
+    self.eval_loss = float(total / weight)
+    perplexity = math.exp(min(self.eval_loss, 700.0))
+    recorder.write(self.done, {"eval_loss": self.eval_loss, "eval_perplexity": perplexity})
+    self._clock.pause(time.perf_counter() - began)
+
+  def _save(self, recorder: Recorder) -> None:
+    self._look(recorder)
+    began = time.perf_counter()
+    extra = {
+      "data": self._data.get_state(),
+      "rows": len(self._run.rows),
+      "window": dataclasses.asdict(self.window),
+      "eval_loss": self.eval_loss,
+    }
+    self._checkpoints.save(self.done, self.state, extra)
+    self._clock.pause(time.perf_counter() - began)
+
+  def _profile(self, *, starting: bool) -> None:
+    """Opens the profile's window before its first step, and closes it after its last one, or that of the run."""
+    first, last = self._config.log.profile or (0, 0)
+    if starting and self.done + 1 == first:
+      jax.profiler.start_trace(str(self._config.out / "profile"))
+      self._profiling = True
+    elif self._profiling and not starting and self.done >= min(last, self._config.steps):
+      jax.block_until_ready(self.state)
+      jax.profiler.stop_trace()
+      self._profiling = False

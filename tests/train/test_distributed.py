@@ -1,0 +1,71 @@
+"""Two processes with four devices each are one process with eight: losses, parameters, checkpoints both ways."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import sa_jax
+from sa_jax.train.distributed import Hosts, start
+from tests.train.test_resume import ROOT, curve
+from tests.train.tiny_run import STEPS, TEXT
+
+STOP = 8
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+  """Starts `tests.train.tiny_run` in one process or in two; what is compiled is kept for the next."""
+  cache = str(tmp_path_factory.mktemp("compiled"))
+
+  def begin(out, stop, processes):
+    with socket.socket() as free:
+      free.bind(("127.0.0.1", 0))
+      port = free.getsockname()[1]
+    here = {
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
+      "JAX_COMPILATION_CACHE_DIR": cache,
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, "-m", "tests.train.tiny_run", str(out), "shard", str(stop)]
+    commands = [command] if processes == 1 else [[*command, str(port), str(rank)] for rank in range(2)]
+    how = {"cwd": ROOT, "env": os.environ | here, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return [subprocess.Popen(each, **how) for each in commands]
+
+  return begin
+
+
+def end(running, code):
+  for each in running:
+    said, _ = each.communicate(timeout=240)
+    assert each.returncode == code, said
+
+
+def test_two_processes_are_one(launch, tmp_path):
+  one, two, back = (tmp_path / name / "run" for name in ("one", "two", "back"))
+  for out in (one, two, back):
+    out.parent.mkdir()
+    (out.parent / "text.txt").write_text(TEXT)
+  begun = [(launch(one, 0, 1), 0), (launch(two, STOP, 2), 143)]
+  for running, code in begun:
+    end(running, code)
+  begun = [(launch(back, STOP, 1), 143), (launch(two, 0, 1), 0)]
+  for running, code in begun:
+    end(running, code)
+  end(launch(back, 0, 2), 0)
+  expected = np.asarray(curve(one))
+  assert expected.shape == (STEPS, 3)
+  for out in (two, back):
+    np.testing.assert_allclose(np.asarray(curve(out)), expected, rtol=1e-5)
+  params = [sa_jax.from_pretrained(out / "model")[1] for out in (one, two, back)]
+  for other in params[1:]:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), params[0], other)
+
+
+def test_half_of_the_flags():
+  with pytest.raises(ValueError, match="--coordinator, --processes and --process belong together"):
+    start(Hosts(coordinator="127.0.0.1:1"))

@@ -1,0 +1,150 @@
+"""The loop in this process: modes and methods, what is refused before anything compiles, what is not finite."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import sa_jax
+from sa_jax import SharingPlan, cli
+from sa_jax.convert.checkpoint import save_checkpoint
+from sa_jax.train.checkpoints import Checkpoints
+from sa_jax.train.config import DataConfig, DistillConfig, LogConfig, LoraConfig, MeshConfig, load_config
+from sa_jax.train.data import byte_tokenizer
+from sa_jax.train.loop import train
+from sa_jax.train.setup import prepare
+from tests import tiny
+from tests.train.tiny_run import SHAPE, config
+
+
+def lines(out):
+  return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+  """A small dense checkpoint with a byte tokenizer."""
+  folder = tmp_path_factory.mktemp("dense") / "model"
+  model = sa_jax.Transformer(dataclasses.replace(SHAPE, family="llama"), SharingPlan.dense(3))
+  params = jax.tree.map(jax.numpy.asarray, tiny.params(model))
+  save_checkpoint(folder, model.config, model.plan, params, byte_tokenizer().save)
+  return folder
+
+
+def from_dense(dense, out, **changes):
+  """Two steps from the dense checkpoint on one text."""
+  small = {"shape": None, "model": dense, "steps": 2, "log": LogConfig(log_every=1, tensorboard=False)}
+  return config(out, **(small | changes))
+
+
+@pytest.mark.parametrize(
+  "how",
+  [
+    {"mode": "distill", "method": "lora", "lora": LoraConfig(rank=2)},
+    {"mode": "distill", "gradual_steps": 2, "distill": DistillConfig(hidden_weight=0.5)},
+  ],
+  ids=["distilled adapters", "distilled gradually"],
+)
+def test_every_mode_ends_as_an_ordinary_checkpoint(dense, tmp_path, how):
+  """It opens under its plan, pruned and merged, and its loss is what the run said at its end."""
+  text = tmp_path / "eval.txt"
+  text.write_text("Sentence 7 says 49, no more.")
+  made = from_dense(dense, tmp_path / "run", **how)
+  made = dataclasses.replace(made, data=dataclasses.replace(made.data, eval=(text,)))
+  outcome = train(made)
+  model, params = sa_jax.from_pretrained(outcome.model)
+  assert str(model.plan) == "1:2"
+  assert "q_proj" not in params["runs"]["1"]["followers"]["attention"]
+  _, before = sa_jax.from_pretrained(dense, "1:2")
+  moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(before), strict=True)]
+  assert max(moved) > 1e-3
+  tokens = np.asarray([[*text.read_bytes(), 256]], np.int32)
+  # Distilled from itself, with nothing shared yet, there is nothing to learn; unless it shares at once.
+  assert (lines(tmp_path / "run")[0]["loss"] < 1e-6) == ("gradual_steps" in how)
+  assert outcome.eval_loss == pytest.approx(sa_jax.perplexity(model, params, tokens).loss, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"model": "x", "preset": "y"}, "name either a checkpoint to start from"),
+    ({"shape": None}, "name either a checkpoint to start from"),
+    ({"mode": "distill"}, "--mode distill needs a checkpoint"),
+    ({"method": "lora"}, "--method lora needs a checkpoint"),
+    ({"gradual_steps": 2}, "--gradual-steps needs a checkpoint"),
+    ({"steps": 0, "batch_size": 0}, r"batch_size=0 \(at least 1 is needed\); steps=0"),
+    ({"data": DataConfig(length=1)}, "length=1"),
+  ],
+)
+def test_contradictions(tmp_path, changes, message):
+  with pytest.raises(ValueError, match=message):
+    config(tmp_path / "run", **changes)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"batch_size": 12}, "a batch of 12 rows does not divide over 8 shards"),
+    ({"batch_size": 16, "accumulate": 4}, "a batch of 4 rows does not divide over 8 shards"),
+    ({"accumulate": 3}, "a batch of 8 rows does not divide into 3 parts"),
+    ({"mesh": MeshConfig(tensor=3)}, "data 2 × fsdp 1 × tensor 3 needs 6 devices; there are 8"),
+    ({"mesh": MeshConfig(sequence=8), "data": "length 30"}, r"rows of 30 tokens do not divide over 8"),
+    ({"shape": dataclasses.replace(SHAPE, vocab_size=100)}, "the tokenizer makes token 256 .* vocabulary has 100"),
+    ({"plan": "2:3"}, "goes past the model"),
+    ({"data": "no file"}, "name at least one file of training data"),
+    ({"preset": "llama-9", "shape": None}, "no preset 'llama-9'"),
+  ],
+)
+def test_what_does_not_fit_is_refused_before_compilation(tmp_path, monkeypatch, changes, message):
+  monkeypatch.setattr("sa_jax.train.loop.Loop.__init__", lambda *_: pytest.fail("the loop began"))
+  made = config(tmp_path / "run")
+  replaced = {
+    "no file": dataclasses.replace(made.data, train=()),
+    "length 30": dataclasses.replace(made.data, length=30),
+  }
+  changes = {name: replaced.get(value, value) if name == "data" else value for name, value in changes.items()}
+  with pytest.raises(ValueError, match=message):
+    train(config(tmp_path / "run", **changes))
+
+
+def test_steps_that_are_not_finite(dense, tmp_path):
+  """They are counted and change nothing; too many in a row end the run, and its checkpoint stays."""
+  model, params = sa_jax.from_pretrained(dense, layout="layers")
+  params["final_norm"]["scale"] = params["final_norm"]["scale"].at[0].set(np.nan)
+  broken = tmp_path / "broken"
+  save_checkpoint(broken, model.config, model.plan, params, byte_tokenizer().save)
+  made = from_dense(broken, tmp_path / "run", steps=9, max_skipped=4)
+  with pytest.raises(
+    ValueError, match=r"not finite in 4 steps in a row, up to step 4 .* The last checkpoint is of step"
+  ):
+    train(dataclasses.replace(made, log=dataclasses.replace(made.log, save_every=2)))
+  kept = prepare(made)
+  with Checkpoints(tmp_path / "run" / "checkpoints", 2) as checkpoints:
+    state, _ = checkpoints.restore(kept.abstract_state())
+  assert int(state.skipped) == int(state.step)
+  np.testing.assert_array_equal(state.params["embed"]["embedding"], params["embed"]["embedding"])
+
+
+def test_config_file_and_flags(tmp_path, monkeypatch, capsys):
+  """The file's values are the flags' defaults; flags win; mistakes are one line and code 2."""
+  seen = []
+  file = tmp_path / "run.py"
+  file.write_text(
+    "from pathlib import Path\nfrom tests.train.tiny_run import config as make\n"
+    f"config = make(Path({str(tmp_path / 'run')!r}), seed=5)\n"
+  )
+  monkeypatch.setattr("sa_jax.cli.train.Train.run", lambda self: seen.append(self.config))
+  assert cli.main(["train", str(file), "--steps", "7", "--learning-rate", "0.5"]) == 0
+  assert (seen[0].seed, seen[0].steps, seen[0].optimizer.learning_rate) == (5, 7, 0.5)
+  assert seen[0].shape == SHAPE
+  file.write_text("config = 3\n")
+  assert cli.main(["train", str(file)]) == 2
+  assert "needs a variable 'config'" in capsys.readouterr().err
+  with pytest.raises(SystemExit, match="2"):
+    cli.main(["train", "--out", "x"])
+  assert "name either a checkpoint" in " ".join(capsys.readouterr().err.split())
+  file.write_text("1 / 0\n")
+  with pytest.raises(ValueError, match="run.py fails: ZeroDivisionError"):
+    load_config(file)
