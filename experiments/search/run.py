@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import collections
 import json
 import math
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import sa_jax
 from sa_jax.analysis import Judge, Text, plots, search
 from sa_jax.analysis.align import shared_model
 from sa_jax.analysis.refit import Refit, refit
+from sa_jax.evaluation import rare_words_unknown
 from sa_jax.plan import SharingPlan
 
 BUDGETS = (2, 4, 6, 8, 12, 16, 20)
@@ -36,12 +35,6 @@ def jsonl(path: Path, *fields: str) -> str:
   """The documents of a file with a JSON object a line."""
   rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
   return "\n\n".join("".join(row[field] for field in fields) for row in rows)
-
-
-def rare_words_unknown(text: str, fewest: int = 3) -> str:
-  """Raw WikiText as WikiText-2 has it: words that occur less often are ``<unk>`` (Merity et al., arXiv 1609.07843)."""
-  counts = collections.Counter(text.split())
-  return re.sub(r"\S+", lambda word: word[0] if counts[word[0]] >= fewest else "<unk>", text)
 
 
 class Experiment:

@@ -71,3 +71,9 @@ def test_rows_of():
 def test_refused(model, params, rows, message):
   with pytest.raises(ValueError, match=message):
     sa_jax.perplexity(model, params, rows)
+
+
+def test_rare_words_are_unknown():
+  text = " a b a \n a b , c\n"
+  assert sa_jax.evaluation.rare_words_unknown(text, 2) == " a b a \n a b <unk> <unk>\n"
+  assert sa_jax.evaluation.rare_words_unknown(text) == " a <unk> a \n a <unk> <unk> <unk>\n"
