@@ -208,18 +208,18 @@ class Layers(nn.Module):
       states.append(used)
     return x, Cache(tuple(caches)), tuple(states)
 
-  def step(self, x: jax.Array, cache: Cache, positions: jax.Array) -> tuple[jax.Array, Cache]:
-    """One token a row, ``[B, 1, D]``, at int32 ``positions [B]`` of the cache."""
+  def extend(self, x: jax.Array, cache: Cache, positions: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
+    """New tokens, ``[B, T, D]``, at int32 ``positions [B, T]`` of the cache, in rows of int32 ``lengths [B]``."""
     caches = list(cache.layers)
     for anchor, followers in self.plan.groups:
       block, local = self.blocks[anchor], anchor in self.config.local_layers
-      if not followers:
-        x, caches[anchor] = block.step_alone(x, caches[anchor], positions, local)
+      if not followers and x.shape[1] == 1:
+        x, caches[anchor] = block.step_alone(x, caches[anchor], positions[:, 0], local)
         continue
-      x, state, caches[anchor] = block.step(x, caches[anchor], positions, local)
+      x, state, caches[anchor] = block.extend(x, caches[anchor], positions, lengths, local)
       for layer in followers:
         used = _with_heads(state, self.plan.head_map_of(layer))
-        x, caches[layer] = self.blocks[layer].step(x, used, caches[layer], positions)
+        x, caches[layer] = self.blocks[layer].extend(x, used, caches[layer], positions)
     return x, Cache(tuple(caches))
 
 
@@ -327,8 +327,24 @@ class Transformer(Frame):
     Returns:
       float32 ``[B, V]`` logits after the token, and the cache.
     """
-    x, cache = self.layers.step(self.embed(tokens[:, None]), cache, positions)
-    return self.logits(self.final_norm(x))[:, 0], cache
+    hidden, cache = self.extend(tokens[:, None], cache, positions, positions + 1)
+    return self.logits(hidden)[:, 0], cache
+
+  def extend(self, tokens: jax.Array, cache: Cache, starts: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
+    """Reads on from a cache; parameters in the layer layout.
+
+    Args:
+      tokens: int32 ``[B, T]``, right-padded.
+      cache: with room for T tokens from ``starts`` on; of the padding nothing is ever seen.
+      starts: int32 ``[B]``, how many tokens of each row are in the cache.
+      lengths: int32 ``[B]``, tokens of each row, the new ones included.
+
+    Returns:
+      What the head reads at the new tokens, ``[B, T, D]``, and the cache.
+    """
+    positions = starts[:, None] + jnp.arange(tokens.shape[1])[None]
+    x, cache = self.layers.extend(self.embed(tokens), cache, positions, lengths)
+    return self.final_norm(x), cache
 
 
 def check_plan(config: ModelConfig, plan: SharingPlan) -> None:
