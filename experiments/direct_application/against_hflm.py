@@ -50,9 +50,12 @@ def compare(ours: SharedAttentionLM, theirs: HFLM, requests: list[Instance]) -> 
   wanted, hflm = timed(lambda: theirs.loglikelihood(requests, disable_tqdm=True))
   _, again = timed(lambda: ours.loglikelihood(requests))
   differences = [abs(a - b) for (a, _), (b, _) in zip(found, wanted, strict=True)]
+  worst = max(range(len(requests)), key=differences.__getitem__)
   return {
     "requests": len(requests),
-    "largest_difference": max(differences),
+    "largest_difference": differences[worst],
+    "where_largest": {"request": worst, "ours": found[worst][0], "hflm": wanted[worst][0]},
+    "mean_difference": sum(differences) / len(differences),
     "greedy_equal": [a for _, a in found] == [a for _, a in wanted],
     "hflm_seconds": hflm,
     "first_seconds": first,
