@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -36,17 +38,25 @@ def jsonl(path: Path, *fields: str) -> str:
   return "\n\n".join("".join(row[field] for field in fields) for row in rows)
 
 
+def rare_words_unknown(text: str, fewest: int = 3) -> str:
+  """Raw WikiText as WikiText-2 has it: words that occur less often are ``<unk>`` (Merity et al., arXiv 1609.07843)."""
+  counts = collections.Counter(text.split())
+  return re.sub(r"\S+", lambda word: word[0] if counts[word[0]] >= fewest else "<unk>", text)
+
+
 class Experiment:
   """The model, the texts, and where results go."""
 
-  def __init__(self, model: Path, data: Path, out: Path, length: int, rows: int, test_rows: int, chunk: int):
-    self.out, self.chunk, self.rows = out, chunk, rows
+  def __init__(
+    self, model: Path, data: Path, out: Path, length: int, rows: int, judging_rows: int, test_rows: int, chunk: int
+  ):
+    self.out, self.chunk, self.judging_rows = out, chunk, judging_rows
     out.mkdir(parents=True, exist_ok=True)
     self.model, self.params = sa_jax.from_pretrained(model, "dense", "float32", layout="layers")
     tokenizer = sa_jax.load_tokenizer(model)
     corpora = data / "corpora"
     calibration = {
-      "wikitext-2 train": (corpora / "wikitext2_train_5k.txt").read_text(encoding="utf-8"),
+      "wikitext-2 train": rare_words_unknown((corpora / "wikitext2_train_5k.txt").read_text(encoding="utf-8")),
       "C4": jsonl(corpora / "llamafactory_c4_demo.jsonl", "text"),
     }
     test = {
@@ -54,10 +64,10 @@ class Experiment:
       "LAMBADA": jsonl(data / "eval" / "llm_foundry" / "lambada_openai.jsonl", "context", "continuation"),
     }
     split = lambda text, rows: sa_jax.rows_of(tokenizer.encode(text[: 8 * length * rows]), length, rows)
-    # The last quarter of the calibration rows judges plans; no plan and no weight ever sees the test texts.
+    # The last of the calibration rows judge plans; no plan and no weight ever sees the test texts.
     self.calibration = {name: split(text, rows) for name, text in calibration.items()}
     self.test = {name: split(text, test_rows) for name, text in test.items()}
-    self.dense = self.perplexities(self.model, self.params)
+    self.dense = self.perplexities(self.model, self.params, self.test)
 
   @property
   def fitting(self) -> np.ndarray:
@@ -65,26 +75,46 @@ class Experiment:
     return np.concatenate(list(self.calibration.values()))
 
   def texts(self, rows: int) -> list[Text]:
-    """Texts for a search: ``rows`` of each to fit to, and its last quarter to judge by."""
-    return [Text(name, each[:rows], each[-self.rows // 4 :]) for name, each in self.calibration.items()]
+    """Texts for a search: ``rows`` of each to fit to, and its last rows to judge by."""
+    return [Text(name, each[:rows], self.judging[name]) for name, each in self.calibration.items()]
 
-  def perplexities(self, model: sa_jax.Transformer, params: Any) -> dict[str, float]:
-    """Of the test texts; parameters in the layer layout."""
+  @property
+  def judging(self) -> dict[str, np.ndarray]:
+    """The rows of each calibration text that plans and settings are chosen by."""
+    return {name: rows[-self.judging_rows :] for name, rows in self.calibration.items()}
+
+  def perplexities(self, model: sa_jax.Transformer, params: Any, texts: dict[str, np.ndarray]) -> dict[str, float]:
+    """Of each text; parameters in the layer layout."""
     stacked = sa_jax.stack(params, model.plan)
     return {
-      name: sa_jax.perplexity(model, stacked, rows, batch_size=self.chunk).perplexity
-      for name, rows in self.test.items()
+      name: sa_jax.perplexity(model, stacked, rows, batch_size=self.chunk).perplexity for name, rows in texts.items()
     }
 
   def measure(self, plan: SharingPlan, how: Refit | None) -> dict[str, Any]:
     """Test perplexities of a plan, refitted on all calibration rows."""
+    return self._measure(plan, how, self.fitting, self.test, self.dense)
+
+  def choose(self, plan: SharingPlan, how: Refit) -> dict[str, Any]:
+    """Perplexities of the judging rows, refitted on the others: to choose settings by."""
+    others = np.concatenate([rows[: -self.judging_rows] for rows in self.calibration.values()])
+    dense = self.perplexities(self.model, self.params, self.judging)
+    return self._measure(plan, how, others, self.judging, dense)
+
+  def _measure(
+    self,
+    plan: SharingPlan,
+    how: Refit | None,
+    fitting: np.ndarray,
+    texts: dict[str, np.ndarray],
+    dense: dict[str, float],
+  ) -> dict[str, Any]:
     begun = time.perf_counter()
     if how is None:
       model, params = shared_model(self.model.config, self.params, plan)
     else:
-      model, params, _ = refit(self.model, self.params, plan, self.fitting, how, chunk=self.chunk)
-    found = self.perplexities(model, params)
-    times = {name: found[name] / self.dense[name] for name in found}
+      model, params, _ = refit(self.model, self.params, plan, fitting, how, chunk=self.chunk)
+    found = self.perplexities(model, params, texts)
+    times = {name: found[name] / dense[name] for name in found}
     return {
       "perplexity": found,
       "times_dense": times,
@@ -124,10 +154,11 @@ def recoveries() -> dict[str, tuple[bool, Refit | None]]:
   }
 
 
-def ablation(experiment: Experiment, mapper: Judge) -> None:
+def ablation(experiment: Experiment, mapper: Judge, names: list[str]) -> None:
   """What each ingredient contributes, on plans chosen by eye."""
   results: dict[str, Any] = {}
-  for name, text in HAND_PICKED.items():
+  for name in names:
+    text = HAND_PICKED[name]
     plain = SharingPlan.parse(text, experiment.model.config.num_layers)
     results[name] = {"plan": text}
     for label, (maps, how) in recoveries().items():
@@ -138,18 +169,20 @@ def ablation(experiment: Experiment, mapper: Judge) -> None:
 
 
 def ridges(experiment: Experiment, mapper: Judge) -> None:
-  """How strongly the refit should be held to the old weights."""
+  """How strongly the refit should be held to the old weights, told by the judging rows."""
   results: dict[str, Any] = {}
   for name in ("eight pairs", "every second"):
     plan = SharingPlan.parse(HAND_PICKED[name], experiment.model.config.num_layers)
     for ridge, mlp_ridge in ((0.01, 0.03), (0.01, 0.1), (0.01, 0.3), (0.01, 1.0), (0.03, 0.1), (0.003, 0.1)):
-      values = experiment.measure(mapper.with_maps(plan), Refit(ridge=ridge, mlp_ridge=mlp_ridge, maps=True, mlp=True))
+      values = experiment.choose(mapper.with_maps(plan), Refit(ridge=ridge, mlp_ridge=mlp_ridge, maps=True, mlp=True))
       results[f"{name}, ridge {ridge}, MLP {mlp_ridge}"] = values
       experiment.show(f"{name}, ridge {ridge}, MLP {mlp_ridge}", plan, values)
   experiment.save("ridges", results)
 
 
-def searched(experiment: Experiment, judge: Judge, strategy: str, width: int, shortlist: int | None) -> None:
+def searched(
+  experiment: Experiment, judge: Judge, strategy: str, width: int, shortlist: int | None, labels: list[str]
+) -> None:
   """Plans of one strategy at every budget, refitted and measured on the test texts."""
   layers = judge.config.num_layers
   costs = judge.costs(reach=8) if strategy == "dp" or shortlist else None
@@ -165,7 +198,7 @@ def searched(experiment: Experiment, judge: Judge, strategy: str, width: int, sh
   for count, plan in plans.items():
     losses = judge.losses(plan)
     results[str(count)] = {"plan": str(plan), "judged": [math.exp(x) for x in losses - judge.dense]}
-    for label in ("identity", "fitted heads, W_O", "fitted heads, W_O, W_V", "fitted heads, W_O, W_V, MLP"):
+    for label in labels:
       maps, how = recoveries()[label]
       values = experiment.measure(judge.with_maps(plan) if maps else plan, how)
       results[str(count)][label] = values
@@ -199,12 +232,24 @@ def main() -> None:
   parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
   parser.add_argument("--stages", nargs="+", default=["spans", "dp", "greedy", "ablation"])
   parser.add_argument("--length", type=int, default=512)
-  parser.add_argument("--rows", type=int, default=64, help="calibration rows of each of two texts")
-  parser.add_argument("--search-rows", type=int, default=16, help="of them, rows that a search refits on")
+  parser.add_argument("--rows", type=int, default=192, help="calibration rows of each of two texts")
+  parser.add_argument("--judging-rows", type=int, default=16, help="of them, the last, to judge plans by")
+  parser.add_argument("--search-rows", type=int, default=16, help="of them, the first, that a search refits on")
   parser.add_argument("--test-rows", type=int, default=16)
   parser.add_argument("--chunk", type=int, default=16)
   parser.add_argument("--width", type=int, default=3, help="of the beam")
   parser.add_argument("--shortlist", type=int, default=None, help="candidates measured a step; all if not given")
+  parser.add_argument("--judge-mlp", action="store_true", help="refit MLPs inside the search too")
+  parser.add_argument(
+    "--plans", nargs="+", default=list(HAND_PICKED), choices=list(HAND_PICKED), help="of the ablation"
+  )
+  parser.add_argument(
+    "--recoveries",
+    nargs="+",
+    default=["identity", "fitted heads, W_O", "fitted heads, W_O, MLP"],
+    choices=list(recoveries()),
+    help="of the plans that a search finds",
+  )
   arguments = parser.parse_args()
   if arguments.stages == ["report"]:
     report(arguments.out)
@@ -216,25 +261,26 @@ def main() -> None:
     arguments.model = packaged_model()
   experiment = Experiment(
     arguments.model, arguments.data, arguments.out, arguments.length, arguments.rows,
-    arguments.test_rows, arguments.chunk,
+    arguments.judging_rows, arguments.test_rows, arguments.chunk,
   )  # fmt: skip
   print("dense", experiment.dense, flush=True)
   judge = Judge(
     experiment.model,
     experiment.params,
     experiment.texts(arguments.search_rows),
-    Refit(),
+    Refit(mlp=arguments.judge_mlp),
     chunk=arguments.chunk,
-    record=arguments.out / "record.json",
+    record=arguments.out / f"record{'-mlp' if arguments.judge_mlp else ''}.json",
   )
   for stage in arguments.stages:
     begun = time.perf_counter()
     if stage == "ablation":
-      ablation(experiment, judge)
+      ablation(experiment, judge, arguments.plans)
     elif stage == "ridges":
       ridges(experiment, judge)
     elif stage in ("spans", "dp", "greedy", "beam"):
-      searched(experiment, judge, stage, arguments.width if stage == "beam" else 1, arguments.shortlist)
+      width = arguments.width if stage == "beam" else 1
+      searched(experiment, judge, stage, width, arguments.shortlist, arguments.recoveries)
     else:
       parser.error(f"no stage {stage!r}; there are spans, dp, greedy, beam, ablation, ridges, report")
     print(f"{stage}: {time.perf_counter() - begun:.0f} s\n", flush=True)

@@ -51,7 +51,7 @@ class Refit:
   ridge: float = 0.01
   values: int = 0
   mlp: bool = False
-  mlp_ridge: float = 0.1
+  mlp_ridge: float = 0.3
   maps: bool = False
 
   def __post_init__(self) -> None:

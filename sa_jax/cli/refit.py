@@ -31,7 +31,7 @@ class RefitModel:
   """Conjugate-gradient steps on each follower's W_V."""
   ridge: float = 0.01
   """How strongly W_O is held to the old weights, relative to its inputs' energy."""
-  mlp_ridge: float = 0.1
+  mlp_ridge: float = 0.3
   """The same for MLPs."""
   length: int = 512
   """Tokens a row."""

@@ -18,21 +18,23 @@ from sa_jax.nn.transformer import check_tokens
 from sa_jax.params import as_layers
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Request:
   """A prompt on its way.
 
   Attributes:
     prompt: int32 ``[T]``.
     max_new_tokens: most tokens to add.
-    key: PRNG key of its samples, ``[1]``.
+    seed: with ``row``, chooses its samples as in `sa_jax.generate`.
+    row: a number that tells it from others with the same seed.
     tokens: what it has generated so far.
     status: where it is.
   """
 
   prompt: np.ndarray
   max_new_tokens: int
-  key: jax.Array
+  seed: int
+  row: int
   tokens: list[int] = dataclasses.field(default_factory=list)
   status: Literal["waiting", "running", "done", "cancelled"] = "waiting"
 
@@ -40,13 +42,16 @@ class Request:
 class Batcher:
   """Generates for many requests at once, in a batch of ``slots`` rows.
 
-  A request waits for a free slot, is prefilled alone (padded to a bucket, so that few programs are compiled), joins the
+  A request waits for a free slot, is prefilled (padded to a bucket, so that few programs are compiled), joins the
   running batch, and frees its slot when it ends. What it generates does not depend on the requests beside it.
 
   Attributes:
     slots: rows of the batch.
     capacity: cache slots a row: a prompt and its continuation, but for the last token, must fit.
-    chunk: decode steps on device between two looks of the host; new tokens, cancellations and free slots are seen then.
+    chunk: most decode steps on device between two looks of the host, at which new tokens and cancellations are seen; a
+      slot that becomes free while a request waits for it ends them early.
+    longest_first: whether the waiting request with the most tokens to add goes first, so that the batch stays full to
+      the end, where all requests are known from the start; otherwise they go in the order of their arrival.
   """
 
   def __init__(
@@ -58,10 +63,11 @@ class Batcher:
     capacity: int = 2048,
     sampler: Sampler = Sampler(),
     chunk: int = 16,
+    longest_first: bool = False,
   ):
     if slots < 1 or capacity < 1 or chunk < 1:
       raise ValueError(f"slots, capacity and chunk must be at least 1, not {slots}, {capacity} and {chunk}")
-    self.slots, self.capacity, self.chunk = slots, capacity, chunk
+    self.slots, self.capacity, self.chunk, self.longest_first = slots, capacity, chunk, longest_first
     self._model, self._params, self._sampler = model, as_layers(params, model.plan), sampler
     self._state = DecodeState.empty(model, slots, capacity)
     self._waiting: collections.deque[Request] = collections.deque()
@@ -85,7 +91,7 @@ class Batcher:
         f"a prompt of {len(tokens)} tokens with {max_new_tokens} new ones needs {needed} cache slots, "
         f"and a row has {self.capacity}"
       )
-    request = Request(tokens.astype(np.int32), max_new_tokens, row_keys(seed, [row]))
+    request = Request(tokens.astype(np.int32), max_new_tokens, seed, row)
     self._waiting.append(request)
     return request
 
@@ -108,18 +114,18 @@ class Batcher:
       New tokens by ``id(request)``, for streaming; they are in ``request.tokens`` too.
     """
     self._drop_cancelled()
-    first: dict[int, jax.Array] = {}
-    for slot in range(self.slots):
-      if slot not in self._running and self._waiting:
-        first[slot] = self._admit(self._waiting.popleft(), slot)
+    first = self._fill_slots()
     if not self._running:
       return {}
-    self._state, out = decode(self._model, self._sampler, self.chunk, self._params, self._state)
+    # While requests wait, one row that ends is enough to stop for: its slot is free.
+    enough = np.int32(self.slots - len(self._running) + 1 if self._waiting else self.slots)
+    self._state, out = decode(self._model, self._sampler, self.chunk, self._params, self._state, enough)
     # One transfer a chunk: for a small model the host's work is most of the time.
     out, done, first = jax.device_get((out, self._state.done, first))
+    firsts = {slot: int(token) for slots, tokens in first for slot, token in zip(slots, tokens, strict=True)}
     news = {}
     for slot, request in list(self._running.items()):
-      new = [int(first[slot][0])] if slot in first else []
+      new = [firsts[slot]] if slot in firsts else []
       new += [int(token) for token in out[slot] if token >= 0]
       request.tokens += new
       news[id(request)] = new
@@ -140,16 +146,42 @@ class Batcher:
     for slot in cancelled:
       del self._running[slot]
 
-  def _admit(self, request: Request, slot: int) -> jax.Array:
-    """Prefills a request into a slot; returns its first token, ``[1]``, on device."""
-    length = len(request.prompt)
-    size = bucket(length, self.capacity)
-    tokens = np.zeros((1, size), np.int32)
-    tokens[0, :length] = request.prompt
-    lengths, remaining = np.array([length], np.int32), np.array([request.max_new_tokens - 1], np.int32)
-    self._state, first = admit(
-      self._model, self._sampler, self._params, self._state, np.int32(slot), tokens, lengths, remaining, request.key
-    )
-    request.status = "running"
-    self._running[slot] = request
+  def _fill_slots(self) -> list[tuple[np.ndarray, jax.Array]]:
+    """Prefills waiting requests into free slots; returns slots and first tokens, on device."""
+    free = [slot for slot in range(self.slots) if slot not in self._running]
+    by_bucket: dict[int, dict[int, Request]] = collections.defaultdict(dict)
+    for slot in free[: len(self._waiting)]:
+      request = self._next()
+      by_bucket[bucket(len(request.prompt), self.capacity)][slot] = request
+      request.status = "running"
+      self._running[slot] = request
+    first = []
+    for size, requests in by_bucket.items():
+      slots = list(requests)
+      # A power of two at a time: all together in a few programs, whatever their number.
+      while slots:
+        count = 1 << (len(slots).bit_length() - 1)
+        first.append(self._admit(np.array(slots[:count], np.int32), [requests[slot] for slot in slots[:count]], size))
+        slots = slots[count:]
     return first
+
+  def _next(self) -> Request:
+    """Takes the request whose turn it is."""
+    if not self.longest_first:
+      return self._waiting.popleft()
+    request = max(self._waiting, key=lambda request: request.max_new_tokens)
+    self._waiting.remove(request)
+    return request
+
+  def _admit(self, slots: np.ndarray, requests: Sequence[Request], size: int) -> tuple[np.ndarray, jax.Array]:
+    """Prefills requests of one bucket into slots."""
+    tokens = np.zeros((len(requests), size), np.int32)
+    for row, request in zip(tokens, requests, strict=True):
+      row[: len(request.prompt)] = request.prompt
+    lengths = np.array([len(request.prompt) for request in requests], np.int32)
+    remaining = np.array([request.max_new_tokens - 1 for request in requests], np.int32)
+    keys = row_keys([request.seed for request in requests], [request.row for request in requests])
+    self._state, first = admit(
+      self._model, self._sampler, self._params, self._state, slots, tokens, lengths, remaining, keys
+    )
+    return slots, first

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from sa_jax.decode.sampling import Sampler
@@ -49,14 +50,15 @@ class DecodeState:
     return cls(cache, tokens, positions, remaining, jnp.ones(slots, bool), row_keys(0, range(slots)))
 
 
-def row_keys(seed: int, rows: Any) -> jax.Array:
-  """A PRNG key for each row number, which depends on nothing else."""
-  return _row_keys(seed, jnp.asarray(rows))
+def row_keys(seeds: Any, rows: Any) -> jax.Array:
+  """A PRNG key for each row number, from a seed for all or one for each; it depends on nothing else."""
+  rows = np.asarray(rows)
+  return _row_keys(np.broadcast_to(np.asarray(seeds), rows.shape), rows)
 
 
 @jax.jit
-def _row_keys(seed: jax.Array, rows: jax.Array) -> jax.Array:
-  return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(rows)
+def _row_keys(seeds: jax.Array, rows: jax.Array) -> jax.Array:
+  return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seeds, rows)
 
 
 def bucket(length: int, longest: int) -> int:
@@ -107,10 +109,14 @@ def prefill(
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def insert(state: DecodeState, row: DecodeState, slot: jax.Array) -> DecodeState:
-  """Puts a batch of one row, prefilled into at most as many slots, at a place in a running batch (donated)."""
-  put = lambda into, new: jax.lax.dynamic_update_slice(into, new, (slot,) + (0,) * (into.ndim - 1))
-  return jax.tree.map(put, state, row)
+def insert(state: DecodeState, rows: DecodeState, slots: jax.Array) -> DecodeState:
+  """Puts rows, prefilled into at most as many cache slots, at places int32 ``slots [rows]`` of a batch (donated)."""
+
+  def put(into: jax.Array, new: jax.Array) -> jax.Array:
+    at = into.at[slots, :, : new.shape[2]] if new.ndim == 4 else into.at[slots]
+    return at.set(new, unique_indices=True)
+
+  return jax.tree.map(put, state, rows)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampler"), donate_argnames="state")
@@ -119,15 +125,15 @@ def admit(
   sampler: Sampler,
   params: Mapping[str, Any],
   state: DecodeState,
-  slot: jax.Array,
+  slots: jax.Array,
   tokens: jax.Array,
   lengths: jax.Array,
   remaining: jax.Array,
   keys: jax.Array,
 ) -> tuple[DecodeState, jax.Array]:
-  """`prefill` of one row and its `insert`, in one program: the batch, and the row's first token, int32 ``[1]``."""
-  row = prefill(model, sampler, tokens.shape[1], params, tokens, lengths, remaining, keys)
-  return insert(state, row, slot), row.tokens
+  """`prefill` of some rows and their `insert`, in one program: the batch, and the rows' first tokens ``[rows]``."""
+  rows = prefill(model, sampler, tokens.shape[1], params, tokens, lengths, remaining, keys)
+  return insert(state, rows, slots), rows.tokens
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -138,9 +144,14 @@ def retire(state: DecodeState, rows: jax.Array) -> DecodeState:
 
 @functools.partial(jax.jit, static_argnames=("model", "sampler", "steps"), donate_argnames="state")
 def decode(
-  model: Transformer, sampler: Sampler, steps: int, params: Mapping[str, Any], state: DecodeState
+  model: Transformer,
+  sampler: Sampler,
+  steps: int,
+  params: Mapping[str, Any],
+  state: DecodeState,
+  ended: jax.Array | None = None,
 ) -> tuple[DecodeState, jax.Array]:
-  """Generates up to ``steps`` further tokens a row, stopping early when every row has ended.
+  """Generates up to ``steps`` further tokens a row, stopping early when enough rows have ended.
 
   Args:
     model: the model.
@@ -148,15 +159,17 @@ def decode(
     steps: tokens a row.
     params: in the layer layout.
     state: donated; the cache needs room for the tokens of rows that have not ended.
+    ended: int32 ``[]``, how many ended rows are enough to stop; all of them when None.
 
   Returns:
     The state, and int32 ``[B, steps]`` tokens, -1 after a row's end.
   """
   _LOG.info("compiling %s decode steps of %s rows, %s slots each", steps, state.tokens.shape[0], state.cache.capacity)
+  enough = state.done.size if ended is None else ended
 
   def unfinished(carry: tuple[jax.Array, DecodeState, jax.Array]) -> jax.Array:
     step, state, _ = carry
-    return (step < steps) & ~state.done.all()
+    return (step < steps) & (state.done.sum() < enough)
 
   def one(carry: tuple[jax.Array, DecodeState, jax.Array]) -> tuple[jax.Array, DecodeState, jax.Array]:
     step, state, out = carry
@@ -165,10 +178,10 @@ def decode(
     stay = lambda old, new: jnp.where(state.done, old, new)
     positions = stay(state.positions, state.positions + 1)
     remaining = stay(state.remaining, state.remaining - 1)
-    tokens, ended = _choose(model, sampler, logits, positions, remaining, state.keys)
+    tokens, ends = _choose(model, sampler, logits, positions, remaining, state.keys)
     out = out.at[:, step].set(stay(jnp.full_like(tokens, -1), tokens))
     tokens = stay(state.tokens, tokens)
-    return step + 1, DecodeState(cache, tokens, positions, remaining, state.done | ended, state.keys), out
+    return step + 1, DecodeState(cache, tokens, positions, remaining, state.done | ends, state.keys), out
 
   out = jnp.full((state.tokens.shape[0], steps), -1, jnp.int32)
   if steps == 0:

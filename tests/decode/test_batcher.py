@@ -100,3 +100,25 @@ def test_generate_batches_continuously_beyond_its_slots(model, params, prompts):
 def test_sizes_are_checked(model, params):
   with pytest.raises(ValueError, match="slots, capacity and chunk must be at least 1, not 0, 64 and 16"):
     Batcher(model, params, slots=0, capacity=64, sampler=Sampler())
+
+
+def test_longest_first_changes_the_order_and_not_the_tokens(model, params, prompts, alone):
+  batcher = Batcher(model, params, slots=1, capacity=CAPACITY, longest_first=True)
+  limits = [2, 5, 1, 4]
+  requests = [batcher.submit(prompt, limit) for prompt, limit in zip(prompts, limits)]
+  ended = []
+  while batcher.busy:
+    batcher.step()
+    ended += [index for index, request in enumerate(requests) if request.status == "done" and index not in ended]
+  assert ended == [1, 3, 0, 2]
+  assert [request.tokens for request in requests] == [tokens[:limit] for tokens, limit in zip(alone, limits)]
+
+
+def test_a_slot_that_is_waited_for_ends_the_steps(model, params, prompts, alone):
+  batcher = Batcher(model, params, slots=2, capacity=CAPACITY, chunk=LONGEST)
+  long = [index for index, tokens in enumerate(alone) if len(tokens) > 8][:2]
+  first, _, waiting = (batcher.submit(prompts[index], limit) for index, limit in zip([*long, 0], [3, 8, 1]))
+  news = batcher.step()
+  # Of the two that run, one ends after 3 tokens: the other has no more by then, and the third can start.
+  assert sorted(map(len, news.values())) == [3, 3]
+  assert (first.status, waiting.status) == ("done", "waiting")
