@@ -16,7 +16,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 
 from sa_jax.convert.tokenizer import Tokenizer
-from sa_jax.decode import Batcher, Request, Sampler, bucket
+from sa_jax.decode import Batcher, Sampler, bucket
 from sa_jax.evaluation.scoring import Scorer, part, together
 from sa_jax.nn import Transformer
 from sa_jax.params import as_layers
@@ -197,7 +197,7 @@ class SharedAttentionLM(TemplateLM):
       while batcher.busy:
         batcher.step()
         for request in running.values():
-          if request.status == "running" and self._stopped(request, stops):
+          if request.status == "running" and self._stopped(request.tokens, batcher.chunk + 1, stops):
             batcher.cancel(request)
         bar.reach(sum(request.status in ("done", "cancelled") for request in running.values()), len(running))
     tokens = np.zeros((len(prompts), longest + 1), np.int64)
@@ -208,8 +208,9 @@ class SharedAttentionLM(TemplateLM):
     decoded = (self.tokenizer.decode(row[: row[longest]]) for row in tokens.tolist())
     return [postprocess_generated_text(text, stops, None) for text in decoded]
 
-  def _stopped(self, request: Request, stops: Sequence[str]) -> bool:
-    text = self.tokenizer.decode(request.tokens, special=True)
+  def _stopped(self, tokens: Sequence[int], new: int, stops: Sequence[str]) -> bool:
+    """Whether a stop string ends among the last ``new`` tokens; it has at most as many tokens as it has bytes."""
+    text = self.tokenizer.decode(tokens[-new - max(len(stop.encode()) for stop in stops) :], special=True)
     return any(stop in text for stop in stops)
 
   def _read_settings(self, settings: dict[str, Any]) -> tuple[list[str], int, Sampler]:

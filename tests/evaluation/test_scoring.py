@@ -1,5 +1,11 @@
 """Log-likelihoods against log-softmax of `model.apply`, prefixes read once, and few programs."""
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -152,6 +158,34 @@ def test_processes_partition_the_work():
   parts = [list(scoring.part(items, index, 3)) for index in range(3)]
   assert sorted(item for each in parts for item in each) == items
   assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+PROCESS = """
+import sys, jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from sa_jax.evaluation import Scorer
+from tests import tiny
+model = tiny.model("0:1", num_layers=2)
+requests = [([5, 6, 7, number], [8, number]) for number in range(7)]
+print([tuple(scored) for scored in Scorer(model, tiny.params(model))(requests)])
+"""
+
+
+def test_every_process_returns_the_same():
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+  run = lambda index: subprocess.Popen(
+    [sys.executable, "-c", PROCESS, address, str(index)],
+    stdout=subprocess.PIPE, env=environment, cwd=Path(__file__).parents[2], text=True,
+  )  # fmt: skip
+  first, second = (process.communicate(timeout=300)[0].splitlines()[-1] for process in [run(0), run(1)])
+  assert first == second
+  model = tiny.model("0:1", num_layers=2)
+  alone = Scorer(model, tiny.params(model))([([5, 6, 7, number], [8, number]) for number in range(7)])
+  np.testing.assert_allclose([value for value, _ in eval(first)], [value for value, _ in alone], atol=2e-5)
 
 
 def test_refused(model, params):
