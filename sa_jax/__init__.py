@@ -10,7 +10,7 @@ from sa_jax.cost import Cost, cost
 from sa_jax.decode import Generated, generate
 from sa_jax.evaluation import Perplexity, perplexity, rows_of
 from sa_jax.nn import Transformer
-from sa_jax.params import prune, stack, unstack
+from sa_jax.params import prune, stack, stack_unpruned, unstack
 from sa_jax.plan import SharingPlan
 
 __version__ = "0.1.0"
@@ -38,6 +38,7 @@ __all__ = [
   # Parameter layouts.
   "prune",
   "stack",
+  "stack_unpruned",
   "unstack",
   # Building blocks.
   "nn",

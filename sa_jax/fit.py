@@ -7,6 +7,7 @@ off the result. Nothing runs: times are analytic.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -20,23 +21,22 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
-from sa_jax import ops
 from sa_jax.config import ModelConfig
 from sa_jax.cost import cost
 from sa_jax.hlo import Collective, collectives
 from sa_jax.nn import Cache, Transformer
 from sa_jax.plan import SharingPlan
 from sa_jax.sharding import (
+  MESH_AXES,
   abstract_params,
   cache_shardings,
   named_sharding,
   on_mesh,
-  optimizer_shardings,
   param_shardings,
 )
+from sa_jax.train import Batch, OptimizerConfig, make_optimizer, make_state, make_step, next_token, state_shardings
 
 Kind = Literal["train", "prefill", "decode"]
 
@@ -65,6 +65,7 @@ class Job:
     data: mesh size over which rows are split and parameters are not.
     fsdp: mesh size over which rows and parameters are split.
     tensor: mesh size over which heads, MLP and vocabulary are split.
+    sequence: mesh size over which the tokens of a row are split; to train and to prefill.
   """
 
   config: ModelConfig
@@ -76,15 +77,18 @@ class Job:
   data: int = 1
   fsdp: int = 1
   tensor: int = 1
+  sequence: int = 1
 
   def __post_init__(self) -> None:
     wrong = [
       f"{name}={getattr(self, name)} (at least 1 is needed)"
-      for name in ("batch", "length", "data", "fsdp", "tensor")
+      for name in ("batch", "length", "data", "fsdp", "tensor", "sequence")
       if getattr(self, name) < 1
     ]
     if not wrong and self.batch % (self.data * self.fsdp):
       wrong.append(f"batch={self.batch} (a multiple of data × fsdp = {self.data * self.fsdp} is needed)")
+    if not wrong and self.length % self.sequence:
+      wrong.append(f"length={self.length} (a multiple of sequence = {self.sequence} is needed)")
     if self.plan.num_layers != self.config.num_layers:
       wrong.append(f"a plan for {self.plan.num_layers} layers (the model has {self.config.num_layers})")
     if wrong:
@@ -203,14 +207,14 @@ def topology_mesh(job: Job) -> Mesh:
       f"libtpu does not know the topology {job.topology!r} ({str(error).splitlines()[0]}); "
       "there are, for example, v5e:2x4, v5e:16x16, v6e:4x4, v5p:2x2x1, v5p:4x4x4"
     ) from error
-  shape = (job.data, job.fsdp, job.tensor)
-  if job.data * job.fsdp * job.tensor != len(devices):
+  shape = (job.data, job.fsdp, job.tensor, job.sequence)
+  if math.prod(shape) != len(devices):
     raise ValueError(
-      f"{job.topology} has {len(devices)} devices; data {job.data} × fsdp {job.fsdp} × tensor {job.tensor} "
-      f"makes {job.data * job.fsdp * job.tensor}"
+      f"{job.topology} has {len(devices)} devices; data {job.data} × fsdp {job.fsdp} × tensor {job.tensor}"
+      f"{f' × sequence {job.sequence}' if job.sequence != 1 else ''} makes {math.prod(shape)}"
     )
   arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-  return Mesh(arranged, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  return Mesh(arranged, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
 
 
 def program(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
@@ -225,32 +229,13 @@ def program(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
 
 def _train(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
   model = Transformer(dataclasses.replace(job.config, remat="full"), job.plan)
-  optimizer = optax.adamw(1e-4)
-  as_float32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-
-  def loss(params: Any, tokens: jax.Array) -> jax.Array:
-    hidden = model.apply({"params": params}, tokens, method="hidden")
-    head = lambda hidden: model.apply({"params": params}, hidden, method="logits")
-    total, count = ops.next_token_loss(head, hidden, tokens)
-    return total / count
-
-  def step(params: Any, state: Any, tokens: jax.Array) -> tuple[Any, Any, jax.Array]:
-    value, gradients = jax.value_and_grad(loss)(params, tokens)
-    wide = as_float32(params)
-    updates, state = optimizer.update(as_float32(gradients), state, wide)
-    updated = jax.tree.map(lambda p, u, old: (p + u).astype(old.dtype), wide, updates, params)
-    return updated, state, value
-
-  shapes, shardings = abstract_params(model), param_shardings(model, mesh)
-  wide = jax.eval_shape(as_float32, shapes)
-  state_shardings = optimizer_shardings(optimizer, wide, shardings)
-  arguments = (
-    _sharded(shapes, shardings),
-    _sharded(jax.eval_shape(optimizer.init, wide), state_shardings),
-    _tokens(job, mesh, "batch", "length"),
-  )
-  outputs = (shardings, state_shardings, named_sharding(mesh, ()))
-  return jax.jit(step, donate_argnums=(0, 1), out_shardings=outputs), arguments
+  optimizer = make_optimizer(OptimizerConfig(), total_steps=1000)
+  params = abstract_params(model)
+  shardings = state_shardings(optimizer, params, param_shardings(model, mesh))
+  state = _sharded(jax.eval_shape(functools.partial(make_state, optimizer), params), shardings)
+  tokens = _tokens(job, mesh, "batch", "length")
+  weights = jax.ShapeDtypeStruct(tokens.shape, jnp.float32, sharding=tokens.sharding)
+  return make_step(next_token(model), optimizer, shardings=shardings), (state, None, Batch(tokens, weights))
 
 
 def _prefill(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
@@ -291,7 +276,7 @@ def _tokens(job: Job, mesh: Mesh, *axes: str) -> jax.ShapeDtypeStruct:
 def _roofline(job: Job, arguments: tuple[Any, ...]) -> tuple[float, float]:
   """FLOPs and bytes of one execution on one device, from `sa_jax.cost`, padding and re-reading left out."""
   counted = cost(job.config, job.plan, job.batch, job.length)
-  devices = job.data * job.fsdp * job.tensor
+  devices = job.data * job.fsdp * job.tensor * job.sequence
   # What a device reads of the parameters is what it multiplies with: its part of `tensor`, gathered over `fsdp`.
   params = counted.param_bytes / job.tensor
   cache = counted.kv_cache_bytes / devices
@@ -302,7 +287,7 @@ def _roofline(job: Job, arguments: tuple[Any, ...]) -> tuple[float, float]:
     skipped = 2 * job.config.vocab_size * job.config.embed_dim * job.batch * (job.length - 1)
     return (counted.flops - skipped) / devices, params + cache
   # Forward, recomputed, and twice as much backward; parameters and state are read and written once more to update.
-  held = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(arguments[:2]))
+  held = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(arguments[0]))
   return 4 * counted.flops / devices, 3 * params + 2 * held
 
 

@@ -42,10 +42,26 @@ def stack(params: Params, plan: SharingPlan, *, donate: bool = False, join: Join
   """
   if "layers" not in params:
     raise ValueError(f"stack takes the layer layout, which has 'layers'; these parameters have {sorted(params)}")
+  _check_plan(params["layers"], plan)
+  return _stack(params, plan, join or functools.partial(_join, donate=donate))
+
+
+def stack_unpruned(params: Params, plan: SharingPlan) -> dict[str, Any]:
+  """The dense model's layer layout → the plan's run layout, with all that the plan's followers will not have.
+
+  `sa_jax.nn.GradualTransformer` takes it; `prune` makes the plan's run layout of it, and `unstack` undoes it.
+
+  Raises:
+    ValueError: if ``params`` are not the dense model's layer layout.
+  """
+  if "layers" not in params:
+    raise ValueError(f"stack_unpruned takes the layer layout, which has 'layers'; these have {sorted(params)}")
+  _check_plan(params["layers"], SharingPlan.dense(plan.num_layers))
+  return _stack(params, plan, functools.partial(_join, donate=False))
+
+
+def _stack(params: Params, plan: SharingPlan, join: Join) -> dict[str, Any]:
   layers = params["layers"]
-  _check_plan(layers, plan)
-  if join is None:
-    join = functools.partial(_join, donate=donate)
 
   def stacked(blocks: Sequence[Any], leading: tuple[int, ...]) -> Any:
     return jax.tree.map(lambda *leaves: join(leaves, leading), *blocks, is_leaf=_is_leaf)
@@ -77,19 +93,38 @@ def unstack(params: Params, plan: SharingPlan, *, donate: bool = False) -> dict[
 
 
 def prune(params: Params, plan: SharingPlan) -> dict[str, Any]:
-  """Drops what the plan's followers do not have, `ANCHOR_ONLY`. Layer layout in and out.
+  """Drops what the plan's followers do not have, `ANCHOR_ONLY`, and copies nothing.
+
+  Args:
+    params: in the layer layout, or as `stack_unpruned` gives them.
+    plan: says which layers follow.
+
+  Returns:
+    The same layout.
 
   Raises:
-    ValueError: if an anchor of the plan has no ``q_proj`` or ``k_proj`` to begin with.
+    ValueError: if an anchor of the plan has no ``q_proj`` or ``k_proj`` to begin with, or the run layout is of another
+      plan.
   """
+  if "runs" in params:
+    _check_runs(params["runs"], plan)
+    runs = {
+      index: {part: _without_own(block) if part == "followers" else block for part, block in run.items()}
+      for index, run in params["runs"].items()
+    }
+    return dict(params) | {"runs": runs}
   layers = {}
   for layer in range(plan.num_layers):
-    block = dict(params["layers"][str(layer)])
-    if not plan.is_anchor(layer):
-      block["attention"] = {name: leaf for name, leaf in block["attention"].items() if name not in ANCHOR_ONLY}
-    layers[str(layer)] = block
+    block = params["layers"][str(layer)]
+    layers[str(layer)] = dict(block) if plan.is_anchor(layer) else _without_own(block)
   _check_plan(layers, plan)
   return dict(params) | {"layers": layers}
+
+
+def _without_own(block: Mapping[str, Any]) -> dict[str, Any]:
+  """A block's parameters without what only anchors have."""
+  attention = {name: leaf for name, leaf in block["attention"].items() if name not in ANCHOR_ONLY}
+  return dict(block) | {"attention": attention}
 
 
 def as_layers(params: Params, plan: SharingPlan) -> Params:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
 DEFAULT_RULES: Rules = (
   ("batch", ("data", "fsdp")),
-  ("length", None),
+  ("length", "sequence"),
   ("embed", "fsdp"),
   ("heads", "tensor"),
   ("kv_heads", "tensor"),
@@ -28,38 +29,71 @@ DEFAULT_RULES: Rules = (
   ("groups", None),
   ("followers", None),
 )
-"""Logical axis → mesh axis, for a mesh with axes ``data``, ``fsdp`` and ``tensor``."""
+"""Logical axis → mesh axis, for the axes of `make_mesh`. An axis that a mesh lacks splits nothing on it."""
+
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> Mesh:
   """A mesh over all devices.
 
+  Args:
+    data: over how many rows are split, and parameters are not.
+    fsdp: over how many rows and parameters are split.
+    tensor: over how many heads, MLP and vocabulary are split.
+    sequence: over how many the tokens of a row are split. Attention gathers keys and values: values once a layer, keys
+      once a group.
+
   Raises:
-    ValueError: if the three sizes do not multiply to the number of devices.
+    ValueError: if the sizes do not multiply to the number of devices.
   """
-  if data * fsdp * tensor != jax.device_count():
+  sizes = (data, fsdp, tensor, sequence)
+  if math.prod(sizes) != jax.device_count():
     raise ValueError(
-      f"a mesh of data {data} × fsdp {fsdp} × tensor {tensor} needs {data * fsdp * tensor} devices; "
-      f"there are {jax.device_count()}"
+      f"a mesh of data {data} × fsdp {fsdp} × tensor {tensor}{f' × sequence {sequence}' if sequence != 1 else ''} "
+      f"needs {math.prod(sizes)} devices; there are {jax.device_count()}"
     )
-  auto = (jax.sharding.AxisType.Auto,) * 3
-  return jax.make_mesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=auto)
+  return jax.make_mesh(sizes, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
+
+
+def rules_on(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Rules:
+  """The rules without the mesh axes that the mesh lacks."""
+
+  def axes(entry: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    if isinstance(entry, tuple):
+      return tuple(axis for axis in entry if axis in mesh.shape) or None
+    return entry if entry in mesh.shape else None
+
+  return tuple((logical, axes(entry)) for logical, entry in rules)
 
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
   """Makes the mesh and the rules ambient for what is traced inside.
 
-  The modules' constraints on activations act only here, and attention kernels that XLA cannot split (splash) find here
-  how to split themselves. `jax.jit` traces once for a mesh: do not call one function under two sets of rules.
+  The modules' constraints on activations act only here, and attention that XLA cannot split finds here how to split
+  itself. `jax.jit` traces once for a mesh: do not call one function under two sets of rules.
   """
-  with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+  with jax.set_mesh(mesh), nn.logical_axis_rules(rules_on(mesh, rules)):
     yield
+
+
+@contextlib.contextmanager
+def traced_on(mesh: Mesh | None, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
+  """`on_mesh` from inside a function that `jax.jit` is tracing, which then needs no context around its calls.
+
+  Without a mesh, nothing changes.
+  """
+  if mesh is None:
+    yield
+  else:
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(rules_on(mesh, rules)):
+      yield
 
 
 def named_sharding(mesh: Mesh, axes: tuple[str | None, ...], rules: Rules = DEFAULT_RULES) -> NamedSharding:
   """The sharding of an array with these logical axes; of token rows, for example, ``("batch", "length")``."""
-  return NamedSharding(mesh, nn.logical_to_mesh_axes(axes, rules))
+  return NamedSharding(mesh, nn.logical_to_mesh_axes(axes, rules_on(mesh, rules)))
 
 
 def cache_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Cache:
@@ -102,14 +136,18 @@ def param_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES
   Raises:
     ValueError: if an axis of a parameter is not divisible by its mesh axis, or two of its axes map to one mesh axis.
   """
-  boxed = abstract_params(model, layout=layout, boxed=True)
-  mesh_axes = dict(rules)
+  return tree_shardings(abstract_params(model, layout=layout, boxed=True), mesh, rules)
+
+
+def tree_shardings(boxed: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
+  """A `NamedSharding` for every leaf of a tree of boxed shapes, as from `abstract_params`; see `param_shardings`."""
+  mesh_axes = dict(rules_on(mesh, rules))
   errors: list[str] = []
 
   def sharding(path: Any, leaf: jax.ShapeDtypeStruct, logical: PartitionSpec) -> NamedSharding | None:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     # Not by Flax's own function, which leaves an axis unsharded when its mesh axis is taken.
-    spec = PartitionSpec(*(mesh_axes[axis] for axis in logical))
+    spec = PartitionSpec(*(None if axis is None else mesh_axes[axis] for axis in logical))
     used = [axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
     if len(used) != len(set(used)):
       errors.append(f"{name}: the rules map two of its axes {tuple(logical)} to one mesh axis, {spec}")

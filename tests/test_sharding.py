@@ -4,7 +4,7 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sa_jax.sharding import DEFAULT_RULES, abstract_params, make_mesh, param_shardings
+from sa_jax.sharding import DEFAULT_RULES, abstract_params, make_mesh, named_sharding, param_shardings
 from tests import tiny
 
 
@@ -78,3 +78,15 @@ def test_sizes_that_do_not_make_the_mesh():
 def test_specs_are_partition_specs():
   for sharding in jax.tree.leaves(param_shardings(tiny.model(), make_mesh(data=8))):
     assert isinstance(sharding.spec, P)
+
+
+def test_tokens_of_a_row_over_sequence():
+  mesh = make_mesh(data=2, sequence=4)
+  assert spec(named_sharding(mesh, ("batch", "length"))) == (("data", "fsdp"), "sequence")
+  with pytest.raises(ValueError, match="data 1 × fsdp 1 × tensor 1 × sequence 3 needs 3 devices; there are 8"):
+    make_mesh(sequence=3)
+
+
+def test_an_axis_that_the_mesh_lacks_splits_nothing():
+  mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  assert spec(named_sharding(mesh, ("batch", "length", "embed", "heads"))) == ("data", None, None, "tensor")

@@ -147,6 +147,11 @@ def _descend(
   return jax.lax.fori_loop(0, sweeps * heads, improve, (start_values[index], starts[index]))[1]
 
 
+def can_map_by_refit(config: ModelConfig) -> bool:
+  """Whether `map_by_refit` has room for its sums, which grow with the square of the pairs of heads."""
+  return config.num_heads * config.num_kv_heads * config.head_dim <= _MOST_FEATURES
+
+
 def map_by_refit(
   config: ModelConfig,
   block: walk.Block,
@@ -161,26 +166,19 @@ def map_by_refit(
   the text, since the sums for every map are parts of those over all pairs of heads.
 
   Args:
-    config: the model.
+    config: the model, of which `can_map_by_refit` is true.
     block: the follower's parameters.
     fitted: the calibration text before the layer, with the anchor's state, and what the dense model computes there.
     start: a map, or None for the identity; the result leaves no greater error.
     ridge: of the refit.
     sweeps: how often each head is reconsidered.
-
-  Raises:
-    ValueError: if the model has too many pairs of heads for it.
   """
-  heads, kv_heads = config.num_heads, config.num_kv_heads
-  features = heads * kv_heads * config.head_dim
-  if features > _MOST_FEATURES:
-    raise ValueError(
-      f"choosing head maps by refit error takes sums over {features} features, more than {_MOST_FEATURES}; "
-      "choose them by similarity and loss (align) for a model of this size"
-    )
   sums = total(_pair_sums(config, block, chunk, target.y) for chunk, target in fitted)
   similarity = head_similarity([target.state for _, target in fitted], [chunk.state for chunk, _ in fitted])
-  starts = [start or tuple(range(heads)), *(best_map(similarity, kv_heads, kind) for kind in KINDS)]
+  starts = [
+    start or tuple(range(config.num_heads)),
+    *(best_map(similarity, config.num_kv_heads, kind) for kind in KINDS),
+  ]
   prior = block["attention"]["o_proj"]["kernel"].astype(jnp.float32).reshape(-1, config.embed_dim)
   found = _descend(config, sums, prior, jnp.asarray(starts, jnp.int32), ridge, sweeps)
   return tuple(int(head) for head in found)

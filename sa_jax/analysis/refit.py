@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_jax.analysis import walk
-from sa_jax.analysis.align import map_by_refit, shared_model, with_map
+from sa_jax.analysis.align import can_map_by_refit, map_by_refit, shared_model, with_map
 from sa_jax.analysis.ridge import Sums, relative_error, solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
@@ -64,9 +64,14 @@ class Refit:
     """Checks that the model can be refitted so.
 
     Raises:
-      ValueError: if an MLP's output is normalised before it is added: no linear map leads from its last projection to
-        what the dense block's output lacks.
+      ValueError: if an MLP's output is normalised before it is added (no linear map leads from its last projection to
+        what the dense block's output lacks), or the model has too many pairs of heads to choose maps by refit error.
     """
+    if self.maps and not can_map_by_refit(config):
+      raise ValueError(
+        f"{config.num_heads} heads × {config.num_kv_heads} KV heads × {config.head_dim} are too many features to "
+        "choose head maps by refit error: choose them by similarity and loss, with align, and refit without maps"
+      )
     if self.mlp and config.post_norms:
       raise ValueError("the MLPs of this model are normalised at their output and cannot be refitted: leave them out")
 

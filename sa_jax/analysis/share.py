@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_jax.analysis import search
+from sa_jax.analysis.align import can_map_by_refit
 from sa_jax.analysis.judge import Judge, Text
 from sa_jax.analysis.refit import Refit, Report, refit
 from sa_jax.evaluation import Perplexity, perplexity
@@ -125,14 +126,15 @@ def share(
     texts: to calibrate on and, by their other rows, to judge by.
     followers: how many layers shall share; see `sa_jax.analysis.search.followers_for`.
     how: the search.
-    recovery: the refit.
+    recovery: the refit; when None, of W_O, with head maps by refit error where the model is small enough for them, and
+      else by similarity.
     chunk: rows computed at once.
     stage: told what is being done.
 
   Raises:
     ValueError: as `Judge`, `search_plan` and `refit`.
   """
-  recovery = recovery or Refit(maps=True)
+  recovery = recovery or Refit(maps=can_map_by_refit(model.config))
   judge = Judge(model, params, texts, recovery, chunk=chunk, progress=stage("reading the texts"))
   plan = judge.with_maps(search_plan(judge, followers, how or Search(), stage).plan)
   del judge

@@ -68,3 +68,12 @@ def matrix_rate(size: int = 8192) -> float:
 def device_name() -> str:
   """The accelerator's own name."""
   return jax.devices()[0].device_kind
+
+
+H100_PEAK = 989e12
+"""Dense bfloat16 FLOP/s in the H100 SXM's data sheet; what model FLOPs utilisation (MFU) is stated against."""
+
+
+def training_rate(tokens: int, flops: float, seconds: float) -> str:
+  """Tokens a second and MFU, as text."""
+  return f"{tokens / seconds:,.0f} tokens/s, MFU {100 * flops / seconds / H100_PEAK:.1f} % of 989 TFLOP/s"

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_jax import ops
-from sa_jax.bench.measure import Timing, copy_bandwidth, device_name, matrix_rate, timed
+from sa_jax.bench.measure import Timing, copy_bandwidth, device_name, matrix_rate, timed, training_rate
 from sa_jax.bench.task import Result, Task
 from sa_jax.config import ModelConfig
 from sa_jax.cost import cost
@@ -24,6 +24,7 @@ from sa_jax.decode.engine import row_keys
 from sa_jax.nn import Runs, Transformer
 from sa_jax.plan import SharingPlan
 from sa_jax.sharding import abstract_params
+from sa_jax.train import Batch, OptimizerConfig, make_optimizer, make_state, make_step, next_token
 
 _STEPS = 32
 
@@ -89,6 +90,42 @@ def train(task: Task) -> Result:
   return _stack_of_layers(task, gradient=True)
 
 
+def step(task: Task) -> Result:
+  """A whole train step: next-token loss, gradients, clipping and AdamW, on float32 parameters and moments."""
+  config = dataclasses.replace(config_of(task), remat=task.remat, param_dtype="float32")
+  plan = SharingPlan.parse(task.plan, config.num_layers)
+  model = Transformer(config, plan)
+  ceiling = matrix_rate() if jax.default_backend() != "cpu" else 0.0
+  optimizer = make_optimizer(OptimizerConfig(), total_steps=1000)
+  # The generated parameters must not outlive the state's copy of them.
+  state = make_state(optimizer, random_tree(abstract_params(model)))
+  tokens = jax.random.randint(jax.random.key(0), (task.batch, task.seq_len), 0, config.vocab_size)
+  batch = Batch(tokens, jnp.ones(tokens.shape, jnp.float32))
+  compiled = make_step(next_token(model), optimizer).lower(state, None, batch).compile()
+
+  def call() -> jax.Array:
+    nonlocal state
+    state, metrics = compiled(state, None, batch)
+    return metrics.loss
+
+  timing = timed(call, task.repeats)
+  if not np.isfinite(float(call())):
+    raise ValueError("the loss is not finite: what was timed is no training")
+  memory = compiled.memory_analysis()
+  flops = 3 * cost(config, plan, task.batch, task.seq_len).flops
+  detail = f"{training_rate(tokens.size, flops, timing.median)}, remat {task.remat}, {_backend(config, task.seq_len)}"
+  temporaries = memory.temp_size_in_bytes if memory else None
+  return Result(task, *timing, flops, ceiling, device_name(), temporaries, detail)
+
+
+def _backend(config: ModelConfig, length: int) -> str:
+  """The attention backend that computes full rows of this length."""
+  if config.attention_state != "query_key":
+    return "weights"
+  q, k = (jnp.zeros((1, length, heads, config.head_dim), config.dtype) for heads in (config.num_heads, 1))
+  return ops.choose_backend(config.attention, q, k)
+
+
 def _stack_of_layers(task: Task, gradient: bool) -> Result:
   config = dataclasses.replace(config_of(task), remat="full")
   plan = SharingPlan.parse(task.plan, config.num_layers)
@@ -109,11 +146,7 @@ def _stack_of_layers(task: Task, gradient: bool) -> Result:
   temporaries = memory.temp_size_in_bytes if memory else None
   head = 2 * task.batch * task.seq_len * config.vocab_size * config.embed_dim
   flops = (cost(config, plan, task.batch, task.seq_len).flops - head) * (3 if gradient else 1)
-  backend = "weights"
-  if config.attention_state == "query_key":
-    q, k = (jnp.zeros((1, task.seq_len, heads, config.head_dim), config.dtype) for heads in (config.num_heads, 1))
-    backend = ops.choose_backend(config.attention, q, k)
-  return Result(task, *timing, flops, ceiling, device_name(), temporaries, backend)
+  return Result(task, *timing, flops, ceiling, device_name(), temporaries, _backend(config, task.seq_len))
 
 
 def batching(task: Task) -> Result:
@@ -146,8 +179,15 @@ def batching(task: Task) -> Result:
       )  # fmt: skip
       jax.block_until_ready(decode_steps(model, Sampler(), 511, params, state))
 
-  measure = lambda run: _wall(run, task.batch, task.requests, task.repeats)
-  ours, arrival, static_batches = map(measure, (functools.partial(continuous, longest_first=True), continuous, static))
+  # As many requests as are ever admitted in one program, in each size that there is.
+  sizes = [1 << power for power in range(task.batch.bit_length()) if 1 << power <= task.batch]
+  for size in sizes:
+    continuous(size)
+  static(task.batch)
+  ours, arrival, static_batches = (
+    _wall(functools.partial(run, task.requests), task.repeats)
+    for run in (functools.partial(continuous, longest_first=True), continuous, static)
+  )
   tokens = int(lengths.sum())
   detail = (
     f"{static_batches.median / ours.median:.2f} × static batches ({tokens / static_batches.median:.0f} tokens/s); "
@@ -156,12 +196,11 @@ def batching(task: Task) -> Result:
   return Result(task, *ours, tokens, 0.0, device_name(), detail=detail)
 
 
-def _wall(run: Callable[[int], None], few: int, requests: int, repeats: int) -> Timing:
-  """Times all requests, once a few have compiled the programs."""
-  run(few)
+def _wall(call: Callable[[], None], repeats: int) -> Timing:
+  """Times a call that ends on the host, compiled before."""
   seconds = []
   for _ in range(repeats):
     start = time.perf_counter()
-    run(requests)
+    call()
     seconds.append(time.perf_counter() - start)
   return Timing(float(np.median(seconds)), min(seconds), max(seconds))

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sa_jax.bench.measure import Timing
+from sa_jax.bench.measure import Timing, training_rate
 from sa_jax.bench.task import Result, Task
 from sa_jax.config import ModelConfig
 from sa_jax.convert import hf_config
@@ -16,8 +16,8 @@ from sa_jax.cost import cost
 _STEPS = 32
 
 
-def _build(task: Task, head: bool) -> tuple[Any, ModelConfig]:
-  """A randomly initialised model in bfloat16 on the GPU, in the shapes of the preset."""
+def _build(task: Task, head: bool, dtype: str = "bfloat16") -> tuple[Any, ModelConfig]:
+  """A randomly initialised model on the GPU, in the shapes of the preset."""
   try:
     import torch
     import transformers
@@ -31,7 +31,7 @@ def _build(task: Task, head: bool) -> tuple[Any, ModelConfig]:
     config = dataclasses.replace(config, vocab_size=32)
   values = hf_config.write(config) | {"bos_token_id": 0, "eos_token_id": 1}
   made = transformers.LlamaConfig(**values, attn_implementation="sdpa")  # type: ignore[call-arg]
-  torch.set_default_dtype(torch.bfloat16)
+  torch.set_default_dtype(getattr(torch, dtype))
   with torch.device("cuda"):
     model = (transformers.LlamaForCausalLM if head else transformers.LlamaModel)(made)
   return model, config
@@ -109,4 +109,34 @@ def train(task: Task) -> Result:
   flops = (cost(config, None, task.batch, task.seq_len).flops - head) * 3
   peak = torch.cuda.max_memory_allocated()
   detail = f"transformers {transformers.__version__}, peak {peak / 1e9:.1f} GB"
+  return Result(task, *timing, flops, 0.0, torch.cuda.get_device_name(), detail=detail)
+
+
+def step(task: Task) -> Result:
+  """A whole train step: SDPA, autocast to bfloat16 over float32 parameters, clipping, fused AdamW; compiled."""
+  import torch
+  import transformers
+
+  model, config = _build(task, head=True, dtype="float32")
+  model.train()
+  if task.remat != "none":
+    model.gradient_checkpointing_enable()
+  if task.who == "hf-compiled":
+    model.compile()
+  optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+  tokens = torch.randint(0, config.vocab_size, (task.batch, task.seq_len), device="cuda")
+
+  def call() -> None:
+    with torch.autocast("cuda", torch.bfloat16):
+      loss = model(tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+  timing = _timed(call, task.repeats)
+  flops = 3 * cost(config, None, task.batch, task.seq_len).flops
+  rate = training_rate(task.batch * task.seq_len, flops, timing.median)
+  peak = torch.cuda.max_memory_allocated()
+  detail = f"{rate}, transformers {transformers.__version__}, torch {torch.__version__}, peak {peak / 1e9:.1f} GB"
   return Result(task, *timing, flops, 0.0, torch.cuda.get_device_name(), detail=detail)

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from typing import Any, Literal
 
-from sa_jax.config import AttentionBackend, AttentionState
+from sa_jax.config import AttentionBackend, AttentionState, RematPolicy
 
-Kind = Literal["decode", "prefill", "train", "batching"]
+Kind = Literal["decode", "prefill", "train", "step", "batching"]
 Who = Literal["sa_jax", "hf-compiled", "hf-eager"]
 
 
@@ -20,7 +20,8 @@ class Task:
 
   Attributes:
     kind: ``decode``, one token a row; ``prefill``, a forward pass of a stack of layers; ``train``, its gradient;
-      ``batching``, many requests of unequal length.
+      ``step``, a whole train step of the whole model, AdamW on float32 parameters; ``batching``, many requests of
+      unequal length.
     model: a preset.
     plan: a plan string.
     batch: rows, or slots.
@@ -29,6 +30,7 @@ class Task:
     who: whose code: ours, or transformers' on torch, compiled or not.
     attention_state: as in `ModelConfig`.
     attention: as in `ModelConfig`.
+    remat: step: as in `ModelConfig`; of peers, gradient checkpointing unless ``none``.
     requests: batching: how many.
     repeats: timed calls.
   """
@@ -42,6 +44,7 @@ class Task:
   who: Who = "sa_jax"
   attention_state: AttentionState = "query_key"
   attention: AttentionBackend = "auto"
+  remat: RematPolicy = "full"
   requests: int = 256
   repeats: int = 10
 
@@ -52,10 +55,11 @@ class Result:
 
   Attributes:
     task: what.
-    seconds: median of a decode step, a forward pass, a gradient, or the whole of the requests.
+    seconds: median of a decode step, a forward pass, a gradient, a train step, or the whole of the requests.
     low: fastest.
     high: slowest.
-    work: bytes that must move (decode), FLOPs (prefill, train) or tokens (batching).
+    work: bytes that must move (decode), FLOPs without those of recomputation (prefill, train, step), or tokens
+      (batching).
     ceiling: bytes or FLOPs a second that the device reached in the same process, on a copy or a matrix product; 0 where
       there is none.
     temp_bytes: temporaries of the compiled program, where it is known.

@@ -11,16 +11,18 @@ import tyro
 
 from sa_jax.bench.task import Kind, Result, Task, run_task
 from sa_jax.cli.common import console, progress, quantity, show_table, write_json
+from sa_jax.config import RematPolicy
 
-_UNITS = {"decode": "B/s", "prefill": "FLOP/s", "train": "FLOP/s", "batching": "tokens/s"}
+_UNITS = {"decode": "B/s", "prefill": "FLOP/s", "train": "FLOP/s", "step": "FLOP/s", "batching": "tokens/s"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-  """Time decoding, prefill, training or continuous batching in a model's shapes (random weights)."""
+  """Time decoding, prefill, gradients, train steps or continuous batching in a model's shapes (random weights)."""
 
   task: tyro.conf.Positional[Kind]
-  """decode: one token a row; prefill, train: a stack of layers, forward and gradient; batching: unequal requests."""
+  """decode: one token a row; prefill, train: a stack of layers, forward and gradient; step: a whole train step of the
+  whole model; batching: unequal requests."""
   model: str = "llama-3-8b"
   """A preset: llama-2-7b, llama-2-13b, llama-3-8b or smollm2-135m."""
   plan: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PLAN ...")] = ("dense",)
@@ -32,9 +34,11 @@ class Bench:
   layers: int | None = None
   """Depth; the preset's when None."""
   attention_state: tuple[Literal["query_key", "attention_weights"], ...] = ("query_key",)
-  """What followers get from their anchor, in prefill and train."""
+  """What followers get from their anchor, in prefill, train and step."""
   attention: tuple[Literal["auto", "reference", "blockwise", "cudnn", "splash"], ...] = ("auto",)
-  """Attention backends, in prefill and train."""
+  """Attention backends, in prefill, train and step."""
+  remat: RematPolicy = "full"
+  """step: what the backward pass computes again; peers checkpoint gradients unless it is none."""
   peers: tuple[Literal["hf-compiled", "hf-eager"], ...] = ()
   """Also time transformers on torch, dense, in the same run."""
   requests: int = 256
@@ -69,7 +73,13 @@ class Bench:
 
   def _tasks(self) -> list[Task]:
     base = Task(
-      self.task, self.model, batch=self.batch, layers=self.layers, requests=self.requests, repeats=self.repeats
+      self.task,
+      self.model,
+      batch=self.batch,
+      layers=self.layers,
+      remat=self.remat,
+      requests=self.requests,
+      repeats=self.repeats,
     )
     tasks = [
       dataclasses.replace(base, plan=plan, seq_len=length, attention_state=state, attention=attention)
@@ -77,8 +87,8 @@ class Bench:
         self.seq_len, self.attention_state, self.attention, self.plan
       )
     ]
-    if self.peers and self.task not in ("decode", "train"):
-      raise ValueError(f"peers are timed in decode and train, not in {self.task}")
+    if self.peers and self.task not in ("decode", "train", "step"):
+      raise ValueError(f"peers are timed in decode, train and step, not in {self.task}")
     tasks += [
       dataclasses.replace(base, seq_len=length, who=who) for who, length in itertools.product(self.peers, self.seq_len)
     ]

@@ -14,6 +14,7 @@ from sa_jax.cli.cost import config_of
 from sa_jax.fit import Fit, Job, Kind, fit
 from sa_jax.hlo import KINDS, Collective
 from sa_jax.plan import as_plan
+from sa_jax.sharding import MESH_AXES
 
 
 def rows_of_fit(fits: list[Fit]) -> list[list[str]]:
@@ -71,6 +72,8 @@ class FitOf:
   """Mesh: ways to split rows and parameters."""
   tensor: int = 1
   """Mesh: ways to split heads, MLP and vocabulary."""
+  sequence: int = 1
+  """Mesh: ways to split the tokens of a row."""
   batch: int | None = None
   """Rows in all; one for each way to split them when not given."""
   length: int = 4096
@@ -85,22 +88,19 @@ class FitOf:
     config = dataclasses.replace(config_of(self.model), dtype=self.dtype, param_dtype=self.dtype)
     batch = self.data * self.fsdp if self.batch is None else self.batch
     plans = dict.fromkeys((as_plan(None, config.num_layers), as_plan(self.plan, config.num_layers)))
-    jobs = [
-      Job(config, plan, self.kind, self.topology, batch, self.length, self.data, self.fsdp, self.tensor)
-      for plan in plans
-    ]
+    sizes = {name: getattr(self, name) for name in MESH_AXES}
+    jobs = [Job(config, plan, self.kind, self.topology, batch, self.length, *sizes.values()) for plan in plans]
     fits: list[Fit] = []
     with progress("compiling") as update:
       for job in jobs:
         update(len(fits), len(jobs))
         fits.append(fit(job))
     names = [str(plan) for plan in plans]
-    mesh = f"data {self.data} × fsdp {self.fsdp} × tensor {self.tensor}"
+    mesh = " × ".join(f"{name} {size}" for name, size in sizes.items())
     title = f"{self.model}, {self.kind}, {batch} × {self.length} tokens, {self.dtype}, {self.topology} as {mesh}"
     show_table(title, ["a step", *names, *(["change"] if len(fits) == 2 else [])], rows_of_fit(fits))
     for name, result in zip(names, fits, strict=True):
       verdict = "fits" if result.fits else f"does not fit: {result.problem}"
       console.print(f"{name}: {verdict} ({result.devices} × {result.device})")
     values = {"model": self.model, "kind": self.kind, "topology": self.topology, "batch": batch, "length": self.length}
-    mesh_sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
-    write_json(self.json, values | {"mesh": mesh_sizes, "dtype": self.dtype, "fits": dict(zip(names, fits))})
+    write_json(self.json, values | {"mesh": sizes, "dtype": self.dtype, "fits": dict(zip(names, fits))})

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from sa_jax.cli.common import console, progress, write_json
 
 if TYPE_CHECKING:
+  from sa_jax import Transformer
   from sa_jax.convert import Tokenizer
 
 
@@ -44,38 +45,57 @@ class Generate:
 
   def run(self) -> None:
     """Prints each prompt's continuation."""
-    from sa_jax import from_pretrained, generate, load_tokenizer
-    from sa_jax.decode import right_pad
+    from sa_jax import from_pretrained, load_tokenizer
 
     tokenizer = load_tokenizer(self.model)
-    prompts = [self._prompt(tokenizer, text) for text in self.prompt]
-    tokens, lengths = right_pad([tokenizer.encode(text, special=not self.chat) for text in prompts])
+    prompts = [tokenizer.encode(self._prompt(tokenizer, text), special=not self.chat) for text in self.prompt]
     with progress("opening") as report:
       model, params = from_pretrained(self.model, self.plan, self.dtype, layout="layers", progress=report)
     start = time.perf_counter()
-    out = generate(
-      model,
-      params,
-      tokens,
-      lengths,
-      self.max_new_tokens,
-      self.temperature,
-      self.seed,
-      top_k=self.top_k,
-      top_p=self.top_p,
-    )
+    say = self._say_one if len(prompts) == 1 else self._say_all
+    tokens = say(model, params, tokenizer, prompts)
     seconds = time.perf_counter() - start
-    texts = [tokenizer.decode(row[:length]) for row, length in zip(out.tokens, out.lengths, strict=True)]
-    for prompt, text in zip(self.prompt, texts, strict=True):
-      console.print(f"[bold]{prompt}[/bold]" if len(texts) > 1 else "", end="\n" if len(texts) > 1 else "")
-      console.print(text, markup=False)
-    count = int(out.lengths.sum())
+    count = sum(map(len, tokens))
     console.print(f"[dim]{count} tokens in {seconds:.1f} s, compilation included; plan {model.plan}[/dim]")
     results = [
-      {"prompt": prompt, "text": text, "tokens": row[:length].tolist()}
-      for prompt, text, row, length in zip(self.prompt, texts, out.tokens, out.lengths, strict=True)
+      {"prompt": prompt, "text": tokenizer.decode(row), "tokens": row}
+      for prompt, row in zip(self.prompt, tokens, strict=True)
     ]
     write_json(self.json, {"plan": str(model.plan), "results": results})
+
+  def _say_one(
+    self, model: Transformer, params: Any, tokenizer: Tokenizer, prompts: list[list[int]]
+  ) -> list[list[int]]:
+    """Prints one continuation as it comes."""
+    from sa_jax.decode import stream
+
+    tokens: list[int] = []
+    said = ""
+    sampling: dict[str, Any] = {"top_k": self.top_k, "top_p": self.top_p}
+    for new in stream(model, params, prompts[0], self.max_new_tokens, self.temperature, self.seed, **sampling):
+      tokens += new
+      text = tokenizer.decode(tokens)
+      # A character of several tokens is not complete yet.
+      if not text.endswith("\ufffd"):
+        console.print(text[len(said) :], end="", markup=False, soft_wrap=True)
+        said = text
+    console.print(tokenizer.decode(tokens)[len(said) :], markup=False, soft_wrap=True)
+    return [tokens]
+
+  def _say_all(
+    self, model: Transformer, params: Any, tokenizer: Tokenizer, prompts: list[list[int]]
+  ) -> list[list[int]]:
+    """Prints every prompt and its continuation, once all are there."""
+    from sa_jax import generate
+    from sa_jax.decode import right_pad
+
+    sampling: dict[str, Any] = {"top_k": self.top_k, "top_p": self.top_p}
+    out = generate(model, params, *right_pad(prompts), self.max_new_tokens, self.temperature, self.seed, **sampling)
+    tokens = [row[:length].tolist() for row, length in zip(out.tokens, out.lengths, strict=True)]
+    for prompt, row in zip(self.prompt, tokens, strict=True):
+      console.print(prompt, style="bold", markup=False)
+      console.print(tokenizer.decode(row), markup=False, soft_wrap=True)
+    return tokens
 
   def _prompt(self, tokenizer: Tokenizer, text: str) -> str:
     return tokenizer.chat([{"role": "user", "content": text}]) if self.chat else text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import inspect
 import json
 import os
 import shutil
@@ -108,8 +109,11 @@ def _handler(progress: Progress | None) -> Any:
           progress(done + 1, len(values))
       return [future for _, future in writing]
 
+  # Orbax before 0.12.6 has no say in it, and copies each array before it writes it.
+  uncopied = {"deepcopy_host_arrays": False}
+  options = uncopied if uncopied.keys() <= inspect.signature(type_handlers.NumpyHandler).parameters.keys() else {}
   registry = type_handlers.create_type_handler_registry(
-    (LazyTensor, LazyHandler(deepcopy_host_arrays=False)),
+    (LazyTensor, LazyHandler(**options)),
     (np.ndarray, type_handlers.NumpyHandler()),
     (jax.Array, type_handlers.ArrayHandler()),
   )

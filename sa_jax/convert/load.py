@@ -44,6 +44,7 @@ def from_pretrained(
     path: a Hugging Face folder (safetensors or PyTorch's ``.bin``, of a family in `sa_jax.convert.families`), a hub id
       such as ``org/model``, a GGUF file (Llama architecture) or an sa_jax checkpoint.
     plan: a `SharingPlan`, a plan string or a ``source`` list; None for the checkpoint's own plan, dense if it has none.
+      A string or list says nothing of head maps: followers that keep their stored anchor keep their stored map.
     dtype: of parameters and activations: ``float32``, ``bfloat16`` or ``float16``; the checkpoint's when None.
     mesh: where parameters go, by `sa_jax.sharding.DEFAULT_RULES`; the default device when None.
     layout: ``runs``, as ``model.init`` makes them, for scoring and training; ``layers`` for decoding. `generate` takes
@@ -78,9 +79,20 @@ def _describe(
 ) -> tuple[ModelConfig, SharingPlan, Account]:
   config = _with_dtype(hf_config.read(source.config), dtype)
   stored = hf_config.read_plan(source.config, config.num_layers)
-  made = stored if plan is None else as_plan(plan, config.num_layers)
+  made = _asked(plan, stored)
   check_plan(config, made)
   return config, made, account(source.shapes, config, made, source.path)
+
+
+def _asked(plan: SharingPlan | str | Sequence[int] | None, stored: SharingPlan) -> SharingPlan:
+  """The plan asked for. A string or list says nothing of head maps: followers that keep their anchor keep their map."""
+  if plan is None:
+    return stored
+  made = as_plan(plan, stored.num_layers)
+  if isinstance(plan, SharingPlan):
+    return made
+  kept = [layer for layer in made.followers if made.source[layer] == stored.source[layer]]
+  return made.with_head_maps({layer: stored.head_map_of(layer) for layer in kept})
 
 
 def _with_dtype(config: ModelConfig, dtype: str | None) -> ModelConfig:
@@ -95,7 +107,7 @@ def _open_checkpoint(
   path: Path, plan: SharingPlan | str | Sequence[int] | None, dtype: str | None, mesh: Mesh | None, layout: Layout
 ) -> tuple[Transformer, dict[str, Any]]:
   config, stored_plan = checkpoint.read_config(path)
-  made = stored_plan if plan is None else as_plan(plan, config.num_layers)
+  made = _asked(plan, stored_plan)
   if lost := sorted(set(made.anchors) - set(stored_plan.anchors)):
     raise ValueError(
       f"the plan '{made}' makes layers {lost} anchors, but {path} holds no queries and keys for them: it was made for "

@@ -2,7 +2,7 @@
 
 from sa_jax.decode.batcher import Batcher, Request
 from sa_jax.decode.engine import DecodeState, admit, bucket, decode, insert, prefill, retire, row_keys
-from sa_jax.decode.generate import Generated, generate
+from sa_jax.decode.generate import Generated, generate, stream
 from sa_jax.decode.padding import right_pad, to_right_padded
 from sa_jax.decode.sampling import Sampler
 from sa_jax.nn.cache import Cache, LayerCache
@@ -24,5 +24,6 @@ __all__ = [
   "retire",
   "right_pad",
   "row_keys",
+  "stream",
   "to_right_padded",
 ]

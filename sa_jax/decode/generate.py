@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -79,9 +79,8 @@ def generate(
   check_tokens(tokens, lengths, model.config.vocab_size)
   if max_new_tokens < 1:
     raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-  # The last token of a row is returned and never cached.
-  needed = int(lengths.max()) + max_new_tokens - 1
-  capacity = -(-max(needed, tokens.shape[1]) // 64) * 64 if cache_length is None else cache_length
+  needed = _slots_for(int(lengths.max()), max_new_tokens)
+  capacity = _rounded(max(needed, tokens.shape[1])) if cache_length is None else cache_length
   if needed > capacity or tokens.shape[1] > capacity:
     raise ValueError(
       f"prompts of up to {int(lengths.max())} tokens (rows of {tokens.shape[1]}) with {max_new_tokens} new ones do not "
@@ -94,6 +93,53 @@ def generate(
   config = model.config
   pad = config.pad_token_id if config.pad_token_id is not None else (*config.eos_token_ids, 0)[0]
   return Generated(np.where(rows < 0, pad, rows).astype(np.int32), (rows >= 0).sum(axis=1).astype(np.int32))
+
+
+def stream(
+  model: Transformer,
+  params: Mapping[str, Any],
+  prompt: Any,
+  max_new_tokens: int = 24,
+  temperature: float = 0.0,
+  seed: int = 0,
+  *,
+  top_k: int | None = None,
+  top_p: float | None = None,
+  chunk: int = 8,
+) -> Iterator[list[int]]:
+  """Continues one prompt, and yields new tokens as they come: together, those of `generate` for it alone.
+
+  Args:
+    model: from `from_pretrained`.
+    params: in either layout; see `generate`.
+    prompt: int ``[T]``.
+    max_new_tokens: most tokens to add.
+    temperature: 0 takes the likeliest token; otherwise see `Sampler`.
+    seed: of the samples.
+    top_k: see `Sampler`.
+    top_p: see `Sampler`.
+    chunk: tokens that the device generates between two yields.
+
+  Raises:
+    ValueError: as `generate`.
+  """
+  prompt = np.asarray(prompt)
+  capacity = _rounded(_slots_for(prompt.size, max_new_tokens))
+  sampler = Sampler(temperature, top_k, top_p)
+  batcher = Batcher(model, params, slots=1, capacity=capacity, sampler=sampler, chunk=chunk)
+  request = batcher.submit(prompt, max_new_tokens, seed=seed)
+  while batcher.busy:
+    yield batcher.step()[id(request)]
+
+
+def _slots_for(prompt: int, new: int) -> int:
+  """Cache slots of a row: its last token is returned and never cached."""
+  return prompt + new - 1
+
+
+def _rounded(slots: int) -> int:
+  """Upwards to a multiple of 64, so that kernels read whole blocks and few programs are compiled."""
+  return -(-slots // 64) * 64
 
 
 def _static(

@@ -1,23 +1,28 @@
 """Flax modules: parameters, names and scan around the mathematics of `sa_jax.ops`."""
 
-from sa_jax.nn.attention import AnchorAttention, FollowerAttention
-from sa_jax.nn.block import AnchorBlock, FollowerBlock, Mlp
+from sa_jax.nn.attention import AnchorAttention, FollowerAttention, MixedAttention
+from sa_jax.nn.block import BLOCK_OUTPUTS, AnchorBlock, FollowerBlock, MixedBlock, Mlp
 from sa_jax.nn.cache import Cache, LayerCache
+from sa_jax.nn.layers import Group, Layers, Runs
 from sa_jax.nn.norm import RMSNorm
 from sa_jax.nn.planned import PlanArrays, PlannedBlock, PlannedTransformer
 from sa_jax.nn.state import AttentionWeights, QueryKey
-from sa_jax.nn.transformer import Group, Layers, Runs, Transformer
+from sa_jax.nn.transformer import GradualTransformer, Transformer
 
 __all__ = [
+  "BLOCK_OUTPUTS",
   "AnchorAttention",
   "AnchorBlock",
   "AttentionWeights",
   "Cache",
   "FollowerAttention",
   "FollowerBlock",
+  "GradualTransformer",
   "Group",
   "LayerCache",
   "Layers",
+  "MixedAttention",
+  "MixedBlock",
   "Mlp",
   "PlanArrays",
   "PlannedBlock",

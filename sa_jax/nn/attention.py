@@ -1,11 +1,12 @@
 """Attention layers. A follower is a type without queries and keys, not a flag.
 
-Both are made of the same named pieces: values from x, the state's attention over them, output. An anchor also makes
+All are made of the same named pieces: values from x, the state's attention over them, output. An anchor also makes
 the state. ``extend`` is the same layer for new tokens against a cache.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ from sa_jax import ops
 from sa_jax.config import ModelConfig
 from sa_jax.nn.cache import LayerCache
 from sa_jax.nn.norm import RMSNorm
-from sa_jax.nn.state import AttentionWeights, Local, State, make_state
+from sa_jax.nn.state import AttentionWeights, Local, QueryKey, State, make_state
 
 
 class _KernelAxes(nn.LogicallyPartitioned):
@@ -31,6 +32,18 @@ class _KernelAxes(nn.LogicallyPartitioned):
     return super().unbox(apply_constraint and self.value.ndim == len(self.names))
 
 
+class _Projection(nn.DenseGeneral):
+  """A linear map, plus ``x A B`` where its parameters have adapters ``A [..., r]``, ``B [r, ...]`` (`sa_jax.train`)."""
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    y = super().__call__(inputs)
+    if not self.has_variable("params", "lora_a"):
+      return y
+    a, b = (self.get_variable("params", name).astype(y.dtype) for name in ("lora_a", "lora_b"))
+    return y + jnp.tensordot(jnp.tensordot(inputs, a, axes=len(self.axis)), b, axes=1)
+
+
 def projection(
   config: ModelConfig,
   features: int | tuple[int, ...],
@@ -38,11 +51,11 @@ def projection(
   outputs: tuple[str, ...],
   name: str,
   bias: bool = False,
-) -> nn.DenseGeneral:
+) -> _Projection:
   """A linear map whose kernel carries its logical axes, ``inputs`` then ``outputs``, and its bias ``outputs``."""
   # DenseGeneral initialises the kernel as a matrix, all inputs by all outputs.
   init = nn.initializers.lecun_normal()
-  return nn.DenseGeneral(
+  return _Projection(
     features,
     axis=tuple(range(-len(inputs), 0)),
     use_bias=bias,
@@ -67,6 +80,11 @@ def _rotation(
   if local is True:
     return of(config.local_rope)
   return jax.tree.map(lambda here, there: jnp.where(local, here, there), of(config.local_rope), of(config.rope))
+
+
+def _gathered(x: jax.Array) -> jax.Array:
+  """Keys or values ``[B, T, K, H]``, of which every device that has some of a row's queries needs the whole row."""
+  return nn.with_logical_constraint(x, ("batch", None, "kv_heads", "head_dim"))
 
 
 class _Attention(nn.Module):
@@ -94,7 +112,7 @@ class _Attention(nn.Module):
 
   def values(self, x: jax.Array) -> jax.Array:
     """``[B, T, D]`` → ``[B, T, K, H]``."""
-    return nn.with_logical_constraint(self.v_proj(x), ("batch", "length", "kv_heads", "head_dim"))
+    return _gathered(self.v_proj(x))
 
   def output(self, heads: jax.Array) -> jax.Array:
     """``[B, T, N, H]`` → ``[B, T, D]``."""
@@ -130,31 +148,43 @@ class AnchorAttention(_Attention):
     q, k = ops.apply_rope(q, positions, *rotation), ops.apply_rope(k, positions, *rotation)
     return (
       nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim")),
-      nn.with_logical_constraint(k, ("batch", "length", "kv_heads", "head_dim")),
+      _gathered(k),
     )
 
-  def __call__(self, x: jax.Array, lengths: jax.Array | None = None, local: Local = False) -> tuple[jax.Array, State]:
+  def __call__(
+    self,
+    x: jax.Array,
+    lengths: jax.Array | None = None,
+    local: Local = False,
+    segments: jax.Array | None = None,
+  ) -> tuple[jax.Array, State]:
     """Attention over whole sequences.
 
     Args:
       x: ``[B, T, D]``.
       lengths: int32 ``[B]`` of right-padded rows, or None when rows are full.
       local: whether this is one of the config's ``local_layers``.
+      segments: int32 ``[B, T]``, the documents of packed rows, or None when a row is one document.
 
     Returns:
       ``y [B, T, D]`` and the state for the followers.
     """
-    y, state, _ = self.prefill(x, lengths, local)
+    y, state, _ = self.prefill(x, lengths, local, segments)
     return y, state
 
   def prefill(
-    self, x: jax.Array, lengths: jax.Array | None = None, local: Local = False
+    self,
+    x: jax.Array,
+    lengths: jax.Array | None = None,
+    local: Local = False,
+    segments: jax.Array | None = None,
   ) -> tuple[jax.Array, State, LayerCache]:
     """`__call__` that also returns the cache of the T tokens, ``[B, K, T, H]`` each for keys and values."""
+    # A document's positions need not begin at 0: the rotary embedding only tells how far apart two tokens are.
     length = x.shape[1]
     q, k = self.query_key(x, jnp.arange(length), length if lengths is None else lengths, local)
     v = self.values(x)
-    state = make_state(self.config, q, k, lengths, local)
+    state = make_state(self.config, q, k, lengths, local, segments)
     return self.output(state.attend(v)), state, LayerCache(jnp.swapaxes(v, 1, 2), jnp.swapaxes(k, 1, 2))
 
   def extend(
@@ -219,3 +249,34 @@ class FollowerAttention(_Attention):
     """Attention of new tokens with the anchor's weights; shapes as in `AnchorAttention.extend`."""
     values = ops.write_slot(cache.values, self.values(x), positions)
     return self.output(ops.decode_apply(state.probs, values)), LayerCache(values)
+
+
+class MixedAttention(AnchorAttention):
+  """A follower that has kept its own queries and keys: its weights are in part its anchor's and in part its own."""
+
+  def mix(
+    self, x: jax.Array, state: QueryKey, share: jax.Array | float, lengths: jax.Array | None, local: Local
+  ) -> jax.Array:
+    """Attention with the weights ``share * anchor's + (1 - share) * own``.
+
+    Attention is linear in its weights, so that this is two fused attentions, and none has its weights in memory.
+
+    Args:
+      x: ``[B, T, D]``.
+      state: the anchor's.
+      share: 0 to 1.
+      lengths: as the anchor's.
+      local: as the anchor's.
+
+    Returns:
+      ``[B, T, D]``.
+    """
+    length = x.shape[1]
+    q, k = self.query_key(x, jnp.arange(length), length if lengths is None else lengths, local)
+    v = self.values(x)
+    own = dataclasses.replace(state, q=q, k=k).attend(v)
+    if isinstance(share, float) and share == 0:
+      return self.output(own)
+    return self.output(
+      (share * state.attend(v).astype(jnp.float32) + (1 - share) * own.astype(jnp.float32)).astype(own.dtype)
+    )

@@ -10,10 +10,13 @@ import jax
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
-from sa_jax.nn.attention import AnchorAttention, FollowerAttention, projection
+from sa_jax.nn.attention import AnchorAttention, FollowerAttention, MixedAttention, projection
 from sa_jax.nn.cache import LayerCache
 from sa_jax.nn.norm import RMSNorm
-from sa_jax.nn.state import AttentionWeights, Local, State
+from sa_jax.nn.state import AttentionWeights, Local, QueryKey, State
+
+BLOCK_OUTPUTS = "block_outputs"
+"""The collection that every block leaves its output ``x [B, T, D]`` in, stacked as its parameters are."""
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 
@@ -41,9 +44,10 @@ class Mlp(nn.Module):
 
   def step(self, x: jax.Array) -> jax.Array:
     """`__call__` against a cache: where there is one token a row, ``[B, 1, D]``, reading the weights is the cost."""
-    gate, up = (module.variables["params"]["kernel"] for module in (self.gate_proj, self.up_proj))
-    plain = x.shape[1] > 1 or self.config.activation != "silu" or self.config.mlp_bias
-    if plain or not ops.has_gated_linear(x[:, 0], gate):
+    params = [module.variables["params"] for module in (self.gate_proj, self.up_proj)]
+    gate, up = (each["kernel"] for each in params)
+    plain = x.shape[1] == 1 and self.config.activation == "silu" and all(len(each) == 1 for each in params)
+    if not plain or not ops.has_gated_linear(x[:, 0], gate):
       return self(x)
     return self.down_proj(ops.gated_linear(x[:, 0], gate, up)[:, None])
 
@@ -88,7 +92,10 @@ class Block(nn.Module):
     """What `add_attention` gave, and the MLP's output of it."""
     y = (mlp or self.mlp)(self.mlp_norm(x))
     x = x + (self.mlp_post_norm(y) if self.config.post_norms else y)
-    return nn.with_logical_constraint(x, ("batch", "length", "embed"))
+    x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+    # Kept by those who apply the model with this collection mutable.
+    self.sow(BLOCK_OUTPUTS, "x", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+    return x
 
 
 class AnchorBlock(Block):
@@ -98,15 +105,25 @@ class AnchorBlock(Block):
     super().setup()
     self.attention = AnchorAttention(self.config)
 
-  def __call__(self, x: jax.Array, lengths: jax.Array | None = None, local: Local = False) -> tuple[jax.Array, State]:
+  def __call__(
+    self,
+    x: jax.Array,
+    lengths: jax.Array | None = None,
+    local: Local = False,
+    segments: jax.Array | None = None,
+  ) -> tuple[jax.Array, State]:
     """``[B, T, D]`` → the same, and the attention state."""
-    return self.around(x, lambda h: self.attention(h, lengths, local))
+    return self.around(x, lambda h: self.attention(h, lengths, local, segments))
 
   def prefill(
-    self, x: jax.Array, lengths: jax.Array | None, local: Local = False
+    self,
+    x: jax.Array,
+    lengths: jax.Array | None,
+    local: Local = False,
+    segments: jax.Array | None = None,
   ) -> tuple[jax.Array, State, LayerCache]:
     """`__call__` that also returns the cache of these tokens."""
-    return self.around(x, lambda h: self.attention.prefill(h, lengths, local))
+    return self.around(x, lambda h: self.attention.prefill(h, lengths, local, segments))
 
   def extend(
     self, x: jax.Array, cache: LayerCache, positions: jax.Array, lengths: jax.Array, local: bool = False
@@ -141,3 +158,17 @@ class FollowerBlock(Block):
   ) -> tuple[jax.Array, LayerCache]:
     """New tokens, ``[B, T, D]``, against the cache."""
     return self.around(x, lambda h: self.attention.extend(h, state, cache, positions), self.mlp.step)
+
+
+class MixedBlock(Block):
+  """A block with `MixedAttention`: a follower on its way from the dense model, with an `AnchorBlock`'s parameters."""
+
+  def setup(self) -> None:
+    super().setup()
+    self.attention = MixedAttention(self.config)
+
+  def __call__(
+    self, x: jax.Array, state: QueryKey, share: jax.Array | float, lengths: jax.Array | None, local: Local
+  ) -> jax.Array:
+    """``[B, T, D]`` → the same, with the anchor's state and its own; arguments as in `MixedAttention.mix`."""
+    return self.around(x, lambda h: (self.attention.mix(h, state, share, lengths, local),))[0]

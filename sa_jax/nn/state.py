@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,6 +28,7 @@ class QueryKey:
     q: ``[B, T, N, H]``.
     k: ``[B, T, K, H]``, or ``[B, T, N, H]`` once heads have been taken.
     lengths: int32 ``[B]``, or None when rows are full.
+    segments: int32 ``[B, T]``, the documents of packed rows, or None.
     local: a traced bool that chooses the second of two ``specs``, or None when there is one.
     backend: how to attend; see `sa_jax.ops.attend`.
     specs: window, soft cap and scale.
@@ -33,6 +37,7 @@ class QueryKey:
   q: jax.Array
   k: jax.Array
   lengths: jax.Array | None = None
+  segments: jax.Array | None = None
   local: jax.Array | None = None
   backend: str = struct.field(pytree_node=False, default="auto")
   specs: tuple[ops.AttentionSpec, ...] = struct.field(pytree_node=False, default=(ops.AttentionSpec(),))
@@ -41,19 +46,21 @@ class QueryKey:
     """The anchor's attention over a layer's values: ``[B, T, K, H]`` → ``[B, T, N, H]``."""
     if self.k.shape[2] > v.shape[2]:
       v = jnp.repeat(v, self.k.shape[2] // v.shape[2], axis=2)
-    attend = functools.partial(_attend, self.q, self.k, v, self.lengths, self.backend)
+    attend = functools.partial(_attend, self.q, self.k, v, self.lengths, self.segments, self.backend)
     return _with_spec(attend, self.specs, self.local)
 
   def take_heads(self, head_map: jax.Array) -> QueryKey:
     """The state in which head ``n`` is this one's head ``head_map[n]``; int32 ``[N]``."""
     group = self.q.shape[2] // self.k.shape[2]
     q, k = jnp.take(self.q, head_map, axis=2), jnp.take(self.k, head_map // group, axis=2)
-    return QueryKey(q, k, self.lengths, self.local, self.backend, self.specs)
+    return dataclasses.replace(self, q=q, k=k)
 
   def weights(self, positions: jax.Array | None = None) -> jax.Array:
     """The softmaxed attention weights ``[B, N, T, T]``, computed now; only of the queries at ``positions`` if given."""
     q = self.q if positions is None else jnp.take(self.q, positions, axis=1, mode="clip")
-    weights = functools.partial(ops.attention_weights, q, self.k, lengths=self.lengths, positions=positions)
+    weights = functools.partial(
+      ops.attention_weights, q, self.k, lengths=self.lengths, segments=self.segments, positions=positions
+    )
     return _with_spec(weights, self.specs, self.local)
 
 
@@ -84,13 +91,18 @@ State = QueryKey | AttentionWeights
 
 
 def make_state(
-  config: ModelConfig, q: jax.Array, k: jax.Array, lengths: jax.Array | None, local: Local = False
+  config: ModelConfig,
+  q: jax.Array,
+  k: jax.Array,
+  lengths: jax.Array | None,
+  local: Local = False,
+  segments: jax.Array | None = None,
 ) -> State:
   """The state in the form that the config asks for, from rotary-encoded q ``[B, T, N, H]`` and k ``[B, T, K, H]``."""
   if isinstance(local, bool):
-    state = QueryKey(q, k, lengths, None, config.attention, (config.spec(local),))
+    state = QueryKey(q, k, lengths, segments, None, config.attention, (config.spec(local),))
   else:
-    state = QueryKey(q, k, lengths, local, config.attention, (config.spec(False), config.spec(True)))
+    state = QueryKey(q, k, lengths, segments, local, config.attention, (config.spec(False), config.spec(True)))
   return state if config.attention_state == "query_key" else AttentionWeights(state.weights())
 
 
@@ -104,23 +116,47 @@ def _with_spec(
 
 
 def _attend(
-  q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, backend: str, spec: ops.AttentionSpec
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  lengths: jax.Array | None,
+  segments: jax.Array | None,
+  backend: str,
+  spec: ops.AttentionSpec,
 ) -> jax.Array:
-  """`sa_jax.ops.attend`, of each device's rows and heads by itself where XLA cannot split it over the ambient mesh.
+  """`sa_jax.ops.attend`, of each device's queries, rows and heads by itself where XLA cannot split it over the mesh.
 
-  Rows and heads do not see each other, so this adds no communication. Inside a `jax.shard_map` of the caller's there is
-  nothing left to split.
+  Rows, heads and queries do not see each other, and a row's keys and values have been gathered, so this adds no
+  communication. Inside a `jax.shard_map` of the caller's there is nothing left to split.
   """
-  backend = ops.choose_backend(backend, q, k, spec=spec)
-  attend = lambda q, k, v, lengths: ops.attend(q, k, v, lengths=lengths, backend=backend, spec=spec)
   mesh = jax.sharding.get_abstract_mesh()
-  if ops.backends[backend].partitions or mesh.empty or mesh.manual_axes:
-    return attend(q, k, v, lengths)
+  splits = not mesh.empty and not mesh.manual_axes
+  along = _length_axis(mesh) if splits else None
+  rows = ops.Rows(packed=segments is not None, split=along is not None)
+  backend = ops.choose_backend(backend, q, k, spec=spec, rows=rows)
+  attend = functools.partial(ops.attend, backend=backend, spec=spec)
+  if not splits or (along is None and ops.backends[backend].partitions):
+    return attend(q, k, v, lengths=lengths, segments=segments)
   if not nn.get_logical_axis_rules():
     raise ValueError(
       f"the attention backend {backend!r} runs on a mesh only where the rules say how it is split: "
       "use `with sa_jax.sharding.on_mesh(mesh):`"
     )
-  queries, keys = (nn.logical_to_mesh_axes(("batch", "length", heads, "head_dim")) for heads in ("heads", "kv_heads"))
-  specs = (queries, keys, keys, nn.logical_to_mesh_axes(("batch",)))
-  return jax.shard_map(attend, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, lengths)
+
+  def of_a_device(q: jax.Array, *others: Any) -> jax.Array:
+    k, v, lengths, segments = others
+    offset = None if along is None else jax.lax.axis_index(along) * q.shape[1]
+    return attend(q, k, v, lengths=lengths, segments=segments, offset=offset)
+
+  axes = nn.logical_to_mesh_axes
+  queries, keys = axes(("batch", "length", "heads", "head_dim")), axes(("batch", None, "kv_heads", "head_dim"))
+  specs = (queries, keys, keys, axes(("batch",)), axes(("batch", None)))
+  split = jax.shard_map(of_a_device, in_specs=specs, out_specs=queries, check_vma=False)
+  return split(q, k, v, lengths, segments)
+
+
+def _length_axis(mesh: jax.sharding.AbstractMesh) -> str | tuple[str, ...] | None:
+  """The mesh axis over which the rules split the tokens of a row; None if there is none, or it is of size 1."""
+  (axis,) = nn.logical_to_mesh_axes(("length",)) if nn.get_logical_axis_rules() else (None,)
+  names = (axis,) if isinstance(axis, str) else axis or ()
+  return axis if math.prod(mesh.shape[name] for name in names) > 1 else None

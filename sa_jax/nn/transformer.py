@@ -7,9 +7,7 @@ one subtree a layer and is unrolled: decoding needs it, because a scan copies ea
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -18,16 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_jax.config import ModelConfig
-from sa_jax.nn.block import AnchorBlock, FollowerBlock
 from sa_jax.nn.cache import Cache
+from sa_jax.nn.layers import Layers, Runs
 from sa_jax.nn.norm import RMSNorm
-from sa_jax.nn.state import Local, State
-from sa_jax.plan import HeadMap, Run, SharingPlan
-
-_REMAT_POLICIES = {
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+from sa_jax.nn.state import State
+from sa_jax.plan import SharingPlan
 
 
 class Embed(nn.Module):
@@ -68,159 +61,6 @@ class Head(nn.Module):
       norms = jnp.linalg.norm(kernel.astype(jnp.float32), axis=0, keepdims=True)
       kernel = (kernel / jnp.maximum(norms, 1e-12).astype(kernel.dtype)).astype(kernel.dtype)
     return jnp.einsum("BTD,DV->BTV", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-
-
-def _with_heads(state: Any, head_map: HeadMap | jax.Array | None) -> Any:
-  """A state, in the form that it has, as a follower with this head map uses it."""
-  return state if head_map is None else state.take_heads(jnp.asarray(head_map, jnp.int32))
-
-
-def _remat(config: ModelConfig, step: Callable[..., Any], repeats: int) -> Callable[..., Any]:
-  """A step of a scan, as the config's ``remat`` has it; ``repeats`` is how often the compiled loops run it."""
-  if config.remat == "none":
-    return step
-  # A loop of one iteration is no loop to the compiler, which would find the recomputation superfluous.
-  return nn.remat(step, prevent_cse=repeats == 1, policy=_REMAT_POLICIES[config.remat])
-
-
-class Group(nn.Module):
-  """An anchor block and its followers; the state is broadcast into a scan over them.
-
-  Under remat the backward pass recomputes block by block, from each block's input and the anchor's state: to recompute
-  whole groups would take the activations of all followers at once. Attention weights are too large to keep one state a
-  group; with them, `Runs` recomputes whole groups.
-
-  Attributes:
-    config: the model.
-    followers: how many followers the group has.
-    groups: how many groups the scan around this one covers.
-  """
-
-  config: ModelConfig
-  followers: int
-  groups: int = 1
-
-  @nn.compact
-  def __call__(
-    self, x: jax.Array, lengths: jax.Array | None, local: Local = False, head_maps: jax.Array | None = None
-  ) -> jax.Array:
-    """``[B, T, D]`` → the same; ``head_maps`` int32 ``[followers, N]``, or None where no follower has one."""
-    anchor = self._remat(lambda block, x, lengths: block(x, lengths, local), self.groups)
-    x, state = anchor(AnchorBlock(self.config, name="anchor"), x, lengths)
-    if self.followers:
-      follower = self._remat(lambda block, x, state: block(x, state), self.groups * self.followers)
-      scan = nn.scan(
-        lambda block, x, state, head_map: (follower(block, x, _with_heads(state, head_map)), None),
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(nn.broadcast, 0),
-        length=self.followers,
-        metadata_params={nn.PARTITION_NAME: "followers"},
-      )
-      x, _ = scan(FollowerBlock(self.config, name="followers"), x, state, head_maps)
-    return x
-
-  def _remat(self, block: Callable[..., Any], repeats: int) -> Callable[..., Any]:
-    return block if self.config.attention_state == "attention_weights" else _remat(self.config, block, repeats)
-
-
-class Runs(nn.Module):
-  """The layers in the run layout: a loop over runs, a scan over each run's groups.
-
-  The attention state lives inside a group and never enters the outer scan's carry.
-  """
-
-  config: ModelConfig
-  plan: SharingPlan
-
-  @nn.compact
-  def __call__(self, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    """``[B, T, D]`` → the same."""
-    for index, run in enumerate(self.plan.runs):
-      # Where the run's groups differ in kind, each tells its own: one program, whatever the pattern and the depth.
-      kinds = [layer in self.config.local_layers for layer in run.layers if self.plan.is_anchor(layer)]
-      kind = kinds[0] if len(set(kinds)) == 1 else None
-      step: Callable[..., Any] = functools.partial(_group_step, kind)
-      if self.config.attention_state == "attention_weights":
-        step = _remat(self.config, step, run.groups)
-      scan = nn.scan(
-        step,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(nn.broadcast, 0),
-        length=run.groups,
-        metadata_params={nn.PARTITION_NAME: "groups"},
-      )
-      local = jnp.asarray(kinds) if kind is None else None
-      group = Group(self.config, run.followers, run.groups, name=str(index))
-      x, _ = scan(group, x, lengths, (local, self._head_maps(run)))
-    return x
-
-  def _head_maps(self, run: Run) -> jax.Array | None:
-    """The head maps of a run's followers, int32 ``[groups, followers, N]``; None if it has none."""
-    followers = [layer for layer in run.layers if not self.plan.is_anchor(layer)]
-    maps = [self.plan.head_map_of(layer) for layer in followers]
-    if not any(maps):
-      return None
-    filled = [tuple(range(self.config.num_heads)) if entry is None else entry for entry in maps]
-    return jnp.asarray(filled, jnp.int32).reshape(run.groups, run.followers, self.config.num_heads)
-
-
-def _group_step(
-  kind: bool | None,
-  group: Group,
-  x: jax.Array,
-  lengths: jax.Array | None,
-  own: tuple[jax.Array | None, jax.Array | None],
-) -> tuple[jax.Array, None]:
-  """One step of the scan over a run's groups: of the kind that all of them are or of its own, with its head maps."""
-  local, head_maps = own
-  return group(x, lengths, local if kind is None else kind, head_maps), None
-
-
-class Layers(nn.Module):
-  """The layers in the layer layout, unrolled."""
-
-  config: ModelConfig
-  plan: SharingPlan
-
-  def setup(self) -> None:
-    self.blocks: list[Any] = [
-      (AnchorBlock if self.plan.is_anchor(layer) else FollowerBlock)(self.config, name=str(layer))
-      for layer in range(self.plan.num_layers)
-    ]
-
-  def __call__(self, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    """``[B, T, D]`` → the same."""
-    return self.prefill(x, lengths)[0]
-
-  def prefill(self, x: jax.Array, lengths: jax.Array | None) -> tuple[jax.Array, Cache, tuple[State, ...]]:
-    """`__call__` that also returns the cache of the T tokens, and the state that each layer used."""
-    caches, states = [], []
-    for layer, block in enumerate(self.blocks):
-      if isinstance(block, AnchorBlock):
-        x, state, cache = block.prefill(x, lengths, layer in self.config.local_layers)
-        used = state
-      else:
-        used = _with_heads(state, self.plan.head_map_of(layer))
-        x, cache = block.prefill(x, used)
-      caches.append(cache)
-      states.append(used)
-    return x, Cache(tuple(caches)), tuple(states)
-
-  def extend(self, x: jax.Array, cache: Cache, positions: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
-    """New tokens, ``[B, T, D]``, at int32 ``positions [B, T]`` of the cache, in rows of int32 ``lengths [B]``."""
-    caches = list(cache.layers)
-    for anchor, followers in self.plan.groups:
-      block, local = self.blocks[anchor], anchor in self.config.local_layers
-      if not followers and x.shape[1] == 1:
-        x, caches[anchor] = block.step_alone(x, caches[anchor], positions[:, 0], local)
-        continue
-      x, state, caches[anchor] = block.extend(x, caches[anchor], positions, lengths, local)
-      for layer in followers:
-        used = _with_heads(state, self.plan.head_map_of(layer))
-        x, caches[layer] = self.blocks[layer].extend(x, used, caches[layer], positions)
-    return x, Cache(tuple(caches))
 
 
 class Frame(nn.Module):
@@ -268,27 +108,32 @@ class Transformer(Frame):
     self.layers = Layers(self.config, self.plan)
     self.runs = Runs(self.config, self.plan)
 
-  def __call__(self, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+  def __call__(
+    self, tokens: jax.Array, lengths: jax.Array | None = None, segments: jax.Array | None = None
+  ) -> jax.Array:
     """Next-token logits at every position, with parameters in either layout.
 
     Args:
       tokens: int32 ``[B, T]``; rows may be right-padded.
       lengths: int32 ``[B]``, or None when rows are full. Logits at or past a row's length mean nothing.
+      segments: int32 ``[B, T]``, the document of each token of packed rows, each a stretch of the row; None when a row
+        is one document. A token sees its own document only.
 
     Returns:
       float32 ``[B, T, V]``.
 
     Raises:
       ValueError: outside `jax.jit`, if a token is not in the vocabulary (inside it, its row's logits are NaN) or a
-        length is not in 1 to T.
+        length is not in 1 to T; if rows are packed and the rotary embedding depends on a sequence's length.
     """
-    return self.logits(self.hidden(tokens, lengths))
+    return self.logits(self.hidden(tokens, lengths, segments))
 
-  def hidden(self, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+  def hidden(self, tokens: jax.Array, lengths: jax.Array | None = None, segments: jax.Array | None = None) -> jax.Array:
     """What the head reads: the normalised last hidden states ``[B, T, D]``; arguments as in `__call__`."""
     check_tokens(tokens, lengths, self.config.vocab_size)
+    check_segments(self.config, tokens, segments)
     stack = self.layers if self.has_variable("params", "layers") else self.runs
-    return self.final_norm(stack(self.embed(jnp.asarray(tokens)), lengths))
+    return self.final_norm(stack(self.embed(jnp.asarray(tokens)), lengths, segments))
 
   def init_layers(self, tokens: jax.Array) -> jax.Array:
     """`__call__` for ``init`` to make the layer layout: ``model.init(key, tokens, method="init_layers")``."""
@@ -347,6 +192,51 @@ class Transformer(Frame):
     return self.final_norm(x), cache
 
 
+class GradualTransformer(Transformer):
+  """A `Transformer` whose followers have kept their own queries and keys and use them in part.
+
+  Its parameters are the dense model's, stacked by the plan (`sa_jax.params.stack_unpruned`), in the run layout.
+  """
+
+  def __post_init__(self) -> None:
+    if self.config.attention_state != "query_key":
+      raise ValueError("followers mix attention with the state 'query_key' only; set attention_state to it")
+    super().__post_init__()
+
+  def __call__(
+    self,
+    tokens: jax.Array,
+    lengths: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    share: jax.Array | float = 1.0,
+  ) -> jax.Array:
+    """Next-token logits; ``share`` as in `hidden`, the rest as in `Transformer`."""
+    return self.logits(self.hidden(tokens, lengths, segments, share))
+
+  def hidden(
+    self,
+    tokens: jax.Array,
+    lengths: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    share: jax.Array | float = 1.0,
+  ) -> jax.Array:
+    """What the head reads.
+
+    Args:
+      tokens: as in `Transformer`.
+      lengths: as in `Transformer`.
+      segments: as in `Transformer`.
+      share: how much of a follower's attention weights are its anchor's, the rest being its own: 0 is the dense model,
+        1 the plan's. A plain 0.0 is not computed with.
+
+    Returns:
+      ``[B, T, D]``.
+    """
+    check_tokens(tokens, lengths, self.config.vocab_size)
+    check_segments(self.config, tokens, segments)
+    return self.final_norm(self.runs(self.embed(jnp.asarray(tokens)), lengths, segments, share))
+
+
 def check_plan(config: ModelConfig, plan: SharingPlan) -> None:
   """Checks that the model can share attention by the plan.
 
@@ -366,6 +256,24 @@ def check_plan(config: ModelConfig, plan: SharingPlan) -> None:
       f"of its own kind. This model's local layers are {list(config.local_layers)}"
     )
   plan.check_heads(config.num_heads)
+
+
+def check_segments(config: ModelConfig, tokens: jax.Array, segments: jax.Array | None) -> None:
+  """Checks that rows may be packed as they are.
+
+  Raises:
+    ValueError: if the model cannot read packed rows, or segments are not one integer a token.
+  """
+  if segments is None:
+    return
+  if segments.shape != tokens.shape or not jnp.issubdtype(segments.dtype, jnp.integer):
+    raise ValueError(
+      f"segments are integers, one a token, {tokens.shape}; not {segments.dtype} of shape {segments.shape}"
+    )
+  if any(rope is not None and rope.scaling == "dynamic" for rope in (config.rope, config.local_rope)):
+    raise ValueError(
+      "the dynamic rotary embedding depends on a document's length: give each document a row of its own, not segments"
+    )
 
 
 def check_tokens(tokens: Any, lengths: Any, vocab_size: int) -> None:

@@ -2,6 +2,7 @@
 
 from sa_jax.ops.attention import (
   AttentionSpec,
+  Rows,
   apply_weights,
   attend,
   attention_weights,
@@ -13,12 +14,14 @@ from sa_jax.ops.attention import (
   write_slot,
 )
 from sa_jax.ops.glu import gated_linear, has_gated_linear
-from sa_jax.ops.loss import next_token_loss, token_log_likelihoods
+from sa_jax.ops.loss import Head, distillation_loss, next_token_loss, token_log_likelihoods
 from sa_jax.ops.norm import rms_norm, rms_norm_about_one
 from sa_jax.ops.rope import RopeConfig, apply_rope, rope_frequencies
 
 __all__ = [
   "AttentionSpec",
+  "Rows",
+  "Head",
   "RopeConfig",
   "apply_rope",
   "apply_weights",
@@ -29,6 +32,7 @@ __all__ = [
   "decode_apply",
   "decode_attend",
   "decode_weights",
+  "distillation_loss",
   "gated_linear",
   "has_gated_linear",
   "next_token_loss",

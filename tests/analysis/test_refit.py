@@ -147,3 +147,12 @@ def test_other_families(params):
     refit(dense, made, plan, TOKENS, Refit(mlp=True))
   with pytest.raises(ValueError, match="different keys"):
     refit(dense, made, sa_jax.SharingPlan.parse("1:2", 5), TOKENS)
+
+
+def test_head_maps_by_refit_error_need_few_heads():
+  for name, fits in (("smollm2-135m", True), ("llama-3-8b", False), ("llama-2-7b", False)):
+    config = ModelConfig.preset(name)
+    assert align.can_map_by_refit(config) is fits
+    if not fits:
+      with pytest.raises(ValueError, match="too many features to choose head maps by refit error: choose"):
+        Refit(maps=True).check(config)

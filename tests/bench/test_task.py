@@ -27,4 +27,18 @@ def test_a_task_that_fails_says_why():
 
 def test_peers_are_refused_where_there_are_none(capsys):
   assert main(["bench", "prefill", "--peers", "hf-compiled"]) == 2
-  assert "peers are timed in decode and train, not in prefill" in capsys.readouterr().err
+  assert "peers are timed in decode, train and step, not in prefill" in capsys.readouterr().err
+
+
+def test_a_train_step_is_measured(monkeypatch):
+  from sa_jax import ModelConfig, cost
+  from sa_jax.bench import ours
+  from sa_jax.config import PRESETS
+  from tests import tiny
+
+  monkeypatch.setitem(PRESETS, "tiny", tiny.config())
+  result = ours.step(Task("step", "tiny", "0:1", batch=2, seq_len=8, layers=2, repeats=2))
+  assert result.work == 3 * cost(ModelConfig.preset("tiny", num_layers=2), "0:1", 2, 8).flops
+  assert result.low <= result.seconds <= result.high
+  assert "tokens/s, MFU" in result.detail
+  assert result.temp_bytes > 0

@@ -46,6 +46,15 @@ def test_generate_says_what_the_reference_says(folder, expected, tmp_path):
   assert [result["tokens"] for result in results] == expected["greedy_tokens"].tolist()
 
 
+def test_generate_prints_one_continuation_as_it_comes(folder, expected, tmp_path, capsys):
+  prompt = " ".join(map(str, expected["input_ids"][0][expected["attention_mask"][0] == 1]))
+  out = tmp_path / "out.json"
+  assert main(["generate", str(folder), prompt, "--plan", PLAN, "--max-new-tokens", "24", "--json", str(out)]) == 0
+  (result,) = json.loads(out.read_text())["results"]
+  assert result["tokens"] == expected["greedy_tokens"][0].tolist()
+  assert capsys.readouterr().out.startswith(result["text"] + "\n")
+
+
 def test_perplexity_is_the_reference_s_loss(folder, expected, tmp_path, capsys):
   text, out = tmp_path / "text.txt", tmp_path / "out.json"
   text.write_text(" ".join(map(str, expected["input_ids"].ravel())))

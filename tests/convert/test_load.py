@@ -317,6 +317,19 @@ class TestCheckpoint:
     ):
       sa_jax.from_pretrained(tmp_path / "twice", "0:1")
 
+  def test_stored_head_maps_stay_with_their_pairs(self, tmp_path, pristine):
+    heads = sa_jax.from_pretrained(pristine)[0].config.num_heads
+    reverse, first = tuple(range(heads))[::-1], (0,) * heads
+    stored = SharingPlan.parse("0:1-2", 3).with_head_maps({1: reverse, 2: first})
+    dst = tmp_path / "mapped"
+    sa_jax.convert(pristine, dst, SharingPlan.parse("0:1", 3).with_head_maps({1: reverse}), None)
+    # By a string, whose layer 1 follows 0 as stored and whose layer 2 has no stored map.
+    for plan in ("0:1-2", [0, 0, 0]):
+      assert sa_jax.from_pretrained(dst, plan)[0].plan == SharingPlan.parse("0:1-2", 3).with_head_maps({1: reverse})
+    # By a plan: exactly that one.
+    for plan in (SharingPlan.parse("0:1-2", 3), stored):
+      assert sa_jax.from_pretrained(dst, plan)[0].plan == plan
+
   def test_pruned_is_smaller_on_disk(self, tmp_path, pristine, params):
     """Followers' queries and keys are not stored at all."""
     plan = SharingPlan.parse("0:1-2", 3)

@@ -10,7 +10,7 @@ import pytest
 
 import sa_jax
 from sa_jax import Transformer, stack
-from sa_jax.decode import DecodeState, Sampler, decode, prefill, right_pad, to_right_padded
+from sa_jax.decode import DecodeState, Sampler, decode, prefill, right_pad, stream, to_right_padded
 from sa_jax.nn import Cache
 from tests import tiny
 
@@ -54,6 +54,14 @@ def without_a_cache(model, params, prompts, new: int) -> np.ndarray:
     tokens[rows, lengths] = np.asarray(logits_of(model, params, tokens, lengths))[rows, lengths - 1].argmax(axis=-1)
     lengths = lengths + 1
   return np.stack([tokens[row, len(prompt) : len(prompt) + new] for row, prompt in enumerate(prompts)])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stream_is_what_generate_gives_the_prompt_alone(model, params, temperature):
+  parts = list(stream(model, params, PROMPTS[0], NEW, temperature, seed=3, chunk=2))
+  out = sa_jax.generate(model, params, np.array([PROMPTS[0]]), None, NEW, temperature, seed=3)
+  assert [token for part in parts for token in part] == out.tokens[0].tolist()
+  assert [len(part) for part in parts] == [3, 2, 1]
 
 
 def test_greedy_equals_forward_passes(model, params, greedy):

@@ -35,7 +35,7 @@ def implementations() -> list[Implementation]:
 
 
 def _with_block(q, k, v, lengths, block):
-  return blockwise.attend(q, k, v, lengths, AttentionSpec(), block)
+  return blockwise.attend(q, k, v, lengths, AttentionSpec(), block=block)
 
 
 def _named(q, k, v, lengths, backend):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from sa_jax import ops
@@ -39,6 +40,91 @@ def test_count_is_the_weight_of_what_is_predicted():
   assert tokens == 2 * 10
   assert total.dtype == unweighted.dtype == jnp.float32
   np.testing.assert_allclose(unweighted, plain(HIDDEN, KERNEL, np.ones_like(WEIGHTS)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [3, None])
+def test_z_loss(chunk):
+  """Against optax, value and gradient: the squared log-normaliser, weighted."""
+
+  def ours(hidden):
+    head = lambda hidden: hidden @ KERNEL
+    return ops.next_token_loss(head, hidden, jnp.asarray(TOKENS), jnp.asarray(WEIGHTS), z_loss=0.1, chunk=chunk)[0]
+
+  def want(hidden):
+    logits, targets = (hidden @ KERNEL)[:, :-1], jnp.asarray(TOKENS)[:, 1:]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return ((losses + 0.1 * jax.nn.logsumexp(logits, axis=-1) ** 2) * WEIGHTS[:, 1:]).sum()
+
+  for got, expected in zip(jax.value_and_grad(ours)(HIDDEN), jax.value_and_grad(want)(HIDDEN)):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+TEACHER = RNG.normal(size=(2, 11, 5)).astype(np.float32)
+TEACHER_KERNEL = RNG.normal(size=(5, 17)).astype(np.float32)
+
+
+def distilled(hidden, kernel, teacher=TEACHER, **how):
+  heads = lambda hidden: hidden @ kernel, lambda hidden: hidden @ TEACHER_KERNEL
+  arrays = jnp.asarray(TOKENS), jnp.asarray(WEIGHTS)
+  return ops.distillation_loss(heads[0], hidden, heads[1], jnp.asarray(teacher), *arrays, **how)[0]
+
+
+@pytest.mark.parametrize(("temperature", "alpha", "chunk"), [(1.0, 1.0, 4), (2.5, 0.3, 11), (0.7, 0.0, None)])
+def test_distillation(temperature, alpha, chunk):
+  """The divergence by NumPy's formula in float64; the gradient by jax of optax's."""
+  log_softmax = lambda x: x - np.log(np.exp(x).sum(-1, keepdims=True))
+  student, teacher = (np.float64(h @ k)[:, :-1] for h, k in ((HIDDEN, KERNEL), (TEACHER, TEACHER_KERNEL)))
+  p, q = log_softmax(teacher / temperature), log_softmax(student / temperature)
+  entropies = -np.take_along_axis(log_softmax(student), TOKENS[:, 1:, None], -1)[..., 0]
+  losses = (1 - alpha) * entropies + alpha * temperature**2 * (np.exp(p) * (p - q)).sum(-1)
+  ours = lambda hidden, kernel: distilled(hidden, kernel, temperature=temperature, alpha=alpha, chunk=chunk)
+  value, gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(HIDDEN, KERNEL)
+  np.testing.assert_allclose(value, (losses * WEIGHTS[:, 1:]).sum(), rtol=1e-5)
+
+  def by_optax(hidden, kernel):
+    logits, targets = (hidden @ kernel)[:, :-1], jax.nn.softmax((TEACHER @ TEACHER_KERNEL)[:, :-1] / temperature)
+    divergence = optax.losses.kl_divergence(jax.nn.log_softmax(logits / temperature), targets)
+    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(TOKENS)[:, 1:])
+    return (((1 - alpha) * entropy + alpha * temperature**2 * divergence) * WEIGHTS[:, 1:]).sum()
+
+  for got, want in zip(gradients, jax.jit(jax.grad(by_optax, argnums=(0, 1)))(HIDDEN, KERNEL)):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_teacher_gets_no_gradient():
+  assert not jax.grad(lambda teacher: distilled(jnp.asarray(HIDDEN), KERNEL, teacher))(TEACHER).any()
+
+
+def test_distillation_refuses():
+  for how in ({"temperature": 0.0}, {"alpha": 1.5}):
+    with pytest.raises(ValueError, match="temperature is positive and alpha from 0 to 1"):
+      distilled(jnp.asarray(HIDDEN), KERNEL, **how)
+  with pytest.raises(ValueError, match=r"the same tokens, not \(2, 7\) and \(2, 11\)"):
+    distilled(jnp.asarray(HIDDEN), KERNEL, TEACHER[:, :7])
+
+
+@pytest.mark.parametrize("teach", [False, True])
+def test_temporaries_do_not_grow_with_the_vocabulary(monkeypatch, teach):
+  """When the caller does not choose the chunk, it is the shorter the larger the vocabulary."""
+  monkeypatch.setattr("sa_jax.ops.loss._LOGITS", 2**16)
+  length, embed = 1024, 2
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+  def loss(hidden, kernel, teacher, tokens):
+    head = lambda kernel: lambda hidden: hidden @ kernel
+    if teach:
+      return ops.distillation_loss(head(kernel), hidden, head(teacher), hidden, tokens, alpha=0.5)[0]
+    return ops.next_token_loss(head(kernel), hidden, tokens)[0]
+
+  def temporaries(vocab):
+    arrays = shape(1, length, embed), shape(embed, vocab), shape(embed, vocab)
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arrays, jax.ShapeDtypeStruct((1, length), jnp.int32))
+    return compiled.compile().memory_analysis().temp_size_in_bytes
+
+  small, large = temporaries(2**10), temporaries(2**14)
+  # The kernel's own gradient is added up over chunks; the logits would take 60 MB more.
+  assert large - small <= 4 * (2**14 - 2**10) * embed * 4
+  assert large < length * 2**14 * 4 / 16
 
 
 def test_memory_is_that_of_one_chunk():

@@ -5,12 +5,13 @@
 """
 
 from sa_jax.ops.attention.decode import decode_apply, decode_attend, decode_weights, write_slot
-from sa_jax.ops.attention.dispatch import attend, backends, choose_backend
+from sa_jax.ops.attention.dispatch import Rows, attend, backends, choose_backend
 from sa_jax.ops.attention.reference import apply_weights, attention_weights
 from sa_jax.ops.attention.spec import AttentionSpec
 
 __all__ = [
   "AttentionSpec",
+  "Rows",
   "apply_weights",
   "attend",
   "attention_weights",

@@ -6,28 +6,54 @@ algorithm 4). Loops over blocks run from the window's edge to the diagonal, so w
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from sa_jax.ops.attention.reference import MASKED, visible
+from sa_jax.ops.attention.reference import MASKED, Segments, segments_at, visible
 from sa_jax.ops.attention.spec import AttentionSpec
 
 _BLOCK = 256
 
 
+class _Rows(NamedTuple):
+  """What, besides the spec, decides which keys a query sees.
+
+  Attributes:
+    lengths: int32 ``[B]``.
+    offset: int32 ``[]``, the slot of the first query among the keys.
+    segments: the documents of queries and keys, or None.
+  """
+
+  lengths: jax.Array
+  offset: jax.Array
+  segments: Segments | None
+
+
 def attend(
-  q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, spec: AttentionSpec, block: int = _BLOCK
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  lengths: jax.Array | None,
+  spec: AttentionSpec,
+  segments: jax.Array | None = None,
+  offset: jax.Array | None = None,
+  block: int = _BLOCK,
 ) -> jax.Array:
   """Blockwise attention; shapes as in `sa_jax.ops.attend`. ``block`` is the block length in tokens."""
   batch, length, heads, head_dim = q.shape
   block = min(block, length)
-  padded = -length % block
-  pad = lambda x: jnp.pad(x, ((0, 0), (0, padded), (0, 0), (0, 0)))
+  pad = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)) + ((0, 0),) * (x.ndim - 2))
   if lengths is None:
-    lengths = jnp.full((batch,), length, jnp.int32)
-  grouped = pad(q).reshape(batch, length + padded, k.shape[2], heads // k.shape[2], head_dim)
-  out = _attend(grouped, pad(k), pad(v), lengths, spec, block)
+    lengths = jnp.full((batch,), k.shape[1], jnp.int32)
+  start = jnp.int32(0) if offset is None else offset
+  pair = None
+  if segments is not None:
+    pair = (pad(segments_at(segments, start + jnp.arange(length))), pad(segments))
+  padded = pad(q)
+  grouped = padded.reshape(batch, padded.shape[1], k.shape[2], heads // k.shape[2], head_dim)
+  out = _attend(grouped, pad(k), pad(v), _Rows(lengths, start, pair), spec, block)
   return out[:, :length].reshape(q.shape)
 
 
@@ -42,24 +68,37 @@ def _unblocks(x: jax.Array) -> jax.Array:
   return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _scores(
-  q: jax.Array, k: jax.Array, i: jax.Array, j: jax.Array, lengths: jax.Array, spec: AttentionSpec
-) -> jax.Array:
+def _scores(q: jax.Array, k: jax.Array, i: jax.Array, j: jax.Array, rows: _Rows, spec: AttentionSpec) -> jax.Array:
   """Masked float32 scores ``[B, K, G, block, block]`` of query block ``i`` against key block ``j``."""
   block, head_dim = q.shape[1], q.shape[-1]
   scores = spec.scores(jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32), head_dim)
-  seen = visible(i * block + jnp.arange(block), j * block + jnp.arange(block), lengths, spec.window)
+  segments = None
+  if rows.segments is not None:
+    of_queries, of_keys = (
+      jax.lax.dynamic_slice_in_dim(x, n * block, block, axis=1) for x, n in zip(rows.segments, (i, j))
+    )
+    segments = of_queries, of_keys
+  positions = jnp.arange(block)
+  seen = visible(rows.offset + i * block + positions, j * block + positions, rows.lengths, spec.window, segments)
   return jnp.where(seen[:, None, None], scores, MASKED)
 
 
-def _first_key_block(i: jax.Array, block: int, spec: AttentionSpec) -> jax.Array | int:
-  """The first key block that some query of block ``i`` sees."""
-  return 0 if spec.window is None else jnp.maximum(i * block - (spec.window - 1), 0) // block
+def _key_blocks(
+  i: jax.Array, offset: jax.Array, block: int, spec: AttentionSpec, blocks: int
+) -> tuple[jax.Array | int, jax.Array]:
+  """The first and one past the last of the key blocks that queries of block ``i`` see."""
+  slot = offset + i * block
+  first = 0 if spec.window is None else jnp.maximum(slot - (spec.window - 1), 0) // block
+  return first, jnp.minimum((slot + block - 1) // block + 1, blocks)
 
 
-def _end_query_block(j: jax.Array, block: int, spec: AttentionSpec, blocks: int) -> jax.Array | int:
-  """One past the last query block that sees some key of block ``j``."""
-  return blocks if spec.window is None else jnp.minimum((j * block + block + spec.window - 2) // block + 1, blocks)
+def _query_blocks(
+  j: jax.Array, offset: jax.Array, block: int, spec: AttentionSpec, blocks: int
+) -> tuple[jax.Array, jax.Array | int]:
+  """The first and one past the last of the query blocks that see keys of block ``j``."""
+  slot = j * block - offset
+  end = blocks if spec.window is None else jnp.minimum((slot + block + spec.window - 2) // block + 1, blocks)
+  return jnp.maximum(slot, 0) // block, end
 
 
 def _to_heads_last(x: jax.Array) -> jax.Array:
@@ -68,13 +107,13 @@ def _to_heads_last(x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, spec: AttentionSpec, block: int) -> jax.Array:
-  return _forward(q, k, v, lengths, spec, block)[0]
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, rows: _Rows, spec: AttentionSpec, block: int) -> jax.Array:
+  return _forward(q, k, v, rows, spec, block)[0]
 
 
 def _forward(
-  q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, spec: AttentionSpec, block: int
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  q: jax.Array, k: jax.Array, v: jax.Array, rows: _Rows, spec: AttentionSpec, block: int
+) -> tuple[jax.Array, tuple[Any, ...]]:
   """Output ``[B, T, K, G, H]`` and the residuals of the backward pass."""
   q_blocks, k_blocks, v_blocks = _blocks(q, block), _blocks(k, block), _blocks(v, block)
 
@@ -83,7 +122,7 @@ def _forward(
 
     def key_block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
       accumulated, maximum, total = carry
-      scores = _scores(q_i, k_blocks[j], i, j, lengths, spec)
+      scores = _scores(q_i, k_blocks[j], i, j, rows, spec)
       new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
       weights = jnp.exp(scores - new_maximum[..., None])
       shrink = jnp.exp(maximum - new_maximum)
@@ -92,25 +131,26 @@ def _forward(
       return accumulated, new_maximum, total * shrink + weights.sum(axis=-1)
 
     batch, _, kv_heads, group, head_dim = q_i.shape
-    rows = (batch, kv_heads, group, block)
+    queries = (batch, kv_heads, group, block)
     start = (
       jnp.zeros((batch, block, kv_heads, group, head_dim), jnp.float32),
-      jnp.full(rows, MASKED, jnp.float32),
-      jnp.zeros(rows, jnp.float32),
+      jnp.full(queries, MASKED, jnp.float32),
+      jnp.zeros(queries, jnp.float32),
     )
-    accumulated, maximum, total = jax.lax.fori_loop(_first_key_block(i, block, spec), i + 1, key_block, start)
+    seen = _key_blocks(i, rows.offset, block, spec, len(k_blocks))
+    accumulated, maximum, total = jax.lax.fori_loop(*seen, key_block, start)
     out = accumulated / _to_heads_last(total)[..., None]
     return carry, (out.astype(v.dtype), maximum + jnp.log(total))
 
   _, (out, log_sums) = jax.lax.scan(query_block, None, (jnp.arange(len(q_blocks)), q_blocks))
   out = _unblocks(out)
-  return out, (q, k, v, lengths, out, log_sums)
+  return out, (q, k, v, rows, out, log_sums)
 
 
 def _backward(
-  spec: AttentionSpec, block: int, residuals: tuple[jax.Array, ...], d_out: jax.Array
+  spec: AttentionSpec, block: int, residuals: tuple[Any, ...], d_out: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-  q, k, v, lengths, out, log_sums = residuals
+  q, k, v, rows, out, log_sums = residuals
   q_blocks, k_blocks, v_blocks, d_out_blocks = (_blocks(x, block) for x in (q, k, v, d_out))
   # D = rowsum(dO ∘ O), the softmax Jacobian's rank-one part.
   inner = jnp.einsum("BTKGH,BTKGH->BKGT", d_out, out, preferred_element_type=jnp.float32)
@@ -122,7 +162,7 @@ def _backward(
 
     def query_block(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
       dq, dk_j, dv_j = carry
-      scores = _scores(q_blocks[i], k_j, i, j, lengths, spec)
+      scores = _scores(q_blocks[i], k_j, i, j, rows, spec)
       weights = jnp.exp(scores - log_sums[i][..., None])
       d_weights = jnp.einsum("BTKGH,BSKH->BKGTS", d_out_blocks[i], v_j, preferred_element_type=jnp.float32)
       d_scores = weights * (d_weights - inner_blocks[i][..., None]) * scale
@@ -136,9 +176,8 @@ def _backward(
       return dq.at[i].add(product("BKGTS,BSKH->BTKGH", d_scores, k_j)), dk_j, dv_j
 
     zeros = jnp.zeros(k_j.shape, jnp.float32)
-    dq, dk_j, dv_j = jax.lax.fori_loop(
-      j, _end_query_block(j, block, spec, len(q_blocks)), query_block, (dq, zeros, zeros)
-    )
+    seen = _query_blocks(j, rows.offset, block, spec, len(q_blocks))
+    dq, dk_j, dv_j = jax.lax.fori_loop(*seen, query_block, (dq, zeros, zeros))
     return dq, (dk_j.astype(k.dtype), dv_j.astype(v.dtype))
 
   dq, (dk, dv) = jax.lax.scan(

@@ -1,5 +1,7 @@
 """One `attend`, and the choice of how to compute it."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,22 +15,34 @@ from sa_jax.ops.attention.spec import AttentionSpec
 _LOG = logging.getLogger("sa_jax")
 
 
+class Rows(NamedTuple):
+  """What the rows of a call are like.
+
+  Attributes:
+    packed: whether they hold several documents, told apart by segments.
+    split: whether a call has part of each row's queries, and all of its keys.
+  """
+
+  packed: bool = False
+  split: bool = False
+
+
 class Backend(NamedTuple):
   """A way to compute attention.
 
   Attributes:
-    attend: the function.
-    unsupported: from platform, q and spec, why it cannot compute the call, or None when it can.
+    attend: the function; of q, k, v, lengths, spec, segments and offset.
+    unsupported: from platform, q, spec and `Rows`, why it cannot compute the call, or None when it can.
     partitions: whether XLA can split it over a mesh; what it cannot split runs under `jax.shard_map`, as
       `sa_jax.nn.QueryKey` does.
   """
 
-  attend: Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, AttentionSpec], jax.Array]
-  unsupported: Callable[[str, jax.Array, AttentionSpec], str | None]
+  attend: Callable[..., jax.Array]
+  unsupported: Callable[[str, jax.Array, AttentionSpec, Rows], str | None]
   partitions: bool = True
 
 
-def _cudnn_unsupported(platform: str, q: jax.Array, spec: AttentionSpec) -> str | None:
+def _cudnn_unsupported(platform: str, q: jax.Array, spec: AttentionSpec, rows: Rows = Rows()) -> str | None:
   if platform not in ("gpu", "cuda"):
     return f"it runs on NVIDIA GPUs, and this is {platform}"
   if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -37,11 +51,18 @@ def _cudnn_unsupported(platform: str, q: jax.Array, spec: AttentionSpec) -> str 
     return f"it takes head dimensions that are multiples of 8 up to 128, and q has {q.shape[-1]}"
   if spec.softcap is not None:
     return f"it has no soft cap of scores, and this attention has one of {spec.softcap}"
-  return None
+  if rows.packed:
+    return "it has no segments, and these rows hold several documents"
+  return _SPLIT if rows.split else None
 
 
-def _splash_unsupported(platform: str, q: jax.Array, spec: AttentionSpec) -> str | None:  # noqa: ARG001
-  return None if platform == "tpu" else f"it runs on TPUs, and this is {platform}"
+def _splash_unsupported(platform: str, q: jax.Array, spec: AttentionSpec, rows: Rows = Rows()) -> str | None:  # noqa: ARG001
+  if platform != "tpu":
+    return f"it runs on TPUs, and this is {platform}"
+  return _SPLIT if rows.split else None
+
+
+_SPLIT = "its causal mask begins with the first key, and here rows are split over devices"
 
 
 # The fused ones first, the fastest of those that a platform has before the others.
@@ -63,7 +84,12 @@ def _platform() -> str:
 
 
 def choose_backend(
-  name: str, q: jax.Array, k: jax.Array, platform: str | None = None, spec: AttentionSpec = AttentionSpec()
+  name: str,
+  q: jax.Array,
+  k: jax.Array,
+  platform: str | None = None,
+  spec: AttentionSpec = AttentionSpec(),
+  rows: Rows = Rows(),
 ) -> str:
   """The backend that `attend` will use for these arrays.
 
@@ -73,19 +99,20 @@ def choose_backend(
     k: ``[B, T, K, H]`` (array or shape).
     platform: ``cpu``, ``gpu`` or ``tpu``; when None, the ambient mesh's (`jax.set_mesh`) or else the default backend's.
     spec: window, soft cap and scale.
+    rows: whether they are packed or split.
 
   Raises:
     ValueError: if there is no backend of that name, or it cannot compute this call (the reason is given).
   """
   platform = platform or _platform()
   if name == "auto":
-    fused = next(name for name, backend in backends.items() if backend.unsupported(platform, q, spec) is None)
+    fused = next(name for name, backend in backends.items() if backend.unsupported(platform, q, spec, rows) is None)
     chosen = "reference" if fused == "blockwise" and k.shape[1] <= _SHORT else fused
     _LOG.debug("attention of q %s, k %s, %s on %s: %s", q.shape, k.shape, q.dtype, platform, chosen)
     return chosen
   if name not in backends:
     raise ValueError(f"no attention backend {name!r}; there are auto, {', '.join(backends)}")
-  if reason := backends[name].unsupported(platform, q, spec):
+  if reason := backends[name].unsupported(platform, q, spec, rows):
     raise ValueError(f"the attention backend {name!r} cannot compute this: {reason}; 'auto' chooses one that can")
   return name
 
@@ -96,19 +123,24 @@ def attend(
   v: jax.Array,
   *,
   lengths: jax.Array | None = None,
+  segments: jax.Array | None = None,
+  offset: jax.Array | None = None,
   backend: str = "auto",
   spec: AttentionSpec = AttentionSpec(),
 ) -> jax.Array:
   """Causal attention ``softmax(q kᵀ / sqrt(H) + mask) v`` over whole sequences.
 
-  Query ``t`` sees keys 0 to ``t``, of a right-padded row only those before its length. With q and k of an anchor layer
+  Query ``t`` sees keys 0 to ``t``, of a right-padded row only those before its length, of a packed row only those of
+  its document. With q and k of an anchor layer
   and v of a follower, this is the follower's attention (Liao & Vargas, arXiv 2407.12866).
 
   Args:
     q: ``[B, T, N, H]``.
-    k: ``[B, T, K, H]``, N a multiple of K.
-    v: ``[B, T, K, H]``.
+    k: ``[B, S, K, H]``, N a multiple of K; S is T unless there is an offset.
+    v: ``[B, S, K, H]``.
     lengths: int32 ``[B]``, or None when rows are full. Outputs at or past a row's length are finite and meaningless.
+    segments: int32 ``[B, S]``, the document of each slot of packed rows; None when a row is one document.
+    offset: int32 ``[]``, the slot of the first query among the keys, where q is part of a row; 0 when None.
     backend: ``auto``, ``reference`` (O(T²) memory), ``blockwise`` (O(T) memory, any device), ``cudnn`` (NVIDIA) or
       ``splash`` (TPU; on a mesh, call it under `jax.shard_map`).
     spec: window, soft cap and scale.
@@ -120,8 +152,13 @@ def attend(
     ValueError: if shapes do not fit, or the named backend does not exist or cannot compute the call.
   """
   batch, length, heads, head_dim = q.shape
-  if k.shape != v.shape or k.shape[:2] != (batch, length) or k.shape[3] != head_dim or heads % k.shape[2]:
+  keys = length if offset is None else k.shape[1]
+  if k.shape != v.shape or k.shape[:2] != (batch, keys) or k.shape[3] != head_dim or heads % k.shape[2]:
     raise ValueError(
       f"attend takes q [B, T, N, H] and k, v [B, T, K, H] with N a multiple of K, not {q.shape}, {k.shape}, {v.shape}"
     )
-  return backends[choose_backend(backend, q, k, spec=spec)].attend(q, k, v, lengths, spec)
+  if segments is not None and segments.shape != (batch, keys):
+    raise ValueError(f"segments are one number a slot, {(batch, keys)}, not {segments.shape}")
+  rows = Rows(packed=segments is not None, split=offset is not None)
+  chosen = choose_backend(backend, q, k, spec=spec, rows=rows)
+  return backends[chosen].attend(q, k, v, lengths, spec, segments, offset)

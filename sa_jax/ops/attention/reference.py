@@ -9,16 +9,25 @@ MASKED = -1e30
 """Score of a key that a query may not see: finite, so that a row with no visible key stays finite."""
 
 
+Segments = tuple[jax.Array, jax.Array]
+"""The documents that queries and keys belong to, int32 ``[B, T]`` and ``[B, S]``."""
+
+
 def visible(
-  query_positions: jax.Array, key_positions: jax.Array, lengths: jax.Array | None, window: int | None = None
+  query_positions: jax.Array,
+  key_positions: jax.Array,
+  lengths: jax.Array | None,
+  window: int | None = None,
+  segments: Segments | None = None,
 ) -> jax.Array:
-  """Which keys each query sees: those at or before it, within its window and, of a right-padded row, before its end.
+  """Which keys each query sees: those at or before it, within its window and document, and before a padded row's end.
 
   Args:
     query_positions: int32 ``[T]`` or ``[B, T]``.
     key_positions: int32 ``[S]``.
     lengths: int32 ``[B]``, tokens of each row, or None when rows are full.
     window: how many keys a query sees at most, its own included; None for all.
+    segments: the documents of packed rows; None when a row is one document.
 
   Returns:
     bool ``[B or 1, T, S]``.
@@ -28,6 +37,8 @@ def visible(
   seen = key <= query
   if window is not None:
     seen &= key > query - window
+  if segments is not None:
+    seen = seen & (segments[0][:, :, None] == segments[1][:, None, :])
   return seen if lengths is None else seen & (key < lengths[:, None, None])
 
 
@@ -36,6 +47,7 @@ def attention_weights(
   k: jax.Array,
   *,
   lengths: jax.Array | None = None,
+  segments: jax.Array | None = None,
   positions: jax.Array | None = None,
   spec: AttentionSpec = AttentionSpec(),
 ) -> jax.Array:
@@ -47,6 +59,7 @@ def attention_weights(
     q: ``[B, T, N, H]``.
     k: ``[B, S, K, H]``.
     lengths: int32 ``[B]``: keys at or past a row's length are not seen; None when rows are full.
+    segments: int32 ``[B, S]``, the document of each key of packed rows; None when a row is one document.
     positions: int32 ``[T]`` or ``[B, T]``, the slot of each query among the keys; 0 to T - 1 when None.
     spec: window, soft cap and scale.
 
@@ -57,7 +70,10 @@ def attention_weights(
   keys, kv_heads = k.shape[1], k.shape[2]
   grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
   scores = spec.scores(jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32), head_dim)
-  seen = visible(jnp.arange(queries) if positions is None else positions, jnp.arange(keys), lengths, spec.window)
+  if positions is None:
+    positions = jnp.arange(queries)
+  pair = None if segments is None else (segments_at(segments, positions), segments)
+  seen = visible(positions, jnp.arange(keys), lengths, spec.window, pair)
   weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, MASKED), axis=-1)
   return weights.astype(q.dtype).reshape(batch, heads, queries, keys)
 
@@ -79,6 +95,21 @@ def apply_weights(weights: jax.Array, v: jax.Array) -> jax.Array:
   return out.reshape(batch, queries, heads, v.shape[3])
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, spec: AttentionSpec) -> jax.Array:
+def segments_at(segments: jax.Array, positions: jax.Array) -> jax.Array:
+  """The documents, int32 ``[B, T]``, of the queries at ``[T]`` or ``[B, T]`` among keys of documents ``[B, S]``."""
+  positions = jnp.broadcast_to(positions, (segments.shape[0], positions.shape[-1]))
+  return jnp.take_along_axis(segments, positions, axis=1, mode="clip")
+
+
+def attend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  lengths: jax.Array | None,
+  spec: AttentionSpec,
+  segments: jax.Array | None = None,
+  offset: jax.Array | None = None,
+) -> jax.Array:
   """Attention through its weights; O(T S) memory. Shapes as in `sa_jax.ops.attend`."""
-  return apply_weights(attention_weights(q, k, lengths=lengths, spec=spec), v)
+  positions = None if offset is None else offset + jnp.arange(q.shape[1])
+  return apply_weights(attention_weights(q, k, lengths=lengths, segments=segments, positions=positions, spec=spec), v)

@@ -38,6 +38,8 @@ def attend(
   v: jax.Array,
   lengths: jax.Array | None,
   spec: AttentionSpec = AttentionSpec(),
+  segments: jax.Array | None = None,
+  offset: None = None,
   *,
   interpret: bool = False,
 ) -> jax.Array:
@@ -52,9 +54,11 @@ def attend(
     v: ``[B, T, K, H]``.
     lengths: int32 ``[B]``, or None.
     spec: window, soft cap and scale.
+    segments: int32 ``[B, T]``, or None.
+    offset: None.
     interpret: run the kernels in Pallas's interpreter, on any device.
   """
-  del lengths
+  del lengths, offset
   length, heads, head_dim = q.shape[1:]
   padded = padded_length(length)
   shape = (padded, padded)
@@ -69,5 +73,10 @@ def attend(
   )
   heads_first = lambda x: jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, padded - length), (0, 0)))
   # The kernel does not scale the scores.
-  out = jax.vmap(kernel)(heads_first(q * spec.scale_for(head_dim)), heads_first(k), heads_first(v))
+  arrays = heads_first(q * spec.scale_for(head_dim)), heads_first(k), heads_first(v)
+  if segments is None:
+    out = jax.vmap(kernel)(*arrays)
+  else:
+    ids = jnp.pad(segments, ((0, 0), (0, padded - length)))
+    out = jax.vmap(kernel)(*arrays, splash.SegmentIds(ids, ids))
   return jnp.swapaxes(out, 1, 2)[:, :length].astype(v.dtype)

@@ -1,0 +1,194 @@
+"""The layers, in the two layouts that a `Transformer` takes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sa_jax.config import ModelConfig
+from sa_jax.nn.block import BLOCK_OUTPUTS, AnchorBlock, FollowerBlock, MixedBlock
+from sa_jax.nn.cache import Cache
+from sa_jax.nn.state import Local, State
+from sa_jax.plan import HeadMap, Run, SharingPlan
+
+Share = jax.Array | float | None
+"""How much of its anchor's weights a follower uses that has its own too, 0 to 1; None where followers have none."""
+
+_REMAT_POLICIES = {
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def _with_heads(state: Any, head_map: HeadMap | jax.Array | None) -> Any:
+  """A state, in the form that it has, as a follower with this head map uses it."""
+  return state if head_map is None else state.take_heads(jnp.asarray(head_map, jnp.int32))
+
+
+def remat(config: ModelConfig, step: Callable[..., Any], repeats: int) -> Callable[..., Any]:
+  """A step of a scan, as the config's ``remat`` has it; ``repeats`` is how often the compiled loops run it."""
+  if config.remat == "none":
+    return step
+  # A loop of one iteration is no loop to the compiler, which would find the recomputation superfluous.
+  return nn.remat(step, prevent_cse=repeats == 1, policy=_REMAT_POLICIES[config.remat])
+
+
+class Group(nn.Module):
+  """An anchor block and its followers; the state is broadcast into a scan over them.
+
+  Under remat the backward pass recomputes block by block, from each block's input and the anchor's state: to recompute
+  whole groups would take the activations of all followers at once. Attention weights are too large to keep one state a
+  group; with them, `Runs` recomputes whole groups.
+
+  Attributes:
+    config: the model.
+    followers: how many followers the group has.
+    groups: how many groups the scan around this one covers.
+  """
+
+  config: ModelConfig
+  followers: int
+  groups: int = 1
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    lengths: jax.Array | None,
+    local: Local = False,
+    head_maps: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    share: Share = None,
+  ) -> jax.Array:
+    """``[B, T, D]`` → the same; ``head_maps`` int32 ``[followers, N]``, or None where no follower has one."""
+    anchor = self._remat(lambda block, x, lengths, segments: block(x, lengths, local, segments), self.groups)
+    x, state = anchor(AnchorBlock(self.config, name="anchor"), x, lengths, segments)
+    if self.followers:
+      if share is None:
+        block, follow = FollowerBlock, lambda block, x, state: block(x, state)
+      else:
+        block, follow = MixedBlock, lambda block, x, state: block(x, state, share, lengths, local)
+      follower = self._remat(follow, self.groups * self.followers)
+      scan = nn.scan(
+        lambda block, x, state, head_map: (follower(block, x, _with_heads(state, head_map)), None),
+        variable_axes={"params": 0, BLOCK_OUTPUTS: 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, 0),
+        length=self.followers,
+        metadata_params={nn.PARTITION_NAME: "followers"},
+      )
+      x, _ = scan(block(self.config, name="followers"), x, state, head_maps)
+    return x
+
+  def _remat(self, block: Callable[..., Any], repeats: int) -> Callable[..., Any]:
+    return block if self.config.attention_state == "attention_weights" else remat(self.config, block, repeats)
+
+
+class Runs(nn.Module):
+  """The layers in the run layout: a loop over runs, a scan over each run's groups.
+
+  The attention state lives inside a group and never enters the outer scan's carry.
+  """
+
+  config: ModelConfig
+  plan: SharingPlan
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, lengths: jax.Array | None, segments: jax.Array | None = None, share: Share = None
+  ) -> jax.Array:
+    """``[B, T, D]`` → the same."""
+    for index, run in enumerate(self.plan.runs):
+      # Where the run's groups differ in kind, each tells its own: one program, whatever the pattern and the depth.
+      kinds = [layer in self.config.local_layers for layer in run.layers if self.plan.is_anchor(layer)]
+      kind = kinds[0] if len(set(kinds)) == 1 else None
+      step: Callable[..., Any] = functools.partial(_group_step, kind, share)
+      if self.config.attention_state == "attention_weights":
+        step = remat(self.config, step, run.groups)
+      scan = nn.scan(
+        step,
+        variable_axes={"params": 0, BLOCK_OUTPUTS: 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, nn.broadcast, 0),
+        length=run.groups,
+        metadata_params={nn.PARTITION_NAME: "groups"},
+      )
+      local = jnp.asarray(kinds) if kind is None else None
+      group = Group(self.config, run.followers, run.groups, name=str(index))
+      x, _ = scan(group, x, lengths, segments, (local, self._head_maps(run)))
+    return x
+
+  def _head_maps(self, run: Run) -> jax.Array | None:
+    """The head maps of a run's followers, int32 ``[groups, followers, N]``; None if it has none."""
+    followers = [layer for layer in run.layers if not self.plan.is_anchor(layer)]
+    maps = [self.plan.head_map_of(layer) for layer in followers]
+    if not any(maps):
+      return None
+    filled = [tuple(range(self.config.num_heads)) if entry is None else entry for entry in maps]
+    return jnp.asarray(filled, jnp.int32).reshape(run.groups, run.followers, self.config.num_heads)
+
+
+def _group_step(
+  kind: bool | None,
+  share: Share,
+  group: Group,
+  x: jax.Array,
+  lengths: jax.Array | None,
+  segments: jax.Array | None,
+  own: tuple[jax.Array | None, jax.Array | None],
+) -> tuple[jax.Array, None]:
+  """One step of the scan over a run's groups: of the kind that all of them are or of its own, with its head maps."""
+  local, head_maps = own
+  return group(x, lengths, local if kind is None else kind, head_maps, segments, share), None
+
+
+class Layers(nn.Module):
+  """The layers in the layer layout, unrolled."""
+
+  config: ModelConfig
+  plan: SharingPlan
+
+  def setup(self) -> None:
+    self.blocks: list[Any] = [
+      (AnchorBlock if self.plan.is_anchor(layer) else FollowerBlock)(self.config, name=str(layer))
+      for layer in range(self.plan.num_layers)
+    ]
+
+  def __call__(self, x: jax.Array, lengths: jax.Array | None, segments: jax.Array | None = None) -> jax.Array:
+    """``[B, T, D]`` → the same."""
+    return self.prefill(x, lengths, segments)[0]
+
+  def prefill(
+    self, x: jax.Array, lengths: jax.Array | None, segments: jax.Array | None = None
+  ) -> tuple[jax.Array, Cache, tuple[State, ...]]:
+    """`__call__` that also returns the cache of the T tokens, and the state that each layer used."""
+    caches, states = [], []
+    for layer, block in enumerate(self.blocks):
+      if isinstance(block, AnchorBlock):
+        x, state, cache = block.prefill(x, lengths, layer in self.config.local_layers, segments)
+        used = state
+      else:
+        used = _with_heads(state, self.plan.head_map_of(layer))
+        x, cache = block.prefill(x, used)
+      caches.append(cache)
+      states.append(used)
+    return x, Cache(tuple(caches)), tuple(states)
+
+  def extend(self, x: jax.Array, cache: Cache, positions: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
+    """New tokens, ``[B, T, D]``, at int32 ``positions [B, T]`` of the cache, in rows of int32 ``lengths [B]``."""
+    caches = list(cache.layers)
+    for anchor, followers in self.plan.groups:
+      block, local = self.blocks[anchor], anchor in self.config.local_layers
+      if not followers and x.shape[1] == 1:
+        x, caches[anchor] = block.step_alone(x, caches[anchor], positions[:, 0], local)
+        continue
+      x, state, caches[anchor] = block.extend(x, caches[anchor], positions, lengths, local)
+      for layer in followers:
+        used = _with_heads(state, self.plan.head_map_of(layer))
+        x, caches[layer] = self.blocks[layer].extend(x, used, caches[layer], positions)
+    return x, Cache(tuple(caches))

@@ -1,0 +1,35 @@
+"""Training: what is minimised, how, and over what."""
+
+from sa_jax.train.batch import Batch
+from sa_jax.train.gradual import rising
+from sa_jax.train.lora import LoraConfig, abstract_adapters, adapted, attach, init_adapters, merge
+from sa_jax.train.objective import distill, next_token
+from sa_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
+from sa_jax.train.step import Metrics, Objective, TrainState, make_eval, make_state, make_step, state_shardings
+
+__all__ = [
+  # What a step reads, changes and tells.
+  "Batch",
+  "Metrics",
+  "TrainState",
+  # What is minimised.
+  "Objective",
+  "distill",
+  "next_token",
+  "rising",
+  # The step.
+  "OptimizerConfig",
+  "make_eval",
+  "make_optimizer",
+  "make_state",
+  "make_step",
+  "schedule",
+  "state_shardings",
+  # Adapters.
+  "LoraConfig",
+  "abstract_adapters",
+  "adapted",
+  "attach",
+  "init_adapters",
+  "merge",
+]

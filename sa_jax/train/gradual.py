@@ -1,0 +1,29 @@
+"""Gradual sharing: from the dense model to the plan while it trains.
+
+Followers begin with their own attention weights and end with their anchor's: ``λ P_anchor + (1 - λ) P_own``, λ rising
+from 0 to 1. Then their queries and keys are of no use: `sa_jax.prune` drops them, and what remains is the plan's model.
+
+    model = nn.GradualTransformer(config, plan)
+    params = stack_unpruned(dense, plan)
+    objective = next_token(model, share=rising(1000))
+    …
+    params = prune(params, plan)  # of Transformer(config, plan)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def rising(steps: int, start: int = 0) -> Callable[[jax.Array], jax.Array]:
+  """λ as a function of the step, float32: 0 up to ``start``, then linearly to 1 within ``steps``.
+
+  Raises:
+    ValueError: if a number is negative, or ``steps`` is 0.
+  """
+  if steps < 1 or start < 0:
+    raise ValueError(f"sharing rises over at least 1 step from step 0 or later, not {steps} from {start}")
+  return lambda step: jnp.clip((step.astype(jnp.float32) - start) / steps, 0.0, 1.0)

@@ -1,0 +1,138 @@
+"""Low-rank adapters (LoRA; Hu et al., arXiv 2106.09685): ``W + (alpha / rank) A B`` with W frozen.
+
+Adapters are a tree of their own, of the shape of the model's parameters; `attach` puts them where the modules look for
+them, and nothing as large as W is computed or kept for them, not even W's gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sa_jax.nn import Transformer
+from sa_jax.sharding import abstract_params
+from sa_jax.train.step import Objective
+
+# How many axes of a projection's kernel are inputs.
+_INPUT_AXES = {"q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 2, "gate_proj": 1, "up_proj": 1, "down_proj": 1}
+_STACKED = ("groups", "followers")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Which projections have adapters, and of what rank.
+
+  Attributes:
+    rank: of ``A B``.
+    alpha: over the rank, what ``A B`` is multiplied by.
+    targets: names of projections: ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``, ``gate_proj``, ``up_proj``,
+      ``down_proj``. Followers have no ``q_proj`` and ``k_proj``, and hence no adapters of these.
+
+  Raises:
+    ValueError: if there is no such projection, or a number is not positive.
+  """
+
+  rank: int = 16
+  alpha: float = 32.0
+  targets: tuple[str, ...] = tuple(_INPUT_AXES)
+
+  def __post_init__(self) -> None:
+    if self.rank < 1 or not self.alpha > 0:
+      raise ValueError(f"LoRA: rank and alpha are positive, not {self.rank} and {self.alpha}")
+    if not self.targets or (unknown := sorted(set(self.targets) - set(_INPUT_AXES))):
+      named = f"not {unknown}" if self.targets else "at least one"
+      raise ValueError(f"LoRA: targets are of {', '.join(_INPUT_AXES)}; {named}")
+
+  @property
+  def scale(self) -> float:
+    """What ``A B`` is multiplied by."""
+    return self.alpha / self.rank
+
+
+def abstract_adapters(model: Transformer, config: LoraConfig, *, layout: str = "runs", boxed: bool = False) -> Any:
+  """The adapters' shapes, float32; with their logical axes if ``boxed``, as `sa_jax.sharding.tree_shardings` takes."""
+
+  def of(node: Any) -> Any:
+    found = {}
+    for name, child in node.items():
+      if name in config.targets:
+        found[name] = _pair(child["kernel"], _INPUT_AXES[name], config.rank)
+      elif isinstance(child, dict) and (inner := of(child)):
+        found[name] = inner
+    return found
+
+  tree = of(abstract_params(model, layout=layout, boxed=True))
+  return tree if boxed else nn.unbox(tree)
+
+
+def init_adapters(model: Transformer, config: LoraConfig, key: jax.Array, *, layout: str = "runs") -> Any:
+  """Adapters that change nothing yet: A random, B zero."""
+  leaves, structure = jax.tree_util.tree_flatten_with_path(abstract_adapters(model, config, layout=layout, boxed=False))
+
+  def init(path: Any, leaf: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
+    if path[-1].key == "lora_b":
+      return jnp.zeros(leaf.shape, leaf.dtype)
+    inputs = math.prod(leaf.shape[-1 - _INPUT_AXES[path[-2].key] : -1])
+    return jax.random.normal(key, leaf.shape, leaf.dtype) / math.sqrt(inputs)
+
+  keys = jax.random.split(key, len(leaves))
+  return jax.tree.unflatten(structure, [init(path, leaf, key) for (path, leaf), key in zip(leaves, keys, strict=True)])
+
+
+def attach(params: Any, adapters: Any, config: LoraConfig) -> Any:
+  """Parameters that apply the adapters, from frozen ones and theirs. It copies nothing of the former."""
+  if "lora_a" in adapters:
+    return {**params, "lora_a": adapters["lora_a"], "lora_b": config.scale * adapters["lora_b"]}
+  return {**params, **{name: attach(params[name], child, config) for name, child in adapters.items()}}
+
+
+def merge(params: Any, adapters: Any, config: LoraConfig) -> Any:
+  """Parameters of the plain model, ``W + (alpha / rank) A B`` in W's dtype, in the layout of both; for export."""
+
+  def merged(params: Any, adapters: Any, name: str) -> Any:
+    if "lora_a" in adapters:
+      return {**params, "kernel": _merged(params["kernel"], adapters, _INPUT_AXES[name], config.scale)}
+    return {**params, **{name: merged(params[name], child, name) for name, child in adapters.items()}}
+
+  return merged(params, adapters, "")
+
+
+def adapted(objective: Objective, config: LoraConfig, base: Any = lambda frozen: frozen) -> Objective:
+  """The objective as one of adapters.
+
+  Args:
+    objective: of the model's parameters.
+    config: of the adapters.
+    base: from what is frozen to the model's frozen parameters; all of it as it is by default.
+  """
+
+  def of_adapters(params: Any, frozen: Any, batch: Any, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return objective(attach(base(frozen), params, config), frozen, batch, step)
+
+  return of_adapters
+
+
+def _pair(kernel: nn.LogicallyPartitioned, inputs: int, rank: int) -> dict[str, Any]:
+  """The adapters of a kernel."""
+  names, shape = kernel.names, kernel.value.shape
+  stacked = sum(name in _STACKED for name in names)
+  middle = stacked + inputs
+  box = lambda shape, names: nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), names)
+  return {
+    "lora_a": box((*shape[:middle], rank), (*names[:middle], None)),
+    "lora_b": box((*shape[:stacked], rank, *shape[middle:]), (*names[:stacked], None, *names[middle:])),
+  }
+
+
+def _merged(kernel: jax.Array, adapters: Any, inputs: int, scale: float) -> jax.Array:
+  a, b = (jnp.asarray(adapters[name], jnp.float32) for name in ("lora_a", "lora_b"))
+  stacked = a.ndim - inputs - 1
+  flat = lambda x, axes: x.reshape(*x.shape[:stacked], *axes)
+  low, high = flat(a, (-1, a.shape[-1])), flat(b, (b.shape[stacked], -1))
+  update = jnp.matmul(low, high, precision=jax.lax.Precision.HIGHEST).reshape(kernel.shape)
+  return (jnp.asarray(kernel, jnp.float32) + scale * update).astype(kernel.dtype)

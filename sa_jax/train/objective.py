@@ -1,0 +1,101 @@
+"""What training minimises. Computation is in the model's ``dtype``, whatever dtype the parameters have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sa_jax import ops
+from sa_jax.nn import BLOCK_OUTPUTS, GradualTransformer, Transformer
+from sa_jax.train.batch import Batch
+from sa_jax.train.step import Objective
+
+Share = Callable[[jax.Array], jax.Array]
+"""From the step, how much followers share with their anchors: `sa_jax.train.rising`."""
+
+
+def next_token(model: Transformer, *, z_loss: float = 0.0, share: Share | None = None) -> Objective:
+  """Cross-entropy of each token given those before it in its document.
+
+  Args:
+    model: whose parameters, in the run layout, are trained; nothing is frozen.
+    z_loss: see `sa_jax.ops.next_token_loss`.
+    share: of a `sa_jax.nn.GradualTransformer`; it shares fully when None.
+  """
+
+  def objective(params: Any, frozen: Any, batch: Batch, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    del frozen
+    hidden = _hidden(model, params, batch, {} if share is None else {"share": share(step)})
+    return ops.next_token_loss(_head(model, params), hidden, batch.tokens, batch.weights, z_loss=z_loss)
+
+  return objective
+
+
+def distill(
+  student: Transformer,
+  teacher: Transformer,
+  *,
+  temperature: float = 1.0,
+  alpha: float = 0.5,
+  hidden_weight: float = 0.0,
+  share: Share | None = None,
+) -> Objective:
+  """Cross-entropy, and the divergence from a teacher that sees the same tokens.
+
+  A `sa_jax.nn.GradualTransformer` teaches as the dense model that it is before it shares. Its parameters contain those
+  of its plan's student (`sa_jax.params.prune`), so that with `sa_jax.train.adapted` both use the same frozen arrays.
+
+  Args:
+    student: whose parameters, in the run layout, are trained.
+    teacher: whose parameters are what is frozen.
+    temperature: see `sa_jax.ops.distillation_loss`.
+    alpha: see `sa_jax.ops.distillation_loss`.
+    hidden_weight: with how much weight every block's output is drawn to the teacher's: the squared distance over the
+      teacher's squared norm, averaged over blocks. The teacher is then a `sa_jax.nn.GradualTransformer` of the plan.
+    share: of a student that is a `sa_jax.nn.GradualTransformer`; it shares fully when None.
+
+  Raises:
+    ValueError: if the two models' blocks do not correspond though they are to be compared, or a number is out of range.
+  """
+  if hidden_weight < 0:
+    raise ValueError(f"hidden_weight is 0 or more, not {hidden_weight}")
+  if hidden_weight and not (isinstance(teacher, GradualTransformer) and teacher.plan.source == student.plan.source):
+    raise ValueError("to compare blocks, the teacher has to be a GradualTransformer of the student's plan")
+  as_dense = {"share": 0.0} if isinstance(teacher, GradualTransformer) else {}
+
+  def objective(params: Any, frozen: Any, batch: Batch, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    sharing = {} if share is None else {"share": share(step)}
+    kept = [BLOCK_OUTPUTS] if hidden_weight else []
+    hidden, outputs = _hidden(student, params, batch, sharing, mutable=kept)
+    frozen = jax.lax.stop_gradient(frozen)
+    taught, teacher_outputs = _hidden(teacher, frozen, batch, as_dense, mutable=kept)
+    total, weight = ops.distillation_loss(
+      _head(student, params), hidden, _head(teacher, frozen), taught, batch.tokens, batch.weights,
+      temperature=temperature, alpha=alpha,
+    )  # fmt: skip
+    if hidden_weight:
+      distances = jax.tree.leaves(jax.tree.map(_distance, outputs, teacher_outputs))
+      mean = sum(each.sum(axis=0) for each in distances) / student.plan.num_layers
+      total += hidden_weight * jnp.sum(mean[:, :-1] * batch.weights[:, 1:])
+    return total, weight
+
+  return objective
+
+
+def _hidden(model: Transformer, params: Any, batch: Batch, sharing: dict[str, Any], **how: Any) -> Any:
+  """What the head reads, and what ``apply`` returns besides."""
+  return model.apply({"params": params}, batch.tokens, segments=batch.segments, method="hidden", **sharing, **how)
+
+
+def _head(model: Transformer, params: Any) -> ops.Head:
+  return lambda hidden: model.apply({"params": params}, hidden, method="logits")
+
+
+def _distance(student: jax.Array, teacher: jax.Array) -> jax.Array:
+  """Relative squared distances float32 ``[layers, B, T]`` of stacked block outputs ``[..., B, T, D]``."""
+  student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
+  distance = jnp.sum(jnp.square(student - teacher), axis=-1) / jnp.sum(jnp.square(teacher), axis=-1)
+  return distance.reshape(-1, *distance.shape[-2:])

@@ -1,0 +1,106 @@
+"""AdamW with warm-up and cosine decay."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+# Norms' scales and biases: decaying them towards zero has no meaning.
+_UNDECAYED = ("scale", "bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW (Loshchilov & Hutter, arXiv 1711.05101), its schedule, and clipping.
+
+  Attributes:
+    learning_rate: after warm-up.
+    warmup_steps: over which it rises linearly from 0.
+    final_fraction: of the learning rate, where the cosine ends.
+    b1: decay of the mean of gradients.
+    b2: decay of the mean of their squares.
+    eps: added to the root of the latter.
+    weight_decay: of matrices; norms and biases are not decayed.
+    clip_norm: what the norm of all gradients together is limited to; None for no limit.
+
+  Raises:
+    ValueError: if a value makes no sense.
+  """
+
+  learning_rate: float = 3e-4
+  warmup_steps: int = 100
+  final_fraction: float = 0.1
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  clip_norm: float | None = 1.0
+
+  def __post_init__(self) -> None:
+    wrong = [
+      f"{name}={getattr(self, name)!r} ({needed} is needed)"
+      for name, fine, needed in (
+        ("learning_rate", self.learning_rate > 0, "a positive number"),
+        ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
+        ("final_fraction", 0 <= self.final_fraction <= 1, "0 to 1"),
+        ("b1", 0 <= self.b1 < 1, "0 to below 1"),
+        ("b2", 0 <= self.b2 < 1, "0 to below 1"),
+        ("eps", self.eps > 0, "a positive number"),
+        ("weight_decay", self.weight_decay >= 0, "0 or more"),
+        ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "a positive number or None"),
+      )
+      if not fine
+    ]
+    if wrong:
+      raise ValueError("optimizer: " + "; ".join(wrong))
+
+
+PRESETS: dict[str, OptimizerConfig] = {
+  "pretrain": OptimizerConfig(),
+  "finetune": OptimizerConfig(learning_rate=5e-5, b2=0.999, weight_decay=0.0),
+  # The published code's fine-tuning. It says nothing of weight decay and moments: PyTorch's AdamW has these.
+  "paper": OptimizerConfig(
+    learning_rate=2e-5, warmup_steps=1000, final_fraction=1e-4, b2=0.999, weight_decay=0.01, clip_norm=1.0
+  ),
+}
+
+
+def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+  """The learning rate of each update, counted from 0; warm-up is cut to a run that is shorter than it.
+
+  Raises:
+    ValueError: if ``total_steps`` is not positive.
+  """
+  if total_steps < 1:
+    raise ValueError(f"training takes at least 1 step, not {total_steps}")
+  return optax.warmup_cosine_decay_schedule(
+    init_value=0.0 if config.warmup_steps else config.learning_rate,
+    peak_value=config.learning_rate,
+    warmup_steps=min(config.warmup_steps, total_steps - 1),
+    decay_steps=total_steps,
+    end_value=config.final_fraction * config.learning_rate,
+  )
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+  """Clipping, then AdamW on its schedule.
+
+  Raises:
+    ValueError: if ``total_steps`` is not positive.
+  """
+  adamw = optax.adamw(
+    schedule(config, total_steps), config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decayed
+  )
+  return adamw if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def decayed(params: Any) -> Any:
+  """A tree like the parameters: whether each is subject to weight decay."""
+
+  def is_decayed(path: Any, _: Any) -> bool:
+    return path[-1].key not in _UNDECAYED
+
+  return jax.tree_util.tree_map_with_path(is_decayed, params)

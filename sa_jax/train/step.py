@@ -1,0 +1,181 @@
+"""The train step: gradients, accumulated or not, and an update that a number that is not finite cannot spoil."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sa_jax.sharding import DEFAULT_RULES, Rules, optimizer_shardings, traced_on
+from sa_jax.train.batch import Batch
+
+
+class Objective(Protocol):
+  """What is minimised: a sum of losses over its weight.
+
+  Both are sums over the batch, so that their quotient is the mean loss however the batch was cut up.
+  """
+
+  def __call__(self, params: Any, frozen: Any, batch: Batch, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Trainable and frozen parameters, a batch, int32 ``[]`` step → float32 ``[]`` sum of losses, and its weight."""
+    ...
+
+
+@struct.dataclass
+class TrainState:
+  """All that a step changes; of the same type are the shardings of all that.
+
+  Attributes:
+    step: int32 ``[]``, batches seen; those of them that were skipped included.
+    params: what is trained; float32 as a rule, the dtype to compute in being the model's.
+    opt_state: the optimiser's, in float32.
+    skipped: int32 ``[]``, batches that changed nothing, their loss or gradient not being finite.
+    skipped_in_row: int32 ``[]``, how many of them just now.
+  """
+
+  step: Any
+  params: Any
+  opt_state: Any
+  skipped: Any
+  skipped_in_row: Any
+
+
+@struct.dataclass
+class Metrics:
+  """What a step tells, float32 ``[]`` each.
+
+  Attributes:
+    loss: the mean.
+    grad_norm: of all gradients together, before clipping.
+    weight: what the mean is over; of weights 0 and 1, tokens.
+    finite: 1 if loss and gradient are; 0 if the step was skipped.
+  """
+
+  loss: jax.Array
+  grad_norm: jax.Array
+  weight: jax.Array
+  finite: jax.Array
+
+
+def make_state(optimizer: optax.GradientTransformation, params: Any, shardings: TrainState | None = None) -> TrainState:
+  """The state before the first step.
+
+  Args:
+    optimizer: as for `make_step`.
+    params: what is trained. The state has a copy, so that these arrays survive the step, which donates its state.
+    shardings: from `state_shardings`; everything stays where it is when None.
+  """
+
+  def make(params: Any) -> TrainState:
+    zero = jnp.int32(0)
+    return TrainState(zero, jax.tree.map(jnp.copy, params), optimizer.init(_as_float32(params)), zero, zero)
+
+  return jax.jit(make, out_shardings=shardings)(params)
+
+
+def state_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any) -> TrainState:
+  """A `NamedSharding` for every array of the state.
+
+  Args:
+    optimizer: as for `make_step`.
+    params: what is trained, or its shapes and dtypes.
+    shardings: of the parameters, as from `sa_jax.sharding.param_shardings`.
+  """
+  everywhere = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
+  optimizer_state = optimizer_shardings(optimizer, jax.eval_shape(_as_float32, params), shardings)
+  return TrainState(everywhere, shardings, optimizer_state, everywhere, everywhere)
+
+
+def make_step(
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  *,
+  shardings: TrainState | None = None,
+  rules: Rules = DEFAULT_RULES,
+  accumulate: int = 1,
+) -> jax.stages.Wrapped:
+  """The train step, jitted: ``step(state, frozen, batch)`` → the next state and `Metrics`. It donates the state.
+
+  Args:
+    objective: what is minimised.
+    optimizer: as for `make_state`.
+    shardings: of the state, from `state_shardings`, whose mesh the step runs on; of one device when None.
+    rules: how activations are sharded on that mesh.
+    accumulate: in how many parts, one after the other, the batch is computed; it must divide the rows.
+
+  Raises:
+    ValueError: if ``accumulate`` is not positive; and by the step, before it compiles, if it does not divide the rows.
+  """
+  if accumulate < 1:
+    raise ValueError(f"accumulate must be at least 1, not {accumulate}")
+  mesh = None if shardings is None else shardings.step.mesh
+
+  def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+    with traced_on(mesh, rules):
+      gradients, total, weight = _gradients(objective, state, frozen, batch, accumulate)
+      # A batch with nothing to predict teaches nothing, but there is nothing wrong with it.
+      divisor = jnp.where(weight > 0, weight, 1.0)
+      gradients = jax.tree.map(lambda gradient: gradient / divisor, gradients)
+      loss, norm = total / divisor, optax.tree.norm(gradients)
+      finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+      wide = _as_float32(state.params)
+      # Optax mixes types and ranks, which the caller may have forbidden.
+      with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        updates, opt_state = optimizer.update(gradients, state.opt_state, wide)
+      params = jax.tree.map(lambda p, u, old: (p + u).astype(old.dtype), wide, updates, state.params)
+      keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+      skipped = 1 - finite.astype(jnp.int32)
+      following = TrainState(
+        step=state.step + 1,
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        skipped=state.skipped + skipped,
+        skipped_in_row=(state.skipped_in_row + 1) * skipped,
+      )
+      return following, Metrics(loss, norm, weight, finite.astype(jnp.float32))
+
+  outputs = None if shardings is None else (shardings, shardings.step)
+  return jax.jit(step, donate_argnums=0, out_shardings=outputs)
+
+
+def make_eval(objective: Objective, *, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES) -> jax.stages.Wrapped:
+  """The objective alone, jitted: ``(params, frozen, batch)`` → sum of losses and its weight, at step 0."""
+
+  def evaluate(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    with traced_on(mesh, rules):
+      return objective(params, frozen, batch, jnp.int32(0))
+
+  return jax.jit(evaluate)
+
+
+def _gradients(
+  objective: Objective, state: TrainState, frozen: Any, batch: Batch, accumulate: int
+) -> tuple[Any, jax.Array, jax.Array]:
+  """Float32 gradients of the sum of losses over the batch, the sum, and its weight."""
+
+  def of_part(part: Batch) -> tuple[Any, jax.Array, jax.Array]:
+    value_and_grad = jax.value_and_grad(objective, has_aux=True)
+    (total, weight), gradients = value_and_grad(state.params, frozen, part, state.step)
+    return _as_float32(gradients), total, weight
+
+  if accumulate == 1:
+    return of_part(batch)
+  rows = batch.tokens.shape[0]
+  if rows % accumulate:
+    raise ValueError(f"a batch of {rows} rows cannot be accumulated in {accumulate} equal parts")
+  # Every part takes rows from everywhere in the batch: where rows are split over devices, each has its share of it.
+  split = lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
+  parts = jax.tree.map(split, batch)
+  add = lambda sums, part: (jax.tree.map(jnp.add, sums, of_part(part)), None)
+  start = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
+  )
+  return jax.lax.scan(add, start, parts)[0]
+
+
+def _as_float32(tree: Any) -> Any:
+  return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
