@@ -81,6 +81,7 @@ def main() -> None:
   parser.add_argument("--hflm-batch-size", type=int, default=1, help="HFLM's default is 1")
   parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "against_hflm.json")
   arguments = parser.parse_args()
+  arguments.out.parent.mkdir(parents=True, exist_ok=True)
   path = arguments.model
   if path is None:
     from sa_jax.cli.demo import packaged_model
