@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def right_pad(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def right_pad(rows: Sequence[Sequence[int] | np.ndarray], pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
   """Token lists as one batch.
 
   Args:

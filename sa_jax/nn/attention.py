@@ -1,7 +1,7 @@
 """Attention layers. A follower is a type without queries and keys, not a flag.
 
 All are made of the same named pieces: values from x, the state's attention over them, output. An anchor also makes
-the state. ``step`` is the same layer for one token against a cache.
+the state. ``extend`` is the same layer for new tokens against a cache.
 """
 
 from __future__ import annotations
@@ -187,31 +187,35 @@ class AnchorAttention(_Attention):
     state = make_state(self.config, q, k, lengths, local, segments)
     return self.output(state.attend(v)), state, LayerCache(jnp.swapaxes(v, 1, 2), jnp.swapaxes(k, 1, 2))
 
-  def step(
-    self, x: jax.Array, cache: LayerCache, positions: jax.Array, local: bool = False
+  def extend(
+    self, x: jax.Array, cache: LayerCache, positions: jax.Array, lengths: jax.Array, local: bool = False
   ) -> tuple[jax.Array, AttentionWeights, LayerCache]:
-    """Attention of one new token a row over the cache that it joins.
+    """Attention of new tokens over the cache that they join.
 
     Args:
-      x: ``[B, 1, D]``.
-      cache: this layer's; the token is written to its slot.
-      positions: int32 ``[B]``, the slot of each row's token, which is also its position.
+      x: ``[B, T, D]``.
+      cache: this layer's; the tokens are written to their slots.
+      positions: int32 ``[B, T]``, the slot of each token, which is also its position.
+      lengths: int32 ``[B]``, tokens of each row, the new ones included.
       local: whether this is one of the config's ``local_layers``.
 
     Returns:
-      ``y [B, 1, D]``, the weights for the followers, and the cache.
+      ``y [B, T, D]``, the weights for the followers, and the cache.
     """
     assert cache.keys is not None, "an anchor's cache has keys"
-    q, k = self.query_key(x, positions[:, None], positions + 1, local)
-    keys = ops.write_slot(cache.keys, k[:, 0], positions)
-    values = ops.write_slot(cache.values, self.values(x)[:, 0], positions)
-    state = AttentionWeights(ops.decode_weights(q[:, 0], keys, positions, spec=self.config.spec(local)))
-    return self.output(ops.decode_apply(state.probs, values)[:, None]), state, LayerCache(values, keys)
+    q, k = self.query_key(x, positions, lengths, local)
+    keys = ops.write_slot(cache.keys, k, positions)
+    values = ops.write_slot(cache.values, self.values(x), positions)
+    state = AttentionWeights(ops.decode_weights(q, keys, positions, spec=self.config.spec(local)))
+    return self.output(ops.decode_apply(state.probs, values)), state, LayerCache(values, keys)
 
   def step_alone(
     self, x: jax.Array, cache: LayerCache, positions: jax.Array, local: bool = False
   ) -> tuple[jax.Array, LayerCache]:
-    """`step` of an anchor that no layer follows: nobody needs its weights, so a fused kernel may keep them."""
+    """`extend` by one token a row, at int32 ``positions [B]``, of an anchor that no layer follows.
+
+    Nobody needs its weights, so a fused kernel may keep them.
+    """
     assert cache.keys is not None, "an anchor's cache has keys"
     q, k = self.query_key(x, positions[:, None], positions + 1, local)
     v, spec = self.values(x)[:, 0], self.config.spec(local)
@@ -239,12 +243,12 @@ class FollowerAttention(_Attention):
     v = self.values(x)
     return self.output(state.attend(v)), LayerCache(jnp.swapaxes(v, 1, 2))
 
-  def step(
+  def extend(
     self, x: jax.Array, state: AttentionWeights, cache: LayerCache, positions: jax.Array
   ) -> tuple[jax.Array, LayerCache]:
-    """Attention of one new token a row with the anchor's weights; shapes as in `AnchorAttention.step`."""
-    values = ops.write_slot(cache.values, self.values(x)[:, 0], positions)
-    return self.output(ops.decode_apply(state.probs, values)[:, None]), LayerCache(values)
+    """Attention of new tokens with the anchor's weights; shapes as in `AnchorAttention.extend`."""
+    values = ops.write_slot(cache.values, self.values(x), positions)
+    return self.output(ops.decode_apply(state.probs, values)), LayerCache(values)
 
 
 class MixedAttention(AnchorAttention):

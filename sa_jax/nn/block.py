@@ -43,10 +43,10 @@ class Mlp(nn.Module):
     return nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
 
   def step(self, x: jax.Array) -> jax.Array:
-    """`__call__` for one token a row, ``[B, 1, D]``, where reading the weights is the cost."""
+    """`__call__` against a cache: where there is one token a row, ``[B, 1, D]``, reading the weights is the cost."""
     params = [module.variables["params"] for module in (self.gate_proj, self.up_proj)]
     gate, up = (each["kernel"] for each in params)
-    plain = self.config.activation == "silu" and all(len(each) == 1 for each in params)
+    plain = x.shape[1] == 1 and self.config.activation == "silu" and all(len(each) == 1 for each in params)
     if not plain or not ops.has_gated_linear(x[:, 0], gate):
       return self(x)
     return self.down_proj(ops.gated_linear(x[:, 0], gate, up)[:, None])
@@ -125,16 +125,16 @@ class AnchorBlock(Block):
     """`__call__` that also returns the cache of these tokens."""
     return self.around(x, lambda h: self.attention.prefill(h, lengths, local, segments))
 
-  def step(
-    self, x: jax.Array, cache: LayerCache, positions: jax.Array, local: bool = False
+  def extend(
+    self, x: jax.Array, cache: LayerCache, positions: jax.Array, lengths: jax.Array, local: bool = False
   ) -> tuple[jax.Array, AttentionWeights, LayerCache]:
-    """One token a row, ``[B, 1, D]``, against the cache."""
-    return self.around(x, lambda h: self.attention.step(h, cache, positions, local), self.mlp.step)
+    """New tokens, ``[B, T, D]``, against the cache."""
+    return self.around(x, lambda h: self.attention.extend(h, cache, positions, lengths, local), self.mlp.step)
 
   def step_alone(
     self, x: jax.Array, cache: LayerCache, positions: jax.Array, local: bool = False
   ) -> tuple[jax.Array, LayerCache]:
-    """`step` of an anchor that no layer follows."""
+    """`extend` by one token a row of an anchor that no layer follows."""
     return self.around(x, lambda h: self.attention.step_alone(h, cache, positions, local), self.mlp.step)
 
 
@@ -153,11 +153,11 @@ class FollowerBlock(Block):
     """`__call__` that also returns the cache of these tokens."""
     return self.around(x, lambda h: self.attention.prefill(h, state))
 
-  def step(
+  def extend(
     self, x: jax.Array, state: AttentionWeights, cache: LayerCache, positions: jax.Array
   ) -> tuple[jax.Array, LayerCache]:
-    """One token a row, ``[B, 1, D]``, against the cache."""
-    return self.around(x, lambda h: self.attention.step(h, state, cache, positions), self.mlp.step)
+    """New tokens, ``[B, T, D]``, against the cache."""
+    return self.around(x, lambda h: self.attention.extend(h, state, cache, positions), self.mlp.step)
 
 
 class MixedBlock(Block):

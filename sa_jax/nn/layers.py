@@ -179,16 +179,16 @@ class Layers(nn.Module):
       states.append(used)
     return x, Cache(tuple(caches)), tuple(states)
 
-  def step(self, x: jax.Array, cache: Cache, positions: jax.Array) -> tuple[jax.Array, Cache]:
-    """One token a row, ``[B, 1, D]``, at int32 ``positions [B]`` of the cache."""
+  def extend(self, x: jax.Array, cache: Cache, positions: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
+    """New tokens, ``[B, T, D]``, at int32 ``positions [B, T]`` of the cache, in rows of int32 ``lengths [B]``."""
     caches = list(cache.layers)
     for anchor, followers in self.plan.groups:
       block, local = self.blocks[anchor], anchor in self.config.local_layers
-      if not followers:
-        x, caches[anchor] = block.step_alone(x, caches[anchor], positions, local)
+      if not followers and x.shape[1] == 1:
+        x, caches[anchor] = block.step_alone(x, caches[anchor], positions[:, 0], local)
         continue
-      x, state, caches[anchor] = block.step(x, caches[anchor], positions, local)
+      x, state, caches[anchor] = block.extend(x, caches[anchor], positions, lengths, local)
       for layer in followers:
         used = _with_heads(state, self.plan.head_map_of(layer))
-        x, caches[layer] = self.blocks[layer].step(x, used, caches[layer], positions)
+        x, caches[layer] = self.blocks[layer].extend(x, used, caches[layer], positions)
     return x, Cache(tuple(caches))

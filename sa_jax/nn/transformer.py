@@ -172,8 +172,24 @@ class Transformer(Frame):
     Returns:
       float32 ``[B, V]`` logits after the token, and the cache.
     """
-    x, cache = self.layers.step(self.embed(tokens[:, None]), cache, positions)
-    return self.logits(self.final_norm(x))[:, 0], cache
+    hidden, cache = self.extend(tokens[:, None], cache, positions, positions + 1)
+    return self.logits(hidden)[:, 0], cache
+
+  def extend(self, tokens: jax.Array, cache: Cache, starts: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
+    """Reads on from a cache; parameters in the layer layout.
+
+    Args:
+      tokens: int32 ``[B, T]``, right-padded.
+      cache: with room for T tokens from ``starts`` on; of the padding nothing is ever seen.
+      starts: int32 ``[B]``, how many tokens of each row are in the cache.
+      lengths: int32 ``[B]``, tokens of each row, the new ones included.
+
+    Returns:
+      What the head reads at the new tokens, ``[B, T, D]``, and the cache.
+    """
+    positions = starts[:, None] + jnp.arange(tokens.shape[1])[None]
+    x, cache = self.layers.extend(self.embed(tokens), cache, positions, lengths)
+    return self.final_norm(x), cache
 
 
 class GradualTransformer(Transformer):

@@ -1,4 +1,4 @@
-"""Attention of one new token a row over a cache that holds the tokens before it."""
+"""Attention of new tokens over a cache that holds the tokens before them."""
 
 import jax
 import jax.numpy as jnp
@@ -9,37 +9,37 @@ from sa_jax.ops.attention.spec import AttentionSpec
 
 
 def write_slot(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
-  """Writes one token a row into its slot; a slot past the end writes nothing.
+  """Writes one token a row, or T, into slots; a slot past the end writes nothing.
 
   Args:
     cache: ``[B, K, S, H]``.
-    new: ``[B, K, H]``.
-    slots: int32 ``[B]``.
+    new: ``[B, K, H]``, or ``[B, T, K, H]``.
+    slots: int32 ``[B]``, or ``[B, T]``, those of a row all different.
   """
-  rows = jnp.arange(cache.shape[0])
+  rows = jnp.arange(cache.shape[0]).reshape((-1,) + (1,) * (slots.ndim - 1))
   return cache.at[rows, :, slots].set(new.astype(cache.dtype), mode="drop", unique_indices=True)
 
 
 def decode_weights(
   q: jax.Array, keys: jax.Array, positions: jax.Array, *, spec: AttentionSpec = AttentionSpec()
 ) -> jax.Array:
-  """Softmaxed attention weights of one token a row.
+  """Softmaxed attention weights of new tokens.
 
   Args:
-    q: ``[B, N, H]``.
-    keys: ``[B, K, S, H]``, the token's own among them.
-    positions: int32 ``[B]``, the slot of each row's token: it sees slots 0 to that one.
+    q: ``[B, T, N, H]``.
+    keys: ``[B, K, S, H]``, the tokens' own among them.
+    positions: int32 ``[B, T]``, the slot of each token: it sees slots 0 to that one.
     spec: window, soft cap and scale.
 
   Returns:
-    ``[B, N, 1, S]`` in q's dtype.
+    ``[B, N, T, S]`` in q's dtype.
   """
-  return attention_weights(q[:, None], jnp.swapaxes(keys, 1, 2), positions=positions[:, None], spec=spec)
+  return attention_weights(q, jnp.swapaxes(keys, 1, 2), positions=positions, spec=spec)
 
 
 def decode_apply(weights: jax.Array, values: jax.Array) -> jax.Array:
-  """Weighted sums of cached values: weights ``[B, N, 1, S]``, values ``[B, K, S, H]`` → ``[B, N, H]``."""
-  return apply_weights(weights, jnp.swapaxes(values, 1, 2))[:, 0]
+  """Weighted sums of cached values: weights ``[B, N, T, S]``, values ``[B, K, S, H]`` → ``[B, T, N, H]``."""
+  return apply_weights(weights, jnp.swapaxes(values, 1, 2))
 
 
 def decode_attend(
@@ -73,7 +73,8 @@ def decode_attend(
     scale = spec.scale_for(q.shape[-1])
     return flash_decode.attend(q, new_key, new_value, keys, values, positions, scale=scale)
   keys, values = write_slot(keys, new_key, positions), write_slot(values, new_value, positions)
-  return decode_apply(decode_weights(q, keys, positions, spec=spec), values), keys, values
+  weights = decode_weights(q[:, None], keys, positions[:, None], spec=spec)
+  return decode_apply(weights, values)[:, 0], keys, values
 
 
 def _has_kernel(q: jax.Array, keys: jax.Array, spec: AttentionSpec) -> bool:

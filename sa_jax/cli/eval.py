@@ -1,0 +1,98 @@
+"""``sa-jax eval``: EleutherAI's lm-eval on a model, under a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from sa_jax.cli.common import console, progress, show_table, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+  """Evaluate a model on tasks of lm-eval, or on local ones."""
+
+  model: tyro.conf.Positional[Path]
+  """A Hugging Face folder, a GGUF file or an sa_jax checkpoint."""
+  tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK ...")]
+  """Tasks, groups or patterns, such as: hellaswag gsm8k mmlu_*."""
+  plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None
+  """Which layers share, such as 22:23-26; None for the checkpoint's own plan."""
+  include_path: tuple[Path, ...] = ()
+  """Folders of local tasks, which hide lm-eval's own of the same name."""
+  num_fewshot: int | None = None
+  """Examples before each question; the tasks' own numbers when None."""
+  limit: int | None = None
+  """Only the first documents of each task."""
+  apply_chat_template: bool = False
+  """Put prompts into the model's chat template."""
+  batch_tokens: int = 4096
+  """Tokens scored at once; an accelerator wants some 65536."""
+  slots: int = 32
+  """Generations at once."""
+  max_length: int | None = None
+  """Most tokens that the model reads; the checkpoint's own context when None."""
+  dtype: Literal["float32", "bfloat16", "float16"] | None = None
+  """Type of parameters and activations; None for the checkpoint's."""
+  log_samples: bool = False
+  """Keep every request and answer in the results."""
+  output_path: Path | None = None
+  """Folder for a results file in lm-eval's format, named by lm-eval."""
+  json: Path | None = None
+  """Also write lm-eval's results to this file."""
+
+  def run(self) -> None:
+    """Prints a row a metric."""
+    try:
+      import lm_eval  # noqa: F401
+    except ImportError:
+      raise ValueError("lm-eval is not installed: pip install 'sa-jax[eval]'") from None
+    import jax
+
+    from sa_jax import from_pretrained, load_tokenizer
+    from sa_jax.evaluation.harness import find_tasks, metrics, run_tasks
+    from sa_jax.evaluation.lm import SharedAttentionLM
+
+    for name in ("limit", "batch_tokens", "slots", "max_length"):
+      if (value := getattr(self, name)) is not None and value < 1:
+        raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    find_tasks(self.tasks, self.include_path)
+    with progress("opening") as report:
+      model, params = from_pretrained(self.model, self.plan, self.dtype, layout="layers", progress=report)
+    lm = SharedAttentionLM(
+      model,
+      params,
+      load_tokenizer(self.model),
+      name=str(self.model),
+      batch_tokens=self.batch_tokens,
+      slots=self.slots,
+      max_length=self.max_length,
+    )
+    start = time.perf_counter()
+    results = run_tasks(
+      lm,
+      self.tasks,
+      include=self.include_path,
+      num_fewshot=self.num_fewshot,
+      limit=self.limit,
+      apply_chat_template=self.apply_chat_template,
+      model_args={"pretrained": str(self.model), "plan": str(model.plan), "dtype": model.config.dtype},
+      log_samples=self.log_samples,
+      output_path=self.output_path if jax.process_index() == 0 else None,
+    )
+    if jax.process_index() == 0:
+      show_table(
+        f"{self.model.name}, plan {model.plan}, {time.perf_counter() - start:.1f} s",
+        ["task", "documents", "metric", "value", "± standard error"],
+        [
+          [each.task, str(each.samples), each.metric, f"{each.value:.4f}", f"{each.stderr:.4f}" if each.stderr else ""]
+          for each in metrics(results)
+        ],
+      )
+      write_json(self.json, results)
+      if self.output_path is not None:
+        console.print(f"results in lm-eval's format: {self.output_path}")

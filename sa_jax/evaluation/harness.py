@@ -1,0 +1,152 @@
+"""Running EleutherAI's lm-eval on an sa_jax model: tasks by name, results in its own format."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
+
+if TYPE_CHECKING:
+  from lm_eval.tasks import TaskManager
+
+  from sa_jax.evaluation.lm import SharedAttentionLM
+
+
+class Metric(NamedTuple):
+  """One number of a task or group.
+
+  Attributes:
+    task: its name.
+    samples: how many documents it is over.
+    metric: its name, with lm-eval's filter where there is one.
+    value: the number.
+    stderr: its standard error, or None where lm-eval gives none.
+  """
+
+  task: str
+  samples: int | None
+  metric: str
+  value: float
+  stderr: float | None
+
+
+def find_tasks(names: Sequence[str], include: Sequence[Path] = ()) -> tuple[TaskManager, list[str]]:
+  """Tasks, groups and tags by name or pattern, of local folders and of lm-eval itself.
+
+  Args:
+    names: such as ``hellaswag`` or ``mmlu_*``.
+    include: folders of YAML files; their tasks hide lm-eval's own of the same name.
+
+  Returns:
+    lm-eval's task manager, and the names found.
+
+  Raises:
+    ValueError: if a folder does not exist or a name is unknown; near names are offered.
+  """
+  from lm_eval.tasks import TaskManager
+
+  if not names:
+    raise ValueError("name at least one task, such as --tasks hellaswag")
+  if missing := [str(folder) for folder in include if not folder.is_dir()]:
+    raise ValueError(f"there is no folder {', '.join(missing)} to read tasks from")
+  matches: dict[str, list[str]] = {}
+  # Reading lm-eval's thousands of tasks takes seconds, and local ones may be all that is asked for.
+  for defaults in (False, True) if include else (True,):
+    manager = TaskManager(include_path=list(include), include_defaults=defaults)
+    matches = {name: manager.match_tasks([name]) for name in names}
+    if all(matches.values()):
+      return manager, list(dict.fromkeys(task for found in matches.values() for task in found))
+  unknown = []
+  for name in (name for name in names if not matches[name]):
+    near = difflib.get_close_matches(name, manager.all_tasks, 3)
+    unknown.append(f"{name!r}" + (f" (near names: {', '.join(near)})" if near else ""))
+  raise ValueError(f"lm-eval does not know the tasks {', '.join(unknown)}; it knows {len(manager.all_tasks)} others")
+
+
+def run_tasks(
+  lm: SharedAttentionLM,
+  names: Sequence[str],
+  *,
+  include: Sequence[Path] = (),
+  num_fewshot: int | None = None,
+  limit: int | None = None,
+  apply_chat_template: bool = False,
+  model_args: dict[str, Any] | None = None,
+  log_samples: bool = False,
+  output_path: Path | None = None,
+) -> dict[str, Any]:
+  """Evaluates a model on tasks.
+
+  Args:
+    lm: the model.
+    names: see `find_tasks`.
+    include: see `find_tasks`.
+    num_fewshot: examples before each question; the tasks' own numbers when None.
+    limit: only this many documents of each task.
+    apply_chat_template: whether prompts are put into the model's chat template, examples as turns of their own.
+    model_args: what the results say about the model.
+    log_samples: whether the results hold every request and answer.
+    output_path: folder for the results file, named and written by lm-eval.
+
+  Returns:
+    What ``lm_eval.simple_evaluate`` returns.
+
+  Raises:
+    ValueError: if a task is unknown or its data cannot be read.
+  """
+  import lm_eval.evaluator
+  from datasets.exceptions import DatasetsError
+  from lm_eval.loggers import EvaluationTracker
+
+  manager, found = find_tasks(names, include)
+  tracker = None if output_path is None else EvaluationTracker(output_path=str(output_path))
+  # lm-eval warns of each setting that it was told to change, and imports torch and transformers to note their versions.
+  logging.getLogger("lm_eval").setLevel(logging.ERROR)
+  try:
+    with mock.patch.multiple("lm_eval.utils", is_torch_available=_absent, is_transformers_available=_absent):
+      results = lm_eval.evaluator.simple_evaluate(
+        lm,
+        model_args=model_args,
+        tasks=found,
+        task_manager=manager,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        apply_chat_template=apply_chat_template,
+        log_samples=log_samples,
+        evaluation_tracker=tracker,
+        torch_random_seed=None,
+      )
+  except (DatasetsError, ConnectionError, FileNotFoundError) as error:
+    raise ValueError(f"the data of {', '.join(found)} cannot be read: {error}") from error
+  assert results is not None, "every process is the first to lm-eval"
+  samples = results.pop("samples", None)
+  if tracker is not None:
+    tracker.save_results_aggregated(results, samples)
+    for task in samples or ():
+      tracker.save_results_samples(task, samples[task])
+  return dict(results) | ({} if samples is None else {"samples": samples})
+
+
+def _absent() -> bool:
+  return False
+
+
+def metrics(results: dict[str, Any]) -> Iterator[Metric]:
+  """The numbers of lm-eval's results: of groups first, then of the tasks that belong to no group of them."""
+  groups: dict[str, Any] = results.get("groups", {})
+  members = {name for group in groups for name in results.get("group_subtasks", {}).get(group, ())}
+  tasks = {name: values for name, values in results["results"].items() if name not in {*groups, *members}}
+  counts = results.get("n-samples", {})
+  for name, values in (groups | tasks).items():
+    below = results.get("group_subtasks", {}).get(name, ())
+    samples = counts[name]["effective"] if name in counts else sum(counts[each]["effective"] for each in below)
+    for key, value in values.items():
+      metric, _, filtered = key.partition(",")
+      if not filtered or metric.endswith("_stderr"):
+        continue
+      stderr = values.get(f"{metric}_stderr,{filtered}")
+      label = metric if filtered == "none" else f"{metric}, {filtered}"
+      yield Metric(name, samples, label, float(value), stderr if isinstance(stderr, float) else None)

@@ -1,0 +1,241 @@
+"""A model as EleutherAI's lm-eval wants it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from tqdm import tqdm
+
+from sa_jax.convert.tokenizer import Tokenizer
+from sa_jax.decode import Batcher, Sampler, bucket
+from sa_jax.evaluation.scoring import Scorer, part, together
+from sa_jax.nn import Transformer
+from sa_jax.params import as_layers
+
+_ENCODED_AT_ONCE = 4096
+"""Texts: enough for all threads of the tokenizer."""
+
+
+class SharedAttentionLM(TemplateLM):
+  """An sa_jax model for ``lm_eval.simple_evaluate(model=...)``, without torch.
+
+  Each process of a multi-host run is given all requests, works on its part of them, and returns all answers.
+
+  Attributes:
+    tokenizer: the model's.
+    name: what lm-eval's caches know the tokenizer by.
+    max_length: most tokens that the model reads; longer requests lose their beginning.
+    slots: generations that run at once.
+  """
+
+  tokenizer: Tokenizer
+
+  def __init__(
+    self,
+    model: Transformer,
+    params: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    *,
+    name: str = "sa_jax",
+    batch_tokens: int = 4096,
+    slots: int = 32,
+    max_length: int | None = None,
+    max_new_tokens: int = 256,
+  ):
+    """Makes the adapter.
+
+    Args:
+      model: from `sa_jax.from_pretrained`.
+      params: in the layer layout; the run layout takes a second copy of the weights.
+      tokenizer: from `sa_jax.load_tokenizer`.
+      name: see `tokenizer_name`.
+      batch_tokens: see `Scorer`.
+      slots: generations that run at once.
+      max_length: most tokens that the model reads; the config's when None.
+      max_new_tokens: most tokens of a generation whose task does not say.
+
+    Raises:
+      ValueError: if the model has no end token.
+    """
+    super().__init__()
+    self._model, self._params = model, as_layers(params, model.plan)
+    self._scorer = Scorer(model, self._params, batch_tokens=batch_tokens)
+    self.tokenizer, self.name, self.slots = tokenizer, name, slots
+    self.max_length = max_length or model.config.max_length
+    self._max_new_tokens = max_new_tokens
+    special = {key: tokenizer.backend.token_to_id(token) for key, token in tokenizer.special}
+    ends = model.config.eos_token_ids
+    end = special.get("eos_token", ends[0] if ends else None)
+    if end is None:
+      raise ValueError("neither the config nor the tokenizer names an end token, which lm-eval needs")
+    start = special.get("bos_token", model.config.bos_token_id)
+    self._end, self._start = int(end), int(end if start is None else start)
+    self._start_text = tokenizer.decode([self._start], special=True)
+    self._encoded: dict[str, list[int]] = {}
+
+  @property
+  def eot_token_id(self) -> int:
+    """The end token."""
+    return self._end
+
+  @property
+  def prefix_token_id(self) -> int:
+    """What an empty context becomes: the start token, or the end token of a model that has none."""
+    return self._start
+
+  @property
+  def tokenizer_name(self) -> str:
+    """What lm-eval's caches know the tokenizer by."""
+    return self.name
+
+  def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    """Token ids; by default with a start token where the tokenizer adds one and the text does not have it."""
+    if add_special_tokens is None:
+      if (known := self._encoded.get(string)) is not None:
+        return known
+      add_special_tokens = not string.startswith(self._start_text)
+    return self.tokenizer.encode(string, special=add_special_tokens)
+
+  def _encode_ahead(self, texts: Iterable[str]) -> None:
+    """Encodes texts with all threads, for `tok_encode` to find."""
+    wanted = [text for text in dict.fromkeys(texts) if text and not text.startswith(self._start_text)]
+    encoded = self.tokenizer.backend.encode_batch_fast(wanted)
+    self._encoded = {text: each.ids for text, each in zip(wanted, encoded, strict=True)}
+
+  def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    """Messages as text; without ``add_generation_prompt`` the last message is left open, to be continued."""
+    text = self.tokenizer.chat(chat_history, prompt=add_generation_prompt)
+    if add_generation_prompt:
+      return text
+    last = chat_history[-1]["content"].strip()
+    return text[: text.rindex(last) + len(last)]
+
+  def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    """Log-likelihood of each request's continuation given its context, and whether it is what greedy decoding gives."""
+    pairs: list[tuple[tuple[str, str], list[int], list[int]]] = []
+    for begin in range(0, len(requests), _ENCODED_AT_ONCE):
+      block = [request.args for request in requests[begin : begin + _ENCODED_AT_ONCE]]
+      self._encode_ahead(text for args in block for text in (args[0].rstrip(), args[0] + args[1]))
+      pairs += [(args, *self._pair(*args)) for args in block]
+    self._encoded = {}
+    return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+
+  def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """A context's tokens and its continuation's, neither empty."""
+    if context:
+      return self._encode_pair(context, continuation)
+    tokens = self.tok_encode(continuation, add_special_tokens=False)
+    return (tokens[:1], tokens[1:]) if tokens[0] == self._start else ([self._start], tokens)
+
+  def _loglikelihood_tokens(
+    self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], disable_tqdm: bool = False, **_: Any
+  ) -> list[tuple[float, bool]]:
+    pairs = [self._truncated(context, continuation) for _, context, continuation in requests]
+    with _bar("scoring", disable_tqdm) as bar:
+      return [(scored.log_likelihood, scored.greedy) for scored in self._scorer(pairs, bar.reach)]
+
+  def _truncated(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """A request without its beginning where the model cannot read it all; what is scored stays whole."""
+    if len(continuation) > self.max_length:
+      raise ValueError(f"a continuation of {len(continuation)} tokens is longer than the model's {self.max_length}")
+    return context[-(self.max_length + 1 - len(continuation)) :], continuation
+
+  def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+    """Log-likelihood of each request's whole text, in windows of ``max_length`` tokens that predict each token once."""
+    windows: list[tuple[int, list[int], list[int]]] = []
+    for number, request in enumerate(requests):
+      rolling = utils.get_rolling_token_windows(
+        self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
+      )
+      windows += [(number, *utils.make_disjoint_window(window)) for window in rolling]
+    scores = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+    totals = [0.0] * len(requests)
+    for (number, *_), (value, _) in zip(windows, scores, strict=True):
+      totals[number] += value
+    return totals
+
+  def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    """Continues each context to the first of its stop strings, the end token or its longest length."""
+    by_settings: dict[str, list[int]] = {}
+    for number, request in enumerate(requests):
+      by_settings.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
+    texts = [""] * len(requests)
+    for settings, numbers in by_settings.items():
+      contexts = [requests[number].args[0] for number in numbers]
+      for number, text in zip(numbers, self._generate(contexts, json.loads(settings), disable_tqdm), strict=True):
+        texts[number] = text
+    return texts
+
+  def _generate(self, contexts: Sequence[str], settings: dict[str, Any], disable_tqdm: bool) -> list[str]:
+    stops, longest, sampler = self._read_settings(settings)
+    if longest >= self.max_length:
+      raise ValueError(f"{longest} new tokens leave no room for a prompt in the model's {self.max_length}")
+    self._encode_ahead(contexts)
+    prompts = [self.tok_encode(context)[-(self.max_length - longest) :] for context in contexts]
+    self._encoded = {}
+    mine = part(range(len(prompts)), jax.process_index(), jax.process_count())
+    # The capacity is that of all prompts, so that every process compiles the same programs.
+    needed = max(map(len, prompts)) + longest - 1
+    batcher = Batcher(
+      self._model,
+      self._params,
+      slots=min(self.slots, bucket(len(mine), self.slots)),
+      capacity=-(-needed // 64) * 64,
+      sampler=sampler,
+    )
+    running = {number: batcher.submit(prompts[number], longest, row=number) for number in mine}
+    with _bar("generating", disable_tqdm) as bar:
+      while batcher.busy:
+        batcher.step()
+        for request in running.values():
+          if request.status == "running" and self._stopped(request.tokens, batcher.chunk + 1, stops):
+            batcher.cancel(request)
+        bar.reach(sum(request.status in ("done", "cancelled") for request in running.values()), len(running))
+    tokens = np.zeros((len(prompts), longest + 1), np.int64)
+    for number, request in running.items():
+      tokens[number, : len(request.tokens)] = request.tokens
+      tokens[number, longest] = len(request.tokens)
+    (tokens,) = together((tokens,))
+    decoded = (self.tokenizer.decode(row[: row[longest]]) for row in tokens.tolist())
+    return [postprocess_generated_text(text, stops, None) for text in decoded]
+
+  def _stopped(self, tokens: Sequence[int], new: int, stops: Sequence[str]) -> bool:
+    """Whether a stop string ends among the last ``new`` tokens; it has at most as many tokens as it has bytes."""
+    text = self.tokenizer.decode(tokens[-new - max(len(stop.encode()) for stop in stops) :], special=True)
+    return any(stop in text for stop in stops)
+
+  def _read_settings(self, settings: dict[str, Any]) -> tuple[list[str], int, Sampler]:
+    """Stop strings, most new tokens, and the sampler of lm-eval's ``generation_kwargs``."""
+    known = dict(normalize_gen_kwargs(settings, self._max_new_tokens))
+    end = self.tokenizer.decode([self._end], special=True)
+    stops = [stop for stop in handle_stop_sequences(known.pop("until", None), end) if stop]
+    longest = int(known.pop("max_gen_toks"))
+    sampling, temperature = known.pop("do_sample", False), float(known.pop("temperature", 0.0))
+    filters = {name: known.pop(name, None) for name in ("top_k", "top_p")}
+    if known:
+      raise ValueError(
+        f"the task asks for generation settings that there are not here: {', '.join(sorted(known))}; there are until, "
+        "max_gen_toks, do_sample, temperature, top_k and top_p"
+      )
+    return stops, longest, Sampler(temperature, **filters) if sampling and temperature > 0 else Sampler()
+
+
+class _bar(tqdm):
+  """lm-eval's kind of progress bar, where there is a terminal to show it on."""
+
+  def __init__(self, label: str, disable: bool):
+    super().__init__(desc=label, disable=disable or not sys.stderr.isatty() or jax.process_index() > 0)
+
+  def reach(self, done: int, total: int) -> None:
+    """Shows how far the work is."""
+    self.total = total
+    self.update(done - self.n)

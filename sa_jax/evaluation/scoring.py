@@ -1,0 +1,274 @@
+"""Log-likelihoods of continuations given their contexts."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sa_jax import ops
+from sa_jax.decode.padding import right_pad
+from sa_jax.evaluation.prefixes import Family, Row, bucket, families, rows_of_requests
+from sa_jax.nn import Cache, Transformer
+from sa_jax.params import as_layers
+
+_LOG = logging.getLogger("sa_jax")
+_T = TypeVar("_T")
+
+_CHUNK = 512
+"""Positions whose logits exist at once."""
+
+_KEYS = 1024
+"""A query that sees more keys than this counts as several tokens of a batch."""
+
+
+class Scored(NamedTuple):
+  """Attributes:
+  log_likelihood: of the continuation given its context, in nats.
+  greedy: whether each of its tokens is the likeliest one at its place.
+  """
+
+  log_likelihood: float
+  greedy: bool
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _read(model: Transformer, params: Mapping[str, Any], tokens: jax.Array, lengths: jax.Array) -> Cache:
+  """The cache of right-padded rows ``[B, T]``."""
+  _LOG.info("compiling the cache of %s × %s tokens", *tokens.shape)
+  return model.apply({"params": params}, tokens, lengths, method="prefill")[1]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _hidden(model: Transformer, params: Mapping[str, Any], tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+  """What the head reads ``[B, T, D]`` in right-padded rows."""
+  _LOG.info("compiling the scores of %s × %s tokens", *tokens.shape)
+  return model.apply({"params": params}, tokens, lengths, method="hidden")
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _hidden_after(
+  model: Transformer,
+  params: Mapping[str, Any],
+  cache: Cache,
+  owners: jax.Array,
+  starts: jax.Array,
+  tokens: jax.Array,
+  lengths: jax.Array,
+) -> jax.Array:
+  """What the head reads in ``tokens [B, T]``, each row after the ``starts [B]`` tokens of a row of the cache."""
+  _LOG.info("compiling the scores of %s × %s tokens after %s", *tokens.shape, cache.capacity)
+  room = ((0, 0), (0, 0), (0, tokens.shape[1]), (0, 0))
+  own = jax.tree.map(lambda x: jnp.pad(jnp.take(x, owners, axis=0, mode="clip"), room), cache)
+  return model.apply({"params": params}, tokens, own, starts, lengths, method="extend")[0]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _scores(
+  model: Transformer, params: Mapping[str, Any], hidden: jax.Array, places: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Log-likelihoods ``[M]`` of targets at places among the B × T positions, and whether each is the likeliest token."""
+
+  def one(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    places, targets = chunk
+    logits = model.apply({"params": params}, jnp.take(flat, places, axis=0, mode="clip")[None], method="logits")[0]
+    return ops.token_log_likelihoods(logits, targets), logits.argmax(axis=-1) == targets
+
+  flat = hidden.reshape(-1, hidden.shape[-1])
+  split = lambda x: x.reshape(-1, min(_CHUNK, len(x)))
+  scores = jax.lax.map(one, (split(places), split(targets)))
+  return jax.tree.map(lambda x: x.reshape(-1), scores)
+
+
+PROGRAMS = (_read, _hidden, _hidden_after, _scores)
+"""What is compiled, once for each shape of batch."""
+
+
+class Scorer:
+  """Scores continuations given their contexts, reading as few tokens as it can.
+
+  Requests that differ in their last token are one row, read once; rows that begin alike (options of one question,
+  questions after the same examples) read their beginning once, and their own tokens against its cache. Batches are of
+  rows of similar length, padded to few sizes, and logits exist only where they are wanted, a few hundred positions at
+  a time.
+
+  On several processes each scores its part of the rows, and all return the same. A model that is itself spread over
+  processes is run by all of them together.
+
+  Attributes:
+    batch_tokens: tokens in a batch, padding included; memory is of this order.
+  """
+
+  def __init__(self, model: Transformer, params: Mapping[str, Any], *, batch_tokens: int = 4096):
+    if batch_tokens < 1:
+      raise ValueError(f"batch_tokens must be at least 1, not {batch_tokens}")
+    self.batch_tokens = batch_tokens
+    self._model, self._params = model, as_layers(params, model.plan)
+    # Where the rotary embedding depends on a row's length, a beginning is not the same in rows of several lengths.
+    ropes = (model.config.rope, model.config.local_rope)
+    self._share = not any(rope is not None and rope.scaling == "dynamic" for rope in ropes)
+
+  def __call__(
+    self,
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    progress: Callable[[int, int], None] | None = None,
+  ) -> list[Scored]:
+    """Scores requests.
+
+    Args:
+      requests: context and continuation, each at least one token.
+      progress: called with (rows read, rows in all), of this process.
+
+    Raises:
+      ValueError: if a context or a continuation is empty, or a token is not in the vocabulary.
+    """
+    read: list[tuple[np.ndarray, int]] = []
+    targets: list[np.ndarray] = []
+    for number, (context, continuation) in enumerate(requests):
+      if not len(context) or not len(continuation):
+        raise ValueError(f"request {number} has no {'continuation' if len(context) else 'context'}")
+      tokens = np.concatenate([context, continuation]).astype(np.int32)
+      if tokens.min() < 0 or tokens.max() >= self._model.config.vocab_size:
+        raise ValueError(
+          f"request {number} has tokens {tokens.min()} to {tokens.max()}; the vocabulary is 0 to "
+          f"{self._model.config.vocab_size - 1}"
+        )
+      read.append((tokens[:-1], len(context) - 1))
+      targets.append(tokens[len(context) :])
+    rows = rows_of_requests(read, merge=self._share)
+    grouped = families(rows) if self._share else [Family((row,), 0) for row in rows]
+    scores = np.zeros(len(requests)), np.zeros(len(requests), np.int64)
+    with_targets = _Requests([first for _, first in read], targets)
+    mine = grouped if self._spread() else part(grouped, jax.process_index(), jax.process_count())
+    total, done = sum(len(family.rows) for family in mine), 0
+    # One batch behind, so that the device computes while the host prepares the next.
+    waiting: list[tuple[list[int], Any, int]] = []
+    for batch in itertools.chain(self._batches(mine, with_targets), [None]):
+      for numbers, found, count in waiting:
+        _add_up(numbers, jax.device_get(found), *scores)
+        done += count
+        if progress is not None:
+          progress(done, total)
+      waiting = [] if batch is None else [batch]
+    log_likelihoods, hits = scores if self._spread() else together(scores)
+    return [
+      Scored(float(value), int(hit) == len(target))
+      for value, hit, target in zip(log_likelihoods, hits, targets, strict=True)
+    ]
+
+  def _spread(self) -> bool:
+    """Whether the parameters are on devices of several processes."""
+    return not all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(self._params))
+
+  def _batches(self, grouped: Sequence[Family], requests: _Requests) -> Iterator[tuple[list[int], Any, int]]:
+    """Numbers of requests, one for each score; scores, on device; and how many rows they took."""
+    alone = [row for family in grouped if not family.shared for row in family.rows]
+    for rows in self._by_length(alone, lambda row: len(row.tokens)):
+      tokens, lengths = _padded([row.tokens for row in rows])
+      yield self._scored(_hidden(self._model, self._params, tokens, lengths), rows, np.zeros(len(rows), int), requests)
+    related = [family for family in grouped if family.shared]
+    for batch in self._by_length(related, lambda family: family.shared):
+      tokens, lengths = _padded([family.rows[0].tokens[: family.shared] for family in batch])
+      cache = _read(self._model, self._params, tokens, lengths)
+      members = [(owner, row) for owner, family in enumerate(batch) for row in family.rows]
+      rest = lambda member: len(member[1].tokens) - batch[member[0]].shared  # noqa: B023
+      for chosen in self._by_length(members, rest, before=tokens.shape[1]):
+        rows = [row for _, row in chosen]
+        starts = np.array([batch[owner].shared for owner, _ in chosen], np.int32)
+        own, lengths = _padded([row.tokens[start:] for row, start in zip(rows, starts)])
+        fill = lambda x: np.pad(np.asarray(x, np.int32), (0, len(own) - len(x)))  # noqa: B023
+        owners = fill([owner for owner, _ in chosen])
+        hidden = _hidden_after(self._model, self._params, cache, owners, fill(starts), own, lengths + fill(starts))
+        yield self._scored(hidden, rows, starts, requests)
+
+  def _by_length(self, items: Sequence[_T], length: Callable[[_T], int], before: int = 0) -> Iterator[list[_T]]:
+    """Batches of items of similar lengths, the longest first, each after as many as ``before`` tokens."""
+    items = sorted(items, key=length, reverse=True)
+    while items:
+      size = bucket(length(items[0]))
+      count = max(1, int(self.batch_tokens / (size * max(1.0, (before + size) / _KEYS))))
+      while bucket(count, 1) > count:
+        count -= 1
+      yield items[:count]
+      items = items[count:]
+
+  def _scored(
+    self, hidden: jax.Array, rows: Sequence[Row], starts: np.ndarray, requests: _Requests
+  ) -> tuple[list[int], Any, int]:
+    numbers, places, targets = requests.places(rows, starts, hidden.shape[1])
+    fill = lambda x: np.pad(np.asarray(x, np.int32), (0, _padding(len(x))))
+    return numbers, _scores(self._model, self._params, hidden, fill(places), fill(targets)), len(rows)
+
+
+class _Requests(NamedTuple):
+  """Attributes:
+  firsts: of each request, the position of its row that predicts its first token.
+  targets: its tokens.
+  """
+
+  firsts: list[int]
+  targets: list[np.ndarray]
+
+  def places(self, rows: Sequence[Row], starts: np.ndarray, length: int) -> tuple[list[int], list[int], list[int]]:
+    """What rows whose tokens from ``starts`` on are in a batch of ``[B, length]`` have to predict.
+
+    Returns:
+      A request's number, the place among B × length positions and the token, for each token of each request.
+    """
+    numbers: list[int] = []
+    places: list[int] = []
+    targets: list[int] = []
+    for index, (row, start) in enumerate(zip(rows, starts.tolist(), strict=True)):
+      for number in row.requests:
+        wanted = self.targets[number].tolist()
+        begin = index * length + self.firsts[number] - start
+        numbers += [number] * len(wanted)
+        places += range(begin, begin + len(wanted))
+        targets += wanted
+    return numbers, places, targets
+
+
+def _padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+  """Rows in a batch of few sizes: int32 ``[B, T]``, and lengths ``[B]``, of which rows that fill up have 1."""
+  tokens, lengths = right_pad(rows)
+  count, size = bucket(len(rows), 1), bucket(tokens.shape[1])
+  room = count - len(rows)
+  return np.pad(tokens, ((0, room), (0, size - tokens.shape[1]))), np.pad(lengths, (0, room), constant_values=1)
+
+
+def _padding(count: int) -> int:
+  """How many positions fill up a number of them to whole chunks."""
+  size = bucket(count)
+  return (size if size <= _CHUNK else -(-size // _CHUNK) * _CHUNK) - count
+
+
+def _add_up(numbers: list[int], found: tuple[np.ndarray, np.ndarray], totals: np.ndarray, hits: np.ndarray) -> None:
+  """Adds each token's log-likelihood, and whether it is the likeliest, to those of its request."""
+  values, likeliest = (x[: len(numbers)] for x in found)
+  np.add.at(totals, numbers, values.astype(np.float64))
+  np.add.at(hits, numbers, likeliest.astype(np.int64))
+
+
+def part(items: Sequence[_T], index: int, count: int) -> Sequence[_T]:
+  """The items that process ``index`` of ``count`` works on: every one belongs to exactly one."""
+  return items[index::count]
+
+
+def together(values: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+  """Sums over processes of arrays that hold zeros wherever another process has the value; the same on all."""
+  if jax.process_count() == 1:
+    return values
+  from jax.experimental import multihost_utils
+
+  # As bytes: without x64 a float64 would be gathered in float32.
+  gathered = [multihost_utils.process_allgather(np.frombuffer(value.tobytes(), np.uint8)) for value in values]
+  return tuple(
+    sum(np.frombuffer(each.tobytes(), value.dtype) for each in parts).reshape(value.shape)  # type: ignore[union-attr]
+    for value, parts in zip(values, gathered, strict=True)
+  )
