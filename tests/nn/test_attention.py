@@ -107,18 +107,18 @@ def test_products_of_a_step():
   """With a cache a follower never makes scores: the anchor's weights come to it."""
   anchor, params, follower, follower_params = anchor_and_follower("query_key")
   cache, keyless = (LayerCache(*np.zeros((n, 2, 2, 9, 8), np.float32)) for n in (2, 1))
-  x, positions = X[:, :1], np.array([3, 0], np.int32)
+  x, positions = X[:, :1], np.array([[3], [0]], np.int32)
 
   def step(module):
-    return jax.jit(functools.partial(module.apply, method="step"))
+    return jax.jit(functools.partial(module.apply, method="extend"))
 
-  _, weights, after = step(anchor)(params, x, cache, positions)
+  _, weights, after = step(anchor)(params, x, cache, positions, positions[:, 0] + 1)
   assert isinstance(weights, AttentionWeights)
-  assert dots(step(anchor), params, x, cache, positions) == 6
+  assert dots(step(anchor), params, x, cache, positions, positions[:, 0] + 1) == 6
   assert dots(step(follower), follower_params, x, weights, keyless, positions) == 3
   _, after_follower = step(follower)(follower_params, x, weights, keyless, positions)
   assert after.keys is not None
   assert after_follower.keys is None
   # Each row wrote its own slot and no other.
   written = np.abs(np.asarray(after_follower.values)).sum(axis=(1, 3)) > 0
-  np.testing.assert_array_equal(written, np.arange(9) == positions[:, None])
+  np.testing.assert_array_equal(written, np.arange(9) == positions)

@@ -11,6 +11,7 @@ import pytest
 
 import sa_jax
 from sa_jax.train.distributed import Hosts, start
+from tests.conftest import FAST_COMPILATION
 from tests.train.test_resume import ROOT, curve
 from tests.train.tiny_run import STEPS, TEXT
 
@@ -27,7 +28,7 @@ def launch(tmp_path_factory):
       free.bind(("127.0.0.1", 0))
       port = free.getsockname()[1]
     here = {
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes} {FAST_COMPILATION}",
       "JAX_COMPILATION_CACHE_DIR": cache,
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -13,6 +13,7 @@ import pytest
 
 import sa_jax
 from sa_jax.train.loop import train
+from tests.conftest import FAST_COMPILATION
 from tests.tiny import assert_trees_equal
 from tests.train.tiny_run import SAVE_EVERY, STEPS, config
 
@@ -30,7 +31,7 @@ def curve(out: Path) -> list[tuple[int, float, float]]:
 def child(tmp_path_factory):
   """Runs `tests.train.tiny_run` on one device, and what it compiles is kept for the next."""
   here = {
-    "XLA_FLAGS": "",
+    "XLA_FLAGS": FAST_COMPILATION,
     "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
