@@ -4,9 +4,9 @@ import importlib.util
 import os
 from pathlib import Path
 
+from tests import FAST_COMPILATION
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of the time: programs are tiny, and need not be fast.
-FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {FAST_COMPILATION}")
 
 import jax

@@ -14,8 +14,7 @@ from scipy.special import log_softmax
 import sa_jax
 from sa_jax.evaluation import Scorer, scoring
 from sa_jax.evaluation.prefixes import Row, bucket, families, rows_of_requests
-from tests import tiny
-from tests.conftest import FAST_COMPILATION
+from tests import FAST_COMPILATION, tiny
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 import sa_jax
 from sa_jax.train.distributed import Hosts, start
-from tests.conftest import FAST_COMPILATION
+from tests import FAST_COMPILATION
 from tests.train.test_resume import ROOT, curve
 from tests.train.tiny_run import STEPS, TEXT
 

@@ -13,7 +13,7 @@ import pytest
 
 import sa_jax
 from sa_jax.train.loop import train
-from tests.conftest import FAST_COMPILATION
+from tests import FAST_COMPILATION
 from tests.tiny import assert_trees_equal
 from tests.train.tiny_run import SAVE_EVERY, STEPS, config
 
