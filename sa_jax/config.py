@@ -11,6 +11,7 @@ from sa_jax.ops import AttentionSpec, RopeConfig
 AttentionState = Literal["query_key", "attention_weights"]
 AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn", "splash"]
 RematPolicy = Literal["none", "full", "dots"]
+CacheDtype = Literal["int8", None]
 Activation = Literal["silu", "gelu_tanh"]
 
 
@@ -54,6 +55,8 @@ class ModelConfig:
     pad_token_id: fills rows after their end, or None.
     dtype: what activations are computed in, a NumPy dtype name.
     param_dtype: what parameters are stored in, a NumPy dtype name.
+    cache_dtype: what keys and values are cached in: ``int8``, with a float32 scale for each head of each token, or None
+      for ``dtype``.
     attention: the attention backend; see `sa_jax.ops.attend`.
     attention_state: what an anchor hands its followers: ``query_key`` (its rotary-encoded q and k, O(T) memory, any
       fused kernel) or ``attention_weights`` (the softmaxed weights, O(T S) memory, the paper's literal algorithm).
@@ -94,6 +97,7 @@ class ModelConfig:
 
   dtype: str = "float32"
   param_dtype: str = "float32"
+  cache_dtype: CacheDtype = None
   attention: AttentionBackend = "auto"
   attention_state: AttentionState = "query_key"
   remat: RematPolicy = "none"
@@ -136,9 +140,10 @@ class ModelConfig:
       ("attention", AttentionBackend),
       ("attention_state", AttentionState),
       ("remat", RematPolicy),
+      ("cache_dtype", CacheDtype),
     ):
       if getattr(self, name) not in get_args(choices):
-        wrong.append(f"{name}={getattr(self, name)!r} (one of {', '.join(get_args(choices))} is needed)")
+        wrong.append(f"{name}={getattr(self, name)!r} (one of {', '.join(map(str, get_args(choices)))} is needed)")
     if wrong:
       raise ValueError("model config: " + "; ".join(wrong))
 

@@ -22,7 +22,7 @@ class Cost:
     param_bytes: their bytes in the config's ``param_dtype``.
     flops: one forward pass over ``batch`` sequences of ``seq_len`` tokens, logits at every position.
     decode_flops: one decode step of ``batch`` rows whose cache holds ``seq_len`` tokens, the new one included.
-    kv_cache_bytes: cache of ``batch`` rows of ``seq_len`` slots, in the config's ``dtype``.
+    kv_cache_bytes: cache of ``batch`` rows of ``seq_len`` slots, as the config stores it.
     kv_bytes_per_token: cache bytes that one token of one row takes.
     decode_bytes: what a decode step must read: the parameters (of a separate embedding just the rows it looks up), and
       the cache.
@@ -72,9 +72,10 @@ def cost(config: ModelConfig, plan: SharingPlan | str | None, batch: int = 1, se
     decode_attention += products * window
   per_token = 2 * (matrices + table)
 
-  itemsize = jnp.dtype(config.dtype).itemsize
   param_itemsize = jnp.dtype(config.param_dtype).itemsize
-  kv_bytes_per_token = (layers + anchors) * kv_heads * head_dim * itemsize
+  # Of int8, each head of a token has a float32 scale.
+  vector_bytes = head_dim + 4 if config.cache_dtype == "int8" else head_dim * jnp.dtype(config.dtype).itemsize
+  kv_bytes_per_token = (layers + anchors) * kv_heads * vector_bytes
   kv_cache_bytes = batch * seq_len * kv_bytes_per_token
   read_params = matrices + vectors + table + (0 if config.tie_embeddings else batch * embed)
   return Cost(

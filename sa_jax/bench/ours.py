@@ -38,6 +38,7 @@ def config_of(task: Task) -> ModelConfig:
     eos_token_ids=(),
     attention=task.attention,
     attention_state=task.attention_state,
+    cache_dtype=task.cache_dtype,
   )
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from typing import Any, Literal
 
-from sa_jax.config import AttentionBackend, AttentionState, RematPolicy
+from sa_jax.config import AttentionBackend, AttentionState, CacheDtype, RematPolicy
 
 Kind = Literal["decode", "prefill", "train", "step", "batching"]
 Who = Literal["sa_jax", "hf-compiled", "hf-eager"]
@@ -31,6 +31,7 @@ class Task:
     attention_state: as in `ModelConfig`.
     attention: as in `ModelConfig`.
     remat: step: as in `ModelConfig`; of peers, gradient checkpointing unless ``none``.
+    cache_dtype: as in `ModelConfig`.
     requests: batching: how many.
     repeats: timed calls.
   """
@@ -45,6 +46,7 @@ class Task:
   attention_state: AttentionState = "query_key"
   attention: AttentionBackend = "auto"
   remat: RematPolicy = "full"
+  cache_dtype: CacheDtype = None
   requests: int = 256
   repeats: int = 10
 

@@ -39,6 +39,8 @@ class Bench:
   """Attention backends, in prefill, train and step."""
   remat: RematPolicy = "full"
   """step: what the backward pass computes again; peers checkpoint gradients unless it is none."""
+  cache_dtype: Literal["int8"] | None = None
+  """int8 instead of bfloat16, in decode and batching."""
   peers: tuple[Literal["hf-compiled", "hf-eager"], ...] = ()
   """Also time transformers on torch, dense, in the same run."""
   requests: int = 256
@@ -78,6 +80,7 @@ class Bench:
       batch=self.batch,
       layers=self.layers,
       remat=self.remat,
+      cache_dtype=self.cache_dtype,
       requests=self.requests,
       repeats=self.repeats,
     )

@@ -40,17 +40,20 @@ class Generate:
   """Of the samples."""
   dtype: Literal["float32", "bfloat16", "float16"] | None = None
   """Type of parameters and activations; None for the checkpoint's."""
+  cache_dtype: Literal["int8"] | None = None
+  """int8 caches keys and values in about half of bfloat16's bytes; None in the type of activations."""
   json: Path | None = None
   """Also write prompts, texts and tokens to this file."""
 
   def run(self) -> None:
     """Prints each prompt's continuation."""
-    from sa_jax import from_pretrained, load_tokenizer
+    from sa_jax import Transformer, from_pretrained, load_tokenizer
 
     tokenizer = load_tokenizer(self.model)
     prompts = [tokenizer.encode(self._prompt(tokenizer, text), special=not self.chat) for text in self.prompt]
     with progress("opening") as report:
       model, params = from_pretrained(self.model, self.plan, self.dtype, layout="layers", progress=report)
+    model = Transformer(dataclasses.replace(model.config, cache_dtype=self.cache_dtype), model.plan)
     start = time.perf_counter()
     say = self._say_one if len(prompts) == 1 else self._say_all
     tokens = say(model, params, tokenizer, prompts)

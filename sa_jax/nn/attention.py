@@ -185,7 +185,7 @@ class AnchorAttention(_Attention):
     q, k = self.query_key(x, jnp.arange(length), length if lengths is None else lengths, local)
     v = self.values(x)
     state = make_state(self.config, q, k, lengths, local, segments)
-    return self.output(state.attend(v)), state, LayerCache(jnp.swapaxes(v, 1, 2), jnp.swapaxes(k, 1, 2))
+    return self.output(state.attend(v)), state, LayerCache.of(self.config, v, k)
 
   def extend(
     self, x: jax.Array, cache: LayerCache, positions: jax.Array, lengths: jax.Array, local: bool = False
@@ -241,7 +241,7 @@ class FollowerAttention(_Attention):
   def prefill(self, x: jax.Array, state: State) -> tuple[jax.Array, LayerCache]:
     """`__call__` that also returns the cache of the T tokens: values ``[B, K, T, H]`` alone."""
     v = self.values(x)
-    return self.output(state.attend(v)), LayerCache(jnp.swapaxes(v, 1, 2))
+    return self.output(state.attend(v)), LayerCache.of(self.config, v)
 
   def extend(
     self, x: jax.Array, state: AttentionWeights, cache: LayerCache, positions: jax.Array

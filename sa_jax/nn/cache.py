@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from sa_jax import ops
 from sa_jax.config import ModelConfig
 from sa_jax.plan import SharingPlan
 
@@ -15,12 +16,23 @@ class LayerCache:
   """One layer's cache. Token ``i`` of a row sits at slot ``i``.
 
   Attributes:
-    values: ``[B, K, S, H]``.
-    keys: ``[B, K, S, H]`` rotary-encoded, or None in a follower, which never sees a key.
+    values: ``[B, K, S, H]``, in the compute dtype or as `sa_jax.ops.Int8`.
+    keys: ``[B, K, S, H]`` rotary-encoded, of the same type, or None in a follower, which never sees a key.
   """
 
-  values: jax.Array
-  keys: jax.Array | None = None
+  values: ops.Stored
+  keys: ops.Stored | None = None
+
+  @classmethod
+  def of(cls, config: ModelConfig, values: jax.Array, keys: jax.Array | None = None) -> LayerCache:
+    """The cache of T tokens, ``[B, T, K, H]`` each, as the config stores it."""
+    store = lambda x: _stored(config, jnp.swapaxes(x, 1, 2))
+    return cls(store(values), None if keys is None else store(keys))
+
+
+def _stored(config: ModelConfig, x: jax.Array) -> ops.Stored:
+  """Keys or values ``[B, K, S, H]`` in the compute dtype, as the config stores them."""
+  return ops.Int8.of(x) if config.cache_dtype == "int8" else x
 
 
 @struct.dataclass
@@ -35,9 +47,9 @@ class Cache:
 
   @classmethod
   def empty(cls, config: ModelConfig, plan: SharingPlan, batch: int, capacity: int) -> Cache:
-    """A zeroed cache of ``capacity`` slots a row, in the config's compute dtype."""
+    """A zeroed cache of ``capacity`` slots a row."""
     shape = (batch, config.num_kv_heads, capacity, config.head_dim)
-    zeros = lambda: jnp.zeros(shape, config.dtype)
+    zeros = lambda: _stored(config, jnp.zeros(shape, config.dtype))
     return cls(
       tuple(LayerCache(zeros(), zeros() if plan.is_anchor(layer) else None) for layer in range(plan.num_layers))
     )
@@ -45,7 +57,7 @@ class Cache:
   @property
   def capacity(self) -> int:
     """Slots a row."""
-    return self.layers[0].values.shape[2]
+    return jax.tree.leaves(self.layers[0].values)[0].shape[2]
 
   @property
   def nbytes(self) -> int:

@@ -3,6 +3,7 @@
 from sa_jax.ops.attention import (
   AttentionSpec,
   Rows,
+  Stored,
   apply_weights,
   attend,
   attention_weights,
@@ -16,13 +17,16 @@ from sa_jax.ops.attention import (
 from sa_jax.ops.glu import gated_linear, has_gated_linear
 from sa_jax.ops.loss import Head, distillation_loss, next_token_loss, token_log_likelihoods
 from sa_jax.ops.norm import rms_norm, rms_norm_about_one
+from sa_jax.ops.quantize import Int8
 from sa_jax.ops.rope import RopeConfig, apply_rope, rope_frequencies
 
 __all__ = [
   "AttentionSpec",
-  "Rows",
   "Head",
+  "Int8",
   "RopeConfig",
+  "Rows",
+  "Stored",
   "apply_rope",
   "apply_weights",
   "attend",

@@ -6,9 +6,13 @@ import jax.numpy as jnp
 from sa_jax.ops.attention import flash_decode
 from sa_jax.ops.attention.reference import apply_weights, attention_weights
 from sa_jax.ops.attention.spec import AttentionSpec
+from sa_jax.ops.quantize import Int8
+
+Stored = jax.Array | Int8
+"""Keys or values in a cache ``[B, K, S, H]``."""
 
 
-def write_slot(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
+def write_slot(cache: Stored, new: jax.Array, slots: jax.Array) -> Stored:
   """Writes one token a row, or T, into slots; a slot past the end writes nothing.
 
   Args:
@@ -16,12 +20,21 @@ def write_slot(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
     new: ``[B, K, H]``, or ``[B, T, K, H]``.
     slots: int32 ``[B]``, or ``[B, T]``, those of a row all different.
   """
-  rows = jnp.arange(cache.shape[0]).reshape((-1,) + (1,) * (slots.ndim - 1))
-  return cache.at[rows, :, slots].set(new.astype(cache.dtype), mode="drop", unique_indices=True)
+  rows = jnp.arange(slots.shape[0]).reshape((-1,) + (1,) * (slots.ndim - 1))
+
+  def write(cache: jax.Array, new: jax.Array) -> jax.Array:
+    return cache.at[rows, :, slots].set(new.astype(cache.dtype), mode="drop", unique_indices=True)
+
+  return jax.tree.map(write, cache, Int8.of(new) if isinstance(cache, Int8) else new)
+
+
+def _read(stored: Stored, dtype: jax.typing.DTypeLike) -> jax.Array:
+  """The cache as attention takes it, ``[B, S, K, H]``."""
+  return jnp.swapaxes(stored.to(dtype) if isinstance(stored, Int8) else stored, 1, 2)
 
 
 def decode_weights(
-  q: jax.Array, keys: jax.Array, positions: jax.Array, *, spec: AttentionSpec = AttentionSpec()
+  q: jax.Array, keys: Stored, positions: jax.Array, *, spec: AttentionSpec = AttentionSpec()
 ) -> jax.Array:
   """Softmaxed attention weights of new tokens.
 
@@ -34,28 +47,28 @@ def decode_weights(
   Returns:
     ``[B, N, T, S]`` in q's dtype.
   """
-  return attention_weights(q, jnp.swapaxes(keys, 1, 2), positions=positions, spec=spec)
+  return attention_weights(q, _read(keys, q.dtype), positions=positions, spec=spec)
 
 
-def decode_apply(weights: jax.Array, values: jax.Array) -> jax.Array:
+def decode_apply(weights: jax.Array, values: Stored) -> jax.Array:
   """Weighted sums of cached values: weights ``[B, N, T, S]``, values ``[B, K, S, H]`` → ``[B, T, N, H]``."""
-  return apply_weights(weights, jnp.swapaxes(values, 1, 2))
+  return apply_weights(weights, _read(values, weights.dtype))
 
 
 def decode_attend(
   q: jax.Array,
   new_key: jax.Array,
   new_value: jax.Array,
-  keys: jax.Array,
-  values: jax.Array,
+  keys: Stored,
+  values: Stored,
   positions: jax.Array,
   *,
   spec: AttentionSpec = AttentionSpec(),
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Stored, Stored]:
   """Attention of one new token a row over the cache that it joins, without handing out the weights.
 
-  On NVIDIA GPUs in half precision it is one kernel that reads no slot past a row's end; elsewhere `write_slot`,
-  `decode_weights` and `decode_apply`.
+  On NVIDIA GPUs in half precision, cache included, it is one kernel that reads no slot past a row's end; elsewhere
+  `write_slot`, `decode_weights` and `decode_apply`.
 
   Args:
     q: ``[B, N, H]``.
@@ -69,7 +82,7 @@ def decode_attend(
   Returns:
     ``[B, N, H]``, and the cache with the new keys and values.
   """
-  if _has_kernel(q, keys, spec):
+  if not isinstance(keys, Int8) and not isinstance(values, Int8) and _has_kernel(q, keys, spec):
     scale = spec.scale_for(q.shape[-1])
     return flash_decode.attend(q, new_key, new_value, keys, values, positions, scale=scale)
   keys, values = write_slot(keys, new_key, positions), write_slot(values, new_value, positions)

@@ -1,0 +1,33 @@
+"""Int8 vectors with a scale each: half the bytes of bfloat16."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8:
+  """Vectors along the last axis: ``data * scale``.
+
+  Attributes:
+    data: int8 ``[..., H]``.
+    scale: float32 ``[..., 1]``, a 127th of the largest magnitude of each vector.
+  """
+
+  data: jax.Array
+  scale: jax.Array
+
+  @classmethod
+  def of(cls, x: jax.Array) -> Int8:
+    """The nearest int8 vectors to float ``[..., H]``: no element is off by more than half its vector's scale."""
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127.0
+    return cls(jnp.round(x / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8), scale)
+
+  def to(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The vectors in a float dtype."""
+    return (self.data.astype(jnp.float32) * self.scale).astype(dtype)
