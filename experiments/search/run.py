@@ -14,7 +14,7 @@ import numpy as np
 
 import sa_jax
 from sa_jax.analysis import Judge, Text, plots, search
-from sa_jax.analysis.align import shared_model
+from sa_jax.analysis.align import align, shared_model
 from sa_jax.analysis.refit import Refit, refit
 from sa_jax.evaluation import rare_words_unknown
 from sa_jax.plan import SharingPlan
@@ -27,8 +27,14 @@ HAND_PICKED = {
   "span of 6": "22:23-28",
   "every second": ",".join(f"{layer}:{layer + 1}" for layer in range(4, 27, 2)),
   "two of three": ",".join(f"{layer}:{layer + 1}-{layer + 2}" for layer in range(4, 26, 3)),
+  "first greedy, 8": "5:6-8,14:15,23:24,25:26,27:28-29",
+  "first greedy, 12": "1:2,5:6-8,11:12,14:15,18:19,20:21,23:24,25:26,27:28-29",
+  "first greedy, 16": "1:2-3,5:6-9,11:12,13:14-15,18:19,20:21,23:24,25:26-29",
 }
-"""Of the project's first measurements, chosen by eye from similarity maps."""
+"""Of the project's first measurements: chosen by eye from similarity maps, and by a first greedy search."""
+
+SINGLE = (1, 3, 4, 6, 10, 11, 15, 16, 18, 19, 20, 29)
+"""Layers that follow the layer before them in plans of one follower, of the same measurements."""
 
 
 def jsonl(path: Path, *fields: str) -> str:
@@ -147,18 +153,56 @@ def recoveries() -> dict[str, tuple[bool, Refit | None]]:
   }
 
 
-def ablation(experiment: Experiment, mapper: Judge, names: list[str]) -> None:
-  """What each ingredient contributes, on plans chosen by eye."""
+SEARCHED = ["identity", "fitted heads, W_O", "fitted heads, W_O, MLP"]
+"""Of `recoveries`, those that searched plans get."""
+
+
+def ablation(experiment: Experiment, mapper: Judge, names: list[str], labels: list[str]) -> None:
+  """What each ingredient contributes, on plans chosen by hand."""
   results: dict[str, Any] = {}
   for name in names:
     text = HAND_PICKED[name]
     plain = SharingPlan.parse(text, experiment.model.config.num_layers)
     results[name] = {"plan": text}
-    for label, (maps, how) in recoveries().items():
+    for label in labels:
+      maps, how = recoveries()[label]
       values = experiment.measure(mapper.with_maps(plain) if maps else plain, how)
       results[name][label] = values
       experiment.show(f"{name}: {label}", plain, values)
     experiment.save("ablation", results)
+
+
+def singles(experiment: Experiment, rows: int) -> None:
+  """Plans of one follower: the loss that sharing adds, with the same heads and with those that `align` chooses."""
+  calibration = np.concatenate([each[:rows] for each in experiment.calibration.values()])
+  dense = sa_jax.SharingPlan.dense(experiment.model.config.num_layers)
+  at_calibration = math.log(
+    sa_jax.perplexity(
+      experiment.model, sa_jax.stack(experiment.params, dense), calibration, batch_size=experiment.chunk
+    ).perplexity
+  )
+  results: dict[str, Any] = {}
+  for layer in SINGLE:
+    plan = SharingPlan.from_followers(dense.num_layers, [layer])
+    aligned = align(experiment.model, experiment.params, plan, calibration, chunk=experiment.chunk)
+    added = {
+      name: float(np.mean([math.log(times) for times in experiment.measure(each, None)["times_dense"].values()]))
+      for name, each in (("same heads", plan), ("aligned", aligned.plan))
+    }
+    results[str(plan)] = {
+      "calibration": {"same heads": aligned.identity_loss - at_calibration, "aligned": aligned.loss - at_calibration},
+      "test": added,
+      "head_map": aligned.plan.head_map_of(layer),
+    }
+    fitted = results[str(plan)]["calibration"]
+    print(
+      f"{plan!s:<8} nats added: calibration {fitted['same heads']:.4f} → {fitted['aligned']:.4f}, "
+      f"test {added['same heads']:.4f} → {added['aligned']:.4f}",
+      flush=True,
+    )
+    experiment.save("singles", results)
+  same, found = (np.mean([each["test"][name] for each in results.values()]) for name in ("same heads", "aligned"))
+  print(f"test, mean: {same:.4f} → {found:.4f} nats, {1 - found / same:.0%} less", flush=True)
 
 
 def ridges(experiment: Experiment, mapper: Judge) -> None:
@@ -239,9 +283,9 @@ def main() -> None:
   parser.add_argument(
     "--recoveries",
     nargs="+",
-    default=["identity", "fitted heads, W_O", "fitted heads, W_O, MLP"],
+    default=None,
     choices=list(recoveries()),
-    help="of the plans that a search finds",
+    help="which; in an ablation all, and of searched plans three, if not given",
   )
   arguments = parser.parse_args()
   if arguments.stages == ["report"]:
@@ -257,6 +301,9 @@ def main() -> None:
     arguments.judging_rows, arguments.test_rows, arguments.chunk,
   )  # fmt: skip
   print("dense", experiment.dense, flush=True)
+  if arguments.stages == ["singles"]:
+    singles(experiment, arguments.search_rows)
+    return
   judge = Judge(
     experiment.model,
     experiment.params,
@@ -268,14 +315,14 @@ def main() -> None:
   for stage in arguments.stages:
     begun = time.perf_counter()
     if stage == "ablation":
-      ablation(experiment, judge, arguments.plans)
+      ablation(experiment, judge, arguments.plans, arguments.recoveries or list(recoveries()))
     elif stage == "ridges":
       ridges(experiment, judge)
     elif stage in ("spans", "dp", "greedy", "beam"):
       width = arguments.width if stage == "beam" else 1
-      searched(experiment, judge, stage, width, arguments.shortlist, arguments.recoveries)
+      searched(experiment, judge, stage, width, arguments.shortlist, arguments.recoveries or SEARCHED)
     else:
-      parser.error(f"no stage {stage!r}; there are spans, dp, greedy, beam, ablation, ridges, report")
+      parser.error(f"no stage {stage!r}; there are spans, dp, greedy, beam, ablation, singles, ridges, report")
     print(f"{stage}: {time.perf_counter() - begun:.0f} s\n", flush=True)
   report(arguments.out)
 
