@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from collections.abc import Callable
@@ -60,13 +61,16 @@ def decode(task: Task) -> Result:
   model.eval()
   cache = transformers.StaticCache(config=model.config, max_cache_len=task.seq_len)
 
+  # transformers renamed it in 5.24.
+  name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
   def step(token: Any, position: Any) -> Any:
-    out = model(token, past_key_values=cache, position_ids=position, use_cache=True)
+    out = model(token, position_ids=position, use_cache=True, **{name: cache})
     return out.logits[:, -1:].argmax(-1)
 
   with torch.no_grad():
     prompt = torch.randint(2, config.vocab_size, (task.batch, 16), device="cuda")
-    token = model(prompt, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    token = model(prompt, use_cache=True, **{name: cache}).logits[:, -1:].argmax(-1)
     if task.who == "hf-compiled":
       step = torch.compile(step, mode="reduce-overhead", dynamic=False)
     positions = [torch.full((task.batch, 1), 16 + index, device="cuda") for index in range(_STEPS)]

@@ -76,7 +76,7 @@ def test_plan_runs_in_pytorch(family, tmp_path):
       out = theirs.generate(padded, use_cache=cached, return_dict_in_generate=True, **options)
       np.testing.assert_array_equal(out.sequences[:, 20:], ours)
       if cached:
-        cache = out.past_key_values.layers
+        cache = out["cache" if "cache" in out else "past_key_values"].layers
     for layer in model.plan.followers:
       assert cache[layer].keys.numel() == 0
       assert cache[layer].values.shape[-1] == model.config.head_dim

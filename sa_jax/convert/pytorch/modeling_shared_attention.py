@@ -9,12 +9,17 @@ its query heads uses, or null for the head of its own number. A follower has no 
 values alone. Attention is eager: the weights that followers need are never formed by fused kernels.
 """
 
+import inspect
+
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
+
+# What layers and models call the cache that they are given; transformers renamed it in 5.24.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 def leaving_weights(attention_class):
@@ -38,11 +43,11 @@ class FollowerAttention(nn.Module):
     self.head_dim, self.groups = attention.head_dim, attention.num_key_value_groups
     self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
 
-  def forward(self, hidden_states, shared, past_key_values=None, **_):
+  def forward(self, hidden_states, shared, **kwargs):
     batch, length, _ = hidden_states.shape
     values = self.v_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
-    if past_key_values is not None:
-      _, values = past_key_values.update(values[..., :0], values, self.layer_idx)
+    if (cache := kwargs.get(CACHE)) is not None:
+      _, values = cache.update(values[..., :0], values, self.layer_idx)
     weights = shared[self.source]
     if self.head_map is not None:
       weights = weights[:, self.head_map]
@@ -79,15 +84,14 @@ class SharedAttention:
       else:
         layer.self_attn = FollowerAttention(layer.self_attn, anchor, head_map[index])
 
-  def forward(self, input_ids=None, past_key_values=None, use_cache=None, **kwargs):
+  def forward(self, input_ids=None, cache=None, past_key_values=None, use_cache=None, **kwargs):
     use_cache = self.config.use_cache if use_cache is None else use_cache
-    if use_cache and past_key_values is None:
-      past_key_values = DynamicCache(config=self.config)
-    if past_key_values is not None:
-      self._cache_values_alone(past_key_values)
-    return super().forward(
-      input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache, shared={}, **kwargs
-    )
+    cache = past_key_values if cache is None else cache
+    if use_cache and cache is None:
+      cache = DynamicCache(config=self.config)
+    if cache is not None:
+      self._cache_values_alone(cache)
+    return super().forward(input_ids=input_ids, use_cache=use_cache, shared={}, **{CACHE: cache}, **kwargs)
 
   def _cache_values_alone(self, cache):
     missing = len(self.model.layers) - len(cache.layers)
