@@ -1,0 +1,50 @@
+"""What an int8 cache changes in SmolLM2-135M's perplexity, everything that is attended to being read from the cache."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sa_jax
+from sa_jax import ops
+from sa_jax.nn import Cache
+
+
+def loss(params: Any, tokens: jax.Array, model: sa_jax.Transformer) -> jax.Array:
+  """Mean loss of rows that are read into an empty cache, and attend to what it then holds."""
+  rows, length = tokens.shape
+  cache = Cache.empty(model.config, model.plan, rows, length)
+  starts, lengths = jnp.zeros(rows, jnp.int32), jnp.full(rows, length, jnp.int32)
+  hidden, _ = model.apply({"params": params}, tokens, cache, starts, lengths, method="extend")
+  head = lambda hidden: model.apply({"params": params}, hidden, method="logits")
+  total, weight = ops.next_token_loss(head, hidden, tokens, chunk=64)
+  return total / weight
+
+
+def main() -> None:
+  """Prints perplexities by dtype and cache."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--model", type=Path, required=True, help="the GGUF file")
+  parser.add_argument("--text", type=Path, required=True)
+  parser.add_argument("--rows", type=int, default=4, help="of 512 tokens")
+  arguments = parser.parse_args()
+  text = arguments.text.read_text(encoding="utf-8")
+  tokens = sa_jax.rows_of(sa_jax.load_tokenizer(arguments.model).encode(text), 512, arguments.rows)
+  for dtype in ("float32", "bfloat16"):
+    model, params = sa_jax.from_pretrained(arguments.model, None, dtype, layout="layers")
+    for cache_dtype in (None, "int8"):
+      config = dataclasses.replace(model.config, cache_dtype=cache_dtype)
+      of_row = jax.jit(lambda params, row, model=sa_jax.Transformer(config, model.plan): loss(params, row, model))
+      perplexity = math.exp(np.mean([float(of_row(params, row[None])) for row in tokens]))
+      print(f"{dtype:<9} cache {cache_dtype or dtype:<9} {perplexity:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+  main()
