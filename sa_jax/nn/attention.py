@@ -67,19 +67,18 @@ def projection(
   )
 
 
-def _rotation(
-  config: ModelConfig, lengths: jax.Array | int, local: Local
-) -> tuple[np.ndarray | jax.Array, float | jax.Array]:
-  """The rotary embedding's frequencies and magnitude in a layer that is local or not."""
+def _rotation(config: ModelConfig, positions: jax.Array, lengths: jax.Array | int, local: Local) -> ops.Rotation:
+  """The rotary embedding of tokens at some positions, in a layer that is local or not."""
 
   def of(rope: ops.RopeConfig) -> tuple[np.ndarray | jax.Array, float]:
     return ops.rope_frequencies(rope, config.head_dim, lengths), rope.magnitude
 
   if config.local_rope is None or local is False:
-    return of(config.rope)
+    return ops.rotation(positions, *of(config.rope))
   if local is True:
-    return of(config.local_rope)
-  return jax.tree.map(lambda here, there: jnp.where(local, here, there), of(config.local_rope), of(config.rope))
+    return ops.rotation(positions, *of(config.local_rope))
+  either = jax.tree.map(lambda here, there: jnp.where(local, here, there), of(config.local_rope), of(config.rope))
+  return ops.rotation(positions, *either)
 
 
 def _gathered(x: jax.Array) -> jax.Array:
@@ -141,15 +140,14 @@ class AnchorAttention(_Attention):
     self, x: jax.Array, positions: jax.Array, lengths: jax.Array | int, local: Local
   ) -> tuple[jax.Array, jax.Array]:
     """Rotary-encoded queries ``[B, T, N, H]`` and keys ``[B, T, K, H]`` of ``[B, T, D]`` in rows of these lengths."""
+    q, k = self._unrotated(x)
+    rotation = _rotation(self.config, positions, lengths, local)
+    q, k = ops.rotate(q, rotation), ops.rotate(k, rotation)
+    return nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim")), _gathered(k)
+
+  def _unrotated(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     q, k = self.q_proj(x), self.k_proj(x)
-    if self.config.qk_norm:
-      q, k = self.q_norm(q), self.k_norm(k)
-    rotation = _rotation(self.config, lengths, local)
-    q, k = ops.apply_rope(q, positions, *rotation), ops.apply_rope(k, positions, *rotation)
-    return (
-      nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim")),
-      _gathered(k),
-    )
+    return (self.q_norm(q), self.k_norm(k)) if self.config.qk_norm else (q, k)
 
   def __call__(
     self,
@@ -217,9 +215,18 @@ class AnchorAttention(_Attention):
     Nobody needs its weights, so a fused kernel may keep them.
     """
     assert cache.keys is not None, "an anchor's cache has keys"
-    q, k = self.query_key(x, positions[:, None], positions + 1, local)
-    v, spec = self.values(x)[:, 0], self.config.spec(local)
-    heads, keys, values = ops.decode_attend(q[:, 0], k[:, 0], v, cache.keys, cache.values, positions, spec=spec)
+    q, k = self._unrotated(x)
+    rotation = _rotation(self.config, positions[:, None], positions + 1, local)
+    heads, keys, values = ops.decode_attend(
+      q[:, 0],
+      k[:, 0],
+      self.values(x)[:, 0],
+      cache.keys,
+      cache.values,
+      positions,
+      rotation=rotation,
+      spec=self.config.spec(local),
+    )
     return self.output(heads[:, None]), LayerCache(values, keys)
 
 

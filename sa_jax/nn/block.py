@@ -35,21 +35,23 @@ class Mlp(nn.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """``[B, T, D]`` → the same."""
-    return self.down_proj(self.hidden(x))
+    return self.output(self.hidden(x))
 
   def hidden(self, x: jax.Array) -> jax.Array:
     """What the last projection reads: ``[B, T, D]`` → ``[B, T, F]``."""
     hidden = _ACTIVATIONS[self.config.activation](self.gate_proj(x)) * self.up_proj(x)
     return nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
 
-  def step(self, x: jax.Array) -> jax.Array:
-    """`__call__` against a cache: where there is one token a row, ``[B, 1, D]``, reading the weights is the cost."""
+  def output(self, hidden: jax.Array) -> jax.Array:
+    """The last projection: ``[B, T, F]`` → ``[B, T, D]``."""
+    return self.down_proj(hidden)
+
+  def kernels(self) -> tuple[jax.Array, jax.Array] | None:
+    """W_gate and W_up, ``[D, F]`` each, if ``hidden`` is ``silu(x W_gate) * (x W_up)`` and nothing else."""
     params = [module.variables["params"] for module in (self.gate_proj, self.up_proj)]
-    gate, up = (each["kernel"] for each in params)
-    plain = x.shape[1] == 1 and self.config.activation == "silu" and all(len(each) == 1 for each in params)
-    if not plain or not ops.has_gated_linear(x[:, 0], gate):
-      return self(x)
-    return self.down_proj(ops.gated_linear(x[:, 0], gate, up)[:, None])
+    if self.config.activation != "silu" or any(len(each) != 1 for each in params):  # a bias, or adapters
+      return None
+    return params[0]["kernel"], params[1]["kernel"]
 
 
 class Block(nn.Module):
@@ -66,31 +68,38 @@ class Block(nn.Module):
       self.mlp_post_norm = RMSNorm(self.config)
 
   def around(
-    self,
-    x: jax.Array,
-    attention: Callable[[jax.Array], tuple[Any, ...]],
-    mlp: Callable[[jax.Array], jax.Array] | None = None,
+    self, x: jax.Array, attention: Callable[[jax.Array], tuple[Any, ...]], cached: bool = False
   ) -> tuple[Any, ...]:
     """The whole block, whichever way attention is computed.
 
     Args:
       x: ``[B, T, D]``.
       attention: from normalised x to its output ``[B, T, D]`` and whatever else it returns.
-      mlp: the way to compute the MLP; ``self.mlp`` when None.
+      cached: whether x is new tokens against a cache: then a kernel may compute the first half of the MLP.
 
     Returns:
       The block's output ``[B, T, D]``, and whatever else attention returned.
     """
     y, *others = attention(self.attention_norm(x))
-    return self.add_mlp(self.add_attention(x, y), mlp), *others
+    hidden = self._hidden_by_kernel(x, y) if cached else None
+    return self.add_mlp(self.add_attention(x, y), hidden), *others
+
+  def _hidden_by_kernel(self, x: jax.Array, y: jax.Array) -> jax.Array | None:
+    """What the MLP's last projection reads, of the block's input and its attention's output; None without a kernel."""
+    kernels = self.mlp.kernels()
+    plain = x.shape[1] == 1 and not self.config.post_norms and not self.config.norm_about_one
+    if kernels is None or not plain or not ops.has_gated_linear(x[:, 0], kernels[0]):
+      return None
+    scale = self.mlp_norm.variables["params"]["scale"]
+    return ops.gated_linear(x[:, 0], y[:, 0], scale, *kernels, eps=self.config.norm_eps)[:, None]
 
   def add_attention(self, x: jax.Array, y: jax.Array) -> jax.Array:
     """The block's input ``[B, T, D]`` and its attention's output, added up."""
     return x + (self.attention_post_norm(y) if self.config.post_norms else y)
 
-  def add_mlp(self, x: jax.Array, mlp: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
-    """What `add_attention` gave, and the MLP's output of it."""
-    y = (mlp or self.mlp)(self.mlp_norm(x))
+  def add_mlp(self, x: jax.Array, hidden: jax.Array | None = None) -> jax.Array:
+    """What `add_attention` gave, and the MLP's output of it, or of its ``hidden [B, T, F]`` where that is known."""
+    y = self.mlp(self.mlp_norm(x)) if hidden is None else self.mlp.output(hidden)
     x = x + (self.mlp_post_norm(y) if self.config.post_norms else y)
     x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
     # Kept by those who apply the model with this collection mutable.
@@ -129,13 +138,13 @@ class AnchorBlock(Block):
     self, x: jax.Array, cache: LayerCache, positions: jax.Array, lengths: jax.Array, local: bool = False
   ) -> tuple[jax.Array, AttentionWeights, LayerCache]:
     """New tokens, ``[B, T, D]``, against the cache."""
-    return self.around(x, lambda h: self.attention.extend(h, cache, positions, lengths, local), self.mlp.step)
+    return self.around(x, lambda h: self.attention.extend(h, cache, positions, lengths, local), cached=True)
 
   def step_alone(
     self, x: jax.Array, cache: LayerCache, positions: jax.Array, local: bool = False
   ) -> tuple[jax.Array, LayerCache]:
     """`extend` by one token a row of an anchor that no layer follows."""
-    return self.around(x, lambda h: self.attention.step_alone(h, cache, positions, local), self.mlp.step)
+    return self.around(x, lambda h: self.attention.step_alone(h, cache, positions, local), cached=True)
 
 
 class FollowerBlock(Block):
@@ -157,7 +166,7 @@ class FollowerBlock(Block):
     self, x: jax.Array, state: AttentionWeights, cache: LayerCache, positions: jax.Array
   ) -> tuple[jax.Array, LayerCache]:
     """New tokens, ``[B, T, D]``, against the cache."""
-    return self.around(x, lambda h: self.attention.extend(h, state, cache, positions), self.mlp.step)
+    return self.around(x, lambda h: self.attention.extend(h, state, cache, positions), cached=True)
 
 
 class MixedBlock(Block):

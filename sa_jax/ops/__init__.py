@@ -18,13 +18,14 @@ from sa_jax.ops.glu import gated_linear, has_gated_linear
 from sa_jax.ops.loss import Head, distillation_loss, next_token_loss, token_log_likelihoods
 from sa_jax.ops.norm import rms_norm, rms_norm_about_one
 from sa_jax.ops.quantize import Int8
-from sa_jax.ops.rope import RopeConfig, apply_rope, rope_frequencies
+from sa_jax.ops.rope import RopeConfig, Rotation, apply_rope, rope_frequencies, rotate, rotation
 
 __all__ = [
   "AttentionSpec",
   "Head",
   "Int8",
   "RopeConfig",
+  "Rotation",
   "Rows",
   "Stored",
   "apply_rope",
@@ -43,6 +44,8 @@ __all__ = [
   "rms_norm",
   "rms_norm_about_one",
   "rope_frequencies",
+  "rotate",
+  "rotation",
   "token_log_likelihoods",
   "write_slot",
 ]

@@ -6,12 +6,25 @@ import numpy as np
 import pytest
 
 from sa_jax import ops
-from sa_jax.ops.attention import flash_decode
+from sa_jax.ops.attention import decode, flash_decode
+from tests import tiny
 
 
 def arrays(seed: int, *shapes: tuple[int, ...]) -> list[jax.Array]:
   rng = np.random.default_rng(seed)
   return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def no_rotation(batch: int, head_dim: int) -> ops.Rotation:
+  shape = (batch, 1, head_dim // 2)
+  return ops.Rotation(jnp.ones(shape), jnp.zeros(shape))
+
+
+def rotated(x: jax.Array, angles: np.ndarray) -> np.ndarray:
+  """Planes ``(x[i], x[i + H/2])`` of ``x [B, heads, H]`` as complex numbers, turned by ``angles [B, H/2]``."""
+  first, second = np.split(np.asarray(x, np.float64), 2, axis=-1)
+  turned = (first + 1j * second) * np.exp(1j * angles)[:, None]
+  return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (2, 2), (24, 1)])
@@ -21,12 +34,16 @@ def test_flash_decode_equals_its_parts(heads, kv_heads):
   positions = jnp.asarray([0, 70, 128, slots - 1], jnp.int32)
   cached = (4, kv_heads, slots, head_dim)
   q, key, value, keys, values = arrays(0, (4, heads, head_dim), *[(4, kv_heads, head_dim)] * 2, cached, cached)
+  angles = np.random.default_rng(1).uniform(0, 6, (4, head_dim // 2))
+  rotation = ops.Rotation(*(jnp.asarray(each(angles)[:, None], jnp.float32) for each in (np.cos, np.sin)))
   out, new_keys, new_values = flash_decode.attend(
-    q, key, value, keys, values, positions, scale=head_dim**-0.5, interpret=True
+    q, key, value, keys, values, positions, rotation, scale=head_dim**-0.5, interpret=True
   )
+  q, key = rotated(q, angles), rotated(key, angles)
   written = [np.array(keys), np.array(values)]
   for row, position in enumerate(positions.tolist()):
-    written[0][row, :, position], written[1][row, :, position] = key[row], value[row]
+    np.testing.assert_allclose(new_keys[row, :, position], key[row], atol=1e-6)
+    written[0][row, :, position], written[1][row, :, position] = new_keys[row, :, position], value[row]
   np.testing.assert_array_equal(new_keys, written[0])
   np.testing.assert_array_equal(new_values, written[1])
   for row, position in enumerate(positions.tolist()):
@@ -41,7 +58,9 @@ def test_flash_decode_reads_nothing_past_the_end():
   """Slots after a row's token may hold anything, NaN included, where no block before it holds them too."""
   keys, values = (jnp.full((1, 1, 128, 16), jnp.nan).at[:, :, :64].set(1.0) for _ in range(2))
   q, key, value = arrays(1, (1, 2, 16), (1, 1, 16), (1, 1, 16))
-  out, _, _ = flash_decode.attend(q, key, value, keys, values, jnp.asarray([63]), scale=0.25, interpret=True)
+  out, _, _ = flash_decode.attend(
+    q, key, value, keys, values, jnp.asarray([63]), no_rotation(1, 16), scale=0.25, interpret=True
+  )
   assert np.isfinite(out).all()
 
 
@@ -56,14 +75,45 @@ def test_splits_fill_the_processors_and_divide_the_cache(rows, slots, split):
 
 @pytest.mark.parametrize("batch", [1, 5, 16, 20])
 def test_gated_linear_equals_its_formula(batch):
-  x, gate, up = arrays(2, (batch, 128), (128, 192), (128, 192))
-  x64, gate64, up64 = (np.asarray(each, np.float64) for each in (x, gate, up))
-  linear = x64 @ gate64
-  expected = linear / (1 + np.exp(-linear)) * (x64 @ up64)
-  np.testing.assert_allclose(ops.gated_linear(x, gate, up, interpret=True), expected, rtol=1e-4, atol=2e-4)
+  x, y, scale, gate, up = arrays(2, (batch, 128), (batch, 128), (128,), (128, 192), (128, 192))
+  x64, y64, scale64, gate64, up64 = (np.asarray(each, np.float64) for each in (x, y, scale, gate, up))
+  h = (x64 + y64) / np.sqrt(np.mean((x64 + y64) ** 2, axis=-1, keepdims=True) + 0.5) * scale64
+  linear = h @ gate64
+  expected = linear / (1 + np.exp(-linear)) * (h @ up64)
+  np.testing.assert_allclose(
+    ops.gated_linear(x, y, scale, gate, up, eps=0.5, interpret=True), expected, rtol=1e-4, atol=2e-4
+  )
 
 
 def test_kernels_are_not_for_this_device():
   """On the CPU decoding takes the plain path: float32, and no interpreter."""
   (x,) = arrays(3, (1, 64))
   assert not ops.has_gated_linear(x.astype(jnp.bfloat16), jnp.zeros((64, 64), jnp.bfloat16))
+
+
+def test_a_model_that_decodes_with_the_kernels_is_the_same_model(monkeypatch):
+  """A step against a cache, with both kernels interpreted: an anchor alone, and an anchor with a follower."""
+  model = tiny.model("1:2", num_layers=3, embed_dim=64, mlp_dim=64, max_length=64)
+  params = jax.tree.map(jnp.asarray, tiny.params(model))
+  tokens = tiny.tokens(2, 10)
+  _, cache = model.apply({"params": params}, tokens, jnp.asarray([10, 7]), method="prefill")
+  cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 54), (0, 0))), cache)
+  step = lambda: model.apply({"params": params}, tokens[:, 0], cache, jnp.asarray([10, 7]), method="step")
+  expected, expected_cache = step()
+  used = {"gated_linear": 0, "flash_decode": 0}
+
+  def counted(name, kernel):
+    def call(*arguments, **options):
+      used[name] += 1
+      return kernel(*arguments, **options, interpret=True)
+
+    return call
+
+  monkeypatch.setattr(ops, "has_gated_linear", lambda *_: True)
+  monkeypatch.setattr(ops, "gated_linear", counted("gated_linear", ops.gated_linear))
+  monkeypatch.setattr(decode, "_has_kernel", lambda *_: True)
+  monkeypatch.setattr(flash_decode, "attend", counted("flash_decode", flash_decode.attend))
+  logits, new_cache = step()
+  assert used == {"gated_linear": 3, "flash_decode": 1}
+  np.testing.assert_allclose(logits, expected, atol=2e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), new_cache, expected_cache)
