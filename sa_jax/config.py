@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from sa_jax.ops import AttentionSpec, RopeConfig
 
 AttentionState = Literal["query_key", "attention_weights"]
-AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn", "splash"]
+AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn", "flash", "splash"]
 RematPolicy = Literal["none", "full", "dots"]
 CacheDtype = Literal["int8", None]
 Activation = Literal["silu", "gelu_tanh"]

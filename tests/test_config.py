@@ -204,13 +204,13 @@ class TestRefused:
 class TestModelConfig:
   def test_refused_all_at_once(self):
     with pytest.raises(ValueError, match="model config: ") as caught:
-      tiny.config(vocab_size=0, mlp_dim=1.5, norm_eps=0.0, rope=RopeConfig(-1.0), attention="flash", remat="some")
+      tiny.config(vocab_size=0, mlp_dim=1.5, norm_eps=0.0, rope=RopeConfig(-1.0), attention="fast", remat="some")
     for message in (
       "vocab_size=0 (a positive integer is needed)",
       "mlp_dim=1.5 (a positive integer is needed)",
       "norm_eps=0.0 (a positive number is needed)",
       "rope.theta=-1.0 (a positive number is needed)",
-      "attention='flash' (one of auto, reference, blockwise, cudnn, splash is needed)",
+      "attention='fast' (one of auto, reference, blockwise, cudnn, flash, splash is needed)",
       "remat='some' (one of none, full, dots is needed)",
     ):
       assert message in str(caught.value)

@@ -35,7 +35,7 @@ class Bench:
   """Depth; the preset's when None."""
   attention_state: tuple[Literal["query_key", "attention_weights"], ...] = ("query_key",)
   """What followers get from their anchor, in prefill, train and step."""
-  attention: tuple[Literal["auto", "reference", "blockwise", "cudnn", "splash"], ...] = ("auto",)
+  attention: tuple[Literal["auto", "reference", "blockwise", "cudnn", "flash", "splash"], ...] = ("auto",)
   """Attention backends, in prefill, train and step."""
   remat: RematPolicy = "full"
   """step: what the backward pass computes again; peers checkpoint gradients unless it is none."""

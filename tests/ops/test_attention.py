@@ -11,7 +11,7 @@ import pytest
 
 from sa_jax import ops
 from sa_jax.ops import AttentionSpec
-from sa_jax.ops.attention import blockwise
+from sa_jax.ops.attention import blockwise, flash
 from sa_jax.ops.attention.reference import visible
 
 
@@ -23,8 +23,11 @@ class Implementation(NamedTuple):
 
 
 def implementations() -> list[Implementation]:
-  """Every backend that this machine has; blockwise also with blocks that do not divide the lengths below."""
-  found = [Implementation("blockwise-5", functools.partial(_with_block, block=5), "float32", 2e-6)]
+  """Every backend that this machine has, flash interpreted; blockwise also in blocks that do not divide lengths."""
+  found = [
+    Implementation("blockwise-5", functools.partial(_with_block, block=5), "float32", 2e-6),
+    Implementation("flash-interpreted", _interpreted, "float32", 2e-6),
+  ]
   for name, backend in ops.backends.items():
     for dtype, tolerance in (("float32", 2e-6), ("bfloat16", 2e-2)):
       sample = jax.ShapeDtypeStruct((1, 8, 2, 8), dtype)
@@ -36,6 +39,10 @@ def implementations() -> list[Implementation]:
 
 def _with_block(q, k, v, lengths, block):
   return blockwise.attend(q, k, v, lengths, AttentionSpec(), block=block)
+
+
+def _interpreted(q, k, v, lengths):
+  return flash.attend(q, k, v, lengths, AttentionSpec(), interpret=True)
 
 
 def _named(q, k, v, lengths, backend):
@@ -217,15 +224,18 @@ class TestChoice:
     ("name", "platform", "dtype", "head_dim", "message"),
     [
       (
-        "flash",
+        "fast",
         "cpu",
         "float32",
         64,
-        "no attention backend 'flash'; there are auto, cudnn, splash, blockwise, reference",
+        "no attention backend 'fast'; there are auto, cudnn, flash, splash, blockwise, reference",
       ),
       ("cudnn", "cpu", "bfloat16", 64, "'cudnn' cannot compute this: it runs on NVIDIA GPUs, and this is cpu; 'auto'"),
       ("cudnn", "gpu", "float32", 64, "it computes in bfloat16 or float16, and q is float32"),
       ("cudnn", "gpu", "bfloat16", 60, "head dimensions that are multiples of 8 up to 128, and q has 60"),
+      ("flash", "cpu", "bfloat16", 64, "'flash' cannot compute this: it runs on NVIDIA GPUs, and this is cpu"),
+      ("flash", "gpu", "float32", 64, "it computes in bfloat16 or float16, and q is float32"),
+      ("flash", "gpu", "bfloat16", 256, "head dimensions of 16, 32, 64 and 128, and q has 256"),
       ("cudnn", "gpu", "bfloat16", 256, "multiples of 8 up to 128, and q has 256"),
     ],
   )

@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 
 from sa_jax import nn, ops
-from sa_jax.ops.attention import blockwise, reference, splash
+from sa_jax.ops.attention import blockwise, flash, reference, splash
 from tests import tiny
 
 LENGTHS = (5, 1, 9)
 PACKED = sum(LENGTHS) + 3
+BACKENDS = [
+  reference.attend,
+  functools.partial(blockwise.attend, block=4),
+  functools.partial(flash.attend, interpret=True),
+]
 SEGMENTS = jnp.asarray([[1] * 5 + [2] + [3] * 9 + [0] * 3, [1] * 15 + [0] * 3], jnp.int32)
 
 
@@ -35,7 +40,7 @@ def masked(q, k, v, segments, window=None):
 
 
 @pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("attend", [reference.attend, functools.partial(blockwise.attend, block=4)])
+@pytest.mark.parametrize("attend", BACKENDS)
 def test_by_the_formula(attend, window):
   q, k, v, _ = arrays(PACKED)
   out = jax.jit(lambda q, k, v, s: attend(q, k, v, None, ops.AttentionSpec(window), s))(q, k, v, SEGMENTS)
@@ -63,6 +68,20 @@ def test_blockwise_gradients_are_the_references():
   close(got, want)
 
 
+@pytest.mark.parametrize("spec", [ops.AttentionSpec(window=70), ops.AttentionSpec(softcap=2.0, scale=0.3)])
+def test_flash_kernels_are_the_reference(spec):
+  """Over several blocks: windows, documents that end in blocks and on their borders, soft caps, part of the queries."""
+  q, k, v, d_out = arrays(200, 6, 2, 16)
+  segments = jnp.asarray(np.repeat([[1, 1, 2, 3, 0], [1, 1, 1, 1, 2]], [64, 20, 44, 32, 40], axis=1), jnp.int32)
+  got, want = (
+    value_and_gradients(
+      lambda q, k, v: attend(q, k, v, None, spec, segments, jnp.int32(60)), q[:, 60:150], k, v, d_out[:, 60:150]
+    )
+    for attend in (functools.partial(flash.attend, interpret=True), reference.attend)
+  )
+  close(got, want)
+
+
 def test_splash_kernels_are_the_reference():
   q, k, v, d_out = arrays(130, 2, 1)
   segments = jnp.asarray(np.repeat([[1, 2, 2, 3, 0], [1, 1, 1, 1, 2]], 26, axis=1), jnp.int32)
@@ -75,7 +94,7 @@ def test_splash_kernels_are_the_reference():
 
 
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("attend", [reference.attend, functools.partial(blockwise.attend, block=4)])
+@pytest.mark.parametrize("attend", BACKENDS)
 def test_part_of_the_queries(attend, window):
   """Queries 7 to 15 of 18 with all keys: their rows of the whole, and keys' gradients add up."""
   q, k, v, d_out = arrays(PACKED)
@@ -92,7 +111,9 @@ def test_auto_chooses_a_backend_that_can_and_a_named_one_says_why_not():
   q, k = (jax.ShapeDtypeStruct((1, 4096, heads, 64), jnp.bfloat16) for heads in (4, 2))
   packed, split = ops.Rows(packed=True), ops.Rows(split=True)
   assert ops.choose_backend("auto", q, k, "gpu") == "cudnn"
-  assert ops.choose_backend("auto", q, k, "gpu", rows=packed) == "blockwise"
+  assert ops.choose_backend("auto", q, k, "gpu", rows=packed) == "flash"
+  assert ops.choose_backend("auto", q, k, "gpu", rows=split) == "flash"
+  assert ops.choose_backend("auto", q, k, "gpu", spec=ops.AttentionSpec(softcap=50.0)) == "flash"
   assert ops.choose_backend("auto", q, k, "tpu", rows=packed) == "splash"
   assert ops.choose_backend("auto", q, k, "tpu", rows=split) == "blockwise"
   with pytest.raises(ValueError, match="'cudnn' cannot compute this: it has no segments"):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sa_jax.ops.attention import blockwise, cudnn, reference, splash
+from sa_jax.ops.attention import blockwise, cudnn, flash, reference, splash
 from sa_jax.ops.attention.spec import AttentionSpec
 
 _LOG = logging.getLogger("sa_jax")
@@ -56,6 +56,16 @@ def _cudnn_unsupported(platform: str, q: jax.Array, spec: AttentionSpec, rows: R
   return _SPLIT if rows.split else None
 
 
+def _flash_unsupported(platform: str, q: jax.Array, spec: AttentionSpec, rows: Rows = Rows()) -> str | None:  # noqa: ARG001
+  if platform not in ("gpu", "cuda"):
+    return f"it runs on NVIDIA GPUs, and this is {platform}"
+  if q.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"it computes in bfloat16 or float16, and q is {q.dtype}"
+  if q.shape[-1] not in (16, 32, 64, 128):
+    return f"it takes head dimensions of 16, 32, 64 and 128, and q has {q.shape[-1]}"
+  return None
+
+
 def _splash_unsupported(platform: str, q: jax.Array, spec: AttentionSpec, rows: Rows = Rows()) -> str | None:  # noqa: ARG001
   if platform != "tpu":
     return f"it runs on TPUs, and this is {platform}"
@@ -68,6 +78,7 @@ _SPLIT = "its causal mask begins with the first key, and here rows are split ove
 # The fused ones first, the fastest of those that a platform has before the others.
 backends: dict[str, Backend] = {
   "cudnn": Backend(cudnn.attend, _cudnn_unsupported),
+  "flash": Backend(flash.attend, _flash_unsupported, partitions=False),
   "splash": Backend(splash.attend, _splash_unsupported, partitions=False),
   "blockwise": Backend(blockwise.attend, lambda *_: None),
   "reference": Backend(reference.attend, lambda *_: None),
@@ -141,8 +152,8 @@ def attend(
     lengths: int32 ``[B]``, or None when rows are full. Outputs at or past a row's length are finite and meaningless.
     segments: int32 ``[B, S]``, the document of each slot of packed rows; None when a row is one document.
     offset: int32 ``[]``, the slot of the first query among the keys, where q is part of a row; 0 when None.
-    backend: ``auto``, ``reference`` (O(T²) memory), ``blockwise`` (O(T) memory, any device), ``cudnn`` (NVIDIA) or
-      ``splash`` (TPU; on a mesh, call it under `jax.shard_map`).
+    backend: ``auto``, ``reference`` (O(T²) memory), ``blockwise`` (O(T) memory, any device), ``cudnn``, ``flash``
+      (NVIDIA) or ``splash`` (TPU). On a mesh, call ``flash`` and ``splash`` under `jax.shard_map`.
     spec: window, soft cap and scale.
 
   Returns:

@@ -1,0 +1,285 @@
+"""Fused attention for NVIDIA GPUs (Pallas, Triton), for what cuDNN does not take: packed rows, soft caps, parts of rows.
+
+Every query sees the keys of one interval, and neither end of it ever moves back from one query to the next: causality,
+windows, documents and a row's part are all that. Blocks outside the interval are not read, so that packed rows cost
+what their documents cost. The algorithm is FlashAttention-2's (Dao, arXiv 2307.08691), forward and backward.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from sa_jax.ops.attention.reference import MASKED, segments_at
+from sa_jax.ops.attention.spec import AttentionSpec
+
+BLOCK = 64
+"""Queries, and keys, that a program works on at once."""
+
+_LOG2_E = math.log2(math.e)
+
+
+class Bounds(NamedTuple):
+  """The keys that each query sees, and the blocks of queries that see each block of keys.
+
+  Attributes:
+    first: int32 ``[B, T]``, the first key; it never falls along T.
+    last: int32 ``[B, T]``, the last key; likewise.
+    begin: int32 ``[B, S / BLOCK]``, the first block of queries that sees some of these keys.
+    end: int32 ``[B, S / BLOCK]``, the first after it that does not.
+  """
+
+  first: jax.Array
+  last: jax.Array
+  begin: jax.Array
+  end: jax.Array
+
+
+def attend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  lengths: jax.Array | None,
+  spec: AttentionSpec,
+  segments: jax.Array | None = None,
+  offset: jax.Array | None = None,
+  interpret: bool = False,
+) -> jax.Array:
+  """Attention in O(T) memory. Shapes as in `sa_jax.ops.attend`.
+
+  Lengths are not looked at: the padding follows its row, whose causal queries do not see it.
+  ``interpret`` runs the kernels on any device, slowly.
+  """
+  del lengths
+  (batch, queries), keys = q.shape[:2], k.shape[1]
+  positions = jnp.arange(queries) + (0 if offset is None else offset)
+  bounds = _bounds(batch, positions, keys, spec.window, segments)
+  pad = lambda x, length: jnp.pad(x, ((0, 0), (0, -length % BLOCK), (0, 0), (0, 0)))
+  out = _attention(pad(q, queries), pad(k, keys), pad(v, keys), bounds, spec, interpret)
+  return out[:, :queries]
+
+
+def _bounds(batch: int, positions: jax.Array, keys: int, window: int | None, segments: jax.Array | None) -> Bounds:
+  """The bounds of queries at int32 ``positions [T]`` among so many keys, both filled up to whole blocks."""
+  last = jnp.broadcast_to(positions.astype(jnp.int32), (batch, positions.size))
+  first = jnp.zeros_like(last) if window is None else jnp.maximum(last - (window - 1), 0)
+  if segments is not None:
+    slots = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32), segments.shape)
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    starts = jax.lax.cummax(jnp.where(begins, slots, 0), axis=1)
+    first = jnp.maximum(first, segments_at(starts, positions))
+  first, last = (jnp.pad(each, ((0, 0), (0, -positions.size % BLOCK)), mode="edge") for each in (first, last))
+  edges = jnp.arange(0, keys, BLOCK, dtype=jnp.int32)
+  count = lambda condition: condition.sum(axis=1, dtype=jnp.int32)
+  begin = count(last[:, :, None] < edges[None, None]) // BLOCK
+  end = (count(first[:, :, None] < edges[None, None] + BLOCK) + BLOCK - 1) // BLOCK
+  return Bounds(first, last, begin, end)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, bounds: Bounds, spec: AttentionSpec, interpret: bool
+) -> jax.Array:
+  return _forward(q, k, v, bounds, spec, interpret)[0]
+
+
+def _forward(
+  q: jax.Array, k: jax.Array, v: jax.Array, bounds: Bounds, spec: AttentionSpec, interpret: bool
+) -> tuple[jax.Array, tuple[Any, ...]]:
+  """The output, and what the backward pass needs: its arguments, the output, and each query's log of sums."""
+  calls = _Calls(q, k, interpret)
+  out, log_sums = calls.over_queries(
+    functools.partial(_forward_kernel, spec=spec),
+    [calls.query, calls.keys, calls.keys, calls.bound, calls.bound],
+    [(calls.query, q), (calls.per_query, calls.statistic)],
+    "flash_forward",
+  )(q, k, v, bounds.first, bounds.last)
+  return out, (q, k, v, bounds, out, log_sums)
+
+
+def _backward(
+  spec: AttentionSpec, interpret: bool, residuals: tuple[Any, ...], d_out: jax.Array
+) -> tuple[jax.Array | None, ...]:
+  q, k, v, bounds, out, log_sums = residuals
+  calls = _Calls(q, k, interpret)
+  # What each row of the softmax's gradient has in common.
+  shared = jnp.einsum("BTNH,BTNH->BNT", d_out, out, preferred_element_type=jnp.float32)
+  (d_q,) = calls.over_queries(
+    functools.partial(_d_q_kernel, spec=spec),
+    [calls.query, calls.keys, calls.keys, calls.bound, calls.bound, calls.query, calls.per_query, calls.per_query],
+    [(calls.query, q)],
+    "flash_d_q",
+  )(q, k, v, bounds.first, bounds.last, d_out, log_sums, shared)
+  d_k, d_v = calls.over_keys(
+    functools.partial(_d_kv_kernel, spec=spec),
+    [
+      *(calls.queries, calls.key, calls.key, calls.all_bounds, calls.all_bounds, calls.at_key, calls.at_key),
+      *(calls.queries, calls.statistics, calls.statistics),
+    ],
+    [(calls.key, k), (calls.key, v)],
+    "flash_d_kv",
+  )(q, k, v, *bounds, d_out, log_sums, shared)
+  return d_q, d_k, d_v, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+class _Calls:
+  """The blocks that programs of the kernels see, and the calls over them."""
+
+  def __init__(self, q: jax.Array, k: jax.Array, interpret: bool) -> None:
+    self.batch, queries, self.heads, head_dim = q.shape
+    keys, self.kv_heads = k.shape[1:3]
+    self.interpret, self.query_blocks, self.key_blocks = interpret, queries // BLOCK, keys // BLOCK
+    self.warps = 4 if head_dim <= 64 else 8
+    self.statistic = jax.ShapeDtypeStruct((self.batch, self.heads, queries), jnp.float32)
+    group = self.heads // self.kv_heads
+    # Programs of `over_queries`: a block of queries of a head of a row.
+    self.query = pl.BlockSpec((None, BLOCK, None, head_dim), lambda i, n, b: (b, i, n, 0))
+    self.keys = pl.BlockSpec((None, keys, None, head_dim), lambda i, n, b: (b, 0, n // group, 0))
+    self.bound = pl.BlockSpec((None, BLOCK), lambda i, n, b: (b, i))
+    self.per_query = pl.BlockSpec((None, None, BLOCK), lambda i, n, b: (b, n, i))
+    # Programs of `over_keys`: a block of keys of a KV head of a row, and all queries of the head's group.
+    self.key = pl.BlockSpec((None, BLOCK, None, head_dim), lambda i, n, b: (b, i, n, 0))
+    self.queries = pl.BlockSpec((None, queries, group, head_dim), lambda i, n, b: (b, 0, n, 0))
+    self.all_bounds = pl.BlockSpec((None, queries), lambda i, n, b: (b, 0))
+    self.at_key = pl.BlockSpec((None, None), lambda i, n, b: (b, i))
+    self.statistics = pl.BlockSpec((None, group, queries), lambda i, n, b: (b, n, 0))
+
+  def over_queries(self, kernel: Any, inputs: list[Any], outputs: list[tuple[Any, Any]], name: str) -> Any:
+    return self._call(kernel, (self.query_blocks, self.heads, self.batch), inputs, outputs, name)
+
+  def over_keys(self, kernel: Any, inputs: list[Any], outputs: list[tuple[Any, Any]], name: str) -> Any:
+    return self._call(kernel, (self.key_blocks, self.kv_heads, self.batch), inputs, outputs, name)
+
+  def _call(
+    self, kernel: Any, grid: tuple[int, ...], inputs: list[Any], outputs: list[tuple[Any, Any]], name: str
+  ) -> Any:
+    return pl.pallas_call(
+      kernel,
+      grid=grid,
+      in_specs=inputs,
+      out_specs=[spec for spec, _ in outputs],
+      out_shape=[jax.ShapeDtypeStruct(like.shape, like.dtype) for _, like in outputs],
+      compiler_params=plgpu.CompilerParams(num_warps=self.warps, num_stages=2),
+      interpret=self.interpret,
+      name=name,
+    )
+
+
+def _scores(
+  q: jax.Array, k: jax.Array, first: jax.Array, last: jax.Array, start: jax.Array, spec: AttentionSpec
+) -> tuple[jax.Array, jax.Array]:
+  """Scores of some queries with the keys from slot ``start`` on, not yet masked, and which of them count."""
+  slots = start + jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], k.shape[0]), 1)
+  seen = (slots >= first[:, None]) & (slots <= last[:, None])
+  return spec.scores(plgpu.dot(q, k.T), q.shape[1]), seen
+
+
+def _forward_kernel(
+  q_ref: Any, k_ref: Any, v_ref: Any, first_ref: Any, last_ref: Any, out_ref: Any, sums_ref: Any, *, spec: AttentionSpec
+) -> None:
+  q, first, last = q_ref[...], first_ref[...], last_ref[...]
+
+  def block(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    accumulated, maximum, total = carry
+    here = pl.ds(index * BLOCK, BLOCK)
+    scores, seen = _scores(q, k_ref[here, :], first, last, index * BLOCK, spec)
+    scores = jnp.where(seen, scores * _LOG2_E, MASKED)
+    new_maximum = jnp.maximum(maximum, scores.max(axis=1))
+    weights = jnp.exp2(scores - new_maximum[:, None])
+    shrink = jnp.exp2(maximum - new_maximum)
+    v = v_ref[here, :]
+    accumulated = accumulated * shrink[:, None] + plgpu.dot(weights.astype(v.dtype), v)
+    return accumulated, new_maximum, total * shrink + weights.sum(axis=1)
+
+  rows = jnp.zeros(q.shape[0], jnp.float32)
+  start = jnp.zeros(q.shape, jnp.float32), rows + MASKED, rows
+  accumulated, maximum, total = jax.lax.fori_loop(*_key_blocks(first, last), block, start)
+  out_ref[...] = (accumulated / total[:, None]).astype(out_ref.dtype)
+  sums_ref[...] = maximum + jnp.log2(total)
+
+
+def _key_blocks(first: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The blocks of keys that some of a block's queries see: the first, and the one after the last."""
+  return jax.lax.div(first.min(), BLOCK), jax.lax.div(last.max(), BLOCK) + 1
+
+
+def _d_scores(
+  weights: jax.Array, d_weights: jax.Array, shared: jax.Array, scores: jax.Array, head_dim: int, spec: AttentionSpec
+) -> jax.Array:
+  """The gradient of ``q kᵀ``, from that of the weights."""
+  d_scores = weights * (d_weights - shared[:, None])
+  if spec.softcap is not None:
+    d_scores = d_scores * (1 - jnp.square(scores / spec.softcap))
+  return d_scores * spec.scale_for(head_dim)
+
+
+def _d_q_kernel(
+  q_ref: Any,
+  k_ref: Any,
+  v_ref: Any,
+  first_ref: Any,
+  last_ref: Any,
+  d_out_ref: Any,
+  sums_ref: Any,
+  shared_ref: Any,
+  d_q_ref: Any,
+  *,
+  spec: AttentionSpec,
+) -> None:
+  q, first, last, d_out = q_ref[...], first_ref[...], last_ref[...], d_out_ref[...]
+  sums, shared = sums_ref[...], shared_ref[...]
+
+  def block(index: jax.Array, d_q: jax.Array) -> jax.Array:
+    here = pl.ds(index * BLOCK, BLOCK)
+    k = k_ref[here, :]
+    scores, seen = _scores(q, k, first, last, index * BLOCK, spec)
+    weights = jnp.where(seen, jnp.exp2(scores * _LOG2_E - sums[:, None]), 0.0)
+    d_scores = _d_scores(weights, plgpu.dot(d_out, v_ref[here, :].T), shared, scores, q.shape[1], spec)
+    return d_q + plgpu.dot(d_scores.astype(k.dtype), k)
+
+  d_q = jax.lax.fori_loop(*_key_blocks(first, last), block, jnp.zeros(q.shape, jnp.float32))
+  d_q_ref[...] = d_q.astype(d_q_ref.dtype)
+
+
+def _d_kv_kernel(
+  q_ref: Any,
+  k_ref: Any,
+  v_ref: Any,
+  first_ref: Any,
+  last_ref: Any,
+  begin_ref: Any,
+  end_ref: Any,
+  d_out_ref: Any,
+  sums_ref: Any,
+  shared_ref: Any,
+  d_k_ref: Any,
+  d_v_ref: Any,
+  *,
+  spec: AttentionSpec,
+) -> None:
+  k, v, start = k_ref[...], v_ref[...], pl.program_id(0) * BLOCK
+
+  def block(head: int, index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    d_k, d_v = carry
+    here = pl.ds(index * BLOCK, BLOCK)
+    q, d_out = q_ref[here, head, :], d_out_ref[here, head, :]
+    scores, seen = _scores(q, k, first_ref[here], last_ref[here], start, spec)
+    weights = jnp.where(seen, jnp.exp2(scores * _LOG2_E - sums_ref[head, here][:, None]), 0.0)
+    d_v = d_v + plgpu.dot(weights.astype(d_out.dtype).T, d_out)
+    d_scores = _d_scores(weights, plgpu.dot(d_out, v.T), shared_ref[head, here], scores, q.shape[1], spec)
+    return d_k + plgpu.dot(d_scores.astype(q.dtype).T, q), d_v
+
+  zeros = jnp.zeros(k.shape, jnp.float32)
+  d_k, d_v = zeros, zeros
+  for head in range(q_ref.shape[1]):
+    d_k, d_v = jax.lax.fori_loop(begin_ref[...], end_ref[...], functools.partial(block, head), (d_k, d_v))
+  d_k_ref[...], d_v_ref[...] = d_k.astype(d_k_ref.dtype), d_v.astype(d_v_ref.dtype)
