@@ -1,4 +1,4 @@
-"""Fused attention for NVIDIA GPUs (Pallas, Triton), for what cuDNN does not take: packed rows, soft caps, parts of rows.
+"""Fused attention for NVIDIA GPUs (Pallas, Triton), where cuDNN has none: packed rows, soft caps, parts of rows.
 
 Every query sees the keys of one interval, and neither end of it ever moves back from one query to the next: causality,
 windows, documents and a row's part are all that. Blocks outside the interval are not read, so that packed rows cost
