@@ -75,31 +75,35 @@ class Block(nn.Module):
     Args:
       x: ``[B, T, D]``.
       attention: from normalised x to its output ``[B, T, D]`` and whatever else it returns.
-      cached: whether x is new tokens against a cache: then a kernel may compute the first half of the MLP.
+      cached: whether x is new tokens against a cache: then kernels may compute the MLP.
 
     Returns:
       The block's output ``[B, T, D]``, and whatever else attention returned.
     """
     y, *others = attention(self.attention_norm(x))
-    hidden = self._hidden_by_kernel(x, y) if cached else None
-    return self.add_mlp(self.add_attention(x, y), hidden), *others
+    if cached and (kernels := self._mlp_kernels(x)) is not None:
+      return self._add_mlp_by_kernels(x, y, *kernels), *others
+    return self.add_mlp(self.add_attention(x, y)), *others
 
-  def _hidden_by_kernel(self, x: jax.Array, y: jax.Array) -> jax.Array | None:
-    """What the MLP's last projection reads, of the block's input and its attention's output; None without a kernel."""
-    kernels = self.mlp.kernels()
-    plain = x.shape[1] == 1 and not self.config.post_norms and not self.config.norm_about_one
-    if kernels is None or not plain or not ops.has_gated_linear(x[:, 0], kernels[0]):
-      return None
+  def _mlp_kernels(self, x: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+    """W_gate and W_up, where the device's kernels can compute this MLP and x is one token a row."""
+    weights, config = self.mlp.kernels(), self.config
+    plain = x.shape[1] == 1 and not config.post_norms and not config.norm_about_one
+    return weights if plain and weights is not None and ops.has_gated_linear(x[:, 0], weights[0]) else None
+
+  def _add_mlp_by_kernels(self, x: jax.Array, y: jax.Array, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """The block's output, of its input and its attention's output ``[B, 1, D]``."""
     scale = self.mlp_norm.variables["params"]["scale"]
-    return ops.gated_linear(x[:, 0], y[:, 0], scale, *kernels, eps=self.config.norm_eps)[:, None]
+    x, h = ops.add_rms_norm(x[:, 0], y[:, 0], scale, self.config.norm_eps)
+    return (x + self.mlp.output(ops.gated_linear(h, gate, up)))[:, None]
 
   def add_attention(self, x: jax.Array, y: jax.Array) -> jax.Array:
     """The block's input ``[B, T, D]`` and its attention's output, added up."""
     return x + (self.attention_post_norm(y) if self.config.post_norms else y)
 
-  def add_mlp(self, x: jax.Array, hidden: jax.Array | None = None) -> jax.Array:
-    """What `add_attention` gave, and the MLP's output of it, or of its ``hidden [B, T, F]`` where that is known."""
-    y = self.mlp(self.mlp_norm(x)) if hidden is None else self.mlp.output(hidden)
+  def add_mlp(self, x: jax.Array) -> jax.Array:
+    """What `add_attention` gave, and the MLP's output of it."""
+    y = self.mlp(self.mlp_norm(x))
     x = x + (self.mlp_post_norm(y) if self.config.post_norms else y)
     x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
     # Kept by those who apply the model with this collection mutable.

@@ -16,7 +16,7 @@ from sa_jax.ops.attention import (
 )
 from sa_jax.ops.glu import gated_linear, has_gated_linear
 from sa_jax.ops.loss import Head, distillation_loss, next_token_loss, token_log_likelihoods
-from sa_jax.ops.norm import rms_norm, rms_norm_about_one
+from sa_jax.ops.norm import add_rms_norm, rms_norm, rms_norm_about_one
 from sa_jax.ops.quantize import Int8
 from sa_jax.ops.rope import RopeConfig, Rotation, apply_rope, rope_frequencies, rotate, rotation
 
@@ -28,6 +28,7 @@ __all__ = [
   "Rotation",
   "Rows",
   "Stored",
+  "add_rms_norm",
   "apply_rope",
   "apply_weights",
   "attend",

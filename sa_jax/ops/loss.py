@@ -1,6 +1,8 @@
 """Log-likelihoods of tokens, and the losses made of them, in chunks, so that ``[B, T, V]`` logits never exist."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,9 @@ import jax.numpy as jnp
 Head = Callable[[jax.Array], jax.Array]
 """From hidden states ``[B, chunk, D]`` to logits ``[B, chunk, V]``."""
 
-# Logits that exist at once on a device when the caller does not say: 256 MB in float32.
-_LOGITS = 2**26
+# Logits that exist at once on a device when the caller does not say: 1 GiB in float32. Each chunk reads the head's
+# weights and adds to their gradient: in chunks much shorter than the embedding dimension, that would cost the most.
+_LOGITS = 2**28
 
 
 def token_log_likelihoods(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -38,7 +41,7 @@ def next_token_loss(
 ) -> tuple[jax.Array, jax.Array]:
   """Cross-entropy of each token given those before it.
 
-  The backward pass computes each chunk's logits again.
+  Gradients, of hidden states and of what the head closes over, are computed in the forward pass; weights get none.
 
   Args:
     head: from hidden states to logits.
@@ -48,7 +51,7 @@ def next_token_loss(
       is not predicted, and the weight it has is not used.
     z_loss: the weight of the squared logarithm of the softmax's normaliser, which keeps logits from drifting
       (Chowdhery et al., arXiv 2204.02311, section 5).
-    chunk: positions a row whose logits exist at once; so many that they take 256 MB on a device when None.
+    chunk: positions a row whose logits exist at once; so many that they take 1 GiB on a device when None.
 
   Returns:
     The weighted sum of losses and the sum of weights, float32 scalars: their quotient is the mean, also over several
@@ -149,7 +152,7 @@ def _chunk(chunk: int | None, head: Head, hidden: jax.Array) -> int:
 def _over_positions(
   term: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], weights: jax.Array, chunk: int
 ) -> jax.Array:
-  """The sum of ``weights * term(*arrays)`` over positions, one chunk after the other, each recomputed backward."""
+  """The sum of ``weights * term(*arrays)`` over positions, one chunk after the other; weights get no gradient."""
   batch, length = weights.shape
   steps = -(-length // min(chunk, length))
 
@@ -161,10 +164,51 @@ def _over_positions(
     x = jnp.pad(x, ((0, 0), (0, -length % steps)) + ((0, 0),) * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(batch, -1, steps, *x.shape[2:]), 2, 0)
 
-  @jax.checkpoint
-  def one(total: jax.Array, inputs: tuple[jax.Array, tuple[jax.Array, ...]]) -> tuple[jax.Array, None]:
-    weights, arrays = inputs
-    return total + jnp.sum(term(*arrays) * weights), None
+  inputs = tuple(chunks(x) for x in (*arrays, weights))
+  # The head's parameters, which the term closes over, become arguments that can be differentiated.
+  term, params = jax.closure_convert(term, *(x[0] for x in inputs[:-1]))
+  return _sum_of_chunks(term, tuple(params), inputs)
 
-  total, _ = jax.lax.scan(one, jnp.float32(0.0), (chunks(weights), tuple(chunks(x) for x in arrays)))
-  return total
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_of_chunks(
+  term: Callable[..., jax.Array], params: tuple[jax.Array, ...], inputs: tuple[jax.Array, ...]
+) -> jax.Array:
+  """The sum of ``weights * term(*arrays, *params)`` over stacked chunks of ``(*arrays, weights)``.
+
+  A scalar's gradient is known but for a factor, so that the forward pass computes it too, while it has the logits: they
+  are never computed a second time.
+  """
+
+  def one(total: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    *arrays, weights = inputs
+    return total + jnp.sum(term(*arrays, *params) * weights), None
+
+  return jax.lax.scan(one, jnp.float32(0.0), inputs)[0]
+
+
+def _sum_with_gradients(
+  term: Callable[..., jax.Array], params: tuple[jax.Array, ...], inputs: tuple[jax.Array, ...]
+) -> tuple[jax.Array, tuple[Any, ...]]:
+  def of_chunk(params: tuple[jax.Array, ...], hidden: jax.Array, *others: jax.Array) -> jax.Array:
+    *arrays, weights = others
+    return jnp.sum(term(hidden, *arrays, *params) * weights)
+
+  def one(carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], jax.Array]:
+    total, sums = carry
+    value, (gradients, d_hidden) = jax.value_and_grad(of_chunk, argnums=(0, 1))(params, *inputs)
+    return (total + value, jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, gradients)), d_hidden
+
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+  (total, sums), d_hidden = jax.lax.scan(one, (jnp.float32(0.0), zeros), inputs)
+  gradients = jax.tree.map(lambda s, x: s.astype(x.dtype), sums, params)
+  return total, (gradients, d_hidden, inputs[1:])
+
+
+def _scaled(_: Any, residuals: tuple[Any, ...], factor: jax.Array) -> tuple[Any, Any]:
+  gradients, d_hidden, others = residuals
+  scale = lambda x: x * factor.astype(x.dtype)
+  return jax.tree.map(scale, gradients), (scale(d_hidden), *(None for _ in others))
+
+
+_sum_of_chunks.defvjp(_sum_with_gradients, _scaled)

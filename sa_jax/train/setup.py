@@ -138,7 +138,7 @@ def rows_of(
   wait_for_all("tokenised")
   if jax.process_index() != 0:
     corpus = read()
-  if config.mode == "pretrain":
+  if config.mode != "sft":
     corpus = dataclasses.replace(corpus, trained=np.ones_like(corpus.trained))
   largest = int(corpus.tokens.max())
   if largest >= model.config.vocab_size:

@@ -75,14 +75,21 @@ def test_splits_fill_the_processors_and_divide_the_cache(rows, slots, split):
 
 @pytest.mark.parametrize("batch", [1, 5, 16, 20])
 def test_gated_linear_equals_its_formula(batch):
-  x, y, scale, gate, up = arrays(2, (batch, 128), (batch, 128), (128,), (128, 192), (128, 192))
-  x64, y64, scale64, gate64, up64 = (np.asarray(each, np.float64) for each in (x, y, scale, gate, up))
-  h = (x64 + y64) / np.sqrt(np.mean((x64 + y64) ** 2, axis=-1, keepdims=True) + 0.5) * scale64
-  linear = h @ gate64
-  expected = linear / (1 + np.exp(-linear)) * (h @ up64)
-  np.testing.assert_allclose(
-    ops.gated_linear(x, y, scale, gate, up, eps=0.5, interpret=True), expected, rtol=1e-4, atol=2e-4
-  )
+  x, gate, up = arrays(2, (batch, 128), (128, 192), (128, 192))
+  x64, gate64, up64 = (np.asarray(each, np.float64) for each in (x, gate, up))
+  linear = x64 @ gate64
+  expected = linear / (1 + np.exp(-linear)) * (x64 @ up64)
+  np.testing.assert_allclose(ops.gated_linear(x, gate, up, interpret=True), expected, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("features", [64, 72])
+def test_add_rms_norm_equals_its_formula(features):
+  x, y, scale = arrays(4, (3, features), (3, features), (features,))
+  added = np.float64(x) + np.float64(y)
+  expected = added / np.sqrt(np.mean(added**2, axis=-1, keepdims=True) + 0.5) * np.float64(scale)
+  total, normalised = ops.add_rms_norm(x, y, scale, 0.5, interpret=True)
+  np.testing.assert_allclose(total, added, rtol=1e-6)
+  np.testing.assert_allclose(normalised, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_kernels_are_not_for_this_device():
@@ -100,7 +107,7 @@ def test_a_model_that_decodes_with_the_kernels_is_the_same_model(monkeypatch):
   cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 54), (0, 0))), cache)
   step = lambda: model.apply({"params": params}, tokens[:, 0], cache, jnp.asarray([10, 7]), method="step")
   expected, expected_cache = step()
-  used = {"gated_linear": 0, "flash_decode": 0}
+  used = {"gated_linear": 0, "add_rms_norm": 0, "flash_decode": 0}
 
   def counted(name, kernel):
     def call(*arguments, **options):
@@ -110,10 +117,11 @@ def test_a_model_that_decodes_with_the_kernels_is_the_same_model(monkeypatch):
     return call
 
   monkeypatch.setattr(ops, "has_gated_linear", lambda *_: True)
-  monkeypatch.setattr(ops, "gated_linear", counted("gated_linear", ops.gated_linear))
+  for name in ("gated_linear", "add_rms_norm"):
+    monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
   monkeypatch.setattr(decode, "_has_kernel", lambda *_: True)
   monkeypatch.setattr(flash_decode, "attend", counted("flash_decode", flash_decode.attend))
   logits, new_cache = step()
-  assert used == {"gated_linear": 3, "flash_decode": 1}
+  assert used == {"gated_linear": 3, "add_rms_norm": 3, "flash_decode": 1}
   np.testing.assert_allclose(logits, expected, atol=2e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), new_cache, expected_cache)
