@@ -110,7 +110,7 @@ class TrainConfig:
   plan: str | None = None
   """Which layers share, such as 22:23-26; None for the model's own plan, dense from scratch."""
   mode: Literal["pretrain", "sft", "distill"] = "sft"
-  """What is learnt: every token; only answers, where data have prompts; or the dense model's prediction of every token."""
+  """What is learnt: every token; only answers, if data have prompts; or what the dense model predicts for every one."""
   method: Literal["full", "lora"] = "full"
   """What is trained: every parameter, or low-rank adapters."""
   gradual_steps: int = 0
