@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -34,8 +34,10 @@ DEFAULT_RULES: Rules = (
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> Mesh:
-  """A mesh over all devices.
+def make_mesh(
+  data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """A mesh over all devices, or over some.
 
   Args:
     data: over how many rows are split, and parameters are not.
@@ -43,17 +45,21 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) 
     tensor: over how many heads, MLP and vocabulary are split.
     sequence: over how many the tokens of a row are split. Attention gathers keys and values: values once a layer, keys
       once a group.
+    devices: which; all when None.
 
   Raises:
     ValueError: if the sizes do not multiply to the number of devices.
   """
   sizes = (data, fsdp, tensor, sequence)
-  if math.prod(sizes) != jax.device_count():
+  if devices is None:
+    devices = jax.devices()
+  if math.prod(sizes) != len(devices):
     raise ValueError(
       f"a mesh of data {data} × fsdp {fsdp} × tensor {tensor}{f' × sequence {sequence}' if sequence != 1 else ''} "
-      f"needs {math.prod(sizes)} devices; there are {jax.device_count()}"
+      f"needs {math.prod(sizes)} devices; there are {len(devices)}"
     )
-  return jax.make_mesh(sizes, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
+  axis_types = (jax.sharding.AxisType.Auto,) * len(sizes)
+  return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=devices)
 
 
 def rules_on(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Rules:

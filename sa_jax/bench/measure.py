@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 class Timing(NamedTuple):
@@ -41,13 +42,16 @@ def timed(call: Callable[[], Any], repeats: int = 10, warmup: int = 2) -> Timing
   return Timing(statistics.median(seconds), min(seconds), max(seconds))
 
 
-def copy_bandwidth(gigabytes: float = 4.0) -> float:
-  """Bytes a second of a large copy on the device, bytes read plus bytes written."""
-  count = int(gigabytes * 1e9) // 4
+def copy_bandwidth(gigabytes: float = 4.0, mesh: Mesh | None = None) -> float:
+  """Bytes a second of a large copy on the device, bytes read plus bytes written.
+
+  On a mesh, all devices copy at once, ``gigabytes`` each, and their bytes are added up.
+  """
+  count = int(gigabytes * 1e9) // 4 * _devices(mesh)
   loops = 8
   # A changing operand keeps XLA from eliding the copies; in-place addition reads and writes every byte once.
   step = jax.jit(lambda x: jax.lax.fori_loop(0, loops, lambda i, x: x + 1.0, x), donate_argnums=0)
-  x = jnp.zeros(count, jnp.float32)
+  x = jax.jit(lambda: jnp.zeros(count, jnp.float32), out_shardings=_each_its_own(mesh))()
 
   def call() -> jax.Array:
     nonlocal x
@@ -57,23 +61,37 @@ def copy_bandwidth(gigabytes: float = 4.0) -> float:
   return 2 * 4 * count * loops / timed(call).median
 
 
-def matrix_rate(size: int = 8192) -> float:
-  """FLOP/s of a large bfloat16 matrix product of random operands."""
-  keys = jax.random.split(jax.random.key(0))
-  a, b = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in keys)
+def matrix_rate(size: int = 8192, mesh: Mesh | None = None) -> float:
+  """FLOP/s of a large bfloat16 matrix product of random operands; on a mesh, of one on every device at once."""
+  count = _devices(mesh)
+  shape = (size, size) if mesh is None else (count, size, size)
+  fill = jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16), out_shardings=_each_its_own(mesh))
+  a, b = (fill(key) for key in jax.random.split(jax.random.key(0)))
   product = jax.jit(lambda a, b: a @ b)
-  return 2 * size**3 / timed(lambda: product(a, b), repeats=20).median
+  return count * 2 * size**3 / timed(lambda: product(a, b), repeats=20).median
 
 
-def device_name() -> str:
-  """The accelerator's own name."""
-  return jax.devices()[0].device_kind
+def _devices(mesh: Mesh | None) -> int:
+  return 1 if mesh is None else mesh.size
+
+
+def _each_its_own(mesh: Mesh | None) -> NamedSharding | None:
+  """The sharding whose first axis is split over all devices."""
+  return None if mesh is None else NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def device_name(mesh: Mesh | None = None) -> str:
+  """The accelerator's own name, and how many of them the mesh has."""
+  name = jax.devices()[0].device_kind
+  return name if mesh is None else f"{mesh.size} × {name}"
 
 
 H100_PEAK = 989e12
 """Dense bfloat16 FLOP/s in the H100 SXM's data sheet; what model FLOPs utilisation (MFU) is stated against."""
 
 
-def training_rate(tokens: int, flops: float, seconds: float) -> str:
-  """Tokens a second and MFU, as text."""
-  return f"{tokens / seconds:,.0f} tokens/s, MFU {100 * flops / seconds / H100_PEAK:.1f} % of 989 TFLOP/s"
+def training_rate(tokens: int, flops: float, seconds: float, devices: int = 1) -> str:
+  """Tokens a second and MFU, as text; of several devices, both for one of them too."""
+  rate, mfu = tokens / seconds, flops / seconds / (devices * H100_PEAK)
+  each = "" if devices == 1 else f" ({rate / devices:,.0f} a device)"
+  return f"{rate:,.0f} tokens/s{each}, MFU {100 * mfu:.1f} % of {'' if devices == 1 else f'{devices} × '}989 TFLOP/s"

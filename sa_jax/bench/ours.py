@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sa_jax import ops
 from sa_jax.bench.measure import Timing, copy_bandwidth, device_name, matrix_rate, timed, training_rate
@@ -23,8 +26,16 @@ from sa_jax.decode.engine import prefill as prefill_rows
 from sa_jax.decode.engine import row_keys
 from sa_jax.nn import Runs, Transformer
 from sa_jax.plan import SharingPlan
-from sa_jax.sharding import abstract_params
-from sa_jax.train import Batch, OptimizerConfig, make_optimizer, make_state, make_step, next_token
+from sa_jax.sharding import abstract_params, make_mesh, named_sharding, on_mesh, param_shardings
+from sa_jax.train import (
+  Batch,
+  OptimizerConfig,
+  make_optimizer,
+  make_state,
+  make_step,
+  next_token,
+  state_shardings,
+)
 
 _STEPS = 32
 
@@ -42,11 +53,25 @@ def config_of(task: Task) -> ModelConfig:
   )
 
 
-def random_tree(tree: Any) -> Any:
-  """Normal values of standard deviation 0.02 in the shapes and dtypes of a tree."""
+def mesh_of(task: Task) -> Mesh | None:
+  """The task's mesh over the first devices; None for one device.
+
+  Raises:
+    ValueError: if there are fewer devices.
+  """
+  count = math.prod(task.mesh.values())
+  return make_mesh(**task.mesh, devices=jax.devices()[:count]) if count > 1 else None
+
+
+def random_tree(tree: Any, shardings: Any = None) -> Any:
+  """Normal values of standard deviation 0.02 in the shapes and dtypes of a tree, each device making its own part."""
   leaves, structure = jax.tree.flatten(tree)
-  fill = jax.jit(_normal, static_argnames=("shape", "dtype"))
-  values = [fill(jax.random.key(number), leaf.shape, str(leaf.dtype)) for number, leaf in enumerate(leaves)]
+  places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
+  fill = functools.cache(lambda place: jax.jit(_normal, static_argnames=("shape", "dtype"), out_shardings=place))
+  values = [
+    fill(place)(jax.random.key(number), leaf.shape, str(leaf.dtype))
+    for number, (leaf, place) in enumerate(zip(leaves, places, strict=True))
+  ]
   return jax.tree.unflatten(structure, values)
 
 
@@ -59,10 +84,15 @@ def decode(task: Task) -> Result:
   config = config_of(task)
   plan = SharingPlan.parse(task.plan, config.num_layers)
   model = Transformer(config, plan)
-  ceiling = copy_bandwidth()
-  params = random_tree(abstract_params(model, layout="layers"))
+  mesh = mesh_of(task)
+  shardings = None if mesh is None else param_shardings(model, mesh, layout="layers")
+  ceiling = copy_bandwidth(mesh=mesh)
+  params = random_tree(abstract_params(model, layout="layers"), shardings)
   start = task.seq_len - _STEPS
-  state = DecodeState.empty(model, task.batch, task.seq_len)
+  state = DecodeState.empty(model, task.batch, task.seq_len, mesh)
+  # The state comes back as it was given, or the next call would compile again.
+  same = None if mesh is None else (jax.tree.map(lambda leaf: leaf.sharding, state), None)
+  steps = jax.jit(functools.partial(decode_steps, model, Sampler(), _STEPS), donate_argnums=1, out_shardings=same)
 
   def call() -> jax.Array:
     nonlocal state
@@ -72,13 +102,15 @@ def decode(task: Task) -> Result:
       remaining=jnp.full(task.batch, _STEPS + 1, jnp.int32),
       done=jnp.zeros(task.batch, bool),
     )
-    state, out = decode_steps(model, Sampler(), _STEPS, params, fresh)
+    state, out = steps(params, fresh)
     return out
 
-  timing = timed(call, task.repeats).scaled(1 / _STEPS)
+  with contextlib.nullcontext() if mesh is None else on_mesh(mesh):
+    timing = timed(call, task.repeats).scaled(1 / _STEPS)
   # What the steps read on average: the cache grows from `start + 1` to `seq_len` tokens.
   work = cost(config, plan, task.batch, task.seq_len - (_STEPS - 1) // 2).decode_bytes
-  return Result(task, *timing, work, ceiling, device_name(), detail=f"cache {state.cache.nbytes / 1e9:.2f} GB")
+  detail = f"cache {state.cache.nbytes / 1e9:.2f} GB{_split(task)}"
+  return Result(task, *timing, work, ceiling, device_name(mesh), detail=detail)
 
 
 def prefill(task: Task) -> Result:
@@ -96,13 +128,18 @@ def step(task: Task) -> Result:
   config = dataclasses.replace(config_of(task), remat=task.remat, param_dtype="float32")
   plan = SharingPlan.parse(task.plan, config.num_layers)
   model = Transformer(config, plan)
-  ceiling = matrix_rate() if jax.default_backend() != "cpu" else 0.0
+  mesh = mesh_of(task)
   optimizer = make_optimizer(OptimizerConfig(), total_steps=1000)
+  params = abstract_params(model)
+  shardings = None if mesh is None else state_shardings(optimizer, params, param_shardings(model, mesh))
+  ceiling = matrix_rate(mesh=mesh) if jax.default_backend() != "cpu" else 0.0
   # The generated parameters must not outlive the state's copy of them.
-  state = make_state(optimizer, random_tree(abstract_params(model)))
+  state = make_state(optimizer, random_tree(params, shardings and shardings.params), shardings)
   tokens = jax.random.randint(jax.random.key(0), (task.batch, task.seq_len), 0, config.vocab_size)
   batch = Batch(tokens, jnp.ones(tokens.shape, jnp.float32))
-  compiled = make_step(next_token(model), optimizer).lower(state, None, batch).compile()
+  if mesh is not None:
+    batch = jax.device_put(batch, named_sharding(mesh, ("batch", "length")))
+  compiled = make_step(next_token(model), optimizer, shardings=shardings).lower(state, None, batch).compile()
 
   def call() -> jax.Array:
     nonlocal state
@@ -114,17 +151,26 @@ def step(task: Task) -> Result:
     raise ValueError("the loss is not finite: what was timed is no training")
   memory = compiled.memory_analysis()
   flops = 3 * cost(config, plan, task.batch, task.seq_len).flops
-  detail = f"{training_rate(tokens.size, flops, timing.median)}, remat {task.remat}, {_backend(config, task.seq_len)}"
+  rate = training_rate(tokens.size, flops, timing.median, 1 if mesh is None else mesh.size)
+  backend = _backend(config, task.seq_len, split=task.sequence > 1)
   temporaries = memory.temp_size_in_bytes if memory else None
-  return Result(task, *timing, flops, ceiling, device_name(), temporaries, detail)
+  detail = f"{rate}, remat {task.remat}, {backend}{_split(task)}"
+  return Result(task, *timing, flops, ceiling, device_name(mesh), temporaries, detail)
 
 
-def _backend(config: ModelConfig, length: int) -> str:
-  """The attention backend that computes full rows of this length."""
+def _split(task: Task) -> str:
+  """Over what the task is split, as text."""
+  sizes = [f"{name} {size}" for name, size in task.mesh.items() if size > 1]
+  return f", {' × '.join(sizes)}" if sizes else ""
+
+
+def _backend(config: ModelConfig, length: int, split: bool = False) -> str:
+  """The attention backend that computes full rows of this length, of which a device may have some of the tokens."""
   if config.attention_state != "query_key":
     return "weights"
-  q, k = (jnp.zeros((1, length, heads, config.head_dim), config.dtype) for heads in (config.num_heads, 1))
-  return ops.choose_backend(config.attention, q, k)
+  shape: Any = lambda heads: jax.ShapeDtypeStruct((1, length, heads, config.head_dim), config.dtype)
+  q, k = shape(config.num_heads), shape(1)
+  return ops.choose_backend(config.attention, q, k, rows=ops.Rows(split=split))
 
 
 def _stack_of_layers(task: Task, gradient: bool) -> Result:

@@ -9,6 +9,7 @@ import sys
 from typing import Any, Literal
 
 from sa_jax.config import AttentionBackend, AttentionState, CacheDtype, RematPolicy
+from sa_jax.sharding import MESH_AXES
 
 Kind = Literal["decode", "prefill", "train", "step", "batching"]
 Who = Literal["sa_jax", "hf-compiled", "hf-eager"]
@@ -34,6 +35,13 @@ class Task:
     cache_dtype: as in `ModelConfig`.
     requests: batching: how many.
     repeats: timed calls.
+    data: step: mesh size over which rows are split; see `sa_jax.sharding.make_mesh`.
+    fsdp: step: over which rows and parameters are split.
+    tensor: step and decode: over which heads, MLP and vocabulary are split.
+    sequence: step: over which the tokens of a row are split.
+
+  Raises:
+    ValueError: if the kind or who runs it knows no such mesh, or rows or tokens do not divide over it.
   """
 
   kind: Kind
@@ -49,6 +57,33 @@ class Task:
   cache_dtype: CacheDtype = None
   requests: int = 256
   repeats: int = 10
+  data: int = 1
+  fsdp: int = 1
+  tensor: int = 1
+  sequence: int = 1
+
+  def __post_init__(self) -> None:
+    sizes, allowed = self.mesh, _MESHES.get(self.kind, ()) if self.who == "sa_jax" else ()
+    wrong = [f"{name} {size} (at least 1 is needed)" for name, size in sizes.items() if size < 1]
+    if refused := [name for name, size in sizes.items() if size > 1 and name not in allowed]:
+      what = self.kind if self.who == "sa_jax" else f"the peer {self.who}"
+      takes = f"takes {', '.join(allowed)}" if allowed else "runs on one device"
+      wrong.append(f"{' and '.join(refused)} ({what} {takes})")
+    if not wrong and self.batch % (self.data * self.fsdp):
+      wrong.append(f"batch {self.batch} (a multiple of data × fsdp = {self.data * self.fsdp} is needed)")
+    if not wrong and self.seq_len % self.sequence:
+      wrong.append(f"seq_len {self.seq_len} (a multiple of sequence = {self.sequence} is needed)")
+    if wrong:
+      raise ValueError("bench: " + "; ".join(wrong))
+
+  @property
+  def mesh(self) -> dict[str, int]:
+    """The sizes of the mesh, by axis."""
+    return {name: getattr(self, name) for name in MESH_AXES}
+
+
+_MESHES = {"step": MESH_AXES, "decode": ("tensor",)}
+"""The axes over which a kind can be split."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +97,10 @@ class Result:
     high: slowest.
     work: bytes that must move (decode), FLOPs without those of recomputation (prefill, train, step), or tokens
       (batching).
-    ceiling: bytes or FLOPs a second that the device reached in the same process, on a copy or a matrix product; 0 where
-      there is none.
-    temp_bytes: temporaries of the compiled program, where it is known.
-    device: the card.
+    ceiling: bytes or FLOPs a second that the device reached in the same process, on a copy or a matrix product, or that
+      several devices reached together; 0 where there is none.
+    temp_bytes: temporaries of the compiled program on one device, where it is known.
+    device: the card, and how many.
     detail: anything else, such as the attention backend.
   """
 

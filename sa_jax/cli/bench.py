@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -47,6 +48,14 @@ class Bench:
   """How many, in batching."""
   repeats: int = 10
   """Timed calls of each."""
+  data: int = 1
+  """step: devices over which rows are split, parameters being copied. The first devices are used, as many as needed."""
+  fsdp: int = 1
+  """step: devices over which rows and parameters are split."""
+  tensor: int = 1
+  """step and decode: devices over which heads, MLP and vocabulary are split."""
+  sequence: int = 1
+  """step: devices over which the tokens of a row are split."""
   plot: Path | None = None
   """decode: draw time and cache size against seq-len to this PNG."""
   json: Path | None = None
@@ -65,7 +74,8 @@ class Bench:
     if ceilings := [result.ceiling for result in results if result.ceiling]:
       what = "copy bandwidth" if self.task == "decode" else "matrix product"
       low, high = quantity(min(ceilings), _UNITS[self.task]), quantity(max(ceilings), _UNITS[self.task])
-      console.print(f"ceiling: {what} measured in each process, {low} to {high}")
+      together = "" if math.prod(results[0].task.mesh.values()) == 1 else ", all devices at once"
+      console.print(f"ceiling: {what} measured in each process{together}, {low} to {high}")
     write_json(self.json, results)
     if self.plot is not None:
       from sa_jax.bench.plot import decode_curves
@@ -83,6 +93,10 @@ class Bench:
       cache_dtype=self.cache_dtype,
       requests=self.requests,
       repeats=self.repeats,
+      data=self.data,
+      fsdp=self.fsdp,
+      tensor=self.tensor,
+      sequence=self.sequence,
     )
     tasks = [
       dataclasses.replace(base, plan=plan, seq_len=length, attention_state=state, attention=attention)

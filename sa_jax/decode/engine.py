@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 
 from sa_jax.decode.sampling import Sampler
 from sa_jax.nn import Cache, Transformer
+from sa_jax.sharding import cache_shardings, named_sharding
 
 _LOG = logging.getLogger("sa_jax")
 
@@ -42,12 +44,20 @@ class DecodeState:
   keys: jax.Array
 
   @classmethod
-  def empty(cls, model: Transformer, slots: int, capacity: int) -> DecodeState:
-    """A batch of rows that have all ended, for `insert` to fill."""
-    cache = Cache.empty(model.config, model.plan, slots, capacity)
-    # Three arrays, not one three times: the state is donated, and a buffer can be donated only once.
-    tokens, positions, remaining = (jnp.zeros(slots, jnp.int32) for _ in range(3))
-    return cls(cache, tokens, positions, remaining, jnp.ones(slots, bool), row_keys(0, range(slots)))
+  def empty(cls, model: Transformer, slots: int, capacity: int, mesh: Mesh | None = None) -> DecodeState:
+    """A batch of rows that have all ended, for `insert` to fill; made in parts where it lies on a mesh."""
+
+    def make() -> DecodeState:
+      cache = Cache.empty(model.config, model.plan, slots, capacity)
+      # Three arrays, not one three times: the state is donated, and a buffer can be donated only once.
+      tokens, positions, remaining = (jnp.zeros(slots, jnp.int32) for _ in range(3))
+      return cls(cache, tokens, positions, remaining, jnp.ones(slots, bool), row_keys(0, range(slots)))
+
+    if mesh is None:
+      return make()
+    rows: Any = named_sharding(mesh, ("batch",))
+    shardings = cls(cache_shardings(model, mesh), rows, rows, rows, rows, rows)
+    return jax.jit(make, out_shardings=shardings)()
 
 
 def row_keys(seeds: Any, rows: Any) -> jax.Array:

@@ -18,6 +18,7 @@ from sa_jax import ops
 from sa_jax.config import ModelConfig
 from sa_jax.nn.cache import LayerCache
 from sa_jax.nn.norm import RMSNorm
+from sa_jax.nn.split import on_each_device
 from sa_jax.nn.state import AttentionWeights, Local, QueryKey, State, make_state
 
 
@@ -217,16 +218,16 @@ class AnchorAttention(_Attention):
     assert cache.keys is not None, "an anchor's cache has keys"
     q, k = self._unrotated(x)
     rotation = _rotation(self.config, positions[:, None], positions + 1, local)
-    heads, keys, values = ops.decode_attend(
-      q[:, 0],
-      k[:, 0],
-      self.values(x)[:, 0],
-      cache.keys,
-      cache.values,
-      positions,
-      rotation=rotation,
-      spec=self.config.spec(local),
+    queries, new = ("batch", "heads", "head_dim"), ("batch", "kv_heads", "head_dim")
+    cached = ("batch", "kv_heads", None, "head_dim")
+    spec = self.config.spec(local)
+    attend = on_each_device(
+      lambda *arrays: ops.decode_attend(*arrays[:-1], rotation=arrays[-1], spec=spec),
+      (queries, new, new, cached, cached, ("batch",), ("batch", None, None)),
+      (queries, cached, cached),
     )
+    v = self.values(x)[:, 0]
+    heads, keys, values = attend(q[:, 0], k[:, 0], v, cache.keys, cache.values, positions, rotation)
     return self.output(heads[:, None]), LayerCache(values, keys)
 
 

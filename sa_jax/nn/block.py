@@ -13,6 +13,7 @@ from sa_jax.config import ModelConfig
 from sa_jax.nn.attention import AnchorAttention, FollowerAttention, MixedAttention, projection
 from sa_jax.nn.cache import LayerCache
 from sa_jax.nn.norm import RMSNorm
+from sa_jax.nn.split import on_each_device
 from sa_jax.nn.state import AttentionWeights, Local, QueryKey, State
 
 BLOCK_OUTPUTS = "block_outputs"
@@ -81,21 +82,30 @@ class Block(nn.Module):
       The block's output ``[B, T, D]``, and whatever else attention returned.
     """
     y, *others = attention(self.attention_norm(x))
-    if cached and (kernels := self._mlp_kernels(x)) is not None:
-      return self._add_mlp_by_kernels(x, y, *kernels), *others
+    if cached and (out := self._add_mlp_by_kernels(x, y)) is not None:
+      return out, *others
     return self.add_mlp(self.add_attention(x, y)), *others
 
-  def _mlp_kernels(self, x: jax.Array) -> tuple[jax.Array, jax.Array] | None:
-    """W_gate and W_up, where the device's kernels can compute this MLP and x is one token a row."""
+  def _add_mlp_by_kernels(self, x: jax.Array, y: jax.Array) -> jax.Array | None:
+    """The block's output, of its input and its attention's output; None if kernels cannot compute this MLP of it."""
     weights, config = self.mlp.kernels(), self.config
-    plain = x.shape[1] == 1 and not config.post_norms and not config.norm_about_one
-    return weights if plain and weights is not None and ops.has_gated_linear(x[:, 0], weights[0]) else None
+    if x.shape[1] != 1 or config.post_norms or config.norm_about_one or weights is None:
+      return None
 
-  def _add_mlp_by_kernels(self, x: jax.Array, y: jax.Array, gate: jax.Array, up: jax.Array) -> jax.Array:
-    """The block's output, of its input and its attention's output ``[B, 1, D]``."""
-    scale = self.mlp_norm.variables["params"]["scale"]
-    x, h = ops.add_rms_norm(x[:, 0], y[:, 0], scale, self.config.norm_eps)
-    return (x + self.mlp.output(ops.gated_linear(h, gate, up)))[:, None]
+    def kernels(
+      x: jax.Array, y: jax.Array, scale: jax.Array, gate: jax.Array, up: jax.Array
+    ) -> tuple[jax.Array | None, jax.Array | None]:
+      if not ops.has_gated_linear(x, gate):
+        return None, None
+      x, h = ops.add_rms_norm(x, y, scale, config.norm_eps)
+      return x, ops.gated_linear(h, gate, up)
+
+    rows, columns, hidden = ("batch", None), (None, "mlp"), ("batch", "mlp")
+    of_a_device = on_each_device(kernels, (rows, rows, (None,), columns, columns), (rows, hidden))
+    x, activations = of_a_device(x[:, 0], y[:, 0], self.mlp_norm.variables["params"]["scale"], *weights)
+    if activations is None:
+      return None
+    return nn.with_logical_constraint((x + self.mlp.output(activations))[:, None], ("batch", "length", "embed"))
 
   def add_attention(self, x: jax.Array, y: jax.Array) -> jax.Array:
     """The block's input ``[B, T, D]`` and its attention's output, added up."""

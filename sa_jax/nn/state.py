@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from flax import struct
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
+from sa_jax.nn.split import length_axis
 
 Local = bool | jax.Array
 """Whether a layer attends locally: known, or a traced bool where layers of both kinds share one scan."""
@@ -131,7 +131,7 @@ def _attend(
   """
   mesh = jax.sharding.get_abstract_mesh()
   splits = not mesh.empty and not mesh.manual_axes
-  along = _length_axis(mesh) if splits else None
+  along = length_axis(mesh) if splits else None
   rows = ops.Rows(packed=segments is not None, split=along is not None)
   backend = ops.choose_backend(backend, q, k, spec=spec, rows=rows)
   attend = functools.partial(ops.attend, backend=backend, spec=spec)
@@ -153,10 +153,3 @@ def _attend(
   specs = (queries, keys, keys, axes(("batch",)), axes(("batch", None)))
   split = jax.shard_map(of_a_device, in_specs=specs, out_specs=queries, check_vma=False)
   return split(q, k, v, lengths, segments)
-
-
-def _length_axis(mesh: jax.sharding.AbstractMesh) -> str | tuple[str, ...] | None:
-  """The mesh axis over which the rules split the tokens of a row; None if there is none, or it is of size 1."""
-  (axis,) = nn.logical_to_mesh_axes(("length",)) if nn.get_logical_axis_rules() else (None,)
-  names = (axis,) if isinstance(axis, str) else axis or ()
-  return axis if math.prod(mesh.shape[name] for name in names) > 1 else None

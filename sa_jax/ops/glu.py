@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from sa_jax.ops.kernels import has_gpu_kernels
+
 _BLOCK_IN, _BLOCK_OUT = 64, 64
 _MIN_ROWS, _MAX_ROWS = 16, 64
 
@@ -44,7 +46,7 @@ def gated_linear(x: jax.Array, gate: jax.Array, up: jax.Array, *, interpret: boo
 def has_gated_linear(x: jax.Array, gate: jax.Array) -> bool:
   """Whether `gated_linear` can compute the call, x ``[B, D]`` and gate ``[D, F]``, on the present device."""
   return (
-    jax.default_backend() == "gpu"
+    has_gpu_kernels(gate)
     and x.dtype in (jnp.bfloat16, jnp.float16)
     and x.dtype == gate.dtype
     and x.shape[0] <= _MAX_ROWS

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from sa_jax.ops.attention import flash_decode
 from sa_jax.ops.attention.reference import apply_weights, attention_weights
 from sa_jax.ops.attention.spec import AttentionSpec
+from sa_jax.ops.kernels import has_gpu_kernels
 from sa_jax.ops.quantize import Int8
 from sa_jax.ops.rope import Rotation, rotate
 
@@ -69,8 +70,8 @@ def decode_attend(
 ) -> tuple[jax.Array, Stored, Stored]:
   """Attention of one new token a row over the cache that it joins, without handing out the weights.
 
-  On NVIDIA GPUs in half precision, cache included, it is one kernel that reads no slot past a row's end; elsewhere
-  `write_slot`, `decode_weights` and `decode_apply`.
+  On NVIDIA GPUs in half precision, cache included, it is one kernel that reads no slot past a row's end (on a mesh,
+  only under `jax.shard_map`); elsewhere `write_slot`, `decode_weights` and `decode_apply`.
 
   Args:
     q: ``[B, N, H]``, before the rotary embedding.
@@ -96,7 +97,7 @@ def decode_attend(
 
 def _has_kernel(q: jax.Array, keys: jax.Array, spec: AttentionSpec) -> bool:
   return (
-    jax.default_backend() == "gpu"
+    has_gpu_kernels(keys)
     and q.dtype in (jnp.bfloat16, jnp.float16)
     and q.dtype == keys.dtype
     and spec.window is None

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sa_jax.ops import kernels
 from sa_jax.ops.attention import blockwise, cudnn, flash, reference, splash
 from sa_jax.ops.attention.spec import AttentionSpec
 
@@ -88,12 +89,6 @@ backends: dict[str, Backend] = {
 _SHORT = 1024
 
 
-def _platform() -> str:
-  """Where the arrays are: compiling ahead of time, the mesh's devices are not the default backend's."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return device.platform if device is not None else jax.default_backend()
-
-
 def choose_backend(
   name: str,
   q: jax.Array,
@@ -115,7 +110,7 @@ def choose_backend(
   Raises:
     ValueError: if there is no backend of that name, or it cannot compute this call (the reason is given).
   """
-  platform = platform or _platform()
+  platform = platform or kernels.platform()
   if name == "auto":
     fused = next(name for name, backend in backends.items() if backend.unsupported(platform, q, spec, rows) is None)
     chosen = "reference" if fused == "blockwise" and k.shape[1] <= _SHORT else fused

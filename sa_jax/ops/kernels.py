@@ -1,0 +1,22 @@
+"""Whether kernels may run where the arrays are."""
+
+import jax
+
+
+def platform() -> str:
+  """Where the arrays are: compiling ahead of time, the mesh's devices are not the default backend's."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device is not None else jax.default_backend()
+
+
+def has_gpu_kernels(array: jax.Array) -> bool:
+  """Whether a kernel for NVIDIA GPUs may take the array: on such a GPU, and not while it is spread over several.
+
+  XLA cannot split a kernel: every device would gather all of its arrays and compute all of it. Under `jax.shard_map`,
+  where an array is a device's own part, it may run; `sa_jax.nn` calls kernels so.
+  """
+  if platform() not in ("gpu", "cuda"):
+    return False
+  ambient = jax.sharding.get_abstract_mesh()
+  mesh = jax.typeof(array).sharding.mesh if ambient.empty else ambient
+  return mesh.empty or mesh.size == 1 or len(mesh.manual_axes) == len(mesh.axis_names)
