@@ -1,0 +1,37 @@
+"""The token loop over virtual devices: the same tokens and the same cache, which stays where it was put."""
+
+import jax
+import numpy as np
+import pytest
+
+from sa_jax import ops
+from sa_jax.decode import DecodeState, Sampler, decode, insert, prefill, row_keys
+from sa_jax.sharding import make_mesh, on_mesh, param_shardings
+from tests import tiny
+
+
+@pytest.mark.parametrize(("cache_dtype", "tolerance"), [(None, 1e-5), ("int8", 1e-2)])
+def test_decoding_over_heads(cache_dtype, tolerance):
+  model = tiny.model("1:2", num_layers=3, vocab_size=64, cache_dtype=cache_dtype)
+  params = jax.tree.map(jax.numpy.asarray, tiny.params(model))
+  prompts, lengths, remaining = tiny.tokens(3, 8), np.asarray([8, 5, 2], np.int32), np.asarray([9, 9, 9], np.int32)
+  rows = prefill(model, Sampler(), 16, params, prompts, lengths, remaining, row_keys(0, range(3)))
+  slots = np.arange(3)
+
+  def run(params, mesh=None):
+    state = insert(DecodeState.empty(model, 3, 16, mesh), rows, slots)
+    state, tokens = decode(model, Sampler(), 6, params, state)
+    return state.cache, tokens
+
+  expected_cache, expected = run(params)
+  mesh = make_mesh(tensor=2, devices=jax.devices()[:2])
+  split = jax.device_put(params, param_shardings(model, mesh, layout="layers"))
+  with on_mesh(mesh):
+    cache, tokens = run(split, mesh)
+  np.testing.assert_array_equal(tokens, expected)
+  assert (np.asarray(tokens) >= 0).all()
+  is_int8 = lambda x: isinstance(x, ops.Int8)
+  read = lambda cache: jax.tree.map(lambda x: x.to("float32") if is_int8(x) else x, cache.layers, is_leaf=is_int8)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), read(cache), read(expected_cache))
+  for leaf in jax.tree.leaves(cache):
+    assert leaf.addressable_shards[0].data.shape[1] == 1
