@@ -1,4 +1,7 @@
-"""Two processes with four devices each are one process with eight: losses, parameters, checkpoints both ways."""
+"""Two processes with four devices each are one process with eight: losses, parameters, checkpoints both ways.
+
+With SA_JAX_GPUS=N in the environment, N even, devices are the first N GPUs, and the processes talk through NCCL.
+"""
 
 import os
 import socket
@@ -16,6 +19,23 @@ from tests.train.test_resume import ROOT, curve
 from tests.train.tiny_run import STEPS, TEXT
 
 STOP = 8
+GPUS = int(os.environ.get("SA_JAX_GPUS", "0"))
+
+
+def devices(rank, processes):
+  """The environment in which a process has its part of the devices."""
+  if not GPUS:
+    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes} {FAST_COMPILATION}"}
+  mine = range(rank * GPUS // processes, (rank + 1) * GPUS // processes)
+  return {
+    "JAX_PLATFORMS": "cuda",
+    "CUDA_VISIBLE_DEVICES": ",".join(map(str, mine)),
+    "XLA_FLAGS": "--xla_gpu_deterministic_ops=true",
+    # Runs share the GPUs.
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    # TF32 would not agree to five digits.
+    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+  }
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +47,14 @@ def launch(tmp_path_factory):
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
       port = free.getsockname()[1]
-    here = {
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes} {FAST_COMPILATION}",
-      "JAX_COMPILATION_CACHE_DIR": cache,
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    here = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "-m", "tests.train.tiny_run", str(out), "shard", str(stop)]
     commands = [command] if processes == 1 else [[*command, str(port), str(rank)] for rank in range(2)]
-    how = {"cwd": ROOT, "env": os.environ | here, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return [subprocess.Popen(each, **how) for each in commands]
+    how = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return [
+      subprocess.Popen(each, env=os.environ | here | devices(rank, processes), **how)
+      for rank, each in enumerate(commands)
+    ]
 
   return begin
 
