@@ -84,6 +84,8 @@ def _rotation(config: ModelConfig, positions: jax.Array, lengths: jax.Array | in
 
 def _gathered(x: jax.Array) -> jax.Array:
   """Keys or values ``[B, T, K, H]``, of which every device that has some of a row's queries needs the whole row."""
+  # First where its tokens are: otherwise XLA gathers what the projection reads, and projects the whole row everywhere.
+  x = nn.with_logical_constraint(x, ("batch", "length", "kv_heads", "head_dim"))
   return nn.with_logical_constraint(x, ("batch", None, "kv_heads", "head_dim"))
 
 

@@ -1,5 +1,6 @@
 """Sharded = unsharded on 8 virtual devices: losses, bytes a device, collectives."""
 
+import dataclasses
 import functools
 
 import jax
@@ -114,12 +115,14 @@ def test_sharing_adds_no_collective(sizes):
     assert found.bytes <= dense[kind].bytes
 
 
-def test_where_tokens_are_split_keys_are_gathered_once_a_group_and_values_once_a_layer():
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_where_tokens_are_split_keys_are_gathered_once_a_group_and_values_once_a_layer(kv_heads):
+  """And not what they are projected from, which is larger where heads share keys."""
   mesh = make_mesh(sequence=8)
-  one = 8 * LENGTH * CONFIG.num_kv_heads * CONFIG.head_dim * 4
+  one = 8 * LENGTH * kv_heads * CONFIG.head_dim * 4
 
   def gathered(plan):
-    made = model(plan)
+    made = Transformer(dataclasses.replace(CONFIG, num_kv_heads=kv_heads), SharingPlan.parse(plan, 2))
     params = jax.device_put(tiny.params(made, "runs"), param_shardings(made, mesh))
     place = functools.partial(jax.device_put, device=named_sharding(mesh, ("batch", "length")))
     lowered = make_eval(next_token(made), mesh=mesh).lower(params, None, jax.tree.map(place, next(batches())))
