@@ -3,9 +3,9 @@
     python experiments/efficiency/several_gpus.py --json several/sequence-8.json
 
 Layers of Llama-3-8B's shapes, one row of 32,768 tokens, split over `sequence` 8: compiled for 8 virtual CPU devices
-from abstract arrays, so nothing runs. Per layer, numbers are differences between 8 and 4 layers. Gradients of parameters,
-which are added up over `sequence` as over `data`, are left out: the gradient is the input's. The CPU's compiler makes
-float32 of bfloat16, so programs are compiled in float32, and bytes are halved.
+from abstract arrays, so nothing runs. Per layer, numbers are differences between 8 and 4 layers. Gradients of
+parameters, which are added up over `sequence` as over `data`, are left out: the gradient is the input's. The CPU's
+compiler makes float32 of bfloat16, so programs are compiled in float32, and bytes are halved.
 """
 
 from __future__ import annotations
