@@ -30,12 +30,17 @@ def on_each_device(
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1 or mesh.manual_axes or not nn.get_logical_axis_rules():
     return call
-  axes = nn.logical_to_mesh_axes
-  if length_axis(mesh) is not None or axes(("heads",)) != axes(("kv_heads",)):
+  if length_axis(mesh) is not None or not heads_stay_with_their_keys():
     return call
+  axes = nn.logical_to_mesh_axes
   several = bool(outputs) and isinstance(outputs[0], tuple)
   specs = tuple(axes(each) for each in outputs) if several else axes(outputs)
   return jax.shard_map(call, in_specs=tuple(axes(each) for each in inputs), out_specs=specs, check_vma=False)
+
+
+def heads_stay_with_their_keys() -> bool:
+  """Whether the rules split query heads as they split key heads, so that a device has those that belong together."""
+  return nn.logical_to_mesh_axes(("heads",)) == nn.logical_to_mesh_axes(("kv_heads",))
 
 
 def length_axis(mesh: jax.sharding.AbstractMesh) -> str | tuple[str, ...] | None:

@@ -14,7 +14,7 @@ from flax import struct
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
-from sa_jax.nn.split import length_axis
+from sa_jax.nn.split import heads_stay_with_their_keys, length_axis
 
 Local = bool | jax.Array
 """Whether a layer attends locally: known, or a traced bool where layers of both kinds share one scan."""
@@ -141,6 +141,12 @@ def _attend(
     raise ValueError(
       f"the attention backend {backend!r} runs on a mesh only where the rules say how it is split: "
       "use `with sa_jax.sharding.on_mesh(mesh):`"
+    )
+
+  if not heads_stay_with_their_keys():
+    raise ValueError(
+      f"the attention backend {backend!r} runs of each device's heads by itself, which then need their keys: "
+      "let the rules split 'heads' and 'kv_heads' over the same axes of the mesh"
     )
 
   def of_a_device(q: jax.Array, *others: Any) -> jax.Array:

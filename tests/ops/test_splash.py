@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from sa_jax import ops
+from sa_jax.nn import QueryKey
 from sa_jax.ops.attention import reference, splash
 from sa_jax.ops.attention.dispatch import Backend
-from sa_jax.sharding import on_mesh, param_shardings
+from sa_jax.sharding import DEFAULT_RULES, make_mesh, on_mesh, param_shardings
 from tests import tiny
 
 
@@ -111,6 +112,14 @@ def test_a_sharded_model_runs_splash_on_each_shard(interpreted):
   with on_mesh(mesh):
     got = loss_and_gradient(model, sharded, tokens, lengths)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), got, want)
+
+
+def test_heads_apart_from_their_keys_are_refused(interpreted):
+  """Each device would pair its query heads with the first key heads instead of theirs."""
+  q, k, v, _ = arrays(128, 8, 2, 8)
+  rules = (("kv_heads", None), *(rule for rule in DEFAULT_RULES if rule[0] != "kv_heads"))
+  with on_mesh(make_mesh(data=2, tensor=4), rules), pytest.raises(ValueError, match="'heads' and 'kv_heads'"):
+    jax.eval_shape(QueryKey(q, k, backend="splash").attend, v)
 
 
 def test_on_a_mesh_without_rules_splash_says_what_is_missing(interpreted):
