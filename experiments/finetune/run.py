@@ -262,6 +262,8 @@ def draw(flags: argparse.Namespace) -> None:
         axis.plot(*zip(*points, strict=True), label=variant, marker=".")
     axis.set(title=f"{name}: {flags.plans[name]}", xlabel="step", ylabel="perplexity, wikitext-2 valid", yscale="log")
     axis.title.set_fontsize(8)
+    axis.yaxis.set_minor_formatter("{x:.0f}")
+    axis.yaxis.set_major_formatter("{x:.0f}")
     axis.legend()
   figure.tight_layout()
   figure.savefig(flags.out / "curves.png", dpi=120)
