@@ -27,11 +27,11 @@ def rotated(x: jax.Array, angles: np.ndarray) -> np.ndarray:
   return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (2, 2), (24, 1)])
-def test_flash_decode_equals_its_parts(heads, kv_heads):
-  """Rows that end in the first slot, inside a block, on a block's border and in the last slot."""
-  slots, head_dim = 256, 32
-  positions = jnp.asarray([0, 70, 128, slots - 1], jnp.int32)
+@pytest.mark.parametrize(("heads", "kv_heads", "slots"), [(8, 2, 256), (2, 2, 256), (24, 1, 256), (4, 2, 64)])
+def test_flash_decode_equals_its_parts(heads, kv_heads, slots):
+  """Rows that end in the first slot, inside a block, on its border and in the last slot; several splits and one."""
+  head_dim = 32
+  positions = jnp.asarray([0, slots // 4 + 6, slots // 2, slots - 1], jnp.int32)
   cached = (4, kv_heads, slots, head_dim)
   q, key, value, keys, values = arrays(0, (4, heads, head_dim), *[(4, kv_heads, head_dim)] * 2, cached, cached)
   angles = np.random.default_rng(1).uniform(0, 6, (4, head_dim // 2))

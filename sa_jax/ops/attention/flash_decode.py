@@ -54,7 +54,7 @@ def attend(
   cached = pl.BlockSpec((None, None, split, head_dim), lambda b, k, s: (b, k, s, 0))
   partial = lambda *shape: pl.BlockSpec((None, None, None, *shape), lambda b, k, s: (b, k, s, *(0 for _ in shape)))
   out, maximum, total, keys, values = pl.pallas_call(
-    functools.partial(_kernel, group=group, scale=scale),
+    functools.partial(_kernel, group=group, alone=splits == 1, scale=scale),
     grid=(batch, kv_heads, splits),
     in_specs=[
       pl.BlockSpec((None,), lambda b, k, s: (b,)),
@@ -68,7 +68,7 @@ def attend(
     ],
     out_specs=[partial(rows, head_dim), partial(rows), partial(rows), cached, cached],
     out_shape=[
-      jax.ShapeDtypeStruct((batch, kv_heads, splits, group, head_dim), jnp.float32),
+      jax.ShapeDtypeStruct((batch, kv_heads, splits, group, head_dim), values.dtype if splits == 1 else jnp.float32),
       jax.ShapeDtypeStruct((batch, kv_heads, splits, group), jnp.float32),
       jax.ShapeDtypeStruct((batch, kv_heads, splits, group), jnp.float32),
       jax.ShapeDtypeStruct(keys.shape, keys.dtype),
@@ -87,6 +87,8 @@ def attend(
     keys,
     values,
   )
+  if splits == 1:
+    return out.reshape(batch, heads, head_dim), keys, values
   weight = jnp.exp(maximum - maximum.max(axis=2, keepdims=True))
   joined = (weight[..., None] * out).sum(axis=2) / (weight * total).sum(axis=2)[..., None]
   return joined.astype(values.dtype).reshape(batch, heads, head_dim), keys, values
@@ -116,6 +118,7 @@ def _kernel(
   value_out_ref: Any,
   *,
   group: int,
+  alone: bool,
   scale: float,
 ) -> None:
   rows, head_dim = q_ref.shape
@@ -165,7 +168,9 @@ def _kernel(
   weight, shrink = jnp.where(mine, jnp.exp(score - new_maximum), 0.0), jnp.exp(maximum - new_maximum)
   accumulated = accumulated * shrink[:, None] + weight[:, None] * new_value.astype(jnp.float32)[None, :]
   maximum, total = new_maximum, total * shrink + weight
-  plgpu.store(out_ref, accumulated, mask=kept_2d)
+  if alone:  # nothing to join, and no kernel more
+    accumulated = accumulated / total[:, None]
+  plgpu.store(out_ref, accumulated.astype(out_ref.dtype), mask=kept_2d)
   plgpu.store(maximum_ref, maximum, mask=kept)
   plgpu.store(total_ref, total, mask=kept)
 
