@@ -7,6 +7,7 @@ the state. ``extend`` is the same layer for new tokens against a cache.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -68,18 +69,19 @@ def projection(
   )
 
 
-def _rotation(config: ModelConfig, positions: jax.Array, lengths: jax.Array | int, local: Local) -> ops.Rotation:
-  """The rotary embedding of tokens at some positions, in a layer that is local or not."""
+def _rotation(
+  config: ModelConfig, lengths: jax.Array | int, local: Local
+) -> tuple[np.ndarray | jax.Array, float | jax.Array]:
+  """The rotary embedding's frequencies and magnitude in a layer that is local or not."""
 
   def of(rope: ops.RopeConfig) -> tuple[np.ndarray | jax.Array, float]:
     return ops.rope_frequencies(rope, config.head_dim, lengths), rope.magnitude
 
   if config.local_rope is None or local is False:
-    return ops.rotation(positions, *of(config.rope))
+    return of(config.rope)
   if local is True:
-    return ops.rotation(positions, *of(config.local_rope))
-  either = jax.tree.map(lambda here, there: jnp.where(local, here, there), of(config.local_rope), of(config.rope))
-  return ops.rotation(positions, *either)
+    return of(config.local_rope)
+  return jax.tree.map(lambda here, there: jnp.where(local, here, there), of(config.local_rope), of(config.rope))
 
 
 def _gathered(x: jax.Array) -> jax.Array:
@@ -143,14 +145,15 @@ class AnchorAttention(_Attention):
     self, x: jax.Array, positions: jax.Array, lengths: jax.Array | int, local: Local
   ) -> tuple[jax.Array, jax.Array]:
     """Rotary-encoded queries ``[B, T, N, H]`` and keys ``[B, T, K, H]`` of ``[B, T, D]`` in rows of these lengths."""
-    q, k = self._unrotated(x)
-    rotation = _rotation(self.config, positions, lengths, local)
-    q, k = ops.rotate(q, rotation), ops.rotate(k, rotation)
-    return nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim")), _gathered(k)
-
-  def _unrotated(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     q, k = self.q_proj(x), self.k_proj(x)
-    return (self.q_norm(q), self.k_norm(k)) if self.config.qk_norm else (q, k)
+    if self.config.qk_norm:
+      q, k = self.q_norm(q), self.k_norm(k)
+    rotation = _rotation(self.config, lengths, local)
+    q, k = ops.apply_rope(q, positions, *rotation), ops.apply_rope(k, positions, *rotation)
+    return (
+      nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim")),
+      _gathered(k),
+    )
 
   def __call__(
     self,
@@ -218,18 +221,16 @@ class AnchorAttention(_Attention):
     Nobody needs its weights, so a fused kernel may keep them.
     """
     assert cache.keys is not None, "an anchor's cache has keys"
-    q, k = self._unrotated(x)
-    rotation = _rotation(self.config, positions[:, None], positions + 1, local)
+    q, k = self.query_key(x, positions[:, None], positions + 1, local)
     queries, new = ("batch", "heads", "head_dim"), ("batch", "kv_heads", "head_dim")
     cached = ("batch", "kv_heads", None, "head_dim")
-    spec = self.config.spec(local)
     attend = on_each_device(
-      lambda *arrays: ops.decode_attend(*arrays[:-1], rotation=arrays[-1], spec=spec),
-      (queries, new, new, cached, cached, ("batch",), ("batch", None, None)),
+      functools.partial(ops.decode_attend, spec=self.config.spec(local)),
+      (queries, new, new, cached, cached, ("batch",)),
       (queries, cached, cached),
     )
     v = self.values(x)[:, 0]
-    heads, keys, values = attend(q[:, 0], k[:, 0], v, cache.keys, cache.values, positions, rotation)
+    heads, keys, values = attend(q[:, 0], k[:, 0], v, cache.keys, cache.values, positions)
     return self.output(heads[:, None]), LayerCache(values, keys)
 
 

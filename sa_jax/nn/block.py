@@ -36,23 +36,27 @@ class Mlp(nn.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """``[B, T, D]`` → the same."""
-    return self.output(self.hidden(x))
+    return self.down_proj(self.hidden(x))
 
   def hidden(self, x: jax.Array) -> jax.Array:
     """What the last projection reads: ``[B, T, D]`` → ``[B, T, F]``."""
     hidden = _ACTIVATIONS[self.config.activation](self.gate_proj(x)) * self.up_proj(x)
     return nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
 
-  def output(self, hidden: jax.Array) -> jax.Array:
-    """The last projection: ``[B, T, F]`` → ``[B, T, D]``."""
-    return self.down_proj(hidden)
-
-  def kernels(self) -> tuple[jax.Array, jax.Array] | None:
-    """W_gate and W_up, ``[D, F]`` each, if ``hidden`` is ``silu(x W_gate) * (x W_up)`` and nothing else."""
+  def step(self, x: jax.Array) -> jax.Array:
+    """`__call__` against a cache: where there is one token a row, ``[B, 1, D]``, reading the weights is the cost."""
     params = [module.variables["params"] for module in (self.gate_proj, self.up_proj)]
-    if self.config.activation != "silu" or any(len(each) != 1 for each in params):  # a bias, or adapters
-      return None
-    return params[0]["kernel"], params[1]["kernel"]
+    plain = self.config.activation == "silu" and all(len(each) == 1 for each in params)  # no bias, no adapters
+    if x.shape[1] != 1 or not plain:
+      return self(x)
+
+    def kernel(x: jax.Array, gate: jax.Array, up: jax.Array) -> jax.Array | None:
+      return ops.gated_linear(x, gate, up) if ops.has_gated_linear(x, gate) else None
+
+    columns = (None, "mlp")
+    hidden = on_each_device(kernel, (("batch", None), columns, columns), ("batch", "mlp"))
+    gated = hidden(x[:, 0], *(each["kernel"] for each in params))
+    return self(x) if gated is None else self.down_proj(gated[:, None])
 
 
 class Block(nn.Module):
@@ -82,38 +86,15 @@ class Block(nn.Module):
       The block's output ``[B, T, D]``, and whatever else attention returned.
     """
     y, *others = attention(self.attention_norm(x))
-    if cached and (out := self._add_mlp_by_kernels(x, y)) is not None:
-      return out, *others
-    return self.add_mlp(self.add_attention(x, y)), *others
-
-  def _add_mlp_by_kernels(self, x: jax.Array, y: jax.Array) -> jax.Array | None:
-    """The block's output, of its input and its attention's output; None if kernels cannot compute this MLP of it."""
-    weights, config = self.mlp.kernels(), self.config
-    if x.shape[1] != 1 or config.post_norms or config.norm_about_one or weights is None:
-      return None
-
-    def kernels(
-      x: jax.Array, y: jax.Array, scale: jax.Array, gate: jax.Array, up: jax.Array
-    ) -> tuple[jax.Array | None, jax.Array | None]:
-      if not ops.has_gated_linear(x, gate):
-        return None, None
-      x, h = ops.add_rms_norm(x, y, scale, config.norm_eps)
-      return x, ops.gated_linear(h, gate, up)
-
-    rows, columns, hidden = ("batch", None), (None, "mlp"), ("batch", "mlp")
-    of_a_device = on_each_device(kernels, (rows, rows, (None,), columns, columns), (rows, hidden))
-    x, activations = of_a_device(x[:, 0], y[:, 0], self.mlp_norm.variables["params"]["scale"], *weights)
-    if activations is None:
-      return None
-    return nn.with_logical_constraint((x + self.mlp.output(activations))[:, None], ("batch", "length", "embed"))
+    return self.add_mlp(self.add_attention(x, y), cached), *others
 
   def add_attention(self, x: jax.Array, y: jax.Array) -> jax.Array:
     """The block's input ``[B, T, D]`` and its attention's output, added up."""
     return x + (self.attention_post_norm(y) if self.config.post_norms else y)
 
-  def add_mlp(self, x: jax.Array) -> jax.Array:
-    """What `add_attention` gave, and the MLP's output of it."""
-    y = self.mlp(self.mlp_norm(x))
+  def add_mlp(self, x: jax.Array, cached: bool = False) -> jax.Array:
+    """What `add_attention` gave, and the MLP's output of it; ``cached`` as in `around`."""
+    y = (self.mlp.step if cached else self.mlp)(self.mlp_norm(x))
     x = x + (self.mlp_post_norm(y) if self.config.post_norms else y)
     x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
     # Kept by those who apply the model with this collection mutable.

@@ -25,6 +25,12 @@ _REMAT_POLICIES = {
 }
 
 
+_UNROLL = 4
+"""Followers in an iteration of a group's loop under ``remat="dots"``. A loop in a loop stacks what the backward pass needs
+twice: without it, a train step under groups of 4 takes 3 % less time and 17 % less memory (`experiments/efficiency`).
+Where little is kept, a plain loop holds one block's activations at a time."""
+
+
 def _with_heads(state: Any, head_map: HeadMap | jax.Array | None) -> Any:
   """A state, in the form that it has, as a follower with this head map uses it."""
   return state if head_map is None else state.take_heads(jnp.asarray(head_map, jnp.int32))
@@ -73,13 +79,15 @@ class Group(nn.Module):
         block, follow = FollowerBlock, lambda block, x, state: block(x, state)
       else:
         block, follow = MixedBlock, lambda block, x, state: block(x, state, share, lengths, local)
-      follower = self._remat(follow, self.groups * self.followers)
+      unroll = min(_UNROLL, self.followers) if self.config.remat == "dots" else 1
+      follower = self._remat(follow, self.groups * -(-self.followers // unroll))
       scan = nn.scan(
         lambda block, x, state, head_map: (follower(block, x, _with_heads(state, head_map)), None),
         variable_axes={"params": 0, BLOCK_OUTPUTS: 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0),
         length=self.followers,
+        unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "followers"},
       )
       x, _ = scan(block(self.config, name="followers"), x, state, head_maps)

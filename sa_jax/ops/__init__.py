@@ -16,19 +16,17 @@ from sa_jax.ops.attention import (
 )
 from sa_jax.ops.glu import gated_linear, has_gated_linear
 from sa_jax.ops.loss import Head, distillation_loss, next_token_loss, token_log_likelihoods
-from sa_jax.ops.norm import add_rms_norm, rms_norm, rms_norm_about_one
+from sa_jax.ops.norm import rms_norm, rms_norm_about_one
 from sa_jax.ops.quantize import Int8
-from sa_jax.ops.rope import RopeConfig, Rotation, apply_rope, rope_frequencies, rotate, rotation
+from sa_jax.ops.rope import RopeConfig, apply_rope, rope_frequencies
 
 __all__ = [
   "AttentionSpec",
   "Head",
   "Int8",
   "RopeConfig",
-  "Rotation",
   "Rows",
   "Stored",
-  "add_rms_norm",
   "apply_rope",
   "apply_weights",
   "attend",
@@ -45,8 +43,6 @@ __all__ = [
   "rms_norm",
   "rms_norm_about_one",
   "rope_frequencies",
-  "rotate",
-  "rotation",
   "token_log_likelihoods",
   "write_slot",
 ]

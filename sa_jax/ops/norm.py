@@ -1,12 +1,7 @@
 """Root mean square normalisation."""
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -31,47 +26,6 @@ def rms_norm_about_one(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   Arguments and result as in `rms_norm`.
   """
   return (_normalised(x, eps) * _over_last(1.0 + scale.astype(jnp.float32), x)).astype(x.dtype)
-
-
-def add_rms_norm(
-  x: jax.Array, y: jax.Array, scale: jax.Array, eps: float, *, interpret: bool = False
-) -> tuple[jax.Array, jax.Array]:
-  """``x + y`` and its `rms_norm`, in one kernel for NVIDIA GPUs: for decoding, where small kernels cost their launch.
-
-  Args:
-    x: ``[B, D]``.
-    y: ``[B, D]``.
-    scale: ``[D]``.
-    eps: added to the mean square.
-    interpret: runs the kernel on any device, slowly.
-
-  Returns:
-    Both ``[B, D]`` in x's dtype.
-  """
-  columns = pl.next_power_of_2(x.shape[1])
-  row = pl.BlockSpec((None, columns), lambda b: (b, 0))
-  return pl.pallas_call(
-    functools.partial(_add_rms_norm_kernel, features=x.shape[1], eps=eps),
-    grid=(x.shape[0],),
-    in_specs=[row, row, pl.BlockSpec((columns,), lambda b: (0,))],
-    out_specs=[row, row],
-    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype)] * 2,
-    compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
-    interpret=interpret,
-    name="add_rms_norm",
-  )(x, y, scale)
-
-
-def _add_rms_norm_kernel(
-  x_ref: Any, y_ref: Any, scale_ref: Any, sum_ref: Any, out_ref: Any, *, features: int, eps: float
-) -> None:
-  real = jax.lax.broadcasted_iota(jnp.int32, x_ref.shape, 0) < features
-  x, y, scale = (plgpu.load(ref, mask=real, other=0.0) for ref in (x_ref, y_ref, scale_ref))
-  added = x + y
-  added32 = added.astype(jnp.float32)
-  normalised = added32 * jax.lax.rsqrt(jnp.sum(jnp.square(added32)) / features + eps)
-  plgpu.store(sum_ref, added, mask=real)
-  plgpu.store(out_ref, normalised.astype(x.dtype) * scale.astype(x.dtype), mask=real)
 
 
 def _normalised(x: jax.Array, eps: float) -> jax.Array:

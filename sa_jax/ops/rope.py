@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -109,40 +109,24 @@ def _yarn_ramp(rope: RopeConfig, head_dim: int) -> np.ndarray:
   return np.clip(ramp, np.float32(0), np.float32(1))
 
 
-class Rotation(NamedTuple):
-  """What `rotate` turns tokens by.
-
-  Attributes:
-    cos: float32 ``[B, T, H / 2]``, times the magnitude of `RopeConfig`.
-    sin: likewise.
-  """
-
-  cos: jax.Array
-  sin: jax.Array
-
-
-def rotation(positions: jax.Array, frequencies: np.ndarray | jax.Array, magnitude: float | jax.Array = 1.0) -> Rotation:
-  """The rotation of tokens at some positions.
-
-  Args:
-    positions: int32 ``[T]`` or ``[B, T]``.
-    frequencies: ``[H / 2]`` or ``[B, H / 2]``, from `rope_frequencies`.
-    magnitude: what the result of `rotate` is multiplied by; see `RopeConfig`.
-  """
-  # A plain product: as a matrix product it would be rounded to bfloat16 or TF32 on accelerators.
-  angles = jnp.atleast_2d(positions).astype(jnp.float32)[:, :, None] * jnp.atleast_2d(frequencies)[:, None, :]
-  return Rotation(jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude)
-
-
-def rotate(x: jax.Array, by: Rotation) -> jax.Array:
-  """Rotates each head's planes ``(x[i], x[i + H/2])``, in float32: ``[B, T, heads, H]`` → the same, in x's dtype."""
-  cos, sin = (each[:, :, None, :] for each in by)
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 def apply_rope(
   x: jax.Array, positions: jax.Array, frequencies: np.ndarray | jax.Array, magnitude: float | jax.Array = 1.0
 ) -> jax.Array:
-  """`rotate` of x ``[B, T, heads, H]`` by the `rotation` of the other arguments."""
-  return rotate(x, rotation(positions, frequencies, magnitude))
+  """Rotates each head's planes ``(x[i], x[i + H/2])`` by ``position * frequency``, in float32.
+
+  Args:
+    x: ``[B, T, heads, H]``.
+    positions: int32 ``[T]`` or ``[B, T]``.
+    frequencies: ``[H / 2]`` or ``[B, H / 2]``, from `rope_frequencies`.
+    magnitude: what the result is multiplied by; see `RopeConfig`.
+
+  Returns:
+    ``[B, T, heads, H]`` in x's dtype.
+  """
+  # A plain product: as a matrix product it would be rounded to bfloat16 or TF32 on accelerators.
+  angles = jnp.atleast_2d(positions).astype(jnp.float32)[:, :, None] * jnp.atleast_2d(frequencies)[:, None, :]
+  angles = jnp.broadcast_to(angles, (x.shape[0], x.shape[1], angles.shape[-1]))[:, :, None, :]
+  cos, sin = jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return rotated.astype(x.dtype)

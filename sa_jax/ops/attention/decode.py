@@ -8,7 +8,6 @@ from sa_jax.ops.attention.reference import apply_weights, attention_weights
 from sa_jax.ops.attention.spec import AttentionSpec
 from sa_jax.ops.kernels import has_gpu_kernels
 from sa_jax.ops.quantize import Int8
-from sa_jax.ops.rope import Rotation, rotate
 
 Stored = jax.Array | Int8
 """Keys or values in a cache ``[B, K, S, H]``."""
@@ -65,7 +64,6 @@ def decode_attend(
   values: Stored,
   positions: jax.Array,
   *,
-  rotation: Rotation,
   spec: AttentionSpec = AttentionSpec(),
 ) -> tuple[jax.Array, Stored, Stored]:
   """Attention of one new token a row over the cache that it joins, without handing out the weights.
@@ -74,13 +72,12 @@ def decode_attend(
   only under `jax.shard_map`); elsewhere `write_slot`, `decode_weights` and `decode_apply`.
 
   Args:
-    q: ``[B, N, H]``, before the rotary embedding.
-    new_key: ``[B, K, H]``, likewise.
+    q: ``[B, N, H]``.
+    new_key: ``[B, K, H]``.
     new_value: ``[B, K, H]``.
     keys: ``[B, K, S, H]``.
     values: ``[B, K, S, H]``.
     positions: int32 ``[B]``, the slot that each row's token takes.
-    rotation: the rotary embedding of the tokens, ``[B, 1, H / 2]``.
     spec: window, soft cap and scale.
 
   Returns:
@@ -88,10 +85,9 @@ def decode_attend(
   """
   if not isinstance(keys, Int8) and not isinstance(values, Int8) and _has_kernel(q, keys, spec):
     scale = spec.scale_for(q.shape[-1])
-    return flash_decode.attend(q, new_key, new_value, keys, values, positions, rotation, scale=scale)
-  q, new_key = (rotate(each[:, None], rotation) for each in (q, new_key))
-  keys, values = write_slot(keys, new_key[:, 0], positions), write_slot(values, new_value, positions)
-  weights = decode_weights(q, keys, positions[:, None], spec=spec)
+    return flash_decode.attend(q, new_key, new_value, keys, values, positions, scale=scale)
+  keys, values = write_slot(keys, new_key, positions), write_slot(values, new_value, positions)
+  weights = decode_weights(q[:, None], keys, positions[:, None], spec=spec)
   return decode_apply(weights, values)[:, 0], keys, values
 
 
