@@ -4,43 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
 
 from sa_jax.cli.common import console, show_table, write_json
+from sa_jax.cli.searching import Searching
 
 
-@dataclasses.dataclass(frozen=True)
-class SearchPlan:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchPlan(Searching):
   """Search for the plan that a budget allows, judged by loss after the recovery that it would get."""
 
-  model: tyro.conf.Positional[Path]
-  """A dense Hugging Face folder, GGUF file or sa_jax checkpoint."""
-  texts: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT ...")]
-  """Text files (or .jsonl with a "text" a line) to calibrate on and judge by; each counts alike."""
-  budget: str = "8"
-  """A number of followers, or what may remain of the dense cost: kv=80%, flops=95%."""
-  strategy: Literal["dp", "greedy", "beam", "spans"] = "dp"
-  """dp is the cheapest; greedy and beam measure every candidate, or a shortlist; spans is the paper's recipe."""
-  width: int = 4
-  """beam: plans kept at each step."""
-  shortlist: int | None = None
-  """greedy, beam: candidates measured at each step; None measures all."""
-  swaps: int = 0
-  """dp: swaps to measure after it."""
-  exclude: tuple[int, ...] = ()
-  """Layers that stay anchors."""
   refit: bool = True
   """Whether plans are judged after refitting."""
   maps: bool = True
   """Whether plans are judged with head maps."""
-  length: int = 512
-  """Tokens a row."""
-  calibration_rows: int = 8
-  """Rows of each text to fit to."""
-  judging_rows: int = 4
-  """Further rows of each text to measure on."""
   record: Path | None = None
   """Every measured plan is kept in this file, and not measured again when the search is resumed."""
   out: Path = Path("search")
@@ -53,16 +29,11 @@ class SearchPlan:
     from sa_jax import cost
     from sa_jax.analysis import Judge, plots, search
     from sa_jax.analysis.refit import Refit
-    from sa_jax.analysis.share import Search, search_plan
-    from sa_jax.cli.texts import open_dense, split_texts, stages
+    from sa_jax.analysis.share import search_plan
+    from sa_jax.cli.texts import stages
     from sa_jax.convert.hf_config import write_plan
 
-    how = Search(
-      strategy=self.strategy, width=self.width, shortlist=self.shortlist, swaps=self.swaps, excluded=self.exclude
-    )
-    texts = split_texts(self.model, self.texts, self.length, self.calibration_rows, self.judging_rows)
-    model, params = open_dense(self.model)
-    followers = search.followers_for(model.config, self.budget, self.length)
+    model, params, texts, followers, how = self.prepare()
     with stages() as stage:
       judge = Judge(
         model,

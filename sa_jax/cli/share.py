@@ -11,36 +11,15 @@ import tyro
 
 from sa_jax.cli.common import change, console, show_table, write_json
 from sa_jax.cli.cost import rows_of_cost
+from sa_jax.cli.searching import Searching
 
 
-@dataclasses.dataclass(frozen=True)
-class Share:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Share(Searching):
   """Search a plan, align heads, refit, compare with the dense model, save: everything without training."""
 
-  model: tyro.conf.Positional[Path]
-  """A dense Hugging Face folder, GGUF file or sa_jax checkpoint."""
-  texts: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT ...")]
-  """Text files (or .jsonl with a "text" a line) to calibrate on and judge by; each counts alike."""
   out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
   """The checkpoint to write, which must not exist."""
-  budget: str = "8"
-  """A number of followers, or what may remain of the dense cost: kv=80%, flops=95%."""
-  strategy: Literal["dp", "greedy", "beam", "spans"] = "dp"
-  """dp is the cheapest; greedy and beam measure every candidate, or a shortlist; spans is the paper's recipe."""
-  width: int = 4
-  """beam: plans kept at each step."""
-  shortlist: int | None = None
-  """greedy, beam: candidates measured at each step; None measures all."""
-  swaps: int = 0
-  """dp: swaps to measure after it."""
-  exclude: tuple[int, ...] = ()
-  """Layers that stay anchors."""
-  length: int = 512
-  """Tokens a row."""
-  calibration_rows: int = 8
-  """Rows of each text to fit to."""
-  judging_rows: int = 4
-  """Further rows of each text to measure on."""
   dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
   """Type of the stored parameters."""
   json: Path | None = None
@@ -49,20 +28,14 @@ class Share:
   def run(self) -> None:
     """Prints dense against shared, and saves."""
     from sa_jax import cost
-    from sa_jax.analysis import search
-    from sa_jax.analysis.share import Search, share
-    from sa_jax.cli.texts import open_dense, save, split_texts, stages
+    from sa_jax.analysis.share import share
+    from sa_jax.cli.texts import save, stages
     from sa_jax.convert.hf_config import write_plan
 
     begun = time.perf_counter()
     if self.out.exists():
       raise ValueError(f"{self.out} exists already; name a new folder, or remove it first")
-    how = Search(
-      strategy=self.strategy, width=self.width, shortlist=self.shortlist, swaps=self.swaps, excluded=self.exclude
-    )
-    texts = split_texts(self.model, self.texts, self.length, self.calibration_rows, self.judging_rows)
-    model, params = open_dense(self.model)
-    followers = search.followers_for(model.config, self.budget, self.length)
+    model, params, texts, followers, how = self.prepare()
     with stages() as stage:
       made = share(model, params, texts, followers, how=how, stage=stage)
     plan = made.model.plan

@@ -87,7 +87,8 @@ def generate(
       f"fit a cache of {capacity} slots; {max(needed, tokens.shape[1])} are needed"
     )
   if len(tokens) > slots:
-    rows = _continuous(model, params, tokens, lengths, max_new_tokens, sampler, seed, slots, capacity)
+    batcher = Batcher(model, params, slots=slots, capacity=capacity, sampler=sampler)
+    rows = _continuous(batcher, tokens, lengths, max_new_tokens, seed)
   else:
     rows = _static(model, params, tokens, lengths, max_new_tokens, sampler, seed, capacity)
   config = model.config
@@ -166,18 +167,9 @@ def _static(
 
 
 def _continuous(
-  model: Transformer,
-  params: Mapping[str, Any],
-  tokens: np.ndarray,
-  lengths: np.ndarray,
-  max_new_tokens: int,
-  sampler: Sampler,
-  seed: int,
-  slots: int,
-  capacity: int,
+  batcher: Batcher, tokens: np.ndarray, lengths: np.ndarray, max_new_tokens: int, seed: int
 ) -> np.ndarray:
   """More rows than slots: as `_static`, by continuous batching."""
-  batcher = Batcher(model, params, slots=slots, capacity=capacity, sampler=sampler)
   requests = [
     batcher.submit(row[:length], max_new_tokens, seed=seed, row=number)
     for number, (row, length) in enumerate(zip(tokens, lengths, strict=True))
