@@ -140,15 +140,16 @@ def as_runs(params: Params, plan: SharingPlan) -> Params:
 def _check_plan(layers: Mapping[str, Any], plan: SharingPlan) -> None:
   if set(layers) != {str(layer) for layer in range(plan.num_layers)}:
     raise ValueError(f"the parameters have {len(layers)} layers, the plan is for {plan.num_layers}")
-  has_keys = [{"q_proj", "k_proj"} <= set(layers[str(layer)]["attention"]) for layer in range(plan.num_layers)]
-  if missing := [layer for layer in plan.anchors if not has_keys[layer]]:
+  held = [set(layers[str(layer)]["attention"]) for layer in range(plan.num_layers)]
+  if missing := [layer for layer in plan.anchors if not {"q_proj", "k_proj"} <= held[layer]]:
     raise ValueError(
       f"the plan '{plan}' makes layers {missing} anchors, but the parameters have no q_proj and k_proj for them; "
       "start from the dense checkpoint, or choose a plan in which they follow"
     )
-  if extra := [layer for layer in plan.followers if has_keys[layer]]:
+  if extra := [layer for layer in plan.followers if held[layer] & set(ANCHOR_ONLY)]:
+    left = sorted(set().union(*(held[layer] for layer in extra)) & set(ANCHOR_ONLY), key=ANCHOR_ONLY.index)
     raise ValueError(
-      f"the plan '{plan}' makes layers {extra} followers, but they still have q_proj and k_proj; prune first"
+      f"the plan '{plan}' makes layers {extra} followers, but they still have {' and '.join(left)}; prune first"
     )
 
 

@@ -138,9 +138,13 @@ class TestErrors:
     with pytest.raises(ValueError, match="the plan 'dense' makes layers \\[2\\] anchors, but .* no q_proj and k_proj"):
       stack(params, SharingPlan.dense(4))
     with pytest.raises(
-      ValueError, match="the plan '1:2-3' makes layers \\[3\\] followers, .* still have .* prune first"
+      ValueError, match="the plan '1:2-3' makes layers \\[3\\] followers, .* still have q_proj and k_proj; prune first"
     ):
       stack(params, SharingPlan.parse("1:2-3", 4))
+    params["layers"]["2"]["attention"]["k_proj"] = params["layers"]["1"]["attention"]["k_proj"]
+    with pytest.raises(ValueError, match="layers \\[2\\] followers, but they still have k_proj; prune first"):
+      stack(params, self.plan)
+    del params["layers"]["2"]["attention"]["k_proj"]
     with pytest.raises(ValueError, match="the parameters have runs \\['0', '1', '2'\\], the plan 'dense' has 1"):
       unstack(stack(params, self.plan), SharingPlan.dense(4))
 
