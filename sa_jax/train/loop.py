@@ -80,6 +80,10 @@ def _check_folder(config: TrainConfig) -> None:
     except (OSError, ValueError) as error:
       raise ValueError(f"{path} cannot be read: {error}") from None
     configs.check_same(config, before, config.out)
+  elif any((config.out / "checkpoints").glob("[0-9]*")):
+    raise ValueError(
+      f"{config.out} has checkpoints but no config.json that says of which run; name a new --out, or remove the folder"
+    )
 
 
 def _claim_folder(config: TrainConfig) -> None:

@@ -127,6 +127,13 @@ def test_another_run_in_the_folder(whole):
     train(config(whole, batch_size=16))
 
 
+def test_checkpoints_of_a_run_that_nothing_tells_of(whole):
+  kept = (whole / "config.json").rename(whole / "kept.json")
+  with pytest.raises(ValueError, match=r"has checkpoints but no config\.json that says of which run; name a new --out"):
+    train(config(whole))
+  kept.rename(whole / "config.json")
+
+
 def test_other_data_under_the_same_name(whole):
   text = whole.parent / "text.txt"
   before = text.read_text()
