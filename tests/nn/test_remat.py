@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sa_jax import Transformer
 from sa_jax.sharding import abstract_params
@@ -29,6 +30,19 @@ def test_followers_are_recomputed_one_by_one():
   shared = temporaries(small("0:1-8", num_layers=9, attention="blockwise"))
   # Recomputing the whole group would take the activations of its eight followers at once.
   assert shared <= dense + 4 * block
+
+
+def test_an_unrolled_loop_and_its_remainder_are_the_loop():
+  """Five followers, four in an iteration under ``dots``: the gradient is that without recomputation."""
+  model = tiny.model("0:1-5", num_layers=6)
+  params, tokens = jax.tree.map(jnp.asarray, tiny.params(model, "runs")), tiny.tokens(1, 9)
+
+  def gradient(remat):
+    model = tiny.model("0:1-5", num_layers=6, remat=remat)
+    return jax.jit(jax.grad(lambda params: jnp.square(model.apply({"params": params}, tokens)).mean()))(params)
+
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  jax.tree.map(close, gradient("dots"), gradient("none"))
 
 
 def test_weights_are_not_kept_for_every_group():

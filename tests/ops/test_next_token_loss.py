@@ -33,6 +33,15 @@ def test_value_and_gradient(chunk):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), got, want)
 
 
+def test_logits_are_computed_once_and_the_gradient_scales():
+  """Three products with the head's kernel: logits, and the gradients of both their factors."""
+  loss = lambda hidden, kernel: 2.5 * chunked(hidden, kernel, jnp.asarray(TOKENS), jnp.asarray(WEIGHTS), 4)[0]
+  gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+  assert gradient.lower(HIDDEN, KERNEL).as_text().count("stablehlo.dot_general") == 3
+  want = jax.grad(lambda *arrays: 2.5 * plain(*arrays), argnums=(0, 1))(HIDDEN, KERNEL, WEIGHTS)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), gradient(HIDDEN, KERNEL), want)
+
+
 def test_count_is_the_weight_of_what_is_predicted():
   total, count = chunked(jnp.asarray(HIDDEN), KERNEL, jnp.asarray(TOKENS), jnp.asarray(WEIGHTS), 4)
   np.testing.assert_allclose(count, WEIGHTS[:, 1:].sum(), rtol=1e-6)
