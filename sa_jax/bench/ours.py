@@ -133,8 +133,7 @@ def step(task: Task) -> Result:
   params = abstract_params(model)
   shardings = None if mesh is None else state_shardings(optimizer, params, param_shardings(model, mesh))
   ceiling = matrix_rate(mesh=mesh) if jax.default_backend() != "cpu" else 0.0
-  # The generated parameters must not outlive the state's copy of them.
-  state = make_state(optimizer, random_tree(params, shardings and shardings.params), shardings)
+  state = make_state(optimizer, random_tree(params, shardings and shardings.params), shardings, donate=True)
   tokens = jax.random.randint(jax.random.key(0), (task.batch, task.seq_len), 0, config.vocab_size)
   batch = Batch(tokens, jnp.ones(tokens.shape, jnp.float32))
   if mesh is not None:

@@ -145,7 +145,12 @@ class AnchorAttention(_Attention):
     self, x: jax.Array, positions: jax.Array, lengths: jax.Array | int, local: Local
   ) -> tuple[jax.Array, jax.Array]:
     """Rotary-encoded queries ``[B, T, N, H]`` and keys ``[B, T, K, H]`` of ``[B, T, D]`` in rows of these lengths."""
-    q, k = self.q_proj(x), self.k_proj(x)
+    return self.encoded(self.q_proj(x), self.k_proj(x), positions, lengths, local)
+
+  def encoded(
+    self, q: jax.Array, k: jax.Array, positions: jax.Array, lengths: jax.Array | int, local: Local
+  ) -> tuple[jax.Array, jax.Array]:
+    """`query_key` from what the projections give."""
     if self.config.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
     rotation = _rotation(self.config, lengths, local)
@@ -191,6 +196,23 @@ class AnchorAttention(_Attention):
     state = make_state(self.config, q, k, lengths, local, segments)
     return self.output(state.attend(v)), state, LayerCache.of(self.config, v, k)
 
+  def new_token(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What the projections give of one token a row, ``[B, 1, D]``: reading their weights is the cost."""
+    projections = (self.q_proj, self.k_proj, self.v_proj)
+    plain = all(set(each.variables["params"]) == {"kernel"} for each in projections)  # no bias, no adapters
+
+    def kernel(x: jax.Array, *weights: jax.Array) -> list[jax.Array] | None:
+      flat = [weight.reshape(weight.shape[0], -1) for weight in weights]
+      if not ops.has_linear_kernels(x, *flat):
+        return None
+      products = ops.linears(x, flat)
+      return [y.reshape(-1, *weight.shape[1:]) for y, weight in zip(products, weights, strict=True)]
+
+    weights = ((None, "heads", "head_dim"), *[(None, "kv_heads", "head_dim")] * 2)
+    call = on_each_device(kernel, (("batch", None), *weights), ("batch", "heads", "head_dim"))
+    made = call(x[:, 0], *(each.variables["params"]["kernel"] for each in projections)) if plain else None
+    return (self.q_proj(x), self.k_proj(x), self.values(x)) if made is None else tuple(y[:, None] for y in made)
+
   def extend(
     self, x: jax.Array, cache: LayerCache, positions: jax.Array, lengths: jax.Array, local: bool = False
   ) -> tuple[jax.Array, AttentionWeights, LayerCache]:
@@ -207,9 +229,10 @@ class AnchorAttention(_Attention):
       ``y [B, T, D]``, the weights for the followers, and the cache.
     """
     assert cache.keys is not None, "an anchor's cache has keys"
-    q, k = self.query_key(x, positions, lengths, local)
+    q, k, v = self.new_token(x) if x.shape[1] == 1 else (self.q_proj(x), self.k_proj(x), self.values(x))
+    q, k = self.encoded(q, k, positions, lengths, local)
     keys = ops.write_slot(cache.keys, k, positions)
-    values = ops.write_slot(cache.values, self.values(x), positions)
+    values = ops.write_slot(cache.values, v, positions)
     state = AttentionWeights(ops.decode_weights(q, keys, positions, spec=self.config.spec(local)))
     return self.output(ops.decode_apply(state.probs, values)), state, LayerCache(values, keys)
 
@@ -221,7 +244,8 @@ class AnchorAttention(_Attention):
     Nobody needs its weights, so a fused kernel may keep them.
     """
     assert cache.keys is not None, "an anchor's cache has keys"
-    q, k = self.query_key(x, positions[:, None], positions + 1, local)
+    q, k, v = self.new_token(x)
+    q, k = self.encoded(q, k, positions[:, None], positions + 1, local)
     queries, new = ("batch", "heads", "head_dim"), ("batch", "kv_heads", "head_dim")
     cached = ("batch", "kv_heads", None, "head_dim")
     attend = on_each_device(
@@ -229,8 +253,7 @@ class AnchorAttention(_Attention):
       (queries, new, new, cached, cached, ("batch",)),
       (queries, cached, cached),
     )
-    v = self.values(x)[:, 0]
-    heads, keys, values = attend(q[:, 0], k[:, 0], v, cache.keys, cache.values, positions)
+    heads, keys, values = attend(q[:, 0], k[:, 0], v[:, 0], cache.keys, cache.values, positions)
     return self.output(heads[:, None]), LayerCache(values, keys)
 
 

@@ -51,7 +51,7 @@ class Mlp(nn.Module):
       return self(x)
 
     def kernel(x: jax.Array, gate: jax.Array, up: jax.Array) -> jax.Array | None:
-      return ops.gated_linear(x, gate, up) if ops.has_gated_linear(x, gate) else None
+      return ops.gated_linear(x, gate, up) if ops.has_linear_kernels(x, gate, up) else None
 
     columns = (None, "mlp")
     hidden = on_each_device(kernel, (("batch", None), columns, columns), ("batch", "mlp"))

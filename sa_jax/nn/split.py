@@ -25,7 +25,7 @@ def on_each_device(
   Args:
     call: of arrays, or of trees whose arrays all have the same axes.
     inputs: the logical axes of each; None where every device needs the whole axis.
-    outputs: the same of what it returns.
+    outputs: the same of what it returns, or of all that it returns. Heads are split as their keys are.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1 or mesh.manual_axes or not nn.get_logical_axis_rules():

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sa_jax import ops
 from sa_jax.config import ModelConfig
 from sa_jax.nn.cache import Cache
 from sa_jax.nn.layers import Layers, Runs
@@ -43,7 +44,7 @@ class Embed(nn.Module):
 
   def logits(self, x: jax.Array) -> jax.Array:
     """``[B, T, D]`` → float32 ``[B, T, V]``."""
-    return jnp.einsum("BTD,VD->BTV", x, self.embedding.astype(x.dtype), preferred_element_type=jnp.float32)
+    return ops.logits(x, self.embedding, "VD")
 
 
 class Head(nn.Module):
@@ -60,7 +61,7 @@ class Head(nn.Module):
     if self.config.normalize_head:
       norms = jnp.linalg.norm(kernel.astype(jnp.float32), axis=0, keepdims=True)
       kernel = (kernel / jnp.maximum(norms, 1e-12).astype(kernel.dtype)).astype(kernel.dtype)
-    return jnp.einsum("BTD,DV->BTV", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return ops.logits(x, kernel, "DV")
 
 
 class Frame(nn.Module):

@@ -14,7 +14,8 @@ from sa_jax.ops.attention import (
   decode_weights,
   write_slot,
 )
-from sa_jax.ops.glu import gated_linear, has_gated_linear
+from sa_jax.ops.head import logits
+from sa_jax.ops.linear import gated_linear, has_linear_kernels, linears
 from sa_jax.ops.loss import Head, distillation_loss, next_token_loss, token_log_likelihoods
 from sa_jax.ops.norm import rms_norm, rms_norm_about_one
 from sa_jax.ops.quantize import Int8
@@ -38,7 +39,9 @@ __all__ = [
   "decode_weights",
   "distillation_loss",
   "gated_linear",
-  "has_gated_linear",
+  "has_linear_kernels",
+  "linears",
+  "logits",
   "next_token_loss",
   "rms_norm",
   "rms_norm_about_one",

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 Head = Callable[[jax.Array], jax.Array]
 """From hidden states ``[B, chunk, D]`` to logits ``[B, chunk, V]``."""
 
-# Logits that exist at once on a device when the caller does not say: 1 GiB in float32. Each chunk reads the head's
+# Logits that exist at once on a device when the caller does not say: 2 GiB in float32. Each chunk reads the head's
 # weights and adds to their gradient: in chunks much shorter than the embedding dimension, that would cost the most.
-_LOGITS = 2**28
+_LOGITS = 2**29
 
 
 def token_log_likelihoods(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -23,10 +23,13 @@ def token_log_likelihoods(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     tokens: int ``[...]``; what ``logits`` predict (shift them by one for next-token prediction).
 
   Returns:
-    float32 ``[...]``.
+    float32 ``[...]``; NaN for a token outside the vocabulary.
   """
   logits = logits.astype(jnp.float32)
-  chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+  # Not a gather, whose gradient is a scatter: this one is computed together with the softmax's, in one pass.
+  is_token = jax.lax.broadcasted_iota(tokens.dtype, logits.shape, logits.ndim - 1) == tokens[..., None]
+  chosen = jnp.sum(jnp.where(is_token, logits, 0.0), axis=-1)
+  chosen = jnp.where((tokens >= 0) & (tokens < logits.shape[-1]), chosen, jnp.nan)
   return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
@@ -51,7 +54,7 @@ def next_token_loss(
       is not predicted, and the weight it has is not used.
     z_loss: the weight of the squared logarithm of the softmax's normaliser, which keeps logits from drifting
       (Chowdhery et al., arXiv 2204.02311, section 5).
-    chunk: positions a row whose logits exist at once; so many that they take 1 GiB on a device when None.
+    chunk: positions a row whose logits exist at once; so many that they take 2 GiB on a device when None.
 
   Returns:
     The weighted sum of losses and the sum of weights, float32 scalars: their quotient is the mean, also over several

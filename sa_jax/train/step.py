@@ -61,20 +61,27 @@ class Metrics:
   finite: jax.Array
 
 
-def make_state(optimizer: optax.GradientTransformation, params: Any, shardings: TrainState | None = None) -> TrainState:
+def make_state(
+  optimizer: optax.GradientTransformation,
+  params: Any,
+  shardings: TrainState | None = None,
+  *,
+  donate: bool = False,
+) -> TrainState:
   """The state before the first step.
 
   Args:
     optimizer: as for `make_step`.
     params: what is trained. The state has a copy, so that these arrays survive the step, which donates its state.
     shardings: from `state_shardings`; everything stays where it is when None.
+    donate: gives the state these arrays themselves; they cannot be used afterwards.
   """
 
   def make(params: Any) -> TrainState:
     zero = jnp.int32(0)
     return TrainState(zero, jax.tree.map(jnp.copy, params), optimizer.init(_as_float32(params)), zero, zero)
 
-  return jax.jit(make, out_shardings=shardings)(params)
+  return jax.jit(make, out_shardings=shardings, donate_argnums=0 if donate else ())(params)
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any) -> TrainState:

@@ -18,7 +18,7 @@ from tests import tiny
 def on_gpus(monkeypatch):
   """As if these were GPUs, any dtype and head being good for the kernels; yields what they are called with."""
   monkeypatch.setattr(kernels, "platform", lambda: "gpu")
-  monkeypatch.setattr(ops, "has_gated_linear", lambda x, gate: kernels.has_gpu_kernels(gate))
+  monkeypatch.setattr(ops, "has_linear_kernels", lambda x, *weights: all(map(kernels.has_gpu_kernels, weights)))
   monkeypatch.setattr(decode, "_has_kernel", lambda q, keys, spec: kernels.has_gpu_kernels(keys))
   called = []
 
@@ -26,12 +26,13 @@ def on_gpus(monkeypatch):
     kernel = getattr(module, name)
 
     def call(*arrays, **options):
-      called.append((name, tuple(array.shape for array in arrays if isinstance(array, jax.Array))))
+      called.append((name, tuple(array.shape for array in jax.tree.leaves(arrays))))
       return kernel(*arrays, **options, interpret=True)
 
     monkeypatch.setattr(module, name, call)
 
   interpreted(ops, "gated_linear")
+  interpreted(ops, "linears")
   interpreted(flash_decode, "attend")
   return called
 
@@ -57,7 +58,8 @@ def test_kernels_take_whole_arrays_or_a_devices_own_part(monkeypatch):
 
 def parts():
   """An anchor alone and one with a follower: the model, and a step's parameters, cache, and tokens and positions."""
-  model = tiny.model("1:2", num_layers=3, embed_dim=64, mlp_dim=128, max_length=64, vocab_size=64)
+  shapes = dict(embed_dim=64, num_heads=4, num_kv_heads=2, head_dim=64, mlp_dim=128, vocab_size=64)
+  model = tiny.model("1:2", num_layers=3, max_length=64, **shapes)
   params = jax.tree.map(jnp.asarray, tiny.params(model))
   tokens, positions = tiny.tokens(4, 10), jnp.asarray([10, 7, 3, 9])
   _, cache = jax.jit(lambda *given: model.apply({"params": params}, *given, method="prefill"))(tokens, positions)
@@ -81,16 +83,18 @@ def test_a_step_over_devices_is_the_step(request, sizes):
   with on_mesh(mesh):
     compiled = step(model, rows).lower(params, cache).compile()
   batch = 4 // sizes.get("fsdp", 1)
-  assert [name for name, _ in called] == ["attend", *3 * ["gated_linear"]]
-  assert called[0][1] == ((batch, 2, 8), (batch, 1, 8), (batch, 1, 8), *[(batch, 1, 64, 8)] * 2, (batch,))
-  assert called[1][1] == ((batch, 64), (64, 64), (64, 64))
+  expected_calls = ["linears", "attend", "gated_linear", "linears", "gated_linear", "gated_linear"]
+  assert [name for name, _ in called] == expected_calls
+  assert called[0][1] == ((batch, 64), (64, 128), (64, 64), (64, 64))
+  assert called[1][1] == ((batch, 2, 64), *[(batch, 1, 64)] * 2, *[(batch, 1, 64, 64)] * 2, (batch,))
+  assert called[2][1] == ((batch, 64), (64, 64), (64, 64))
   logits, new_cache = compiled(params, cache)
   np.testing.assert_allclose(logits, expected, atol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), new_cache, expected_cache)
   if "fsdp" not in sizes:
     # Weights and cache stay where they are: what is gathered is less than any matrix, and less than a layer's keys.
     gathered = {found.kind: found.bytes for found in collectives(compiled.as_text())}.get("all-gather", 0)
-    assert gathered < 4 * 64 * 2 * 8
+    assert gathered < 4 * 64 * 2 * 64
 
 
 def test_without_rules_no_kernel_runs(request):

@@ -64,22 +64,32 @@ def test_gated_linear_equals_its_formula(batch):
   np.testing.assert_allclose(ops.gated_linear(x, gate, up, interpret=True), expected, rtol=1e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("batch", [1, 5, 20])
+def test_linears_are_products_of_any_widths(batch):
+  x, *weights = arrays(4, (batch, 128), (128, 192), (128, 64), (128, 128))
+  found = ops.linears(x, weights, interpret=True)
+  assert [y.shape for y in found] == [(batch, 192), (batch, 64), (batch, 128)]
+  for y, weight in zip(found, weights, strict=True):
+    np.testing.assert_allclose(y, np.asarray(x, np.float64) @ np.asarray(weight, np.float64), rtol=1e-4, atol=2e-4)
+
+
 def test_kernels_are_not_for_this_device():
   """On the CPU decoding takes the plain path: float32, and no interpreter."""
   (x,) = arrays(3, (1, 64))
-  assert not ops.has_gated_linear(x.astype(jnp.bfloat16), jnp.zeros((64, 64), jnp.bfloat16))
+  assert not ops.has_linear_kernels(x.astype(jnp.bfloat16), jnp.zeros((64, 64), jnp.bfloat16))
 
 
 def test_a_model_that_decodes_with_the_kernels_is_the_same_model(monkeypatch):
-  """A step against a cache, with both kernels interpreted: an anchor alone, and an anchor with a follower."""
-  model = tiny.model("1:2", num_layers=3, embed_dim=64, mlp_dim=64, max_length=64)
+  """A step against a cache, with all kernels interpreted: an anchor alone, and an anchor with a follower."""
+  shapes = dict(embed_dim=64, num_heads=2, num_kv_heads=1, head_dim=64, mlp_dim=64)
+  model = tiny.model("1:2", num_layers=3, max_length=64, **shapes)
   params = jax.tree.map(jnp.asarray, tiny.params(model))
   tokens = tiny.tokens(2, 10)
   _, cache = model.apply({"params": params}, tokens, jnp.asarray([10, 7]), method="prefill")
   cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 54), (0, 0))), cache)
   step = lambda: model.apply({"params": params}, tokens[:, 0], cache, jnp.asarray([10, 7]), method="step")
   expected, expected_cache = step()
-  used = {"gated_linear": 0, "flash_decode": 0}
+  used = {"linears": 0, "gated_linear": 0, "flash_decode": 0}
 
   def counted(name, kernel):
     def call(*arguments, **options):
@@ -88,11 +98,12 @@ def test_a_model_that_decodes_with_the_kernels_is_the_same_model(monkeypatch):
 
     return call
 
-  monkeypatch.setattr(ops, "has_gated_linear", lambda *_: True)
+  monkeypatch.setattr(ops, "has_linear_kernels", lambda *_: True)
+  monkeypatch.setattr(ops, "linears", counted("linears", ops.linears))
   monkeypatch.setattr(ops, "gated_linear", counted("gated_linear", ops.gated_linear))
   monkeypatch.setattr(decode, "_has_kernel", lambda *_: True)
   monkeypatch.setattr(flash_decode, "attend", counted("flash_decode", flash_decode.attend))
   logits, new_cache = step()
-  assert used == {"gated_linear": 3, "flash_decode": 1}
+  assert used == {"linears": 2, "gated_linear": 3, "flash_decode": 1}
   np.testing.assert_allclose(logits, expected, atol=2e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), new_cache, expected_cache)

@@ -1,7 +1,8 @@
 """Decode attention as one kernel for NVIDIA GPUs (Pallas, Triton).
 
 A row's slots are split over programs, each of which keeps a running maximum, sum and accumulator over its slots and
-reads no slot past the row's end; a small reduction joins the splits (Dao et al., "Flash-Decoding", 2023). The program
+reads no slot past the row's end; a small reduction joins the splits, if there are several (Dao et al.,
+"Flash-Decoding", 2023). The program
 that owns the new token's slot also writes its key and value, in place.
 """
 
@@ -46,7 +47,7 @@ def attend(
   new = pl.BlockSpec((None, None, head_dim), lambda b, k, s: (b, k, 0))
   cached = pl.BlockSpec((None, None, split, head_dim), lambda b, k, s: (b, k, s, 0))
   partial = lambda *shape: pl.BlockSpec((None, None, None, *shape), lambda b, k, s: (b, k, s, *(0 for _ in shape)))
-  out, maximum, total, keys, values = pl.pallas_call(
+  out, log_total, keys, values = pl.pallas_call(
     functools.partial(_kernel, group=group, scale=scale),
     grid=(batch, kv_heads, splits),
     in_specs=[
@@ -57,15 +58,14 @@ def attend(
       cached,
       cached,
     ],
-    out_specs=[partial(rows, head_dim), partial(rows), partial(rows), cached, cached],
+    out_specs=[partial(rows, head_dim), partial(rows), cached, cached],
     out_shape=[
-      jax.ShapeDtypeStruct((batch, kv_heads, splits, group, head_dim), jnp.float32),
-      jax.ShapeDtypeStruct((batch, kv_heads, splits, group), jnp.float32),
+      jax.ShapeDtypeStruct((batch, kv_heads, splits, group, head_dim), values.dtype if splits == 1 else jnp.float32),
       jax.ShapeDtypeStruct((batch, kv_heads, splits, group), jnp.float32),
       jax.ShapeDtypeStruct(keys.shape, keys.dtype),
       jax.ShapeDtypeStruct(values.shape, values.dtype),
     ],
-    input_output_aliases={4: 3, 5: 4},
+    input_output_aliases={4: 2, 5: 3},
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
     interpret=interpret,
     name="flash_decode",
@@ -77,9 +77,9 @@ def attend(
     keys,
     values,
   )
-  weight = jnp.exp(maximum - maximum.max(axis=2, keepdims=True))
-  joined = (weight[..., None] * out).sum(axis=2) / (weight * total).sum(axis=2)[..., None]
-  return joined.astype(values.dtype).reshape(batch, heads, head_dim), keys, values
+  if splits > 1:
+    out = jnp.einsum("BKSGH,BKSG->BKGH", out, jax.nn.softmax(log_total, axis=2))
+  return out.astype(values.dtype).reshape(batch, heads, head_dim), keys, values
 
 
 def choose_split(rows: int, slots: int, processors: int = 132) -> int:
@@ -98,8 +98,7 @@ def _kernel(
   key_ref: Any,
   value_ref: Any,
   out_ref: Any,
-  maximum_ref: Any,
-  total_ref: Any,
+  log_total_ref: Any,
   key_out_ref: Any,
   value_out_ref: Any,
   *,
@@ -143,9 +142,10 @@ def _kernel(
   weight, shrink = jnp.where(mine, jnp.exp(score - new_maximum), 0.0), jnp.exp(maximum - new_maximum)
   accumulated = accumulated * shrink[:, None] + weight[:, None] * new_value.astype(jnp.float32)[None, :]
   maximum, total = new_maximum, total * shrink + weight
-  plgpu.store(out_ref, accumulated, mask=kept_2d)
-  plgpu.store(maximum_ref, maximum, mask=kept)
-  plgpu.store(total_ref, total, mask=kept)
+  # A split past the row's end has no slot to weigh: its share in the whole is nothing, of numbers that are finite.
+  mean = accumulated / jnp.where(total > 0, total, 1.0)[:, None]
+  plgpu.store(out_ref, mean.astype(out_ref.dtype), mask=kept_2d)
+  plgpu.store(log_total_ref, maximum + jnp.log(total), mask=kept)
 
   slot = jnp.clip(new, 0, split - 1)
   plgpu.store(key_out_ref.at[slot, :], new_key, mask=jnp.broadcast_to(mine, (head_dim,)))

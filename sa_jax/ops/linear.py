@@ -1,0 +1,124 @@
+"""Products of so few rows that reading the weights is the cost, as kernels for NVIDIA GPUs (Pallas, Triton).
+
+Not differentiable: for decoding.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from sa_jax.ops.kernels import has_gpu_kernels
+
+_BLOCK_IN, _BLOCK_OUT = 64, 64
+_MIN_ROWS, _MAX_ROWS = 16, 64
+
+
+def linears(x: jax.Array, weights: Sequence[jax.Array], *, interpret: bool = False) -> list[jax.Array]:
+  """``x w`` for every ``w``, in one kernel.
+
+  XLA would copy the weights side by side to make one product of several, or lose time between products.
+
+  Args:
+    x: ``[B, D]``, B up to 64.
+    weights: ``[D, F]`` each, of any number of features F; D and F multiples of 64.
+    interpret: runs the kernel on any device, slowly.
+
+  Returns:
+    ``[B, F]`` each, in x's dtype.
+  """
+  whole = lambda shape: pl.BlockSpec(shape, lambda i: (0, 0))
+  outputs = [(x.shape[0], weight.shape[1]) for weight in weights]
+  return pl.pallas_call(
+    functools.partial(_linears_kernel, batch=x.shape[0]),
+    grid=(sum(features for _, features in outputs) // _BLOCK_OUT,),
+    in_specs=[whole((_padded(x), x.shape[1])), *(whole(weight.shape) for weight in weights)],
+    out_specs=[whole((_padded(x), features)) for _, features in outputs],
+    out_shape=[jax.ShapeDtypeStruct(shape, x.dtype) for shape in outputs],
+    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=5),
+    interpret=interpret,
+    name="linears",
+  )(x, *weights)
+
+
+def gated_linear(x: jax.Array, gate: jax.Array, up: jax.Array, *, interpret: bool = False) -> jax.Array:
+  """``silu(x gate) * (x up)`` in one kernel: the gated half of an MLP.
+
+  Args:
+    x: ``[B, D]``, B up to 64.
+    gate: ``[D, F]``; D and F multiples of 64.
+    up: ``[D, F]``.
+    interpret: runs the kernel on any device, slowly.
+
+  Returns:
+    ``[B, F]`` in x's dtype.
+  """
+  batch, features = x.shape
+  weights = pl.BlockSpec((features, _BLOCK_OUT), lambda i: (0, i))
+  return pl.pallas_call(
+    functools.partial(_gated_kernel, batch=batch),
+    grid=(gate.shape[1] // _BLOCK_OUT,),
+    in_specs=[pl.BlockSpec((_padded(x), features), lambda i: (0, 0)), weights, weights],
+    out_specs=pl.BlockSpec((_padded(x), _BLOCK_OUT), lambda i: (0, i)),
+    out_shape=jax.ShapeDtypeStruct((batch, gate.shape[1]), x.dtype),
+    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+    interpret=interpret,
+    name="gated_linear",
+  )(x, gate, up)
+
+
+def has_linear_kernels(x: jax.Array, *weights: jax.Array) -> bool:
+  """Whether `linears` and `gated_linear` can compute x ``[B, D]`` times weights ``[D, F]`` on the present device."""
+  return (
+    x.dtype in (jnp.bfloat16, jnp.float16)
+    and x.shape[0] <= _MAX_ROWS
+    and x.shape[1] % _BLOCK_IN == 0
+    and all(has_gpu_kernels(w) and w.dtype == x.dtype and w.shape[1] % _BLOCK_OUT == 0 for w in weights)
+  )
+
+
+def _padded(x: jax.Array) -> int:
+  """Rows of a product: tensor cores multiply at least 16, and a power of two."""
+  return max(_MIN_ROWS, pl.next_power_of_2(x.shape[0]))
+
+
+def _real(rows: int, columns: int, batch: int) -> jax.Array:
+  """Which elements of a block of ``rows`` are of the batch."""
+  return jax.lax.broadcasted_iota(jnp.int32, (rows, columns), 0) < batch
+
+
+def _products(x_ref: Any, weights: Sequence[Any], columns: Any, batch: int) -> tuple[jax.Array, ...]:
+  """Some columns of ``x w``, in float32."""
+  rows, features = x_ref.shape
+
+  def block(index: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    here = pl.ds(index * _BLOCK_IN, _BLOCK_IN)
+    x = plgpu.load(x_ref.at[:, here], mask=_real(rows, _BLOCK_IN, batch), other=0.0)
+    return tuple(total + plgpu.dot(x, weight[here, columns]) for total, weight in zip(sums, weights, strict=True))
+
+  zeros = jnp.zeros((rows, _BLOCK_OUT), jnp.float32)
+  return jax.lax.fori_loop(0, features // _BLOCK_IN, block, (zeros,) * len(weights))
+
+
+def _linears_kernel(x_ref: Any, *refs: Any, batch: int) -> None:
+  weights, outputs = refs[: len(refs) // 2], refs[len(refs) // 2 :]
+  program, first = pl.program_id(0), 0
+  for weight, output in zip(weights, outputs, strict=True):
+    blocks = weight.shape[1] // _BLOCK_OUT
+
+    @pl.when((program >= first) & (program < first + blocks))
+    def _(weight: Any = weight, output: Any = output, first: int = first) -> None:
+      columns = pl.ds((program - first) * _BLOCK_OUT, _BLOCK_OUT)
+      (product,) = _products(x_ref, (weight,), columns, batch)
+      plgpu.store(output.at[:, columns], product.astype(output.dtype), mask=_real(*product.shape, batch))
+
+    first += blocks
+
+
+def _gated_kernel(x_ref: Any, gate_ref: Any, up_ref: Any, out_ref: Any, *, batch: int) -> None:
+  gate, up = _products(x_ref, (gate_ref, up_ref), slice(None), batch)
+  plgpu.store(out_ref, (jax.nn.silu(gate) * up).astype(out_ref.dtype), mask=_real(*gate.shape, batch))
