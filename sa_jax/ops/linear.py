@@ -114,11 +114,11 @@ def _linears_kernel(x_ref: Any, *refs: Any, batch: int) -> None:
     def _(weight: Any = weight, output: Any = output, first: int = first) -> None:
       columns = pl.ds((program - first) * _BLOCK_OUT, _BLOCK_OUT)
       (product,) = _products(x_ref, (weight,), columns, batch)
-      plgpu.store(output.at[:, columns], product.astype(output.dtype), mask=_real(*product.shape, batch))
+      plgpu.store(output.at[:, columns], product.astype(output.dtype), mask=_real(product.shape[0], _BLOCK_OUT, batch))
 
     first += blocks
 
 
 def _gated_kernel(x_ref: Any, gate_ref: Any, up_ref: Any, out_ref: Any, *, batch: int) -> None:
   gate, up = _products(x_ref, (gate_ref, up_ref), slice(None), batch)
-  plgpu.store(out_ref, (jax.nn.silu(gate) * up).astype(out_ref.dtype), mask=_real(*gate.shape, batch))
+  plgpu.store(out_ref, (jax.nn.silu(gate) * up).astype(out_ref.dtype), mask=_real(gate.shape[0], _BLOCK_OUT, batch))
