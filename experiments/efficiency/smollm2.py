@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import tempfile
@@ -87,6 +88,8 @@ def main() -> None:
   encoded = tokenizer.encode(arguments.text.read_text(encoding="utf-8")[:200_000])
   prompts = sa_jax.rows_of(encoded, PROMPT, 64)
   results: dict[str, Any] = {"device": jax.devices()[0].device_kind, "rows": []}
+  arguments.out.parent.mkdir(parents=True, exist_ok=True)
+  save = lambda: arguments.out.write_text(json.dumps(results, indent=1) + "\n")
 
   with tempfile.TemporaryDirectory() as folder:
     checkpoint, exported = Path(folder, "sa"), Path(folder, "hf")
@@ -99,23 +102,29 @@ def main() -> None:
     other = peer.generate(prompts[:20], 64, "dynamic")
     results["float32"] = {"prompts": 20, "new_tokens": 64, "equal_prompts": int((mine == other).all(axis=1).sum())}
     print("float32, token for token:", results["float32"], flush=True)
+    save()
     del peer
 
     peer = Theirs(exported, "bfloat16")
     results["peer"] = peer.version
     for batch in (1, 64):
       rows = prompts[:batch]
+      dense, plan = (
+        functools.partial(ours, checkpoint, each, "bfloat16", rows, NEW_TOKENS, arguments.repeats)
+        for each in ("dense", arguments.plan)
+      )
+      theirs = functools.partial(peer.generate, rows, NEW_TOKENS, "static")
       measured = {
-        "dense": ours(checkpoint, "dense", "bfloat16", rows, NEW_TOKENS, arguments.repeats)[1],
-        f"plan {arguments.plan}": ours(checkpoint, arguments.plan, "bfloat16", rows, NEW_TOKENS, arguments.repeats)[1],
-        "transformers, static cache, compiled": timed(lambda: peer.generate(rows, NEW_TOKENS, "static"), 3),  # noqa: B023
+        "dense": lambda: dense()[1],  # noqa: B023
+        f"plan {arguments.plan}": lambda: plan()[1],  # noqa: B023
+        "transformers, static cache, compiled": lambda: timed(theirs, arguments.repeats),  # noqa: B023
       }
-      for name, timing in measured.items():
+      for name, measure in measured.items():
+        timing = measure()
         rate = batch * NEW_TOKENS / timing["seconds"]
         results["rows"].append({"batch": batch, "who": name, "tokens_per_second": rate, **timing})
         print(f"B={batch:<3} {name:<60} {rate:10,.0f} tokens/s", flush=True)
-  arguments.out.parent.mkdir(parents=True, exist_ok=True)
-  arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        save()
 
 
 if __name__ == "__main__":

@@ -218,17 +218,26 @@ def ridges(experiment: Experiment, mapper: Judge) -> None:
 
 
 def searched(
-  experiment: Experiment, judge: Judge, strategy: str, width: int, shortlist: int | None, labels: list[str]
+  experiment: Experiment,
+  judge: Judge,
+  strategy: str,
+  width: int,
+  shortlist: int | None,
+  labels: list[str],
+  stored: Path,
 ) -> None:
-  """Plans of one strategy at every budget, refitted and measured on the test texts."""
+  """Plans of one strategy at every budget, or those of a file, refitted and measured on the test texts."""
   layers = judge.config.num_layers
   costs = judge.costs(reach=8) if strategy == "dp" or shortlist else None
   if strategy in ("greedy", "beam"):
-    found = search.beam(judge, max(BUDGETS), width=width, shortlist=shortlist, costs=costs)
-    plans = {count: found[count - 1].plan for count in BUDGETS}
+    best = search.beam(judge, max(BUDGETS), width=width, shortlist=shortlist, costs=costs)
+    plans = {count: best[count - 1].plan for count in BUDGETS}
   elif strategy == "dp":
     assert costs is not None
     plans = {count: search.cheapest(costs, count) for count in BUDGETS}
+  elif strategy == "stored":
+    found = json.loads(stored.read_text())["results"]
+    plans = {int(count): SharingPlan.parse(values["plan"], layers) for count, values in found.items()}
   else:
     plans = {count: search.best_of(judge, list(search.late_spans(layers, count))).plan for count in BUDGETS}
   results: dict[str, Any] = {}
@@ -246,7 +255,7 @@ def searched(
 def report(out: Path) -> None:
   """The table and the picture, from whatever has been measured."""
   lines: dict[str, list[tuple[float, float]]] = {}
-  for strategy in ("spans", "dp", "greedy", "beam"):
+  for strategy in ("spans", "dp", "greedy", "beam", "stored"):
     file = out / f"{strategy}.json"
     if not file.exists():
       continue
@@ -274,6 +283,12 @@ def main() -> None:
   parser.add_argument("--search-rows", type=int, default=16, help="of them, the first, that a search refits on")
   parser.add_argument("--test-rows", type=int, default=16)
   parser.add_argument("--chunk", type=int, default=16)
+  parser.add_argument(
+    "--stored",
+    type=Path,
+    default=Path(__file__).parent / "results" / "greedy.json",
+    help="whose plans the stage `stored` measures, with the settings given here",
+  )
   parser.add_argument("--width", type=int, default=3, help="of the beam")
   parser.add_argument("--shortlist", type=int, default=None, help="candidates measured a step; all if not given")
   parser.add_argument("--judge-mlp", action="store_true", help="refit MLPs inside the search too")
@@ -318,11 +333,12 @@ def main() -> None:
       ablation(experiment, judge, arguments.plans, arguments.recoveries or list(recoveries()))
     elif stage == "ridges":
       ridges(experiment, judge)
-    elif stage in ("spans", "dp", "greedy", "beam"):
+    elif stage in ("spans", "dp", "greedy", "beam", "stored"):
       width = arguments.width if stage == "beam" else 1
-      searched(experiment, judge, stage, width, arguments.shortlist, arguments.recoveries or SEARCHED)
+      labels = arguments.recoveries or SEARCHED
+      searched(experiment, judge, stage, width, arguments.shortlist, labels, arguments.stored)
     else:
-      parser.error(f"no stage {stage!r}; there are spans, dp, greedy, beam, ablation, singles, ridges, report")
+      parser.error(f"no stage {stage!r}; there are spans, dp, greedy, beam, stored, ablation, singles, ridges, report")
     print(f"{stage}: {time.perf_counter() - begun:.0f} s\n", flush=True)
   report(arguments.out)
 
