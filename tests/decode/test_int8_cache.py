@@ -84,9 +84,9 @@ def test_other_types_are_refused():
 
 
 @pytest.mark.real_model
-def test_perplexity_of_a_real_model(smollm2, data):
-  """Everything that is attended to has been rounded."""
-  model, params = sa_jax.from_pretrained(smollm2, None, "float32", layout="layers")
+def test_loss_of_a_real_models_layers(shallow, smollm2, data):
+  """Everything that is attended to has been rounded; `experiments/efficiency/int8.py` does it with all layers."""
+  model, params = shallow
   text = (data / "corpora" / "wikitext2_valid.txt").read_text(encoding="utf-8")
   tokens = sa_jax.rows_of(sa_jax.load_tokenizer(smollm2).encode(text[:2000]), 256, 1)
 

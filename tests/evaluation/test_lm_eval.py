@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 import sa_jax
+from sa_jax.cli.texts import save
 from sa_jax.convert.tokenizer import Tokenizer
 from tests import tiny
 
@@ -234,19 +235,19 @@ def test_unknown_tasks_are_refused_with_near_names(folder, monkeypatch):
 
 
 @pytest.mark.real_model
-def test_requests_of_a_real_model_equal_hflm(smollm2, tmp_path):
+def test_requests_of_a_real_models_layers_equal_hflm(shallow, smollm2, tmp_path):
   """Options after a context, single letters after shared examples, two words: transformers' answers in float32.
 
-  `experiments/direct_application/against_hflm.py` does it with 50 documents of three tasks.
+  `experiments/direct_application/against_hflm.py` does it with all layers and 50 documents of three tasks.
   """
   import transformers
   from lm_eval.models.huggingface import HFLM
 
-  sa_jax.convert(smollm2, tmp_path / "checkpoint", dtype="float32")
+  model, params = shallow
+  save(tmp_path / "checkpoint", smollm2, model, params, "float32")
   sa_jax.export(tmp_path / "checkpoint", tmp_path / "hf")
   transformers.utils.logging.disable_progress_bar()
   theirs = HFLM(str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=1)
-  model, params = sa_jax.from_pretrained(smollm2, "dense", "float32", layout="layers")
   ours = SharedAttentionLM(model, params, sa_jax.load_tokenizer(smollm2), batch_tokens=512)
   start = "A man sits on a roof. He "
   endings = ("is using wrap to wrap a pair of skis.", "starts pulling up roofing on a roof.", "is holding a cube.")

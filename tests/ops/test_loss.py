@@ -23,3 +23,8 @@ def test_computed_in_float32():
   found = ops.token_log_likelihoods(logits, jnp.array([3]))
   assert found.dtype == jnp.float32
   np.testing.assert_allclose(found, ops.token_log_likelihoods(logits.astype(jnp.float32), jnp.array([3])))
+
+
+def test_a_token_outside_the_vocabulary_has_no_likelihood():
+  found = ops.token_log_likelihoods(jnp.zeros((1, 4, 7)), jnp.asarray([[6, 7, -1, 0]]))
+  np.testing.assert_allclose(found, [[-np.log(7), np.nan, np.nan, -np.log(7)]], rtol=1e-6)

@@ -132,3 +132,13 @@ def test_bfloat16_computation_over_float32_parameters(small):
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
   assert metrics.loss != total / weight
   assert float(metrics.loss) == pytest.approx(float(total / weight), rel=2e-2)
+
+
+def test_a_state_copies_parameters_or_takes_them(small):
+  _, params = small
+  optimizer = make_optimizer(OptimizerConfig(), 10)
+  copy = make_state(optimizer, params)
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+  taken = make_state(optimizer, copy.params, donate=True)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(copy.params))
+  tiny.assert_trees_equal(jax.tree.map(np.asarray, taken.params), jax.tree.map(np.asarray, params))
