@@ -31,7 +31,7 @@ def test_config(dense):
 
 
 # One text, one number each: sharing late costs little, sharing the middle costs much.
-@pytest.mark.parametrize(("plan", "expected"), [("dense", 18.51), ("26:27-28", 19.73), ("14:15-18", 35.4)])
+@pytest.mark.parametrize(("plan", "expected"), [("dense", 18.51), ("14:15-18", 35.4)])
 def test_perplexity(dense, rows, plan, expected):
   model, params = dense
   shared = SharingPlan.parse(plan, model.config.num_layers)
