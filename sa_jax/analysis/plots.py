@@ -20,8 +20,8 @@ def new_figure(width: float, height: float) -> Any:
   try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-  except ImportError:
-    raise ValueError("pictures need matplotlib: pip install 'sa-jax[plots]'") from None
+  except ImportError as error:
+    raise ValueError(f"pictures need matplotlib ({error}): pip install 'sa-jax[plots]'") from None
   figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
   FigureCanvasAgg(figure)
   return figure

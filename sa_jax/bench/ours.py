@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,7 +133,7 @@ def step(task: Task) -> Result:
   optimizer = make_optimizer(OptimizerConfig(), total_steps=1000)
   params = abstract_params(model)
   shardings = None if mesh is None else state_shardings(optimizer, params, param_shardings(model, mesh))
-  ceiling = matrix_rate(mesh=mesh) if jax.default_backend() != "cpu" else 0.0
+  ceiling = _matrix_rate(mesh)
   state = make_state(optimizer, random_tree(params, shardings and shardings.params), shardings, donate=True)
   tokens = jax.random.randint(jax.random.key(0), (task.batch, task.seq_len), 0, config.vocab_size)
   batch = Batch(tokens, jnp.ones(tokens.shape, jnp.float32))
@@ -157,6 +158,11 @@ def step(task: Task) -> Result:
   return Result(task, *timing, flops, ceiling, device_name(mesh), temporaries, detail)
 
 
+def _matrix_rate(mesh: Mesh | None = None) -> float:
+  """The ceiling of work that is matrix products; 0 on a CPU, where that of large ones would take minutes."""
+  return matrix_rate(mesh=mesh) if jax.default_backend() != "cpu" else 0.0
+
+
 def _split(task: Task) -> str:
   """Over what the task is split, as text."""
   sizes = [f"{name} {size}" for name, size in task.mesh.items() if size > 1]
@@ -175,11 +181,11 @@ def _backend(config: ModelConfig, length: int, split: bool = False) -> str:
 def _stack_of_layers(task: Task, gradient: bool) -> Result:
   config = dataclasses.replace(config_of(task), remat="full")
   plan = SharingPlan.parse(task.plan, config.num_layers)
-  ceiling = matrix_rate()
+  ceiling = _matrix_rate()
   layers = Runs(config, plan)
   shape = (task.batch, task.seq_len, config.embed_dim)
   abstract = jax.eval_shape(lambda: layers.init(jax.random.key(0), jnp.zeros(shape, config.dtype), None))
-  params = random_tree(jax.tree.map(lambda box: box.value, abstract, is_leaf=lambda leaf: hasattr(leaf, "value")))
+  params = random_tree(nn.meta.unbox(abstract))
   x = jax.random.normal(jax.random.key(0), shape, config.dtype)
 
   def loss(params: Any, x: jax.Array) -> jax.Array:

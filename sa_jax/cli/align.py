@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sa_jax.cli.common import console, write_json
+from sa_jax.cli.common import console, exact_float32, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Align:
   json: Path | None = None
   """Also write the maps to this file."""
 
+  @exact_float32()
   def run(self) -> None:
     """Prints each follower's map and what the maps gain."""
     import numpy as np

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from sa_jax.cli.common import console, progress, show_table, write_json
+from sa_jax.cli.common import console, exact_float32, progress, show_table, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Analyze:
   json: Path | None = None
   """Also write all numbers, per head and averaged, to this file."""
 
+  @exact_float32()
   def run(self) -> None:
     """Prints a row a layer and draws the maps."""
     from sa_jax import from_pretrained

@@ -59,6 +59,15 @@ def _plain(value: Any) -> Any:
   return str(value)
 
 
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+  """float32 means float32 inside, or in the function that this decorates: GPUs and TPUs round products by default."""
+  import jax
+
+  with jax.default_matmul_precision("highest"):
+    yield
+
+
 def read_text(path: Path) -> str:
   """A text file's contents.
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sa_jax.cli.common import console, progress, show_table, write_json
+from sa_jax.cli.common import console, exact_float32, progress, show_table, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Eval:
   """Only the first documents of each task."""
   apply_chat_template: bool = False
   """Put prompts into the model's chat template."""
+  bootstrap_iters: int = 1000
+  """Resamplings behind the standard errors of metrics that have no formula, such as F1; 0 for none."""
   batch_tokens: int = 4096
   """Tokens scored at once; an accelerator wants some 65536."""
   slots: int = 32
@@ -45,12 +47,13 @@ class Eval:
   json: Path | None = None
   """Also write lm-eval's results to this file."""
 
+  @exact_float32()
   def run(self) -> None:
     """Prints a row a metric."""
     try:
       import lm_eval  # noqa: F401
-    except ImportError:
-      raise ValueError("lm-eval is not installed: pip install 'sa-jax[eval]'") from None
+    except ImportError as error:
+      raise ValueError(f"lm-eval is not installed ({error}): pip install 'sa-jax[eval]'") from None
     import jax
 
     from sa_jax import from_pretrained, load_tokenizer
@@ -60,6 +63,8 @@ class Eval:
     for name in ("limit", "batch_tokens", "slots", "max_length"):
       if (value := getattr(self, name)) is not None and value < 1:
         raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if self.bootstrap_iters < 0:
+      raise ValueError(f"--bootstrap-iters must not be negative, not {self.bootstrap_iters}")
     find_tasks(self.tasks, self.include_path)
     with progress("opening") as report:
       model, params = from_pretrained(self.model, self.plan, self.dtype, layout="layers", progress=report)
@@ -80,6 +85,7 @@ class Eval:
       num_fewshot=self.num_fewshot,
       limit=self.limit,
       apply_chat_template=self.apply_chat_template,
+      bootstrap_iters=self.bootstrap_iters,
       model_args={"pretrained": str(self.model), "plan": str(model.plan), "dtype": model.config.dtype},
       log_samples=self.log_samples,
       output_path=self.output_path if jax.process_index() == 0 else None,

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sa_jax.cli.common import progress, read_text, show_table, write_json
+from sa_jax.cli.common import exact_float32, progress, read_text, show_table, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,7 @@ class PerplexityOf:
   json: Path | None = None
   """Also write the numbers to this file."""
 
+  @exact_float32()
   def run(self) -> None:
     """Prints a row a plan."""
     from sa_jax import from_pretrained, load_tokenizer, perplexity, rows_of

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sa_jax.cli.common import console, show_table, write_json
+from sa_jax.cli.common import console, exact_float32, show_table, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,7 @@ class RefitModel:
   json: Path | None = None
   """Also write the errors to this file."""
 
+  @exact_float32()
   def run(self) -> None:
     """Prints the errors before and after, and saves."""
     import numpy as np

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from sa_jax.cli.common import console, show_table, write_json
+from sa_jax.cli.common import console, exact_float32, show_table, write_json
 from sa_jax.cli.searching import Searching
 
 
@@ -24,6 +24,7 @@ class SearchPlan(Searching):
   json: Path | None = None
   """Also write the plan and the Pareto front to this file."""
 
+  @exact_float32()
   def run(self) -> None:
     """Prints the plan and the Pareto front."""
     from sa_jax import cost

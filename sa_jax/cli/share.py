@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sa_jax.cli.common import change, console, show_table, write_json
+from sa_jax.cli.common import change, console, exact_float32, show_table, write_json
 from sa_jax.cli.cost import rows_of_cost
 from sa_jax.cli.searching import Searching
 
@@ -25,6 +25,7 @@ class Share(Searching):
   json: Path | None = None
   """Also write the numbers to this file."""
 
+  @exact_float32()
   def run(self) -> None:
     """Prints dense against shared, and saves."""
     from sa_jax import cost

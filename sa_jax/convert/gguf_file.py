@@ -35,8 +35,8 @@ class GgufFile:
   def __init__(self, path: Path):
     try:
       import gguf
-    except ImportError:
-      raise ValueError(f"reading {path} needs the gguf package: pip install 'sa-jax[gguf]'") from None
+    except ImportError as error:
+      raise ValueError(f"reading {path} needs the gguf package ({error}): pip install 'sa-jax[gguf]'") from None
     self.path = path
     try:
       reader = gguf.GGUFReader(path)

@@ -102,7 +102,7 @@ class Scorer:
   processes is run by all of them together.
 
   Attributes:
-    batch_tokens: tokens in a batch, padding included; memory is of this order.
+    batch_tokens: tokens in a batch, padding and the cached ones that its rows see included; memory is of this order.
   """
 
   def __init__(self, model: Transformer, params: Mapping[str, Any], *, batch_tokens: int = 4096):
@@ -192,7 +192,8 @@ class Scorer:
     items = sorted(items, key=length, reverse=True)
     while items:
       size = bucket(length(items[0]))
-      count = max(1, int(self.batch_tokens / (size * max(1.0, (before + size) / _KEYS))))
+      # Each row has a copy of the keys and values before it.
+      count = max(1, int(self.batch_tokens / (before + size * max(1.0, (before + size) / _KEYS))))
       while bucket(count, 1) > count:
         count -= 1
       yield items[:count]

@@ -75,6 +75,8 @@ class LogConfig:
   """Steps between two checkpoints; there is one at the end too."""
   keep: int = 2
   """How many checkpoints stay."""
+  export_every: int | None = None
+  """Steps between two models in models/, from step 0 on, each as training would leave it if it ended there."""
   minutes: float | None = None
   """Stop after so long, as a signal would: what is done is saved, and the same command goes on from there."""
   profile: tuple[int, int] | None = None
@@ -167,8 +169,11 @@ class TrainConfig:
       "eval_every": self.log.eval_every,
       "save_every": self.log.save_every,
       "keep": self.log.keep,
+      "export_every": self.log.export_every,
     }
-    wrong += [f"{name}={value} (at least 1 is needed)" for name, value in positive.items() if value < 1]
+    wrong += [
+      f"{name}={value} (at least 1 is needed)" for name, value in positive.items() if value is not None and value < 1
+    ]
     if self.data.length < 2:
       wrong.append(f"length={self.data.length} (at least 2 tokens are needed, one to predict from and one to predict)")
     if wrong:

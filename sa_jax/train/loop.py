@@ -139,6 +139,7 @@ class Loop:
     """Trains to the last step; returns whether a signal ended that early. Either way the state is on disk then."""
     config, log = self._config, self._config.log
     with Interruption(log.minutes) as interruption:
+      self._export()
       while self.done < config.steps:
         self._profile(starting=True)
         self._step(recorder)
@@ -149,6 +150,7 @@ class Loop:
           self._evaluate(recorder)
         if last or stop or self.done % log.save_every == 0:
           self._save(recorder)
+        self._export()
         self._checkpoints.check()
         recorder.advance(self.done)
         if stop:
@@ -212,6 +214,14 @@ class Loop:
     perplexity = math.exp(min(self.eval_loss, 700.0))
     recorder.write(self.done, {"eval_loss": self.eval_loss, "eval_perplexity": perplexity})
     self._clock.pause(time.perf_counter() - began)
+
+  def _export(self) -> None:
+    """Writes the model of this step, if it is time for one and a run before has not done so."""
+    every, path = self._config.log.export_every, self._config.out / "models" / str(self.done)
+    if every is not None and self.done % every == 0 and not path.exists():
+      began = time.perf_counter()
+      self._run.export(self.state.params, path)
+      self._clock.pause(time.perf_counter() - began)
 
   def _save(self, recorder: Recorder) -> None:
     self._look(recorder)

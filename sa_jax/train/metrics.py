@@ -115,9 +115,9 @@ class Recorder:
     if tensorboard:
       try:
         writer = importlib.import_module("tensorboardX").SummaryWriter
-      except ImportError:
+      except ImportError as error:
         raise ValueError(
-          "TensorBoard's files need tensorboardX: pip install 'sa-jax[train]', or --no-tensorboard"
+          f"TensorBoard's files need tensorboardX ({error}): pip install 'sa-jax[train]', or --no-tensorboard"
         ) from None
       self._writer = writer(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
     path = folder / "metrics.jsonl"

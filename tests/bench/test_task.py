@@ -1,5 +1,7 @@
 """Measurements: what is counted and how it is told; times themselves are not tested."""
 
+import dataclasses
+
 import pytest
 
 from sa_jax.bench import Result, Task, Timing, run_task, timed
@@ -41,4 +43,26 @@ def test_a_train_step_is_measured(monkeypatch):
   assert result.work == 3 * cost(ModelConfig.preset("tiny", num_layers=2), "0:1", 2, 8).flops
   assert result.low <= result.seconds <= result.high
   assert "tokens/s, MFU" in result.detail
+  assert result.temp_bytes > 0
+
+
+@pytest.mark.parametrize("state", ["query_key", "attention_weights"])
+def test_a_stack_of_layers_is_measured(monkeypatch, state):
+  """Its FLOPs are those of multiplying by each matrix and of attention, three times as many with the gradient."""
+  from sa_jax.bench import ours
+  from sa_jax.config import PRESETS
+  from tests import tiny
+
+  config = tiny.config()
+  monkeypatch.setitem(PRESETS, "tiny", config)
+  task = Task("train", "tiny", "0:1", batch=2, seq_len=8, layers=2, repeats=2, attention_state=state)
+  result = ours.train(task)
+  queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+  followers = config.embed_dim * (keys + queries + 3 * config.mlp_dim)
+  anchor = followers + config.embed_dim * (queries + keys)
+  forward = ours.prefill(dataclasses.replace(task, kind="prefill")).work
+  assert result.work == 3 * forward
+  attention = forward - 2 * (2 * 8) * (anchor + followers)
+  # q·k in the anchor and weights·v in both, over the causal half.
+  assert attention == pytest.approx(3 * 2 * 2 * queries * 8 * 9 / 2, rel=0.2)
   assert result.temp_bytes > 0

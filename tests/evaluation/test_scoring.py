@@ -80,9 +80,23 @@ def test_every_kind_of_request_against_log_softmax(model, params, requests):
   assert len(likeliest) < len(requests)
 
 
+def test_a_batch_is_as_large_as_was_asked_for(model, params, requests, monkeypatch):
+  """With the cached tokens that its rows have copies of."""
+  sizes, hidden_after = [], scoring._hidden_after
+
+  def watched(model, params, cache, owners, starts, tokens, lengths):
+    sizes.append((len(tokens), cache.capacity + tokens.shape[1]))
+    return hidden_after(model, params, cache, owners, starts, tokens, lengths)
+
+  monkeypatch.setattr(scoring, "_hidden_after", watched)
+  Scorer(model, params, batch_tokens=256)(requests)
+  assert max(rows for rows, _ in sizes) > 1
+  assert all(rows * length <= 256 for rows, length in sizes)
+
+
 def test_compilations_are_bounded(model, params, requests):
   """A second set of requests like the first compiles nothing; another order and the batch's mates change nothing."""
-  scorer = Scorer(model, params, batch_tokens=256)
+  scorer = Scorer(model, params, batch_tokens=512)
   first = scorer(requests)
   count = lambda: sum(program._cache_size() for program in scoring.PROGRAMS)
   before = count()

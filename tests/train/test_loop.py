@@ -35,7 +35,8 @@ def dense(tmp_path_factory):
 
 def from_dense(dense, out, **changes):
   """Two steps from the dense checkpoint on one text."""
-  small = {"shape": None, "model": dense, "steps": 2, "log": LogConfig(log_every=1, tensorboard=False)}
+  log = LogConfig(log_every=1, tensorboard=False, export_every=2)
+  small = {"shape": None, "model": dense, "steps": 2, "log": log}
   return config(out, **(small | changes))
 
 
@@ -58,6 +59,10 @@ def test_every_mode_ends_as_an_ordinary_checkpoint(dense, tmp_path, how):
   assert str(model.plan) == "1:2"
   assert "q_proj" not in params["runs"]["1"]["followers"]["attention"]
   _, before = sa_jax.from_pretrained(dense, "1:2")
+  for step, same in (("0", before), ("2", params)):
+    exported, kept = sa_jax.from_pretrained(tmp_path / "run" / "models" / step)
+    assert exported == model
+    tiny.assert_trees_equal(kept, same)
   moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(before), strict=True)]
   assert max(moved) > 1e-3
   tokens = np.asarray([[*text.read_bytes(), 256]], np.int32)

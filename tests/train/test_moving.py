@@ -1,4 +1,9 @@
-"""A train state saved on 8 devices, restored on 2, saved there and restored on 1: the same to the bit."""
+"""A train state saved on 8 devices, restored on 2, saved there and restored on 1: the same to the bit.
+
+With SA_JAX_GPUS=N in the environment, N instead of 8 devices, which are GPUs.
+"""
+
+import os
 
 import jax
 import numpy as np
@@ -8,6 +13,8 @@ from sa_jax.train import OptimizerConfig, make_optimizer, make_state, state_shar
 from sa_jax.train.checkpoints import Checkpoints
 from tests import tiny
 from tests.tiny import assert_trees_equal
+
+MOST = int(os.environ.get("SA_JAX_GPUS", "8"))
 
 
 def test_from_8_devices_to_2_to_1(tmp_path):
@@ -25,7 +32,7 @@ def test_from_8_devices_to_2_to_1(tmp_path):
     like = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return jax.tree.map(like, shapes, shardings)
 
-  moved = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, on(8)))
+  moved = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, on(MOST)))
   for step, count in enumerate((2, 1), start=1):
     with Checkpoints(tmp_path / str(count), keep=1) as checkpoints:
       checkpoints.save(step, moved, {"step": step})

@@ -42,12 +42,12 @@ def shuffled(rows: Rows, batch_size: int, seed: int, mine: Sequence[int], thread
     threads: that read ahead.
 
   Raises:
-    ValueError: if the package grain is not installed.
+    ValueError: if grain, or something that it needs, is not installed.
   """
   try:
     grain = importlib.import_module("grain")
-  except ImportError:
-    raise ValueError("training reads data with grain: pip install 'sa-jax[train]'") from None
+  except ImportError as error:
+    raise ValueError(f"training reads data with grain ({error}): pip install 'sa-jax[train]'") from None
   numbers = grain.MapDataset.range(len(rows)).shuffle(seed=seed).repeat().batch(batch_size)
   batches = numbers.map(lambda batch: rows.read(batch[list(mine)]))
   return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
