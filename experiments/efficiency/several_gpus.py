@@ -40,8 +40,8 @@ class Sent:
   """What one device takes part in, bfloat16 bytes.
 
   Attributes:
-    forward: gathered in the forward pass.
-    again: gathered by the backward pass, which recomputes each layer.
+    forward: exchanged by all-to-all in the forward pass, or gathered.
+    again: the same in the backward pass, which recomputes each layer and sends gradients back.
     reduced: added up over devices by the backward pass.
   """
 
@@ -85,10 +85,11 @@ def sent(plan: str, layers: int, length: int, devices: int) -> Sent:
     {found.kind: found.bytes // 2 for found in compiled(plan, layers, length, devices, gradient)}
     for gradient in (False, True)
   )
-  if set(forward) != {"all-gather"} or set(both) - {"all-gather", "all-reduce", "reduce-scatter"}:
+  moving, adding = {"all-to-all", "all-gather"}, {"all-reduce", "reduce-scatter"}
+  if set(forward) - moving or set(both) - moving - adding:
     raise ValueError(f"other collectives than are counted here: {forward}, {both}")
-  reduced = both.get("all-reduce", 0) + both.get("reduce-scatter", 0)
-  return Sent(forward["all-gather"], both["all-gather"] - forward["all-gather"], reduced)
+  count = lambda found, kinds: sum(found.get(kind, 0) for kind in kinds)
+  return Sent(count(forward, moving), count(both, moving) - count(forward, moving), count(both, adding))
 
 
 def main() -> None:
@@ -111,7 +112,7 @@ def main() -> None:
   rows |= {f"8 layers, {name}": stacks[name, 8] for name in PLANS}
   show_table(
     f"Llama-3-8B's shapes, 1 × {arguments.length} tokens over sequence {arguments.sequence}, bfloat16",
-    ["", "gathered forward", "gathered again backward", "added up backward"],
+    ["", "sent forward", "sent backward", "added up backward"],
     [[name, *(quantity(value, "B") for value in dataclasses.astuple(row))] for name, row in rows.items()],
   )
   write_json(arguments.json, {"length": arguments.length, "sequence": arguments.sequence, "rows": rows})

@@ -26,6 +26,7 @@ from sa_jax.decode import decode as decode_steps
 from sa_jax.decode.engine import prefill as prefill_rows
 from sa_jax.decode.engine import row_keys
 from sa_jax.nn import Runs, Transformer
+from sa_jax.nn.split import query_axis
 from sa_jax.plan import SharingPlan
 from sa_jax.sharding import abstract_params, make_mesh, named_sharding, on_mesh, param_shardings
 from sa_jax.train import (
@@ -152,7 +153,7 @@ def step(task: Task) -> Result:
   memory = compiled.memory_analysis()
   flops = 3 * cost(config, plan, task.batch, task.seq_len).flops
   rate = training_rate(tokens.size, flops, timing.median, 1 if mesh is None else mesh.size)
-  backend = _backend(config, task.seq_len, split=task.sequence > 1)
+  backend = _backend(config, task.seq_len, mesh)
   temporaries = memory.temp_size_in_bytes if memory else None
   detail = f"{rate}, remat {task.remat}, {backend}{_split(task)}"
   return Result(task, *timing, flops, ceiling, device_name(mesh), temporaries, detail)
@@ -169,12 +170,16 @@ def _split(task: Task) -> str:
   return f", {' × '.join(sizes)}" if sizes else ""
 
 
-def _backend(config: ModelConfig, length: int, split: bool = False) -> str:
-  """The attention backend that computes full rows of this length, of which a device may have some of the tokens."""
+def _backend(config: ModelConfig, length: int, mesh: Mesh | None = None) -> str:
+  """The attention backend that computes full rows of this length."""
   if config.attention_state != "query_key":
     return "weights"
   shape: Any = lambda heads: jax.ShapeDtypeStruct((1, length, heads, config.head_dim), config.dtype)
   q, k = shape(config.num_heads), shape(1)
+  split = False
+  if mesh is not None:
+    with on_mesh(mesh):
+      split = query_axis(jax.sharding.get_abstract_mesh(), config.num_kv_heads) is not None
   return ops.choose_backend(config.attention, q, k, rows=ops.Rows(split=split))
 
 

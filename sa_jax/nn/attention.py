@@ -19,7 +19,7 @@ from sa_jax import ops
 from sa_jax.config import ModelConfig
 from sa_jax.nn.cache import LayerCache
 from sa_jax.nn.norm import RMSNorm
-from sa_jax.nn.split import on_each_device
+from sa_jax.nn.split import on_each_device, split_for_attention
 from sa_jax.nn.state import AttentionWeights, Local, QueryKey, State, make_state
 
 
@@ -84,13 +84,6 @@ def _rotation(
   return jax.tree.map(lambda here, there: jnp.where(local, here, there), of(config.local_rope), of(config.rope))
 
 
-def _gathered(x: jax.Array) -> jax.Array:
-  """Keys or values ``[B, T, K, H]``, of which every device that has some of a row's queries needs the whole row."""
-  # First where its tokens are: otherwise XLA gathers what the projection reads, and projects the whole row everywhere.
-  x = nn.with_logical_constraint(x, ("batch", "length", "kv_heads", "head_dim"))
-  return nn.with_logical_constraint(x, ("batch", None, "kv_heads", "head_dim"))
-
-
 class _Attention(nn.Module):
   """What anchors and followers have in common: values and output.
 
@@ -116,7 +109,13 @@ class _Attention(nn.Module):
 
   def values(self, x: jax.Array) -> jax.Array:
     """``[B, T, D]`` → ``[B, T, K, H]``."""
-    return _gathered(self.v_proj(x))
+    return self._for_attention(self.v_proj(x), "kv_heads")
+
+  def _for_attention(self, x: jax.Array, heads: str) -> jax.Array:
+    """Queries, keys or values ``[B, T, heads, H]`` where attention needs them."""
+    # First where their tokens are: otherwise XLA gathers what the projection reads, and projects whole rows everywhere.
+    x = nn.with_logical_constraint(x, ("batch", "length", heads, "head_dim"))
+    return split_for_attention(x, heads, self.config.num_kv_heads)
 
   def output(self, heads: jax.Array) -> jax.Array:
     """``[B, T, N, H]`` → ``[B, T, D]``."""
@@ -155,10 +154,7 @@ class AnchorAttention(_Attention):
       q, k = self.q_norm(q), self.k_norm(k)
     rotation = _rotation(self.config, lengths, local)
     q, k = ops.apply_rope(q, positions, *rotation), ops.apply_rope(k, positions, *rotation)
-    return (
-      nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim")),
-      _gathered(k),
-    )
+    return self._for_attention(q, "heads"), self._for_attention(k, "kv_heads")
 
   def __call__(
     self,

@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.sharding import PartitionSpec
 
 Axes = tuple[str | None, ...]
 """An array's logical axes."""
@@ -45,6 +46,47 @@ def heads_stay_with_their_keys() -> bool:
 
 def length_axis(mesh: jax.sharding.AbstractMesh) -> str | tuple[str, ...] | None:
   """The mesh axis over which the rules split the tokens of a row; None if there is none, or it is of size 1."""
-  (axis,) = nn.logical_to_mesh_axes(("length",)) if nn.get_logical_axis_rules() else (None,)
-  names = (axis,) if isinstance(axis, str) else axis or ()
-  return axis if math.prod(mesh.shape[name] for name in names) > 1 else None
+  names = _mesh_axes("length")
+  if math.prod(mesh.shape[name] for name in names) == 1:
+    return None
+  return names[0] if len(names) == 1 else names
+
+
+def query_axis(mesh: jax.sharding.AbstractMesh, kv_heads: int) -> str | tuple[str, ...] | None:
+  """The mesh axis over which a row's queries are split while attention is computed; None if rows are whole there.
+
+  Where the rules split the tokens of a row, attention splits heads over those devices instead, if there are enough key
+  heads: an all-to-all exchanges tokens for heads, and another exchanges them back (DeepSpeed-Ulysses, Jacobs et al.,
+  arXiv 2309.14509, section 3). Then any kernel serves, causal rows are equal work, and gradients of keys and values are
+  no sums over devices. Otherwise each device keeps its queries, and has all keys and values of its rows.
+  """
+  axis = length_axis(mesh)
+  devices = math.prod(mesh.shape[name] for name in (*_mesh_axes("kv_heads"), *_mesh_axes("length")))
+  return None if heads_stay_with_their_keys() and kv_heads % devices == 0 else axis
+
+
+def attention_axes(mesh: jax.sharding.AbstractMesh, heads: str, kv_heads: int) -> PartitionSpec:
+  """How queries, keys or values ``[B, T, heads, H]`` are split while attention is computed.
+
+  Args:
+    mesh: the ambient one.
+    heads: the logical axis of their heads: ``heads`` of queries, ``kv_heads`` of keys and values.
+    kv_heads: how many key heads there are.
+  """
+  (batch,), tokens = nn.logical_to_mesh_axes(("batch",)), query_axis(mesh, kv_heads)
+  exchanged = _mesh_axes("length") if tokens is None else ()
+  return PartitionSpec(batch, tokens if heads == "heads" else None, (*_mesh_axes(heads), *exchanged) or None, None)
+
+
+def split_for_attention(x: jax.Array, heads: str, kv_heads: int) -> jax.Array:
+  """The array split as `attention_axes` tells. Outside a mesh and its rules, nothing changes."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.manual_axes or not nn.get_logical_axis_rules():
+    return x
+  return jax.lax.with_sharding_constraint(x, attention_axes(mesh, heads, kv_heads))
+
+
+def _mesh_axes(name: str) -> tuple[str, ...]:
+  """The mesh axes over which the rules split a logical axis."""
+  (axis,) = nn.logical_to_mesh_axes((name,)) if nn.get_logical_axis_rules() else (None,)
+  return (axis,) if isinstance(axis, str) else tuple(axis or ())

@@ -14,7 +14,7 @@ from flax import struct
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
-from sa_jax.nn.split import heads_stay_with_their_keys, length_axis
+from sa_jax.nn.split import attention_axes, heads_stay_with_their_keys, query_axis, split_for_attention
 
 Local = bool | jax.Array
 """Whether a layer attends locally: known, or a traced bool where layers of both kinds share one scan."""
@@ -126,17 +126,17 @@ def _attend(
 ) -> jax.Array:
   """`sa_jax.ops.attend`, of each device's queries, rows and heads by itself where XLA cannot split it over the mesh.
 
-  Rows, heads and queries do not see each other, and a row's keys and values have been gathered, so this adds no
-  communication. Inside a `jax.shard_map` of the caller's there is nothing left to split.
+  Rows, heads and queries do not see each other, and what each needs is where `split_for_attention` has brought it, so
+  this adds no communication. Inside a `jax.shard_map` of the caller's there is nothing left to split.
   """
   mesh = jax.sharding.get_abstract_mesh()
   splits = not mesh.empty and not mesh.manual_axes
-  along = length_axis(mesh) if splits else None
+  along = query_axis(mesh, k.shape[2]) if splits else None
   rows = ops.Rows(packed=segments is not None, split=along is not None)
   backend = ops.choose_backend(backend, q, k, spec=spec, rows=rows)
   attend = functools.partial(ops.attend, backend=backend, spec=spec)
   if not splits or (along is None and ops.backends[backend].partitions):
-    return attend(q, k, v, lengths=lengths, segments=segments)
+    return split_for_attention(attend(q, k, v, lengths=lengths, segments=segments), "heads", k.shape[2])
   if not nn.get_logical_axis_rules():
     raise ValueError(
       f"the attention backend {backend!r} runs on a mesh only where the rules say how it is split: "
@@ -155,7 +155,7 @@ def _attend(
     return attend(q, k, v, lengths=lengths, segments=segments, offset=offset)
 
   axes = nn.logical_to_mesh_axes
-  queries, keys = axes(("batch", "length", "heads", "head_dim")), axes(("batch", None, "kv_heads", "head_dim"))
+  queries, keys = (attention_axes(mesh, heads, k.shape[2]) for heads in ("heads", "kv_heads"))
   specs = (queries, keys, keys, axes(("batch",)), axes(("batch", None)))
   split = jax.shard_map(of_a_device, in_specs=specs, out_specs=queries, check_vma=False)
   return split(q, k, v, lengths, segments)

@@ -133,6 +133,7 @@ class Transformer(Frame):
     """What the head reads: the normalised last hidden states ``[B, T, D]``; arguments as in `__call__`."""
     check_tokens(tokens, lengths, self.config.vocab_size)
     check_segments(self.config, tokens, segments)
+    segments = _of_whole_rows(segments)
     stack = self.layers if self.has_variable("params", "layers") else self.runs
     return self.final_norm(stack(self.embed(jnp.asarray(tokens)), lengths, segments))
 
@@ -235,7 +236,13 @@ class GradualTransformer(Transformer):
     """
     check_tokens(tokens, lengths, self.config.vocab_size)
     check_segments(self.config, tokens, segments)
+    segments = _of_whole_rows(segments)
     return self.final_norm(self.runs(self.embed(jnp.asarray(tokens)), lengths, segments, share))
+
+
+def _of_whole_rows(segments: jax.Array | None) -> jax.Array | None:
+  """Segments where attention needs them, brought there once for all layers."""
+  return None if segments is None else nn.with_logical_constraint(jnp.asarray(segments), ("batch", None))
 
 
 def check_plan(config: ModelConfig, plan: SharingPlan) -> None:

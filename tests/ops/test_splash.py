@@ -100,13 +100,15 @@ def loss_and_gradient(model, params, tokens, lengths):
   return jax.jit(jax.value_and_grad(loss))(params, tokens, lengths)
 
 
-def test_a_sharded_model_runs_splash_on_each_shard(interpreted):
+@pytest.mark.parametrize("third", ["tensor", "sequence"])
+def test_a_sharded_model_runs_splash_on_each_shard(interpreted, third):
+  """On whole rows: of tokens that are split over devices, in exchange for heads."""
   params = tiny.params(small(), layout="runs")
   tokens = jnp.asarray(tiny.tokens(4, 100))
   lengths = jnp.array([100, 70, 2, 31], jnp.int32)
   want = loss_and_gradient(small(attention="reference"), params, tokens, lengths)
   auto = (jax.sharding.AxisType.Auto,) * 3
-  mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=auto)
+  mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", third), axis_types=auto)
   model = small(attention="splash")
   sharded = jax.device_put(params, param_shardings(model, mesh))
   with on_mesh(mesh):

@@ -116,22 +116,29 @@ def test_sharing_adds_no_collective(sizes):
 
 
 @pytest.mark.parametrize("kv_heads", [8, 2])
-def test_where_tokens_are_split_keys_are_gathered_once_a_group_and_values_once_a_layer(kv_heads):
-  """And not what they are projected from, which is larger where heads share keys."""
+def test_where_tokens_are_split_queries_and_keys_are_sent_once_a_group_and_values_once_a_layer(kv_heads):
+  """With a key head for each device, tokens are exchanged for heads, and each layer's output back. With fewer, keys and
+  values are gathered, and not what they are projected from, which is larger where heads share keys."""
   mesh = make_mesh(sequence=8)
-  one = 8 * LENGTH * kv_heads * CONFIG.head_dim * 4
 
-  def gathered(plan):
+  def sent(plan):
     made = Transformer(dataclasses.replace(CONFIG, num_kv_heads=kv_heads), SharingPlan.parse(plan, 2))
     params = jax.device_put(tiny.params(made, "runs"), param_shardings(made, mesh))
     place = functools.partial(jax.device_put, device=named_sharding(mesh, ("batch", "length")))
     lowered = make_eval(next_token(made), mesh=mesh).lower(params, None, jax.tree.map(place, next(batches())))
-    return {found.kind: found.bytes for found in collectives(lowered.compile().as_text())}["all-gather"]
+    return {found.kind: found.bytes for found in collectives(lowered.compile().as_text())}
 
-  # Besides, the segments, a number a token, once or twice.
-  small = 2 * 8 * LENGTH * 4
-  assert 4 * one <= gathered("dense") <= 4 * one + small
-  assert 3 * one <= gathered("0:1") <= 3 * one + small
+  dense, shared = sent("dense"), sent("0:1")
+  # Besides, the segments, a number a token.
+  segments = 8 * LENGTH * 4
+  if kv_heads == 8:
+    part = LENGTH * CONFIG.num_heads * CONFIG.head_dim * 4
+    assert (dense["all-to-all"], shared["all-to-all"]) == (8 * part, 6 * part)
+    assert dense["all-gather"] == shared["all-gather"] == segments
+  else:
+    one = 8 * LENGTH * kv_heads * CONFIG.head_dim * 4
+    assert (dense["all-gather"], shared["all-gather"]) == (4 * one + segments, 3 * one + segments)
+    assert "all-to-all" not in dense
 
 
 def test_adapters_are_sharded_like_what_they_adapt():
