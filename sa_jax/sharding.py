@@ -43,9 +43,9 @@ def make_mesh(
     data: over how many rows are split, and parameters are not.
     fsdp: over how many rows and parameters are split.
     tensor: over how many heads, MLP and vocabulary are split.
-    sequence: over how many the tokens of a row are split. For attention tokens are exchanged for heads, where there are
-      key heads for ``tensor * sequence`` devices; otherwise keys and values are gathered. Queries and keys are sent once
-      a group, values once a layer.
+    sequence: over how many the tokens of a row are split. For attention they are exchanged for heads, where there are
+      key heads for ``tensor * sequence`` devices; otherwise keys and values are gathered. Queries and keys are sent
+      once a group, values once a layer.
     devices: which; all when None.
 
   Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -101,15 +102,19 @@ def run_tasks(
     ValueError: if a task is unknown or its data cannot be read.
   """
   import lm_eval.evaluator
+  import lm_eval.utils
   from datasets.exceptions import DatasetsError
   from lm_eval.loggers import EvaluationTracker
 
   manager, found = find_tasks(names, include)
   tracker = None if output_path is None else EvaluationTracker(output_path=str(output_path))
+  # lm-eval compiles the template of a task anew for each document, which is most of the time that MMLU takes on a GPU.
+  templates = lm_eval.utils.env
+  cached = mock.patch.object(templates, "from_string", functools.cache(templates.from_string))
   # lm-eval warns of each setting that it was told to change, and imports torch and transformers to note their versions.
   logging.getLogger("lm_eval").setLevel(logging.ERROR)
   try:
-    with mock.patch.multiple("lm_eval.utils", is_torch_available=_absent, is_transformers_available=_absent):
+    with cached, mock.patch.multiple("lm_eval.utils", is_torch_available=_absent, is_transformers_available=_absent):
       results = lm_eval.evaluator.simple_evaluate(
         lm,
         model_args=model_args,

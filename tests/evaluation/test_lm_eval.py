@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 import sa_jax
+from sa_jax import cli
 from sa_jax.cli.texts import save
 from sa_jax.convert.tokenizer import Tokenizer
 from tests import tiny
@@ -181,17 +182,20 @@ def folder(tmp_path_factory, model, params):
 
 
 def test_command_without_torch(folder, model, params, log_probs):
-  """From files to lm-eval's results; torch is installed, and not imported."""
+  """From files to lm-eval's results; torch is installed, and not imported; a template is compiled for all documents."""
   arguments = ["eval", str(folder / "model"), "--tasks", "choose_words", "finish_words", "--plan", "0:1"]
   arguments += ["--include-path", str(folder / "tasks"), "--limit", "4", "--dtype", "float32", "--log-samples"]
   arguments += ["--json", str(folder / "results.json"), "--output-path", str(folder / "out")]
   program = (
-    f"import sys; from sa_jax.cli import main; code = main({arguments!r})\n"
-    "print('torch' in sys.modules, 'transformers' in sys.modules); sys.exit(code)"
+    "import jinja2, sys; from sa_jax.cli import main\n"
+    "compiled, real = [], jinja2.Environment.compile\n"
+    "jinja2.Environment.compile = lambda env, source, *rest: compiled.append(source) or real(env, source, *rest)\n"
+    f"code = main({arguments!r})\n"
+    "print('torch' in sys.modules, 'transformers' in sys.modules, len(compiled) - len(set(compiled))); sys.exit(code)"
   )
   done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
-  assert done.stdout.splitlines()[-1] == "False False"
+  assert done.stdout.splitlines()[-1] == "False False 0"
   results = json.loads((folder / "results.json").read_text())
   (written,) = (folder / "out").rglob("results_*.json")
   assert json.loads(written.read_text())["results"] == results["results"]
@@ -214,7 +218,7 @@ def test_command_without_torch(folder, model, params, log_probs):
   assert "choose_words" in done.stdout
 
 
-def test_unknown_tasks_are_refused_with_near_names(folder, monkeypatch):
+def test_unknown_tasks_are_refused_with_near_names(folder, monkeypatch, capsys):
   # lm-eval's own tasks take seconds to read: pretend that it has none.
   import lm_eval.tasks
 
@@ -232,6 +236,8 @@ def test_unknown_tasks_are_refused_with_near_names(folder, monkeypatch):
     find_tasks(["choose_words"], [folder / "nowhere"])
   with pytest.raises(ValueError, match="name at least one task"):
     find_tasks([])
+  assert cli.main(["eval", str(folder / "model"), "--tasks", "choose_words", "--bootstrap-iters", "-1"]) == 2
+  assert "--bootstrap-iters must not be negative, not -1" in capsys.readouterr().err
 
 
 @pytest.mark.real_model
