@@ -77,7 +77,7 @@ class Table:
   def show(self) -> None:
     """Prints Markdown: a row a plan, values in per cent with their standard errors."""
     stored = [json.loads(file.read_text()) for file in sorted(self.folder.glob("*.json"))]
-    stored.sort(key=lambda each: (each["name"] != "dense", each["plan"].count("-"), each["name"]))
+    stored.sort(key=lambda each: (each["name"] != "dense", each["name"]))
     columns = [task for task in (*TASKS, *MORE) if any(task in each["results"] for each in stored)]
     texts = [text for text in TEXTS if any(text in each["results"] for each in stored)]
     print("| | plan | " + " | ".join(columns + texts) + " |\n|---|---|" + "---:|" * len(columns + texts))
