@@ -60,11 +60,14 @@ def _plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def exact_float32() -> Iterator[None]:
-  """float32 means float32 inside, or in the function that this decorates: GPUs and TPUs round products by default."""
+def exact_float32(dtype: str = "float32") -> Iterator[None]:
+  """float32 means float32 inside, or in the function that this decorates: GPUs and TPUs round products by default.
+
+  With another ``dtype`` to compute in, nothing changes.
+  """
   import jax
 
-  with jax.default_matmul_precision("highest"):
+  with jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext():
     yield
 
 

@@ -47,7 +47,6 @@ class Eval:
   json: Path | None = None
   """Also write lm-eval's results to this file."""
 
-  @exact_float32()
   def run(self) -> None:
     """Prints a row a metric."""
     try:
@@ -78,18 +77,19 @@ class Eval:
       max_length=self.max_length,
     )
     start = time.perf_counter()
-    results = run_tasks(
-      lm,
-      self.tasks,
-      include=self.include_path,
-      num_fewshot=self.num_fewshot,
-      limit=self.limit,
-      apply_chat_template=self.apply_chat_template,
-      bootstrap_iters=self.bootstrap_iters,
-      model_args={"pretrained": str(self.model), "plan": str(model.plan), "dtype": model.config.dtype},
-      log_samples=self.log_samples,
-      output_path=self.output_path if jax.process_index() == 0 else None,
-    )
+    with exact_float32(model.config.dtype):
+      results = run_tasks(
+        lm,
+        self.tasks,
+        include=self.include_path,
+        num_fewshot=self.num_fewshot,
+        limit=self.limit,
+        apply_chat_template=self.apply_chat_template,
+        bootstrap_iters=self.bootstrap_iters,
+        model_args={"pretrained": str(self.model), "plan": str(model.plan), "dtype": model.config.dtype},
+        log_samples=self.log_samples,
+        output_path=self.output_path if jax.process_index() == 0 else None,
+      )
     if jax.process_index() == 0:
       show_table(
         f"{self.model.name}, plan {model.plan}, {time.perf_counter() - start:.1f} s",

@@ -32,7 +32,6 @@ class PerplexityOf:
   json: Path | None = None
   """Also write the numbers to this file."""
 
-  @exact_float32()
   def run(self) -> None:
     """Prints a row a plan."""
     from sa_jax import from_pretrained, load_tokenizer, perplexity, rows_of
@@ -42,7 +41,7 @@ class PerplexityOf:
     for plan in self.plan:
       with progress(f"opening, {plan}") as report:
         model, params = from_pretrained(self.model, plan, self.dtype, progress=report)
-      with progress(f"scoring, {plan}") as report:
+      with progress(f"scoring, {plan}") as report, exact_float32(model.config.dtype):
         results[plan] = perplexity(model, params, tokens, batch_size=self.batch_size, progress=report)
     show_table(
       f"{self.text.name}: {len(tokens)} rows of {self.length} tokens",

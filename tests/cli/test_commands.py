@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
@@ -64,6 +65,22 @@ def test_perplexity_is_the_reference_s_loss(folder, expected, tmp_path, capsys):
   assert results[PLAN]["loss"] == pytest.approx(float(expected["loss"]), abs=1e-5)
   assert results["dense"]["loss"] != pytest.approx(results[PLAN]["loss"], abs=1e-3)
   assert f"{results[PLAN]['perplexity']:.3f}" in capsys.readouterr().out
+
+
+def test_float32_means_float32(folder, tmp_path, monkeypatch):
+  """Accelerators round the operands of float32 products unless they are told not to; no other type's are affected."""
+  text, used = tmp_path / "text.txt", {}
+  text.write_text("1 2 3 4 5 6")
+
+  def scored(model, params, tokens, **_):
+    used[model.config.dtype] = jax.config.jax_default_matmul_precision
+    return sa_jax.evaluation.Perplexity(1.0, 0.0, tokens.size)
+
+  monkeypatch.setattr(sa_jax, "perplexity", scored)
+  for dtype in ("float32", "bfloat16"):
+    assert main(["perplexity", str(folder), str(text), "--length", "6", "--dtype", dtype]) == 0
+  assert used == {"float32": "highest", "bfloat16": jax.config.jax_default_matmul_precision}
+  assert used["bfloat16"] != "highest"
 
 
 def test_convert_and_cost(folder, expected, tmp_path, capsys):
