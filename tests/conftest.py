@@ -1,6 +1,7 @@
 """A strict session: implicit dtype and rank promotion raise, warnings are errors (pyproject.toml)."""
 
 import dataclasses
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 
 import sa_jax
 
+# Tracing makes millions of objects that live on; looking for garbage among them every 700 is a tenth of the time.
+gc.set_threshold(50_000, 10, 10)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
