@@ -108,7 +108,7 @@ def run_tasks(
 
   manager, found = find_tasks(names, include)
   tracker = None if output_path is None else EvaluationTracker(output_path=str(output_path))
-  # lm-eval compiles the template of a task anew for each document, which is most of the time that MMLU takes on a GPU.
+  # lm-eval compiles the template of a task anew for each document, which is most of what it does beside the model.
   templates = lm_eval.utils.env
   cached = mock.patch.object(templates, "from_string", functools.cache(templates.from_string))
   # lm-eval warns of each setting that it was told to change, and imports torch and transformers to note their versions.
