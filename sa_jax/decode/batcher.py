@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sa_jax.decode.engine import DecodeState, admit, bucket, decode, retire, row_keys
+from sa_jax.decode.engine import DecodeState, admit, bucket, decode, retire
 from sa_jax.decode.sampling import Sampler
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_tokens
 from sa_jax.params import as_layers
+
+_UNWATCHED = 128
+"""Decode steps on device where nobody waits for tokens: each return to the host costs about as much as one step."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -113,13 +116,21 @@ class Batcher:
     Returns:
       New tokens by ``id(request)``, for streaming; they are in ``request.tokens`` too.
     """
+    return self._step(self.chunk)
+
+  def run(self) -> None:
+    """Steps until no request is left; as nobody looks in between, the host does only where a slot is to be filled."""
+    while self.busy:
+      self._step(max(self.chunk, _UNWATCHED))
+
+  def _step(self, chunk: int) -> dict[int, list[int]]:
     self._drop_cancelled()
     first = self._fill_slots()
     if not self._running:
       return {}
     # While requests wait, one row that ends is enough to stop for: its slot is free.
     enough = np.int32(self.slots - len(self._running) + 1 if self._waiting else self.slots)
-    self._state, out = decode(self._model, self._sampler, self.chunk, self._params, self._state, enough)
+    self._state, out = decode(self._model, self._sampler, chunk, self._params, self._state, enough)
     # One transfer a chunk: for a small model the host's work is most of the time.
     out, done, first = jax.device_get((out, self._state.done, first))
     firsts = {slot: int(token) for slots, tokens in first for slot, token in zip(slots, tokens, strict=True)}
@@ -133,11 +144,6 @@ class Batcher:
         request.status = "done"
         del self._running[slot]
     return news
-
-  def run(self) -> None:
-    """Steps until no request is left."""
-    while self.busy:
-      self.step()
 
   def _drop_cancelled(self) -> None:
     cancelled = [slot for slot, request in self._running.items() if request.status == "cancelled"]
@@ -180,8 +186,9 @@ class Batcher:
       row[: len(request.prompt)] = request.prompt
     lengths = np.array([len(request.prompt) for request in requests], np.int32)
     remaining = np.array([request.max_new_tokens - 1 for request in requests], np.int32)
-    keys = row_keys([request.seed for request in requests], [request.row for request in requests])
+    seeds = np.array([request.seed for request in requests])
+    numbers = np.array([request.row for request in requests])
     self._state, first = admit(
-      self._model, self._sampler, self._params, self._state, slots, tokens, lengths, remaining, keys
+      self._model, self._sampler, self._params, self._state, slots, tokens, lengths, remaining, seeds, numbers
     )
     return slots, first

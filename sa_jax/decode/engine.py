@@ -139,9 +139,15 @@ def admit(
   tokens: jax.Array,
   lengths: jax.Array,
   remaining: jax.Array,
-  keys: jax.Array,
+  seeds: jax.Array,
+  numbers: jax.Array,
 ) -> tuple[DecodeState, jax.Array]:
-  """`prefill` of some rows and their `insert`, in one program: the batch, and the rows' first tokens ``[rows]``."""
+  """`row_keys` of some seeds and row numbers, `prefill` of the rows and their `insert`, in one program.
+
+  Returns:
+    The batch, and the rows' first tokens ``[rows]``.
+  """
+  keys = _row_keys(seeds, numbers)
   rows = prefill(model, sampler, tokens.shape[1], params, tokens, lengths, remaining, keys)
   return insert(state, rows, slots), rows.tokens
 
