@@ -41,7 +41,8 @@ def test_scaling(name, length):
   expected = torch.from_numpy(x) * cos[:, :, None] + torch.cat([-half[1], half[0]], -1) * sin[:, :, None]
   frequencies = ops.rope_frequencies(config.rope, config.head_dim, length)
   found = ops.apply_rope(jnp.asarray(x), jnp.arange(length), frequencies, config.rope.magnitude)
-  np.testing.assert_allclose(found, expected, atol=1e-5)
+  # An angle is a position times a frequency, in whose last bits the two libraries' powers differ on some processors.
+  np.testing.assert_allclose(found, expected, atol=2.5e-7 * length)
   assert sa_jax.ModelConfig.from_hf(config.to_hf()) == config == sa_jax.ModelConfig.from_hf(config.to_hf("v4"))
 
 
