@@ -30,8 +30,9 @@ def decode_curves(results: Sequence[Result], path: Path) -> None:
     cache = [cost(config, plan, r.task.batch, r.task.seq_len).kv_cache_bytes for config, r in zip(configs, chosen)]
     time_axes.plot(lengths, [result.seconds * 1e3 for result in chosen], marker="o", label=plan)
     cache_axes.plot(lengths, [size / 1e9 for size in cache], marker="o", label=plan)
-  batch, device = results[0].task.batch, results[0].device
-  time_axes.set(title=f"a decode step of {batch} rows, {device}", xlabel="context, tokens", ylabel="ms", ylim=(0, None))
+  task, device = results[0].task, results[0].device
+  batch, title = task.batch, f"{task.model}, a decode step of {task.batch} rows, {device}"
+  time_axes.set(title=title, xlabel="context, tokens", ylabel="ms", ylim=(0, None))
   cache_axes.set(title=f"KV cache of {batch} rows", xlabel="context, tokens", ylabel="GB", ylim=(0, None))
   for axes in (time_axes, cache_axes):
     axes.legend()
