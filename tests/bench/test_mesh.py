@@ -56,20 +56,18 @@ def test_decode(preset, monkeypatch, tensor):
   assert (result.device, result.detail) == (f"{tensor} × cpu", f"cache 0.00 GB, tensor {tensor}")
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 2}, {"tensor": 2, "sequence": 2}], ids=["fsdp", "tensor and sequence"])
-def test_step(preset, monkeypatch, sizes):
+def test_step(preset, monkeypatch):
   params, states = watched(monkeypatch, ours, "random_tree"), watched(monkeypatch, ours, "make_state")
   batches = watched(monkeypatch, jax, "device_put")
+  sizes = {"fsdp": 2, "tensor": 2, "sequence": 2}
   result = ours.step(Task("step", "tiny", "0:1", batch=2, seq_len=8, layers=2, repeats=1, **sizes))
   # Stacked norms are matrices too; over tensor, every device has them whole.
-  split = {2} if "fsdp" in sizes else {1, 2}
-  assert params == states == split
-  assert batches == {2}
+  assert params == states == {2, 4}
+  assert batches == {4}
   assert 0 < result.low <= result.seconds <= result.high < math.inf
-  devices = math.prod(sizes.values())
-  assert result.device == f"{devices} × cpu"
-  assert f" a device), MFU 0.0 % of {devices} × 989 TFLOP/s, remat full" in result.detail
-  assert result.detail.endswith(", fsdp 2" if "fsdp" in sizes else ", tensor 2 × sequence 2")
+  assert result.device == "8 × cpu"
+  assert " a device), MFU 0.0 % of 8 × 989 TFLOP/s, remat full" in result.detail
+  assert result.detail.endswith(", fsdp 2 × tensor 2 × sequence 2")
 
 
 def test_random_parameters_are_the_same_on_any_mesh_and_nowhere_whole():

@@ -4,6 +4,7 @@ With SA_JAX_GPUS=N in the environment, N even, devices are the first N GPUs, and
 """
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -66,17 +67,21 @@ def end(running, code):
 
 
 def test_two_processes_are_one(launch, tmp_path):
+  """From the beginning until they stop, and from one process's checkpoint to the end."""
   one, two, back = (tmp_path / name / "run" for name in ("one", "two", "back"))
-  for out in (one, two, back):
+  for out in (one, two):
     out.parent.mkdir()
     (out.parent / "text.txt").write_text(TEXT)
   begun = [(launch(one, 0, 1), 0), (launch(two, STOP, 2), 143)]
   for running, code in begun:
     end(running, code)
-  begun = [(launch(back, STOP, 1), 143), (launch(two, 0, 1), 0)]
+  # One process as it was before it ended: its last checkpoint, its model and its later lines are not there.
+  shutil.copytree(one.parent, back.parent)
+  shutil.rmtree(back / "checkpoints" / str(STEPS))
+  shutil.rmtree(back / "model")
+  begun = [(launch(two, 0, 1), 0), (launch(back, 0, 2), 0)]
   for running, code in begun:
     end(running, code)
-  end(launch(back, 0, 2), 0)
   expected = np.asarray(curve(one))
   assert expected.shape == (STEPS, 3)
   for out in (two, back):

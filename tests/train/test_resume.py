@@ -90,23 +90,17 @@ def test_killed(child, whole, tmp_path):
   assert_same(out, whole)
 
 
-def test_sigterm_loses_no_step(child, whole, tmp_path):
+def test_stopped_and_out_of_disk(child, whole, tmp_path):
+  """SIGTERM loses no step. Files that cannot grow: one clear sentence, the checkpoint before is whole."""
   out = tmp_path / "run"
   assert child(out, "stop", 7).returncode == 143
   assert (out / "checkpoints" / "7").is_dir()
   assert curve(out) == curve(whole)[:7]
-  assert child(out).returncode == 0
-  assert_same(out, whole)
-
-
-def test_full_disk(child, whole, tmp_path):
-  """Files that cannot grow: one clear sentence, the checkpoint before is whole, and the run goes on from it."""
-  out = tmp_path / "run"
   ended = child(out, "full", 8)
   assert ended.returncode == 1
   assert "the checkpoint" in ended.stderr
   assert "in " + str(out / "checkpoints") in ended.stderr
-  assert "File too large; the last whole one is of step 4" in ended.stderr
+  assert "File too large; the last whole one is of step 7" in ended.stderr
   assert child(out).returncode == 0
   assert_same(out, whole)
 
