@@ -84,7 +84,7 @@ def main(out: str, event: str = "", step: str = "0", *more: str) -> None:
   elif event == "shard":
     Interruption.requested = lambda self, done: done == at
   try:
-    outcome = train(config(Path(out), mesh=MeshConfig(fsdp=jax.device_count() if event == "shard" else 1)))
+    outcome = train(config(Path(out), mesh=MeshConfig(fsdp=jax.device_count() if event == "shard" else 1)), print)
   except ValueError as error:
     sys.exit(str(error))
   sys.exit(143 if outcome.interrupted else 0)
