@@ -6,13 +6,14 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sa_jax import ops
+from sa_jax.cost import cost
 from sa_jax.decode.padding import right_pad
 from sa_jax.evaluation.prefixes import Family, Row, bucket, families, rows_of_requests
 from sa_jax.nn import Cache, Transformer
@@ -26,6 +27,10 @@ _CHUNK = 512
 
 _KEYS = 1024
 """A query that sees more keys than this counts as several tokens of a batch."""
+
+_COMPILE_SECONDS = 0.25
+"""A layer, and FLOP/s that a device computes meanwhile: orders of magnitude, to weigh a program against padding."""
+_CPU_RATE, _ACCELERATOR_RATE = 1e11, 1e14
 
 
 class Scored(NamedTuple):
@@ -90,13 +95,32 @@ PROGRAMS = (_read, _hidden, _hidden_after, _scores)
 """What is compiled, once for each shape of batch."""
 
 
+class _Batch(NamedTuple, Generic[_T]):
+  """Attributes:
+  items: what is in it.
+  rows: to how many it is padded.
+  size: to how many tokens each is padded.
+  """
+
+  items: list[_T]
+  rows: int
+  size: int
+
+  def padded(self, items: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The items' tokens, int32 ``[rows, size]``, and lengths ``[rows]``, of which rows that fill up have 1."""
+    tokens, lengths = right_pad(items)
+    room = self.rows - len(lengths)
+    tokens = np.pad(tokens, ((0, room), (0, self.size - tokens.shape[1])))
+    return tokens, np.pad(lengths, (0, room), constant_values=1)
+
+
 class Scorer:
   """Scores continuations given their contexts, reading as few tokens as it can.
 
   Requests that differ in their last token are one row, read once; rows that begin alike (options of one question,
   questions after the same examples) read their beginning once, and their own tokens against its cache. Batches are of
-  rows of similar length, padded to few sizes, and logits exist only where they are wanted, a few hundred positions at
-  a time.
+  rows of similar length, padded to few sizes: another size is another program, and has to save more than compiling it
+  takes. Logits exist only where they are wanted, a few hundred positions at a time.
 
   On several processes each scores its part of the rows, and all return the same. A model that is itself spread over
   processes is run by all of them together.
@@ -110,6 +134,9 @@ class Scorer:
       raise ValueError(f"batch_tokens must be at least 1, not {batch_tokens}")
     self.batch_tokens = batch_tokens
     self._model, self._params = model, as_layers(params, model.plan)
+    rate = _CPU_RATE if jax.default_backend() == "cpu" else _ACCELERATOR_RATE
+    # Tokens that could be computed in the time that compiling a program takes.
+    self._program = _COMPILE_SECONDS * model.config.num_layers * rate / cost(model.config, model.plan).flops
     # Where the rotary embedding depends on a row's length, a beginning is not the same in rows of several lengths.
     ropes = (model.config.rope, model.config.local_rope)
     self._share = not any(rope is not None and rope.scaling == "dynamic" for rope in ropes)
@@ -169,35 +196,56 @@ class Scorer:
   def _batches(self, grouped: Sequence[Family], requests: _Requests) -> Iterator[tuple[list[int], Any, int]]:
     """Numbers of requests, one for each score; scores, on device; and how many rows they took."""
     alone = [row for family in grouped if not family.shared for row in family.rows]
-    for rows in self._by_length(alone, lambda row: len(row.tokens)):
-      tokens, lengths = _padded([row.tokens for row in rows])
-      yield self._scored(_hidden(self._model, self._params, tokens, lengths), rows, np.zeros(len(rows), int), requests)
+    for batch in self._by_length(alone, lambda row: len(row.tokens)):
+      hidden = _hidden(self._model, self._params, *batch.padded([row.tokens for row in batch.items]))
+      yield self._scored(hidden, batch.items, np.zeros(len(batch.items), int), requests)
     related = [family for family in grouped if family.shared]
-    for batch in self._by_length(related, lambda family: family.shared):
-      tokens, lengths = _padded([family.rows[0].tokens[: family.shared] for family in batch])
+    for beginnings in self._by_length(related, lambda family: family.shared, readers=lambda family: len(family.rows)):
+      shared = [family.shared for family in beginnings.items]
+      tokens, lengths = beginnings.padded([family.rows[0].tokens[: family.shared] for family in beginnings.items])
       cache = _read(self._model, self._params, tokens, lengths)
-      members = [(owner, row) for owner, family in enumerate(batch) for row in family.rows]
-      rest = lambda member: len(member[1].tokens) - batch[member[0]].shared  # noqa: B023
-      for chosen in self._by_length(members, rest, before=tokens.shape[1]):
-        rows = [row for _, row in chosen]
-        starts = np.array([batch[owner].shared for owner, _ in chosen], np.int32)
-        own, lengths = _padded([row.tokens[start:] for row, start in zip(rows, starts)])
+      members = [(owner, row) for owner, family in enumerate(beginnings.items) for row in family.rows]
+      rest = lambda member: len(member[1].tokens) - shared[member[0]]  # noqa: B023
+      for chosen in self._by_length(members, rest, before=beginnings.size):
+        rows = [row for _, row in chosen.items]
+        starts = np.array([shared[owner] for owner, _ in chosen.items], np.int32)
+        own, lengths = chosen.padded([row.tokens[start:] for row, start in zip(rows, starts)])
         fill = lambda x: np.pad(np.asarray(x, np.int32), (0, len(own) - len(x)))  # noqa: B023
-        owners = fill([owner for owner, _ in chosen])
+        owners = fill([owner for owner, _ in chosen.items])
         hidden = _hidden_after(self._model, self._params, cache, owners, fill(starts), own, lengths + fill(starts))
         yield self._scored(hidden, rows, starts, requests)
 
-  def _by_length(self, items: Sequence[_T], length: Callable[[_T], int], before: int = 0) -> Iterator[list[_T]]:
-    """Batches of items of similar lengths, the longest first, each after as many as ``before`` tokens."""
+  def _by_length(
+    self,
+    items: Sequence[_T],
+    length: Callable[[_T], int],
+    before: int = 0,
+    readers: Callable[[_T], int] = lambda item: 1,
+  ) -> Iterator[_Batch[_T]]:
+    """Batches of items of similar lengths, the longest first.
+
+    Args:
+      items: what to read.
+      length: an item's tokens.
+      before: how many cached tokens each sees.
+      readers: how many rows have an item's tokens, and their padding, in memory.
+    """
     items = sorted(items, key=length, reverse=True)
+    size, full, left = 0, 0, sum(map(readers, items))
     while items:
-      size = bucket(length(items[0]))
+      smaller = bucket(length(items[0]))
+      if not size or (size - smaller) * left > self._program:
+        size = smaller
       # Each row has a copy of the keys and values before it.
       count = max(1, int(self.batch_tokens / (before + size * max(1.0, (before + size) / _KEYS))))
       while bucket(count, 1) > count:
         count -= 1
-      yield items[:count]
-      items = items[count:]
+      taken, items = items[:count], items[count:]
+      left -= sum(map(readers, taken))
+      # The last rows of a size take the program of those before them, unless that is mostly padding.
+      room = count - len(taken)
+      yield _Batch(taken, count if size == full and room * size < self._program else bucket(len(taken), 1), size)
+      full = size
 
   def _scored(
     self, hidden: jax.Array, rows: Sequence[Row], starts: np.ndarray, requests: _Requests
@@ -233,14 +281,6 @@ class _Requests(NamedTuple):
         places += range(begin, begin + len(wanted))
         targets += wanted
     return numbers, places, targets
-
-
-def _padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-  """Rows in a batch of few sizes: int32 ``[B, T]``, and lengths ``[B]``, of which rows that fill up have 1."""
-  tokens, lengths = right_pad(rows)
-  count, size = bucket(len(rows), 1), bucket(tokens.shape[1])
-  room = count - len(rows)
-  return np.pad(tokens, ((0, room), (0, size - tokens.shape[1]))), np.pad(lengths, (0, room), constant_values=1)
 
 
 def _padding(count: int) -> int:

@@ -97,6 +97,7 @@ def test_a_batch_is_as_large_as_was_asked_for(model, params, requests, monkeypat
 def test_compilations_are_bounded(model, params, requests):
   """A second set of requests like the first compiles nothing; another order and the batch's mates change nothing."""
   scorer = Scorer(model, params, batch_tokens=512)
+  scorer._program = 0  # every size has its program
   first = scorer(requests)
   count = lambda: sum(program._cache_size() for program in scoring.PROGRAMS)
   before = count()
@@ -111,6 +112,21 @@ def test_compilations_are_bounded(model, params, requests):
     atol=2e-5,
   )
   assert count() == settled
+
+
+def test_another_size_saves_more_than_its_program_costs(model, params):
+  """Three items of 100 tokens, padded to 128, and fifty of 40: 48 are enough, which saves 50 × 80 tokens."""
+  scorer = Scorer(model, params, batch_tokens=384)
+
+  def batches(program, **options):
+    scorer._program = program
+    return [(len(b.items), b.rows, b.size) for b in scorer._by_length([100] * 3 + [40] * 50, int, **options)]
+
+  assert batches(3999) == [(3, 3, 128), *[(8, 8, 48)] * 6, (2, 8, 48)]
+  assert batches(4001) == [(3, 3, 128)] * 17 + [(2, 3, 128)]
+  assert batches(0)[-1] == (2, 2, 48)
+  # Where two rows see each, twice as much is saved.
+  assert batches(4001, readers=lambda item: 2) == batches(3999)
 
 
 def test_buckets_are_few():
