@@ -29,8 +29,10 @@ _KEYS = 1024
 """A query that sees more keys than this counts as several tokens of a batch."""
 
 _COMPILE_SECONDS = 0.25
-"""A layer, and FLOP/s that a device computes meanwhile: orders of magnitude, to weigh a program against padding."""
+"""What compiling takes for each layer. This and the rates are orders of magnitude, to weigh programs and padding."""
+
 _CPU_RATE, _ACCELERATOR_RATE = 1e11, 1e14
+"""FLOP/s."""
 
 
 class Scored(NamedTuple):
