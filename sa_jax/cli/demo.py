@@ -86,8 +86,9 @@ class Demo:
       table.append([label, show(old), show(new), change(new, old)])
     show_table(f"{length} tokens, {config.dtype}", ["", *models, "change"], table)
     console.print(f"\n[bold]{self.question}[/bold]")
+    width = max(map(len, results))
     for name, result in results.items():
-      console.print(f"  [cyan]{name}[/cyan]  {result['answer']}")
+      console.print(f"  [cyan]{name:<{width}}[/cyan]  {result['answer']}")
 
     with progress("comparing layers"):
       similarity = layer_similarity(model, dense, jnp.asarray(rows[:1, :128]))
