@@ -18,7 +18,7 @@ from sa_jax.nn.transformer import check_tokens
 from sa_jax.params import as_layers
 
 _UNWATCHED = 128
-"""Decode steps on device where nobody waits for tokens: each return to the host costs about as much as one step."""
+"""Most decode steps on device where nobody waits for tokens: each return to the host costs time (1.4 ms on an H200)."""
 
 
 @dataclasses.dataclass(eq=False)

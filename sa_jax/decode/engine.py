@@ -142,7 +142,7 @@ def admit(
   seeds: jax.Array,
   numbers: jax.Array,
 ) -> tuple[DecodeState, jax.Array]:
-  """`row_keys` of some seeds and row numbers, `prefill` of the rows and their `insert`, in one program.
+  """`row_keys` of int ``seeds`` and row ``numbers [rows]``, `prefill` of the rows, and their `insert`, in one program.
 
   Returns:
     The batch, and the rows' first tokens ``[rows]``.

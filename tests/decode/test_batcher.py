@@ -8,6 +8,7 @@ import pytest
 import sa_jax
 from sa_jax import Transformer
 from sa_jax.decode import Batcher, Sampler
+from sa_jax.decode import batcher as batcher_module
 from tests import tiny
 
 LONGEST, CAPACITY = 24, 256
@@ -122,3 +123,25 @@ def test_a_slot_that_is_waited_for_ends_the_steps(model, params, prompts, alone)
   # Of the two that run, one ends after 3 tokens: the other has no more by then, and the third can start.
   assert sorted(map(len, news.values())) == [3, 3]
   assert (first.status, waiting.status) == ("done", "waiting")
+
+
+def test_run_comes_back_for_a_slot_and_not_for_every_chunk(model, params, prompts, monkeypatch):
+  """Two requests in one slot: looked after every four tokens by `step`, and once each by `run`."""
+  endless = Transformer(dataclasses.replace(model.config, eos_token_ids=()), model.plan)
+  calls, decode = [], batcher_module.decode
+  monkeypatch.setattr(batcher_module, "decode", lambda *given: calls.append(given) or decode(*given))
+
+  def tokens(work):
+    calls.clear()
+    batcher = Batcher(endless, params, slots=1, capacity=CAPACITY, chunk=4)
+    requests = [batcher.submit(prompt[:20], 17) for prompt in prompts[:2]]
+    work(batcher)
+    return [request.tokens for request in requests], len(calls)
+
+  def watched(batcher):
+    while batcher.busy:
+      batcher.step()
+
+  stepped, ran = tokens(watched), tokens(Batcher.run)
+  assert stepped[0] == ran[0]
+  assert (stepped[1], ran[1]) == (8, 2)
