@@ -1,6 +1,6 @@
 """Draws decode time and cache size against context length from what `sa-jax bench decode --json` wrote.
 
-    python plot.py gpu/h200/decode-llama-3-8b-b16.json several/decode-tensor-1.json --out gpu/h200/decode-context.png
+    python plot.py gpu/h200/decode-llama-3-8b-b16.json --out gpu/h200/decode-context.png
 
 `sa-jax bench decode --seq-len 4096 8192 --plot …` measures and draws in one run; this joins runs of the same batch and
 card.

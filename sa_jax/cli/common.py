@@ -67,7 +67,15 @@ def exact_float32(dtype: str = "float32") -> Iterator[None]:
   """
   import jax
 
-  with jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext():
+  if dtype != "float32":
+    yield
+    return
+  # For a product of float32 XLA compiles dozens of Triton kernels to find the fastest: minutes, for a search that then
+  # runs many small programs for seconds. Heeded only while JAX has not begun; what the user has set stands.
+  flags, flag = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_enable_triton_gemm"
+  if flag not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} {flag}=false".strip()
+  with jax.default_matmul_precision("highest"):
     yield
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sa_jax.config import ModelConfig
 from sa_jax.nn.block import BLOCK_OUTPUTS, AnchorBlock, FollowerBlock, MixedBlock
 from sa_jax.nn.cache import Cache
-from sa_jax.nn.state import Local, State
+from sa_jax.nn.state import STATE, Local, State
 from sa_jax.plan import HeadMap, Run, SharingPlan
 
 Share = jax.Array | float | None
@@ -24,6 +25,8 @@ _REMAT_POLICIES = {
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
+_BLOCK_INPUT = "block_input"
+"""The name by which a group keeps its followers' inputs."""
 
 _UNROLL = 4
 """Followers in an iteration of a group's loop under ``remat="dots"``. A loop in a loop stacks twice what the backward
@@ -36,20 +39,24 @@ def _with_heads(state: Any, head_map: HeadMap | jax.Array | None) -> Any:
   return state if head_map is None else state.take_heads(jnp.asarray(head_map, jnp.int32))
 
 
-def remat(config: ModelConfig, step: Callable[..., Any], repeats: int) -> Callable[..., Any]:
-  """A step of a scan, as the config's ``remat`` has it; ``repeats`` is how often the compiled loops run it."""
+def _remat(config: ModelConfig, step: Callable[..., Any], repeats: int, *kept: str) -> Callable[..., Any]:
+  """A block, or a group of them, whose backward pass computes again what the config's ``remat`` says, but for ``kept``.
+
+  ``repeats`` is how often the compiled loops run it.
+  """
   if config.remat == "none":
     return step
+  named = jax.checkpoint_policies.save_only_these_names(*kept)
+  policy = jax.checkpoint_policies.save_from_both_policies(_REMAT_POLICIES[config.remat], named)
   # A loop of one iteration is no loop to the compiler, which would find the recomputation superfluous.
-  return nn.remat(step, prevent_cse=repeats == 1, policy=_REMAT_POLICIES[config.remat])
+  return nn.remat(step, prevent_cse=repeats == 1, policy=policy)
 
 
 class Group(nn.Module):
   """An anchor block and its followers; the state is broadcast into a scan over them.
 
-  Under remat the backward pass recomputes block by block, from each block's input and the anchor's state: to recompute
-  whole groups would take the activations of all followers at once. Attention weights are too large to keep one state a
-  group; with them, `Runs` recomputes whole groups.
+  Under remat the backward pass recomputes block by block: to recompute whole groups would take the activations of all
+  followers at once. It has each block's input, and the state, which `Runs` lets it make again once for all blocks.
 
   Attributes:
     config: the model.
@@ -72,17 +79,23 @@ class Group(nn.Module):
     share: Share = None,
   ) -> jax.Array:
     """``[B, T, D]`` → the same; ``head_maps`` int32 ``[followers, N]``, or None where no follower has one."""
-    anchor = self._remat(lambda block, x, lengths, segments: block(x, lengths, local, segments), self.groups)
-    x, state = anchor(AnchorBlock(self.config, name="anchor"), x, lengths, segments)
+    config = self.config
+    of_anchor = lambda block, x, lengths, segments: block(x, lengths, local, segments)
+    anchor = _remat(config, of_anchor, self.groups, *((STATE,) if self.followers else ()))
+    x, state = anchor(AnchorBlock(config, name="anchor"), x, lengths, segments)
     if self.followers:
       if share is None:
         block, follow = FollowerBlock, lambda block, x, state: block(x, state)
       else:
         block, follow = MixedBlock, lambda block, x, state: block(x, state, share, lengths, local)
-      unroll = min(_UNROLL, self.followers) if self.config.remat == "dots" else 1
-      follower = self._remat(follow, self.groups * -(-self.followers // unroll))
+      unroll = min(_UNROLL, self.followers) if config.remat == "dots" else 1
+      follower = _remat(config, follow, self.groups * -(-self.followers // unroll))
+
+      def step(block: Any, x: jax.Array, state: State, head_map: jax.Array | None) -> tuple[jax.Array, None]:
+        return follower(block, checkpoint_name(x, _BLOCK_INPUT), _with_heads(state, head_map)), None
+
       scan = nn.scan(
-        lambda block, x, state, head_map: (follower(block, x, _with_heads(state, head_map)), None),
+        step,
         variable_axes={"params": 0, BLOCK_OUTPUTS: 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0),
@@ -90,11 +103,8 @@ class Group(nn.Module):
         unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "followers"},
       )
-      x, _ = scan(block(self.config, name="followers"), x, state, head_maps)
+      x, _ = scan(block(config, name="followers"), x, state, head_maps)
     return x
-
-  def _remat(self, block: Callable[..., Any], repeats: int) -> Callable[..., Any]:
-    return block if self.config.attention_state == "attention_weights" else remat(self.config, block, repeats)
 
 
 class Runs(nn.Module):
@@ -116,8 +126,9 @@ class Runs(nn.Module):
       kinds = [layer in self.config.local_layers for layer in run.layers if self.plan.is_anchor(layer)]
       kind = kinds[0] if len(set(kinds)) == 1 else None
       step: Callable[..., Any] = functools.partial(_group_step, kind, share)
-      if self.config.attention_state == "attention_weights":
-        step = remat(self.config, step, run.groups)
+      # Under `dots` the products that queries and keys are made of are kept anyway.
+      if run.followers and (self.config.remat != "dots" or self.config.attention_state == "attention_weights"):
+        step = _remat(self.config, step, run.groups, _BLOCK_INPUT)
       scan = nn.scan(
         step,
         variable_axes={"params": 0, BLOCK_OUTPUTS: 0},

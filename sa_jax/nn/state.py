@@ -11,10 +11,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
 from sa_jax.nn.split import attention_axes, heads_stay_with_their_keys, query_axis, split_for_attention
+
+STATE = "attention_state"
+"""The name of a state's arrays for rematerialisation."""
 
 Local = bool | jax.Array
 """Whether a layer attends locally: known, or a traced bool where layers of both kinds share one scan."""
@@ -99,11 +103,14 @@ def make_state(
   segments: jax.Array | None = None,
 ) -> State:
   """The state in the form that the config asks for, from rotary-encoded q ``[B, T, N, H]`` and k ``[B, T, K, H]``."""
+  name = functools.partial(checkpoint_name, name=STATE)
+  if config.attention_state == "query_key":
+    q, k = name(q), name(k)
   if isinstance(local, bool):
     state = QueryKey(q, k, lengths, segments, None, config.attention, (config.spec(local),))
   else:
     state = QueryKey(q, k, lengths, segments, local, config.attention, (config.spec(False), config.spec(True)))
-  return state if config.attention_state == "query_key" else AttentionWeights(state.weights())
+  return state if config.attention_state == "query_key" else AttentionWeights(name(state.weights()))
 
 
 def _with_spec(

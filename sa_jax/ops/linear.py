@@ -65,7 +65,7 @@ def gated_linear(x: jax.Array, gate: jax.Array, up: jax.Array, *, interpret: boo
     in_specs=[pl.BlockSpec((_padded(x), features), lambda i: (0, 0)), weights, weights],
     out_specs=pl.BlockSpec((_padded(x), _BLOCK_OUT), lambda i: (0, i)),
     out_shape=jax.ShapeDtypeStruct((batch, gate.shape[1]), x.dtype),
-    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
     interpret=interpret,
     name="gated_linear",
   )(x, gate, up)

@@ -31,3 +31,12 @@ class Int8:
   def to(self, dtype: jax.typing.DTypeLike) -> jax.Array:
     """The vectors in a float dtype."""
     return (self.data.astype(jnp.float32) * self.scale).astype(dtype)
+
+
+Stored = jax.Array | Int8
+"""Vectors as a cache may hold them, keys or values ``[B, K, S, H]`` for example."""
+
+
+def as_stored(new: jax.Array, cache: Stored) -> Stored:
+  """New vectors in the form of those of a cache that they join."""
+  return Int8.of(new) if isinstance(cache, Int8) else new.astype(cache.dtype)

@@ -1,6 +1,7 @@
 """convert, generate, perplexity, cost and the demo's picture, as a user types them."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 import sa_jax
 from sa_jax.cli import main
-from sa_jax.cli.common import change, quantity
+from sa_jax.cli.common import change, exact_float32, quantity
 from sa_jax.cli.demo import picture
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference" / "llama-gqa-8l"
@@ -81,6 +82,19 @@ def test_float32_means_float32(folder, tmp_path, monkeypatch):
     assert main(["perplexity", str(folder), str(text), "--length", "6", "--dtype", dtype]) == 0
   assert used == {"float32": "highest", "bfloat16": jax.config.jax_default_matmul_precision}
   assert used["bfloat16"] != "highest"
+
+
+def test_float32_products_are_not_tuned_for_minutes(monkeypatch):
+  """XLA's flags as exact float32 leaves them: the user's own, and one more unless it is among them."""
+  ours = "--xla_gpu_enable_triton_gemm=false"
+  for dtype, before, after in (
+    ("bfloat16", "--a=1", "--a=1"),
+    ("float32", "--a=1", f"--a=1 {ours}"),
+    ("float32", "--xla_gpu_enable_triton_gemm=true", "--xla_gpu_enable_triton_gemm=true"),
+  ):
+    monkeypatch.setenv("XLA_FLAGS", before)
+    with exact_float32(dtype):
+      assert os.environ["XLA_FLAGS"] == after
 
 
 def test_convert_and_cost(folder, expected, tmp_path, capsys):

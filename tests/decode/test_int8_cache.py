@@ -28,6 +28,18 @@ def test_rounding_by_numpy():
   np.testing.assert_allclose(np.abs(back).max(axis=-1), np.abs(x).max(axis=-1), rtol=1e-6)
 
 
+def test_weights_and_sums_are_those_of_the_vectors_it_stands_for():
+  """Scales are multiplied into products, whichever head shares which key."""
+  rng = np.random.default_rng(2)
+  q, keys, values = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 6, 8), *[(2, 2, 5, 8)] * 2))
+  keys, values = ops.Int8.of(jnp.asarray(keys)), ops.Int8.of(jnp.asarray(values))
+  positions = jnp.asarray([[0, 1, 4], [2, 3, 4]])
+  weights = ops.decode_weights(q, keys, positions)
+  np.testing.assert_allclose(weights, ops.decode_weights(q, keys.to("float32"), positions), atol=1e-6)
+  expected = np.einsum("bnts,bnsh->btnh", weights, np.repeat(values.to("float32"), 3, axis=1))
+  np.testing.assert_allclose(ops.decode_apply(weights, values), expected, atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def model():
   return tiny.model("0:1,2:3", num_layers=4)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sa_jax import Transformer
 from sa_jax.sharding import abstract_params
@@ -45,8 +46,9 @@ def test_an_unrolled_loop_and_its_remainder_are_the_loop():
   jax.tree.map(close, gradient("dots"), gradient("none"))
 
 
-def test_weights_are_not_kept_for_every_group():
-  weights = small().config.num_heads * LENGTH**2 * 4
+@pytest.mark.parametrize("state", ["query_key", "attention_weights"])
+def test_of_each_block_its_input_is_kept_and_of_no_group_the_state(state):
   plan = lambda groups: ",".join(f"{2 * group}:{2 * group + 1}" for group in range(groups))
-  few, many = (temporaries(small(plan(n), num_layers=2 * n, attention_state="attention_weights")) for n in (2, 8))
-  assert many - few < 6 * weights / 2
+  few, many = (temporaries(small(plan(n), num_layers=2 * n, attention_state=state)) for n in (4, 8))
+  block_input = LENGTH * small().config.embed_dim * 4
+  assert many - few == 4 * 2 * block_input

@@ -38,6 +38,22 @@ def test_flash_decode_equals_its_parts(heads, kv_heads):
       np.testing.assert_allclose(out[row, head], weights @ v / weights.sum(), atol=2e-6)
 
 
+def test_flash_decode_of_an_int8_cache_is_that_of_the_vectors_it_stands_for():
+  """Over two splits, and a new token that is rounded as it is stored."""
+  slots, head_dim, positions = 256, 32, jnp.asarray([5, 200], jnp.int32)
+  q, key, value, keys, values = arrays(5, (2, 4, head_dim), *[(2, 2, head_dim)] * 2, *[(2, 2, slots, head_dim)] * 2)
+  stored = ops.Int8.of(keys), ops.Int8.of(values * 3)
+  out, *written = flash_decode.attend(q, key, value, *stored, positions, scale=0.2, interpret=True)
+  expected = [ops.write_slot(each, new, positions) for each, new in zip(stored, (key, value), strict=True)]
+  jax.tree.map(np.testing.assert_array_equal, written, expected)
+  k, v = (np.asarray(each.data, np.float64) * np.asarray(each.scale, np.float64) for each in expected)
+  for row, position in enumerate(positions.tolist()):
+    for head in range(4):
+      scores = 0.2 * k[row, head // 2, : position + 1] @ np.asarray(q[row, head], np.float64)
+      weights = np.exp(scores - scores.max())
+      np.testing.assert_allclose(out[row, head], weights @ v[row, head // 2, : position + 1] / weights.sum(), atol=5e-6)
+
+
 def test_flash_decode_reads_nothing_past_the_end():
   """Slots after a row's token may hold anything, NaN included, where no block before it holds them too."""
   keys, values = (jnp.full((1, 1, 128, 16), jnp.nan).at[:, :, :64].set(1.0) for _ in range(2))
@@ -79,10 +95,11 @@ def test_kernels_are_not_for_this_device():
   assert not ops.has_linear_kernels(x.astype(jnp.bfloat16), jnp.zeros((64, 64), jnp.bfloat16))
 
 
-def test_a_model_that_decodes_with_the_kernels_is_the_same_model(monkeypatch):
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_a_model_that_decodes_with_the_kernels_is_the_same_model(monkeypatch, cache_dtype):
   """A step against a cache, with all kernels interpreted: an anchor alone, and an anchor with a follower."""
   shapes = dict(embed_dim=64, num_heads=2, num_kv_heads=1, head_dim=64, mlp_dim=64)
-  model = tiny.model("1:2", num_layers=3, max_length=64, **shapes)
+  model = tiny.model("1:2", num_layers=3, max_length=64, cache_dtype=cache_dtype, **shapes)
   params = jax.tree.map(jnp.asarray, tiny.params(model))
   tokens = tiny.tokens(2, 10)
   _, cache = model.apply({"params": params}, tokens, jnp.asarray([10, 7]), method="prefill")

@@ -4,7 +4,7 @@
 `apply_weights` are its two halves. Handing `attend` an anchor's q and k and a follower's v *is* Shared Attention.
 """
 
-from sa_jax.ops.attention.decode import Stored, decode_apply, decode_attend, decode_weights, write_slot
+from sa_jax.ops.attention.decode import decode_apply, decode_attend, decode_weights, write_slot
 from sa_jax.ops.attention.dispatch import Rows, attend, backends, choose_backend
 from sa_jax.ops.attention.reference import apply_weights, attention_weights
 from sa_jax.ops.attention.spec import AttentionSpec
@@ -12,7 +12,6 @@ from sa_jax.ops.attention.spec import AttentionSpec
 __all__ = [
   "AttentionSpec",
   "Rows",
-  "Stored",
   "apply_weights",
   "attend",
   "attention_weights",

@@ -7,10 +7,7 @@ from sa_jax.ops.attention import flash_decode
 from sa_jax.ops.attention.reference import apply_weights, attention_weights
 from sa_jax.ops.attention.spec import AttentionSpec
 from sa_jax.ops.kernels import has_gpu_kernels
-from sa_jax.ops.quantize import Int8
-
-Stored = jax.Array | Int8
-"""Keys or values in a cache ``[B, K, S, H]``."""
+from sa_jax.ops.quantize import Int8, Stored, as_stored
 
 
 def write_slot(cache: Stored, new: jax.Array, slots: jax.Array) -> Stored:
@@ -24,14 +21,20 @@ def write_slot(cache: Stored, new: jax.Array, slots: jax.Array) -> Stored:
   rows = jnp.arange(slots.shape[0]).reshape((-1,) + (1,) * (slots.ndim - 1))
 
   def write(cache: jax.Array, new: jax.Array) -> jax.Array:
-    return cache.at[rows, :, slots].set(new.astype(cache.dtype), mode="drop", unique_indices=True)
+    return cache.at[rows, :, slots].set(new, mode="drop", unique_indices=True)
 
-  return jax.tree.map(write, cache, Int8.of(new) if isinstance(cache, Int8) else new)
+  return jax.tree.map(write, cache, as_stored(new, cache))
 
 
-def _read(stored: Stored, dtype: jax.typing.DTypeLike) -> jax.Array:
-  """The cache as attention takes it, ``[B, S, K, H]``."""
-  return jnp.swapaxes(stored.to(dtype) if isinstance(stored, Int8) else stored, 1, 2)
+def _read(stored: Stored, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array | None]:
+  """The cache as attention takes it, ``[B, S, K, H]``, and what remains to be multiplied in, ``[B, K, S]``.
+
+  A scale can be multiplied into an int8 vector's product instead of into its elements: then the cache that a product
+  reads is int8, and no copy of it is made in another dtype.
+  """
+  if isinstance(stored, Int8):
+    return jnp.swapaxes(stored.data, 1, 2).astype(dtype), stored.scale[..., 0]
+  return jnp.swapaxes(stored, 1, 2), None
 
 
 def decode_weights(
@@ -48,12 +51,17 @@ def decode_weights(
   Returns:
     ``[B, N, T, S]`` in q's dtype.
   """
-  return attention_weights(q, _read(keys, q.dtype), positions=positions, spec=spec)
+  data, scale = _read(keys, q.dtype)
+  return attention_weights(q, data, positions=positions, spec=spec, key_scale=scale)
 
 
 def decode_apply(weights: jax.Array, values: Stored) -> jax.Array:
   """Weighted sums of cached values: weights ``[B, N, T, S]``, values ``[B, K, S, H]`` → ``[B, T, N, H]``."""
-  return apply_weights(weights, _read(values, weights.dtype))
+  data, scale = _read(values, weights.dtype)
+  if scale is not None:
+    scale = jnp.repeat(scale, weights.shape[1] // scale.shape[1], axis=1)  # from key heads to heads
+    weights = (weights * scale[:, :, None]).astype(weights.dtype)
+  return apply_weights(weights, data)
 
 
 def decode_attend(
@@ -68,8 +76,8 @@ def decode_attend(
 ) -> tuple[jax.Array, Stored, Stored]:
   """Attention of one new token a row over the cache that it joins, without handing out the weights.
 
-  On NVIDIA GPUs in half precision, cache included, it is one kernel that reads no slot past a row's end (on a mesh,
-  only under `jax.shard_map`); elsewhere `write_slot`, `decode_weights` and `decode_apply`.
+  On NVIDIA GPUs in half precision it is one kernel that reads no slot past a row's end (on a mesh, only under
+  `jax.shard_map`); elsewhere `write_slot`, `decode_weights` and `decode_apply`.
 
   Args:
     q: ``[B, N, H]``.
@@ -83,7 +91,7 @@ def decode_attend(
   Returns:
     ``[B, N, H]``, and the cache with the new keys and values.
   """
-  if not isinstance(keys, Int8) and not isinstance(values, Int8) and _has_kernel(q, keys, spec):
+  if _has_kernel(q, keys, spec):
     scale = spec.scale_for(q.shape[-1])
     return flash_decode.attend(q, new_key, new_value, keys, values, positions, scale=scale)
   keys, values = write_slot(keys, new_key, positions), write_slot(values, new_value, positions)
@@ -91,13 +99,14 @@ def decode_attend(
   return decode_apply(weights, values)[:, 0], keys, values
 
 
-def _has_kernel(q: jax.Array, keys: jax.Array, spec: AttentionSpec) -> bool:
+def _has_kernel(q: jax.Array, keys: Stored, spec: AttentionSpec) -> bool:
+  data = keys.data if isinstance(keys, Int8) else keys
   return (
-    has_gpu_kernels(keys)
+    has_gpu_kernels(data)
     and q.dtype in (jnp.bfloat16, jnp.float16)
-    and q.dtype == keys.dtype
+    and data.dtype in (q.dtype, jnp.int8)
     and spec.window is None
     and spec.softcap is None
     and q.shape[-1] in (64, 128)
-    and keys.shape[2] % flash_decode.BLOCK == 0
+    and data.shape[2] % flash_decode.BLOCK == 0
   )

@@ -49,6 +49,7 @@ def attention_weights(
   lengths: jax.Array | None = None,
   segments: jax.Array | None = None,
   positions: jax.Array | None = None,
+  key_scale: jax.Array | None = None,
   spec: AttentionSpec = AttentionSpec(),
 ) -> jax.Array:
   """Softmaxed causal attention weights, computed in float32 and cast to q's dtype.
@@ -61,6 +62,7 @@ def attention_weights(
     lengths: int32 ``[B]``: keys at or past a row's length are not seen; None when rows are full.
     segments: int32 ``[B, S]``, the document of each key of packed rows; None when a row is one document.
     positions: int32 ``[T]`` or ``[B, T]``, the slot of each query among the keys; 0 to T - 1 when None.
+    key_scale: ``[B, K, S]``, what each key is to be multiplied by; None when keys are as they are.
     spec: window, soft cap and scale.
 
   Returns:
@@ -69,7 +71,10 @@ def attention_weights(
   batch, queries, heads, head_dim = q.shape
   keys, kv_heads = k.shape[1], k.shape[2]
   grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
-  scores = spec.scores(jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32), head_dim)
+  products = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
+  if key_scale is not None:
+    products *= key_scale[:, :, None, None, :]
+  scores = spec.scores(products, head_dim)
   if positions is None:
     positions = jnp.arange(queries)
   pair = None if segments is None else (segments_at(segments, positions), segments)
