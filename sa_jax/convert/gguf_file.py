@@ -115,7 +115,7 @@ class GgufFile:
 
   def save_extras(self, folder: Path) -> None:
     """See `Source.save_extras`."""
-    from sa_jax.convert.tokenizer import from_gguf
+    from sa_jax.convert.gguf_tokenizer import from_gguf
 
     if self.optional("tokenizer.ggml.model") is not None:
       from_gguf(self).save(folder)

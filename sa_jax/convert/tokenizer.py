@@ -6,23 +6,9 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tokenizers
-
-if TYPE_CHECKING:
-  from sa_jax.convert.gguf_file import GgufFile
-
-_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3_SPLIT = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# How a GGUF's `tokenizer.ggml.pre` splits text before byte-level BPE, as llama.cpp defines the names.
-_PRE_TOKENIZERS = {
-  "smollm": (r"\p{N}", _GPT2_SPLIT),
-  "gpt-2": (_GPT2_SPLIT,),
-  "llama-bpe": (_LLAMA3_SPLIT,),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +78,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     ValueError: if there is none, or it is damaged.
   """
   from sa_jax.convert.gguf_file import GgufFile
+  from sa_jax.convert.gguf_tokenizer import from_gguf
   from sa_jax.convert.source import read_json
 
   path = Path(path)
@@ -118,37 +105,3 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if value is not None:
       special.append((name, value["content"] if isinstance(value, dict) else value))
   return Tokenizer(backend, template, tuple(special))
-
-
-def from_gguf(file: GgufFile) -> Tokenizer:
-  """The byte-level BPE tokenizer inside a GGUF file.
-
-  Raises:
-    ValueError: if the file holds another kind of tokenizer.
-  """
-  kind, pre = file.optional("tokenizer.ggml.model"), file.optional("tokenizer.ggml.pre")
-  if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
-    raise ValueError(
-      f"{file.path} holds a tokenizer of kind {kind!r}, {pre!r}, which cannot be rebuilt; supported are 'gpt2' with "
-      f"{', '.join(map(repr, _PRE_TOKENIZERS))}; use the tokenizer.json of the original model instead"
-    )
-  tokens = file.field("tokenizer.ggml.tokens", list)
-  merges = [tuple(merge.split(" ", 1)) for merge in file.field("tokenizer.ggml.merges", list)]
-  vocabulary = {token: index for index, token in enumerate(tokens)}
-  backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
-  splits = [tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in _PRE_TOKENIZERS[pre]]
-  byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-  backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*splits, byte_level])
-  backend.decoder = tokenizers.decoders.ByteLevel()
-  control = [token for token, kind in zip(tokens, file.field("tokenizer.ggml.token_type", list)) if kind == 3]
-  backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in control])
-  special = []
-  for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown")):
-    if (index := file.optional(f"tokenizer.ggml.{key}_token_id")) is not None:
-      special.append((name, tokens[index]))
-  if file.optional("tokenizer.ggml.add_bos_token"):
-    start = dict(special)["bos_token"]
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-      single=f"{start} $A", special_tokens=[(start, vocabulary[start])]
-    )
-  return Tokenizer(backend, file.optional("tokenizer.chat_template"), tuple(special))

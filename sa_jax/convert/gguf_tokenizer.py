@@ -1,0 +1,131 @@
+"""The tokenizers inside GGUF files, as `tokenizers` objects."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+from tokenizers import decoders, normalizers, pre_tokenizers
+
+from sa_jax.convert.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+  from sa_jax.convert.gguf_file import GgufFile
+
+_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3_SPLIT = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# How a GGUF's `tokenizer.ggml.pre` splits text before byte-level BPE, as llama.cpp defines the names.
+_PRE_TOKENIZERS = {
+  "smollm": (r"\p{N}", _GPT2_SPLIT),
+  "gpt-2": (_GPT2_SPLIT,),
+  "llama-bpe": (_LLAMA3_SPLIT,),
+}
+# The values of `tokenizer.ggml.token_type` that matter here. The last two are found in a text whole.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_SPACE = "▁"
+"""How SentencePiece writes a space."""
+
+
+def from_gguf(file: GgufFile) -> Tokenizer:
+  """The tokenizer inside a GGUF file: byte-level BPE (``gpt2``), or SentencePiece's BPE (``llama``).
+
+  Raises:
+    ValueError: if the file holds another kind of tokenizer.
+  """
+  kind, pre = file.optional("tokenizer.ggml.model"), file.optional("tokenizer.ggml.pre")
+  if kind == "llama":
+    backend = _sentencepiece(file)
+  elif kind == "gpt2" and pre in _PRE_TOKENIZERS:
+    backend = _byte_level(file, pre)
+  else:
+    raise ValueError(
+      f"{file.path} holds a tokenizer of kind {kind!r}, {pre!r}, which cannot be rebuilt; supported are 'llama', and "
+      f"'gpt2' with {', '.join(map(repr, _PRE_TOKENIZERS))}; use the tokenizer.json of the original model instead"
+    )
+  tokens, types = _columns(file, "tokens", "token_type")
+  whole = {_CONTROL: True, _USER_DEFINED: False}
+  backend.add_tokens(
+    [
+      tokenizers.AddedToken(token, special=whole[each], normalized=False)
+      for token, each in zip(tokens, types, strict=True)
+      if each in whole
+    ]
+  )
+  names = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+  special = [
+    (name, _token(file, tokens, key))
+    for name, key in names.items()
+    if file.optional(f"tokenizer.ggml.{key}_token_id") is not None
+  ]
+  # llama.cpp starts SentencePiece's texts with the start token unless the file says otherwise.
+  starts = file.optional("tokenizer.ggml.add_bos_token")
+  before = [_token(file, tokens, "bos")] if (kind == "llama" if starts is None else starts) else []
+  after = [_token(file, tokens, "eos")] if file.optional("tokenizer.ggml.add_eos_token") else []
+  if before or after:
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+      single=" ".join([*before, "$A", *after]), special_tokens=[(each, tokens.index(each)) for each in before + after]
+    )
+  return Tokenizer(backend, file.optional("tokenizer.chat_template"), tuple(special))
+
+
+def _token(file: GgufFile, tokens: list[str], role: str) -> str:
+  """The token with a role, such as ``bos``, which metadata names by its number."""
+  name = f"tokenizer.ggml.{role}_token_id"
+  index = file.field(name, int)
+  if not 0 <= index < len(tokens):
+    raise ValueError(f"{file.path}: metadata value {name} is {index}, but there are {len(tokens)} tokens")
+  return tokens[index]
+
+
+def _columns(file: GgufFile, *names: str) -> list[list[Any]]:
+  """Lists with an entry for each token.
+
+  Raises:
+    ValueError: if one is missing, or has another length than the others.
+  """
+  columns = [file.field(f"tokenizer.ggml.{name}", list) for name in names]
+  if len({len(column) for column in columns}) > 1:
+    sizes = ", ".join(f"{len(column)} {name}" for name, column in zip(names, columns, strict=True))
+    raise ValueError(f"{file.path}: the tokenizer's lists should have an entry for each token, not {sizes}")
+  return columns
+
+
+def _byte_level(file: GgufFile, pre: str) -> tokenizers.Tokenizer:
+  """BPE over bytes, as GPT-2's, with the merges that the file names."""
+  vocabulary = {token: index for index, token in enumerate(file.field("tokenizer.ggml.tokens", list))}
+  merges = [tuple(merge.split(" ", 1)) for merge in file.field("tokenizer.ggml.merges", list)]
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
+  splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in _PRE_TOKENIZERS[pre]]
+  byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+  backend.decoder = decoders.ByteLevel()
+  return backend
+
+
+def _sentencepiece(file: GgufFile) -> tokenizers.Tokenizer:
+  """BPE over characters, with bytes for those that are no piece: SentencePiece's, as of Llama 2 and Mistral.
+
+  SentencePiece joins the neighbours whose piece has the highest score (Kudo & Richardson, arXiv 1808.06226), so that
+  merges are all ways to make a piece of two, by the piece's score.
+  """
+  tokens, scores, types = _columns(file, "tokens", "scores", "token_type")
+  vocabulary = {token: index for index, token in enumerate(tokens)}
+  pieces = {token: score for token, score, kind in zip(tokens, scores, types, strict=True) if kind == _NORMAL}
+  merges = [
+    (left, right)
+    for piece in sorted(pieces, key=lambda piece: -pieces[piece])
+    for left, right in ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+    if left in pieces and right in pieces
+  ]
+  unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None)
+  backend = tokenizers.Tokenizer(
+    tokenizers.models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+  )
+  prefix = file.optional("tokenizer.ggml.add_space_prefix") in (None, True)
+  spaces = [normalizers.Prepend(_SPACE)] * prefix + [normalizers.Replace(" ", _SPACE)]
+  backend.normalizer = normalizers.Sequence(spaces)
+  strip = [decoders.Strip(" ", 1, 0)] * prefix
+  backend.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+  return backend

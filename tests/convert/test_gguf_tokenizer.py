@@ -1,0 +1,117 @@
+"""SentencePiece's tokenizers inside GGUF files, against SentencePiece itself."""
+
+import io
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sa_jax
+from tests import tiny
+from tests.convert.test_gguf import write_gguf
+
+TEXT = Path(sa_jax.__file__).with_name("plan.py").read_text(encoding="utf-8")
+FIXED = [
+  "",
+  "a",
+  "  two  spaces\n\nand 1234 lines ",
+  "naïve café — 日本語 🙂",
+  "aaaaaaa ababab",
+  "\tdef f(x):\n  return x",
+]
+
+
+@pytest.fixture(scope="module")
+def spm():
+  """Trained as Llama 2's: BPE, byte fallback, digits apart, nothing normalised, a space before a text."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(TEXT.splitlines()), model_writer=model, model_type="bpe", vocab_size=600, byte_fallback=True,
+    split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+    user_defined_symbols=["[end]"], minloglevel=2,
+  )  # fmt: skip
+  return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def fields(spm, writer, **changes):
+  """What llama.cpp's converter writes of a SentencePiece model."""
+  ids = range(spm.vocab_size())
+  own = spm.piece_to_id("[end]")
+  kind = lambda i: 2 if spm.is_unknown(i) else 3 if spm.is_control(i) else 6 if spm.is_byte(i) else 4 if i == own else 1
+  writer.add_tokenizer_model("llama")
+  writer.add_token_list([spm.id_to_piece(i) for i in ids])
+  writer.add_token_scores(changes.pop("scores", [spm.get_score(i) for i in ids]))
+  writer.add_token_types([kind(i) for i in ids])
+  writer.add_unk_token_id(changes.pop("unknown", spm.unk_id()))
+  for name, value in changes.items():
+    getattr(writer, name)(value)
+
+
+@pytest.fixture(scope="module")
+def write(spm, tmp_path_factory):
+  config = dict(num_layers=1, vocab_size=spm.vocab_size(), norm_eps=1e-5, bos_token_id=1, eos_token_ids=(2,))
+  model = tiny.model("dense", **config)
+  params = tiny.params(model)
+
+  def call(**changes) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    return write_gguf(path, model, params, change=lambda writer: fields(spm, writer, **changes))
+
+  return call
+
+
+@pytest.fixture(scope="module")
+def tokenizer(write):
+  return sa_jax.load_tokenizer(write())
+
+
+@pytest.mark.parametrize("text", [*FIXED, TEXT], ids=range(len(FIXED) + 1))
+def test_tokens_and_text_are_sentencepiece_s(spm, tokenizer, text):
+  assert tokenizer.encode(text) == [spm.bos_id(), *spm.encode(text)]
+  assert tokenizer.decode(spm.encode(text)) == spm.decode(spm.encode(text)) == text
+
+
+# No "<": control tokens in a text are control tokens to us.
+@settings(max_examples=200, deadline=None)
+@given(
+  st.lists(st.sampled_from([*"abcdefin rst_(),.:=\n12é日🙂", "  ", "self", "plan", "[en"]), max_size=40).map("".join)
+)
+def test_any_text(spm, tokenizer, text):
+  assert tokenizer.encode(text, special=False) == spm.encode(text)
+
+
+def test_what_the_file_says_is_put_around_a_text(spm, write):
+  tokenizer = sa_jax.load_tokenizer(write(add_add_bos_token=False, add_add_eos_token=True, add_add_space_prefix=False))
+  assert tokenizer.encode("self") == [spm.piece_to_id("self"), spm.eos_id()]
+  assert tokenizer.decode(tokenizer.encode(" self")) == " self"
+
+
+def test_tokens_that_are_found_whole(spm, tokenizer):
+  assert tokenizer.encode("self[end]") == [spm.bos_id(), *spm.encode("self[end]")]
+  assert tokenizer.encode("self</s>", special=False) == [spm.piece_to_id("▁self"), spm.eos_id()]
+  assert tokenizer.decode(tokenizer.encode("self[end]</s>")) == "self[end]"
+
+
+def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
+  tokenizer.save(tmp_path)
+  assert sa_jax.load_tokenizer(tmp_path).encode(TEXT) == tokenizer.encode(TEXT)
+
+
+def test_a_converted_file_keeps_its_tokenizer(write, tokenizer, tmp_path):
+  sa_jax.convert(write(), tmp_path / "out")
+  assert sa_jax.load_tokenizer(tmp_path / "out").encode(TEXT) == tokenizer.encode(TEXT)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"scores": [0.0, 0.0, 0.0]}, "an entry for each token, not 600 tokens, 3 scores, 600 token_type"),
+    ({"unknown": 600}, "tokenizer.ggml.unknown_token_id is 600, but there are 600 tokens"),
+  ],
+)
+def test_damage(write, changes, message):
+  path = write(**changes)
+  with pytest.raises(ValueError, match=message):
+    sa_jax.load_tokenizer(path)
