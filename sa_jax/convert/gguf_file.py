@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from sa_jax.ops import RopeConfig, rope_frequencies
+
 # How llama.cpp names a Llama's tensors.
 _GGUF_NAMES = {
   "token_embd.weight": "model.embed_tokens.weight",
@@ -26,6 +28,7 @@ _GGUF_BLOCK_NAMES = {
   "ffn_up": "mlp.up_proj",
   "ffn_down": "mlp.down_proj",
 }
+_ROPE_FACTORS = "rope_freqs.weight"
 _GGUF_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
@@ -48,6 +51,8 @@ class GgufFile:
       raise ValueError(f"{path} holds the architecture {architecture!r}; supported in GGUF is: llama")
     self._tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
     self._dequantize: Callable[[Any, Any], np.ndarray] = gguf.quants.dequantize
+    factors = self._tensors.pop(_ROPE_FACTORS, None)
+    self._rope_factors = None if factors is None else self._dequantize(factors.data, factors.tensor_type)
     self.shapes = {key: tuple(int(size) for size in reversed(tensor.shape)) for key, tensor in self._tensors.items()}
     self.config = self._config()
 
@@ -80,6 +85,7 @@ class GgufFile:
       )
     if (scaling := self.optional("llama.rope.scaling.type")) not in (None, "none"):
       raise ValueError(f"{self.path}: rope scaling {scaling!r} in a GGUF file is not implemented")
+    theta = float(self.field("llama.rope.freq_base", float, 10_000.0))
     return {
       "architectures": ["LlamaForCausalLM"],
       "model_type": "llama",
@@ -93,7 +99,8 @@ class GgufFile:
       "max_position_embeddings": self.field("llama.context_length", int),
       # Stored as float32: the shortest decimal that rounds to it is the value that was meant.
       "rms_norm_eps": float(str(np.float32(self.field("llama.attention.layer_norm_rms_epsilon", float)))),
-      "rope_theta": float(self.field("llama.rope.freq_base", float, 10_000.0)),
+      "rope_theta": theta,
+      "rope_scaling": self._rope_scaling(theta, head_dim),
       "tie_word_embeddings": "lm_head.weight" not in self._tensors,
       "hidden_act": "silu",
       "bos_token_id": self.optional("tokenizer.ggml.bos_token_id"),
@@ -101,6 +108,19 @@ class GgufFile:
       "pad_token_id": self.optional("tokenizer.ggml.padding_token_id"),
       "dtype": "float32",
     }
+
+  def _rope_scaling(self, theta: float, head_dim: int) -> dict[str, Any] | None:
+    """Llama 3.1's scaling, of which llama.cpp stores what it divides each frequency by."""
+    if self._rope_factors is None:
+      return None
+    # Of all Llama 3 models; only the factor differs among them.
+    factor, low, high, length = float(self._rope_factors.max()), 1.0, 4.0, 8192
+    scaled = RopeConfig(theta, "llama3", factor, low_freq_factor=low, high_freq_factor=high, original_max_length=length)
+    divided = np.asarray(rope_frequencies(RopeConfig(theta), head_dim) / rope_frequencies(scaled, head_dim))
+    if self._rope_factors.shape != divided.shape or not np.allclose(self._rope_factors, divided, rtol=1e-4):
+      raise ValueError(f"{self.path}: rotary frequencies are divided by {_ROPE_FACTORS}, which are not Llama 3's")
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return {"rope_type": "llama3"} | dict(zip(names, (factor, low, high, length), strict=True))
 
   def read(self, key: str) -> np.ndarray:
     """See `Source.read`."""

@@ -9,6 +9,7 @@ import pytest
 
 import sa_jax
 from sa_jax import SharingPlan
+from sa_jax.ops import RopeConfig
 from tests import tiny
 from tests.tiny import assert_trees_equal
 
@@ -96,6 +97,30 @@ def test_float32_is_exact(tmp_path, tied):
   assert_trees_equal(found, params)
   folder = tiny.write_hf(tmp_path / "hf", model, params)
   assert_trees_equal(found, sa_jax.from_pretrained(folder, layout="layers")[1])
+
+
+def rope_factors(head_dim: int, theta: float, factor: float) -> np.ndarray:
+  """What llama.cpp's converter writes for Llama 3.1, a frequency at a time."""
+  out = []
+  for plane in range(head_dim // 2):
+    wavelength = 2 * np.pi * theta ** (2 * plane / head_dim)
+    smooth = min(max((8192 / wavelength - 1) / 3, 0), 1)
+    out.append(1 / ((1 - smooth) / factor + smooth))
+  return np.array(out, np.float32)
+
+
+def test_llama_3_1_s_rotary_frequencies(tmp_path):
+  rope = RopeConfig(500_000.0, "llama3", 32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=8192)
+  model = tiny.model(**SMALL | {"head_dim": 64, "rope": rope}, eos_token_ids=(2,))
+  params, factors = tiny.params(model), rope_factors(64, 500_000.0, 32.0)
+  assert 1 < sum(1 < each < 32 for each in factors) < 30
+  path = write_gguf(tmp_path / "model.gguf", model, params, change=lambda w: w.add_tensor("rope_freqs.weight", factors))
+  opened, found = sa_jax.from_pretrained(path, layout="layers")
+  assert opened == model
+  assert_trees_equal(found, params)
+  other = lambda writer: writer.add_tensor("rope_freqs.weight", factors**0.9)
+  with pytest.raises(ValueError, match="divided by rope_freqs.weight, which are not Llama 3's"):
+    sa_jax.from_pretrained(write_gguf(tmp_path / "other.gguf", model, params, change=other))
 
 
 # Relative to the largest value of a block: rounding; half of one of 127 steps; half of one of 15 steps between its
