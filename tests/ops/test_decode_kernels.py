@@ -89,6 +89,45 @@ def test_linears_are_products_of_any_widths(batch):
     np.testing.assert_allclose(y, np.asarray(x, np.float64) @ np.asarray(weight, np.float64), rtol=1e-4, atol=2e-4)
 
 
+def half(seed: int, *shapes: tuple[int, ...]) -> list[jax.Array]:
+  return [x.astype(jnp.bfloat16) for x in arrays(seed, *shapes)]
+
+
+def close(found: jax.Array, expected: jax.Array, atol: float) -> None:
+  np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), rtol=0.01, atol=atol)
+
+
+class TestOnTheDevice:
+  """In half precision, as a model calls the kernels: compiled where there is a GPU, against plain JAX there."""
+
+  interpret = jax.default_backend() == "cpu"
+
+  @pytest.mark.parametrize("int8", [False, True])
+  @pytest.mark.parametrize(("kv_heads", "head_dim"), [(8, 64), (2, 128)])
+  def test_flash_decode(self, kv_heads, head_dim, int8):
+    positions = jnp.asarray([3, 300], jnp.int32)
+    token, cached = (2, kv_heads, head_dim), (2, kv_heads, 512, head_dim)
+    q, key, value, keys, values = half(6, (2, 8, head_dim), token, token, cached, cached)
+    if int8:
+      keys, values = ops.Int8.of(keys), ops.Int8.of(values)
+    out, *written = flash_decode.attend(q, key, value, keys, values, positions, scale=0.1, interpret=self.interpret)
+    expected = [ops.write_slot(each, new, positions) for each, new in ((keys, key), (values, value))]
+    jax.tree.map(np.testing.assert_array_equal, written, expected)
+    weights = ops.decode_weights(q[:, None], expected[0], positions[:, None], spec=ops.AttentionSpec(scale=0.1))
+    close(out, ops.decode_apply(weights, expected[1])[:, 0], 0.01)
+
+  def test_products(self):
+    x, gate, up = half(7, (5, 128), (128, 192), (128, 192))
+    x *= jnp.asarray(0.1, x.dtype)
+    x32, gate32, up32 = (each.astype(jnp.float32) for each in (x, gate, up))
+    with jax.default_matmul_precision("highest"):
+      product, other = x32 @ gate32, x32 @ up32
+    found = ops.linears(x, [gate, up], interpret=self.interpret)
+    close(found[0], product, 0.01)
+    close(found[1], other, 0.01)
+    close(ops.gated_linear(x, gate, up, interpret=self.interpret), jax.nn.silu(product) * other, 0.01)
+
+
 def test_kernels_are_not_for_this_device():
   """On the CPU decoding takes the plain path: float32, and no interpreter."""
   (x,) = arrays(3, (1, 64))

@@ -60,7 +60,7 @@ def decode_apply(weights: jax.Array, values: Stored) -> jax.Array:
   data, scale = _read(values, weights.dtype)
   if scale is not None:
     scale = jnp.repeat(scale, weights.shape[1] // scale.shape[1], axis=1)  # from key heads to heads
-    weights = (weights * scale[:, :, None]).astype(weights.dtype)
+    weights = (weights.astype(scale.dtype) * scale[:, :, None]).astype(weights.dtype)
   return apply_weights(weights, data)
 
 
