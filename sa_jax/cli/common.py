@@ -70,8 +70,8 @@ def exact_float32(dtype: str = "float32") -> Iterator[None]:
   if dtype != "float32":
     yield
     return
-  # For a product of float32 XLA compiles dozens of Triton kernels to find the fastest: minutes, for a search that then
-  # runs many small programs for seconds. Heeded only while JAX has not begun; what the user has set stands.
+  # With XLA's Triton products `share` was unfinished on a GPU after 170 s; without, it takes 46 (BUILD.md). Heeded only
+  # while JAX has not begun; what the user has set stands.
   flags, flag = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_enable_triton_gemm"
   if flag not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} {flag}=false".strip()

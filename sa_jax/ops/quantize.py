@@ -28,10 +28,6 @@ class Int8:
     scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127.0
     return cls(jnp.round(x / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8), scale)
 
-  def to(self, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The vectors in a float dtype."""
-    return (self.data.astype(jnp.float32) * self.scale).astype(dtype)
-
 
 Stored = jax.Array | Int8
 """Vectors as a cache may hold them, keys or values ``[B, K, S, H]`` for example."""

@@ -31,7 +31,8 @@ def test_decoding_over_heads(cache_dtype, tolerance):
   np.testing.assert_array_equal(tokens, expected)
   assert (np.asarray(tokens) >= 0).all()
   is_int8 = lambda x: isinstance(x, ops.Int8)
-  read = lambda cache: jax.tree.map(lambda x: x.to("float32") if is_int8(x) else x, cache.layers, is_leaf=is_int8)
+  vectors = lambda x: x.data.astype("float32") * x.scale if is_int8(x) else x
+  read = lambda cache: jax.tree.map(vectors, cache.layers, is_leaf=is_int8)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), read(cache), read(expected_cache))
   for leaf in jax.tree.leaves(cache):
     assert leaf.addressable_shards[0].data.shape[1] == 1

@@ -39,7 +39,7 @@ def test_flash_decode_equals_its_parts(heads, kv_heads):
 
 
 def test_flash_decode_of_an_int8_cache_is_that_of_the_vectors_it_stands_for():
-  """Over two splits, and a new token that is rounded as it is stored."""
+  """Over several splits, and a new token that is rounded as it is stored."""
   slots, head_dim, positions = 256, 32, jnp.asarray([5, 200], jnp.int32)
   q, key, value, keys, values = arrays(5, (2, 4, head_dim), *[(2, 2, head_dim)] * 2, *[(2, 2, slots, head_dim)] * 2)
   stored = ops.Int8.of(keys), ops.Int8.of(values * 3)
