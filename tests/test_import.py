@@ -29,6 +29,22 @@ def test_importing_loads_nothing_heavy():
   assert not loaded & set(HEAVY)
 
 
+def test_without_pallas_triton_there_are_no_gpu_kernels_and_everything_else():
+  program = """if True:
+    import sys
+    sys.modules["jax.experimental.pallas.triton"] = None
+    import jax, sa_jax
+    from sa_jax.ops import kernels
+    kernels.platform = lambda: "gpu"
+    q = jax.ShapeDtypeStruct((1, 2048, 2, 64), "bfloat16")
+    print(kernels.has_gpu_kernels(q), sa_jax.ops.choose_backend("auto", q, q, rows=sa_jax.ops.Rows(packed=True)))
+    sa_jax.ops.choose_backend("flash", q, q)
+  """
+  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+  assert done.stdout.split() == ["False", "blockwise"]
+  assert "it is written in Pallas Triton, which this version of JAX does not have" in done.stderr
+
+
 def test_public_names_exist():
   assert len(set(sa_jax.__all__)) == len(sa_jax.__all__)
   for module in (sa_jax, sa_jax.nn, sa_jax.ops):

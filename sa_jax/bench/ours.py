@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from sa_jax import ops
 from sa_jax.bench.measure import Timing, copy_bandwidth, device_name, matrix_rate, timed, training_rate
-from sa_jax.bench.task import Result, Task
+from sa_jax.bench.task import STEPS, Result, Task
 from sa_jax.config import ModelConfig
 from sa_jax.cost import cost
 from sa_jax.decode import Batcher, DecodeState, Sampler
@@ -38,8 +38,6 @@ from sa_jax.train import (
   next_token,
   state_shardings,
 )
-
-_STEPS = 32
 
 
 def config_of(task: Task) -> ModelConfig:
@@ -82,7 +80,7 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
 
 
 def decode(task: Task) -> Result:
-  """One decode step of full rows: `_STEPS` steps on device in one call, the last of which fills the cache."""
+  """One decode step: `STEPS` steps on device in one call, after the last of which the task's slots are filled."""
   config = config_of(task)
   plan = SharingPlan.parse(task.plan, config.num_layers)
   model = Transformer(config, plan)
@@ -90,27 +88,27 @@ def decode(task: Task) -> Result:
   shardings = None if mesh is None else param_shardings(model, mesh, layout="layers")
   ceiling = copy_bandwidth(mesh=mesh)
   params = random_tree(abstract_params(model, layout="layers"), shardings)
-  start = task.seq_len - _STEPS
+  start = task.tokens - STEPS
   state = DecodeState.empty(model, task.batch, task.seq_len, mesh)
   # The state comes back as it was given, or the next call would compile again.
   same = None if mesh is None else (jax.tree.map(lambda leaf: leaf.sharding, state), None)
-  steps = jax.jit(functools.partial(decode_steps, model, Sampler(), _STEPS), donate_argnums=1, out_shardings=same)
+  steps = jax.jit(functools.partial(decode_steps, model, Sampler(), STEPS), donate_argnums=1, out_shardings=same)
 
   def call() -> jax.Array:
     nonlocal state
     fresh = dataclasses.replace(
       state,
       positions=jnp.full(task.batch, start, jnp.int32),
-      remaining=jnp.full(task.batch, _STEPS + 1, jnp.int32),
+      remaining=jnp.full(task.batch, STEPS + 1, jnp.int32),
       done=jnp.zeros(task.batch, bool),
     )
     state, out = steps(params, fresh)
     return out
 
   with contextlib.nullcontext() if mesh is None else on_mesh(mesh):
-    timing = timed(call, task.repeats).scaled(1 / _STEPS)
-  # What the steps read on average: the cache grows from `start + 1` to `seq_len` tokens.
-  work = cost(config, plan, task.batch, task.seq_len - (_STEPS - 1) // 2).decode_bytes
+    timing = timed(call, task.repeats).scaled(1 / STEPS)
+  # What the steps read on average: the cache grows from `start + 1` tokens on.
+  work = cost(config, plan, task.batch, task.tokens - (STEPS - 1) // 2).decode_bytes
   detail = f"cache {state.cache.nbytes / 1e9:.2f} GB{_split(task)}"
   return Result(task, *timing, work, ceiling, device_name(mesh), detail=detail)
 

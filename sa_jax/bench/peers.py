@@ -9,12 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from sa_jax.bench.measure import Timing, training_rate
-from sa_jax.bench.task import Result, Task
+from sa_jax.bench.task import STEPS, Result, Task
 from sa_jax.config import ModelConfig
 from sa_jax.convert import hf_config
 from sa_jax.cost import cost
-
-_STEPS = 32
 
 
 def _build(task: Task, head: bool, dtype: str = "bfloat16") -> tuple[Any, ModelConfig]:
@@ -73,7 +71,7 @@ def decode(task: Task) -> Result:
     token = model(prompt, use_cache=True, **{name: cache}).logits[:, -1:].argmax(-1)
     if task.who == "hf-compiled":
       step = torch.compile(step, mode="reduce-overhead", dynamic=False)
-    positions = [torch.full((task.batch, 1), 16 + index, device="cuda") for index in range(_STEPS)]
+    positions = [torch.full((task.batch, 1), 16 + index, device="cuda") for index in range(STEPS)]
 
     def call() -> None:
       nonlocal token
@@ -82,9 +80,9 @@ def decode(task: Task) -> Result:
         token = step(token, position).clone()
 
     # The attention reads all slots of a static cache, whatever the position, so a short run stands for a long one.
-    calls = min(task.repeats, (task.seq_len - 16) // _STEPS - 4)
-    timing = _timed(call, calls).scaled(1 / _STEPS)
-  work = cost(config, None, task.batch, task.seq_len).decode_bytes
+    calls = min(task.repeats, (task.seq_len - 16) // STEPS - 4)
+    timing = _timed(call, calls).scaled(1 / STEPS)
+  work = cost(config, None, task.batch, task.tokens).decode_bytes
   return Result(
     task, *timing, work, 0.0, torch.cuda.get_device_name(), detail=f"transformers {transformers.__version__}"
   )

@@ -14,6 +14,9 @@ from sa_jax.sharding import MESH_AXES
 Kind = Literal["decode", "prefill", "train", "step", "batching"]
 Who = Literal["sa_jax", "hf-compiled", "hf-eager"]
 
+STEPS = 32
+"""Decode steps of one timed call."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -27,6 +30,7 @@ class Task:
     plan: a plan string.
     batch: rows, or slots.
     seq_len: tokens a row: cache slots in decode.
+    filled: decode: how many of the slots have tokens at the end; all when None.
     layers: depth; the preset's when None.
     who: whose code: ours, or transformers' on torch, compiled or not.
     attention_state: as in `ModelConfig`.
@@ -41,7 +45,8 @@ class Task:
     sequence: step: over which the tokens of a row are split.
 
   Raises:
-    ValueError: if the kind or who runs it knows no such mesh, or rows or tokens do not divide over it.
+    ValueError: if the kind or who runs it knows no such mesh, or rows or tokens do not divide over it; if more slots
+      are filled than there are, fewer than a call has steps, or the kind has none.
   """
 
   kind: Kind
@@ -49,6 +54,7 @@ class Task:
   plan: str = "dense"
   batch: int = 1
   seq_len: int = 1024
+  filled: int | None = None
   layers: int | None = None
   who: Who = "sa_jax"
   attention_state: AttentionState = "query_key"
@@ -73,8 +79,17 @@ class Task:
       wrong.append(f"batch {self.batch} (a multiple of data × fsdp = {self.data * self.fsdp} is needed)")
     if not wrong and self.seq_len % self.sequence:
       wrong.append(f"seq_len {self.seq_len} (a multiple of sequence = {self.sequence} is needed)")
+    if self.kind == "decode" and not STEPS <= self.tokens <= self.seq_len:
+      wrong.append(f"{self.tokens} filled slots of {self.seq_len} (from {STEPS}, the steps of a call, to all)")
+    if self.kind != "decode" and self.filled is not None:
+      wrong.append(f"filled ({self.kind} has no slots to leave empty: it is for decode)")
     if wrong:
       raise ValueError("bench: " + "; ".join(wrong))
+
+  @property
+  def tokens(self) -> int:
+    """Tokens a row."""
+    return self.seq_len if self.filled is None else self.filled
 
   @property
   def mesh(self) -> dict[str, int]:

@@ -32,6 +32,8 @@ class Bench:
   """Rows; in batching, slots."""
   seq_len: tuple[int, ...] = (1024,)
   """Tokens a row, one or more; in decode and batching, cache slots."""
+  filled: int | None = None
+  """decode: how many of the slots have tokens at the end; all when None."""
   layers: int | None = None
   """Depth; the preset's when None."""
   attention_state: tuple[Literal["query_key", "attention_weights"], ...] = ("query_key",)
@@ -64,6 +66,8 @@ class Bench:
   def run(self) -> None:
     """Measures each combination in a process of its own, and prints a table."""
     tasks = self._tasks()
+    if self.plot is not None and self.filled is not None:
+      raise ValueError("--plot draws against --seq-len, of caches that are full: leave out --filled")
     results = []
     with progress(f"measuring {self.task}") as report:
       for index, task in enumerate(tasks):
@@ -88,6 +92,8 @@ class Bench:
       self.task,
       self.model,
       batch=self.batch,
+      seq_len=max(self.seq_len),
+      filled=self.filled,
       layers=self.layers,
       remat=self.remat,
       cache_dtype=self.cache_dtype,
@@ -121,7 +127,7 @@ def _row(result: Result) -> list[str]:
   return [
     name,
     str(task.batch),
-    str(task.seq_len),
+    str(task.seq_len) if task.filled is None else f"{task.filled} of {task.seq_len}",
     f"{result.seconds * 1e3:.2f}",
     f"{result.low * 1e3:.2f}–{result.high * 1e3:.2f}",
     quantity(result.work, work),

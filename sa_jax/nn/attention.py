@@ -22,6 +22,10 @@ from sa_jax.nn.norm import RMSNorm
 from sa_jax.nn.split import on_each_device, split_for_attention
 from sa_jax.nn.state import AttentionWeights, Local, QueryKey, State, make_state
 
+# The logical axes of new tokens' queries, their keys or values, their weights, and of the cache that they join.
+_QUERIES, _KEYS = (("batch", None, heads, "head_dim") for heads in ("heads", "kv_heads"))
+_WEIGHTS, _CACHED = ("batch", "heads", None, None), ("batch", "kv_heads", None, "head_dim")
+
 
 class _KernelAxes(nn.LogicallyPartitioned):
   """The logical axes of a kernel.
@@ -210,8 +214,14 @@ class AnchorAttention(_Attention):
     return (self.q_proj(x), self.k_proj(x), self.values(x)) if made is None else tuple(y[:, None] for y in made)
 
   def extend(
-    self, x: jax.Array, cache: LayerCache, positions: jax.Array, lengths: jax.Array, local: bool = False
-  ) -> tuple[jax.Array, AttentionWeights, LayerCache]:
+    self,
+    x: jax.Array,
+    cache: LayerCache,
+    positions: jax.Array,
+    lengths: jax.Array,
+    local: bool = False,
+    followed: bool = True,
+  ) -> tuple[jax.Array, AttentionWeights | None, LayerCache]:
     """Attention of new tokens over the cache that they join.
 
     Args:
@@ -220,37 +230,22 @@ class AnchorAttention(_Attention):
       positions: int32 ``[B, T]``, the slot of each token, which is also its position.
       lengths: int32 ``[B]``, tokens of each row, the new ones included.
       local: whether this is one of the config's ``local_layers``.
+      followed: whether followers need the weights; without, a fused kernel may keep them.
 
     Returns:
-      ``y [B, T, D]``, the weights for the followers, and the cache.
+      ``y [B, T, D]``; the weights for the followers, or None; and the cache.
     """
     assert cache.keys is not None, "an anchor's cache has keys"
     q, k, v = self.new_token(x) if x.shape[1] == 1 else (self.q_proj(x), self.k_proj(x), self.values(x))
     q, k = self.encoded(q, k, positions, lengths, local)
-    keys = ops.write_slot(cache.keys, k, positions)
-    values = ops.write_slot(cache.values, v, positions)
-    state = AttentionWeights(ops.decode_weights(q, keys, positions, spec=self.config.spec(local)))
-    return self.output(ops.decode_apply(state.probs, values)), state, LayerCache(values, keys)
-
-  def step_alone(
-    self, x: jax.Array, cache: LayerCache, positions: jax.Array, local: bool = False
-  ) -> tuple[jax.Array, LayerCache]:
-    """`extend` by one token a row, at int32 ``positions [B]``, of an anchor that no layer follows.
-
-    Nobody needs its weights, so a fused kernel may keep them.
-    """
-    assert cache.keys is not None, "an anchor's cache has keys"
-    q, k, v = self.new_token(x)
-    q, k = self.encoded(q, k, positions[:, None], positions + 1, local)
-    queries, new = ("batch", "heads", "head_dim"), ("batch", "kv_heads", "head_dim")
-    cached = ("batch", "kv_heads", None, "head_dim")
     attend = on_each_device(
-      functools.partial(ops.decode_attend, spec=self.config.spec(local)),
-      (queries, new, new, cached, cached, ("batch",)),
-      (queries, cached, cached),
+      functools.partial(ops.decode_attend, spec=self.config.spec(local), with_weights=followed),
+      (_QUERIES, _KEYS, _KEYS, _CACHED, _CACHED, ("batch", None)),
+      (_QUERIES, _WEIGHTS, _CACHED, _CACHED),
     )
-    heads, keys, values = attend(q[:, 0], k[:, 0], v[:, 0], cache.keys, cache.values, positions)
-    return self.output(heads[:, None]), LayerCache(values, keys)
+    heads, weights, keys, values = attend(q, k, v, cache.keys, cache.values, positions)
+    state = None if weights is None else AttentionWeights(weights)
+    return self.output(heads), state, LayerCache(values, keys)
 
 
 class FollowerAttention(_Attention):
@@ -277,8 +272,9 @@ class FollowerAttention(_Attention):
     self, x: jax.Array, state: AttentionWeights, cache: LayerCache, positions: jax.Array
   ) -> tuple[jax.Array, LayerCache]:
     """Attention of new tokens with the anchor's weights; shapes as in `AnchorAttention.extend`."""
-    values = ops.write_slot(cache.values, self.values(x), positions)
-    return self.output(ops.decode_apply(state.probs, values)), LayerCache(values)
+    follow = on_each_device(ops.decode_follow, (_WEIGHTS, _KEYS, _CACHED, ("batch", None)), (_QUERIES, _CACHED))
+    heads, values = follow(state.probs, self.values(x), cache.values, positions)
+    return self.output(heads), LayerCache(values)
 
 
 class MixedAttention(AnchorAttention):

@@ -130,16 +130,17 @@ class AnchorBlock(Block):
     return self.around(x, lambda h: self.attention.prefill(h, lengths, local, segments))
 
   def extend(
-    self, x: jax.Array, cache: LayerCache, positions: jax.Array, lengths: jax.Array, local: bool = False
-  ) -> tuple[jax.Array, AttentionWeights, LayerCache]:
+    self,
+    x: jax.Array,
+    cache: LayerCache,
+    positions: jax.Array,
+    lengths: jax.Array,
+    local: bool = False,
+    followed: bool = True,
+  ) -> tuple[jax.Array, AttentionWeights | None, LayerCache]:
     """New tokens, ``[B, T, D]``, against the cache."""
-    return self.around(x, lambda h: self.attention.extend(h, cache, positions, lengths, local), cached=True)
-
-  def step_alone(
-    self, x: jax.Array, cache: LayerCache, positions: jax.Array, local: bool = False
-  ) -> tuple[jax.Array, LayerCache]:
-    """`extend` by one token a row of an anchor that no layer follows."""
-    return self.around(x, lambda h: self.attention.step_alone(h, cache, positions, local), cached=True)
+    attention = lambda h: self.attention.extend(h, cache, positions, lengths, local, followed)
+    return self.around(x, attention, cached=True)
 
 
 class FollowerBlock(Block):

@@ -203,10 +203,7 @@ class Layers(nn.Module):
     caches = list(cache.layers)
     for anchor, followers in self.plan.groups:
       block, local = self.blocks[anchor], anchor in self.config.local_layers
-      if not followers and x.shape[1] == 1:
-        x, caches[anchor] = block.step_alone(x, caches[anchor], positions[:, 0], local)
-        continue
-      x, state, caches[anchor] = block.extend(x, caches[anchor], positions, lengths, local)
+      x, state, caches[anchor] = block.extend(x, caches[anchor], positions, lengths, local, bool(followers))
       for layer in followers:
         used = _with_heads(state, self.plan.head_map_of(layer))
         x, caches[layer] = self.blocks[layer].extend(x, used, caches[layer], positions)

@@ -10,6 +10,7 @@ from sa_jax.ops.attention import (
   choose_backend,
   decode_apply,
   decode_attend,
+  decode_follow,
   decode_weights,
   write_slot,
 )
@@ -35,6 +36,7 @@ __all__ = [
   "choose_backend",
   "decode_apply",
   "decode_attend",
+  "decode_follow",
   "decode_weights",
   "distillation_loss",
   "gated_linear",

@@ -1,6 +1,14 @@
 """Whether kernels may run where the arrays are."""
 
+from typing import Any
+
 import jax
+
+triton: Any
+try:
+  from jax.experimental.pallas import triton
+except ImportError:  # JAX 0.11 announces its removal: without it XLA computes what kernels would
+  triton = None
 
 
 def platform() -> str:
@@ -15,7 +23,7 @@ def has_gpu_kernels(array: jax.Array) -> bool:
   XLA cannot split a kernel: every device would gather all of its arrays and compute all of it. Under `jax.shard_map`,
   where an array is a device's own part, it may run; `sa_jax.nn` calls kernels so.
   """
-  if platform() not in ("gpu", "cuda"):
+  if triton is None or platform() not in ("gpu", "cuda"):
     return False
   ambient = jax.sharding.get_abstract_mesh()
   mesh = jax.typeof(array).sharding.mesh if ambient.empty else ambient

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from sa_jax.ops.kernels import has_gpu_kernels
+from sa_jax.ops.kernels import triton as plgpu
 
 _BLOCK_IN, _BLOCK_OUT = 64, 64
 _MIN_ROWS, _MAX_ROWS = 16, 64

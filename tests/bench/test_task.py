@@ -27,6 +27,38 @@ def test_a_task_that_fails_says_why():
     run_task(Task("decode", "no-such-model"))
 
 
+@pytest.mark.parametrize(
+  ("kind", "filled", "why"),
+  [
+    ("decode", "2048", r"bench: 2048 filled slots of 1024 \(from 32, the steps of a call, to all\)"),
+    ("decode", "16", "bench: 16 filled slots of 1024"),
+    ("train", "16", "bench: filled (train has no slots to leave empty: it is for decode)"),
+  ],
+)
+def test_slots_that_cannot_be_filled_are_refused(capsys, kind, filled, why):
+  assert main(["bench", kind, "--filled", filled]) == 2
+  assert why.replace("\\", "") in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_plot_is_of_full_caches(capsys):
+  assert main(["bench", "decode", "--filled", "64", "--plot", "x.png"]) == 2
+  assert "--plot draws against --seq-len, of caches that are full" in capsys.readouterr().err
+
+
+def test_a_cache_may_have_more_slots_than_tokens(monkeypatch):
+  from sa_jax import cost
+  from sa_jax.bench import ours
+  from sa_jax.config import PRESETS
+  from tests import tiny
+
+  monkeypatch.setitem(PRESETS, "tiny", tiny.config())
+  result = ours.decode(Task("decode", "tiny", "0:1", batch=2, seq_len=96, filled=48, layers=2, repeats=1))
+  assert result.work == cost(tiny.config(num_layers=2), "0:1", 2, 48 - 31 // 2).decode_bytes
+  assert (
+    result.detail == f"cache {2 * 3 * 96 * 2 * tiny.config().num_kv_heads * tiny.config().head_dim * 4 / 1e9:.2f} GB"
+  )
+
+
 def test_peers_are_refused_where_there_are_none(capsys):
   assert main(["bench", "prefill", "--peers", "hf-compiled"]) == 2
   assert "peers are timed in decode, train and step, not in prefill" in capsys.readouterr().err

@@ -19,7 +19,7 @@ def on_gpus(monkeypatch):
   """As if these were GPUs, any dtype and head being good for the kernels; yields what they are called with."""
   monkeypatch.setattr(kernels, "platform", lambda: "gpu")
   monkeypatch.setattr(ops, "has_linear_kernels", lambda x, *weights: all(map(kernels.has_gpu_kernels, weights)))
-  monkeypatch.setattr(decode, "_has_kernel", lambda q, keys, spec: kernels.has_gpu_kernels(keys))
+  monkeypatch.setattr(decode, "_has_kernel", lambda tokens, stored: kernels.has_gpu_kernels(stored))
   called = []
 
   def interpreted(module, name):
@@ -34,6 +34,7 @@ def on_gpus(monkeypatch):
   interpreted(ops, "gated_linear")
   interpreted(ops, "linears")
   interpreted(flash_decode, "attend")
+  interpreted(flash_decode, "follow")
   return called
 
 
@@ -83,11 +84,12 @@ def test_a_step_over_devices_is_the_step(request, sizes):
   with on_mesh(mesh):
     compiled = step(model, rows).lower(params, cache).compile()
   batch = 4 // sizes.get("fsdp", 1)
-  expected_calls = ["linears", "attend", "gated_linear", "linears", "gated_linear", "gated_linear"]
-  assert [name for name, _ in called] == expected_calls
+  anchor, follower = ["linears", "attend", "gated_linear"], ["follow", "gated_linear"]
+  assert [name for name, _ in called] == anchor + anchor + follower
   assert called[0][1] == ((batch, 64), (64, 128), (64, 64), (64, 64))
   assert called[1][1] == ((batch, 2, 64), *[(batch, 1, 64)] * 2, *[(batch, 1, 64, 64)] * 2, (batch,))
   assert called[2][1] == ((batch, 64), (64, 64), (64, 64))
+  assert called[6][1] == ((batch, 2, 64), (batch, 1, 64), (batch, 1, 64, 64), (batch,))
   logits, new_cache = compiled(params, cache)
   np.testing.assert_allclose(logits, expected, atol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), new_cache, expected_cache)

@@ -1,5 +1,7 @@
 """The GPU kernels of decoding, interpreted on the CPU, against plain JAX."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,25 +19,33 @@ def arrays(seed: int, *shapes: tuple[int, ...]) -> list[jax.Array]:
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (2, 2), (24, 1)])
 def test_flash_decode_equals_its_parts(heads, kv_heads):
-  """Rows that end in the first slot, inside a block, on a block's border and in the last slot."""
+  """Rows that end in the first slot, inside a block, on a block's border and in the last slot, and a follower's."""
   slots, head_dim = 256, 32
   positions = jnp.asarray([0, 70, 128, slots - 1], jnp.int32)
   cached = (4, kv_heads, slots, head_dim)
   q, key, value, keys, values = arrays(0, (4, heads, head_dim), *[(4, kv_heads, head_dim)] * 2, cached, cached)
-  out, new_keys, new_values = flash_decode.attend(
-    q, key, value, keys, values, positions, scale=head_dim**-0.5, interpret=True
-  )
+  attend = functools.partial(flash_decode.attend, scale=head_dim**-0.5, interpret=True)
+  out, weights, new_keys, new_values = attend(q, key, value, keys, values, positions, with_weights=True)
+  alone, nothing, *_ = attend(q, key, value, keys, values, positions)
+  np.testing.assert_array_equal(alone, out)
+  assert nothing is None
+  followed, followed_values = flash_decode.follow(weights, 2 * value, 2 * values, positions, interpret=True)
   written = [np.array(keys), np.array(values)]
   for row, position in enumerate(positions.tolist()):
     written[0][row, :, position], written[1][row, :, position] = key[row], value[row]
   np.testing.assert_array_equal(new_keys, written[0])
   np.testing.assert_array_equal(new_values, written[1])
+  np.testing.assert_array_equal(followed_values, 2 * written[1])
   for row, position in enumerate(positions.tolist()):
     for head in range(heads):
       k, v = (each[row, head // (heads // kv_heads), : position + 1].astype(np.float64) for each in written)
       scores = k @ np.asarray(q[row, head], np.float64) / head_dim**0.5
-      weights = np.exp(scores - scores.max())
-      np.testing.assert_allclose(out[row, head], weights @ v / weights.sum(), atol=2e-6)
+      expected = np.exp(scores - scores.max())
+      expected /= expected.sum()
+      np.testing.assert_allclose(weights[row, head, : position + 1], expected, atol=1e-6)
+      assert (weights[row, head, position + 1 :] == 0).all()
+      np.testing.assert_allclose(out[row, head], expected @ v, atol=2e-6)
+      np.testing.assert_allclose(followed[row, head], 2 * expected @ v, atol=4e-6)
 
 
 def test_flash_decode_of_an_int8_cache_is_that_of_the_vectors_it_stands_for():
@@ -43,9 +53,13 @@ def test_flash_decode_of_an_int8_cache_is_that_of_the_vectors_it_stands_for():
   slots, head_dim, positions = 256, 32, jnp.asarray([5, 200], jnp.int32)
   q, key, value, keys, values = arrays(5, (2, 4, head_dim), *[(2, 2, head_dim)] * 2, *[(2, 2, slots, head_dim)] * 2)
   stored = ops.Int8.of(keys), ops.Int8.of(values * 3)
-  out, *written = flash_decode.attend(q, key, value, *stored, positions, scale=0.2, interpret=True)
+  attend = functools.partial(flash_decode.attend, scale=0.2, with_weights=True, interpret=True)
+  out, weights, *written = attend(q, key, value, *stored, positions)
   expected = [ops.write_slot(each, new, positions) for each, new in zip(stored, (key, value), strict=True)]
   jax.tree.map(np.testing.assert_array_equal, written, expected)
+  followed, new_values = flash_decode.follow(weights, value, stored[1], positions, interpret=True)
+  np.testing.assert_allclose(followed, out, atol=5e-6)
+  jax.tree.map(np.testing.assert_array_equal, new_values, expected[1])
   k, v = (np.asarray(each.data, np.float64) * np.asarray(each.scale, np.float64) for each in expected)
   for row, position in enumerate(positions.tolist()):
     for head in range(4):
@@ -58,16 +72,18 @@ def test_flash_decode_reads_nothing_past_the_end():
   """Slots after a row's token may hold anything, NaN included, where no block before it holds them too."""
   keys, values = (jnp.full((1, 1, 128, 16), jnp.nan).at[:, :, :64].set(1.0) for _ in range(2))
   q, key, value = arrays(1, (1, 2, 16), (1, 1, 16), (1, 1, 16))
-  out, _, _ = flash_decode.attend(q, key, value, keys, values, jnp.asarray([63]), scale=0.25, interpret=True)
-  assert np.isfinite(out).all()
+  attend = functools.partial(flash_decode.attend, scale=0.25, with_weights=True, interpret=True)
+  out, weights, _, values = attend(q, key, value, keys, values, jnp.asarray([63]))
+  followed, _ = flash_decode.follow(weights, value, values, jnp.asarray([63]), interpret=True)
+  assert all(np.isfinite(each).all() for each in (out, weights, followed))
 
 
 @pytest.mark.parametrize(
   ("rows", "slots", "split"),
   [(128, 4096, 2048), (512, 4096, 2048), (8, 1024, 64), (32, 1024, 256), (1, 192, 64)],
 )
-def test_splits_fill_the_processors_and_divide_the_cache(rows, slots, split):
-  assert flash_decode.choose_split(rows, slots) == split
+def test_splits_are_enough_and_divide_the_cache(rows, slots, split):
+  assert flash_decode.choose_split(rows, slots, programs=99, longest=2048) == split
   assert slots % split == 0
 
 
@@ -110,11 +126,19 @@ class TestOnTheDevice:
     q, key, value, keys, values = half(6, (2, 8, head_dim), token, token, cached, cached)
     if int8:
       keys, values = ops.Int8.of(keys), ops.Int8.of(values)
-    out, *written = flash_decode.attend(q, key, value, keys, values, positions, scale=0.1, interpret=self.interpret)
+    attend = functools.partial(flash_decode.attend, scale=0.1, with_weights=True, interpret=self.interpret)
+    out, weights, *written = attend(q, key, value, keys, values, positions)
     expected = [ops.write_slot(each, new, positions) for each, new in ((keys, key), (values, value))]
     jax.tree.map(np.testing.assert_array_equal, written, expected)
-    weights = ops.decode_weights(q[:, None], expected[0], positions[:, None], spec=ops.AttentionSpec(scale=0.1))
-    close(out, ops.decode_apply(weights, expected[1])[:, 0], 0.01)
+    plain = ops.decode_weights(q[:, None], expected[0], positions[:, None], spec=ops.AttentionSpec(scale=0.1))
+    close(weights, plain[:, :, 0], 0.002)
+    close(out, ops.decode_apply(plain, expected[1])[:, 0], 0.01)
+    # The follower has other values, which this token's joins too.
+    others = jax.tree.map(jnp.flip, values)
+    followed, new_others = flash_decode.follow(weights, key, others, positions, interpret=self.interpret)
+    expected_others = ops.write_slot(others, key, positions)
+    jax.tree.map(np.testing.assert_array_equal, new_others, expected_others)
+    close(followed, ops.decode_apply(weights[:, :, None], expected_others)[:, 0], 0.01)
 
   def test_products(self):
     x, gate, up = half(7, (5, 128), (128, 192), (128, 192))
@@ -145,7 +169,7 @@ def test_a_model_that_decodes_with_the_kernels_is_the_same_model(monkeypatch, ca
   cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 54), (0, 0))), cache)
   step = lambda: model.apply({"params": params}, tokens[:, 0], cache, jnp.asarray([10, 7]), method="step")
   expected, expected_cache = step()
-  used = {"linears": 0, "gated_linear": 0, "flash_decode": 0}
+  used = dict.fromkeys(("linears", "gated_linear", "attend", "follow"), 0)
 
   def counted(name, kernel):
     def call(*arguments, **options):
@@ -158,8 +182,9 @@ def test_a_model_that_decodes_with_the_kernels_is_the_same_model(monkeypatch, ca
   monkeypatch.setattr(ops, "linears", counted("linears", ops.linears))
   monkeypatch.setattr(ops, "gated_linear", counted("gated_linear", ops.gated_linear))
   monkeypatch.setattr(decode, "_has_kernel", lambda *_: True)
-  monkeypatch.setattr(flash_decode, "attend", counted("flash_decode", flash_decode.attend))
+  monkeypatch.setattr(flash_decode, "attend", counted("attend", flash_decode.attend))
+  monkeypatch.setattr(flash_decode, "follow", counted("follow", flash_decode.follow))
   logits, new_cache = step()
-  assert used == {"linears": 2, "gated_linear": 3, "flash_decode": 1}
+  assert used == {"linears": 2, "gated_linear": 3, "attend": 2, "follow": 1}
   np.testing.assert_allclose(logits, expected, atol=2e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), new_cache, expected_cache)

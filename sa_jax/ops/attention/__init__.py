@@ -4,7 +4,7 @@
 `apply_weights` are its two halves. Handing `attend` an anchor's q and k and a follower's v *is* Shared Attention.
 """
 
-from sa_jax.ops.attention.decode import decode_apply, decode_attend, decode_weights, write_slot
+from sa_jax.ops.attention.decode import decode_apply, decode_attend, decode_follow, decode_weights, write_slot
 from sa_jax.ops.attention.dispatch import Rows, attend, backends, choose_backend
 from sa_jax.ops.attention.reference import apply_weights, attention_weights
 from sa_jax.ops.attention.spec import AttentionSpec
@@ -19,6 +19,7 @@ __all__ = [
   "choose_backend",
   "decode_apply",
   "decode_attend",
+  "decode_follow",
   "decode_weights",
   "write_slot",
 ]

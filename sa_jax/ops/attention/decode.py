@@ -66,47 +66,73 @@ def decode_apply(weights: jax.Array, values: Stored) -> jax.Array:
 
 def decode_attend(
   q: jax.Array,
-  new_key: jax.Array,
-  new_value: jax.Array,
+  new_keys: jax.Array,
+  new_values: jax.Array,
   keys: Stored,
   values: Stored,
   positions: jax.Array,
   *,
   spec: AttentionSpec = AttentionSpec(),
-) -> tuple[jax.Array, Stored, Stored]:
-  """Attention of one new token a row over the cache that it joins, without handing out the weights.
+  with_weights: bool = False,
+) -> tuple[jax.Array, jax.Array | None, Stored, Stored]:
+  """Attention of new tokens over the cache that they join.
 
-  On NVIDIA GPUs in half precision it is one kernel that reads no slot past a row's end (on a mesh, only under
-  `jax.shard_map`); elsewhere `write_slot`, `decode_weights` and `decode_apply`.
+  On NVIDIA GPUs in half precision, one token a row is one kernel that reads no slot past the row's end (on a mesh, only
+  under `jax.shard_map`); elsewhere `write_slot`, `decode_weights` and `decode_apply`.
 
   Args:
-    q: ``[B, N, H]``.
-    new_key: ``[B, K, H]``.
-    new_value: ``[B, K, H]``.
+    q: ``[B, T, N, H]``.
+    new_keys: ``[B, T, K, H]``.
+    new_values: ``[B, T, K, H]``.
     keys: ``[B, K, S, H]``.
     values: ``[B, K, S, H]``.
-    positions: int32 ``[B]``, the slot that each row's token takes.
+    positions: int32 ``[B, T]``, the slot that each token takes.
     spec: window, soft cap and scale.
+    with_weights: whether followers need the weights; without, a kernel may keep them.
 
   Returns:
-    ``[B, N, H]``, and the cache with the new keys and values.
+    ``[B, T, N, H]``; the softmaxed weights ``[B, N, T, S]``, or None; keys and values with the new ones.
   """
-  if _has_kernel(q, keys, spec):
-    scale = spec.scale_for(q.shape[-1])
-    return flash_decode.attend(q, new_key, new_value, keys, values, positions, scale=scale)
-  keys, values = write_slot(keys, new_key, positions), write_slot(values, new_value, positions)
-  weights = decode_weights(q[:, None], keys, positions[:, None], spec=spec)
-  return decode_apply(weights, values)[:, 0], keys, values
+  if _has_kernel(q, keys) and spec.window is None and spec.softcap is None:
+    token = q[:, 0], new_keys[:, 0], new_values[:, 0]
+    out, weights, keys, values = flash_decode.attend(
+      *token, keys, values, positions[:, 0], scale=spec.scale_for(q.shape[-1]), with_weights=with_weights
+    )
+    return out[:, None], None if weights is None else weights[:, :, None], keys, values
+  keys, values = write_slot(keys, new_keys, positions), write_slot(values, new_values, positions)
+  weights = decode_weights(q, keys, positions, spec=spec)
+  return decode_apply(weights, values), weights if with_weights else None, keys, values
 
 
-def _has_kernel(q: jax.Array, keys: Stored, spec: AttentionSpec) -> bool:
-  data = keys.data if isinstance(keys, Int8) else keys
+def decode_follow(
+  weights: jax.Array, new_values: jax.Array, values: Stored, positions: jax.Array
+) -> tuple[jax.Array, Stored]:
+  """A follower's attention of new tokens over the values that theirs join; a kernel where `decode_attend` is one.
+
+  Args:
+    weights: ``[B, N, T, S]``, the anchor's.
+    new_values: ``[B, T, K, H]``.
+    values: ``[B, K, S, H]``.
+    positions: int32 ``[B, T]``, the slot that each token takes.
+
+  Returns:
+    ``[B, T, N, H]``, and the values with the new ones.
+  """
+  if _has_kernel(jnp.swapaxes(weights, 1, 2), values):
+    out, values = flash_decode.follow(weights[:, :, 0], new_values[:, 0], values, positions[:, 0])
+    return out[:, None], values
+  values = write_slot(values, new_values, positions)
+  return decode_apply(weights, values), values
+
+
+def _has_kernel(tokens: jax.Array, stored: Stored) -> bool:
+  """Whether kernels take these tokens ``[B, T, N, …]``, queries or weights, and this cache."""
+  data = stored.data if isinstance(stored, Int8) else stored
   return (
     has_gpu_kernels(data)
-    and q.dtype in (jnp.bfloat16, jnp.float16)
-    and data.dtype in (q.dtype, jnp.int8)
-    and spec.window is None
-    and spec.softcap is None
-    and q.shape[-1] in (64, 128)
+    and tokens.shape[1] == 1
+    and tokens.dtype in (jnp.bfloat16, jnp.float16)
+    and data.dtype in (tokens.dtype, jnp.int8)
+    and data.shape[3] in (64, 128)
     and data.shape[2] % flash_decode.BLOCK == 0
   )

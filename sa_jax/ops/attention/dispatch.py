@@ -62,6 +62,8 @@ def _flash_unsupported(platform: str, q: jax.Array, spec: AttentionSpec, rows: R
     return f"it runs on NVIDIA GPUs, and this is {platform}"
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     return f"it computes in bfloat16 or float16, and q is {q.dtype}"
+  if kernels.triton is None:
+    return "it is written in Pallas Triton, which this version of JAX does not have"
   if q.shape[-1] not in (16, 32, 64, 128):
     return f"it takes head dimensions of 16, 32, 64 and 128, and q has {q.shape[-1]}"
   return None

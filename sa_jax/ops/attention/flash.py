@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from sa_jax.ops.attention.reference import MASKED, segments_at
 from sa_jax.ops.attention.spec import AttentionSpec
+from sa_jax.ops.kernels import triton as plgpu
 
 BLOCK = 64
 """Queries, and keys, that a program works on at once."""

@@ -1,9 +1,8 @@
-"""Decode attention as one kernel for NVIDIA GPUs (Pallas, Triton).
+"""Decode attention as one kernel a layer for NVIDIA GPUs (Pallas, Triton): an anchor's, and a follower's.
 
-A row's slots are split over programs, each of which keeps a running maximum, sum and accumulator over its slots and
-reads no slot past the row's end; a small reduction joins the splits, if there are several (Dao et al.,
-"Flash-Decoding", 2023). The program
-that owns the new token's slot also writes its key and value, in place.
+A row's slots are split over programs, each of which reads no slot past the row's end. An anchor's keeps a running
+maximum, sum and accumulator over its slots; a small reduction joins the splits, if there are several (Dao et al.,
+"Flash-Decoding", 2023). The program that owns the new token's slot also writes its key and value, in place.
 """
 
 import functools
@@ -12,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from sa_jax.ops.attention.reference import MASKED
+from sa_jax.ops.kernels import triton as plgpu
 from sa_jax.ops.quantize import Int8, Stored, as_stored
 
 # Tensor cores multiply at least 16 rows.
@@ -34,24 +33,31 @@ def attend(
   positions: jax.Array,
   *,
   scale: float,
+  with_weights: bool = False,
   interpret: bool = False,
-) -> tuple[jax.Array, Stored, Stored]:
-  """Attention of one new token a row over the cache that it joins; arguments as in `sa_jax.ops.decode_attend`.
+) -> tuple[jax.Array, jax.Array | None, Stored, Stored]:
+  """Attention of one new token a row over the cache that it joins.
 
-  ``scale`` multiplies ``q kᵀ``; ``interpret`` runs the kernel on any device, slowly.
+  Args:
+    q: ``[B, N, H]``.
+    new_key: ``[B, K, H]``.
+    new_value: ``[B, K, H]``.
+    keys: ``[B, K, S, H]``.
+    values: ``[B, K, S, H]``.
+    positions: int32 ``[B]``, the slot that each row's token takes.
+    scale: what multiplies ``q kᵀ``.
+    with_weights: whether to hand out the softmaxed weights, for followers.
+    interpret: runs the kernel on any device, slowly.
+
+  Returns:
+    ``[B, N, H]``; the weights ``[B, N, S]`` in q's dtype, or None; keys and values with the new ones.
   """
   batch, heads, head_dim = q.shape
   kv_heads, slots = jax.tree.leaves(keys)[0].shape[1:3]
   group = heads // kv_heads
-  rows = max(_MIN_ROWS, pl.next_power_of_2(group))
-  split = choose_split(batch * kv_heads, slots)
+  # Every multiprocessor has work.
+  split = choose_split(batch * kv_heads, slots, programs=_PROCESSORS * 3 // 4, longest=2048)
   splits = slots // split
-
-  # Of an int8 cache, one spec for the vectors and one for their scales.
-  each = lambda stored, spec: jax.tree.map(lambda x: spec(x.shape[-1]), stored)
-  new = lambda size: pl.BlockSpec((None, None, size), lambda b, k, s: (b, k, 0))
-  cached = lambda size: pl.BlockSpec((None, None, split, size), lambda b, k, s: (b, k, s, 0))
-  partial = lambda *shape: pl.BlockSpec((None, None, None, *shape), lambda b, k, s: (b, k, s, *(0 for _ in shape)))
 
   token = as_stored(new_key, keys), as_stored(new_value, values)
   cache = keys, values
@@ -59,20 +65,21 @@ def attend(
   # How many blocks are on their way from memory: three, unless shared memory then has no room for all programs at once
   # (32 KB a block of keys and values, 128 wide in bfloat16; int8 takes half).
   stages = 3 if isinstance(keys, Int8) or batch * kv_heads * splits <= 2 * _PROCESSORS else 2
-  out, log_total, *cache = pl.pallas_call(
-    functools.partial(_kernel, group=group, scale=scale),
+  out, log_total, *cache, scores = pl.pallas_call(
+    functools.partial(_attend_kernel, group=group, scale=scale),
     grid=(batch, kv_heads, splits),
-    in_specs=[
-      pl.BlockSpec((None,), lambda b, k, s: (b,)),
-      pl.BlockSpec((None, None, rows, head_dim), lambda b, k, s: (b, k, 0, 0)),
-      *each(token, new),
-      *each(cache, cached),
+    in_specs=[_A_ROW, _of_head(_rows(group), head_dim), *map(_new, token), *(_cached(x, split) for x in cache)],
+    out_specs=[
+      _of_program(_rows(group), head_dim),
+      _of_program(_rows(group)),
+      *(_cached(x, split) for x in cache),
+      _weights(_rows(group), split) if with_weights else None,
     ],
-    out_specs=[partial(rows, head_dim), partial(rows), *each(cache, cached)],
     out_shape=[
       jax.ShapeDtypeStruct((batch, kv_heads, splits, group, head_dim), q.dtype if splits == 1 else jnp.float32),
       jax.ShapeDtypeStruct((batch, kv_heads, splits, group), jnp.float32),
       *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), cache),
+      jax.ShapeDtypeStruct((batch, kv_heads, group, slots), jnp.float32) if with_weights else None,
     ],
     input_output_aliases={before + leaf: 2 + leaf for leaf in range(len(jax.tree.leaves(cache)))},
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=stages),
@@ -81,18 +88,94 @@ def attend(
   )(positions, q.reshape(batch, kv_heads, group, head_dim), *token, *cache)
   if splits > 1:
     out = jnp.einsum("BKSGH,BKSG->BKGH", out, jax.nn.softmax(log_total, axis=2))
-  return out.astype(q.dtype).reshape(batch, heads, head_dim), *cache
+  weights = None
+  if with_weights:
+    # The kernel leaves slots past a row's end as they are in memory, which may be anything.
+    seen = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 3) <= positions[:, None, None, None]
+    weights = jnp.where(seen, jnp.exp(scores - jax.nn.logsumexp(log_total, axis=2)[..., None]), 0.0)
+    weights = weights.astype(q.dtype).reshape(batch, heads, slots)
+  return out.astype(q.dtype).reshape(batch, heads, head_dim), weights, *cache
 
 
-def choose_split(rows: int, slots: int) -> int:
-  """Slots a program: as many as divide ``slots``, up to 2048, while every multiprocessor has work."""
+def follow(
+  weights: jax.Array, new_value: jax.Array, values: Stored, positions: jax.Array, *, interpret: bool = False
+) -> tuple[jax.Array, Stored]:
+  """A follower's attention of one new token a row: an anchor's weights over the cache of values that it joins.
+
+  Args:
+    weights: ``[B, N, S]``.
+    new_value: ``[B, K, H]``.
+    values: ``[B, K, S, H]``.
+    positions: int32 ``[B]``, the slot that each row's token takes.
+    interpret: runs the kernel on any device, slowly.
+
+  Returns:
+    ``[B, N, H]`` in the dtype of the weights, and the values with the new ones.
+  """
+  batch, heads, slots = weights.shape
+  kv_heads, head_dim = new_value.shape[1:]
+  group = heads // kv_heads
+  # A program has half as much on its way as an anchor's: several to a multiprocessor keep memory busy.
+  split = choose_split(batch * kv_heads, slots, programs=3 * _PROCESSORS, longest=4096)
+  splits = slots // split
+  token = as_stored(new_value, values)
+  before = 2 + len(jax.tree.leaves(token))
+  out, values = pl.pallas_call(
+    functools.partial(_follow_kernel, group=group),
+    grid=(batch, kv_heads, splits),
+    in_specs=[_A_ROW, _weights(_rows(group), split), _new(token), _cached(values, split)],
+    out_specs=[_of_program(_rows(group), head_dim), _cached(values, split)],
+    out_shape=[
+      jax.ShapeDtypeStruct((batch, kv_heads, splits, group, head_dim), weights.dtype if splits == 1 else jnp.float32),
+      jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), values),
+    ],
+    input_output_aliases={before + leaf: 1 + leaf for leaf in range(len(jax.tree.leaves(values)))},
+    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+    interpret=interpret,
+    name="flash_follow",
+  )(positions, weights.reshape(batch, kv_heads, group, slots), token, values)
+  return out.sum(axis=2).astype(weights.dtype).reshape(batch, heads, head_dim), values
+
+
+def _rows(group: int) -> int:
+  """Rows of a product: the heads of a group, padded."""
+  return max(_MIN_ROWS, pl.next_power_of_2(group))
+
+
+# What of an array a program ``(row, key head, split)`` has. Of an int8 cache, vectors and scales have a spec each.
+_A_ROW = pl.BlockSpec((None,), lambda b, k, s: (b,))
+
+
+def _of_head(*shape: int) -> pl.BlockSpec:
+  return pl.BlockSpec((None, None, *shape), lambda b, k, s: (b, k, *(0 for _ in shape)))
+
+
+def _of_program(*shape: int) -> pl.BlockSpec:
+  return pl.BlockSpec((None, None, None, *shape), lambda b, k, s: (b, k, s, *(0 for _ in shape)))
+
+
+def _weights(rows: int, split: int) -> pl.BlockSpec:
+  return pl.BlockSpec((None, None, rows, split), lambda b, k, s: (b, k, 0, s))
+
+
+def _new(token: Stored) -> Any:
+  return jax.tree.map(lambda x: _of_head(x.shape[-1]), token)
+
+
+def _cached(cache: Stored, split: int) -> Any:
+  spec = lambda size: pl.BlockSpec((None, None, split, size), lambda b, k, s: (b, k, s, 0))
+  return jax.tree.map(lambda x: spec(x.shape[-1]), cache)
+
+
+def choose_split(rows: int, slots: int, programs: int, longest: int) -> int:
+  """Slots a program: as many as divide ``slots``, up to ``longest``, while there are at least so many programs."""
   split = BLOCK
-  while slots % (2 * split) == 0 and split < 2048 and rows * (slots // (2 * split)) >= _PROCESSORS * 3 // 4:
+  while slots % (2 * split) == 0 and 2 * split <= longest and rows * (slots // (2 * split)) >= programs:
     split *= 2
   return split
 
 
-def _kernel(
+def _attend_kernel(
   position_ref: Any,
   q_ref: Any,
   new_key_ref: Any,
@@ -103,6 +186,7 @@ def _kernel(
   log_total_ref: Any,
   key_out_ref: Any,
   value_out_ref: Any,
+  scores_ref: Any | None,
   *,
   group: int,
   scale: float,
@@ -119,8 +203,10 @@ def _kernel(
     here = pl.ds(index * BLOCK, BLOCK)
     k, key_scale = _block(key_ref, here, q.dtype)
     scores = plgpu.dot(q, k.T) * (scale * key_scale)
-    slots = index * BLOCK + jax.lax.broadcasted_iota(jnp.int32, (rows, BLOCK), 1)
-    scores = jnp.where(slots < new, scores, MASKED)
+    before = _before(new, index, rows)
+    if scores_ref is not None:
+      plgpu.store(scores_ref.at[:, here], scores, mask=kept[:, None] & before)
+    scores = jnp.where(before, scores, MASKED)
     new_maximum = jnp.maximum(maximum, scores.max(axis=1))
     weights = jnp.exp(scores - new_maximum[:, None])
     shrink = jnp.exp(maximum - new_maximum)
@@ -133,8 +219,7 @@ def _kernel(
     jnp.full((rows,), MASKED, jnp.float32),
     jnp.zeros((rows,), jnp.float32),
   )
-  blocks = jnp.clip(pl.cdiv(new, BLOCK), 0, split // BLOCK)
-  accumulated, maximum, total = jax.lax.fori_loop(0, blocks, block, start)
+  accumulated, maximum, total = jax.lax.fori_loop(0, _blocks(new, split), block, start)
 
   # The new token joins from registers: the loop above stays a plain stream of the cache, which pipelines.
   mine = (new >= 0) & (new < split)
@@ -150,9 +235,55 @@ def _kernel(
   plgpu.store(log_total_ref, maximum + jnp.log(total), mask=kept)
 
   slot = jnp.clip(new, 0, split - 1)
-  for cache, each in ((key_out_ref, new_key_ref), (value_out_ref, new_value_ref)):
-    for into, ref in zip(jax.tree.leaves(cache), jax.tree.leaves(each), strict=True):
-      plgpu.store(into.at[slot, :], ref[...], mask=jnp.broadcast_to(mine, ref.shape))
+  if scores_ref is not None:
+    plgpu.store(scores_ref.at[:, slot], score, mask=kept & mine)
+  _write(key_out_ref, new_key_ref, slot, mine)
+  _write(value_out_ref, new_value_ref, slot, mine)
+
+
+def _follow_kernel(
+  position_ref: Any,
+  weights_ref: Any,
+  new_value_ref: Any,
+  value_ref: Any,
+  out_ref: Any,
+  value_out_ref: Any,
+  *,
+  group: int,
+) -> None:
+  rows, split = weights_ref.shape
+  head_dim = out_ref.shape[-1]
+  new = position_ref[...] - pl.program_id(2) * split
+  kept = jax.lax.broadcasted_iota(jnp.int32, (rows,), 0) < group
+
+  def block(index: jax.Array, accumulated: jax.Array) -> jax.Array:
+    here = pl.ds(index * BLOCK, BLOCK)
+    weights = plgpu.load(weights_ref.at[:, here], mask=kept[:, None] & _before(new, index, rows), other=0.0)
+    v, value_scale = _block(value_ref, here, weights.dtype)
+    return accumulated + plgpu.dot((weights.astype(jnp.float32) * value_scale).astype(v.dtype), v)
+
+  accumulated = jax.lax.fori_loop(0, _blocks(new, split), block, jnp.zeros((rows, head_dim), jnp.float32))
+  mine, slot = (new >= 0) & (new < split), jnp.clip(new, 0, split - 1)
+  weight = plgpu.load(weights_ref.at[:, slot], mask=kept & mine, other=0.0).astype(jnp.float32)
+  accumulated += weight[:, None] * _float(new_value_ref)[None, :]
+  plgpu.store(out_ref, accumulated.astype(out_ref.dtype), mask=jnp.broadcast_to(kept[:, None], out_ref.shape))
+  _write(value_out_ref, new_value_ref, slot, mine)
+
+
+def _blocks(new: jax.Array, split: int) -> jax.Array:
+  """How many of a program's blocks have slots before the new token's."""
+  return jnp.clip(pl.cdiv(new, BLOCK), 0, split // BLOCK)
+
+
+def _before(new: jax.Array, index: jax.Array, rows: int) -> jax.Array:
+  """Which slots of a block are before the new token's, for every row of a product."""
+  return index * BLOCK + jax.lax.broadcasted_iota(jnp.int32, (rows, BLOCK), 1) < new
+
+
+def _write(cache_ref: Any, new_ref: Any, slot: jax.Array, mine: jax.Array) -> None:
+  """Writes the new token's vector into its slot, if that is this program's."""
+  for into, ref in zip(jax.tree.leaves(cache_ref), jax.tree.leaves(new_ref), strict=True):
+    plgpu.store(into.at[slot, :], ref[...], mask=jnp.broadcast_to(mine, ref.shape))
 
 
 def _block(ref: Any, here: Any, dtype: Any) -> tuple[jax.Array, jax.Array | float]:
