@@ -11,6 +11,7 @@ from sa_jax.ops import AttentionSpec, RopeConfig
 AttentionState = Literal["query_key", "attention_weights"]
 AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn", "flash", "splash"]
 RematPolicy = Literal["none", "full", "dots"]
+FloatDtype = Literal["float32", "bfloat16", "float16"]
 CacheDtype = Literal["int8", None]
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -103,6 +104,8 @@ class ModelConfig:
   remat: RematPolicy = "none"
 
   def __post_init__(self) -> None:
+    for name in ("local_layers", "eos_token_ids"):
+      object.__setattr__(self, name, tuple(getattr(self, name)))
     wrong = [
       f"{name}={getattr(self, name)!r} (a positive integer is needed)"
       for name in (
@@ -126,9 +129,6 @@ class ModelConfig:
     for name in ("attention_scale", "attention_softcap", "logits_softcap", "window"):
       if (value := getattr(self, name)) is not None and not value > 0:
         wrong.append(f"{name}={value!r} (a positive number or None is needed)")
-    for name in ("rope", "local_rope"):
-      if (rope := getattr(self, name)) is not None and not rope.theta > 0:
-        wrong.append(f"{name}.theta={rope.theta!r} (a positive number is needed)")
     if self.local_layers and self.window is None:
       wrong.append("window=None (local_layers need a number of tokens)")
     if outside := [layer for layer in self.local_layers if not 0 <= layer < self.num_layers]:
@@ -141,6 +141,8 @@ class ModelConfig:
       ("attention_state", AttentionState),
       ("remat", RematPolicy),
       ("cache_dtype", CacheDtype),
+      ("dtype", FloatDtype),
+      ("param_dtype", FloatDtype),
     ):
       if getattr(self, name) not in get_args(choices):
         wrong.append(f"{name}={getattr(self, name)!r} (one of {', '.join(map(str, get_args(choices)))} is needed)")

@@ -20,7 +20,8 @@ class Cost:
   Attributes:
     params: parameters, a tied head counted once.
     param_bytes: their bytes in the config's ``param_dtype``.
-    flops: one forward pass over ``batch`` sequences of ``seq_len`` tokens, logits at every position.
+    flops: one forward pass over ``batch`` sequences of ``seq_len`` tokens, logits at every position, by the literal
+      algorithm: with the attention state ``query_key`` a follower's fused attention computes the scores once more.
     decode_flops: one decode step of ``batch`` rows whose cache holds ``seq_len`` tokens, the new one included.
     kv_cache_bytes: cache of ``batch`` rows of ``seq_len`` slots, as the config stores it.
     kv_bytes_per_token: cache bytes that one token of one row takes.

@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,24 +129,43 @@ def _without_own(block: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_layers(params: Params, plan: SharingPlan) -> Params:
-  """The parameters in the layer layout: as they are, or a second copy if they are in the run layout."""
-  return params if "layers" in params else unstack(params, plan)
+  """The parameters in the layer layout, unboxed: as they are, or a second copy if they are in the run layout.
+
+  Raises:
+    ValueError: if they are of another depth, or lack what the plan's anchors need.
+  """
+  params = nn.unbox(params)
+  if "layers" not in params:
+    return unstack(params, plan)
+  _check_anchors(params["layers"], plan)
+  return params
 
 
 def as_runs(params: Params, plan: SharingPlan) -> Params:
-  """The parameters in the run layout: as they are, or a second copy if they are in the layer layout."""
+  """The parameters in the run layout, unboxed: as they are, or a second copy if they are in the layer layout."""
+  params = nn.unbox(params)
   return params if "runs" in params else stack(params, plan)
 
 
-def _check_plan(layers: Mapping[str, Any], plan: SharingPlan) -> None:
+def _check_anchors(layers: Mapping[str, Any], plan: SharingPlan) -> None:
   if set(layers) != {str(layer) for layer in range(plan.num_layers)}:
     raise ValueError(f"the parameters have {len(layers)} layers, the plan is for {plan.num_layers}")
-  held = [set(layers[str(layer)]["attention"]) for layer in range(plan.num_layers)]
+  held = _held(layers, plan)
   if missing := [layer for layer in plan.anchors if not {"q_proj", "k_proj"} <= held[layer]]:
     raise ValueError(
       f"the plan '{plan}' makes layers {missing} anchors, but the parameters have no q_proj and k_proj for them; "
       "start from the dense checkpoint, or choose a plan in which they follow"
     )
+
+
+def _held(layers: Mapping[str, Any], plan: SharingPlan) -> list[set[str]]:
+  """What each layer's attention has."""
+  return [set(layers[str(layer)]["attention"]) for layer in range(plan.num_layers)]
+
+
+def _check_plan(layers: Mapping[str, Any], plan: SharingPlan) -> None:
+  _check_anchors(layers, plan)
+  held = _held(layers, plan)
   if extra := [layer for layer in plan.followers if held[layer] & set(ANCHOR_ONLY)]:
     left = sorted(set().union(*(held[layer] for layer in extra)) & set(ANCHOR_ONLY), key=ANCHOR_ONLY.index)
     raise ValueError(

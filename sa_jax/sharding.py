@@ -148,13 +148,13 @@ def param_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES
 
 def tree_shardings(boxed: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
   """A `NamedSharding` for every leaf of a tree of boxed shapes, as from `abstract_params`; see `param_shardings`."""
-  mesh_axes = dict(rules_on(mesh, rules))
+  mesh_axes = dict(reversed(rules_on(mesh, rules)))  # the first rule for an axis counts, as for activations
   errors: list[str] = []
 
   def sharding(path: Any, leaf: jax.ShapeDtypeStruct, logical: PartitionSpec) -> NamedSharding | None:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     # Not by Flax's own function, which leaves an axis unsharded when its mesh axis is taken.
-    spec = PartitionSpec(*(None if axis is None else mesh_axes[axis] for axis in logical))
+    spec = PartitionSpec(*(mesh_axes.get(axis) for axis in logical))
     used = [axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
     if len(used) != len(set(used)):
       errors.append(f"{name}: the rules map two of its axes {tuple(logical)} to one mesh axis, {spec}")

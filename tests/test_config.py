@@ -204,12 +204,11 @@ class TestRefused:
 class TestModelConfig:
   def test_refused_all_at_once(self):
     with pytest.raises(ValueError, match="model config: ") as caught:
-      tiny.config(vocab_size=0, mlp_dim=1.5, norm_eps=0.0, rope=RopeConfig(-1.0), attention="fast", remat="some")
+      tiny.config(vocab_size=0, mlp_dim=1.5, norm_eps=0.0, attention="fast", remat="some")
     for message in (
       "vocab_size=0 (a positive integer is needed)",
       "mlp_dim=1.5 (a positive integer is needed)",
       "norm_eps=0.0 (a positive number is needed)",
-      "rope.theta=-1.0 (a positive number is needed)",
       "attention='fast' (one of auto, reference, blockwise, cudnn, flash, splash is needed)",
       "remat='some' (one of none, full, dots is needed)",
     ):
@@ -220,6 +219,8 @@ class TestModelConfig:
     [
       ({"num_kv_heads": 3}, "num_heads=4 \\(a multiple of num_kv_heads=3 is needed\\)"),
       ({"head_dim": 7}, "head_dim=7 \\(rotary embedding needs an even number\\)"),
+      ({"dtype": "bf16"}, "dtype='bf16' \\(one of float32, bfloat16, float16 is needed\\)"),
+      ({"param_dtype": "int8"}, "param_dtype='int8' \\(one of float32, bfloat16, float16 is needed\\)"),
       ({"attention_state": "qk"}, "attention_state='qk' \\(one of query_key, attention_weights is needed\\)"),
     ],
   )
@@ -231,6 +232,23 @@ class TestModelConfig:
     assert ModelConfig.preset("llama-2-7b", remat="full").remat == "full"
     with pytest.raises(ValueError, match="no preset 'llama-1'; there are llama-2-13b, llama-2-7b, llama-3-8b, smollm2"):
       ModelConfig.preset("llama-1")
+
+  @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+      ({"theta": -1.0}, "rope: theta=-1.0 \\(a positive number is needed\\)"),
+      ({"factor": 0.0}, "rope: factor=0.0 \\(a positive number is needed\\)"),
+      ({"scaling": "lineal"}, "no rope scaling 'lineal'; there are default, linear, dynamic, yarn, llama3"),
+    ],
+  )
+  def test_rope_refused(self, changes, message):
+    with pytest.raises(ValueError, match=message):
+      RopeConfig(**changes)
+
+  def test_sequences_become_tuples(self):
+    assert hash(tiny.config(eos_token_ids=[5], local_layers=range(2), window=4)) == hash(
+      tiny.config(eos_token_ids=(5,), local_layers=(0, 1), window=4)
+    )
 
   def test_is_a_value(self):
     assert len({tiny.config(), tiny.config(), tiny.config(remat="full")}) == 2

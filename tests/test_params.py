@@ -1,5 +1,8 @@
 """The two layouts are one truth: stack and unstack are inverse on arrays and on shapes."""
 
+import operator
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,8 +120,12 @@ def test_either_layout():
   plan = SharingPlan.parse("0:1", 3)
   params = layers(plan)
   stacked = stack(params, plan)
-  assert as_layers(params, plan) is params
-  assert as_runs(stacked, plan) is stacked
+  same = lambda a, b: all(map(operator.is_, jax.tree.leaves(a), jax.tree.leaves(b)))
+  assert same(as_layers(params, plan), params)
+  assert same(as_runs(stacked, plan), stacked)
+  # As `model.init` returns them, with their logical axes.
+  boxed = jax.tree.map(lambda leaf: nn.LogicallyPartitioned(leaf, (None,) * leaf.ndim), params)
+  assert same(as_layers(boxed, plan), params)
   assert_trees_equal(as_layers(stacked, plan), params)
   assert_trees_equal(as_runs(params, plan), stacked)
 
@@ -147,6 +154,13 @@ class TestErrors:
     del params["layers"]["2"]["attention"]["k_proj"]
     with pytest.raises(ValueError, match="the parameters have runs \\['0', '1', '2'\\], the plan 'dense' has 1"):
       unstack(stack(params, self.plan), SharingPlan.dense(4))
+
+  def test_as_layers_of_another_model(self):
+    params = layers(self.plan)
+    with pytest.raises(ValueError, match="the parameters have 4 layers, the plan is for 3"):
+      as_layers(params, SharingPlan.dense(3))
+    with pytest.raises(ValueError, match="the plan 'dense' makes layers \\[2\\] anchors, but .* no q_proj and k_proj"):
+      as_layers(params, SharingPlan.dense(4))
 
   def test_another_depth(self):
     with pytest.raises(ValueError, match="the parameters have 4 layers, the plan is for 5"):

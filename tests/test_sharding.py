@@ -90,3 +90,12 @@ def test_tokens_of_a_row_over_sequence():
 def test_an_axis_that_the_mesh_lacks_splits_nothing():
   mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
   assert spec(named_sharding(mesh, ("batch", "length", "embed", "heads"))) == ("data", None, None, "tensor")
+
+
+def test_parameters_read_rules_as_activations_do():
+  """The first rule for an axis counts, and an axis without one is not split."""
+  mesh, rules = make_mesh(fsdp=4, tensor=2), (("embed", "fsdp"), ("mlp", "tensor"), ("embed", None))
+  shardings = param_shardings(tiny.model(), mesh, rules, layout="layers")
+  assert spec(shardings["layers"]["0"]["mlp"]["up_proj"]["kernel"]) == ("fsdp", "tensor")
+  assert spec(shardings["layers"]["0"]["attention"]["v_proj"]["kernel"]) == ("fsdp",)
+  assert spec(named_sharding(mesh, ("embed", "kv_heads"), rules)) == ("fsdp",)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import contextlib
+import functools
 import inspect
 import json
+import operator
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from sa_jax.config import ModelConfig
 from sa_jax.convert import hf_config
@@ -99,7 +103,8 @@ def _handler(progress: Progress | None) -> Any:
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
       writing: collections.deque[tuple[int, Any]] = collections.deque()
       for done, (value, info, arg) in enumerate(zip(values, infos, args, strict=True)):
-        array = in_order(value.read())
+        # Reading may itself run an event loop, as Orbax does: not in this one's thread.
+        array = in_order(await asyncio.to_thread(value.read))
         for future in await super().serialize([array], [info], [arg]):
           writing.append((array.nbytes, future))
         del array
@@ -183,6 +188,34 @@ def check_stored(path: Path, stored: Any, config: ModelConfig, plan: SharingPlan
 def _paths(tree: Any) -> list[tuple[str, jax.ShapeDtypeStruct]]:
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
+
+
+def read(path: Path, stored: Any, wanted: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], np.ndarray]:
+  """Some of the parameters, by their paths; ``stored`` as from `stored_shapes`. Errors as in `restore`."""
+  sharding = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+  target: dict[str, Any] = {}
+  for parents in wanted:
+    leaf, node = _at(stored, parents), target
+    for name in parents[:-1]:
+      node = node.setdefault(name, {})
+    node[parents[-1]] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  params = restore(path, target)
+  return {parents: np.asarray(_at(params, parents)) for parents in wanted}
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+  return functools.reduce(operator.getitem, path, tree)
+
+
+def lazy_params(path: Path, wanted: Any) -> Any:
+  """The parameters that ``wanted``, a tree of shapes and dtypes, names among a checkpoint's, unread."""
+  stored = stored_shapes(path)
+
+  def leaf(keys: Any, shape: jax.ShapeDtypeStruct) -> LazyTensor:
+    parents = tuple(key.key for key in keys)
+    return LazyTensor((lambda: read(path, stored, [parents])[parents],), shape.shape, (), shape.dtype)
+
+  return jax.tree_util.tree_map_with_path(leaf, wanted)
 
 
 def restore(path: Path, target: Any) -> Any:

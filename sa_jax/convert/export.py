@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from sa_jax.config import ModelConfig
 from sa_jax.convert import checkpoint, hf_config
@@ -114,7 +113,7 @@ def _write_shards(
   for number, shard in enumerate(shards, start=1):
     alone = len(shards) == 1
     name = "model.safetensors" if alone else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-    params = _restore(src, stored, [entry for parts in shard for entry in parts])
+    params = checkpoint.read(src, stored, [entry.path for parts in shard for entry in parts])
     made = {parts[0].key: in_order(pack([(e, params[e.path]) for e in parts])) for parts in shard}
     save_file(made, folder / name, metadata={"format": "pt"})
     weight_map |= dict.fromkeys(made, name)
@@ -124,24 +123,3 @@ def _write_shards(
   if len(shards) > 1:
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-
-def _restore(src: Path, stored: Any, wanted: list[Entry]) -> dict[tuple[str, ...], np.ndarray]:
-  """These parameters, by path."""
-  sharding = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-  target: dict[str, Any] = {}
-  for entry in wanted:
-    leaf, node = stored, target
-    for name in entry.path:
-      leaf = leaf[name]
-    for name in entry.path[:-1]:
-      node = node.setdefault(name, {})
-    node[entry.path[-1]] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-  params = checkpoint.restore(src, target)
-  found = {}
-  for entry in wanted:
-    leaf = params
-    for name in entry.path:
-      leaf = leaf[name]
-    found[entry.path] = np.asarray(leaf)
-  return found

@@ -22,24 +22,19 @@ Progress = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyTensor:
-  """A parameter that has not been read yet: one tensor of the checkpoint, or the stack of several layers'.
+  """A parameter that has not been read yet, or the stack of several layers'.
 
   Attributes:
-    source: the checkpoint.
-    entries: one, or one a layer in the order of the leading axes.
+    readers: one, or one a layer in the order of the leading axes; each reads a layer's array, or maps it.
+    layer_shape: the shape without the leading axes.
     leading: those axes' lengths; empty when there are none.
     dtype: that it is wanted in.
   """
 
-  source: Source
-  entries: tuple[Entry, ...]
+  readers: tuple[Callable[[], np.ndarray], ...]
+  layer_shape: tuple[int, ...]
   leading: tuple[int, ...]
   dtype: np.dtype
-
-  @functools.cached_property
-  def layer_shape(self) -> tuple[int, ...]:
-    """The shape without the leading axes."""
-    return self.entries[0].our_shape()
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -58,8 +53,7 @@ class LazyTensor:
 
   def read(self, layer: int = 0, index: Index | None = None) -> np.ndarray:
     """One layer's tensor, or a slice of it; of a mapped file only what the slice needs is touched."""
-    entry = self.entries[layer]
-    ours = entry.to_ours(self.source.read(entry.key))
+    ours = self.readers[layer]()
     return (ours if index is None else ours[index]).astype(self.dtype, copy=False)
 
   def read_owned(self, layer: int, index: Index | None) -> np.ndarray:
@@ -69,19 +63,23 @@ class LazyTensor:
 
   def stacked(self, others: Sequence[LazyTensor], leading: tuple[int, ...]) -> LazyTensor:
     """The stack of this tensor and others of its shape."""
-    entries = tuple(entry for tensor in (self, *others) for entry in tensor.entries)
-    return dataclasses.replace(self, entries=entries, leading=leading)
+    readers = tuple(reader for tensor in (self, *others) for reader in tensor.readers)
+    return dataclasses.replace(self, readers=readers, leading=leading)
 
 
 def lazy_tree(source: Source, used: Sequence[Entry], dtype: str) -> dict[str, Any]:
   """The layer layout, unread."""
+
+  def read(entry: Entry) -> np.ndarray:
+    return entry.to_ours(source.read(entry.key))
+
   tree: dict[str, Any] = {}
   for entry in used:
     *parents, leaf = entry.path
     node = tree
     for name in parents:
       node = node.setdefault(name, {})
-    node[leaf] = LazyTensor(source, (entry,), (), jnp.dtype(dtype))
+    node[leaf] = LazyTensor((functools.partial(read, entry),), entry.our_shape(), (), jnp.dtype(dtype))
   return tree
 
 
@@ -101,12 +99,12 @@ def place(tree: Mapping[str, Any], shardings: Any, progress: Progress | None) ->
   leaves, structure = jax.tree.flatten(tree)
   each = [shardings] * len(leaves) if isinstance(shardings, Sharding) else jax.tree.leaves(shardings)
   placed: list[jax.Array | None] = [None] * len(leaves)
-  done, total = 0, sum(len(leaf.entries) for leaf in leaves)
+  done, total = 0, sum(len(leaf.readers) for leaf in leaves)
   # The largest first: the memory in flight is then least when the most is placed.
   for number in sorted(range(len(leaves)), key=lambda number: -leaves[number].nbytes):
     leaf, sharding = leaves[number], each[number]
     array = None
-    for layer in range(len(leaf.entries)):
+    for layer in range(len(leaf.readers)):
       piece = _put(leaf, layer, _of_layer(sharding, len(leaf.leading)))
       if not leaf.leading:
         array = piece

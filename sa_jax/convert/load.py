@@ -63,7 +63,7 @@ def from_pretrained(
     raise ValueError(f"there is no layout {layout!r}; there are 'runs' and 'layers'")
   path = locate(path, revision)
   if checkpoint.is_checkpoint(path):
-    return _open_checkpoint(path, plan, dtype, mesh, layout)
+    return _open_checkpoint(path, plan, dtype, mesh, layout, progress)
   source = open_source(path)
   config, made, found = _describe(source, plan, dtype)
   model = Transformer(config, made)
@@ -131,7 +131,12 @@ def _describe_checkpoint(path: Path, plan: SharingPlan | str | Sequence[int] | N
 
 
 def _open_checkpoint(
-  path: Path, plan: SharingPlan | str | Sequence[int] | None, dtype: str | None, mesh: Mesh | None, layout: Layout
+  path: Path,
+  plan: SharingPlan | str | Sequence[int] | None,
+  dtype: str | None,
+  mesh: Mesh | None,
+  layout: Layout,
+  progress: Progress | None,
 ) -> tuple[Transformer, dict[str, Any]]:
   model = _describe_checkpoint(path, plan, dtype)
   target = abstract_params(model, layout="layers")
@@ -143,6 +148,8 @@ def _open_checkpoint(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), target, shardings
   )
   params = checkpoint.restore(path, target)
+  if progress is not None:  # Orbax reads them side by side, and tells of none
+    progress(count := len(jax.tree.leaves(params)), count)
   return model, stack(params, model.plan, donate=True) if layout == "runs" else params
 
 
@@ -175,8 +182,9 @@ def convert(
     raise ValueError(f"{dst} exists already; name a new folder, or remove it first")
   path = locate(src, revision)
   if checkpoint.is_checkpoint(path):
-    model, params = _open_checkpoint(path, plan, dtype, None, "layers")
-    checkpoint.save_checkpoint(dst, model.config, model.plan, params, functools.partial(copy_extras, path))
+    model = _describe_checkpoint(path, plan, dtype)
+    tree = checkpoint.lazy_params(path, abstract_params(model, layout="layers"))
+    checkpoint.save_checkpoint(dst, model.config, model.plan, tree, functools.partial(copy_extras, path), progress)
     return
   source = open_source(path)
   config, made, found = _describe(source, plan, dtype)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import heapq
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -156,11 +158,8 @@ class Batcher:
     """Prefills waiting requests into free slots; returns slots and first tokens, on device."""
     free = [slot for slot in range(self.slots) if slot not in self._running]
     by_bucket: dict[int, dict[int, Request]] = collections.defaultdict(dict)
-    for slot in free[: len(self._waiting)]:
-      request = self._next()
+    for slot, request in zip(free, self._next(len(free))):
       by_bucket[bucket(len(request.prompt), self.capacity)][slot] = request
-      request.status = "running"
-      self._running[slot] = request
     first = []
     for size, requests in by_bucket.items():
       slots = list(requests)
@@ -171,16 +170,14 @@ class Batcher:
         slots = slots[count:]
     return first
 
-  def _next(self) -> Request:
-    """Takes the request whose turn it is."""
-    if not self.longest_first:
-      return self._waiting.popleft()
-    request = max(self._waiting, key=lambda request: request.max_new_tokens)
-    self._waiting.remove(request)
-    return request
+  def _next(self, count: int) -> list[Request]:
+    """The waiting requests whose turn it is, at most so many."""
+    if self.longest_first:
+      return heapq.nlargest(count, self._waiting, key=lambda request: request.max_new_tokens)
+    return list(itertools.islice(self._waiting, count))
 
   def _admit(self, slots: np.ndarray, requests: Sequence[Request], size: int) -> tuple[np.ndarray, jax.Array]:
-    """Prefills requests of one bucket into slots."""
+    """Prefills requests of one bucket into slots. Only then do they run: an interruption loses none."""
     tokens = np.zeros((len(requests), size), np.int32)
     for row, request in zip(tokens, requests, strict=True):
       row[: len(request.prompt)] = request.prompt
@@ -191,4 +188,8 @@ class Batcher:
     self._state, first = admit(
       self._model, self._sampler, self._params, self._state, slots, tokens, lengths, remaining, seeds, numbers
     )
+    for slot, request in zip(slots.tolist(), requests, strict=True):
+      request.status = "running"
+      self._running[slot] = request
+    self._waiting = collections.deque(request for request in self._waiting if request.status == "waiting")
     return slots, first

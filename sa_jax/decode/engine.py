@@ -123,8 +123,11 @@ def insert(state: DecodeState, rows: DecodeState, slots: jax.Array) -> DecodeSta
   """Puts rows, prefilled into at most as many cache slots, at places int32 ``slots [rows]`` of a batch (donated)."""
 
   def put(into: jax.Array, new: jax.Array) -> jax.Array:
-    at = into.at[slots, :, : new.shape[2]] if new.ndim == 4 else into.at[slots]
-    return at.set(new, unique_indices=True)
+    if new.ndim == 4:
+      # What the row before has left would be multiplied by zero, and it may have left NaN.
+      into = into.at[slots, :, new.shape[2] :].set(0, unique_indices=True)
+      return into.at[slots, :, : new.shape[2]].set(new, unique_indices=True)
+    return into.at[slots].set(new, unique_indices=True)
 
   return jax.tree.map(put, state, rows)
 

@@ -60,7 +60,7 @@ def generate(
     top_k: see `Sampler`.
     top_p: see `Sampler`.
     attention_mask: ``[B, T]``, 1 at tokens and 0 at padding, in Hugging Face's manner; instead of ``lengths``.
-    cache_length: slots a row of the cache; enough, in steps of 64, when None.
+    cache_length: slots a row of the cache; enough, rounded up, when None.
     slots: rows in the batch at once; more prompts than that go through continuous batching (see `Batcher`).
 
   Raises:
@@ -125,7 +125,7 @@ def stream(
     ValueError: as `generate`.
   """
   prompt = np.asarray(prompt)
-  capacity = _rounded(_slots_for(prompt.size, max_new_tokens))
+  capacity = _rounded(max(1, _slots_for(prompt.size, max_new_tokens)))
   sampler = Sampler(temperature, top_k, top_p)
   batcher = Batcher(model, params, slots=1, capacity=capacity, sampler=sampler, chunk=chunk)
   request = batcher.submit(prompt, max_new_tokens, seed=seed)
@@ -139,8 +139,13 @@ def _slots_for(prompt: int, new: int) -> int:
 
 
 def _rounded(slots: int) -> int:
-  """Upwards to a multiple of 64, so that kernels read whole blocks and few programs are compiled."""
-  return -(-slots // 64) * 64
+  """Upwards to a multiple of 64, so that kernels read whole blocks and few programs are compiled.
+
+  Kernels split a row into equal parts, and 64 times an odd number has none longer than 64: above 2048 slots, steps are
+  a 16th to a 32nd of the slots.
+  """
+  step = max(64, (1 << (slots - 1).bit_length()) // 32)
+  return -(-slots // step) * step
 
 
 def _static(

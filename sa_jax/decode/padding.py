@@ -37,7 +37,7 @@ def to_right_padded(tokens: np.ndarray, attention_mask: np.ndarray) -> tuple[np.
     attention_mask: ``[B, T]``, 1 at tokens and 0 at padding.
 
   Returns:
-    int32 ``[B, T]`` tokens and int32 ``[B]`` lengths.
+    ``[B, T]`` tokens in their dtype and int32 ``[B]`` lengths.
 
   Raises:
     ValueError: if the mask has another shape, holds other values, or a row's tokens are none or not contiguous.
@@ -54,4 +54,4 @@ def to_right_padded(tokens: np.ndarray, attention_mask: np.ndarray) -> tuple[np.
   if wrong := np.flatnonzero((lengths == 0) | (contiguous != mask.astype(bool)).any(axis=1)).tolist():
     raise ValueError(f"the tokens of rows {wrong} are none, or have padding between them; pad on one side only")
   shifted = np.take_along_axis(tokens, (slots + starts[:, None]) % mask.shape[1], axis=1)
-  return shifted.astype(np.int32), lengths.astype(np.int32)
+  return shifted, lengths.astype(np.int32)

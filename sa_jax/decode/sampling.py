@@ -7,6 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+_COLDEST = 1e-6
+"""Below it, logits over the temperature come near the largest float32."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
@@ -27,8 +30,8 @@ class Sampler:
   top_p: float | None = None
 
   def __post_init__(self) -> None:
-    if not 0 <= self.temperature < float("inf"):
-      raise ValueError(f"temperature must be 0 (greedy) or positive, not {self.temperature}")
+    if self.temperature != 0 and not _COLDEST <= self.temperature < float("inf"):
+      raise ValueError(f"temperature must be 0 (greedy) or at least {_COLDEST}, not {self.temperature}")
     if self.top_k is not None and self.top_k < 1:
       raise ValueError(f"top_k must be at least 1, not {self.top_k}")
     if self.top_p is not None and not 0 < self.top_p <= 1:

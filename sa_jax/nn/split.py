@@ -21,7 +21,8 @@ def on_each_device(
 
   Only for calls in which rows, heads and features do not see each other, so that it adds no communication. The call
   stays as it is on one device, inside a `jax.shard_map` of the caller's, and where the rules do not split it so: there
-  are none, they split the tokens of a row, or query heads from their keys.
+  are none, they split the tokens of a row, query heads from their keys, or an axis that does not divide (one row over
+  two devices): then XLA splits the call as it can.
 
   Args:
     call: of arrays, or of trees whose arrays all have the same axes.
@@ -35,8 +36,24 @@ def on_each_device(
     return call
   axes = nn.logical_to_mesh_axes
   several = bool(outputs) and isinstance(outputs[0], tuple)
-  specs = tuple(axes(each) for each in outputs) if several else axes(outputs)
-  return jax.shard_map(call, in_specs=tuple(axes(each) for each in inputs), out_specs=specs, check_vma=False)
+  in_specs = tuple(axes(each) for each in inputs)
+  out_specs = tuple(axes(each) for each in outputs) if several else axes(outputs)
+
+  def split(*arrays: Any) -> Any:
+    if not all(
+      _divides(mesh, spec, leaf.shape) for each, spec in zip(arrays, in_specs) for leaf in jax.tree.leaves(each)
+    ):
+      return call(*arrays)
+    return jax.shard_map(call, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
+
+  return split
+
+
+def _divides(mesh: jax.sharding.AbstractMesh, spec: PartitionSpec, shape: tuple[int, ...]) -> bool:
+  """Whether every device has an equal part of an array that is split so."""
+  names = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
+  parts = [math.prod(mesh.shape[name] for name in each) for each in names]
+  return all(size % count == 0 for size, count in zip(shape, parts))
 
 
 def heads_stay_with_their_keys() -> bool:

@@ -12,9 +12,11 @@ except ImportError:  # JAX 0.11 announces its removal: without it XLA computes w
 
 
 def platform() -> str:
-  """Where the arrays are: compiling ahead of time, the mesh's devices are not the default backend's."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return device.platform if device is not None else jax.default_backend()
+  """Where the arrays are: on the mesh's devices, which are not the default ones when compiling ahead of time."""
+  device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device  # type: ignore[attr-defined]
+  if device is None:
+    return jax.default_backend()
+  return device if isinstance(device, str) else device.platform
 
 
 def has_gpu_kernels(array: jax.Array) -> bool:

@@ -50,8 +50,8 @@ def next_token_loss(
     head: from hidden states to logits.
     hidden: ``[B, T, D]``; position ``t`` predicts token ``t + 1``.
     tokens: int ``[B, T]``.
-    weights: float ``[B, T]``, how much predicting each token counts, 0 for padding; all 1 when None. The first token
-      is not predicted, and the weight it has is not used.
+    weights: float ``[B, T]``, how much predicting each token counts, 0 for padding, whatever tokens fill it; all 1
+      when None. The first token is not predicted, and the weight it has is not used.
     z_loss: the weight of the squared logarithm of the softmax's normaliser, which keeps logits from drifting
       (Chowdhery et al., arXiv 2204.02311, section 5).
     chunk: positions a row whose logits exist at once; so many that they take 2 GiB on a device when None.
@@ -138,7 +138,9 @@ def _predicted(hidden: jax.Array, tokens: jax.Array, weights: jax.Array | None) 
     )
   if weights is None:
     weights = jnp.ones(tokens.shape, jnp.float32)
-  return jnp.roll(tokens, -1, axis=1), jnp.roll(weights.astype(jnp.float32), -1, axis=1).at[:, -1].set(0.0)
+  weights = jnp.roll(weights.astype(jnp.float32), -1, axis=1).at[:, -1].set(0.0)
+  # Padding may be filled with what is no token, -100 for example, whose loss is NaN, and so is zero times it.
+  return jnp.where(weights != 0, jnp.roll(tokens, -1, axis=1), 0), weights
 
 
 def _chunk(chunk: int | None, head: Head, hidden: jax.Array) -> int:

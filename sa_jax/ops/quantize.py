@@ -33,6 +33,14 @@ Stored = jax.Array | Int8
 """Vectors as a cache may hold them, keys or values ``[B, K, S, H]`` for example."""
 
 
+def product_dtype(stored: Stored, dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
+  """What weights are multiplied by cached vectors in, scales being multiplied into the weights.
+
+  Float16 has no room for the product of a small weight and a small scale; bfloat16 holds every int8.
+  """
+  return jnp.bfloat16 if isinstance(stored, Int8) and dtype == jnp.float16 else dtype
+
+
 def as_stored(new: jax.Array, cache: Stored) -> Stored:
   """New vectors in the form of those of a cache that they join."""
   return Int8.of(new) if isinstance(cache, Int8) else new.astype(cache.dtype)

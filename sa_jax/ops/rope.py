@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ class RopeConfig:
     beta_slow: yarn: planes that turn less often than this are stretched in full.
     truncate: yarn: whether the bounds between the two are rounded to whole planes.
     attention_factor: yarn: what rotated q and k are multiplied by; ``0.1 ln(factor) + 1`` when None.
+
+  Raises:
+    ValueError: if there is no such scaling, or a number is not positive.
   """
 
   theta: float = 10_000.0
@@ -40,6 +43,13 @@ class RopeConfig:
   beta_slow: float = 1.0
   truncate: bool = True
   attention_factor: float | None = None
+
+  def __post_init__(self) -> None:
+    if self.scaling not in get_args(RopeScaling):
+      raise ValueError(f"there is no rope scaling {self.scaling!r}; there are {', '.join(get_args(RopeScaling))}")
+    for name in ("theta", "factor", "original_max_length"):
+      if not getattr(self, name) > 0:
+        raise ValueError(f"rope: {name}={getattr(self, name)!r} (a positive number is needed)")
 
   @property
   def magnitude(self) -> float:

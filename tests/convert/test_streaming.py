@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import sa_jax
-from sa_jax.convert import lazy
+from sa_jax.convert import checkpoint, lazy
 from sa_jax.sharding import make_mesh
 from tests.convert import hf_models
 
@@ -82,3 +82,23 @@ def test_dtype_never_passes_through_float32(folder, tmp_path, monkeypatch):
   )
   _, params = sa_jax.from_pretrained(tmp_path / "bf16")
   assert kinds == {"bfloat16"} == {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
+
+
+def test_a_checkpoint_of_ours_is_read_as_it_is_written(folder, tmp_path, monkeypatch):
+  """Pruned and in another dtype, one parameter at a time, as from_pretrained opens it; progress tells of each."""
+  sa_jax.convert(folder, tmp_path / "dense", dtype="float32")
+  read, sizes, told = checkpoint.restore, [], []
+  monkeypatch.setattr(
+    checkpoint, "restore", lambda path, want: sizes.append(len(jax.tree.leaves(want))) or read(path, want)
+  )
+  progress = lambda done, total: told.append((done, total))
+  sa_jax.convert(tmp_path / "dense", tmp_path / "pruned", "1:2-3", "bfloat16", progress=progress)
+  opened, expected = (
+    sa_jax.from_pretrained(tmp_path / name, "1:2-3", "bfloat16", layout="layers", progress=progress)[1]
+    for name in ("pruned", "dense")
+  )
+  count = len(jax.tree.leaves(expected))
+  assert sizes == [1] * count + [count] * 2
+  assert told == [(number + 1, count) for number in range(count)] + [(count, count)] * 2
+  jax.tree.map(np.testing.assert_array_equal, opened, expected)
+  assert {str(leaf.dtype) for leaf in jax.tree.leaves(opened)} == {"bfloat16"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -145,3 +146,29 @@ def test_run_comes_back_for_a_slot_and_not_for_every_chunk(model, params, prompt
   stepped, ran = tokens(watched), tokens(Batcher.run)
   assert stepped[0] == ran[0]
   assert (stepped[1], ran[1]) == (8, 2)
+
+
+def test_what_a_row_leaves_behind_harms_no_other(model, params, prompts, alone):
+  """NaN, say, of a model that overflows: the next row in the slot sees zero times what is past its end."""
+  batcher = Batcher(model, params, slots=1, capacity=CAPACITY)
+  broken = jax.tree.map(lambda x: jax.numpy.full_like(x, np.nan), batcher._state.cache)
+  batcher._state = dataclasses.replace(batcher._state, cache=broken)
+  request = batcher.submit(prompts[0], LONGEST)
+  batcher.run()
+  assert request.tokens == alone[0]
+
+
+def test_an_interruption_loses_no_request(model, params, prompts, alone, monkeypatch):
+  batcher = Batcher(model, params, slots=2, capacity=CAPACITY)
+  requests = [batcher.submit(prompt, LONGEST) for prompt in prompts[:3]]
+
+  def interrupted(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(batcher_module, "admit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      batcher.run()
+  assert [request.status for request in requests] == ["waiting"] * 3
+  batcher.run()
+  assert [request.tokens for request in requests] == alone[:3]

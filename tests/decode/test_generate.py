@@ -11,6 +11,7 @@ import pytest
 import sa_jax
 from sa_jax import Transformer, stack
 from sa_jax.decode import DecodeState, Sampler, decode, prefill, right_pad, stream, to_right_padded
+from sa_jax.decode.generate import _rounded
 from sa_jax.nn import Cache
 from tests import tiny
 
@@ -54,6 +55,18 @@ def without_a_cache(model, params, prompts, new: int) -> np.ndarray:
     tokens[rows, lengths] = np.asarray(logits_of(model, params, tokens, lengths))[rows, lengths - 1].argmax(axis=-1)
     lengths = lengths + 1
   return np.stack([tokens[row, len(prompt) : len(prompt) + new] for row, prompt in enumerate(prompts)])
+
+
+def test_a_stream_names_what_is_wrong(model, params):
+  with pytest.raises(ValueError, match="max_new_tokens must be at least 1, not 0"):
+    list(stream(model, params, [1], 0))
+  with pytest.raises(ValueError, match="a prompt is a list of at least one token"):
+    list(stream(model, params, [], 1))
+
+
+def test_caches_have_slots_that_kernels_can_split():
+  sizes = {1: 64, 64: 64, 65: 128, 2048: 2048, 2049: 2176, 4160: 4352, 8192: 8192}
+  assert {size: _rounded(size) for size in sizes} == sizes
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -187,6 +200,8 @@ class TestSamples:
     ([[1, 2]], {"lengths": [1.5]}, "lengths are integers"),
     ([[1, 2]], {"lengths": [2], "attention_mask": [[1, 1]]}, "give lengths or attention_mask, not both"),
     ([[1, 2, 3]], {"attention_mask": [[1, 0, 1]]}, "rows \\[0\\] are none, or have padding between them"),
+    ([[2**32 + 5, 3]], {"attention_mask": [[1, 1]]}, "token 4294967301 is outside the vocabulary"),
+    ([[1.9, 2.9]], {"attention_mask": [[1, 1]]}, "tokens are integers"),
     ([[1, 2]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
     ([[1, 2, 3]], {"cache_length": 2}, "do not fit a cache of 2 slots; 8 are needed"),
     (

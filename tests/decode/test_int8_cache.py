@@ -11,6 +11,7 @@ import sa_jax
 from sa_jax import ops
 from sa_jax.decode import Batcher
 from sa_jax.nn import Cache
+from sa_jax.ops.attention import flash_decode
 from tests import tiny
 
 
@@ -43,6 +44,21 @@ def test_weights_and_sums_are_those_of_the_vectors_it_stands_for():
   np.testing.assert_allclose(weights, ops.decode_weights(q, jnp.asarray(vectors(keys)), positions), atol=1e-6)
   expected = np.einsum("bnts,bnsh->btnh", weights, np.repeat(vectors(values), 3, axis=1))
   np.testing.assert_allclose(ops.decode_apply(weights, values), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_float16_weighs_many_small_values(kernel):
+  """A weight of a long row times a scale is less than the least float16; the mean of the values is not."""
+  slots = 4096
+  values = np.random.default_rng(3).uniform(0.005, 0.01, (1, 1, slots, 64))
+  stored, new = ops.Int8.of(jnp.asarray(values, jnp.float32)), jnp.asarray(values[:, :, -1], jnp.float16)
+  weights, last = jnp.full((1, 2, slots), 1 / slots, jnp.float16), jnp.asarray([slots - 1])
+  if kernel:
+    out, _ = flash_decode.follow(weights, new, stored, last, interpret=True)
+  else:
+    out = ops.decode_apply(weights[:, :, None], stored)[:, 0]
+  assert out.dtype == jnp.float16
+  np.testing.assert_allclose(out, np.repeat(values.mean(axis=2), 2, axis=1), rtol=4e-3)
 
 
 @pytest.fixture(scope="module")

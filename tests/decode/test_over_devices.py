@@ -4,8 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+import sa_jax
 from sa_jax import ops
 from sa_jax.decode import DecodeState, Sampler, decode, insert, prefill, row_keys
+from sa_jax.nn import Cache
 from sa_jax.sharding import make_mesh, on_mesh, param_shardings
 from tests import tiny
 
@@ -36,3 +38,20 @@ def test_decoding_over_heads(cache_dtype, tolerance):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), read(cache), read(expected_cache))
   for leaf in jax.tree.leaves(cache):
     assert leaf.addressable_shards[0].data.shape[1] == 1
+
+
+def test_one_row_over_two_devices():
+  """Rows that do not divide are not split: whole prompts, and tokens one by one."""
+  model = tiny.model("1:2", num_layers=3, vocab_size=64)
+  params = jax.tree.map(jax.numpy.asarray, tiny.params(model))
+  tokens = tiny.tokens(1, 6)
+  expected = sa_jax.generate(model, params, tokens, max_new_tokens=4).tokens
+  mesh = make_mesh(fsdp=2, devices=jax.devices()[:2])
+  split = jax.device_put(params, param_shardings(model, mesh, layout="layers"))
+  cache = Cache.empty(model.config, model.plan, 1, 64)
+  with on_mesh(mesh):
+    np.testing.assert_array_equal(sa_jax.generate(model, split, tokens, max_new_tokens=4).tokens, expected)
+    start, end = np.asarray([0]), np.asarray([6])
+    extend = jax.jit(lambda params: model.apply({"params": params}, tokens, cache, start, end, method="extend"))
+    hidden, _ = extend(split)
+  np.testing.assert_allclose(hidden, model.apply({"params": params}, tokens, method="hidden"), atol=2e-5)

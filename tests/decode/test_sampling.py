@@ -87,7 +87,8 @@ def test_a_row_is_drawn_with_its_own_key():
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    ({"temperature": -1.0}, "temperature must be 0 \\(greedy\\) or positive, not -1.0"),
+    ({"temperature": -1.0}, "temperature must be 0 \\(greedy\\) or at least 1e-06, not -1.0"),
+    ({"temperature": 1e-39}, "or at least 1e-06, not 1e-39"),
     ({"temperature": float("nan")}, "temperature must be 0"),
     ({"temperature": float("inf")}, "temperature must be 0"),
     ({"temperature": 1.0, "top_k": 0}, "top_k must be at least 1, not 0"),

@@ -19,7 +19,7 @@ def on_gpus(monkeypatch):
   """As if these were GPUs, any dtype and head being good for the kernels; yields what they are called with."""
   monkeypatch.setattr(kernels, "platform", lambda: "gpu")
   monkeypatch.setattr(ops, "has_linear_kernels", lambda x, *weights: all(map(kernels.has_gpu_kernels, weights)))
-  monkeypatch.setattr(decode, "_has_kernel", lambda tokens, stored: kernels.has_gpu_kernels(stored))
+  monkeypatch.setattr(decode, "_has_kernel", lambda tokens, dtype, stored: kernels.has_gpu_kernels(stored))
   called = []
 
   def interpreted(module, name):
@@ -109,3 +109,11 @@ def test_without_rules_no_kernel_runs(request):
   with jax.set_mesh(mesh):
     step(model, rows).lower(params, cache)
   assert called == []
+
+
+def test_the_default_device_says_where_arrays_are(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert kernels.platform() == "gpu"
+  for device in ("cpu", jax.devices()[1]):
+    with jax.default_device(device):
+      assert kernels.platform() == "cpu"

@@ -51,6 +51,15 @@ def test_count_is_the_weight_of_what_is_predicted():
   np.testing.assert_allclose(unweighted, plain(HIDDEN, KERNEL, np.ones_like(WEIGHTS)), rtol=1e-6)
 
 
+def test_padding_may_be_no_token():
+  """Weight 0 is none of the loss, and none of its gradient, whatever fills the padding."""
+  weights = np.where(np.arange(11) < 7, WEIGHTS, 0).astype(np.float32)
+  padded = np.where(weights > 0, TOKENS, -100)
+  loss = lambda tokens: lambda hidden: chunked(hidden, KERNEL, jnp.asarray(tokens), jnp.asarray(weights), 4)[0]
+  got, want = (jax.value_and_grad(loss(tokens))(jnp.asarray(HIDDEN)) for tokens in (padded, TOKENS))
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 @pytest.mark.parametrize("chunk", [3, None])
 def test_z_loss(chunk):
   """Against optax, value and gradient: the squared log-normaliser, weighted."""

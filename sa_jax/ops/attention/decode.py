@@ -7,7 +7,7 @@ from sa_jax.ops.attention import flash_decode
 from sa_jax.ops.attention.reference import apply_weights, attention_weights
 from sa_jax.ops.attention.spec import AttentionSpec
 from sa_jax.ops.kernels import has_gpu_kernels
-from sa_jax.ops.quantize import Int8, Stored, as_stored
+from sa_jax.ops.quantize import Int8, Stored, as_stored, product_dtype
 
 
 def write_slot(cache: Stored, new: jax.Array, slots: jax.Array) -> Stored:
@@ -57,11 +57,13 @@ def decode_weights(
 
 def decode_apply(weights: jax.Array, values: Stored) -> jax.Array:
   """Weighted sums of cached values: weights ``[B, N, T, S]``, values ``[B, K, S, H]`` → ``[B, T, N, H]``."""
-  data, scale = _read(values, weights.dtype)
+  dtype = product_dtype(values, weights.dtype)
+  data, scale = _read(values, dtype)
+  scaled = weights
   if scale is not None:
     scale = jnp.repeat(scale, weights.shape[1] // scale.shape[1], axis=1)  # from key heads to heads
-    weights = (weights.astype(scale.dtype) * scale[:, :, None]).astype(weights.dtype)
-  return apply_weights(weights, data)
+    scaled = (weights.astype(scale.dtype) * scale[:, :, None]).astype(dtype)
+  return apply_weights(scaled, data).astype(weights.dtype)
 
 
 def decode_attend(
@@ -77,8 +79,8 @@ def decode_attend(
 ) -> tuple[jax.Array, jax.Array | None, Stored, Stored]:
   """Attention of new tokens over the cache that they join.
 
-  On NVIDIA GPUs in half precision, one token a row is one kernel that reads no slot past the row's end (on a mesh, only
-  under `jax.shard_map`); elsewhere `write_slot`, `decode_weights` and `decode_apply`.
+  On NVIDIA GPUs in half precision, one token a row is one kernel that reads no block of 64 slots past the row's end (on
+  a mesh, only under `jax.shard_map`); elsewhere `write_slot`, `decode_weights` and `decode_apply`.
 
   Args:
     q: ``[B, T, N, H]``.
@@ -93,7 +95,7 @@ def decode_attend(
   Returns:
     ``[B, T, N, H]``; the softmaxed weights ``[B, N, T, S]``, or None; keys and values with the new ones.
   """
-  if _has_kernel(q, keys) and spec.window is None and spec.softcap is None:
+  if _has_kernel(q.shape[1], q.dtype, keys) and spec.window is None and spec.softcap is None:
     token = q[:, 0], new_keys[:, 0], new_values[:, 0]
     out, weights, keys, values = flash_decode.attend(
       *token, keys, values, positions[:, 0], scale=spec.scale_for(q.shape[-1]), with_weights=with_weights
@@ -118,21 +120,21 @@ def decode_follow(
   Returns:
     ``[B, T, N, H]``, and the values with the new ones.
   """
-  if _has_kernel(jnp.swapaxes(weights, 1, 2), values):
+  if _has_kernel(weights.shape[2], weights.dtype, values):
     out, values = flash_decode.follow(weights[:, :, 0], new_values[:, 0], values, positions[:, 0])
     return out[:, None], values
   values = write_slot(values, new_values, positions)
   return decode_apply(weights, values), values
 
 
-def _has_kernel(tokens: jax.Array, stored: Stored) -> bool:
-  """Whether kernels take these tokens ``[B, T, N, …]``, queries or weights, and this cache."""
+def _has_kernel(tokens: int, dtype: jax.typing.DTypeLike, stored: Stored) -> bool:
+  """Whether kernels take so many new tokens a row, queries or weights of this dtype, and this cache."""
   data = stored.data if isinstance(stored, Int8) else stored
   return (
     has_gpu_kernels(data)
-    and tokens.shape[1] == 1
-    and tokens.dtype in (jnp.bfloat16, jnp.float16)
-    and data.dtype in (tokens.dtype, jnp.int8)
+    and tokens == 1
+    and dtype in (jnp.bfloat16, jnp.float16)
+    and data.dtype in (dtype, jnp.int8)
     and data.shape[3] in (64, 128)
     and data.shape[2] % flash_decode.BLOCK == 0
   )

@@ -1,6 +1,7 @@
 """Decode attention as one kernel a layer for NVIDIA GPUs (Pallas, Triton): an anchor's, and a follower's.
 
-A row's slots are split over programs, each of which reads no slot past the row's end. An anchor's keeps a running
+A row's slots are split over programs, none of which reads a block past the one that the row ends in; what is in that
+block must be finite. An anchor's keeps a running
 maximum, sum and accumulator over its slots; a small reduction joins the splits, if there are several (Dao et al.,
 "Flash-Decoding", 2023). The program that owns the new token's slot also writes its key and value, in place.
 """
@@ -14,7 +15,7 @@ from jax.experimental import pallas as pl
 
 from sa_jax.ops.attention.reference import MASKED
 from sa_jax.ops.kernels import triton as plgpu
-from sa_jax.ops.quantize import Int8, Stored, as_stored
+from sa_jax.ops.quantize import Int8, Stored, as_stored, product_dtype
 
 # Tensor cores multiply at least 16 rows.
 _MIN_ROWS = 16
@@ -210,7 +211,7 @@ def _attend_kernel(
     new_maximum = jnp.maximum(maximum, scores.max(axis=1))
     weights = jnp.exp(scores - new_maximum[:, None])
     shrink = jnp.exp(maximum - new_maximum)
-    v, value_scale = _block(value_ref, here, q.dtype)
+    v, value_scale = _block(value_ref, here, product_dtype(value_ref, q.dtype))
     accumulated = accumulated * shrink[:, None] + plgpu.dot((weights * value_scale).astype(v.dtype), v)
     return accumulated, new_maximum, total * shrink + weights.sum(axis=1)
 
@@ -259,7 +260,7 @@ def _follow_kernel(
   def block(index: jax.Array, accumulated: jax.Array) -> jax.Array:
     here = pl.ds(index * BLOCK, BLOCK)
     weights = plgpu.load(weights_ref.at[:, here], mask=kept[:, None] & _before(new, index, rows), other=0.0)
-    v, value_scale = _block(value_ref, here, weights.dtype)
+    v, value_scale = _block(value_ref, here, product_dtype(value_ref, weights.dtype))
     return accumulated + plgpu.dot((weights.astype(jnp.float32) * value_scale).astype(v.dtype), v)
 
   accumulated = jax.lax.fori_loop(0, _blocks(new, split), block, jnp.zeros((rows, head_dim), jnp.float32))

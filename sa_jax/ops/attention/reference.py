@@ -117,4 +117,5 @@ def attend(
 ) -> jax.Array:
   """Attention through its weights; O(T S) memory. Shapes as in `sa_jax.ops.attend`."""
   positions = None if offset is None else offset + jnp.arange(q.shape[1])
-  return apply_weights(attention_weights(q, k, lengths=lengths, segments=segments, positions=positions, spec=spec), v)
+  weights = attention_weights(q, k, lengths=lengths, segments=segments, positions=positions, spec=spec)
+  return apply_weights(weights, v).astype(v.dtype)
