@@ -26,7 +26,8 @@ class Collective:
   Attributes:
     kind: as HLO names it.
     count: how many a device takes part in, those in loops counted once an iteration.
-    bytes: their arrays on one device: what is gathered, reduced (before scattering) or sent.
+    bytes: their arrays on one device: what is gathered, reduced or sent; of a reduce-scatter what is left after it,
+      or, where the TPU compiler made it of an all-reduce, what was there before.
   """
 
   kind: str

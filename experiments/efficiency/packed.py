@@ -8,6 +8,7 @@ Milliseconds, medians of 5 times 5 calls, bfloat16: SmolLM2-135M's heads over 32
 
 from __future__ import annotations
 
+import argparse
 import functools
 import statistics
 import time
@@ -41,6 +42,7 @@ def milliseconds(call: Callable[[], Any]) -> float:
 
 def main() -> None:
   """Times every backend that can compute the call."""
+  argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
   rows = []
   for batch, length, heads, kv_heads, head_dim in SHAPES:
     keys = jax.random.split(jax.random.key(0), 4)

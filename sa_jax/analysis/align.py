@@ -190,7 +190,7 @@ class Aligned(NamedTuple):
   Attributes:
     plan: with head maps.
     loss: calibration loss with them, in nats.
-    identity_loss: calibration loss without.
+    identity_loss: calibration loss with the plan as it was given.
   """
 
   plan: SharingPlan

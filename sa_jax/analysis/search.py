@@ -139,9 +139,11 @@ def cheapest(costs: np.ndarray, followers: int, excluded: Sequence[int] = ()) ->
     excluded: layers that stay anchors.
 
   Raises:
-    ValueError: if there is no such plan.
+    ValueError: if there is no such plan, or no such layer.
   """
   layers = len(costs)
+  if outside := [layer for layer in excluded if not 0 <= layer < layers]:
+    raise ValueError(f"there are no layers {outside} to exclude; the model has 0 to {layers - 1}")
   allowed = costs.copy()
   allowed[:, list(excluded)] = np.inf
   # best[l][f]: least cost of layers before l with f followers, where l starts a group; and where that group starts.

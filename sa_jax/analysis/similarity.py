@@ -17,7 +17,7 @@ import numpy as np
 from jax.scipy.special import entr
 
 from sa_jax.nn import Transformer
-from sa_jax.nn.state import State
+from sa_jax.nn.state import QueryKey, State
 from sa_jax.nn.transformer import check_tokens
 from sa_jax.params import as_layers
 
@@ -31,7 +31,7 @@ class Similarity(NamedTuple):
     js_divergence: Jensen-Shannon divergence of two layers' weights in nats (0 alike, log 2 disjoint), mean over
       queries.
     top_k_overlap: of a query's k heaviest keys, the share that two layers have in common; mean over the queries that
-      see at least k keys.
+      see at least k keys in both.
     entropy: ``[L, N]``, of the weights in nats, mean over queries.
     weighted_variance: ``[L, N]``, the variance of a query's weights over the keys that it sees (whose mean is one over
       their number), averaged over queries with that number as weight.
@@ -92,7 +92,7 @@ def layer_similarity(
 
 
 class _Sums(NamedTuple):
-  """Sums over queries; ``[L, L, N]``, ``[L, N]`` or scalar."""
+  """Sums over queries; ``[L, L, N]``, ``[L, N]``, and of what heads have in common ``[L, L]``, ``[L]`` or scalar."""
 
   products: Any
   sink_products: Any
@@ -124,10 +124,13 @@ def block_sums(states: tuple[State, ...], start: jax.Array | int, length: int, t
   positions = start + jnp.arange(block)
   weights = jnp.stack([state.weights(positions) for state in states]).astype(jnp.float32)
   batch = weights.shape[1]
-  only = lambda queries, values: values * queries.astype(values.dtype)[None, None, None, :, None]
-  weights = only(positions < length, weights)
-  seen = jnp.where(positions < length, positions + 1, 0)
-  is_long = seen >= top_k
+  only = lambda queries, values: values * queries.astype(values.dtype)[:, None, None, :, None]
+  weights = only((positions < length)[None], weights)
+  windows = jnp.asarray([[_window(state) or length] for state in states])
+  seen = jnp.where(
+    (positions < length)[None], jnp.minimum((positions + 1)[None], windows), 0
+  )  # by each layer's queries
+  is_long = (seen >= top_k).astype(jnp.float32)
 
   product = functools.partial(jnp.einsum, "LBNTS,MBNTS->LMN", precision="highest")
   products = product(weights, weights)
@@ -146,11 +149,17 @@ def block_sums(states: tuple[State, ...], start: jax.Array | int, length: int, t
     divergence=jax.lax.map(divergence_from, weights),
     overlap=product(heaviest, heaviest) / top_k,
     entropy=entr(weights).sum(axis=(1, 3, 4)),
-    queries=batch * (seen > 0).sum(),
-    long_queries=batch * is_long.sum(),
-    keys=batch * seen.sum(),
-    inverse_keys=batch * jnp.where(seen > 0, 1 / jnp.maximum(seen, 1), 0.0).sum(),
+    queries=batch * (positions < length).sum(),
+    long_queries=batch * (is_long @ is_long.T),
+    keys=batch * seen.sum(axis=1),
+    inverse_keys=batch * jnp.where(seen > 0, 1 / jnp.maximum(seen, 1), 0.0).sum(axis=1),
   )
+
+
+def _window(state: State) -> int | None:
+  """How many keys a layer's queries see at most; None for all."""
+  assert isinstance(state, QueryKey)
+  return state.specs[0].window
 
 
 def _finish(sums: _Sums) -> Similarity:
@@ -159,9 +168,9 @@ def _finish(sums: _Sums) -> Similarity:
     cosine=_cosine(sums.products),
     cosine_without_sink=_cosine(sums.products - sums.sink_products),
     js_divergence=sums.divergence / sums.queries,
-    top_k_overlap=sums.overlap / max(sums.long_queries, 1),
+    top_k_overlap=sums.overlap / np.maximum(sums.long_queries, 1)[..., None],
     entropy=sums.entropy / sums.queries,
-    weighted_variance=(squares - sums.inverse_keys) / sums.keys,
+    weighted_variance=(squares - sums.inverse_keys[:, None]) / sums.keys[:, None],
   )
 
 

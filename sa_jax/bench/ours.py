@@ -40,19 +40,6 @@ from sa_jax.train import (
 )
 
 
-def config_of(task: Task) -> ModelConfig:
-  """The preset with the task's depth and way to compute; it never ends a row by itself."""
-  preset = ModelConfig.preset(task.model)
-  return dataclasses.replace(
-    preset,
-    num_layers=task.layers or preset.num_layers,
-    eos_token_ids=(),
-    attention=task.attention,
-    attention_state=task.attention_state,
-    cache_dtype=task.cache_dtype,
-  )
-
-
 def mesh_of(task: Task) -> Mesh | None:
   """The task's mesh over the first devices; None for one device.
 
@@ -81,7 +68,7 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
 
 def decode(task: Task) -> Result:
   """One decode step: `STEPS` steps on device in one call, after the last of which the task's slots are filled."""
-  config = config_of(task)
+  config = task.config
   plan = SharingPlan.parse(task.plan, config.num_layers)
   model = Transformer(config, plan)
   mesh = mesh_of(task)
@@ -125,7 +112,7 @@ def train(task: Task) -> Result:
 
 def step(task: Task) -> Result:
   """A whole train step: next-token loss, gradients, clipping and AdamW, on float32 parameters and moments."""
-  config = dataclasses.replace(config_of(task), remat=task.remat, param_dtype="float32")
+  config = dataclasses.replace(task.config, remat=task.remat, param_dtype="float32")
   plan = SharingPlan.parse(task.plan, config.num_layers)
   model = Transformer(config, plan)
   mesh = mesh_of(task)
@@ -182,7 +169,7 @@ def _backend(config: ModelConfig, length: int, mesh: Mesh | None = None) -> str:
 
 
 def _stack_of_layers(task: Task, gradient: bool) -> Result:
-  config = dataclasses.replace(config_of(task), remat="full")
+  config = dataclasses.replace(task.config, remat="full")
   plan = SharingPlan.parse(task.plan, config.num_layers)
   ceiling = _matrix_rate()
   layers = Runs(config, plan)
@@ -209,7 +196,7 @@ def batching(task: Task) -> Result:
 
   ``detail`` compares with the same in order of arrival, and with static batches, which wait for their longest row.
   """
-  config = config_of(task)
+  config = task.config
   plan = SharingPlan.parse(task.plan, config.num_layers)
   model = Transformer(config, plan)
   params = random_tree(abstract_params(model, layout="layers"))

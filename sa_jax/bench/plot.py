@@ -7,7 +7,6 @@ from pathlib import Path
 
 from sa_jax.analysis.plots import new_figure
 from sa_jax.bench.task import Result
-from sa_jax.config import ModelConfig
 from sa_jax.cost import cost
 
 
@@ -15,19 +14,21 @@ def decode_curves(results: Sequence[Result], path: Path) -> None:
   """Draws decode time and cache size against context length, one line a plan.
 
   Args:
-    results: decode measurements.
+    results: decode measurements; of peers' no line is drawn.
     path: the PNG to write.
 
   Raises:
-    ValueError: if matplotlib is not installed.
+    ValueError: if matplotlib is not installed, or one is no measurement of decoding.
   """
+  if others := {result.task.kind for result in results} - {"decode"}:
+    raise ValueError(f"these curves are of decode, not of {', '.join(sorted(others))}")
+  results = [result for result in results if result.task.who == "sa_jax"]
   figure = new_figure(10, 4)
   time_axes, cache_axes = figure.subplots(1, 2)
   for plan in dict.fromkeys(result.task.plan for result in results):
     chosen = [result for result in results if result.task.plan == plan]
     lengths = [result.task.seq_len for result in chosen]
-    configs = [ModelConfig.preset(result.task.model) for result in chosen]
-    cache = [cost(config, plan, r.task.batch, r.task.seq_len).kv_cache_bytes for config, r in zip(configs, chosen)]
+    cache = [cost(r.task.config, plan, r.task.batch, r.task.seq_len).kv_cache_bytes for r in chosen]
     time_axes.plot(lengths, [result.seconds * 1e3 for result in chosen], marker="o", label=plan)
     cache_axes.plot(lengths, [size / 1e9 for size in cache], marker="o", label=plan)
   task, device = results[0].task, results[0].device

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from typing import Any, Literal
 
-from sa_jax.config import AttentionBackend, AttentionState, CacheDtype, RematPolicy
+from sa_jax.config import AttentionBackend, AttentionState, CacheDtype, ModelConfig, RematPolicy
 from sa_jax.sharding import MESH_AXES
 
 Kind = Literal["decode", "prefill", "train", "step", "batching"]
@@ -45,8 +45,8 @@ class Task:
     sequence: step: over which the tokens of a row are split.
 
   Raises:
-    ValueError: if the kind or who runs it knows no such mesh, or rows or tokens do not divide over it; if more slots
-      are filled than there are, fewer than a call has steps, or the kind has none.
+    ValueError: if the kind or who runs it knows no such mesh or setting, or rows, tokens or requests do not divide; if
+      more slots are filled than there are, or fewer than a call has steps.
   """
 
   kind: Kind
@@ -81,10 +81,34 @@ class Task:
       wrong.append(f"seq_len {self.seq_len} (a multiple of sequence = {self.sequence} is needed)")
     if self.kind == "decode" and not STEPS <= self.tokens <= self.seq_len:
       wrong.append(f"{self.tokens} filled slots of {self.seq_len} (from {STEPS}, the steps of a call, to all)")
-    if self.kind != "decode" and self.filled is not None:
-      wrong.append(f"filled ({self.kind} has no slots to leave empty: it is for decode)")
+    if self.kind == "decode" and self.who != "sa_jax" and self.seq_len < 6 * STEPS:
+      wrong.append(f"seq_len {self.seq_len} (peers need {6 * STEPS} slots)")
+    if self.kind == "batching" and self.requests % self.batch:
+      wrong.append(f"{self.requests} requests (a multiple of batch {self.batch} is needed, for static batches)")
+    wrong += [
+      f"{field.name} ({self.kind} takes none: it is for {', '.join(_ONLY[field.name])})"
+      for field in dataclasses.fields(self)
+      if self.kind not in _ONLY.get(field.name, (self.kind,)) and getattr(self, field.name) != field.default
+    ]
     if wrong:
       raise ValueError("bench: " + "; ".join(wrong))
+
+  @property
+  def config(self) -> ModelConfig:
+    """The preset with the task's depth and way to compute; it never ends a row by itself.
+
+    Raises:
+      ValueError: if there is no such preset, or no such depth.
+    """
+    preset = ModelConfig.preset(self.model)
+    return dataclasses.replace(
+      preset,
+      num_layers=preset.num_layers if self.layers is None else self.layers,
+      eos_token_ids=(),
+      attention=self.attention,
+      attention_state=self.attention_state,
+      cache_dtype=self.cache_dtype,
+    )
 
   @property
   def tokens(self) -> int:
@@ -99,6 +123,17 @@ class Task:
 
 _MESHES = {"step": MESH_AXES, "decode": ("tensor",)}
 """The axes over which a kind can be split."""
+
+_STACKS = ("prefill", "train", "step")
+_ONLY = {
+  "filled": ("decode",),
+  "cache_dtype": ("decode", "batching"),
+  "requests": ("batching",),
+  "attention": _STACKS,
+  "attention_state": _STACKS,
+  "remat": ("step",),
+}
+"""The kinds that a setting means something to, where it does not to all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +185,7 @@ def run_task(task: Task) -> Result:
   done = subprocess.run(command, capture_output=True, text=True, check=False)
   lines = done.stdout.strip().splitlines()
   if done.returncode or not lines:
-    raise ValueError(f"{task} failed: {(done.stderr or done.stdout).strip()[-2000:]}")
+    reason = (done.stderr or done.stdout).strip()[-2000:]
+    raise ValueError(f"bench {task.kind}, {task.who}, {task.model}, {task.plan}, S {task.seq_len}: {reason}")
   values: dict[str, Any] = json.loads(lines[-1])
   return Result(**values | {"task": Task(**values["task"])})

@@ -42,7 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train,
   )
 
-  logging.basicConfig(format="%(name)s: %(message)s", level=os.environ.get("SA_JAX_LOG", "WARNING").upper())
   given = sys.argv[1:] if arguments is None else arguments
   commands: dict[str, Callable[..., Command]] = {
     "demo": demo.Demo,
@@ -61,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     "bench": bench.Bench,
   }
   try:
-    commands["train"] = train.command(given)
+    logging.basicConfig(format="%(name)s: %(message)s", level=os.environ.get("SA_JAX_LOG", "WARNING").upper())
+    commands["train"], given = train.command(given)
     command: Command = tyro.extras.subcommand_cli_from_dict(
       commands,
       prog="sa-jax",
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       config=(tyro.conf.OmitArgPrefixes,),
     )
     command.run()
-  except ValueError as error:
+  except (ValueError, OSError) as error:
     if os.environ.get("SA_JAX_DEBUG"):
       raise
     print(f"sa-jax: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sa_jax.cli.common import console, exact_float32, write_json
+from sa_jax.cli.common import check_absent, console, exact_float32, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Align:
     from sa_jax.cli.texts import open_dense, rows_of_texts, save, stages
     from sa_jax.convert.hf_config import write_plan
 
+    check_absent(self.out)
     tokens = np.concatenate(rows_of_texts(self.model, self.texts, self.length, self.rows))
     model, params = open_dense(self.model)
     plan = SharingPlan.parse(self.plan, model.config.num_layers)

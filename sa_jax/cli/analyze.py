@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from sa_jax.cli.common import console, exact_float32, progress, show_table, write_json
+from sa_jax.cli.common import console, exact_float32, make_folder, progress, show_table, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Analyze:
 
     if not self.models:
       raise ValueError("name at least one model: sa-jax analyze TEXT MODEL ...")
+    make_folder(self.out)
     found = {}
     for path in self.models:
       (tokens,) = rows_of_texts(path, [self.text], self.length, self.rows)
@@ -48,13 +49,12 @@ class Analyze:
         model, params = from_pretrained(path, dtype="float32", layout="layers", progress=report)
       with progress(f"comparing layers, {path.name}") as report:
         found[str(path)] = layer_similarity(model, params, tokens, top_k=self.top_k, block=self.block, progress=report)
-    self.out.mkdir(parents=True, exist_ok=True)
     name, similarity = list(found.items())[-1]
     mean = similarity.mean()
     show_table(
       f"{name}: each layer and the one before it, {self.rows} rows of {self.length} tokens",
       ["layer", "cosine", "without sink", "JS, nats", f"top-{self.top_k}", "entropy, nats", "weighted variance"],
-      [[str(layer), *(f"{value:.3f}" for value in _beside(mean, layer))] for layer in range(len(mean.entropy))],
+      [[str(layer), *_beside(mean, layer)] for layer in range(len(mean.entropy))],
     )
     for field, label, highest in (
       ("cosine", "cosine similarity", 1.0),
@@ -77,10 +77,11 @@ class Analyze:
     write_json(self.json, values)
 
 
-def _beside(mean: Any, layer: int) -> list[float]:
+def _beside(mean: Any, layer: int) -> list[str]:
+  """A layer's cells: beside the one before it, which the first has not, and its own."""
   pairs = [mean.cosine, mean.cosine_without_sink, mean.js_divergence, mean.top_k_overlap]
-  beside = [float(values[layer - 1, layer]) if layer else float("nan") for values in pairs]
-  return [*beside, float(mean.entropy[layer]), float(mean.weighted_variance[layer])]
+  beside = [f"{values[layer - 1, layer]:.3f}" if layer else "" for values in pairs]
+  return [*beside, f"{mean.entropy[layer]:.3f}", f"{mean.weighted_variance[layer]:.3f}"]
 
 
 def _lists(similarity: Any) -> dict[str, Any]:

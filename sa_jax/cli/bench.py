@@ -13,6 +13,7 @@ import tyro
 from sa_jax.bench.task import Kind, Result, Task, run_task
 from sa_jax.cli.common import console, progress, quantity, show_table, write_json
 from sa_jax.config import RematPolicy
+from sa_jax.plan import as_plan
 
 _UNITS = {"decode": "B/s", "prefill": "FLOP/s", "train": "FLOP/s", "step": "FLOP/s", "batching": "tokens/s"}
 
@@ -66,13 +67,24 @@ class Bench:
   def run(self) -> None:
     """Measures each combination in a process of its own, and prints a table."""
     tasks = self._tasks()
-    if self.plot is not None and self.filled is not None:
-      raise ValueError("--plot draws against --seq-len, of caches that are full: leave out --filled")
-    results = []
-    with progress(f"measuring {self.task}") as report:
-      for index, task in enumerate(tasks):
-        results.append(run_task(task))
-        report(index + 1, len(tasks))
+    if self.plot is not None and (self.filled is not None or self.task != "decode"):
+      raise ValueError("--plot draws decode against --seq-len, of caches that are full: leave out --filled")
+    results: list[Result] = []
+    try:
+      with progress(f"measuring {self.task}") as report:
+        for index, task in enumerate(tasks):
+          results.append(run_task(task))
+          report(index + 1, len(tasks))
+    finally:  # what has been measured is told, whatever comes after it
+      if results:
+        self._tell(results)
+    if self.plot is not None:
+      from sa_jax.bench.plot import decode_curves
+
+      decode_curves(results, self.plot)
+      console.print(f"drawn: {self.plot}")
+
+  def _tell(self, results: list[Result]) -> None:
     columns = ["", "B", "S", "ms", "low to high", "work", "rate", "of ceiling", "temporaries", "detail"]
     show_table(f"{self.task}, {self.model}, {results[0].device}", columns, [_row(result) for result in results])
     if ceilings := [result.ceiling for result in results if result.ceiling]:
@@ -81,11 +93,6 @@ class Bench:
       together = "" if math.prod(results[0].task.mesh.values()) == 1 else ", all devices at once"
       console.print(f"ceiling: {what} measured in each process{together}, {low} to {high}")
     write_json(self.json, results)
-    if self.plot is not None:
-      from sa_jax.bench.plot import decode_curves
-
-      decode_curves([result for result in results if result.task.who == "sa_jax"], self.plot)
-      console.print(f"drawn: {self.plot}")
 
   def _tasks(self) -> list[Task]:
     base = Task(
@@ -104,11 +111,10 @@ class Bench:
       tensor=self.tensor,
       sequence=self.sequence,
     )
+    plans = [str(as_plan(plan, base.config.num_layers)) for plan in self.plan]
     tasks = [
       dataclasses.replace(base, plan=plan, seq_len=length, attention_state=state, attention=attention)
-      for length, state, attention, plan in itertools.product(
-        self.seq_len, self.attention_state, self.attention, self.plan
-      )
+      for length, state, attention, plan in itertools.product(self.seq_len, self.attention_state, self.attention, plans)
     ]
     if self.peers and self.task not in ("decode", "train", "step"):
       raise ValueError(f"peers are timed in decode, train and step, not in {self.task}")

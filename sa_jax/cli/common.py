@@ -39,6 +39,28 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
     yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def make_folder(path: Path) -> None:
+  """Makes a folder for pictures, or uses the one that is there; called before the work that they are of.
+
+  Raises:
+    ValueError: if it cannot be made.
+  """
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(f"cannot make the folder {path}: {error.strerror}") from None
+
+
+def check_absent(path: Path | None) -> None:
+  """Checks before the work that a folder to save it in does not exist.
+
+  Raises:
+    ValueError: if it does.
+  """
+  if path is not None and path.exists():
+    raise ValueError(f"{path} exists already; name a new folder, or remove it first")
+
+
 def write_json(path: Path | None, values: Any) -> None:
   """Writes values, dataclasses among them, to a JSON file if one was asked for.
 

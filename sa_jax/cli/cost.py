@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ import tyro
 from sa_jax.cli.common import change, quantity, show_table, write_json
 from sa_jax.config import PRESETS, ModelConfig
 from sa_jax.cost import Cost, cost
-from sa_jax.plan import as_plan
+from sa_jax.plan import SharingPlan, as_plan
 
 LABELS = {
   "params": ("parameters", ""),
@@ -40,8 +39,8 @@ class CostOf:
 
   model: tyro.conf.Positional[str]
   """A preset (llama-2-7b, llama-2-13b, llama-3-8b, smollm2-135m), or a folder with a config.json."""
-  plan: Annotated[str, tyro.conf.arg(metavar="PLAN")] = "dense"
-  """Which layers share, such as 22:23-26."""
+  plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None
+  """Which layers share, such as 22:23-26; None for the folder's own plan, dense for a preset."""
   batch: int = 1
   """Rows."""
   seq_len: int = 4096
@@ -51,23 +50,27 @@ class CostOf:
 
   def run(self) -> None:
     """Prints the table."""
-    config = config_of(self.model)
-    plan = as_plan(self.plan, config.num_layers)
+    config, own = model_of(self.model)
+    plan = own if self.plan is None else as_plan(self.plan, config.num_layers)
     dense, shared = cost(config, None, self.batch, self.seq_len), cost(config, plan, self.batch, self.seq_len)
     title = f"{self.model}, {self.batch} × {self.seq_len} tokens, {config.dtype}"
     show_table(title, ["", "dense", str(plan), "change"], rows_of_cost(dense, shared))
     write_json(self.json, {"model": self.model, "plan": str(plan), "dense": dense, "shared": shared})
 
 
-def config_of(model: str) -> ModelConfig:
-  """The config of a preset or of a folder with a ``config.json``.
+def model_of(model: str) -> tuple[ModelConfig, SharingPlan]:
+  """The config of a preset or of a folder with a ``config.json``, and its plan, dense if it has none.
 
   Raises:
     ValueError: if the name is neither.
   """
+  from sa_jax.convert import hf_config
+  from sa_jax.convert.source import read_json
+
   if model in PRESETS:
-    return PRESETS[model]
-  file = Path(model) / "config.json"
-  if not file.exists():
+    return PRESETS[model], SharingPlan.dense(PRESETS[model].num_layers)
+  if not (Path(model) / "config.json").exists():
     raise ValueError(f"{model!r} is not a preset ({', '.join(sorted(PRESETS))}) and not a folder with a config.json")
-  return ModelConfig.from_hf(json.loads(file.read_text(encoding="utf-8")))
+  values = read_json(Path(model) / "config.json")
+  config = ModelConfig.from_hf(values)
+  return config, hf_config.read_plan(values, config.num_layers)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.markup import escape
 
-from sa_jax.cli.common import change, console, progress, quantity, show_table, write_json
+from sa_jax.cli.common import change, console, make_folder, progress, quantity, show_table, write_json
 from sa_jax.cli.cost import rows_of_cost
 from sa_jax.plan import SharingPlan
 
@@ -45,6 +46,7 @@ class Demo:
     from sa_jax.analysis import layer_similarity, plots
     from sa_jax.decode import Cache
 
+    make_folder(self.out)
     path = self.model or packaged_model()
     with progress("opening the model") as report:
       model, dense = sa_jax.from_pretrained(path, layout="layers", dtype="float32", progress=report)
@@ -85,14 +87,13 @@ class Demo:
       old, new = (result[key] for result in results.values())
       table.append([label, show(old), show(new), change(new, old)])
     show_table(f"{length} tokens, {config.dtype}", ["", *models, "change"], table)
-    console.print(f"\n[bold]{self.question}[/bold]")
+    console.print(f"\n[bold]{escape(self.question)}[/bold]", emoji=False)
     width = max(map(len, results))
     for name, result in results.items():
-      console.print(f"  [cyan]{name:<{width}}[/cyan]  {result['answer']}")
+      console.print(f"  [cyan]{name:<{width}}[/cyan]  {escape(result['answer'])}", emoji=False)
 
     with progress("comparing layers"):
       similarity = layer_similarity(model, dense, jnp.asarray(rows[:1, :128]))
-    self.out.mkdir(parents=True, exist_ok=True)
     file = self.out / "similarity.png"
     plots.similarity_map(similarity.mean().cosine, file, title=f"{path.stem}: layers attend alike", plan=plan)
     console.print(f"\nWhich layers attend alike: [bold]{file}[/bold] (the plan's groups are outlined)")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from sa_jax.cli.common import change, console, progress, quantity, show_table, write_json
-from sa_jax.cli.cost import config_of
+from sa_jax.cli.cost import model_of
 from sa_jax.fit import Fit, Job, Kind, fit
 from sa_jax.hlo import KINDS, Collective
 from sa_jax.plan import as_plan
@@ -62,8 +62,8 @@ class FitOf:
   """A preset (llama-2-7b, llama-2-13b, llama-3-8b, smollm2-135m), or a folder with a config.json."""
   topology: str
   """The slice, such as v5e:16x16, v6e:4x4 or v5p:4x4x4."""
-  plan: Annotated[str, tyro.conf.arg(metavar="PLAN")] = "dense"
-  """Which layers share, such as 22:23-26."""
+  plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None
+  """Which layers share, such as 22:23-26; None for the folder's own plan, dense for a preset."""
   kind: Kind = "train"
   """A training step, reading prompts, or decoding a token a row."""
   data: int = 1
@@ -78,16 +78,18 @@ class FitOf:
   """Rows in all; one for each way to split them when not given."""
   length: int = 4096
   """Tokens a row; of the cache when decoding."""
-  dtype: str = "bfloat16"
+  dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
   """Of parameters and activations."""
   json: Path | None = None
   """Also write the numbers to this file."""
 
   def run(self) -> None:
     """Compiles dense and the plan, and prints the table."""
-    config = dataclasses.replace(config_of(self.model), dtype=self.dtype, param_dtype=self.dtype)
+    config, own = model_of(self.model)
+    config = dataclasses.replace(config, dtype=self.dtype, param_dtype=self.dtype)
+    plan = own if self.plan is None else as_plan(self.plan, config.num_layers)
     batch = self.data * self.fsdp if self.batch is None else self.batch
-    plans = dict.fromkeys((as_plan(None, config.num_layers), as_plan(self.plan, config.num_layers)))
+    plans = dict.fromkeys((as_plan(None, config.num_layers), plan))
     sizes = {name: getattr(self, name) for name in MESH_AXES}
     jobs = [Job(config, plan, self.kind, self.topology, batch, self.length, *sizes.values()) for plan in plans]
     fits: list[Fit] = []

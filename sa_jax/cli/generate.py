@@ -49,6 +49,8 @@ class Generate:
     """Prints each prompt's continuation."""
     from sa_jax import Transformer, from_pretrained, load_tokenizer
 
+    if not self.prompt:
+      raise ValueError("name at least one prompt: sa-jax generate MODEL PROMPT ...")
     tokenizer = load_tokenizer(self.model)
     prompts = [tokenizer.encode(self._prompt(tokenizer, text), special=not self.chat) for text in self.prompt]
     with progress("opening") as report:
@@ -80,9 +82,10 @@ class Generate:
       text = tokenizer.decode(tokens)
       # A character of several tokens is not complete yet.
       if not text.endswith("\ufffd"):
-        console.print(text[len(said) :], end="", markup=False, soft_wrap=True)
+        # Not by rich, which would expand tabs and what looks like emoji names.
+        print(text[len(said) :], end="", flush=True)
         said = text
-    console.print(tokenizer.decode(tokens)[len(said) :], markup=False, soft_wrap=True)
+    print(tokenizer.decode(tokens)[len(said) :], flush=True)
     return [tokens]
 
   def _say_all(
@@ -96,8 +99,8 @@ class Generate:
     out = generate(model, params, *right_pad(prompts), self.max_new_tokens, self.temperature, self.seed, **sampling)
     tokens = [row[:length].tolist() for row, length in zip(out.tokens, out.lengths, strict=True)]
     for prompt, row in zip(self.prompt, tokens, strict=True):
-      console.print(prompt, style="bold", markup=False)
-      console.print(tokenizer.decode(row), markup=False, soft_wrap=True)
+      console.print(prompt, style="bold", markup=False, emoji=False)
+      print(tokenizer.decode(row), flush=True)
     return tokens
 
   def _prompt(self, tokenizer: Tokenizer, text: str) -> str:

@@ -19,8 +19,8 @@ class PerplexityOf:
   """A Hugging Face folder, a GGUF file or an sa_jax checkpoint."""
   text: tyro.conf.Positional[Path]
   """A UTF-8 text file."""
-  plan: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PLAN ...")] = ("dense",)
-  """One or more plans, such as: dense 26:27-28 3:4."""
+  plan: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PLAN ...")] = ()
+  """One or more plans, such as: dense 26:27-28 3:4; none for the checkpoint's own."""
   length: int = 512
   """Tokens a row; each row is scored on its own."""
   rows: int | None = None
@@ -38,9 +38,10 @@ class PerplexityOf:
 
     tokens = rows_of(load_tokenizer(self.model).encode(read_text(self.text)), self.length, self.rows)
     results = {}
-    for plan in self.plan:
-      with progress(f"opening, {plan}") as report:
-        model, params = from_pretrained(self.model, plan, self.dtype, progress=report)
+    for asked in self.plan or (None,):
+      with progress(f"opening, {asked or 'its own plan'}") as report:
+        model, params = from_pretrained(self.model, asked, self.dtype, progress=report)
+      plan = asked or str(model.plan)
       with progress(f"scoring, {plan}") as report, exact_float32(model.config.dtype):
         results[plan] = perplexity(model, params, tokens, batch_size=self.batch_size, progress=report)
     show_table(

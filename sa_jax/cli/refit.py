@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sa_jax.cli.common import console, exact_float32, show_table, write_json
+from sa_jax.cli.common import check_absent, console, exact_float32, show_table, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,7 @@ class RefitModel:
     from sa_jax.analysis.refit import Refit, refit
     from sa_jax.cli.texts import open_dense, rows_of_texts, save, stages
 
-    if self.out.exists():
-      raise ValueError(f"{self.out} exists already; name a new folder, or remove it first")
+    check_absent(self.out)
     tokens = np.concatenate(rows_of_texts(self.model, self.texts, self.length, self.rows))
     model, params = open_dense(self.model)
     how = Refit(ridge=self.ridge, values=self.values, mlp=self.mlp, mlp_ridge=self.mlp_ridge, maps=self.maps)

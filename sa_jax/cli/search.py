@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from sa_jax.cli.common import console, exact_float32, show_table, write_json
+from sa_jax.cli.common import console, exact_float32, make_folder, show_table, write_json
 from sa_jax.cli.searching import Searching
 
 
@@ -34,6 +34,7 @@ class SearchPlan(Searching):
     from sa_jax.cli.texts import stages
     from sa_jax.convert.hf_config import write_plan
 
+    make_folder(self.out)
     model, params, texts, followers, how = self.prepare()
     with stages() as stage:
       judge = Judge(
@@ -63,11 +64,7 @@ class SearchPlan(Searching):
         for each in front
       ],
     )
-    self.out.mkdir(parents=True, exist_ok=True)
-    file = self.out / "pareto.png"
-    points = [(saved(each.plan), each.increase) for each in front]
-    plots.pareto_front({self.strategy: points}, file, title=f"{self.model.stem}: what sharing costs")
-    console.print(f"\n[bold]{found.plan}[/bold]\n\nThe front: [bold]{file}[/bold]")
+    console.print(f"\n[bold]{found.plan}[/bold]")
     write_json(
       self.json,
       {
@@ -79,3 +76,7 @@ class SearchPlan(Searching):
         ],
       },
     )
+    file = self.out / "pareto.png"
+    points = [(saved(each.plan), each.increase) for each in front]
+    plots.pareto_front({self.strategy: points}, file, title=f"{self.model.stem}: what sharing costs")
+    console.print(f"\nThe front: [bold]{file}[/bold]")

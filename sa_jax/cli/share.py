@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sa_jax.cli.common import change, console, exact_float32, show_table, write_json
+from sa_jax.cli.common import change, check_absent, console, exact_float32, show_table, write_json
 from sa_jax.cli.cost import rows_of_cost
 from sa_jax.cli.searching import Searching
 
@@ -34,8 +34,7 @@ class Share(Searching):
     from sa_jax.convert.hf_config import write_plan
 
     begun = time.perf_counter()
-    if self.out.exists():
-      raise ValueError(f"{self.out} exists already; name a new folder, or remove it first")
+    check_absent(self.out)
     model, params, texts, followers, how = self.prepare()
     with stages() as stage:
       made = share(model, params, texts, followers, how=how, stage=stage)

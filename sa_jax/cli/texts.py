@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,7 +27,10 @@ def read_documents(path: Path) -> str:
   if path.suffix != ".jsonl":
     return contents
   documents = []
-  for number, line in enumerate(contents.splitlines(), 1):
+  # Not splitlines, which also splits at characters that JSON strings may hold.
+  for number, line in enumerate(contents.split("\n"), 1):
+    if not line.strip():
+      continue
     try:
       documents.append(json.loads(line)["text"])
     except (ValueError, KeyError, TypeError):
@@ -79,7 +83,7 @@ def split_texts(model: Path, files: Sequence[Path], length: int, calibration: in
 
 
 def save(path: Path, source: Path, model: Transformer, params: dict[str, Any], dtype: str) -> None:
-  """Writes a checkpoint in a dtype, with the source's tokenizer.
+  """Writes a checkpoint in a dtype, with the source's tokenizer and what else travels with a model.
 
   Raises:
     ValueError: if the folder exists.
@@ -87,16 +91,15 @@ def save(path: Path, source: Path, model: Transformer, params: dict[str, Any], d
   import jax
   import jax.numpy as jnp
 
-  from sa_jax import load_tokenizer
   from sa_jax.convert.checkpoint import save_checkpoint
+  from sa_jax.convert.source import copy_extras, open_source
 
-  has_tokenizer = source.is_file() or (source / "tokenizer.json").exists()
   save_checkpoint(
     path,
     dataclasses.replace(model.config, dtype=dtype, param_dtype=dtype),
     model.plan,
     jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params),
-    load_tokenizer(source).save if has_tokenizer else None,
+    functools.partial(copy_extras, source) if source.is_dir() else open_source(source).save_extras,
   )
 
 

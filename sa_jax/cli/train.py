@@ -37,12 +37,12 @@ class Train:
     console.print(f"saved: [bold]{outcome.model}[/bold]")
 
 
-def command(arguments: Sequence[str]) -> Callable[..., Train]:
-  """The subcommand; if a config file comes first in the arguments, its values are the flags' defaults."""
+def command(arguments: Sequence[str]) -> tuple[Callable[..., Train], Sequence[str]]:
+  """The subcommand, and its arguments; a config file that comes first is read: its values are the flags' defaults."""
   name, file = (*arguments[:2], "", "")[:2]
   if name == "train" and file.endswith(".py"):
-    return functools.partial(_train, config=load_config(Path(file)))
-  return _train
+    return functools.partial(_train, config=load_config(Path(file))), [name, *arguments[2:]]
+  return _train, arguments
 
 
 def _train(
@@ -58,5 +58,6 @@ def _train(
     config: The run.
     hosts: Where the other processes are.
   """
-  del file  # `command` has read it
+  if file is not None:
+    raise ValueError(f"a config file ends in .py and comes before all flags: sa-jax train CONFIG.py …, not {file}")
   return Train(config, hosts)

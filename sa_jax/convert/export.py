@@ -34,9 +34,11 @@ def export(
 ) -> None:
   """Writes an sa_jax checkpoint as a Hugging Face folder, bit for bit in the stored dtype.
 
-  A dense model becomes a folder that transformers opens like any other. A model with followers is accompanied by
-  ``modeling_shared_attention.py``, which transformers runs under ``trust_remote_code=True``; its followers have no
-  queries and keys, and cache values alone. Memory holds one shard at a time.
+  A dense model becomes a folder that transformers opens like any other (of Baichuan and InternLM, once the original
+  folder's code lies in it and ``auto_map`` names that). A model with followers is accompanied by
+  ``modeling_shared_attention.py``, which transformers runs under ``trust_remote_code=True``; without it, transformers
+  makes the family's own class of it, whose missing queries and keys are random, and says so in its log. Followers have
+  no queries and keys, and cache values alone. Memory holds one shard at a time.
 
   Args:
     src: an sa_jax checkpoint.

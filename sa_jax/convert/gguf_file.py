@@ -83,7 +83,7 @@ class GgufFile:
       raise ValueError(
         f"{self.path}: heads of {key_length} with rotary embedding on {head_dim} of it are not implemented"
       )
-    if (scaling := self.optional("llama.rope.scaling.type")) not in (None, "none"):
+    if (scaling := self.optional("llama.rope.scaling.type")) not in (None, "none", "linear"):
       raise ValueError(f"{self.path}: rope scaling {scaling!r} in a GGUF file is not implemented")
     theta = float(self.field("llama.rope.freq_base", float, 10_000.0))
     return {
@@ -104,13 +104,23 @@ class GgufFile:
       "tie_word_embeddings": "lm_head.weight" not in self._tensors,
       "hidden_act": "silu",
       "bos_token_id": self.optional("tokenizer.ggml.bos_token_id"),
-      "eos_token_id": self.optional("tokenizer.ggml.eos_token_id"),
+      # A chat model ends its turn with a token of its own.
+      "eos_token_id": [
+        token for name in ("eos", "eot") if (token := self.optional(f"tokenizer.ggml.{name}_token_id")) is not None
+      ]
+      or None,
       "pad_token_id": self.optional("tokenizer.ggml.padding_token_id"),
       "dtype": "float32",
     }
 
   def _rope_scaling(self, theta: float, head_dim: int) -> dict[str, Any] | None:
-    """Llama 3.1's scaling, of which llama.cpp stores what it divides each frequency by."""
+    """Linear scaling, or Llama 3.1's, of which llama.cpp stores what it divides each frequency by."""
+    linear = self.optional("llama.rope.scaling.factor") or self.optional("llama.rope.scale_linear") or 1.0
+    # A factor without a type is llama.cpp's default, which is linear.
+    if linear != 1.0 and self.optional("llama.rope.scaling.type") != "none":
+      if self._rope_factors is not None:
+        raise ValueError(f"{self.path}: linear rope scaling together with {_ROPE_FACTORS} is not implemented")
+      return {"rope_type": "linear", "factor": float(linear)}
     if self._rope_factors is None:
       return None
     # Of all Llama 3 models; only the factor differs among them.

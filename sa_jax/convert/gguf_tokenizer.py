@@ -59,9 +59,11 @@ def from_gguf(file: GgufFile) -> Tokenizer:
     for name, key in names.items()
     if file.optional(f"tokenizer.ggml.{key}_token_id") is not None
   ]
-  # llama.cpp starts SentencePiece's texts with the start token unless the file says otherwise.
+  # llama.cpp starts SentencePiece's texts and Llama 3's with the start token unless the file says otherwise.
   starts = file.optional("tokenizer.ggml.add_bos_token")
-  before = [_token(file, tokens, "bos")] if (kind == "llama" if starts is None else starts) else []
+  if starts is None:
+    starts = kind == "llama" or file.optional("tokenizer.ggml.pre") == "llama-bpe"
+  before = [_token(file, tokens, "bos")] if starts else []
   after = [_token(file, tokens, "eos")] if file.optional("tokenizer.ggml.add_eos_token") else []
   if before or after:
     backend.post_processor = tokenizers.processors.TemplateProcessing(

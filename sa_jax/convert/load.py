@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from sa_jax.config import ModelConfig
 from sa_jax.convert import checkpoint, hf_config
 from sa_jax.convert.lazy import Progress, lazy_tree, place, stack_lazily
 from sa_jax.convert.source import Source, copy_extras, locate, open_source
-from sa_jax.convert.table import Account, account
+from sa_jax.convert.table import Account, account, entries, head_keys
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_plan
 from sa_jax.params import stack
@@ -66,6 +67,7 @@ def from_pretrained(
     return _open_checkpoint(path, plan, dtype, mesh, layout, progress)
   source = open_source(path)
   config, made, found = _describe(source, plan, dtype)
+  _check_tied(source, config)
   model = Transformer(config, made)
   tree = lazy_tree(source, found.used, config.param_dtype)
   if layout == "runs":
@@ -97,6 +99,22 @@ def _describe(
   made = _asked(plan, stored)
   check_plan(config, made)
   return config, made, account(source.shapes, config, made, source.path)
+
+
+def _check_tied(source: Source, config: ModelConfig) -> None:
+  """Checks that a head which the config ties to the embedding, and which is stored all the same, is the embedding.
+
+  Raises:
+    ValueError: if it is not.
+  """
+  stored = [key for key in head_keys(config) if key in source.shapes] if config.tie_embeddings else []
+  for key in stored:
+    (embedding,) = (entry.key for entry in entries(config) if entry.path == ("embed", "embedding"))
+    if not np.array_equal(source.read(key), source.read(embedding)):
+      raise ValueError(
+        f"{source.path}: the config ties the output head to the embedding, but {key} differs from {embedding}; if the "
+        "head was trained by itself, set tie_word_embeddings to false in config.json"
+      )
 
 
 def _asked(plan: SharingPlan | str | Sequence[int] | None, stored: SharingPlan) -> SharingPlan:
@@ -188,6 +206,7 @@ def convert(
     return
   source = open_source(path)
   config, made, found = _describe(source, plan, dtype)
+  _check_tied(source, config)
   tree = lazy_tree(source, found.used, config.param_dtype)
   checkpoint.save_checkpoint(dst, config, made, tree, source.save_extras, progress)
 

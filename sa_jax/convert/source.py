@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -20,7 +21,8 @@ EXTRAS = (
 """What travels with a model besides its config and weights."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# By the index file and the single file that a folder may have; the first pair found is read.
+# By the index file and the single file that a folder may have; the first pair found is read, and of a pair, as
+# transformers does, the single file: an index may have been left by an earlier save.
 _FORMATS: tuple[tuple[str, str, type[Shard]], ...] = (
   ("model.safetensors.index.json", "model.safetensors", SafetensorsFile),
   ("pytorch_model.bin.index.json", "pytorch_model.bin", BinFile),
@@ -82,11 +84,11 @@ class HfFolder:
     self._add_generation_config()
     self._shard_of: dict[str, Shard] = {}
     for index, single, kind in _FORMATS:
-      if (path / index).exists():
-        self._open_shards(path / index, kind)
-        break
       if (path / single).exists():
         self._open(kind(path / single))
+        break
+      if (path / index).exists():
+        self._open_shards(path / index, kind)
         break
     else:
       names = " and no ".join(name for index, single, _ in _FORMATS for name in (single, index))
@@ -153,9 +155,11 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
   from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
   try:
-    files = snapshot_download(str(name), revision=revision, allow_patterns=["*.json", *EXTRAS, "*.safetensors"])
+    # What lies beside a model, in folders or under other names, is the same weights in other forms.
+    download = functools.partial(snapshot_download, str(name), revision=revision, ignore_patterns=["*/*"])
+    files = download(allow_patterns=["*.json", *EXTRAS, "model*.safetensors"])
     if not any(Path(files).glob("*.safetensors")):
-      files = snapshot_download(str(name), revision=revision, allow_patterns=["*.json", *EXTRAS, "pytorch_model*.bin"])
+      files = download(allow_patterns=["*.json", *EXTRAS, "pytorch_model*.bin"])
   except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
     first = str(error).strip().split("\n")[0]
     raise ValueError(f"{name} is no file or folder, and the hub gives no model of that name: {first}") from None

@@ -128,6 +128,11 @@ class Account(NamedTuple):
   dropped: dict[str, str]
 
 
+def head_keys(config: ModelConfig) -> list[str]:
+  """The names of an output head that is not tied to the embedding."""
+  return [rule.key for rule in FAMILIES[config.family].table if rule.when == "!tie_embeddings"]
+
+
 def account(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, plan: SharingPlan, where: Any) -> Account:
   """Matches the tensors that a checkpoint holds with those that the planned model needs.
 
@@ -158,7 +163,7 @@ def account(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, plan: Sh
       errors[f"missing: {entry.key} {list(entry.shape)}"] = None
     else:
       used.append(entry)
-  heads = [rule.key for rule in FAMILIES[config.family].table if rule.when == "!tie_embeddings"]
+  heads = head_keys(config)
   for key in shapes:
     if key in known:
       continue

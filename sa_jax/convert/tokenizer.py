@@ -29,12 +29,19 @@ class Tokenizer:
     """Token ids of a text; ``special`` adds what the tokenizer puts around a text, such as a start token."""
     return self.backend.encode(text, add_special_tokens=special).ids
 
+  def special_id(self, name: str) -> int | None:
+    """The token that ``special`` has under a name, such as ``eos_token``, or None."""
+    text = dict(self.special).get(name)
+    return None if text is None else self.backend.token_to_id(text)
+
   def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
     """The text of token ids; ``special`` keeps special tokens visible."""
     return self.backend.decode([int(token) for token in tokens], skip_special_tokens=not special)
 
   def chat(self, messages: Sequence[dict[str, str]], *, prompt: bool = True) -> str:
     """Chat messages as the text that the model was trained on.
+
+    The template writes special tokens itself: encode its text with ``special=False``.
 
     Args:
       messages: each with ``role`` and ``content``.
@@ -44,15 +51,15 @@ class Tokenizer:
       ValueError: if the model has no chat template, or it rejects the messages.
     """
     from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from sa_jax.convert.chat_template import environment
 
     if self.chat_template is None:
       raise ValueError("this model has no chat template: it takes plain text, not messages")
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = _raise
+    given: dict[str, Any] = {"messages": list(messages), "tools": None, "documents": None}
     try:
-      template = environment.from_string(self.chat_template)
-      return template.render(messages=list(messages), add_generation_prompt=prompt, **dict(self.special))
+      template = environment().from_string(self.chat_template)
+      return template.render(**given, add_generation_prompt=prompt, **dict(self.special))
     except TemplateError as error:
       raise ValueError(f"the chat template rejects these messages: {error}") from None
 
@@ -63,12 +70,6 @@ class Tokenizer:
     if self.chat_template is not None:
       values["chat_template"] = self.chat_template
     (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
-
-
-def _raise(message: str) -> None:
-  from jinja2 import TemplateError
-
-  raise TemplateError(message)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -91,9 +92,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     backend = tokenizers.Tokenizer.from_file(str(file))
   except Exception as error:  # the tokenizers package raises bare Exception
     raise ValueError(f"{file} is not a tokenizer: {error}") from None
+  # Whatever a tokenizer was last called with is saved with it, and is no property of the model.
+  backend.no_truncation()
+  backend.no_padding()
   values: dict[str, Any] = {}
-  if (settings := path / "tokenizer_config.json").exists():
-    values = read_json(settings)
+  for name in ("special_tokens_map.json", "tokenizer_config.json"):
+    if (path / name).exists():
+      values |= {key: value for key, value in read_json(path / name).items() if value is not None}
   template = values.get("chat_template")
   if (separate := path / "chat_template.jinja").exists():
     template = separate.read_text(encoding="utf-8")

@@ -149,9 +149,15 @@ def metrics(results: dict[str, Any]) -> Iterator[Metric]:
   members = {name for group in groups for name in results.get("group_subtasks", {}).get(group, ())}
   tasks = {name: values for name, values in results["results"].items() if name not in {*groups, *members}}
   counts = results.get("n-samples", {})
+
+  def samples_of(name: str) -> int:
+    """Of a group, those of its members, which may be groups."""
+    if name in counts:
+      return counts[name]["effective"]
+    return sum(map(samples_of, results.get("group_subtasks", {}).get(name, ())))
+
   for name, values in (groups | tasks).items():
-    below = results.get("group_subtasks", {}).get(name, ())
-    samples = counts[name]["effective"] if name in counts else sum(counts[each]["effective"] for each in below)
+    samples = samples_of(name)
     for key, value in values.items():
       metric, _, filtered = key.partition(",")
       if not filtered or metric.endswith("_stderr"):

@@ -46,6 +46,8 @@ def rows_of(tokens: Sequence[int], length: int, rows: int | None = None) -> np.n
   """
   if length < 2:
     raise ValueError(f"rows need at least 2 tokens, one to predict from and one to predict, not {length}")
+  if rows is not None and rows < 1:
+    raise ValueError(f"at least one row is needed, not {rows}")
   fits = len(tokens) // length
   if fits < (rows or 1):
     raise ValueError(f"the text has {len(tokens)} tokens, too few for {rows or 1} rows of {length}")

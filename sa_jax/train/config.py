@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -158,6 +159,12 @@ class TrainConfig:
       wrong.append("--gradual-steps needs a checkpoint (--model), whose followers' own weights it starts from")
     if self.teacher is not None and self.mode != "distill":
       wrong.append("--teacher is of use in --mode distill only")
+    if self.mode == "distill" and self.z_loss:
+      wrong.append("--z-loss is of use outside --mode distill only")
+    if self.mode != "distill" and self.distill != DistillConfig():
+      wrong.append("--temperature, --teacher-weight and --hidden-weight are of use in --mode distill only")
+    if self.method != "lora" and self.lora != LoraConfig():
+      wrong.append("--rank, --alpha and --targets are of use with --method lora only")
     if self.gradual_steps > self.steps:
       wrong.append(f"--gradual-steps {self.gradual_steps} needs as many --steps, not {self.steps}")
     positive = {
@@ -167,9 +174,11 @@ class TrainConfig:
       "max_skipped": self.max_skipped,
       "log_every": self.log.log_every,
       "eval_every": self.log.eval_every,
+      "eval_batches": self.log.eval_batches,
       "save_every": self.log.save_every,
       "keep": self.log.keep,
       "export_every": self.log.export_every,
+      **dataclasses.asdict(self.mesh),
     }
     wrong += [
       f"{name}={value} (at least 1 is needed)" for name, value in positive.items() if value is not None and value < 1
@@ -190,6 +199,7 @@ def load_config(path: Path) -> TrainConfig:
   if spec is None or spec.loader is None or not path.is_file():
     raise ValueError(f"{path} is not a Python file")
   module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module  # dataclasses of the file's own look their module up
   try:
     spec.loader.exec_module(module)
   except Exception as error:

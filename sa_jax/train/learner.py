@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sa_jax.config import ModelConfig
-from sa_jax.convert import from_pretrained
+from sa_jax.convert import Tokenizer, from_pretrained
 from sa_jax.convert.load import describe
 from sa_jax.nn import GradualTransformer, Transformer
 from sa_jax.params import prune, stack_unpruned
@@ -49,8 +49,10 @@ class Learner:
   finish: Callable[[Any, Any], Any]
 
 
-def model_of(config: TrainConfig) -> Transformer:
+def model_of(config: TrainConfig, tokenizer: Tokenizer) -> Transformer:
   """The model that a run makes: its plan, and how it is computed; trained parameters are float32.
+
+  From scratch, it begins and ends texts as the tokenizer does, unless a shape of the config's own says otherwise.
 
   Raises:
     ValueError: if the checkpoint or the plan does not fit.
@@ -58,7 +60,12 @@ def model_of(config: TrainConfig) -> Transformer:
   if config.model is not None:
     model = describe(config.model, config.plan)
   else:
-    shape = config.shape or ModelConfig.preset(config.preset or "")
+    shape = config.shape or ModelConfig.preset(config.preset or "", bos_token_id=None, eos_token_ids=())
+    begin, end = (tokenizer.special_id(name) for name in ("bos_token", "eos_token"))
+    if shape.bos_token_id is None:
+      shape = dataclasses.replace(shape, bos_token_id=begin)
+    if not shape.eos_token_ids and end is not None:
+      shape = dataclasses.replace(shape, eos_token_ids=(end,))
     model = Transformer(shape, as_plan(config.plan, shape.num_layers))
   computed = dataclasses.replace(model.config, dtype=config.dtype, param_dtype="float32", remat=config.remat)
   return Transformer(computed, model.plan)

@@ -143,9 +143,9 @@ class Loop:
       while self.done < config.steps:
         self._profile(starting=True)
         self._step(recorder)
-        self._profile(starting=False)
         last = self.done == config.steps
         stop = interruption.requested(self.done) and not last
+        self._profile(starting=False, stopping=stop)
         if self._run.eval_rows is not None and (last or self.done % log.eval_every == 0):
           self._evaluate(recorder)
         if last or stop or self.done % log.save_every == 0:
@@ -179,10 +179,12 @@ class Loop:
     self.window.add(loss, weight, bool(finite))
     self._clock.tick()
     if self.window.in_row >= self._config.max_skipped:
+      latest = self._checkpoints.latest
       raise ValueError(
         f"loss or gradient were not finite in {self.window.in_row} steps in a row, up to step {step} (loss {loss}, "
-        f"gradient norm {norm}); none of them changed the parameters. The last checkpoint is of step "
-        f"{self._checkpoints.latest}. Look at the data, or lower --learning-rate"
+        f"gradient norm {norm}); none of them changed the parameters. "
+        + ("There is no checkpoint yet" if latest is None else f"The last checkpoint is of step {latest}")
+        + ". Look at the data, or lower --learning-rate"
       )
     if step % self._config.log.log_every == 0 or step == self._config.steps:
       recorder.write(step, self._line(norm))
@@ -235,13 +237,13 @@ class Loop:
     self._checkpoints.save(self.done, self.state, extra)
     self._clock.pause(time.perf_counter() - began)
 
-  def _profile(self, *, starting: bool) -> None:
-    """Opens the profile's window before its first step, and closes it after its last one, or that of the run."""
+  def _profile(self, *, starting: bool, stopping: bool = False) -> None:
+    """Opens the profile's window before its first step, and closes it after its last one, or when the run stops."""
     first, last = self._config.log.profile or (0, 0)
-    if starting and self.done + 1 == first:
+    if starting and not self._profiling and first <= self.done + 1 <= last:
       jax.profiler.start_trace(str(self._config.out / "profile"))
       self._profiling = True
-    elif self._profiling and not starting and self.done >= min(last, self._config.steps):
+    elif self._profiling and not starting and (stopping or self.done >= min(last, self._config.steps)):
       jax.block_until_ready(self.state)
       jax.profiler.stop_trace()
       self._profiling = False

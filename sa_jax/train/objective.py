@@ -97,5 +97,7 @@ def _head(model: Transformer, params: Any) -> ops.Head:
 def _distance(student: jax.Array, teacher: jax.Array) -> jax.Array:
   """Relative squared distances float32 ``[layers, B, T]`` of stacked block outputs ``[..., B, T, D]``."""
   student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
-  distance = jnp.sum(jnp.square(student - teacher), axis=-1) / jnp.sum(jnp.square(teacher), axis=-1)
+  norm = jnp.sum(jnp.square(teacher), axis=-1)
+  # Zero at padding whose token has a zero embedding, where it counts nothing and yet must not be NaN.
+  distance = jnp.sum(jnp.square(student - teacher), axis=-1) / jnp.where(norm > 0, norm, 1.0)
   return distance.reshape(-1, *distance.shape[-2:])

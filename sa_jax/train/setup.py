@@ -72,8 +72,8 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
   host_rows(batch_sharding, config.batch_size // config.accumulate)
   if config.data.length % config.mesh.sequence:
     raise ValueError(f"rows of {config.data.length} tokens do not divide over {config.mesh.sequence} (--sequence)")
-  model = model_of(config)
   tokenizer = tokenizer_of(config)
+  model = model_of(config, tokenizer)
   rows = rows_of(config, model, tokenizer, config.data.train, say)
   eval_rows = rows_of(config, model, tokenizer, config.data.eval, say) if config.data.eval else None
   learner = make_learner(config, model, mesh)

@@ -10,12 +10,14 @@ import pytest
 import sa_jax
 from sa_jax import nn
 from sa_jax.analysis import similarity
+from tests import tiny
 
 
-def plain(weights, top_k):
-  """The definitions, on ``[L, B, N, T, T]``, one pair of layers at a time."""
+def plain(weights, top_k, windows=None):
+  """The definitions, on ``[L, B, N, T, T]``, one pair of layers at a time; ``windows`` of each layer, if it has one."""
   weights = weights.astype(np.float64)
   layers, batch, heads, length, _ = weights.shape
+  windows = windows or [length] * layers
   names = ("cosine", "cosine_without_sink", "js_divergence", "top_k_overlap")
   out = {name: np.zeros((layers, layers, heads)) for name in names}
   entropy = lambda p: -np.sum(p * np.log(np.where(p > 0, p, 1)), axis=-1)
@@ -30,12 +32,16 @@ def plain(weights, top_k):
         overlaps = [
           len(set(np.argsort(p[b, t])[-top_k:]) & set(np.argsort(q[b, t])[-top_k:])) / top_k
           for b in range(batch)
-          for t in range(top_k - 1, length)
+          for t in range(length)
+          if top_k <= min(t + 1, windows[i], windows[j])
         ]
-        out["top_k_overlap"][i, j, n] = np.mean(overlaps)
+        out["top_k_overlap"][i, j, n] = np.mean(overlaps) if overlaps else 0
   out["entropy"] = entropy(weights).mean(axis=(1, 3))
-  deviations = [(weights[..., t, : t + 1] - 1 / (t + 1)) ** 2 for t in range(length)]
-  out["weighted_variance"] = sum(d.sum(axis=(1, 3)) for d in deviations) / (batch * sum(range(1, length + 1)))
+  out["weighted_variance"] = np.zeros((layers, heads))
+  for layer, window in enumerate(windows):
+    seen = [min(t + 1, window) for t in range(length)]
+    deviations = [(weights[layer, ..., t, t + 1 - s : t + 1] - 1 / s) ** 2 for t, s in enumerate(seen)]
+    out["weighted_variance"][layer] = sum(d.sum(axis=(0, 2)) for d in deviations) / (batch * sum(seen))
   return out
 
 
@@ -49,6 +55,16 @@ def test_against_numpy_on_the_references_weights(reference):
   for name, want in plain(expected["attentions_unpadded"], 4).items():
     np.testing.assert_allclose(getattr(got, name), want, atol=1e-6, err_msg=name)
   np.testing.assert_allclose(got.mean().cosine, got.cosine.mean(axis=-1))
+
+
+def test_local_layers_see_their_window():
+  model = tiny.model("0:1", num_layers=4, window=5, local_layers=(2, 3))
+  params, tokens = tiny.params(model), tiny.tokens(2, 12)
+  weights = np.stack([state.weights() for state in model.apply({"params": params}, tokens, method="states")])
+  for top_k in (3, 7):
+    got = similarity.layer_similarity(model, params, tokens, top_k=top_k, block=5)
+    for name, want in plain(weights, top_k, [12, 12, 5, 5]).items():
+      np.testing.assert_allclose(getattr(got, name), want, atol=1e-6, err_msg=name)
 
 
 def test_memory_is_one_block_of_queries():

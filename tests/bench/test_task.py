@@ -1,6 +1,7 @@
 """Measurements: what is counted and how it is told; times themselves are not tested."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -28,11 +29,75 @@ def test_a_task_that_fails_says_why():
 
 
 @pytest.mark.parametrize(
+  ("arguments", "why"),
+  [
+    (["decode", "--attention", "flash"], "attention (decode takes none: it is for prefill, train, step)"),
+    (["train", "--cache-dtype", "int8"], "cache_dtype (train takes none: it is for decode, batching)"),
+    (["prefill", "--remat", "dots"], "remat (prefill takes none: it is for step)"),
+    (["batching", "--requests", "3", "--batch", "2"], "3 requests (a multiple of batch 2 is needed"),
+    (["decode", "--seq-len", "128", "--peers", "hf-eager"], "seq_len 128 (peers need 192 slots)"),
+    (["decode", "--layers", "0"], "num_layers=0 (a positive integer is needed)"),
+    (["decode", "--plan", "31:32"], "goes past the model"),
+  ],
+)
+def test_what_means_nothing_is_refused(capsys, arguments, why):
+  assert main(["bench", *arguments]) == 2
+  assert why in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_was_measured_is_told_though_the_next_fails(monkeypatch, capsys, tmp_path):
+  def measured(task):
+    if task.seq_len == 64:
+      raise ValueError("out of memory")
+    return Result(task, 0.5, 0.4, 0.6, work=8e9, ceiling=20e9, device="a card")
+
+  monkeypatch.setattr("sa_jax.cli.bench.run_task", measured)
+  assert main(["bench", "decode", "--seq-len", "32", "64", "--json", str(tmp_path / "out.json")]) == 2
+  said = capsys.readouterr()
+  assert "500.00" in said.out
+  assert "out of memory" in said.err
+  assert json.loads((tmp_path / "out.json").read_text())[0]["task"]["seq_len"] == 32
+
+
+def test_curves_are_of_decode_and_of_the_model_that_was_measured(tmp_path, monkeypatch):
+  from sa_jax import SharingPlan, cost
+  from sa_jax.bench import plot
+
+  drawn = []
+  monkeypatch.setattr(plot, "new_figure", lambda *_: Canvas(drawn))
+  task = Task("decode", "llama-2-7b", layers=4, seq_len=64, cache_dtype="int8")
+  results = [
+    Result(each, 0.5, 0.4, 0.6, 1, 1, "a card")
+    for each in (task, dataclasses.replace(task, who="hf-eager", seq_len=256))
+  ]
+  plot.decode_curves(results, tmp_path / "curves.png")
+  assert drawn == [([64], [500.0]), ([64], [cost(task.config, SharingPlan.dense(4), 1, 64).kv_cache_bytes / 1e9])]
+  with pytest.raises(ValueError, match="these curves are of decode, not of train"):
+    plot.decode_curves([Result(Task("train", "llama-2-7b"), 0.5, 0.4, 0.6, 1, 1, "a card")], tmp_path / "x.png")
+
+
+class Canvas:
+  """What `decode_curves` draws on: keeps the lines' points."""
+
+  def __init__(self, drawn):
+    self.drawn = drawn
+
+  def subplots(self, *_):
+    return self, self
+
+  def plot(self, x, y, **_):
+    self.drawn.append((x, y))
+
+  def __getattr__(self, _):
+    return lambda *_, **__: None
+
+
+@pytest.mark.parametrize(
   ("kind", "filled", "why"),
   [
     ("decode", "2048", r"bench: 2048 filled slots of 1024 \(from 32, the steps of a call, to all\)"),
     ("decode", "16", "bench: 16 filled slots of 1024"),
-    ("train", "16", "bench: filled (train has no slots to leave empty: it is for decode)"),
+    ("train", "16", "bench: filled (train takes none: it is for decode)"),
   ],
 )
 def test_slots_that_cannot_be_filled_are_refused(capsys, kind, filled, why):
@@ -42,7 +107,7 @@ def test_slots_that_cannot_be_filled_are_refused(capsys, kind, filled, why):
 
 def test_a_plot_is_of_full_caches(capsys):
   assert main(["bench", "decode", "--filled", "64", "--plot", "x.png"]) == 2
-  assert "--plot draws against --seq-len, of caches that are full" in capsys.readouterr().err
+  assert "--plot draws decode against --seq-len, of caches that are full" in capsys.readouterr().err
 
 
 def test_a_cache_may_have_more_slots_than_tokens(monkeypatch):

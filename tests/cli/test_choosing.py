@@ -38,6 +38,7 @@ def folder(tmp_path):
 
 def test_share_saves_the_model_that_it_measured(folder):
   texts = [folder / "one.txt", folder / "two.jsonl"]
+  (folder / "model" / "generation_config.json").write_text("{}")
   arguments = ["share", str(folder / "model"), *map(str, texts), "--out", str(folder / "shared")]
   arguments += ["--budget", "3", *SIZES]
   assert main([*arguments, "--dtype", "float32", "--json", str(folder / "share.json")]) == 0
@@ -49,6 +50,13 @@ def test_share_saves_the_model_that_it_measured(folder):
     want = numbers["perplexity"][text.name]["shared"]
     assert sa_jax.perplexity(model, params, text.judging, batch_size=2).perplexity == pytest.approx(want, rel=1e-4)
   assert main(arguments) == 2  # the folder exists
+  # Commands that only read it take its own plan, and all that travels with a model is there.
+  own = folder / "own.json"
+  assert main(["perplexity", str(folder / "shared"), str(texts[0]), "--length", "12", "--json", str(own)]) == 0
+  assert list(json.loads(own.read_text())) == [numbers["plan"]]
+  assert main(["cost", str(folder / "shared"), "--json", str(own)]) == 0
+  assert json.loads(own.read_text())["plan"] == numbers["plan"]
+  assert (folder / "shared" / "generation_config.json").read_text() == "{}"
 
 
 def test_search_writes_its_front_and_resumes(folder):
@@ -109,6 +117,26 @@ def test_bad_input_ends_with_one_line(folder, capsys, changes, message):
   assert error.startswith("sa-jax: error: ")
   assert message in error
   assert not (folder / "shared").exists()
+
+
+def test_lines_end_where_json_lines_end(tmp_path):
+  """Not at every character that Unicode calls a line's end; blank ones are none."""
+  file = tmp_path / "text.jsonl"
+  file.write_text('{"text": "one\u2028two"}\n\n{"text": "three"}\n', encoding="utf-8")
+  assert read_documents(file) == "one\u2028two\n\nthree"
+
+
+def test_what_would_fail_in_the_end_fails_at_once(folder, capsys, monkeypatch):
+  monkeypatch.setattr("sa_jax.cli.texts.open_dense", lambda *_: pytest.fail("the work began"))
+  model, text = str(folder / "model"), str(folder / "one.txt")
+  for arguments, message in (
+    (["align", model, "1:2", text, "--out", model], "exists already; name a new folder"),
+    (["search", model, text, "--out", text], "cannot make the folder"),
+    (["analyze", text, model, "--out", text], "cannot make the folder"),
+    (["analyze", text, model, "--rows", "0", "--out", str(folder / "out")], "at least one row is needed, not 0"),
+  ):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_lines_without_text_are_named(tmp_path):

@@ -123,6 +123,20 @@ def test_llama_3_1_s_rotary_frequencies(tmp_path):
     sa_jax.from_pretrained(write_gguf(tmp_path / "other.gguf", model, params, change=other))
 
 
+@pytest.mark.parametrize("key", ["llama.rope.scaling.factor", "llama.rope.scale_linear"])
+def test_a_factor_without_a_type_is_linear(tmp_path, key):
+  """llama.cpp's default type."""
+  path = write_gguf(tmp_path / "model.gguf", *small(), change=lambda writer: writer.add_float32(key, 4.0))
+  rope = sa_jax.from_pretrained(path)[0].config.rope
+  assert (rope.scaling, rope.factor) == ("linear", 4.0)
+
+
+def test_the_token_that_ends_a_turn_ends_generation(tmp_path):
+  model, params = small()
+  path = write_gguf(tmp_path / "model.gguf", model, params, change=lambda writer: writer.add_eot_token_id(5))
+  assert sa_jax.from_pretrained(path)[0].config.eos_token_ids == (*model.config.eos_token_ids, 5)
+
+
 # Relative to the largest value of a block: rounding; half of one of 127 steps; half of one of 15 steps between its
 # ends. The steps' sizes are rounded to float16.
 @pytest.mark.parametrize(

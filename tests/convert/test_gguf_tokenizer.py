@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -115,3 +116,22 @@ def test_damage(write, changes, message):
   path = write(**changes)
   with pytest.raises(ValueError, match=message):
     sa_jax.load_tokenizer(path)
+
+
+@pytest.mark.parametrize(("changes", "start"), [({}, [256]), ({"add_add_bos_token": False}, [])])
+def test_llama_3_s_texts_start_with_the_start_token(tmp_path, changes, start):
+  """As in llama.cpp, where the file does not say otherwise."""
+  tokens = [*sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "<|begin_of_text|>", "ab"]
+
+  def change(writer):
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["a b"])
+    writer.add_token_types([1] * 256 + [3, 1])
+    for name, value in changes.items():
+      getattr(writer, name)(value)
+
+  model = tiny.model("dense", num_layers=2, vocab_size=258, bos_token_id=256, eos_token_ids=(0,))
+  path = write_gguf(tmp_path / "model.gguf", model, tiny.params(model), change=change)
+  assert sa_jax.load_tokenizer(path).encode("ab") == [*start, 257]

@@ -44,6 +44,45 @@ def test_chat(tokenizer):
   assert tokenizer.chat(messages, prompt=False) == "<s>system: Be brief.\n<s>user: Hi\n"
 
 
+def test_what_it_was_last_called_with_is_forgotten(tokenizer, tmp_path):
+  tokenizer.save(tmp_path)
+  changed = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+  changed.enable_truncation(3)
+  changed.enable_padding(length=8)
+  changed.save(str(tmp_path / "tokenizer.json"))
+  assert sa_jax.load_tokenizer(tmp_path).encode("a b a b a") == [0, 1, 2, 1, 2, 1]
+
+
+@pytest.mark.parametrize(
+  "template",
+  [
+    "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.role }}{% break %}{% endfor %}",
+    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %} {% endfor %}{{ bos_token }}",
+    "{% if tools is not none %}TOOLS{% endif %}{% if documents is not none %}TEXTS{% endif %}{{ messages | tojson }}",
+  ],
+)
+def test_templates_are_rendered_as_transformers_renders_them(tokenizer, template):
+  from transformers import PreTrainedTokenizerFast
+
+  messages = [{"role": "user", "content": "<é> & 'x'"}, {"role": "assistant", "content": "no"}]
+  theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, bos_token="<s>", chat_template=template)
+  expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+  assert Tokenizer(tokenizer.backend, template, tokenizer.special).chat(messages) == expected
+
+
+def test_roles_of_an_older_file(tokenizer, tmp_path):
+  tokenizer.save(tmp_path)
+  (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ bos_token }}", "eos_token": null}')
+  (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "b"}}')
+  loaded = sa_jax.load_tokenizer(tmp_path)
+  assert loaded.chat([]) == "<s>"
+  assert (loaded.special_id("bos_token"), loaded.special_id("eos_token"), loaded.special_id("pad_token")) == (
+    0,
+    2,
+    None,
+  )
+
+
 def test_template_in_its_own_file(tokenizer, tmp_path):
   tokenizer.save(tmp_path)
   (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")

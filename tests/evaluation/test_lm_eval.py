@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::R
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.utils import get_rolling_token_windows  # noqa: E402
 
-from sa_jax.evaluation.harness import find_tasks  # noqa: E402
+from sa_jax.evaluation.harness import find_tasks, metrics  # noqa: E402
 from sa_jax.evaluation.lm import SharedAttentionLM  # noqa: E402
 
 LONGEST = 40
@@ -216,6 +216,17 @@ def test_command_without_torch(folder, model, params, log_probs):
     right += int(np.argmax(scores)) == sample["doc"]["label"]
   assert results["results"]["choose_words"]["acc,none"] == right / 4
   assert "choose_words" in done.stdout
+
+
+def test_groups_of_groups_have_the_samples_of_their_members():
+  results = {
+    "results": {"a": {"acc,none": 0.5}, "b": {"acc,none": 1.0}, "alone": {"acc,none": 0.25}},
+    "groups": {"all": {"acc,none": 0.75, "acc_stderr,none": 0.1}, "some": {"acc,none": 0.75}},
+    "group_subtasks": {"all": ["some"], "some": ["a", "b"]},
+    "n-samples": {"a": {"effective": 3}, "b": {"effective": 4}, "alone": {"effective": 5}},
+  }
+  found = [(each.task, each.samples) for each in metrics(results)]
+  assert found == [("all", 7), ("some", 7), ("alone", 5)]
 
 
 def test_unknown_tasks_are_refused_with_near_names(folder, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from sa_jax.convert.checkpoint import save_checkpoint
 from sa_jax.train.checkpoints import Checkpoints
 from sa_jax.train.config import DataConfig, DistillConfig, LogConfig, LoraConfig, MeshConfig, load_config
 from sa_jax.train.data import byte_tokenizer
+from sa_jax.train.learner import model_of
 from sa_jax.train.loop import train
 from sa_jax.train.setup import prepare
 from tests import tiny
@@ -82,6 +83,11 @@ def test_every_mode_ends_as_an_ordinary_checkpoint(dense, tmp_path, how):
     ({"shape": None}, "name either a checkpoint to start from"),
     ({"mode": "distill"}, "--mode distill needs a checkpoint"),
     ({"method": "lora"}, "--method lora needs a checkpoint"),
+    ({"model": "x", "shape": None, "mode": "distill", "z_loss": 1.0}, "--z-loss is of use outside --mode distill only"),
+    ({"distill": DistillConfig(temperature=2.0)}, "--hidden-weight are of use in --mode distill only"),
+    ({"lora": LoraConfig(rank=2)}, "--rank, --alpha and --targets are of use with --method lora only"),
+    ({"log": LogConfig(eval_batches=0)}, r"eval_batches=0 \(at least 1 is needed\)"),
+    ({"mesh": MeshConfig(fsdp=0)}, r"fsdp=0 \(at least 1 is needed\)"),
     ({"gradual_steps": 2}, "--gradual-steps needs a checkpoint"),
     ({"steps": 0, "batch_size": 0}, r"batch_size=0 \(at least 1 is needed\); steps=0"),
     ({"data": DataConfig(length=1)}, "length=1"),
@@ -136,6 +142,27 @@ def test_steps_that_are_not_finite(dense, tmp_path):
   np.testing.assert_array_equal(state.params["embed"]["embedding"], params["embed"]["embedding"])
 
 
+FLAGS = ("--out", "x", "--preset", "smollm2-135m", "--train", "a.txt", "--steps", "3")
+
+
+def test_a_model_from_scratch_ends_as_its_tokenizer_does(tmp_path):
+  scratch = lambda **changes: model_of(config(tmp_path / "run", **changes), byte_tokenizer()).config
+  made = scratch(shape=None, preset="smollm2-135m")
+  assert (made.bos_token_id, made.eos_token_ids) == (None, (256,))
+  assert scratch(shape=dataclasses.replace(SHAPE, eos_token_ids=(7,), bos_token_id=3)).eos_token_ids == (7,)
+
+
+def test_a_profile_is_written_where_the_run_stops(tmp_path):
+  """Inside the window; the run that goes on records the rest of it."""
+  made = config(tmp_path / "run", steps=3)
+  stopped = dataclasses.replace(made, log=dataclasses.replace(made.log, profile=(1, 3), minutes=0.0))
+  profiles = lambda: len(list((tmp_path / "run" / "profile").rglob("*.xplane.pb")))
+  assert train(stopped).interrupted
+  assert profiles() == 1
+  assert not train(dataclasses.replace(stopped, log=dataclasses.replace(stopped.log, minutes=None))).interrupted
+  assert profiles() == 2
+
+
 def test_config_file_and_flags(tmp_path, monkeypatch, capsys):
   """The file's values are the flags' defaults; flags win; mistakes are one line and code 2."""
   seen = []
@@ -151,6 +178,14 @@ def test_config_file_and_flags(tmp_path, monkeypatch, capsys):
   file.write_text("config = 3\n")
   assert cli.main(["train", str(file)]) == 2
   assert "needs a variable 'config'" in capsys.readouterr().err
+  assert cli.main(["train", *FLAGS, str(file)]) == 2
+  assert "a config file ends in .py and comes before all flags" in capsys.readouterr().err
+  file.write_text(
+    "from __future__ import annotations\nimport dataclasses\nfrom pathlib import Path\n"
+    "from tests.train.tiny_run import config as make\n\n@dataclasses.dataclass\nclass Mine:\n  seed: int = 9\n\n"
+    f"config = make(Path({str(tmp_path / 'run')!r}), seed=Mine().seed)\n"
+  )
+  assert load_config(file).seed == 9
   with pytest.raises(SystemExit, match="2"):
     cli.main(["train", "--out", "x"])
   assert "name either a checkpoint" in " ".join(capsys.readouterr().err.split())

@@ -211,6 +211,15 @@ class TestDistill:
     distance = (((ours - theirs) ** 2).sum(-1) / (theirs**2).sum(-1)).mean(0)
     assert at(2.0) - at(0.0) == pytest.approx(2 * (distance[:, :-1] * WEIGHTS[:, 1:]).sum(), rel=1e-4)
 
+  def test_a_zero_embedding_at_padding_is_no_distance(self):
+    """As ``padding_idx`` leaves it: the block outputs of both are zero there."""
+    frozen = whole() | {"embed": {"embedding": whole()["embed"]["embedding"].at[0].set(0.0)}}
+    tokens = TOKENS.at[:, 8:].set(0)
+    batch = Batch(tokens, BATCH.weights.at[:, 8:].set(0.0), jnp.ones((2, 12), jnp.int32).at[:, 8:].set(0))
+    objective = distill(STUDENT, WHOLE, hidden_weight=1.0)
+    total, _ = jax.jit(objective)(sa_jax.prune(frozen, PLAN), frozen, batch, jnp.int32(0))
+    assert np.isfinite(total)
+
   def test_blocks_that_do_not_correspond(self):
     with pytest.raises(ValueError, match="a GradualTransformer of the student's plan"):
       distill(STUDENT, DENSE, hidden_weight=1.0)
