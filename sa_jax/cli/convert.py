@@ -34,11 +34,10 @@ class Convert:
 
     if self.inspect:
       found = inspect(self.src, self.plan, revision=self.revision)
-      rows = [[key, "×".join(map(str, shape)), "used"] for key, shape in {e.key: e.shape for e in found.used}.items()]
+      used = {entry.key: entry.shape for entry in found.used}  # several parameters may be parts of one tensor
+      rows = [[key, "×".join(map(str, shape)), "used"] for key, shape in used.items()]
       rows += [[key, "", f"dropped: {reason}"] for key, reason in found.dropped.items()]
-      show_table(
-        f"{self.src}: {len(found.used)} tensors used, {len(found.dropped)} dropped", ["tensor", "shape", ""], rows
-      )
+      show_table(f"{self.src}: {len(used)} tensors used, {len(found.dropped)} dropped", ["tensor", "shape", ""], rows)
       return
     if self.dst is None:
       raise ValueError("name the folder to write: sa-jax convert SRC DST")

@@ -22,10 +22,14 @@ class Export:
   def run(self) -> None:
     """Exports."""
     from sa_jax.convert import export
+    from sa_jax.convert.source import read_json
 
     with progress(f"exporting {self.src.name}") as report:
       export(self.src, self.dst, progress=report)
+    family = read_json(self.dst / "config.json")["model_type"]
     shared = (self.dst / "modeling_shared_attention.py").exists()
     remedy = "AutoModelForCausalLM.from_pretrained" + ("(…, trust_remote_code=True)" if shared else "(…)")
+    if family in ("baichuan", "internlm2"):
+      remedy += ", once the original folder's code and auto_map are in it"
     size = sum(file.stat().st_size for file in self.dst.rglob("*") if file.is_file())
     console.print(f"{self.dst}: {size / 1e6:.1f} MB, opened by {remedy}", markup=False)

@@ -26,6 +26,8 @@ class Searching:
   """A number of followers, or what may remain of the dense cost: kv=80%, flops=95%."""
   strategy: Literal["dp", "greedy", "beam", "spans"] = "dp"
   """dp is the cheapest; greedy and beam measure every candidate, or a shortlist; spans is the paper's recipe."""
+  reach: int = 5
+  """dp, and greedy and beam with a shortlist: farthest anchor considered, in layers before the follower."""
   width: int = 4
   """beam: plans kept at each step."""
   shortlist: int | None = None
@@ -48,7 +50,12 @@ class Searching:
     from sa_jax.cli.texts import open_dense, split_texts
 
     how = Search(
-      strategy=self.strategy, width=self.width, shortlist=self.shortlist, swaps=self.swaps, excluded=self.exclude
+      strategy=self.strategy,
+      reach=self.reach,
+      width=self.width,
+      shortlist=self.shortlist,
+      swaps=self.swaps,
+      excluded=self.exclude,
     )
     texts = split_texts(self.model, self.texts, self.length, self.calibration_rows, self.judging_rows)
     model, params = open_dense(self.model)

@@ -1,7 +1,7 @@
 """Generation: cache, prefill, the token loop on device, sampling."""
 
 from sa_jax.decode.batcher import Batcher, Request
-from sa_jax.decode.engine import DecodeState, admit, bucket, decode, insert, prefill, retire, row_keys
+from sa_jax.decode.engine import DecodeState, admit, bucket, capacity_for, decode, insert, prefill, retire, row_keys
 from sa_jax.decode.generate import Generated, generate, stream
 from sa_jax.decode.padding import right_pad, to_right_padded
 from sa_jax.decode.sampling import Sampler
@@ -17,6 +17,7 @@ __all__ = [
   "Sampler",
   "admit",
   "bucket",
+  "capacity_for",
   "decode",
   "generate",
   "insert",

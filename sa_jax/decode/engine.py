@@ -79,6 +79,16 @@ def bucket(length: int, longest: int) -> int:
   return min(size, longest)
 
 
+def capacity_for(slots: int) -> int:
+  """Cache slots for a row that needs so many, in steps: kernels read blocks of 64, and few programs are compiled.
+
+  Kernels split a row into equal parts, and 64 times an odd number has none longer than 64: above 2048 slots, steps are
+  a 16th to a 32nd of the slots.
+  """
+  step = max(64, (1 << (slots - 1).bit_length()) // 32)
+  return -(-slots // step) * step
+
+
 def _choose(
   model: Transformer, sampler: Sampler, logits: jax.Array, positions: jax.Array, remaining: jax.Array, keys: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_jax.decode.batcher import Batcher
-from sa_jax.decode.engine import bucket, decode, prefill, row_keys
+from sa_jax.decode.engine import bucket, capacity_for, decode, prefill, row_keys
 from sa_jax.decode.padding import to_right_padded
 from sa_jax.decode.sampling import Sampler
 from sa_jax.nn import Transformer
@@ -80,7 +80,7 @@ def generate(
   if max_new_tokens < 1:
     raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
   needed = _slots_for(int(lengths.max()), max_new_tokens)
-  capacity = _rounded(max(needed, tokens.shape[1])) if cache_length is None else cache_length
+  capacity = capacity_for(max(needed, tokens.shape[1])) if cache_length is None else cache_length
   if needed > capacity or tokens.shape[1] > capacity:
     raise ValueError(
       f"prompts of up to {int(lengths.max())} tokens (rows of {tokens.shape[1]}) with {max_new_tokens} new ones do not "
@@ -125,7 +125,7 @@ def stream(
     ValueError: as `generate`.
   """
   prompt = np.asarray(prompt)
-  capacity = _rounded(max(1, _slots_for(prompt.size, max_new_tokens)))
+  capacity = capacity_for(max(1, _slots_for(prompt.size, max_new_tokens)))
   sampler = Sampler(temperature, top_k, top_p)
   batcher = Batcher(model, params, slots=1, capacity=capacity, sampler=sampler, chunk=chunk)
   request = batcher.submit(prompt, max_new_tokens, seed=seed)
@@ -136,16 +136,6 @@ def stream(
 def _slots_for(prompt: int, new: int) -> int:
   """Cache slots of a row: its last token is returned and never cached."""
   return prompt + new - 1
-
-
-def _rounded(slots: int) -> int:
-  """Upwards to a multiple of 64, so that kernels read whole blocks and few programs are compiled.
-
-  Kernels split a row into equal parts, and 64 times an odd number has none longer than 64: above 2048 slots, steps are
-  a 16th to a 32nd of the slots.
-  """
-  step = max(64, (1 << (slots - 1).bit_length()) // 32)
-  return -(-slots // step) * step
 
 
 def _static(

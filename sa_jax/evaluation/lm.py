@@ -16,7 +16,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 
 from sa_jax.convert.tokenizer import Tokenizer
-from sa_jax.decode import Batcher, Sampler, bucket
+from sa_jax.decode import Batcher, Sampler, bucket, capacity_for
 from sa_jax.evaluation.scoring import Scorer, part, together
 from sa_jax.nn import Transformer
 from sa_jax.params import as_layers
@@ -180,7 +180,7 @@ class SharedAttentionLM(TemplateLM):
     if longest >= self.max_length:
       raise ValueError(f"{longest} new tokens leave no room for a prompt in the model's {self.max_length}")
     self._encode_ahead(contexts)
-    prompts = [self.tok_encode(context)[-(self.max_length - longest) :] for context in contexts]
+    prompts = [self.tok_encode(context)[-(self.max_length - longest) :] or [self._start] for context in contexts]
     self._encoded = {}
     mine = part(range(len(prompts)), jax.process_index(), jax.process_count())
     # The capacity is that of all prompts, so that every process compiles the same programs.
@@ -189,7 +189,7 @@ class SharedAttentionLM(TemplateLM):
       self._model,
       self._params,
       slots=min(self.slots, bucket(len(mine), self.slots)),
-      capacity=-(-needed // 64) * 64,
+      capacity=capacity_for(needed),
       sampler=sampler,
     )
     running = {number: batcher.submit(prompts[number], longest, row=number) for number in mine}

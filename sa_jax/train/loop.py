@@ -122,12 +122,12 @@ class Loop:
       self.state, extra = checkpoints.restore(run.abstract_state())
       self.done, self.window = checkpoints.latest, Window(**extra["window"])
       self.eval_loss = extra["eval_loss"]
-      self._data.set_state(extra["data"])
-      if extra["rows"] != len(run.rows):
+      if (extra["rows"], extra["checksum"]) != (len(run.rows), run.rows.corpus.checksum):
         raise ValueError(
-          f"the training data have changed: they made {extra['rows']} rows when {config.out} was begun, now "
-          f"{len(run.rows)}; name a new --out, or bring the data back"
+          f"the training data have changed since {config.out} was begun ({extra['rows']} rows then, {len(run.rows)} "
+          "now); name a new --out, or bring the data back"
         )
+      self._data.set_state(extra["data"])
     self._unseen: tuple[int, Metrics] | None = None
     self._profiling = False
     self._clock = Clock()
@@ -231,6 +231,7 @@ class Loop:
     extra = {
       "data": self._data.get_state(),
       "rows": len(self._run.rows),
+      "checksum": self._run.rows.corpus.checksum,
       "window": dataclasses.asdict(self.window),
       "eval_loss": self.eval_loss,
     }

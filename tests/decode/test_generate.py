@@ -10,8 +10,7 @@ import pytest
 
 import sa_jax
 from sa_jax import Transformer, stack
-from sa_jax.decode import DecodeState, Sampler, decode, prefill, right_pad, stream, to_right_padded
-from sa_jax.decode.generate import _rounded
+from sa_jax.decode import DecodeState, Sampler, capacity_for, decode, prefill, right_pad, stream, to_right_padded
 from sa_jax.nn import Cache
 from tests import tiny
 
@@ -66,7 +65,7 @@ def test_a_stream_names_what_is_wrong(model, params):
 
 def test_caches_have_slots_that_kernels_can_split():
   sizes = {1: 64, 64: 64, 65: 128, 2048: 2048, 2049: 2176, 4160: 4352, 8192: 8192}
-  assert {size: _rounded(size) for size in sizes} == sizes
+  assert {size: capacity_for(size) for size in sizes} == sizes
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -131,9 +131,11 @@ def test_checkpoints_of_a_run_that_nothing_tells_of(whole):
 def test_other_data_under_the_same_name(whole):
   text = whole.parent / "text.txt"
   before = text.read_text()
-  text.write_text(before + "\n\nOne more sentence, which makes one more row." * 9)
-  with pytest.raises(ValueError, match="the training data have changed"):
-    train(config(whole))
+  # More rows, and as many of other words.
+  for changed in (before + "\n\nOne more sentence, which makes one more row." * 9, before.replace("says", "said")):
+    text.write_text(changed)
+    with pytest.raises(ValueError, match="the training data have changed"):
+      train(config(whole))
   text.write_text(before)
 
 

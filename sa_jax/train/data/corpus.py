@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,12 @@ class Corpus:
   trained: np.ndarray
   offsets: np.ndarray
   report: Report
+
+  @functools.cached_property
+  def checksum(self) -> int:
+    """Of all that is learnt from: another one, other data."""
+    arrays = self.tokens, self.trained, self.offsets
+    return functools.reduce(lambda value, array: zlib.crc32(array.data, value), arrays, 0)
 
 
 @dataclasses.dataclass(frozen=True)
