@@ -158,6 +158,26 @@ def test_kernels_are_not_for_this_device():
   assert not ops.has_linear_kernels(x.astype(jnp.bfloat16), jnp.zeros((64, 64), jnp.bfloat16))
 
 
+@pytest.mark.parametrize(
+  ("tokens", "dtype", "stored", "takes"),
+  [
+    (1, "bfloat16", ("bfloat16", 128, 64), True),
+    (1, "float16", ("int8", 64, 64), True),
+    (2, "bfloat16", ("bfloat16", 128, 64), False),  # several tokens a row
+    (1, "float32", ("float32", 128, 64), False),
+    (1, "bfloat16", ("float16", 128, 64), False),
+    (1, "bfloat16", ("bfloat16", 96, 64), False),  # a head that is no power of two
+    (1, "bfloat16", ("bfloat16", 128, 96), False),  # slots that are no whole blocks
+  ],
+)
+def test_what_attention_s_kernels_take(monkeypatch, tokens, dtype, stored, takes):
+  monkeypatch.setattr(decode, "has_gpu_kernels", lambda _: True)
+  kind, head_dim, slots = stored
+  cache = jnp.zeros((2, 1, slots, head_dim), kind)
+  cache = ops.Int8(cache, jnp.ones((2, 1, slots, 1))) if kind == "int8" else cache
+  assert decode._has_kernel(tokens, jnp.zeros(1, dtype).dtype, cache) == takes
+
+
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
 def test_a_model_that_decodes_with_the_kernels_is_the_same_model(monkeypatch, cache_dtype):
   """A step against a cache, with all kernels interpreted: an anchor alone, and an anchor with a follower."""
