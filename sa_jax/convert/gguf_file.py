@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from sa_jax.ops import RopeConfig, rope_frequencies
+
+_LOG = logging.getLogger("sa_jax")
 
 # How llama.cpp names a Llama's tensors.
 _GGUF_NAMES = {
@@ -145,9 +148,13 @@ class GgufFile:
 
   def save_extras(self, folder: Path) -> None:
     """See `Source.save_extras`."""
-    from sa_jax.convert.gguf_tokenizer import from_gguf
+    from sa_jax.convert.gguf_tokenizer import from_gguf, unsupported
 
-    if self.optional("tokenizer.ggml.model") is not None:
+    if self.optional("tokenizer.ggml.model") is None:
+      return
+    if reason := unsupported(self):
+      _LOG.warning("%s: the checkpoint has none", reason)
+    else:
       from_gguf(self).save(folder)
 
 

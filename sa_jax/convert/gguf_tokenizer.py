@@ -28,22 +28,27 @@ _SPACE = "▁"
 """How SentencePiece writes a space."""
 
 
+def unsupported(file: GgufFile) -> str | None:
+  """Why the tokenizer inside a GGUF file cannot be rebuilt, or None when it can."""
+  kind, pre = file.optional("tokenizer.ggml.model"), file.optional("tokenizer.ggml.pre")
+  if kind == "llama" or (kind == "gpt2" and pre in _PRE_TOKENIZERS):
+    return None
+  return (
+    f"{file.path} holds a tokenizer of kind {kind!r}, {pre!r}, which cannot be rebuilt; supported are 'llama', and "
+    f"'gpt2' with {', '.join(map(repr, _PRE_TOKENIZERS))}; use the tokenizer.json of the original model instead"
+  )
+
+
 def from_gguf(file: GgufFile) -> Tokenizer:
   """The tokenizer inside a GGUF file: byte-level BPE (``gpt2``), or SentencePiece's BPE (``llama``).
 
   Raises:
     ValueError: if the file holds another kind of tokenizer.
   """
+  if reason := unsupported(file):
+    raise ValueError(reason)
   kind, pre = file.optional("tokenizer.ggml.model"), file.optional("tokenizer.ggml.pre")
-  if kind == "llama":
-    backend = _sentencepiece(file)
-  elif kind == "gpt2" and pre in _PRE_TOKENIZERS:
-    backend = _byte_level(file, pre)
-  else:
-    raise ValueError(
-      f"{file.path} holds a tokenizer of kind {kind!r}, {pre!r}, which cannot be rebuilt; supported are 'llama', and "
-      f"'gpt2' with {', '.join(map(repr, _PRE_TOKENIZERS))}; use the tokenizer.json of the original model instead"
-    )
+  backend = _sentencepiece(file) if kind == "llama" else _byte_level(file, pre)
   tokens, types = _columns(file, "tokens", "token_type")
   whole = {_CONTROL: True, _USER_DEFINED: False}
   backend.add_tokens(

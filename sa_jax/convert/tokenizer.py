@@ -72,6 +72,24 @@ class Tokenizer:
     (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 
+def _add_tokens(backend: tokenizers.Tokenizer, listed: dict[str, dict[str, Any]], path: Path) -> None:
+  """Adds the tokens that ``tokenizer_config.json`` lists and ``tokenizer.json`` lacks, as transformers does.
+
+  Raises:
+    ValueError: if one gets another number than it is listed with.
+  """
+  options = ("single_word", "lstrip", "rstrip", "normalized", "special")
+  for number, entry in sorted(listed.items(), key=lambda item: int(item[0])):
+    content = entry["content"]
+    if backend.token_to_id(content) is None:
+      backend.add_tokens([tokenizers.AddedToken(content, **{name: entry[name] for name in options if name in entry})])
+    if backend.token_to_id(content) != int(number):
+      raise ValueError(
+        f"{path}: tokenizer_config.json gives {content!r} the number {number}, and tokenizer.json makes it "
+        f"{backend.token_to_id(content)}"
+      )
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
   """The tokenizer of a Hugging Face folder, an sa_jax checkpoint or a GGUF file.
 
@@ -99,6 +117,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
   for name in ("special_tokens_map.json", "tokenizer_config.json"):
     if (path / name).exists():
       values |= {key: value for key, value in read_json(path / name).items() if value is not None}
+  _add_tokens(backend, values.get("added_tokens_decoder", {}), path)
   template = values.get("chat_template")
   if (separate := path / "chat_template.jinja").exists():
     template = separate.read_text(encoding="utf-8")

@@ -243,7 +243,11 @@ class TestDamaged:
     change = lambda writer: writer.add_key_length(16)
     self.refuse(write_gguf(tmp_path / "model.gguf", *small(), change=change), "heads of 16 with rotary embedding on 8")
 
-  def test_tokenizer_that_cannot_be_rebuilt(self, tmp_path):
+  def test_tokenizer_that_cannot_be_rebuilt(self, tmp_path, caplog):
     path = write_gguf(tmp_path / "model.gguf", *small(), change=lambda writer: writer.add_tokenizer_model("t5"))
     with pytest.raises(ValueError, match="a tokenizer of kind 't5', None, which cannot be rebuilt; supported are"):
       sa_jax.load_tokenizer(path)
+    # The weights are another matter.
+    sa_jax.convert(path, tmp_path / "ours", dtype=None)
+    assert "which cannot be rebuilt" in caplog.text
+    assert_trees_equal(sa_jax.from_pretrained(tmp_path / "ours")[1], sa_jax.from_pretrained(path)[1])

@@ -70,6 +70,21 @@ def test_templates_are_rendered_as_transformers_renders_them(tokenizer, template
   assert Tokenizer(tokenizer.backend, template, tokenizer.special).chat(messages) == expected
 
 
+def test_tokens_that_only_the_settings_list(tokenizer, tmp_path):
+  from transformers import PreTrainedTokenizerFast
+
+  tokenizer.save(tmp_path)
+  options = {"special": True, "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+  values = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": {"4": {"content": "<end>"} | options}}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
+  expected = PreTrainedTokenizerFast.from_pretrained(tmp_path)("a<end> b")["input_ids"]
+  assert sa_jax.load_tokenizer(tmp_path).encode("a<end> b") == expected == [0, 1, 4, 2]
+  values["added_tokens_decoder"]["7"] = values["added_tokens_decoder"].pop("4")
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
+  with pytest.raises(ValueError, match="gives '<end>' the number 7, and tokenizer.json makes it 4"):
+    sa_jax.load_tokenizer(tmp_path)
+
+
 def test_roles_of_an_older_file(tokenizer, tmp_path):
   tokenizer.save(tmp_path)
   (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ bos_token }}", "eos_token": null}')
