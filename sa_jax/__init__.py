@@ -8,6 +8,7 @@ from sa_jax.config import ModelConfig
 from sa_jax.convert import Tokenizer, convert, export, from_pretrained, inspect, load_tokenizer
 from sa_jax.cost import Cost, cost
 from sa_jax.decode import Generated, generate
+from sa_jax.errors import UserError
 from sa_jax.evaluation import Perplexity, perplexity, rows_of
 from sa_jax.nn import Transformer
 from sa_jax.params import prune, stack, stack_unpruned, unstack
@@ -40,6 +41,8 @@ __all__ = [
   "stack",
   "stack_unpruned",
   "unstack",
+  # What a user did and can mend.
+  "UserError",
   # Building blocks.
   "nn",
   "ops",

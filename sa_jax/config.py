@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from sa_jax.errors import UserError
 from sa_jax.ops import AttentionSpec, RopeConfig
 
 AttentionState = Literal["query_key", "attention_weights"]
@@ -147,7 +148,7 @@ class ModelConfig:
       if getattr(self, name) not in get_args(choices):
         wrong.append(f"{name}={getattr(self, name)!r} (one of {', '.join(map(str, get_args(choices)))} is needed)")
     if wrong:
-      raise ValueError("model config: " + "; ".join(wrong))
+      raise UserError("model config: " + "; ".join(wrong))
 
   def spec(self, local: bool = False) -> AttentionSpec:
     """The attention of a local or a global layer."""
@@ -158,10 +159,10 @@ class ModelConfig:
     """A well-known model's config by name, with fields changed on request.
 
     Raises:
-      ValueError: if there is no preset of that name.
+      UserError: if there is no preset of that name.
     """
     if name not in PRESETS:
-      raise ValueError(f"no preset {name!r}; there are {', '.join(sorted(PRESETS))}")
+      raise UserError(f"no preset {name!r}; there are {', '.join(sorted(PRESETS))}")
     return dataclasses.replace(PRESETS[name], **changes)
 
   @classmethod

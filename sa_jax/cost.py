@@ -7,6 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from sa_jax.config import ModelConfig
+from sa_jax.errors import UserError
 from sa_jax.plan import SharingPlan, as_plan
 
 
@@ -48,11 +49,11 @@ def cost(config: ModelConfig, plan: SharingPlan | str | None, batch: int = 1, se
     seq_len: tokens a row, ``S``.
 
   Raises:
-    ValueError: if the plan does not fit the model, or a size is not positive.
+    UserError: if the plan does not fit the model, or a size is not positive.
   """
   plan = as_plan(plan, config.num_layers)
   if batch < 1 or seq_len < 1:
-    raise ValueError(f"batch and seq_len must be at least 1, not {batch} and {seq_len}")
+    raise UserError(f"batch and seq_len must be at least 1, not {batch} and {seq_len}")
   layers, anchors = plan.num_layers, len(plan.anchors)
   embed, heads, kv_heads, head_dim = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
 

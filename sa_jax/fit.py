@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 
 from sa_jax.config import ModelConfig
 from sa_jax.cost import cost
+from sa_jax.errors import UserError
 from sa_jax.hlo import Collective, collectives
 from sa_jax.nn import Cache, Transformer
 from sa_jax.plan import SharingPlan
@@ -92,7 +93,7 @@ class Job:
     if self.plan.num_layers != self.config.num_layers:
       wrong.append(f"a plan for {self.plan.num_layers} layers (the model has {self.config.num_layers})")
     if wrong:
-      raise ValueError("fit: " + "; ".join(wrong))
+      raise UserError("fit: " + "; ".join(wrong))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,11 +137,11 @@ def fit(job: Job) -> Fit:
   """Compiles a job in a process of its own, whose environment is what libtpu needs.
 
   Raises:
-    ValueError: if libtpu is not installed, or the job does not make sense (its topology, mesh or sizes).
+    UserError: if libtpu is not installed, or the job does not make sense (its topology, mesh or sizes).
     RuntimeError: if the compiler fails in another way than running out of memory.
   """
   if importlib.util.find_spec("libtpu") is None:
-    raise ValueError("fit compiles with libtpu, which is not installed: pip install 'sa-jax[tpu]'")
+    raise UserError("fit compiles with libtpu, which is not installed: pip install 'sa-jax[tpu]'")
   with tempfile.TemporaryDirectory() as folder:
     question, answer = Path(folder, "job"), Path(folder, "fit")
     question.write_bytes(pickle.dumps(job))
@@ -196,20 +197,20 @@ def topology_mesh(job: Job) -> Mesh:
   """The job's mesh over the devices of its topology.
 
   Raises:
-    ValueError: if libtpu does not know the topology, or its devices are not as many as the mesh needs.
+    UserError: if libtpu does not know the topology, or its devices are not as many as the mesh needs.
   """
   from jax.experimental import mesh_utils, topologies
 
   try:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=job.topology).devices
   except Exception as error:
-    raise ValueError(
+    raise UserError(
       f"libtpu does not know the topology {job.topology!r} ({str(error).splitlines()[0]}); "
       "there are, for example, v5e:2x4, v5e:16x16, v6e:4x4, v5p:2x2x1, v5p:4x4x4"
     ) from error
   shape = (job.data, job.fsdp, job.tensor, job.sequence)
   if math.prod(shape) != len(devices):
-    raise ValueError(
+    raise UserError(
       f"{job.topology} has {len(devices)} devices; data {job.data} × fsdp {job.fsdp} × tensor {job.tensor}"
       f"{f' × sequence {job.sequence}' if job.sequence != 1 else ''} makes {math.prod(shape)}"
     )
@@ -221,7 +222,7 @@ def program(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
   """The job as a jitted function and the shapes of its arguments, with their shardings.
 
   Raises:
-    ValueError: if the parameters do not fit the mesh.
+    UserError: if the parameters do not fit the mesh.
   """
   make = {"train": _train, "prefill": _prefill, "decode": _decode}[job.kind]
   return make(job, mesh)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sa_jax.errors import UserError
 from sa_jax.plan import Run, SharingPlan
 
 ANCHOR_ONLY = ("q_proj", "k_proj", "q_norm", "k_norm")
@@ -39,10 +40,10 @@ def stack(params: Params, plan: SharingPlan, *, donate: bool = False, join: Join
     join: for leaves of another kind: stacks them and gives the new first axis a shape.
 
   Raises:
-    ValueError: if ``params`` are not in the layer layout, or not of this plan.
+    UserError: if ``params`` are not in the layer layout, or not of this plan.
   """
   if "layers" not in params:
-    raise ValueError(f"stack takes the layer layout, which has 'layers'; these parameters have {sorted(params)}")
+    raise UserError(f"stack takes the layer layout, which has 'layers'; these parameters have {sorted(params)}")
   _check_plan(params["layers"], plan)
   return _stack(params, plan, join or functools.partial(_join, donate=donate))
 
@@ -53,10 +54,10 @@ def stack_unpruned(params: Params, plan: SharingPlan) -> dict[str, Any]:
   `sa_jax.nn.GradualTransformer` takes it; `prune` makes the plan's run layout of it, and `unstack` undoes it.
 
   Raises:
-    ValueError: if ``params`` are not the dense model's layer layout.
+    UserError: if ``params`` are not the dense model's layer layout.
   """
   if "layers" not in params:
-    raise ValueError(f"stack_unpruned takes the layer layout, which has 'layers'; these have {sorted(params)}")
+    raise UserError(f"stack_unpruned takes the layer layout, which has 'layers'; these have {sorted(params)}")
   _check_plan(params["layers"], SharingPlan.dense(plan.num_layers))
   return _stack(params, plan, functools.partial(_join, donate=False))
 
@@ -80,7 +81,7 @@ def _stack(params: Params, plan: SharingPlan, join: Join) -> dict[str, Any]:
 def unstack(params: Params, plan: SharingPlan, *, donate: bool = False) -> dict[str, Any]:
   """Run layout → layer layout: the inverse of `stack`, with the same arguments and errors."""
   if "runs" not in params:
-    raise ValueError(f"unstack takes the run layout, which has 'runs'; these parameters have {sorted(params)}")
+    raise UserError(f"unstack takes the run layout, which has 'runs'; these parameters have {sorted(params)}")
   _check_runs(params["runs"], plan)
   layers: dict[str, Any] = {}
   for index, run in enumerate(plan.runs):
@@ -104,7 +105,7 @@ def prune(params: Params, plan: SharingPlan) -> dict[str, Any]:
     The same layout.
 
   Raises:
-    ValueError: if an anchor of the plan has no ``q_proj`` or ``k_proj`` to begin with, or the run layout is of another
+    UserError: if an anchor of the plan has no ``q_proj`` or ``k_proj`` to begin with, or the run layout is of another
       plan.
   """
   if "runs" in params:
@@ -132,7 +133,7 @@ def as_layers(params: Params, plan: SharingPlan) -> Params:
   """The parameters in the layer layout, unboxed: as they are, or a second copy if they are in the run layout.
 
   Raises:
-    ValueError: if they are of another depth, or lack what the plan's anchors need.
+    UserError: if they are of another depth, or lack what the plan's anchors need.
   """
   params = nn.unbox(params)
   if "layers" not in params:
@@ -149,10 +150,10 @@ def as_runs(params: Params, plan: SharingPlan) -> Params:
 
 def _check_anchors(layers: Mapping[str, Any], plan: SharingPlan) -> None:
   if set(layers) != {str(layer) for layer in range(plan.num_layers)}:
-    raise ValueError(f"the parameters have {len(layers)} layers, the plan is for {plan.num_layers}")
+    raise UserError(f"the parameters have {len(layers)} layers, the plan is for {plan.num_layers}")
   held = _held(layers, plan)
   if missing := [layer for layer in plan.anchors if not {"q_proj", "k_proj"} <= held[layer]]:
-    raise ValueError(
+    raise UserError(
       f"the plan '{plan}' makes layers {missing} anchors, but the parameters have no q_proj and k_proj for them; "
       "start from the dense checkpoint, or choose a plan in which they follow"
     )
@@ -168,14 +169,14 @@ def _check_plan(layers: Mapping[str, Any], plan: SharingPlan) -> None:
   held = _held(layers, plan)
   if extra := [layer for layer in plan.followers if held[layer] & set(ANCHOR_ONLY)]:
     left = sorted(set().union(*(held[layer] for layer in extra)) & set(ANCHOR_ONLY), key=ANCHOR_ONLY.index)
-    raise ValueError(
+    raise UserError(
       f"the plan '{plan}' makes layers {extra} followers, but they still have {' and '.join(left)}; prune first"
     )
 
 
 def _check_runs(runs: Mapping[str, Any], plan: SharingPlan) -> None:
   if set(runs) != {str(index) for index in range(len(plan.runs))}:
-    raise ValueError(f"the parameters have runs {sorted(runs)}, the plan '{plan}' has {len(plan.runs)}")
+    raise UserError(f"the parameters have runs {sorted(runs)}, the plan '{plan}' has {len(plan.runs)}")
   errors = []
   for index, run in enumerate(plan.runs):
     leading: dict[str, tuple[int, ...]] = {"anchor": (run.groups,)}
@@ -188,7 +189,7 @@ def _check_runs(runs: Mapping[str, Any], plan: SharingPlan) -> None:
     if found != {part: [shape] for part, shape in leading.items()}:
       errors.append(f"run {index} has {run.groups} groups of {run.followers} followers, the parameters have {found}")
   if errors:
-    raise ValueError(f"the parameters are stacked for another plan than '{plan}': " + "; ".join(errors))
+    raise UserError(f"the parameters are stacked for another plan than '{plan}': " + "; ".join(errors))
 
 
 def _members(run: Run) -> tuple[list[int], list[int]]:

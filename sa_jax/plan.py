@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from sa_jax.errors import UserError
+
 HeadMap = tuple[int, ...]
 """Of one follower: which anchor head each of its N query heads uses."""
 
@@ -51,7 +53,7 @@ class SharingPlan:
       is None if every entry would be: plans that mean the same are equal. Plan strings leave head maps out.
 
   Raises:
-    ValueError: if layer 0 is a follower, a source lies outside the model or after its follower, or a follower's source
+    UserError: if layer 0 is a follower, a source lies outside the model or after its follower, or a follower's source
       is not the nearest anchor before it (groups are contiguous); if a head map is given for an anchor, or names a head
       that does not exist.
   """
@@ -67,15 +69,15 @@ class SharingPlan:
 
   def _check_source(self) -> None:
     if not self.source:
-      raise ValueError("a plan needs at least one layer")
+      raise UserError("a plan needs at least one layer")
     anchor = 0
     for layer, source in enumerate(self.source):
       if layer == 0 and source != 0:
-        raise ValueError("layer 0 cannot be a follower: no layer before it could be its anchor")
+        raise UserError("layer 0 cannot be a follower: no layer before it could be its anchor")
       if source == layer:
         anchor = layer
       elif source != anchor:
-        raise ValueError(
+        raise UserError(
           f"layer {layer} uses the weights of layer {source}, but the nearest anchor before it is {anchor}: "
           f"a follower uses the nearest anchor, so its source is {anchor} (or {layer}, to make it an anchor)"
         )
@@ -96,15 +98,15 @@ class SharingPlan:
       followers: the follower layers, in any order.
 
     Raises:
-      ValueError: if a layer is named twice, lies outside the model, or is layer 0.
+      UserError: if a layer is named twice, lies outside the model, or is layer 0.
     """
     listed = list(followers)
     if duplicates := sorted({layer for layer in listed if listed.count(layer) > 1}):
-      raise ValueError(f"followers named more than once: {duplicates}")
+      raise UserError(f"followers named more than once: {duplicates}")
     if outside := sorted(layer for layer in listed if not 0 <= layer < num_layers):
-      raise ValueError(f"followers {outside} lie outside the model, whose layers are 0 to {num_layers - 1}")
+      raise UserError(f"followers {outside} lie outside the model, whose layers are 0 to {num_layers - 1}")
     if 0 in listed:
-      raise ValueError("layer 0 cannot be a follower: no layer before it could be its anchor")
+      raise UserError("layer 0 cannot be a follower: no layer before it could be its anchor")
     chosen = set(listed)
     source: list[int] = []
     for layer in range(num_layers):
@@ -122,7 +124,7 @@ class SharingPlan:
       num_layers: the model's depth.
 
     Raises:
-      ValueError: if the text has another form, or a group is reversed, out of range, overlapping or detached from its
+      UserError: if the text has another form, or a group is reversed, out of range, overlapping or detached from its
         anchor.
     """
     text = text.strip()
@@ -133,22 +135,22 @@ class SharingPlan:
     for part in map(str.strip, text.split(",")):
       match = _SPAN.fullmatch(part)
       if match is None:
-        raise ValueError(f"{part!r} is not a group of a plan: {_EXAMPLE}; 'dense' shares nothing")
+        raise UserError(f"{part!r} is not a group of a plan: {_EXAMPLE}; 'dense' shares nothing")
       anchor, first = int(match[1]), int(match[2])
       last = int(match[3]) if match[3] else first
       group = f"{part!r} in the plan {text!r}"
       if last < first:
-        raise ValueError(f"{group} is reversed: write '{anchor}:{last}-{first}'")
+        raise UserError(f"{group} is reversed: write '{anchor}:{last}-{first}'")
       if last >= num_layers:
-        raise ValueError(f"{group} goes past the model, whose layers are 0 to {num_layers - 1}")
+        raise UserError(f"{group} goes past the model, whose layers are 0 to {num_layers - 1}")
       if first != anchor + 1:
-        raise ValueError(
+        raise UserError(
           f"{group} does not start right after its anchor: the followers of {anchor} start at {anchor + 1}, "
           f"and followers that start at {first} have anchor {max(first - 1, 0)}"
         )
       layers = set(range(anchor, last + 1))
       if overlap := sorted(layers & used):
-        raise ValueError(f"{group} overlaps an earlier group in layers {overlap}: each layer belongs to one group")
+        raise UserError(f"{group} overlaps an earlier group in layers {overlap}: each layer belongs to one group")
       used |= layers
       followers.extend(range(first, last + 1))
     return cls.from_followers(num_layers, followers)
@@ -204,10 +206,10 @@ class SharingPlan:
     """The same sharing with these head maps, by follower; followers not named, or with None, have the identity.
 
     Raises:
-      ValueError: as the class.
+      UserError: as the class.
     """
     if unknown := sorted(set(maps) - set(range(self.num_layers))):
-      raise ValueError(f"head maps for layers {unknown}, but the layers are 0 to {self.num_layers - 1}")
+      raise UserError(f"head maps for layers {unknown}, but the layers are 0 to {self.num_layers - 1}")
     given = [maps.get(layer) for layer in range(self.num_layers)]
     return SharingPlan(self.source, tuple(None if entry is None else tuple(entry) for entry in given))
 
@@ -215,12 +217,12 @@ class SharingPlan:
     """Checks that the head maps are for a model of this many query heads.
 
     Raises:
-      ValueError: if they are not.
+      UserError: if they are not.
     """
     if self.head_map is None:
       return
     if wrong := [layer for layer, entry in enumerate(self.head_map) if entry is not None and len(entry) != num_heads]:
-      raise ValueError(f"the head maps of layers {wrong} do not have {num_heads} entries, one a query head")
+      raise UserError(f"the head maps of layers {wrong} do not have {num_heads} entries, one a query head")
 
 
 def _normal_head_map(
@@ -228,7 +230,7 @@ def _normal_head_map(
 ) -> tuple[HeadMap | None, ...] | None:
   """The head map with identities replaced by None."""
   if len(given) != len(source):
-    raise ValueError(f"the head map has {len(given)} entries, the plan {len(source)} layers: one a layer is needed")
+    raise UserError(f"the head map has {len(given)} entries, the plan {len(source)} layers: one a layer is needed")
   entries: list[HeadMap | None] = []
   errors = []
   for layer, entry in enumerate(given):
@@ -240,7 +242,7 @@ def _normal_head_map(
         errors.append(f"layer {layer} uses heads {outside}, but its anchor's heads are 0 to {len(made) - 1}")
     entries.append(None if made == tuple(range(len(made or ()))) else made)
   if errors:
-    raise ValueError("head map: " + "; ".join(errors))
+    raise UserError("head map: " + "; ".join(errors))
   return None if all(entry is None for entry in entries) else tuple(entries)
 
 
@@ -248,7 +250,7 @@ def as_plan(plan: SharingPlan | str | Sequence[int] | None, num_layers: int) -> 
   """A plan given in any accepted form: a plan, a plan string, a ``source`` list, or None for dense.
 
   Raises:
-    ValueError: if it is not a valid plan for a model of ``num_layers`` layers.
+    UserError: if it is not a valid plan for a model of ``num_layers`` layers.
   """
   match plan:
     case None:
@@ -260,5 +262,5 @@ def as_plan(plan: SharingPlan | str | Sequence[int] | None, num_layers: int) -> 
     case _:
       made = SharingPlan(tuple(plan))
   if made.num_layers != num_layers:
-    raise ValueError(f"the plan is for {made.num_layers} layers, the model has {num_layers}")
+    raise UserError(f"the plan is for {made.num_layers} layers, the model has {num_layers}")
   return made

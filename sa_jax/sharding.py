@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sa_jax.errors import UserError
 from sa_jax.nn import Cache, Transformer
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
@@ -49,13 +50,13 @@ def make_mesh(
     devices: which; all when None.
 
   Raises:
-    ValueError: if the sizes do not multiply to the number of devices.
+    UserError: if the sizes do not multiply to the number of devices.
   """
   sizes = (data, fsdp, tensor, sequence)
   if devices is None:
     devices = jax.devices()
   if math.prod(sizes) != len(devices):
-    raise ValueError(
+    raise UserError(
       f"a mesh of data {data} × fsdp {fsdp} × tensor {tensor}{f' × sequence {sequence}' if sequence != 1 else ''} "
       f"needs {math.prod(sizes)} devices; there are {len(devices)}"
     )
@@ -141,7 +142,7 @@ def param_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES
     A tree like the model's parameters.
 
   Raises:
-    ValueError: if an axis of a parameter is not divisible by its mesh axis, or two of its axes map to one mesh axis.
+    UserError: if an axis of a parameter is not divisible by its mesh axis, or two of its axes map to one mesh axis.
   """
   return tree_shardings(abstract_params(model, layout=layout, boxed=True), mesh, rules)
 
@@ -168,7 +169,7 @@ def tree_shardings(boxed: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
 
   shardings = jax.tree_util.tree_map_with_path(sharding, nn.unbox(boxed), nn.get_partition_spec(boxed))
   if errors:
-    raise ValueError("the parameters do not fit the mesh:\n  " + "\n  ".join(errors))
+    raise UserError("the parameters do not fit the mesh:\n  " + "\n  ".join(errors))
   return shardings
 
 

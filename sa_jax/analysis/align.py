@@ -19,6 +19,7 @@ from sa_jax import ops
 from sa_jax.analysis import walk
 from sa_jax.analysis.ridge import Sums, gain, total
 from sa_jax.config import ModelConfig
+from sa_jax.errors import UserError
 from sa_jax.nn import PlanArrays, PlannedTransformer, Transformer
 from sa_jax.nn.state import QueryKey, State
 from sa_jax.nn.transformer import check_tokens
@@ -73,14 +74,14 @@ def best_map(similarity: np.ndarray, num_kv_heads: int, kind: Kind) -> HeadMap:
     kind: which maps are allowed.
 
   Raises:
-    ValueError: if there is no such kind.
+    UserError: if there is no such kind.
   """
   if kind == "free":
     return tuple(int(head) for head in similarity.argmax(axis=1))
   if kind == "permutation":
     return _assign(similarity)
   if kind != "group":
-    raise ValueError(f"no kind of head map {kind!r}; there are {', '.join(KINDS)}")
+    raise UserError(f"no kind of head map {kind!r}; there are {', '.join(KINDS)}")
   size = len(similarity) // num_kv_heads
   blocks = similarity.reshape(num_kv_heads, size, num_kv_heads, size).swapaxes(1, 2)
   inner = [[_assign(block) for block in row] for row in blocks]
@@ -228,7 +229,7 @@ def align(
     progress: called with (followers done, followers in all).
 
   Raises:
-    ValueError: if the parameters lack queries and keys, or a token is not in the vocabulary.
+    UserError: if the parameters lack queries and keys, or a token is not in the vocabulary.
   """
   config = walk.walking(model.config, params)
   tokens = np.asarray(tokens, np.int32)

@@ -23,6 +23,7 @@ from sa_jax.analysis.refit import Refit, recover_layer
 from sa_jax.analysis.ridge import Sums, solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
+from sa_jax.errors import UserError
 from sa_jax.nn import PlanArrays, Transformer
 from sa_jax.nn.transformer import check_plan, check_tokens
 from sa_jax.plan import HeadMap, SharingPlan
@@ -73,7 +74,7 @@ class Judge:
     progress: called with (layers walked, layers in all) while the dense model is walked.
 
   Raises:
-    ValueError: if the parameters lack queries and keys, a text cannot be used, or the record is of another search.
+    UserError: if the parameters lack queries and keys, a text cannot be used, or the record is of another search.
   """
 
   def __init__(
@@ -150,7 +151,7 @@ class Judge:
       keep: whether to keep the streams.
 
     Raises:
-      ValueError: if the model cannot share attention by the plan.
+      UserError: if the model cannot share attention by the plan.
     """
     check_plan(self.config, plan)
     layers = self.config.num_layers
@@ -312,7 +313,7 @@ class Record:
     settings: what was measured and how: a file with other settings is refused.
 
   Raises:
-    ValueError: if the file cannot be read or has other settings.
+    UserError: if the file cannot be read or has other settings.
   """
 
   def __init__(self, path: Path | None, settings: dict[str, Any]):
@@ -323,9 +324,9 @@ class Record:
         stored = json.loads(path.read_text(encoding="utf-8"))
         settings, self.plans = stored["settings"], stored["plans"]
       except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not the record of a search; name another file, or remove it") from None
+        raise UserError(f"{path} is not the record of a search; name another file, or remove it") from None
       if settings != self._settings:
-        raise ValueError(f"{path} records a search with other settings, {settings}; name another file, or remove it")
+        raise UserError(f"{path} records a search with other settings, {settings}; name another file, or remove it")
 
   def get(self, plan: SharingPlan) -> np.ndarray | None:
     """The plan's losses, if it has been measured."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sa_jax.errors import UserError
 from sa_jax.plan import SharingPlan
 
 
@@ -15,13 +16,13 @@ def new_figure(width: float, height: float) -> Any:
   """An empty figure that needs no display.
 
   Raises:
-    ValueError: if matplotlib is not installed.
+    UserError: if matplotlib is not installed.
   """
   try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
   except ImportError as error:
-    raise ValueError(f"pictures need matplotlib ({error}): pip install 'sa-jax[plots]'") from None
+    raise UserError(f"pictures need matplotlib ({error}): pip install 'sa-jax[plots]'") from None
   figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
   FigureCanvasAgg(figure)
   return figure
@@ -52,7 +53,7 @@ def similarity_map(
     plan: outlines its groups.
 
   Raises:
-    ValueError: if matplotlib is not installed.
+    UserError: if matplotlib is not installed.
   """
   values = np.asarray(similarity)
   figure = new_figure(7, 6)
@@ -77,7 +78,7 @@ def similarity_animation(similarities: Mapping[str, Any], path: Path) -> None:
     path: the GIF to write.
 
   Raises:
-    ValueError: if matplotlib is not installed.
+    UserError: if matplotlib is not installed.
   """
   figure = new_figure(7, 6)
   from matplotlib.animation import FuncAnimation, PillowWriter
@@ -106,7 +107,7 @@ def pareto_front(points: Mapping[str, Sequence[tuple[float, float]]], path: Path
     title: above the picture.
 
   Raises:
-    ValueError: if matplotlib is not installed.
+    UserError: if matplotlib is not installed.
   """
   figure = new_figure(7, 5)
   axes = figure.subplots()

@@ -27,6 +27,7 @@ from sa_jax.analysis.align import can_map_by_refit, map_by_refit, shared_model, 
 from sa_jax.analysis.ridge import Sums, relative_error, solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
+from sa_jax.errors import UserError
 from sa_jax.nn import PlanArrays, Transformer
 from sa_jax.nn.transformer import check_plan, check_tokens
 from sa_jax.plan import SharingPlan
@@ -45,7 +46,7 @@ class Refit:
       plan's. Needs a sum over all (anchor head, KV head) pairs of features, ``[N K H, N K H]``.
 
   Raises:
-    ValueError: if a ridge is not positive or a number of steps negative.
+    UserError: if a ridge is not positive or a number of steps negative.
   """
 
   ridge: float = 0.01
@@ -56,24 +57,24 @@ class Refit:
 
   def __post_init__(self) -> None:
     if not (self.ridge > 0 and self.mlp_ridge > 0):
-      raise ValueError(f"ridge and mlp_ridge must be positive, not {self.ridge} and {self.mlp_ridge}")
+      raise UserError(f"ridge and mlp_ridge must be positive, not {self.ridge} and {self.mlp_ridge}")
     if self.values < 0:
-      raise ValueError(f"values, a number of steps, must not be negative, and is {self.values}")
+      raise UserError(f"values, a number of steps, must not be negative, and is {self.values}")
 
   def check(self, config: ModelConfig) -> None:
     """Checks that the model can be refitted so.
 
     Raises:
-      ValueError: if an MLP's output is normalised before it is added (no linear map leads from its last projection to
+      UserError: if an MLP's output is normalised before it is added (no linear map leads from its last projection to
         what the dense block's output lacks), or the model has too many pairs of heads to choose maps by refit error.
     """
     if self.maps and not can_map_by_refit(config):
-      raise ValueError(
+      raise UserError(
         f"{config.num_heads} heads × {config.num_kv_heads} KV heads × {config.head_dim} are too many features to "
         "choose head maps by refit error: choose them by similarity and loss, with align, and refit without maps"
       )
     if self.mlp and config.post_norms:
-      raise ValueError("the MLPs of this model are normalised at their output and cannot be refitted: leave them out")
+      raise UserError("the MLPs of this model are normalised at their output and cannot be refitted: leave them out")
 
 
 class Report(NamedTuple):
@@ -282,7 +283,7 @@ def refit(
     progress: called with (layers done, layers in all).
 
   Raises:
-    ValueError: if the parameters lack queries and keys, a token is not in the vocabulary, or the text does not
+    UserError: if the parameters lack queries and keys, a token is not in the vocabulary, or the text does not
       determine the weights in float32.
   """
   how = how or Refit()
@@ -322,11 +323,11 @@ def check_conditions(reports: list[Report]) -> None:
   """Checks that every solution was determined.
 
   Raises:
-    ValueError: if the text does not determine some weights in float32.
+    UserError: if the text does not determine some weights in float32.
   """
   eps = float(np.finfo(np.float32).eps)
   if wrong := [f"layer {report.layer} {report.part}" for report in reports if not report.condition > eps]:
-    raise ValueError(
+    raise UserError(
       f"the calibration text does not determine the weights of {', '.join(wrong)} in float32: "
       "give more text or a greater ridge"
     )

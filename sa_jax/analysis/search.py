@@ -11,6 +11,7 @@ import numpy as np
 from sa_jax.analysis.judge import Judge
 from sa_jax.config import ModelConfig
 from sa_jax.cost import cost
+from sa_jax.errors import UserError
 from sa_jax.nn.transformer import check_plan
 from sa_jax.plan import SharingPlan
 
@@ -41,17 +42,17 @@ def followers_for(config: ModelConfig, budget: str, seq_len: int = 1024) -> int:
     seq_len: tokens, for FLOPs.
 
   Raises:
-    ValueError: if the budget has another form, or no plan can meet it.
+    UserError: if the budget has another form, or no plan can meet it.
   """
   most = config.num_layers - 1
   kind, _, amount = budget.strip().partition("=")
   if not amount and kind.isdecimal():
     if not 1 <= int(kind) <= most:
-      raise ValueError(f"{kind} followers are impossible: a model of {config.num_layers} layers can have 1 to {most}")
+      raise UserError(f"{kind} followers are impossible: a model of {config.num_layers} layers can have 1 to {most}")
     return int(kind)
   measure = {"kv": "kv_cache_bytes", "flops": "flops"}.get(kind)
   if measure is None or not amount.endswith("%") or not amount[:-1].replace(".", "", 1).isdecimal():
-    raise ValueError(f"the budget {budget!r} is none of: a number of followers, 'kv=80%', 'flops=95%'")
+    raise UserError(f"the budget {budget!r} is none of: a number of followers, 'kv=80%', 'flops=95%'")
   of = lambda count: getattr(
     cost(config, SharingPlan.from_followers(config.num_layers, range(1, count + 1)), 1, seq_len), measure
   )
@@ -59,7 +60,7 @@ def followers_for(config: ModelConfig, budget: str, seq_len: int = 1024) -> int:
   for count in range(most + 1):
     if of(count) <= share * of(0) * (1 + 1e-9):
       return max(count, 1)
-  raise ValueError(
+  raise UserError(
     f"no plan brings {kind} to {share:.1%} of the dense model's: with {most} followers it is {of(most) / of(0):.1%}"
   )
 
@@ -89,14 +90,14 @@ def beam(
     The best plan found for each number of followers from 1 up.
 
   Raises:
-    ValueError: if there are too few layers, or a shortlist is asked for without costs.
+    UserError: if there are too few layers, or a shortlist is asked for without costs.
   """
   layers = judge.config.num_layers
   free = sorted(set(range(1, layers)) - set(excluded))
   if followers > len(free):
-    raise ValueError(f"{followers} followers are impossible: only {len(free)} layers may follow")
+    raise UserError(f"{followers} followers are impossible: only {len(free)} layers may follow")
   if shortlist is not None and costs is None:
-    raise ValueError("a shortlist needs pair costs to choose by")
+    raise UserError("a shortlist needs pair costs to choose by")
   kept = [judge.walk(SharingPlan.dense(layers), keep=True)]
   best: list[Found] = []
   for _ in range(followers):
@@ -108,7 +109,7 @@ def beam(
     }
     parents = {plan: base for plan, base in parents.items() if fits(judge.config, plan)}
     if not parents:
-      raise ValueError(f"no layer can follow any more with {len(best)} followers: layers of different kinds alternate")
+      raise UserError(f"no layer can follow any more with {len(best)} followers: layers of different kinds alternate")
     candidates = list(parents)
     if shortlist is not None and costs is not None:
       candidates = sorted(candidates, key=lambda plan: plan_cost(plan, costs))[:shortlist]
@@ -139,11 +140,11 @@ def cheapest(costs: np.ndarray, followers: int, excluded: Sequence[int] = ()) ->
     excluded: layers that stay anchors.
 
   Raises:
-    ValueError: if there is no such plan, or no such layer.
+    UserError: if there is no such plan, or no such layer.
   """
   layers = len(costs)
   if outside := [layer for layer in excluded if not 0 <= layer < layers]:
-    raise ValueError(f"there are no layers {outside} to exclude; the model has 0 to {layers - 1}")
+    raise UserError(f"there are no layers {outside} to exclude; the model has 0 to {layers - 1}")
   allowed = costs.copy()
   allowed[:, list(excluded)] = np.inf
   # best[l][f]: least cost of layers before l with f followers, where l starts a group; and where that group starts.
@@ -163,7 +164,7 @@ def cheapest(costs: np.ndarray, followers: int, excluded: Sequence[int] = ()) ->
           best[end, before + size] = best[anchor, before] + group
           origin[end, before + size] = anchor
   if math.isinf(best[layers, followers]):
-    raise ValueError(f"no plan has {followers} followers within the pairs that were considered: widen the reach")
+    raise UserError(f"no plan has {followers} followers within the pairs that were considered: widen the reach")
   source = [0] * layers
   end, left = layers, followers
   while end:
@@ -193,10 +194,10 @@ def best_of(judge: Judge, plans: Sequence[SharingPlan], progress: Progress | Non
   """The plan of least loss.
 
   Raises:
-    ValueError: if there is none.
+    UserError: if there is none.
   """
   if not plans:
-    raise ValueError("there is no plan to choose from")
+    raise UserError("there is no plan to choose from")
   found = []
   for index, plan in enumerate(plans):
     losses = judge.losses(plan)

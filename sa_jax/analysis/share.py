@@ -13,6 +13,7 @@ from sa_jax.analysis import search
 from sa_jax.analysis.align import can_map_by_refit
 from sa_jax.analysis.judge import Judge, Text
 from sa_jax.analysis.refit import Refit, Report, refit
+from sa_jax.errors import UserError
 from sa_jax.evaluation import Perplexity, perplexity
 from sa_jax.nn import Transformer
 from sa_jax.params import as_runs
@@ -37,7 +38,7 @@ class Search:
     excluded: layers that stay anchors.
 
   Raises:
-    ValueError: if there is no such strategy or a number is out of range.
+    UserError: if there is no such strategy or a number is out of range.
   """
 
   strategy: Strategy = "dp"
@@ -49,9 +50,9 @@ class Search:
 
   def __post_init__(self) -> None:
     if self.strategy not in Strategy.__args__:  # type: ignore[attr-defined]
-      raise ValueError(f"no search strategy {self.strategy!r}; there are {', '.join(Strategy.__args__)}")  # type: ignore[attr-defined]
+      raise UserError(f"no search strategy {self.strategy!r}; there are {', '.join(Strategy.__args__)}")  # type: ignore[attr-defined]
     if self.reach < 1 or self.width < 1 or self.swaps < 0 or (self.shortlist is not None and self.shortlist < 1):
-      raise ValueError(f"reach, width and shortlist must be at least 1 and swaps at least 0: {self}")
+      raise UserError(f"reach, width and shortlist must be at least 1 and swaps at least 0: {self}")
 
 
 def search_plan(judge: Judge, followers: int, how: Search, stage: Stage = lambda _: lambda *_: None) -> search.Found:
@@ -64,7 +65,7 @@ def search_plan(judge: Judge, followers: int, how: Search, stage: Stage = lambda
     stage: told what is being done.
 
   Raises:
-    ValueError: if no plan has so many followers under the search's limits.
+    UserError: if no plan has so many followers under the search's limits.
   """
   excluded = how.excluded
   if how.strategy == "spans":
@@ -132,7 +133,7 @@ def share(
     stage: told what is being done.
 
   Raises:
-    ValueError: as `Judge`, `search_plan` and `refit`.
+    UserError: as `Judge`, `search_plan` and `refit`.
   """
   recovery = recovery or Refit(maps=can_map_by_refit(model.config))
   judge = Judge(model, params, texts, recovery, chunk=chunk, progress=stage("reading the texts"))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import entr
 
+from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.nn.state import QueryKey, State
 from sa_jax.nn.transformer import check_tokens
@@ -69,12 +70,12 @@ def layer_similarity(
     progress: called with (rows compared, rows in all).
 
   Raises:
-    ValueError: if a token is not in the vocabulary, or rows are shorter than ``top_k``.
+    UserError: if a token is not in the vocabulary, or rows are shorter than ``top_k``.
   """
   tokens = np.asarray(tokens)
   check_tokens(tokens, None, model.config.vocab_size)
   if not 1 <= top_k <= tokens.shape[1]:
-    raise ValueError(f"top_k must be in 1 to {tokens.shape[1]}, the tokens of a row, not {top_k}")
+    raise UserError(f"top_k must be in 1 to {tokens.shape[1]}, the tokens of a row, not {top_k}")
   model = Transformer(dataclasses.replace(model.config, attention_state="query_key"), model.plan)
   layers = as_layers(params, model.plan)
   block = min(block, tokens.shape[1])
@@ -190,10 +191,10 @@ def drift(similarities: Sequence[Similarity]) -> np.ndarray:
     float64 ``[checkpoints]``; 0 for the last.
 
   Raises:
-    ValueError: if there is none, or their shapes differ.
+    UserError: if there is none, or their shapes differ.
   """
   if len({similarity.cosine.shape for similarity in similarities}) != 1:
-    raise ValueError("drift compares checkpoints of one model: at least one, and all of the same depth and heads")
+    raise UserError("drift compares checkpoints of one model: at least one, and all of the same depth and heads")
   maps = [similarity.mean().cosine for similarity in similarities]
   upper = np.triu_indices(len(maps[0]), 1)
   return np.array([np.abs(each - maps[-1])[upper].mean() for each in maps])

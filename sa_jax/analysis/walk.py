@@ -18,6 +18,7 @@ from flax import struct
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
+from sa_jax.errors import UserError
 from sa_jax.nn import PlanArrays, PlannedBlock, PlannedTransformer
 from sa_jax.nn.planned import empty_state
 from sa_jax.nn.state import State
@@ -60,15 +61,15 @@ def walking(config: ModelConfig, params: Mapping[str, Any]) -> ModelConfig:
   """The config to walk with, once the parameters are known to be in the layer layout, with every layer's W_Q and W_K.
 
   Raises:
-    ValueError: if they do not.
+    UserError: if they do not.
   """
   if "layers" not in params:
-    raise ValueError("parameters in the layer layout are needed: open the model with layout='layers'")
+    raise UserError("parameters in the layer layout are needed: open the model with layout='layers'")
   layers = params["layers"]
   if missing := [
     layer for layer in range(config.num_layers) if not {"q_proj", "k_proj"} <= set(layers[str(layer)]["attention"])
   ]:
-    raise ValueError(
+    raise UserError(
       f"layers {missing} have no q_proj and k_proj, without which it cannot be told what they attend to: "
       "start from the dense checkpoint"
     )

@@ -25,6 +25,7 @@ from sa_jax.decode import Batcher, DecodeState, Sampler
 from sa_jax.decode import decode as decode_steps
 from sa_jax.decode.engine import prefill as prefill_rows
 from sa_jax.decode.engine import row_keys
+from sa_jax.errors import UserError
 from sa_jax.nn import Runs, Transformer
 from sa_jax.nn.split import query_axis
 from sa_jax.plan import SharingPlan
@@ -44,7 +45,7 @@ def mesh_of(task: Task) -> Mesh | None:
   """The task's mesh over the first devices; None for one device.
 
   Raises:
-    ValueError: if there are fewer devices.
+    UserError: if there are fewer devices.
   """
   count = math.prod(task.mesh.values())
   return make_mesh(**task.mesh, devices=jax.devices()[:count]) if count > 1 else None
@@ -134,7 +135,7 @@ def step(task: Task) -> Result:
 
   timing = timed(call, task.repeats)
   if not np.isfinite(float(call())):
-    raise ValueError("the loss is not finite: what was timed is no training")
+    raise UserError("the loss is not finite: what was timed is no training")
   memory = compiled.memory_analysis()
   flops = 3 * cost(config, plan, task.batch, task.seq_len).flops
   rate = training_rate(tokens.size, flops, timing.median, 1 if mesh is None else mesh.size)

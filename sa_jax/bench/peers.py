@@ -13,6 +13,7 @@ from sa_jax.bench.task import STEPS, Result, Task
 from sa_jax.config import ModelConfig
 from sa_jax.convert import hf_config
 from sa_jax.cost import cost
+from sa_jax.errors import UserError
 
 
 def _build(task: Task, head: bool, dtype: str = "bfloat16") -> tuple[Any, ModelConfig]:
@@ -21,7 +22,7 @@ def _build(task: Task, head: bool, dtype: str = "bfloat16") -> tuple[Any, ModelC
     import torch
     import transformers
   except ImportError:
-    raise ValueError("peers need torch and transformers: pip install torch transformers") from None
+    raise UserError("peers need torch and transformers: pip install torch transformers") from None
   import dataclasses
 
   preset = ModelConfig.preset(task.model)

@@ -8,6 +8,7 @@ from pathlib import Path
 from sa_jax.analysis.plots import new_figure
 from sa_jax.bench.task import Result
 from sa_jax.cost import cost
+from sa_jax.errors import UserError
 
 
 def decode_curves(results: Sequence[Result], path: Path) -> None:
@@ -18,10 +19,10 @@ def decode_curves(results: Sequence[Result], path: Path) -> None:
     path: the PNG to write.
 
   Raises:
-    ValueError: if matplotlib is not installed, or one is no measurement of decoding.
+    UserError: if matplotlib is not installed, or one is no measurement of decoding.
   """
   if others := {result.task.kind for result in results} - {"decode"}:
-    raise ValueError(f"these curves are of decode, not of {', '.join(sorted(others))}")
+    raise UserError(f"these curves are of decode, not of {', '.join(sorted(others))}")
   results = [result for result in results if result.task.who == "sa_jax"]
   figure = new_figure(10, 4)
   time_axes, cache_axes = figure.subplots(1, 2)

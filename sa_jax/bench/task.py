@@ -9,6 +9,7 @@ import sys
 from typing import Any, Literal
 
 from sa_jax.config import AttentionBackend, AttentionState, CacheDtype, ModelConfig, RematPolicy
+from sa_jax.errors import UserError
 from sa_jax.sharding import MESH_AXES
 
 Kind = Literal["decode", "prefill", "train", "step", "batching"]
@@ -45,7 +46,7 @@ class Task:
     sequence: step: over which the tokens of a row are split.
 
   Raises:
-    ValueError: if the kind or who runs it knows no such mesh or setting, or rows, tokens or requests do not divide; if
+    UserError: if the kind or who runs it knows no such mesh or setting, or rows, tokens or requests do not divide; if
       more slots are filled than there are, or fewer than a call has steps.
   """
 
@@ -91,14 +92,14 @@ class Task:
       if self.kind not in _ONLY.get(field.name, (self.kind,)) and getattr(self, field.name) != field.default
     ]
     if wrong:
-      raise ValueError("bench: " + "; ".join(wrong))
+      raise UserError("bench: " + "; ".join(wrong))
 
   @property
   def config(self) -> ModelConfig:
     """The preset with the task's depth and way to compute; it never ends a row by itself.
 
     Raises:
-      ValueError: if there is no such preset, or no such depth.
+      UserError: if there is no such preset, or no such depth.
     """
     preset = ModelConfig.preset(self.model)
     return dataclasses.replace(
@@ -179,13 +180,13 @@ def run_task(task: Task) -> Result:
   """Measures in a new process.
 
   Raises:
-    ValueError: if the measurement failed; the end of its output says why.
+    UserError: if the measurement failed; the end of its output says why.
   """
   command = [sys.executable, "-m", "sa_jax.bench.worker", json.dumps(dataclasses.asdict(task))]
   done = subprocess.run(command, capture_output=True, text=True, check=False)
   lines = done.stdout.strip().splitlines()
   if done.returncode or not lines:
     reason = (done.stderr or done.stdout).strip()[-2000:]
-    raise ValueError(f"bench {task.kind}, {task.who}, {task.model}, {task.plan}, S {task.seq_len}: {reason}")
+    raise UserError(f"bench {task.kind}, {task.who}, {task.model}, {task.plan}, S {task.seq_len}: {reason}")
   values: dict[str, Any] = json.loads(lines[-1])
   return Result(**values | {"task": Task(**values["task"])})

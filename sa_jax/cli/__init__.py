@@ -16,7 +16,7 @@ class Command(Protocol):
   """A parsed subcommand."""
 
   def run(self) -> None:
-    """Does the work; raises ValueError for a user's mistake."""
+    """Does the work; raises UserError for a user's mistake."""
     ...
 
 

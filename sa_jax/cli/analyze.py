@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from sa_jax.cli.common import console, exact_float32, make_folder, progress, show_table, write_json
+from sa_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Analyze:
     from sa_jax.cli.texts import rows_of_texts
 
     if not self.models:
-      raise ValueError("name at least one model: sa-jax analyze TEXT MODEL ...")
+      raise UserError("name at least one model: sa-jax analyze TEXT MODEL ...")
     make_folder(self.out)
     found = {}
     for path in self.models:

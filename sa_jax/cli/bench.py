@@ -13,6 +13,7 @@ import tyro
 from sa_jax.bench.task import Kind, Result, Task, run_task
 from sa_jax.cli.common import console, progress, quantity, show_table, write_json
 from sa_jax.config import RematPolicy
+from sa_jax.errors import UserError
 from sa_jax.plan import as_plan
 
 _UNITS = {"decode": "B/s", "prefill": "FLOP/s", "train": "FLOP/s", "step": "FLOP/s", "batching": "tokens/s"}
@@ -68,7 +69,7 @@ class Bench:
     """Measures each combination in a process of its own, and prints a table."""
     tasks = self._tasks()
     if self.plot is not None and (self.filled is not None or self.task != "decode"):
-      raise ValueError("--plot draws decode against --seq-len, of caches that are full: leave out --filled")
+      raise UserError("--plot draws decode against --seq-len, of caches that are full: leave out --filled")
     results: list[Result] = []
     try:
       with progress(f"measuring {self.task}") as report:
@@ -117,7 +118,7 @@ class Bench:
       for length, state, attention, plan in itertools.product(self.seq_len, self.attention_state, self.attention, plans)
     ]
     if self.peers and self.task not in ("decode", "train", "step"):
-      raise ValueError(f"peers are timed in decode, train and step, not in {self.task}")
+      raise UserError(f"peers are timed in decode, train and step, not in {self.task}")
     tasks += [
       dataclasses.replace(base, seq_len=length, who=who) for who, length in itertools.product(self.peers, self.seq_len)
     ]

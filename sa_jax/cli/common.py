@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from sa_jax.errors import UserError
+
 console = Console(highlight=False)
 if not console.is_terminal and "COLUMNS" not in os.environ:
   console.width = 160  # a file or a pipe has no width, and rich would fold tables to 80 columns
@@ -43,36 +45,36 @@ def make_folder(path: Path) -> None:
   """Makes a folder for pictures, or uses the one that is there; called before the work that they are of.
 
   Raises:
-    ValueError: if it cannot be made.
+    UserError: if it cannot be made.
   """
   try:
     path.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise ValueError(f"cannot make the folder {path}: {error.strerror}") from None
+    raise UserError(f"cannot make the folder {path}: {error.strerror}") from None
 
 
 def check_absent(path: Path | None) -> None:
   """Checks before the work that a folder to save it in does not exist.
 
   Raises:
-    ValueError: if it does.
+    UserError: if it does.
   """
   if path is not None and path.exists():
-    raise ValueError(f"{path} exists already; name a new folder, or remove it first")
+    raise UserError(f"{path} exists already; name a new folder, or remove it first")
 
 
 def write_json(path: Path | None, values: Any) -> None:
   """Writes values, dataclasses among them, to a JSON file if one was asked for.
 
   Raises:
-    ValueError: if the file cannot be written.
+    UserError: if the file cannot be written.
   """
   if path is None:
     return
   try:
     path.write_text(json.dumps(values, indent=2, default=_plain) + "\n", encoding="utf-8")
   except OSError as error:
-    raise ValueError(f"cannot write {path}: {error.strerror}") from None
+    raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _plain(value: Any) -> Any:
@@ -105,14 +107,14 @@ def read_text(path: Path) -> str:
   """A text file's contents.
 
   Raises:
-    ValueError: if it cannot be read, or is not UTF-8 text.
+    UserError: if it cannot be read, or is not UTF-8 text.
   """
   try:
     return path.read_text(encoding="utf-8")
   except OSError as error:
-    raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    raise UserError(f"cannot read {path}: {error.strerror}") from None
   except UnicodeDecodeError:
-    raise ValueError(f"{path} is not UTF-8 text") from None
+    raise UserError(f"{path} is not UTF-8 text") from None
 
 
 def quantity(value: float, unit: str = "") -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from sa_jax.cli.common import console, progress, show_table
+from sa_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Convert:
       show_table(f"{self.src}: {len(used)} tensors used, {len(found.dropped)} dropped", ["tensor", "shape", ""], rows)
       return
     if self.dst is None:
-      raise ValueError("name the folder to write: sa-jax convert SRC DST")
+      raise UserError("name the folder to write: sa-jax convert SRC DST")
     with progress(f"converting {Path(self.src).name}") as report:
       convert(self.src, self.dst, self.plan, self.dtype, revision=self.revision, progress=report)
     size = sum(file.stat().st_size for file in self.dst.rglob("*") if file.is_file())

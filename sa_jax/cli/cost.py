@@ -11,6 +11,7 @@ import tyro
 from sa_jax.cli.common import change, quantity, show_table, write_json
 from sa_jax.config import PRESETS, ModelConfig
 from sa_jax.cost import Cost, cost
+from sa_jax.errors import UserError
 from sa_jax.plan import SharingPlan, as_plan
 
 LABELS = {
@@ -62,7 +63,7 @@ def model_of(model: str) -> tuple[ModelConfig, SharingPlan]:
   """The config of a preset or of a folder with a ``config.json``, and its plan, dense if it has none.
 
   Raises:
-    ValueError: if the name is neither.
+    UserError: if the name is neither.
   """
   from sa_jax.convert import hf_config
   from sa_jax.convert.source import read_json
@@ -70,7 +71,7 @@ def model_of(model: str) -> tuple[ModelConfig, SharingPlan]:
   if model in PRESETS:
     return PRESETS[model], SharingPlan.dense(PRESETS[model].num_layers)
   if not (Path(model) / "config.json").exists():
-    raise ValueError(f"{model!r} is not a preset ({', '.join(sorted(PRESETS))}) and not a folder with a config.json")
+    raise UserError(f"{model!r} is not a preset ({', '.join(sorted(PRESETS))}) and not a folder with a config.json")
   values = read_json(Path(model) / "config.json")
   config = ModelConfig.from_hf(values)
   return config, hf_config.read_plan(values, config.num_layers)

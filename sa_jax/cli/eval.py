@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from sa_jax.cli.common import console, exact_float32, progress, show_table, write_json
+from sa_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Eval:
     try:
       import lm_eval  # noqa: F401
     except ImportError as error:
-      raise ValueError(f"lm-eval is not installed ({error}): pip install 'sa-jax[eval]'") from None
+      raise UserError(f"lm-eval is not installed ({error}): pip install 'sa-jax[eval]'") from None
     import jax
 
     from sa_jax import from_pretrained, load_tokenizer
@@ -61,9 +62,9 @@ class Eval:
 
     for name in ("limit", "batch_tokens", "slots", "max_length"):
       if (value := getattr(self, name)) is not None and value < 1:
-        raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if self.bootstrap_iters < 0:
-      raise ValueError(f"--bootstrap-iters must not be negative, not {self.bootstrap_iters}")
+      raise UserError(f"--bootstrap-iters must not be negative, not {self.bootstrap_iters}")
     find_tasks(self.tasks, self.include_path)
     with progress("opening") as report:
       model, params = from_pretrained(self.model, self.plan, self.dtype, layout="layers", progress=report)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from sa_jax.cli.common import console, progress, write_json
+from sa_jax.errors import UserError
 
 if TYPE_CHECKING:
   from sa_jax import Transformer
@@ -50,7 +51,7 @@ class Generate:
     from sa_jax import Transformer, from_pretrained, load_tokenizer
 
     if not self.prompt:
-      raise ValueError("name at least one prompt: sa-jax generate MODEL PROMPT ...")
+      raise UserError("name at least one prompt: sa-jax generate MODEL PROMPT ...")
     tokenizer = load_tokenizer(self.model)
     prompts = [tokenizer.encode(self._prompt(tokenizer, text), special=not self.chat) for text in self.prompt]
     with progress("opening") as report:

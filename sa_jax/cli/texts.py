@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa_jax.cli.common import progress, read_text
+from sa_jax.errors import UserError
 
 if TYPE_CHECKING:
   from sa_jax import Transformer
@@ -21,7 +22,7 @@ def read_documents(path: Path) -> str:
   """A text file, or the ``text`` fields of a ``.jsonl`` file with blank lines between them.
 
   Raises:
-    ValueError: if it cannot be read or a line has no ``text``.
+    UserError: if it cannot be read or a line has no ``text``.
   """
   contents = read_text(path)
   if path.suffix != ".jsonl":
@@ -34,7 +35,7 @@ def read_documents(path: Path) -> str:
     try:
       documents.append(json.loads(line)["text"])
     except (ValueError, KeyError, TypeError):
-      raise ValueError(f"{path}, line {number}, is not a JSON object with a 'text'") from None
+      raise UserError(f"{path}, line {number}, is not a JSON object with a 'text'") from None
   return "\n\n".join(documents)
 
 
@@ -50,12 +51,12 @@ def rows_of_texts(model: Path, files: Sequence[Path], length: int, rows: int) ->
   """The first rows of each file, int32 ``[rows, length]`` each.
 
   Raises:
-    ValueError: if there is no file, or one is too short.
+    UserError: if there is no file, or one is too short.
   """
   from sa_jax import load_tokenizer, rows_of
 
   if not files:
-    raise ValueError("name at least one text file to calibrate on")
+    raise UserError("name at least one text file to calibrate on")
 
   tokenizer = load_tokenizer(model)
   out = []
@@ -63,7 +64,7 @@ def rows_of_texts(model: Path, files: Sequence[Path], length: int, rows: int) ->
     try:
       out.append(rows_of(tokenizer.encode(read_documents(file)), length, rows))
     except ValueError as error:
-      raise ValueError(f"{file}: {error}") from None
+      raise UserError(f"{file}: {error}") from None
   return out
 
 
@@ -71,13 +72,13 @@ def split_texts(model: Path, files: Sequence[Path], length: int, calibration: in
   """The first rows of each file to calibrate on, the next ones to judge by.
 
   Raises:
-    ValueError: if a file is too short, or two have one name.
+    UserError: if a file is too short, or two have one name.
   """
   from sa_jax.analysis import Text
 
   names = [file.stem for file in files]
   if len(set(names)) < len(names):
-    raise ValueError(f"texts need different file names, not {', '.join(names)}")
+    raise UserError(f"texts need different file names, not {', '.join(names)}")
   rows = rows_of_texts(model, files, length, calibration + judging)
   return [Text(name, each[:calibration], each[calibration:]) for name, each in zip(names, rows, strict=True)]
 
@@ -86,7 +87,7 @@ def save(path: Path, source: Path, model: Transformer, params: dict[str, Any], d
   """Writes a checkpoint in a dtype, with the source's tokenizer and what else travels with a model.
 
   Raises:
-    ValueError: if the folder exists.
+    UserError: if the folder exists.
   """
   import jax
   import jax.numpy as jnp

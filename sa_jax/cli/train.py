@@ -11,6 +11,7 @@ from typing import Annotated
 
 import tyro
 
+from sa_jax.errors import UserError
 from sa_jax.train.config import TrainConfig, load_config
 from sa_jax.train.distributed import Hosts
 
@@ -59,5 +60,5 @@ def _train(
     hosts: Where the other processes are.
   """
   if file is not None:
-    raise ValueError(f"a config file ends in .py and comes before all flags: sa-jax train CONFIG.py …, not {file}")
+    raise UserError(f"a config file ends in .py and comes before all flags: sa-jax train CONFIG.py …, not {file}")
   return Train(config, hosts)

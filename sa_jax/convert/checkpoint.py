@@ -24,6 +24,7 @@ from sa_jax.convert import hf_config
 from sa_jax.convert.lazy import LazyTensor, Progress, in_order
 from sa_jax.convert.source import read_json
 from sa_jax.convert.table import entries
+from sa_jax.errors import UserError
 from sa_jax.plan import SharingPlan
 
 PARAMS = "params"
@@ -40,16 +41,16 @@ def new_folder(path: Path) -> Iterator[Path]:
   """A folder to fill under a temporary name; it gets its own name when the block ends well, and goes when it fails.
 
   Raises:
-    ValueError: if the folder exists already.
+    UserError: if the folder exists already.
   """
   if path.exists():
-    raise ValueError(f"{path} exists already; name a new folder, or remove it first")
+    raise UserError(f"{path} exists already; name a new folder, or remove it first")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
     unfinished.mkdir()
   except OSError as error:
-    raise ValueError(f"cannot write to {path.parent}: {error.strerror}") from None
+    raise UserError(f"cannot write to {path.parent}: {error.strerror}") from None
   try:
     yield unfinished
     os.rename(unfinished, path)
@@ -76,7 +77,7 @@ def save_checkpoint(
     progress: called with (lazy tensors written, lazy tensors in all).
 
   Raises:
-    ValueError: if the folder exists or cannot be made.
+    UserError: if the folder exists or cannot be made.
   """
   import orbax.checkpoint as ocp
 
@@ -139,7 +140,7 @@ def read_config(path: Path) -> tuple[ModelConfig, SharingPlan]:
   """The model and the plan of a checkpoint.
 
   Raises:
-    ValueError: if ``config.json`` is missing or cannot be used.
+    UserError: if ``config.json`` is missing or cannot be used.
   """
   values = read_json(path / "config.json")
   config = hf_config.read(values)
@@ -150,7 +151,7 @@ def stored_shapes(path: Path) -> dict[str, Any]:
   """The tree of `jax.ShapeDtypeStruct` that the checkpoint holds, in the layer layout.
 
   Raises:
-    ValueError: if the folder is not a whole Orbax checkpoint.
+    UserError: if the folder is not a whole Orbax checkpoint.
   """
   import orbax.checkpoint as ocp
 
@@ -159,7 +160,7 @@ def stored_shapes(path: Path) -> dict[str, Any]:
       stored = checkpointer.metadata(path.resolve() / PARAMS).item_metadata
     tree = stored.tree
   except (OSError, ValueError, AttributeError, KeyError) as error:
-    raise ValueError(f"{path / PARAMS} is not a whole checkpoint: {error}") from None
+    raise UserError(f"{path / PARAMS} is not a whole checkpoint: {error}") from None
   return jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree, is_leaf=lambda leaf: hasattr(leaf, "dtype")
   )
@@ -169,7 +170,7 @@ def check_stored(path: Path, stored: Any, config: ModelConfig, plan: SharingPlan
   """Checks that a checkpoint holds the parameters that its config describes, and no others.
 
   Raises:
-    ValueError: lists everything that is missing, unknown, or of another shape.
+    UserError: lists everything that is missing, unknown, or of another shape.
   """
   found = dict(_paths(stored))
   kept = [entry for entry in entries(config) if not entry.is_dropped(plan)]
@@ -182,7 +183,7 @@ def check_stored(path: Path, stored: Any, config: ModelConfig, plan: SharingPlan
     if name in found and found[name].shape != shape
   ]
   if errors:
-    raise ValueError(f"{path} does not hold the model that its config describes:\n  " + "\n  ".join(errors))
+    raise UserError(f"{path} does not hold the model that its config describes:\n  " + "\n  ".join(errors))
 
 
 def _paths(tree: Any) -> list[tuple[str, jax.ShapeDtypeStruct]]:
@@ -226,7 +227,7 @@ def restore(path: Path, target: Any) -> Any:
     target: `jax.ShapeDtypeStruct`s with shardings, a subtree of what is stored.
 
   Raises:
-    ValueError: if the data is damaged.
+    UserError: if the data is damaged.
   """
   import orbax.checkpoint as ocp
 
@@ -237,4 +238,4 @@ def restore(path: Path, target: Any) -> Any:
     with ocp.PyTreeCheckpointer() as checkpointer:
       return checkpointer.restore(path.resolve() / PARAMS, args=arguments)
   except (OSError, ValueError, KeyError) as error:
-    raise ValueError(f"{path / PARAMS} cannot be read: {error}") from None
+    raise UserError(f"{path / PARAMS} cannot be read: {error}") from None

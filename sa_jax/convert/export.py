@@ -17,6 +17,7 @@ from sa_jax.convert import checkpoint, hf_config
 from sa_jax.convert.lazy import Progress, in_order
 from sa_jax.convert.source import copy_extras
 from sa_jax.convert.table import Entry, entries, pack
+from sa_jax.errors import UserError
 from sa_jax.plan import SharingPlan
 
 _CODE = Path(__file__).parent / "pytorch" / "modeling_shared_attention.py"
@@ -47,14 +48,12 @@ def export(
     progress: called with (tensors written, tensors in all).
 
   Raises:
-    ValueError: if ``src`` is not a whole sa_jax checkpoint, ``dst`` exists, or the model has followers and its family
+    UserError: if ``src`` is not a whole sa_jax checkpoint, ``dst`` exists, or the model has followers and its family
       has no PyTorch code for them.
   """
   src = Path(src)
   if not checkpoint.is_checkpoint(src):
-    raise ValueError(
-      f"{src} is not an sa_jax checkpoint; sa_jax.convert makes one from a Hugging Face folder or a GGUF"
-    )
+    raise UserError(f"{src} is not an sa_jax checkpoint; sa_jax.convert makes one from a Hugging Face folder or a GGUF")
   config, plan = checkpoint.read_config(src)
   stored = checkpoint.stored_shapes(src)
   checkpoint.check_stored(src, stored, config, plan)
@@ -73,7 +72,7 @@ def _config(config: ModelConfig, plan: SharingPlan) -> dict[str, Any]:
   if not plan.followers:
     return values
   if config.family not in _SHARED_CLASSES:
-    raise ValueError(
+    raise UserError(
       f"a {config.family} model with followers cannot be exported: there is PyTorch code for "
       f"{', '.join(_SHARED_CLASSES)}"
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sa_jax.errors import UserError
 from sa_jax.ops import RopeConfig, rope_frequencies
 
 _LOG = logging.getLogger("sa_jax")
@@ -42,16 +43,16 @@ class GgufFile:
     try:
       import gguf
     except ImportError as error:
-      raise ValueError(f"reading {path} needs the gguf package ({error}): pip install 'sa-jax[gguf]'") from None
+      raise UserError(f"reading {path} needs the gguf package ({error}): pip install 'sa-jax[gguf]'") from None
     self.path = path
     try:
       reader = gguf.GGUFReader(path)
     except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError, OverflowError) as error:
-      raise ValueError(f"{path} is not a whole GGUF file: {error}") from None
+      raise UserError(f"{path} is not a whole GGUF file: {error}") from None
     self._fields = reader.fields
     architecture = self.field("general.architecture", str)
     if architecture != "llama":
-      raise ValueError(f"{path} holds the architecture {architecture!r}; supported in GGUF is: llama")
+      raise UserError(f"{path} holds the architecture {architecture!r}; supported in GGUF is: llama")
     self._tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
     self._dequantize: Callable[[Any, Any], np.ndarray] = gguf.quants.dequantize
     factors = self._tensors.pop(_ROPE_FACTORS, None)
@@ -63,15 +64,15 @@ class GgufFile:
     """A metadata value.
 
     Raises:
-      ValueError: if it is absent and there is no default, or is not of the kind.
+      UserError: if it is absent and there is no default, or is not of the kind.
     """
     if name not in self._fields:
       if default is None:
-        raise ValueError(f"{self.path} has no metadata value {name}")
+        raise UserError(f"{self.path} has no metadata value {name}")
       return default
     value = self._fields[name].contents()
     if not isinstance(value, kind):
-      raise ValueError(f"{self.path}: metadata value {name} is {value!r}, not a {kind.__name__}")
+      raise UserError(f"{self.path}: metadata value {name} is {value!r}, not a {kind.__name__}")
     return value
 
   def optional(self, name: str) -> Any:
@@ -83,11 +84,11 @@ class GgufFile:
     embed_dim = self.field("llama.embedding_length", int)
     head_dim = self.field("llama.rope.dimension_count", int, embed_dim // max(heads, 1))
     if (key_length := self.optional("llama.attention.key_length")) not in (None, head_dim):
-      raise ValueError(
+      raise UserError(
         f"{self.path}: heads of {key_length} with rotary embedding on {head_dim} of it are not implemented"
       )
     if (scaling := self.optional("llama.rope.scaling.type")) not in (None, "none", "linear"):
-      raise ValueError(f"{self.path}: rope scaling {scaling!r} in a GGUF file is not implemented")
+      raise UserError(f"{self.path}: rope scaling {scaling!r} in a GGUF file is not implemented")
     theta = float(self.field("llama.rope.freq_base", float, 10_000.0))
     return {
       "architectures": ["LlamaForCausalLM"],
@@ -122,7 +123,7 @@ class GgufFile:
     # A factor without a type is llama.cpp's default, which is linear.
     if linear != 1.0 and self.optional("llama.rope.scaling.type") != "none":
       if self._rope_factors is not None:
-        raise ValueError(f"{self.path}: linear rope scaling together with {_ROPE_FACTORS} is not implemented")
+        raise UserError(f"{self.path}: linear rope scaling together with {_ROPE_FACTORS} is not implemented")
       return {"rope_type": "linear", "factor": float(linear)}
     if self._rope_factors is None:
       return None
@@ -131,7 +132,7 @@ class GgufFile:
     scaled = RopeConfig(theta, "llama3", factor, low_freq_factor=low, high_freq_factor=high, original_max_length=length)
     divided = np.asarray(rope_frequencies(RopeConfig(theta), head_dim) / rope_frequencies(scaled, head_dim))
     if self._rope_factors.shape != divided.shape or not np.allclose(self._rope_factors, divided, rtol=1e-4):
-      raise ValueError(f"{self.path}: rotary frequencies are divided by {_ROPE_FACTORS}, which are not Llama 3's")
+      raise UserError(f"{self.path}: rotary frequencies are divided by {_ROPE_FACTORS}, which are not Llama 3's")
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     return {"rope_type": "llama3"} | dict(zip(names, (factor, low, high, length), strict=True))
 

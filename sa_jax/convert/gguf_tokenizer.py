@@ -8,6 +8,7 @@ import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers
 
 from sa_jax.convert.tokenizer import Tokenizer
+from sa_jax.errors import UserError
 
 if TYPE_CHECKING:
   from sa_jax.convert.gguf_file import GgufFile
@@ -43,10 +44,10 @@ def from_gguf(file: GgufFile) -> Tokenizer:
   """The tokenizer inside a GGUF file: byte-level BPE (``gpt2``), or SentencePiece's BPE (``llama``).
 
   Raises:
-    ValueError: if the file holds another kind of tokenizer.
+    UserError: if the file holds another kind of tokenizer.
   """
   if reason := unsupported(file):
-    raise ValueError(reason)
+    raise UserError(reason)
   kind, pre = file.optional("tokenizer.ggml.model"), file.optional("tokenizer.ggml.pre")
   backend = _sentencepiece(file) if kind == "llama" else _byte_level(file, pre)
   tokens, types = _columns(file, "tokens", "token_type")
@@ -82,7 +83,7 @@ def _token(file: GgufFile, tokens: list[str], role: str) -> str:
   name = f"tokenizer.ggml.{role}_token_id"
   index = file.field(name, int)
   if not 0 <= index < len(tokens):
-    raise ValueError(f"{file.path}: metadata value {name} is {index}, but there are {len(tokens)} tokens")
+    raise UserError(f"{file.path}: metadata value {name} is {index}, but there are {len(tokens)} tokens")
   return tokens[index]
 
 
@@ -90,12 +91,12 @@ def _columns(file: GgufFile, *names: str) -> list[list[Any]]:
   """Lists with an entry for each token.
 
   Raises:
-    ValueError: if one is missing, or has another length than the others.
+    UserError: if one is missing, or has another length than the others.
   """
   columns = [file.field(f"tokenizer.ggml.{name}", list) for name in names]
   if len({len(column) for column in columns}) > 1:
     sizes = ", ".join(f"{len(column)} {name}" for name, column in zip(names, columns, strict=True))
-    raise ValueError(f"{file.path}: the tokenizer's lists should have an entry for each token, not {sizes}")
+    raise UserError(f"{file.path}: the tokenizer's lists should have an entry for each token, not {sizes}")
   return columns
 
 

@@ -9,6 +9,7 @@ from sa_jax.config import ModelConfig
 from sa_jax.convert import hf_rope
 from sa_jax.convert.families import FAMILIES, QUERY_SCALE, Family
 from sa_jax.convert.reader import ConfigReader
+from sa_jax.errors import UserError
 from sa_jax.plan import SharingPlan, as_plan
 
 # Keys that change nothing that we compute: provenance, training set-up, and defaults of transformers' own generate.
@@ -64,7 +65,7 @@ def read(values: Mapping[str, Any]) -> ModelConfig:
   ``rope_parameters`` and ``dtype`` (transformers 5). The compute and parameter dtypes are the checkpoint's.
 
   Raises:
-    ValueError: names, all at once, each value that is missing, malformed or not implemented, and each unknown key.
+    UserError: names, all at once, each value that is missing, malformed or not implemented, and each unknown key.
   """
   family = _family(values)
   reader = ConfigReader({**family.defaults, **values}, [])
@@ -103,7 +104,7 @@ def read(values: Mapping[str, Any]) -> ModelConfig:
   }
   reader.finish(_INERT | family.inert | family.defaults.keys() - values.keys())
   if reader.errors:
-    raise ValueError("config.json cannot be used:\n  " + "\n  ".join(reader.errors))
+    raise UserError("config.json cannot be used:\n  " + "\n  ".join(reader.errors))
   return ModelConfig(**config)
 
 
@@ -113,15 +114,15 @@ def _family(values: Mapping[str, Any]) -> Family:
     return FAMILIES[model_type]
   supported = ", ".join(FAMILIES)
   if any("experts" in key for key in values):
-    raise ValueError(
+    raise UserError(
       f"model_type {model_type!r} is a mixture of experts, which is not supported; supported: {supported}"
     )
   if values.get("is_encoder_decoder") or not any("CausalLM" in str(name) for name in values.get("architectures") or ()):
-    raise ValueError(
+    raise UserError(
       f"model_type {model_type!r} is not known as a decoder-only language model, and no other is supported; "
       f"supported are: {supported}"
     )
-  raise ValueError(f"model_type {model_type!r} is not supported; supported are: {supported}")
+  raise UserError(f"model_type {model_type!r} is not supported; supported are: {supported}")
 
 
 def _read_sizes(reader: ConfigReader) -> dict[str, int]:
@@ -234,7 +235,7 @@ def _check_written(config: ModelConfig, values: Mapping[str, Any]) -> None:
   """Checks that the family's config can say all that the model is.
 
   Raises:
-    ValueError: names each field that a reader of ``values`` would get wrong.
+    UserError: names each field that a reader of ``values`` would get wrong.
   """
   back = read(values)
   ours = ("dtype", "param_dtype", "attention", "attention_state", "remat")
@@ -242,7 +243,7 @@ def _check_written(config: ModelConfig, values: Mapping[str, Any]) -> None:
   if "window" in fields and not config.local_layers:
     fields.remove("window")  # of no effect without local layers
   if wrong := [f"{field}={getattr(config, field)!r} (it has {getattr(back, field)!r})" for field in fields]:
-    raise ValueError(f"a {config.family} config.json cannot describe this model: {'; '.join(wrong)}")
+    raise UserError(f"a {config.family} config.json cannot describe this model: {'; '.join(wrong)}")
 
 
 def _whole(value: float) -> int | float:
@@ -254,22 +255,22 @@ def read_plan(values: Mapping[str, Any], num_layers: int) -> SharingPlan:
   """The plan in a ``config.json``'s ``shared_attention``; dense when the key is absent.
 
   Raises:
-    ValueError: if it is malformed, or not a plan for a model of this depth.
+    UserError: if it is malformed, or not a plan for a model of this depth.
   """
   shared = values.get("shared_attention")
   if shared is None:
     return SharingPlan.dense(num_layers)
   source = shared.get("source") if isinstance(shared, Mapping) else None
   if not _integers(source):
-    raise ValueError('config.json: shared_attention must be {"source": [one layer number a layer]}')
+    raise UserError('config.json: shared_attention must be {"source": [one layer number a layer]}')
   if unknown := sorted(set(shared) - {"source", "head_map"}):
-    raise ValueError(f"config.json: shared_attention has unknown keys {unknown}")
+    raise UserError(f"config.json: shared_attention has unknown keys {unknown}")
   plan = as_plan(source, num_layers)
   head_map = shared.get("head_map")
   if head_map is None:
     return plan
   if not isinstance(head_map, list) or not all(entry is None or _integers(entry) for entry in head_map):
-    raise ValueError("config.json: shared_attention's head_map must be a list, for each layer null or a list of heads")
+    raise UserError("config.json: shared_attention's head_map must be a list, for each layer null or a list of heads")
   return SharingPlan(plan.source, tuple(entry and tuple(entry) for entry in head_map))
 
 

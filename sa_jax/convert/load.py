@@ -17,6 +17,7 @@ from sa_jax.convert import checkpoint, hf_config
 from sa_jax.convert.lazy import Progress, lazy_tree, place, stack_lazily
 from sa_jax.convert.source import Source, copy_extras, locate, open_source
 from sa_jax.convert.table import Account, account, entries, head_keys
+from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_plan
 from sa_jax.params import stack
@@ -57,11 +58,11 @@ def from_pretrained(
     The model, and parameters that ``model.apply({"params": params}, tokens)`` takes.
 
   Raises:
-    ValueError: if the checkpoint is damaged, of an unsupported architecture, not what its config describes, or lacks
+    UserError: if the checkpoint is damaged, of an unsupported architecture, not what its config describes, or lacks
       weights that the plan needs. Every mismatch is listed.
   """
   if layout not in ("runs", "layers"):
-    raise ValueError(f"there is no layout {layout!r}; there are 'runs' and 'layers'")
+    raise UserError(f"there is no layout {layout!r}; there are 'runs' and 'layers'")
   path = locate(path, revision)
   if checkpoint.is_checkpoint(path):
     return _open_checkpoint(path, plan, dtype, mesh, layout, progress)
@@ -105,13 +106,13 @@ def _check_tied(source: Source, config: ModelConfig) -> None:
   """Checks that a head which the config ties to the embedding, and which is stored all the same, is the embedding.
 
   Raises:
-    ValueError: if it is not.
+    UserError: if it is not.
   """
   stored = [key for key in head_keys(config) if key in source.shapes] if config.tie_embeddings else []
   for key in stored:
     (embedding,) = (entry.key for entry in entries(config) if entry.path == ("embed", "embedding"))
     if not np.array_equal(source.read(key), source.read(embedding)):
-      raise ValueError(
+      raise UserError(
         f"{source.path}: the config ties the output head to the embedding, but {key} differs from {embedding}; if the "
         "head was trained by itself, set tie_word_embeddings to false in config.json"
       )
@@ -132,7 +133,7 @@ def _with_dtype(config: ModelConfig, dtype: str | None) -> ModelConfig:
   if dtype is None:
     return config
   if dtype not in hf_config.DTYPES:
-    raise ValueError(f"dtype {dtype!r} is not supported; one of {', '.join(hf_config.DTYPES)} is")
+    raise UserError(f"dtype {dtype!r} is not supported; one of {', '.join(hf_config.DTYPES)} is")
   return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
 
 
@@ -140,7 +141,7 @@ def _describe_checkpoint(path: Path, plan: SharingPlan | str | Sequence[int] | N
   config, stored_plan = checkpoint.read_config(path)
   made = _asked(plan, stored_plan)
   if lost := sorted(set(made.anchors) - set(stored_plan.anchors)):
-    raise ValueError(
+    raise UserError(
       f"the plan '{made}' makes layers {lost} anchors, but {path} holds no queries and keys for them: it was made for "
       f"the plan '{stored_plan}'; start from the dense checkpoint"
     )
@@ -193,11 +194,11 @@ def convert(
     progress: called with (parameters written, parameters in all).
 
   Raises:
-    ValueError: as `from_pretrained`, or if ``dst`` exists.
+    UserError: as `from_pretrained`, or if ``dst`` exists.
   """
   dst = Path(dst)
   if dst.exists():
-    raise ValueError(f"{dst} exists already; name a new folder, or remove it first")
+    raise UserError(f"{dst} exists already; name a new folder, or remove it first")
   path = locate(src, revision)
   if checkpoint.is_checkpoint(path):
     model = _describe_checkpoint(path, plan, dtype)
@@ -217,6 +218,6 @@ def inspect(
   """What a Hugging Face folder, hub id or GGUF file holds and what the plan drops, without reading the weights.
 
   Raises:
-    ValueError: as `from_pretrained`.
+    UserError: as `from_pretrained`.
   """
   return _describe(open_source(locate(path, revision)), plan, None)[2]

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Protocol
 import ml_dtypes
 import numpy as np
 
+from sa_jax.errors import UserError
+
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -49,12 +51,12 @@ class SafetensorsFile:
         size = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(size))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-      raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+      raise UserError(f"{path} is not a whole safetensors file: {error}") from None
     header.pop("__metadata__", None)
     if wrong := [key for key, entry in header.items() if entry["dtype"] not in _FLOATS]:
       key = wrong[0]
       others = f" (and {len(wrong) - 1} others like it)" if len(wrong) > 1 else ""
-      raise ValueError(f"{key} in {path} is {header[key]['dtype']}; one of {', '.join(_FLOATS)} is needed{others}")
+      raise UserError(f"{key} in {path} is {header[key]['dtype']}; one of {', '.join(_FLOATS)} is needed{others}")
     self.shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
     self._dtypes = {key: np.dtype(_FLOATS[entry["dtype"]]) for key, entry in header.items()}
     self._offsets = {key: 8 + size + entry["data_offsets"][0] for key, entry in header.items()}
@@ -80,24 +82,24 @@ class BinFile:
     self.path = path
     tensors = self._load()
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
-      raise ValueError(f"{path} does not hold a dictionary from names to tensors")
+      raise UserError(f"{path} does not hold a dictionary from names to tensors")
     floats = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
     if wrong := [key for key, tensor in tensors.items() if str(getattr(tensor, "dtype", None)) not in floats]:
-      raise ValueError(f"{path} holds other things than tensors of floating-point numbers: {wrong[:20]}")
+      raise UserError(f"{path} holds other things than tensors of floating-point numbers: {wrong[:20]}")
     self.shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
   def _load(self) -> Any:
     try:
       import torch
     except ImportError:
-      raise ValueError(f"reading {self.path} needs PyTorch: pip install torch; safetensors files do not") from None
+      raise UserError(f"reading {self.path} needs PyTorch: pip install torch; safetensors files do not") from None
     import pickle
 
     try:
       return torch.load(self.path, map_location="cpu", weights_only=True, mmap=_is_zip(self.path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
       first = str(error).strip().split("\n")[0]
-      raise ValueError(f"{self.path} is not a whole file of PyTorch tensors and nothing else: {first}") from None
+      raise UserError(f"{self.path} is not a whole file of PyTorch tensors and nothing else: {first}") from None
 
   def read(self, key: str) -> np.ndarray:
     """See `Shard.read`."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from sa_jax.convert.gguf_file import GgufFile
 from sa_jax.convert.shards import BinFile, SafetensorsFile, Shard
+from sa_jax.errors import UserError
 
 EXTRAS = (
   "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -55,16 +56,16 @@ def read_json(path: Path) -> dict[str, Any]:
   """A JSON object from a file.
 
   Raises:
-    ValueError: if the file is missing or does not hold a JSON object.
+    UserError: if the file is missing or does not hold a JSON object.
   """
   try:
     values = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
-    raise ValueError(f"there is no {path.name} in {path.parent}") from None
+    raise UserError(f"there is no {path.name} in {path.parent}") from None
   except (OSError, ValueError, RecursionError) as error:
-    raise ValueError(f"{path} is not readable JSON: {error}") from None
+    raise UserError(f"{path} is not readable JSON: {error}") from None
   if not isinstance(values, dict):
-    raise ValueError(f"{path} must hold a JSON object, and holds a {type(values).__name__}")
+    raise UserError(f"{path} must hold a JSON object, and holds a {type(values).__name__}")
   return values
 
 
@@ -92,7 +93,7 @@ class HfFolder:
         break
     else:
       names = " and no ".join(name for index, single, _ in _FORMATS for name in (single, index))
-      raise ValueError(f"there is no {names} in {path}")
+      raise UserError(f"there is no {names} in {path}")
     self.shapes = {key: shard.shapes[key] for key, shard in self._shard_of.items()}
 
   def _add_generation_config(self) -> None:
@@ -104,23 +105,23 @@ class HfFolder:
   def _open_shards(self, index: Path, kind: type[Shard]) -> None:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-      raise ValueError(f"{index} has no 'weight_map' from tensor names to file names")
+      raise UserError(f"{index} has no 'weight_map' from tensor names to file names")
     names = sorted(set(weight_map.values()))
     # A plain name cannot leave the folder.
     if outside := [name for name in names if Path(name).name != name or not name.endswith(kind.suffix)]:
-      raise ValueError(f"{index} names files that are not {kind.suffix[1:]} files of its folder: {outside}")
+      raise UserError(f"{index} names files that are not {kind.suffix[1:]} files of its folder: {outside}")
     if missing := [name for name in names if not (self.path / name).is_file()]:
-      raise ValueError(f"shards are missing from {self.path}: {', '.join(missing)}")
+      raise UserError(f"shards are missing from {self.path}: {', '.join(missing)}")
     for name in names:
       self._open(kind(self.path / name))
     file_of = {key: shard.path.name for key, shard in self._shard_of.items()}
     if absent := sorted(key for key, name in weight_map.items() if file_of.get(key) != name):
-      raise ValueError(f"{index} lists tensors that are not in the file it gives for them: {absent}")
+      raise UserError(f"{index} lists tensors that are not in the file it gives for them: {absent}")
 
   def _open(self, shard: Shard) -> None:
     for key in shard.shapes:
       if key in self._shard_of:
-        raise ValueError(f"{key} is in both {self._shard_of[key].path.name} and {shard.path.name} of {self.path}")
+        raise UserError(f"{key} is in both {self._shard_of[key].path.name} and {shard.path.name} of {self.path}")
       self._shard_of[key] = shard
 
   def read(self, key: str) -> np.ndarray:
@@ -142,14 +143,14 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
     revision: of a hub id: a branch, tag or commit.
 
   Raises:
-    ValueError: if there is no such path and no such hub model, or a revision is given for a path.
+    UserError: if there is no such path and no such hub model, or a revision is given for a path.
   """
   path = Path(name)
   if path.exists() or not _HUB_ID.fullmatch(str(name)):
     if revision is not None:
-      raise ValueError(f"revision {revision!r} is for models on the hub, and {name} is a path")
+      raise UserError(f"revision {revision!r} is for models on the hub, and {name} is a path")
     if not path.exists():
-      raise ValueError(f"there is no file or folder {path}, and it has not the form of a hub id, org/model")
+      raise UserError(f"there is no file or folder {path}, and it has not the form of a hub id, org/model")
     return path
   from huggingface_hub import snapshot_download
   from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -162,7 +163,7 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
       files = download(allow_patterns=["*.json", *EXTRAS, "pytorch_model*.bin"])
   except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
     first = str(error).strip().split("\n")[0]
-    raise ValueError(f"{name} is no file or folder, and the hub gives no model of that name: {first}") from None
+    raise UserError(f"{name} is no file or folder, and the hub gives no model of that name: {first}") from None
   return Path(files)
 
 
@@ -170,14 +171,12 @@ def open_source(path: Path) -> Source:
   """Opens a Hugging Face folder or a GGUF file.
 
   Raises:
-    ValueError: if it is neither, or is damaged.
+    UserError: if it is neither, or is damaged.
   """
   if path.is_dir():
     return HfFolder(path)
   with path.open("rb") as file:
     magic = file.read(4)
   if magic != b"GGUF":
-    raise ValueError(
-      f"{path} is not a GGUF file; a model is a Hugging Face folder, a GGUF file or an sa_jax checkpoint"
-    )
+    raise UserError(f"{path} is not a GGUF file; a model is a Hugging Face folder, a GGUF file or an sa_jax checkpoint")
   return GgufFile(path)

@@ -13,6 +13,7 @@ import numpy as np
 
 from sa_jax.config import ModelConfig
 from sa_jax.convert.families import FAMILIES
+from sa_jax.errors import UserError
 from sa_jax.params import ANCHOR_ONLY
 from sa_jax.plan import SharingPlan
 
@@ -143,7 +144,7 @@ def account(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, plan: Sh
     where: the checkpoint, for messages.
 
   Raises:
-    ValueError: lists every tensor that is missing, unknown, or of another shape.
+    UserError: lists every tensor that is missing, unknown, or of another shape.
   """
   used, dropped = [], {}
   errors: dict[str, None] = {}  # an ordered set: the parts of one tensor share its faults
@@ -175,5 +176,5 @@ def account(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, plan: Sh
       errors[f"unknown: {key} {list(shapes[key])}"] = None
   if errors:
     listed = [*errors][:_LISTED] + ([f"… and {len(errors) - _LISTED} more"] if len(errors) > _LISTED else [])
-    raise ValueError(f"{where} does not hold the model that its config describes:\n  " + "\n  ".join(listed))
+    raise UserError(f"{where} does not hold the model that its config describes:\n  " + "\n  ".join(listed))
   return Account(tuple(used), dropped)

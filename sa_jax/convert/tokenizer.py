@@ -10,6 +10,8 @@ from typing import Any
 
 import tokenizers
 
+from sa_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
@@ -48,20 +50,20 @@ class Tokenizer:
       prompt: whether to end with the opening of the assistant's answer.
 
     Raises:
-      ValueError: if the model has no chat template, or it rejects the messages.
+      UserError: if the model has no chat template, or it rejects the messages.
     """
     from jinja2 import TemplateError
 
     from sa_jax.convert.chat_template import environment
 
     if self.chat_template is None:
-      raise ValueError("this model has no chat template: it takes plain text, not messages")
+      raise UserError("this model has no chat template: it takes plain text, not messages")
     given: dict[str, Any] = {"messages": list(messages), "tools": None, "documents": None}
     try:
       template = environment().from_string(self.chat_template)
       return template.render(**given, add_generation_prompt=prompt, **dict(self.special))
     except TemplateError as error:
-      raise ValueError(f"the chat template rejects these messages: {error}") from None
+      raise UserError(f"the chat template rejects these messages: {error}") from None
 
   def save(self, folder: Path) -> None:
     """Writes ``tokenizer.json`` and ``tokenizer_config.json``, which `load_tokenizer` and transformers read."""
@@ -76,7 +78,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, listed: dict[str, dict[str, Any]]
   """Adds the tokens that ``tokenizer_config.json`` lists and ``tokenizer.json`` lacks, as transformers does.
 
   Raises:
-    ValueError: if one gets another number than it is listed with.
+    UserError: if one gets another number than it is listed with.
   """
   options = ("single_word", "lstrip", "rstrip", "normalized", "special")
   for number, entry in sorted(listed.items(), key=lambda item: int(item[0])):
@@ -84,7 +86,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, listed: dict[str, dict[str, Any]]
     if backend.token_to_id(content) is None:
       backend.add_tokens([tokenizers.AddedToken(content, **{name: entry[name] for name in options if name in entry})])
     if backend.token_to_id(content) != int(number):
-      raise ValueError(
+      raise UserError(
         f"{path}: tokenizer_config.json gives {content!r} the number {number}, and tokenizer.json makes it "
         f"{backend.token_to_id(content)}"
       )
@@ -94,7 +96,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
   """The tokenizer of a Hugging Face folder, an sa_jax checkpoint or a GGUF file.
 
   Raises:
-    ValueError: if there is none, or it is damaged.
+    UserError: if there is none, or it is damaged.
   """
   from sa_jax.convert.gguf_file import GgufFile
   from sa_jax.convert.gguf_tokenizer import from_gguf
@@ -105,11 +107,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return from_gguf(GgufFile(path))
   file = path / "tokenizer.json"
   if not file.exists():
-    raise ValueError(f"there is no tokenizer.json in {path}")
+    raise UserError(f"there is no tokenizer.json in {path}")
   try:
     backend = tokenizers.Tokenizer.from_file(str(file))
   except Exception as error:  # the tokenizers package raises bare Exception
-    raise ValueError(f"{file} is not a tokenizer: {error}") from None
+    raise UserError(f"{file} is not a tokenizer: {error}") from None
   # Whatever a tokenizer was last called with is saved with it, and is no property of the model.
   backend.no_truncation()
   backend.no_padding()

@@ -15,6 +15,7 @@ import numpy as np
 
 from sa_jax.decode.engine import DecodeState, admit, bucket, decode, retire
 from sa_jax.decode.sampling import Sampler
+from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_tokens
 from sa_jax.params import as_layers
@@ -71,7 +72,7 @@ class Batcher:
     longest_first: bool = False,
   ):
     if slots < 1 or capacity < 1 or chunk < 1:
-      raise ValueError(f"slots, capacity and chunk must be at least 1, not {slots}, {capacity} and {chunk}")
+      raise UserError(f"slots, capacity and chunk must be at least 1, not {slots}, {capacity} and {chunk}")
     self.slots, self.capacity, self.chunk, self.longest_first = slots, capacity, chunk, longest_first
     self._model, self._params, self._sampler = model, as_layers(params, model.plan), sampler
     self._state = DecodeState.empty(model, slots, capacity)
@@ -82,17 +83,17 @@ class Batcher:
     """Queues a prompt; ``seed`` and ``row`` choose its samples as in `sa_jax.generate`.
 
     Raises:
-      ValueError: if the prompt is empty, has a token outside the vocabulary, or does not fit the cache with its
+      UserError: if the prompt is empty, has a token outside the vocabulary, or does not fit the cache with its
         continuation. Other requests go on.
     """
     tokens = np.asarray(prompt)
     if tokens.ndim != 1 or not tokens.size:
-      raise ValueError(f"a prompt is a list of at least one token, not of shape {tokens.shape}")
+      raise UserError(f"a prompt is a list of at least one token, not of shape {tokens.shape}")
     check_tokens(tokens[None], None, self._model.config.vocab_size)
     if max_new_tokens < 1:
-      raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+      raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     if (needed := len(tokens) + max_new_tokens - 1) > self.capacity:
-      raise ValueError(
+      raise UserError(
         f"a prompt of {len(tokens)} tokens with {max_new_tokens} new ones needs {needed} cache slots, "
         f"and a row has {self.capacity}"
       )

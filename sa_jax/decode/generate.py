@@ -12,6 +12,7 @@ from sa_jax.decode.batcher import Batcher
 from sa_jax.decode.engine import bucket, capacity_for, decode, prefill, row_keys
 from sa_jax.decode.padding import to_right_padded
 from sa_jax.decode.sampling import Sampler
+from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_tokens
 from sa_jax.params import as_layers
@@ -64,25 +65,25 @@ def generate(
     slots: rows in the batch at once; more prompts than that go through continuous batching (see `Batcher`).
 
   Raises:
-    ValueError: if a token is not in the vocabulary, a length does not fit, or the prompts and their continuations do
+    UserError: if a token is not in the vocabulary, a length does not fit, or the prompts and their continuations do
       not fit the cache.
   """
   sampler = Sampler(temperature, top_k, top_p)
   tokens = np.asarray(tokens)
   if attention_mask is not None:
     if lengths is not None:
-      raise ValueError("give lengths or attention_mask, not both")
+      raise UserError("give lengths or attention_mask, not both")
     tokens, lengths = to_right_padded(tokens, attention_mask)
   if tokens.ndim == 2 and lengths is None:
     lengths = np.full(tokens.shape[0], tokens.shape[1], np.int32)
   lengths = np.asarray(lengths)
   check_tokens(tokens, lengths, model.config.vocab_size)
   if max_new_tokens < 1:
-    raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
   needed = _slots_for(int(lengths.max()), max_new_tokens)
   capacity = capacity_for(max(needed, tokens.shape[1])) if cache_length is None else cache_length
   if needed > capacity or tokens.shape[1] > capacity:
-    raise ValueError(
+    raise UserError(
       f"prompts of up to {int(lengths.max())} tokens (rows of {tokens.shape[1]}) with {max_new_tokens} new ones do not "
       f"fit a cache of {capacity} slots; {max(needed, tokens.shape[1])} are needed"
     )
@@ -122,7 +123,7 @@ def stream(
     chunk: tokens that the device generates between two yields.
 
   Raises:
-    ValueError: as `generate`.
+    UserError: as `generate`.
   """
   prompt = np.asarray(prompt)
   capacity = capacity_for(max(1, _slots_for(prompt.size, max_new_tokens)))

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sa_jax.errors import UserError
+
 
 def right_pad(rows: Sequence[Sequence[int] | np.ndarray], pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
   """Token lists as one batch.
@@ -18,10 +20,10 @@ def right_pad(rows: Sequence[Sequence[int] | np.ndarray], pad: int = 0) -> tuple
     int32 ``[B, T]`` tokens and int32 ``[B]`` lengths.
 
   Raises:
-    ValueError: if there is no row, or an empty one.
+    UserError: if there is no row, or an empty one.
   """
   if not rows or not all(len(row) for row in rows):
-    raise ValueError("every row needs at least one token")
+    raise UserError("every row needs at least one token")
   lengths = np.array([len(row) for row in rows], np.int32)
   tokens = np.full((len(rows), int(lengths.max())), pad, np.int32)
   for row, values in zip(tokens, rows, strict=True):
@@ -40,18 +42,18 @@ def to_right_padded(tokens: np.ndarray, attention_mask: np.ndarray) -> tuple[np.
     ``[B, T]`` tokens in their dtype and int32 ``[B]`` lengths.
 
   Raises:
-    ValueError: if the mask has another shape, holds other values, or a row's tokens are none or not contiguous.
+    UserError: if the mask has another shape, holds other values, or a row's tokens are none or not contiguous.
   """
   tokens, mask = np.asarray(tokens), np.asarray(attention_mask)
   if tokens.ndim != 2 or mask.shape != tokens.shape:
-    raise ValueError(f"tokens and attention_mask are both [batch, length], not {tokens.shape} and {mask.shape}")
+    raise UserError(f"tokens and attention_mask are both [batch, length], not {tokens.shape} and {mask.shape}")
   if not np.isin(mask, (0, 1)).all():
-    raise ValueError("attention_mask holds 1 at tokens and 0 at padding, and nothing else")
+    raise UserError("attention_mask holds 1 at tokens and 0 at padding, and nothing else")
   starts = mask.argmax(axis=1)
   lengths = mask.sum(axis=1)
   slots = np.arange(mask.shape[1])
   contiguous = (slots >= starts[:, None]) & (slots < (starts + lengths)[:, None])
   if wrong := np.flatnonzero((lengths == 0) | (contiguous != mask.astype(bool)).any(axis=1)).tolist():
-    raise ValueError(f"the tokens of rows {wrong} are none, or have padding between them; pad on one side only")
+    raise UserError(f"the tokens of rows {wrong} are none, or have padding between them; pad on one side only")
   shifted = np.take_along_axis(tokens, (slots + starts[:, None]) % mask.shape[1], axis=1)
   return shifted, lengths.astype(np.int32)

@@ -7,6 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from sa_jax.errors import UserError
+
 _COLDEST = 1e-6
 """Below it, logits over the temperature come near the largest float32."""
 
@@ -22,7 +24,7 @@ class Sampler:
       all.
 
   Raises:
-    ValueError: if a value is out of range.
+    UserError: if a value is out of range.
   """
 
   temperature: float = 0.0
@@ -31,13 +33,13 @@ class Sampler:
 
   def __post_init__(self) -> None:
     if self.temperature != 0 and not _COLDEST <= self.temperature < float("inf"):
-      raise ValueError(f"temperature must be 0 (greedy) or at least {_COLDEST}, not {self.temperature}")
+      raise UserError(f"temperature must be 0 (greedy) or at least {_COLDEST}, not {self.temperature}")
     if self.top_k is not None and self.top_k < 1:
-      raise ValueError(f"top_k must be at least 1, not {self.top_k}")
+      raise UserError(f"top_k must be at least 1, not {self.top_k}")
     if self.top_p is not None and not 0 < self.top_p <= 1:
-      raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
+      raise UserError(f"top_p must be in (0, 1], not {self.top_p}")
     if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
-      raise ValueError("top_k and top_p choose among samples: set a temperature above 0, or leave them out")
+      raise UserError("top_k and top_p choose among samples: set a temperature above 0, or leave them out")
 
   def filter(self, logits: jax.Array) -> jax.Array:
     """Scaled logits ``[B, V]``, with -inf at the tokens that are not kept."""

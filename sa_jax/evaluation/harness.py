@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
+from sa_jax.errors import UserError
+
 if TYPE_CHECKING:
   from lm_eval.tasks import TaskManager
 
@@ -45,14 +47,14 @@ def find_tasks(names: Sequence[str], include: Sequence[Path] = ()) -> tuple[Task
     lm-eval's task manager, and the names found.
 
   Raises:
-    ValueError: if a folder does not exist or a name is unknown; near names are offered.
+    UserError: if a folder does not exist or a name is unknown; near names are offered.
   """
   from lm_eval.tasks import TaskManager
 
   if not names:
-    raise ValueError("name at least one task, such as --tasks hellaswag")
+    raise UserError("name at least one task, such as --tasks hellaswag")
   if missing := [str(folder) for folder in include if not folder.is_dir()]:
-    raise ValueError(f"there is no folder {', '.join(missing)} to read tasks from")
+    raise UserError(f"there is no folder {', '.join(missing)} to read tasks from")
   matches: dict[str, list[str]] = {}
   # Reading lm-eval's thousands of tasks takes seconds, and local ones may be all that is asked for.
   for defaults in (False, True) if include else (True,):
@@ -64,7 +66,7 @@ def find_tasks(names: Sequence[str], include: Sequence[Path] = ()) -> tuple[Task
   for name in (name for name in names if not matches[name]):
     near = difflib.get_close_matches(name, manager.all_tasks, 3)
     unknown.append(f"{name!r}" + (f" (near names: {', '.join(near)})" if near else ""))
-  raise ValueError(f"lm-eval does not know the tasks {', '.join(unknown)}; it knows {len(manager.all_tasks)} others")
+  raise UserError(f"lm-eval does not know the tasks {', '.join(unknown)}; it knows {len(manager.all_tasks)} others")
 
 
 def run_tasks(
@@ -99,7 +101,7 @@ def run_tasks(
     What ``lm_eval.simple_evaluate`` returns.
 
   Raises:
-    ValueError: if a task is unknown or its data cannot be read.
+    UserError: if a task is unknown or its data cannot be read.
   """
   import lm_eval.evaluator
   import lm_eval.utils
@@ -129,7 +131,7 @@ def run_tasks(
         torch_random_seed=None,
       )
   except (DatasetsError, ConnectionError, FileNotFoundError) as error:
-    raise ValueError(f"the data of {', '.join(found)} cannot be read: {error}") from error
+    raise UserError(f"the data of {', '.join(found)} cannot be read: {error}") from error
   assert results is not None, "every process is the first to lm-eval"
   samples = results.pop("samples", None)
   if tracker is not None:

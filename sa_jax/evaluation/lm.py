@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from sa_jax.convert.tokenizer import Tokenizer
 from sa_jax.decode import Batcher, Sampler, bucket, capacity_for
+from sa_jax.errors import UserError
 from sa_jax.evaluation.scoring import Scorer, part, together
 from sa_jax.nn import Transformer
 from sa_jax.params import as_layers
@@ -64,7 +65,7 @@ class SharedAttentionLM(TemplateLM):
       max_new_tokens: most tokens of a generation whose task does not say.
 
     Raises:
-      ValueError: if the model has no end token.
+      UserError: if the model has no end token.
     """
     super().__init__()
     self._model, self._params = model, as_layers(params, model.plan)
@@ -76,7 +77,7 @@ class SharedAttentionLM(TemplateLM):
     ends = model.config.eos_token_ids
     end = special.get("eos_token", ends[0] if ends else None)
     if end is None:
-      raise ValueError("neither the config nor the tokenizer names an end token, which lm-eval needs")
+      raise UserError("neither the config nor the tokenizer names an end token, which lm-eval needs")
     start = special.get("bos_token", model.config.bos_token_id)
     self._end, self._start = int(end), int(end if start is None else start)
     self._start_text = tokenizer.decode([self._start], special=True)
@@ -146,7 +147,7 @@ class SharedAttentionLM(TemplateLM):
   def _truncated(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
     """A request without its beginning where the model cannot read it all; what is scored stays whole."""
     if len(continuation) > self.max_length:
-      raise ValueError(f"a continuation of {len(continuation)} tokens is longer than the model's {self.max_length}")
+      raise UserError(f"a continuation of {len(continuation)} tokens is longer than the model's {self.max_length}")
     return context[-(self.max_length + 1 - len(continuation)) :], continuation
 
   def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -178,7 +179,7 @@ class SharedAttentionLM(TemplateLM):
   def _generate(self, contexts: Sequence[str], settings: dict[str, Any], disable_tqdm: bool) -> list[str]:
     stops, longest, sampler = self._read_settings(settings)
     if longest >= self.max_length:
-      raise ValueError(f"{longest} new tokens leave no room for a prompt in the model's {self.max_length}")
+      raise UserError(f"{longest} new tokens leave no room for a prompt in the model's {self.max_length}")
     self._encode_ahead(contexts)
     prompts = [self.tok_encode(context)[-(self.max_length - longest) :] or [self._start] for context in contexts]
     self._encoded = {}
@@ -222,7 +223,7 @@ class SharedAttentionLM(TemplateLM):
     sampling, temperature = known.pop("do_sample", False), float(known.pop("temperature", 0.0))
     filters = {name: known.pop(name, None) for name in ("top_k", "top_p")}
     if known:
-      raise ValueError(
+      raise UserError(
         f"the task asks for generation settings that there are not here: {', '.join(sorted(known))}; there are until, "
         "max_gen_toks, do_sample, temperature, top_k and top_p"
       )

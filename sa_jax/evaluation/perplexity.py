@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_jax import ops
+from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_tokens
 
@@ -42,15 +43,15 @@ def rows_of(tokens: Sequence[int], length: int, rows: int | None = None) -> np.n
     int32 ``[rows, length]``.
 
   Raises:
-    ValueError: if the text is shorter than one row, or than the rows asked for.
+    UserError: if the text is shorter than one row, or than the rows asked for.
   """
   if length < 2:
-    raise ValueError(f"rows need at least 2 tokens, one to predict from and one to predict, not {length}")
+    raise UserError(f"rows need at least 2 tokens, one to predict from and one to predict, not {length}")
   if rows is not None and rows < 1:
-    raise ValueError(f"at least one row is needed, not {rows}")
+    raise UserError(f"at least one row is needed, not {rows}")
   fits = len(tokens) // length
   if fits < (rows or 1):
-    raise ValueError(f"the text has {len(tokens)} tokens, too few for {rows or 1} rows of {length}")
+    raise UserError(f"the text has {len(tokens)} tokens, too few for {rows or 1} rows of {length}")
   count = rows or fits
   return np.asarray(tokens[: count * length], np.int32).reshape(count, length)
 
@@ -80,14 +81,14 @@ def perplexity(
     progress: called with (rows scored, rows in all).
 
   Raises:
-    ValueError: if a token is not in the vocabulary, rows are shorter than 2 tokens, or ``batch_size`` is not positive.
+    UserError: if a token is not in the vocabulary, rows are shorter than 2 tokens, or ``batch_size`` is not positive.
   """
   tokens = np.asarray(tokens)
   check_tokens(tokens, None, model.config.vocab_size)
   if tokens.shape[1] < 2:
-    raise ValueError(f"rows need at least 2 tokens, one to predict from and one to predict, not {tokens.shape[1]}")
+    raise UserError(f"rows need at least 2 tokens, one to predict from and one to predict, not {tokens.shape[1]}")
   if batch_size < 1:
-    raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    raise UserError(f"batch_size must be at least 1, not {batch_size}")
   total = 0.0
   for start in range(0, len(tokens), batch_size):
     batch = tokens[start : start + batch_size]

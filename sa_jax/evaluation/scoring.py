@@ -15,6 +15,7 @@ import numpy as np
 from sa_jax import ops
 from sa_jax.cost import cost
 from sa_jax.decode.padding import right_pad
+from sa_jax.errors import UserError
 from sa_jax.evaluation.prefixes import Family, Row, bucket, families, rows_of_requests
 from sa_jax.nn import Cache, Transformer
 from sa_jax.params import as_layers
@@ -133,7 +134,7 @@ class Scorer:
 
   def __init__(self, model: Transformer, params: Mapping[str, Any], *, batch_tokens: int = 4096):
     if batch_tokens < 1:
-      raise ValueError(f"batch_tokens must be at least 1, not {batch_tokens}")
+      raise UserError(f"batch_tokens must be at least 1, not {batch_tokens}")
     self.batch_tokens = batch_tokens
     self._model, self._params = model, as_layers(params, model.plan)
     rate = _CPU_RATE if jax.default_backend() == "cpu" else _ACCELERATOR_RATE
@@ -155,16 +156,16 @@ class Scorer:
       progress: called with (rows read, rows in all), of this process.
 
     Raises:
-      ValueError: if a context or a continuation is empty, or a token is not in the vocabulary.
+      UserError: if a context or a continuation is empty, or a token is not in the vocabulary.
     """
     read: list[tuple[np.ndarray, int]] = []
     targets: list[np.ndarray] = []
     for number, (context, continuation) in enumerate(requests):
       if not len(context) or not len(continuation):
-        raise ValueError(f"request {number} has no {'continuation' if len(context) else 'context'}")
+        raise UserError(f"request {number} has no {'continuation' if len(context) else 'context'}")
       tokens = np.concatenate([context, continuation]).astype(np.int32)
       if tokens.min() < 0 or tokens.max() >= self._model.config.vocab_size:
-        raise ValueError(
+        raise UserError(
           f"request {number} has tokens {tokens.min()} to {tokens.max()}; the vocabulary is 0 to "
           f"{self._model.config.vocab_size - 1}"
         )

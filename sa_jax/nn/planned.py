@@ -42,7 +42,7 @@ class PlanArrays:
     """The plan of a model.
 
     Raises:
-      ValueError: if the model cannot share attention by the plan.
+      UserError: if the model cannot share attention by the plan.
     """
     check_plan(config, plan)
     layers = [

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
+from sa_jax.errors import UserError
 from sa_jax.nn.split import attention_axes, heads_stay_with_their_keys, query_axis, split_for_attention
 
 STATE = "attention_state"
@@ -145,13 +146,13 @@ def _attend(
   if not splits or (along is None and ops.backends[backend].partitions):
     return split_for_attention(attend(q, k, v, lengths=lengths, segments=segments), "heads", k.shape[2])
   if not nn.get_logical_axis_rules():
-    raise ValueError(
+    raise UserError(
       f"the attention backend {backend!r} runs on a mesh only where the rules say how it is split: "
       "use `with sa_jax.sharding.on_mesh(mesh):`"
     )
 
   if not heads_stay_with_their_keys():
-    raise ValueError(
+    raise UserError(
       f"the attention backend {backend!r} runs of each device's heads by itself, which then need their keys: "
       "let the rules split 'heads' and 'kv_heads' over the same axes of the mesh"
     )

@@ -17,6 +17,7 @@ import numpy as np
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
+from sa_jax.errors import UserError
 from sa_jax.nn.cache import Cache
 from sa_jax.nn.layers import Layers, Runs
 from sa_jax.nn.norm import RMSNorm
@@ -95,7 +96,7 @@ class Transformer(Frame):
     plan: which layers are anchors and which follow them.
 
   Raises:
-    ValueError: see `check_plan`.
+    UserError: see `check_plan`.
   """
 
   plan: SharingPlan
@@ -124,7 +125,7 @@ class Transformer(Frame):
       float32 ``[B, T, V]``.
 
     Raises:
-      ValueError: outside `jax.jit`, if a token is not in the vocabulary (inside it, its row's logits are NaN) or a
+      UserError: outside `jax.jit`, if a token is not in the vocabulary (inside it, its row's logits are NaN) or a
         length is not in 1 to T; if rows are packed and the rotary embedding depends on a sequence's length.
     """
     return self.logits(self.hidden(tokens, lengths, segments))
@@ -202,7 +203,7 @@ class GradualTransformer(Transformer):
 
   def __post_init__(self) -> None:
     if self.config.attention_state != "query_key":
-      raise ValueError("followers mix attention with the state 'query_key' only; set attention_state to it")
+      raise UserError("followers mix attention with the state 'query_key' only; set attention_state to it")
     super().__post_init__()
 
   def __call__(
@@ -249,17 +250,17 @@ def check_plan(config: ModelConfig, plan: SharingPlan) -> None:
   """Checks that the model can share attention by the plan.
 
   Raises:
-    ValueError: if the plan is for another depth, a follower sees other keys than its anchor, or its head map is for
+    UserError: if the plan is for another depth, a follower sees other keys than its anchor, or its head map is for
       another number of heads.
   """
   if plan.num_layers != config.num_layers:
-    raise ValueError(f"the plan is for {plan.num_layers} layers, the model has {config.num_layers}")
+    raise UserError(f"the plan is for {plan.num_layers} layers, the model has {config.num_layers}")
   kind = lambda layer: f"local, {config.window} tokens" if layer in config.local_layers else "global"
   if wrong := [layer for layer in plan.followers if kind(layer) != kind(plan.source[layer])]:
     pairs = ", ".join(
       f"{layer} ({kind(layer)}) follows {plan.source[layer]} ({kind(plan.source[layer])})" for layer in wrong
     )
-    raise ValueError(
+    raise UserError(
       f"the plan '{plan}' shares weights between layers that see different keys: {pairs}; a follower needs an anchor "
       f"of its own kind. This model's local layers are {list(config.local_layers)}"
     )
@@ -270,16 +271,16 @@ def check_segments(config: ModelConfig, tokens: jax.Array, segments: jax.Array |
   """Checks that rows may be packed as they are.
 
   Raises:
-    ValueError: if the model cannot read packed rows, or segments are not one integer a token.
+    UserError: if the model cannot read packed rows, or segments are not one integer a token.
   """
   if segments is None:
     return
   if segments.shape != tokens.shape or not jnp.issubdtype(segments.dtype, jnp.integer):
-    raise ValueError(
+    raise UserError(
       f"segments are integers, one a token, {tokens.shape}; not {segments.dtype} of shape {segments.shape}"
     )
   if any(rope is not None and rope.scaling == "dynamic" for rope in (config.rope, config.local_rope)):
-    raise ValueError(
+    raise UserError(
       "the dynamic rotary embedding depends on a document's length: give each document a row of its own, not segments"
     )
 
@@ -288,15 +289,15 @@ def check_tokens(tokens: Any, lengths: Any, vocab_size: int) -> None:
   """Checks a batch where its values are known, that is, outside `jax.jit`.
 
   Raises:
-    ValueError: if tokens are not integers ``[B, T]`` or are none, one is not in the vocabulary, or a length is not an
+    UserError: if tokens are not integers ``[B, T]`` or are none, one is not in the vocabulary, or a length is not an
       integer in 1 to T.
   """
   if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-    raise ValueError(f"tokens are integers of shape [batch, length], not {tokens.dtype} of shape {tokens.shape}")
+    raise UserError(f"tokens are integers of shape [batch, length], not {tokens.dtype} of shape {tokens.shape}")
   if not tokens.size:
-    raise ValueError(f"a batch needs at least one row of at least one token, not shape {tokens.shape}")
+    raise UserError(f"a batch needs at least one row of at least one token, not shape {tokens.shape}")
   if lengths is not None and (lengths.shape != tokens.shape[:1] or not jnp.issubdtype(lengths.dtype, jnp.integer)):
-    raise ValueError(
+    raise UserError(
       f"lengths are integers, one length a row, {tokens.shape[:1]}; not {lengths.dtype} of shape {lengths.shape}"
     )
   if isinstance(tokens, jax.core.Tracer):
@@ -305,11 +306,11 @@ def check_tokens(tokens: Any, lengths: Any, vocab_size: int) -> None:
   tokens = np.asarray(tokens)
   low, high = tokens.min(), tokens.max()
   if low < 0 or high >= vocab_size:
-    raise ValueError(
+    raise UserError(
       f"token {low if low < 0 else high} is outside the vocabulary of {vocab_size}, 0 to {vocab_size - 1}"
     )
   if lengths is not None and not isinstance(lengths, jax.core.Tracer):
     lengths = np.asarray(lengths)
     low, high = lengths.min(), lengths.max()
     if low < 1 or high > tokens.shape[1]:
-      raise ValueError(f"a length of {low if low < 1 else high} does not fit rows of {tokens.shape[1]} tokens")
+      raise UserError(f"a length of {low if low < 1 else high} does not fit rows of {tokens.shape[1]} tokens")

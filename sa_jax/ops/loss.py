@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sa_jax.errors import UserError
+
 Head = Callable[[jax.Array], jax.Array]
 """From hidden states ``[B, chunk, D]`` to logits ``[B, chunk, V]``."""
 
@@ -61,7 +63,7 @@ def next_token_loss(
     batches.
 
   Raises:
-    ValueError: if shapes do not fit, or chunk is not positive.
+    UserError: if shapes do not fit, or chunk is not positive.
   """
   targets, weights = _predicted(hidden, tokens, weights)
 
@@ -103,12 +105,12 @@ def distillation_loss(
     As `next_token_loss`.
 
   Raises:
-    ValueError: if shapes do not fit, or a number is out of range.
+    UserError: if shapes do not fit, or a number is out of range.
   """
   if not temperature > 0 or not 0 <= alpha <= 1:
-    raise ValueError(f"temperature is positive and alpha from 0 to 1, not {temperature} and {alpha}")
+    raise UserError(f"temperature is positive and alpha from 0 to 1, not {temperature} and {alpha}")
   if teacher_hidden.shape[:2] != hidden.shape[:2]:
-    raise ValueError(f"teacher and student see the same tokens, not {teacher_hidden.shape[:2]} and {hidden.shape[:2]}")
+    raise UserError(f"teacher and student see the same tokens, not {teacher_hidden.shape[:2]} and {hidden.shape[:2]}")
   targets, weights = _predicted(hidden, tokens, weights)
 
   def term(hidden: jax.Array, teacher_hidden: jax.Array, targets: jax.Array) -> jax.Array:
@@ -132,7 +134,7 @@ def _predicted(hidden: jax.Array, tokens: jax.Array, weights: jax.Array | None) 
   """The token that each position predicts and how much that counts, ``[B, T]``; the last position predicts nothing."""
   batch, length, _ = hidden.shape
   if tokens.shape != (batch, length) or (weights is not None and weights.shape != tokens.shape):
-    raise ValueError(
+    raise UserError(
       f"hidden is [B, T, D], tokens and weights are [B, T], not {hidden.shape}, {tokens.shape}"
       + ("" if weights is None else f", {weights.shape}")
     )
@@ -147,7 +149,7 @@ def _chunk(chunk: int | None, head: Head, hidden: jax.Array) -> int:
   """Positions a row whose logits exist at once."""
   if chunk is not None:
     if chunk < 1:
-      raise ValueError(f"chunk must be at least 1 position, not {chunk}")
+      raise UserError(f"chunk must be at least 1 position, not {chunk}")
     return chunk
   mesh = jax.sharding.get_abstract_mesh()
   logits = jax.eval_shape(head, jax.ShapeDtypeStruct((hidden.shape[0], 1, hidden.shape[2]), hidden.dtype))

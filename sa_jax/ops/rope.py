@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sa_jax.errors import UserError
+
 RopeScaling = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 
 
@@ -30,7 +32,7 @@ class RopeConfig:
     attention_factor: yarn: what rotated q and k are multiplied by; ``0.1 ln(factor) + 1`` when None.
 
   Raises:
-    ValueError: if there is no such scaling, or a number is not positive.
+    UserError: if there is no such scaling, or a number is not positive.
   """
 
   theta: float = 10_000.0
@@ -46,10 +48,10 @@ class RopeConfig:
 
   def __post_init__(self) -> None:
     if self.scaling not in get_args(RopeScaling):
-      raise ValueError(f"there is no rope scaling {self.scaling!r}; there are {', '.join(get_args(RopeScaling))}")
+      raise UserError(f"there is no rope scaling {self.scaling!r}; there are {', '.join(get_args(RopeScaling))}")
     for name in ("theta", "factor", "original_max_length"):
       if not getattr(self, name) > 0:
-        raise ValueError(f"rope: {name}={getattr(self, name)!r} (a positive number is needed)")
+        raise UserError(f"rope: {name}={getattr(self, name)!r} (a positive number is needed)")
 
   @property
   def magnitude(self) -> float:

@@ -12,6 +12,8 @@ from typing import Any, Self
 
 import jax
 
+from sa_jax.errors import UserError
+
 _logger = logging.getLogger(__name__)
 
 
@@ -29,7 +31,7 @@ class Checkpoints:
       keep: how many of the newest stay.
 
     Raises:
-      ValueError: if the folder cannot be written.
+      UserError: if the folder cannot be written.
     """
     import orbax.checkpoint as ocp
 
@@ -69,7 +71,7 @@ class Checkpoints:
       The state, and the JSON values beside it.
 
     Raises:
-      ValueError: if it is damaged, or holds another tree.
+      UserError: if it is damaged, or holds another tree.
     """
     import orbax.checkpoint as ocp
 
@@ -83,7 +85,7 @@ class Checkpoints:
     """Starts to write a checkpoint, if there is none of that step; the state may be donated as soon as this returns.
 
     Raises:
-      ValueError: if it cannot be written, or the one before could not.
+      UserError: if it cannot be written, or the one before could not.
     """
     import orbax.checkpoint as ocp
 
@@ -103,7 +105,7 @@ class Checkpoints:
     """Waits until everything is written.
 
     Raises:
-      ValueError: if it could not be.
+      UserError: if it could not be.
     """
     with self._clear_errors("could not be written"):
       self._manager.wait_until_finished()
@@ -119,7 +121,7 @@ class Checkpoints:
       system = re.search(r"([^:]+) \[os_error_code", str(error))
       lines = [system[1].strip()] if system else [line for line in str(error).splitlines() if line.strip()]
       reason = lines[0] if lines else type(error).__name__
-      raise ValueError(f"the checkpoint {what} in {self._folder}: {reason}; {last}") from error
+      raise UserError(f"the checkpoint {what} in {self._folder}: {reason}; {last}") from error
 
 
 def abstract(tree: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from sa_jax.config import ModelConfig, RematPolicy
+from sa_jax.errors import UserError
 from sa_jax.train.data import Reading
 from sa_jax.train.data.packing import Packing, TooLong
 from sa_jax.train.lora import LoraConfig
@@ -95,7 +96,7 @@ class TrainConfig:
   Attributes are described where they are flags: ``sa-jax train --help``.
 
   Raises:
-    ValueError: if values contradict each other; all that do are named.
+    UserError: if values contradict each other; all that do are named.
   """
 
   out: Path
@@ -186,27 +187,27 @@ class TrainConfig:
     if self.data.length < 2:
       wrong.append(f"length={self.data.length} (at least 2 tokens are needed, one to predict from and one to predict)")
     if wrong:
-      raise ValueError("training: " + "; ".join(wrong))
+      raise UserError("training: " + "; ".join(wrong))
 
 
 def load_config(path: Path) -> TrainConfig:
   """Runs a config file, a Python program whose variable ``config`` is the run.
 
   Raises:
-    ValueError: if it cannot be run, or defines no `TrainConfig`.
+    UserError: if it cannot be run, or defines no `TrainConfig`.
   """
   spec = importlib.util.spec_from_file_location("sa_jax_train_config", path)
   if spec is None or spec.loader is None or not path.is_file():
-    raise ValueError(f"{path} is not a Python file")
+    raise UserError(f"{path} is not a Python file")
   module = importlib.util.module_from_spec(spec)
   sys.modules[spec.name] = module  # dataclasses of the file's own look their module up
   try:
     spec.loader.exec_module(module)
   except Exception as error:
-    raise ValueError(f"{path} fails: {type(error).__name__}: {error}") from error
+    raise UserError(f"{path} fails: {type(error).__name__}: {error}") from error
   config = getattr(module, "config", None)
   if not isinstance(config, TrainConfig):
-    raise ValueError(f"{path} needs a variable 'config' that is a sa_jax.train.TrainConfig")
+    raise UserError(f"{path} needs a variable 'config' that is a sa_jax.train.TrainConfig")
   return config
 
 
@@ -223,13 +224,13 @@ def check_same(config: TrainConfig, before: dict[str, Any], folder: Path) -> Non
   """Checks that a run is the one that its folder holds.
 
   Raises:
-    ValueError: names what differs.
+    UserError: names what differs.
   """
   now, then = _flat(recorded(config)), _flat(before)
   different = [name for name in {**now, **then} if now.get(name) != then.get(name)]
   if different:
     listed = "; ".join(f"{name} is {now.get(name)}, there it is {then.get(name)}" for name in different)
-    raise ValueError(f"{folder} holds another run ({listed}); name a new --out, or remove the folder")
+    raise UserError(f"{folder} holds another run ({listed}); name a new --out, or remove the folder")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

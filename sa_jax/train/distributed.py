@@ -6,6 +6,8 @@ import dataclasses
 
 import jax
 
+from sa_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
@@ -25,11 +27,11 @@ def start(hosts: Hosts) -> None:
   """Joins the other processes, if there are any; must come before anything asks for devices.
 
   Raises:
-    ValueError: if only some of the flags are given, or the others cannot be reached.
+    UserError: if only some of the flags are given, or the others cannot be reached.
   """
   given = [value for value in (hosts.coordinator, hosts.processes, hosts.process) if value is not None]
   if given and len(given) < 3:
-    raise ValueError("--coordinator, --processes and --process belong together; on a cluster --multihost is enough")
+    raise UserError("--coordinator, --processes and --process belong together; on a cluster --multihost is enough")
   if not (given or hosts.multihost) or jax.distributed.is_initialized():
     return
   if jax.config.jax_platforms == "cpu":  # type: ignore[attr-defined]
@@ -37,7 +39,7 @@ def start(hosts: Hosts) -> None:
   try:
     jax.distributed.initialize(hosts.coordinator, hosts.processes, hosts.process)
   except (RuntimeError, ValueError) as error:
-    raise ValueError(f"the other processes cannot be reached: {error}") from None
+    raise UserError(f"the other processes cannot be reached: {error}") from None
 
 
 def wait_for_all(what: str) -> None:

@@ -29,7 +29,7 @@ def export(path: Path, model: Transformer, params: Any, dtype: str, save_extras:
     save_extras: writes what travels with the model, such as its tokenizer.
 
   Raises:
-    ValueError: if it cannot be written.
+    UserError: if it cannot be written.
   """
   cast = jax.jit(lambda leaf: leaf.astype(dtype))
   held = jax.tree.map(lambda leaf: _gathered(cast(leaf)), params)

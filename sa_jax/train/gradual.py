@@ -17,13 +17,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from sa_jax.errors import UserError
+
 
 def rising(steps: int, start: int = 0) -> Callable[[jax.Array], jax.Array]:
   """λ as a function of the step, float32: 0 up to ``start``, then linearly to 1 within ``steps``.
 
   Raises:
-    ValueError: if a number is negative, or ``steps`` is 0.
+    UserError: if a number is negative, or ``steps`` is 0.
   """
   if steps < 1 or start < 0:
-    raise ValueError(f"sharing rises over at least 1 step from step 0 or later, not {steps} from {start}")
+    raise UserError(f"sharing rises over at least 1 step from step 0 or later, not {steps} from {start}")
   return lambda step: jnp.clip((step.astype(jnp.float32) - start) / steps, 0.0, 1.0)

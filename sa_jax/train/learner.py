@@ -55,7 +55,7 @@ def model_of(config: TrainConfig, tokenizer: Tokenizer) -> Transformer:
   From scratch, it begins and ends texts as the tokenizer does, unless a shape of the config's own says otherwise.
 
   Raises:
-    ValueError: if the checkpoint or the plan does not fit.
+    UserError: if the checkpoint or the plan does not fit.
   """
   if config.model is not None:
     model = describe(config.model, config.plan)
@@ -75,7 +75,7 @@ def make_learner(config: TrainConfig, model: Transformer, mesh: Mesh) -> Learner
   """Says what of a model is trained, as the config has it.
 
   Raises:
-    ValueError: if the model does not fit the mesh, or a checkpoint lacks weights.
+    UserError: if the model does not fit the mesh, or a checkpoint lacks weights.
   """
   student = GradualTransformer(model.config, model.plan) if config.gradual_steps else model
   share = rising(config.gradual_steps) if config.gradual_steps else None

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from sa_jax.errors import UserError
 from sa_jax.train import config as configs
 from sa_jax.train.checkpoints import Checkpoints
 from sa_jax.train.config import TrainConfig
@@ -50,7 +51,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda text: None) -
     say: is told, in sentences, what was read and from where the run goes on.
 
   Raises:
-    ValueError: if something in the config, the data or the file system does not work, before anything is compiled
+    UserError: if something in the config, the data or the file system does not work, before anything is compiled
       where it can be known then; or if too many steps in a row are not finite.
   """
   _check_folder(config)
@@ -78,10 +79,10 @@ def _check_folder(config: TrainConfig) -> None:
     try:
       before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-      raise ValueError(f"{path} cannot be read: {error}") from None
+      raise UserError(f"{path} cannot be read: {error}") from None
     configs.check_same(config, before, config.out)
   elif any((config.out / "checkpoints").glob("[0-9]*")):
-    raise ValueError(
+    raise UserError(
       f"{config.out} has checkpoints but no config.json that says of which run; name a new --out, or remove the folder"
     )
 
@@ -97,7 +98,7 @@ def _claim_folder(config: TrainConfig) -> None:
       unfinished.write_text(json.dumps(configs.recorded(config), indent=2) + "\n", encoding="utf-8")
       unfinished.replace(path)
     except OSError as error:
-      raise ValueError(f"cannot write to {config.out}: {error.strerror}") from None
+      raise UserError(f"cannot write to {config.out}: {error.strerror}") from None
 
 
 class Loop:
@@ -123,7 +124,7 @@ class Loop:
       self.done, self.window = checkpoints.latest, Window(**extra["window"])
       self.eval_loss = extra["eval_loss"]
       if (extra["rows"], extra["checksum"]) != (len(run.rows), run.rows.corpus.checksum):
-        raise ValueError(
+        raise UserError(
           f"the training data have changed since {config.out} was begun ({extra['rows']} rows then, {len(run.rows)} "
           "now); name a new --out, or bring the data back"
         )
@@ -169,7 +170,7 @@ class Loop:
     """Waits for the last step that was not looked at, counts it, and writes a line if it is time for one.
 
     Raises:
-      ValueError: if too many steps in a row were not finite.
+      UserError: if too many steps in a row were not finite.
     """
     if self._unseen is None:
       return
@@ -180,7 +181,7 @@ class Loop:
     self._clock.tick()
     if self.window.in_row >= self._config.max_skipped:
       latest = self._checkpoints.latest
-      raise ValueError(
+      raise UserError(
         f"loss or gradient were not finite in {self.window.in_row} steps in a row, up to step {step} (loss {loss}, "
         f"gradient norm {norm}); none of them changed the parameters. "
         + ("There is no checkpoint yet" if latest is None else f"The last checkpoint is of step {latest}")

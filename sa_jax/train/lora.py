@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.sharding import abstract_params
 from sa_jax.train.step import Objective
@@ -34,7 +35,7 @@ class LoraConfig:
       ``down_proj``. Followers have no ``q_proj`` and ``k_proj``, and hence no adapters of these.
 
   Raises:
-    ValueError: if there is no such projection, or a number is not positive.
+    UserError: if there is no such projection, or a number is not positive.
   """
 
   rank: int = 16
@@ -43,10 +44,10 @@ class LoraConfig:
 
   def __post_init__(self) -> None:
     if self.rank < 1 or not self.alpha > 0:
-      raise ValueError(f"LoRA: rank and alpha are positive, not {self.rank} and {self.alpha}")
+      raise UserError(f"LoRA: rank and alpha are positive, not {self.rank} and {self.alpha}")
     if not self.targets or (unknown := sorted(set(self.targets) - set(_INPUT_AXES))):
       named = f"not {unknown}" if self.targets else "at least one"
-      raise ValueError(f"LoRA: targets are of {', '.join(_INPUT_AXES)}; {named}")
+      raise UserError(f"LoRA: targets are of {', '.join(_INPUT_AXES)}; {named}")
 
   @property
   def scale(self) -> float:

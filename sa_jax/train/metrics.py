@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sa_jax.config import ModelConfig
 from sa_jax.cost import cost
+from sa_jax.errors import UserError
 from sa_jax.plan import SharingPlan
 
 PEAK_TFLOPS = {
@@ -95,7 +96,7 @@ class Recorder:
       tensorboard: whether to write TensorBoard's files.
 
     Raises:
-      ValueError: if the package tensorboardX is missing, or the folder cannot be written.
+      UserError: if the package tensorboardX is missing, or the folder cannot be written.
     """
     self._active = jax.process_index() == 0
     screen = Console(stderr=True)
@@ -116,7 +117,7 @@ class Recorder:
       try:
         writer = importlib.import_module("tensorboardX").SummaryWriter
       except ImportError as error:
-        raise ValueError(
+        raise UserError(
           f"TensorBoard's files need tensorboardX ({error}): pip install 'sa-jax[train]', or --no-tensorboard"
         ) from None
       self._writer = writer(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
@@ -125,7 +126,7 @@ class Recorder:
       _keep_until(path, start)
       self._file = path.open("a", encoding="utf-8")
     except OSError as error:
-      raise ValueError(f"cannot write {path}: {error.strerror}") from None
+      raise UserError(f"cannot write {path}: {error.strerror}") from None
 
   def __enter__(self) -> Self:
     self._bar.start()
@@ -148,7 +149,7 @@ class Recorder:
     """Writes a line of metrics.
 
     Raises:
-      ValueError: if it cannot be written.
+      UserError: if it cannot be written.
     """
     if not self._active:
       return
@@ -157,7 +158,7 @@ class Recorder:
       self._file.write(json.dumps(line) + "\n")
       self._file.flush()
     except OSError as error:
-      raise ValueError(f"cannot write {self._file.name}: {error.strerror}") from None
+      raise UserError(f"cannot write {self._file.name}: {error.strerror}") from None
     if self._writer is not None:
       for name, value in values.items():
         self._writer.add_scalar(name, value, step)

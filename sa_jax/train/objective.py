@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sa_jax import ops
+from sa_jax.errors import UserError
 from sa_jax.nn import BLOCK_OUTPUTS, GradualTransformer, Transformer
 from sa_jax.train.batch import Batch
 from sa_jax.train.step import Objective
@@ -58,12 +59,12 @@ def distill(
     share: of a student that is a `sa_jax.nn.GradualTransformer`; it shares fully when None.
 
   Raises:
-    ValueError: if the two models' blocks do not correspond though they are to be compared, or a number is out of range.
+    UserError: if the two models' blocks do not correspond though they are to be compared, or a number is out of range.
   """
   if hidden_weight < 0:
-    raise ValueError(f"hidden_weight is 0 or more, not {hidden_weight}")
+    raise UserError(f"hidden_weight is 0 or more, not {hidden_weight}")
   if hidden_weight and not (isinstance(teacher, GradualTransformer) and teacher.plan.source == student.plan.source):
-    raise ValueError("to compare blocks, the teacher has to be a GradualTransformer of the student's plan")
+    raise UserError("to compare blocks, the teacher has to be a GradualTransformer of the student's plan")
   as_dense = {"share": 0.0} if isinstance(teacher, GradualTransformer) else {}
 
   def objective(params: Any, frozen: Any, batch: Batch, step: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import optax
 
+from sa_jax.errors import UserError
+
 # Norms' scales and biases: decaying them towards zero has no meaning.
 _UNDECAYED = ("scale", "bias")
 
@@ -27,7 +29,7 @@ class OptimizerConfig:
     clip_norm: what the norm of all gradients together is limited to; None for no limit.
 
   Raises:
-    ValueError: if a value makes no sense.
+    UserError: if a value makes no sense.
   """
 
   learning_rate: float = 3e-4
@@ -55,7 +57,7 @@ class OptimizerConfig:
       if not fine
     ]
     if wrong:
-      raise ValueError("optimizer: " + "; ".join(wrong))
+      raise UserError("optimizer: " + "; ".join(wrong))
 
 
 PRESETS: dict[str, OptimizerConfig] = {
@@ -72,10 +74,10 @@ def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
   """The learning rate of each update, counted from 0; warm-up is cut to a run that is shorter than it.
 
   Raises:
-    ValueError: if ``total_steps`` is not positive.
+    UserError: if ``total_steps`` is not positive.
   """
   if total_steps < 1:
-    raise ValueError(f"training takes at least 1 step, not {total_steps}")
+    raise UserError(f"training takes at least 1 step, not {total_steps}")
   return optax.warmup_cosine_decay_schedule(
     init_value=0.0 if config.warmup_steps else config.learning_rate,
     peak_value=config.learning_rate,
@@ -89,7 +91,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
   """Clipping, then AdamW on its schedule.
 
   Raises:
-    ValueError: if ``total_steps`` is not positive.
+    UserError: if ``total_steps`` is not positive.
   """
   adamw = optax.adamw(
     schedule(config, total_steps), config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decayed

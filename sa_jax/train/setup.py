@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from sa_jax.convert import Tokenizer, load_tokenizer
+from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.sharding import make_mesh, named_sharding
 from sa_jax.train.config import MeshConfig, TrainConfig
@@ -63,15 +64,15 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     say: is told what was read, and what was left out.
 
   Raises:
-    ValueError: if something does not fit.
+    UserError: if something does not fit.
   """
   mesh = mesh_of(config.mesh)
   batch_sharding = named_sharding(mesh, ("batch", "length"))
   if config.batch_size % config.accumulate:
-    raise ValueError(f"a batch of {config.batch_size} rows does not divide into {config.accumulate} parts")
+    raise UserError(f"a batch of {config.batch_size} rows does not divide into {config.accumulate} parts")
   host_rows(batch_sharding, config.batch_size // config.accumulate)
   if config.data.length % config.mesh.sequence:
-    raise ValueError(f"rows of {config.data.length} tokens do not divide over {config.mesh.sequence} (--sequence)")
+    raise UserError(f"rows of {config.data.length} tokens do not divide over {config.mesh.sequence} (--sequence)")
   tokenizer = tokenizer_of(config)
   model = model_of(config, tokenizer)
   rows = rows_of(config, model, tokenizer, config.data.train, say)
@@ -106,7 +107,7 @@ def mesh_of(config: MeshConfig) -> Mesh:
   """The mesh over all devices, what is left of them being data-parallel.
 
   Raises:
-    ValueError: if the sizes do not fit the devices.
+    UserError: if the sizes do not fit the devices.
   """
   rest = config.fsdp * config.tensor * config.sequence
   data = config.data if config.data is not None else max(jax.device_count() // rest, 1)
@@ -117,7 +118,7 @@ def tokenizer_of(config: TrainConfig) -> Tokenizer:
   """The tokenizer that the config names, the model's own, or bytes for a model from scratch.
 
   Raises:
-    ValueError: if it cannot be read.
+    UserError: if it cannot be read.
   """
   source = config.tokenizer or config.model or "bytes"
   return byte_tokenizer() if source == "bytes" else load_tokenizer(source)
@@ -129,7 +130,7 @@ def rows_of(
   """The rows of files, for a model.
 
   Raises:
-    ValueError: if the data cannot be used, or have tokens that the model does not know.
+    UserError: if the data cannot be used, or have tokens that the model does not know.
   """
   # The first host fills the cache, the others find it filled; those without a common disk fill their own.
   read = functools.partial(open_corpus, paths, tokenizer, config.data.reading)
@@ -142,7 +143,7 @@ def rows_of(
     corpus = dataclasses.replace(corpus, trained=np.ones_like(corpus.trained))
   largest = int(corpus.tokens.max())
   if largest >= model.config.vocab_size:
-    raise ValueError(
+    raise UserError(
       f"the tokenizer makes token {largest} of the data, but the model's vocabulary has {model.config.vocab_size} "
       "tokens; name the tokenizer that belongs to the model (--tokenizer)"
     )

@@ -10,6 +10,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sa_jax.errors import UserError
 from sa_jax.sharding import DEFAULT_RULES, Rules, optimizer_shardings, traced_on
 from sa_jax.train.batch import Batch
 
@@ -115,10 +116,10 @@ def make_step(
     accumulate: in how many parts, one after the other, the batch is computed; it must divide the rows.
 
   Raises:
-    ValueError: if ``accumulate`` is not positive; and by the step, before it compiles, if it does not divide the rows.
+    UserError: if ``accumulate`` is not positive; and by the step, before it compiles, if it does not divide the rows.
   """
   if accumulate < 1:
-    raise ValueError(f"accumulate must be at least 1, not {accumulate}")
+    raise UserError(f"accumulate must be at least 1, not {accumulate}")
   mesh = None if shardings is None else shardings.step.mesh
 
   def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -173,7 +174,7 @@ def _gradients(
     return of_part(batch)
   rows = batch.tokens.shape[0]
   if rows % accumulate:
-    raise ValueError(f"a batch of {rows} rows cannot be accumulated in {accumulate} equal parts")
+    raise UserError(f"a batch of {rows} rows cannot be accumulated in {accumulate} equal parts")
   # Every part takes rows from everywhere in the batch: where rows are split over devices, each has its share of it.
   split = lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
   parts = jax.tree.map(split, batch)

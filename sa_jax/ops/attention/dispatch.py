@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sa_jax.errors import UserError
 from sa_jax.ops import kernels
 from sa_jax.ops.attention import blockwise, cudnn, flash, reference, splash
 from sa_jax.ops.attention.spec import AttentionSpec
@@ -110,7 +111,7 @@ def choose_backend(
     rows: whether they are packed or split.
 
   Raises:
-    ValueError: if there is no backend of that name, or it cannot compute this call (the reason is given).
+    UserError: if there is no backend of that name, or it cannot compute this call (the reason is given).
   """
   platform = platform or kernels.platform()
   if name == "auto":
@@ -119,9 +120,9 @@ def choose_backend(
     _LOG.debug("attention of q %s, k %s, %s on %s: %s", q.shape, k.shape, q.dtype, platform, chosen)
     return chosen
   if name not in backends:
-    raise ValueError(f"no attention backend {name!r}; there are auto, {', '.join(backends)}")
+    raise UserError(f"no attention backend {name!r}; there are auto, {', '.join(backends)}")
   if reason := backends[name].unsupported(platform, q, spec, rows):
-    raise ValueError(f"the attention backend {name!r} cannot compute this: {reason}; 'auto' chooses one that can")
+    raise UserError(f"the attention backend {name!r} cannot compute this: {reason}; 'auto' chooses one that can")
   return name
 
 
@@ -157,16 +158,16 @@ def attend(
     ``[B, T, N, H]`` in v's dtype.
 
   Raises:
-    ValueError: if shapes do not fit, or the named backend does not exist or cannot compute the call.
+    UserError: if shapes do not fit, or the named backend does not exist or cannot compute the call.
   """
   batch, length, heads, head_dim = q.shape
   keys = length if offset is None else k.shape[1]
   if k.shape != v.shape or k.shape[:2] != (batch, keys) or k.shape[3] != head_dim or heads % k.shape[2]:
-    raise ValueError(
+    raise UserError(
       f"attend takes q [B, T, N, H] and k, v [B, T, K, H] with N a multiple of K, not {q.shape}, {k.shape}, {v.shape}"
     )
   if segments is not None and segments.shape != (batch, keys):
-    raise ValueError(f"segments are one number a slot, {(batch, keys)}, not {segments.shape}")
+    raise UserError(f"segments are one number a slot, {(batch, keys)}, not {segments.shape}")
   rows = Rows(packed=segments is not None, split=offset is not None)
   chosen = choose_backend(backend, q, k, spec=spec, rows=rows)
   return backends[chosen].attend(q, k, v, lengths, spec, segments, offset)

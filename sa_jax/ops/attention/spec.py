@@ -8,6 +8,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from sa_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
@@ -19,7 +21,7 @@ class AttentionSpec:
     scale: what ``q kᵀ`` is multiplied by; ``1 / sqrt(H)`` when None.
 
   Raises:
-    ValueError: if a value is not positive.
+    UserError: if a value is not positive.
   """
 
   window: int | None = None
@@ -30,7 +32,7 @@ class AttentionSpec:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if value is not None and not value > 0:
-        raise ValueError(f"attention {field.name} = {value!r}: a positive number or None is needed")
+        raise UserError(f"attention {field.name} = {value!r}: a positive number or None is needed")
 
   def scale_for(self, head_dim: int) -> float:
     """What ``q kᵀ`` is multiplied by."""

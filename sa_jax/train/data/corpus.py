@@ -17,6 +17,7 @@ import tokenizers
 
 from sa_jax.convert import Tokenizer
 from sa_jax.convert.checkpoint import new_folder
+from sa_jax.errors import UserError
 from sa_jax.train.data.sources import Document, Documents, Report, read_documents
 
 _TOKEN = np.dtype("<u4")
@@ -67,11 +68,11 @@ def open_corpus(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading = 
   A cache entry is keyed by the files' contents, the tokenizer and how files are read, and appears only whole.
 
   Raises:
-    ValueError: as `read_documents`, or if the cache cannot be written.
+    UserError: as `read_documents`, or if the cache cannot be written.
   """
   missing = [str(path) for path in paths if not path.is_file()]
   if missing or not paths:
-    raise ValueError(f"there is no file {', '.join(missing)}" if missing else "name at least one file of training data")
+    raise UserError(f"there is no file {', '.join(missing)}" if missing else "name at least one file of training data")
   if reading.cache is None:
     return _tokenise(paths, tokenizer, reading)
   entry = reading.cache / _key(paths, tokenizer, reading)
@@ -117,7 +118,7 @@ def _write(folder: Path, paths: Sequence[Path], tokenizer: Tokenizer, reading: R
     np.save(folder / "offsets.npy", np.cumsum(lengths, dtype=np.int64))
     (folder / "report.json").write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
   except OSError as error:
-    raise ValueError(f"cannot write the tokenised corpus to {folder.parent}: {error.strerror}") from None
+    raise UserError(f"cannot write the tokenised corpus to {folder.parent}: {error.strerror}") from None
 
 
 def _load(entry: Path) -> Corpus:
@@ -128,7 +129,7 @@ def _load(entry: Path) -> Corpus:
     trained = np.memmap(entry / "trained.bin", np.bool_, "r", shape=shape)
     report = Report(**json.loads((entry / "report.json").read_text(encoding="utf-8")))
   except (OSError, ValueError, TypeError) as error:
-    raise ValueError(f"the tokenised corpus {entry} is damaged ({error}); remove it") from None
+    raise UserError(f"the tokenised corpus {entry} is damaged ({error}); remove it") from None
   return Corpus(tokens, trained, offsets, report)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from sa_jax.errors import UserError
 from sa_jax.train.batch import Batch
 from sa_jax.train.data.corpus import Corpus
 
@@ -35,7 +36,7 @@ def spans_of(corpus: Corpus, length: int, too_long: TooLong) -> Spans:
   middle: one that is too long is an error, or keeps its start.
 
   Raises:
-    ValueError: if a sample is longer than ``length`` and may not be cut, or nothing is left to learn.
+    UserError: if a sample is longer than ``length`` and may not be cut, or nothing is left to learn.
   """
   bounds: list[tuple[int, int]] = []
   cut = 0
@@ -44,7 +45,7 @@ def spans_of(corpus: Corpus, length: int, too_long: TooLong) -> Spans:
       bounds.append((start, stop))
     elif is_sample(corpus.trained[start:stop]):
       if too_long == "error":
-        raise ValueError(
+        raise UserError(
           f"sample {document} has {stop - start} tokens, the context {length}; --too-long cut keeps the starts of "
           "such samples"
         )
@@ -54,7 +55,7 @@ def spans_of(corpus: Corpus, length: int, too_long: TooLong) -> Spans:
       bounds += [(first, min(first + length, stop)) for first in range(start, stop, length)]
   kept = [(start, stop) for start, stop in bounds if corpus.trained[start + 1 : stop].any()]
   if not kept:
-    raise ValueError("the data leave nothing to learn: no document has a token to predict from another")
+    raise UserError("the data leave nothing to learn: no document has a token to predict from another")
   return Spans(np.asarray(kept, np.int64), cut, len(bounds) - len(kept))
 
 
@@ -146,7 +147,7 @@ def make_rows(corpus: Corpus, length: int, packing: Packing = "rows", too_long: 
     too_long: what becomes of samples longer than a row; see `spans_of`.
 
   Raises:
-    ValueError: as `spans_of`.
+    UserError: as `spans_of`.
   """
   spans = spans_of(corpus, length, too_long)
   sizes = (spans.bounds[:, 1] - spans.bounds[:, 0]).tolist()

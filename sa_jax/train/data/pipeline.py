@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from sa_jax.errors import UserError
 from sa_jax.train.batch import Batch
 from sa_jax.train.data.packing import Rows
 
@@ -42,12 +43,12 @@ def shuffled(rows: Rows, batch_size: int, seed: int, mine: Sequence[int], thread
     threads: that read ahead.
 
   Raises:
-    ValueError: if grain, or something that it needs, is not installed.
+    UserError: if grain, or something that it needs, is not installed.
   """
   try:
     grain = importlib.import_module("grain")
   except ImportError as error:
-    raise ValueError(f"training reads data with grain ({error}): pip install 'sa-jax[train]'") from None
+    raise UserError(f"training reads data with grain ({error}): pip install 'sa-jax[train]'") from None
   numbers = grain.MapDataset.range(len(rows)).shuffle(seed=seed).repeat().batch(batch_size)
   batches = numbers.map(lambda batch: rows.read(batch[list(mine)]))
   return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
@@ -76,13 +77,13 @@ def host_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
     batch_size: ``B``.
 
   Raises:
-    ValueError: if the mesh does not divide the batch.
+    UserError: if the mesh does not divide the batch.
   """
   parts = sharding.mesh.shape
   axes = sharding.spec[0] if len(sharding.spec) else None
   shards = int(np.prod([parts[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())]))
   if batch_size % shards:
-    raise ValueError(f"a batch of {batch_size} rows does not divide over {shards} shards of the mesh {dict(parts)}")
+    raise UserError(f"a batch of {batch_size} rows does not divide over {shards} shards of the mesh {dict(parts)}")
   # Lengths differ between callers, rows do not: one token a row is enough to ask with.
   by_rows = NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(axes))
   indices: Any = by_rows.addressable_devices_indices_map((batch_size,)).values()

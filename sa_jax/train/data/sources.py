@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from sa_jax.convert import Tokenizer
+from sa_jax.errors import UserError
 
 Documents = Literal["file", "blank_lines", "endoftext"]
 
@@ -75,7 +76,7 @@ def read_documents(
     skip_bad: leaves out lines that cannot be used, and counts them.
 
   Raises:
-    ValueError: if a file cannot be read or has no document; at a line that cannot be used, with its number.
+    UserError: if a file cannot be read or has no document; at a line that cannot be used, with its number.
   """
   for path in paths:
     before = report.documents, report.bad
@@ -84,7 +85,7 @@ def read_documents(
       yield document
     if report.documents == before[0]:
       why = f"all {report.bad - before[1]} of its lines are bad" if report.bad > before[1] else "it is empty"
-      raise ValueError(f"{path} has no document: {why}")
+      raise UserError(f"{path} has no document: {why}")
 
 
 def _read(
@@ -101,7 +102,7 @@ def _read(
     except (ValueError, RecursionError) as error:
       reason = f"not JSON ({error})" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)
       if not skip_bad:
-        raise ValueError(f"{path}, {place}: {reason}; --skip-bad leaves such lines out") from None
+        raise UserError(f"{path}, {place}: {reason}; --skip-bad leaves such lines out") from None
       report.bad += 1
 
 
@@ -110,7 +111,7 @@ def _lines(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
       yield from file
   except OSError as error:
-    raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _objects(path: Path) -> Iterator[tuple[str, Any]]:
@@ -123,9 +124,9 @@ def _objects(path: Path) -> Iterator[tuple[str, Any]]:
   try:
     values = json.loads(b"".join(_lines(path)) or b"[]")
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path} is not JSON: {error}") from None
+    raise UserError(f"{path} is not JSON: {error}") from None
   if not isinstance(values, list):
-    raise ValueError(f"{path} holds a JSON {type(values).__name__}; a list of objects is needed")
+    raise UserError(f"{path} holds a JSON {type(values).__name__}; a list of objects is needed")
   for index, value in enumerate(values):
     yield f"entry {index}", value
 
@@ -146,13 +147,13 @@ def _texts(path: Path, documents: Documents) -> Iterator[str]:
         held, text = [], ""
       held.append(text)
   except UnicodeDecodeError as error:
-    raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    raise UserError(f"{path} is not UTF-8 text: {error}") from None
   yield "".join(held)
 
 
 def _document(values: Any, tokenizer: Tokenizer, text_key: str) -> Document:
   if not isinstance(values, dict):
-    raise ValueError(f"a JSON object is needed, not {type(values).__name__}")
+    raise UserError(f"a JSON object is needed, not {type(values).__name__}")
   if "messages" in values:
     return chat_document(values["messages"], tokenizer)
   if {"instruction", "output"} <= set(values):
@@ -161,7 +162,7 @@ def _document(values: Any, tokenizer: Tokenizer, text_key: str) -> Document:
     return Document((Piece(_text(values, "prompt"), False), Piece(_text(values, "completion"), True)))
   if text_key in values:
     return Document((Piece(_text(values, text_key), True),))
-  raise ValueError(
+  raise UserError(
     f"it has the keys {sorted(values)}; 'messages', 'instruction' and 'output', 'prompt' and 'completion', "
     f"or {text_key!r} (--text-key) are needed"
   )
@@ -170,7 +171,7 @@ def _document(values: Any, tokenizer: Tokenizer, text_key: str) -> Document:
 def _text(values: dict[str, Any], key: str, default: str | None = None) -> str:
   text = values.get(key, default)
   if not isinstance(text, str) or not (text or default is not None):
-    raise ValueError(f"{key!r} is {'empty' if text == '' else type(text).__name__}; a text is needed")
+    raise UserError(f"{key!r} is {'empty' if text == '' else type(text).__name__}; a text is needed")
   return text
 
 
@@ -191,14 +192,14 @@ def chat_document(messages: Any, tokenizer: Tokenizer) -> Document:
   The pieces join to exactly what the template makes of the whole chat.
 
   Raises:
-    ValueError: if the messages have another form, none is the assistant's, or the template does not write a chat so
+    UserError: if the messages have another form, none is the assistant's, or the template does not write a chat so
       that each turn follows what is written before it.
   """
   if not (isinstance(messages, list) and all(isinstance(message, dict) for message in messages)):
-    raise ValueError("'messages' is not a list of objects with 'role' and 'content'")
+    raise UserError("'messages' is not a list of objects with 'role' and 'content'")
   answers = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
   if not answers:
-    raise ValueError("no message is the assistant's, so there is nothing to learn")
+    raise UserError("no message is the assistant's, so there is nothing to learn")
   whole = tokenizer.chat(messages, prompt=False)
   pieces: list[Piece] = []
   done = 0
@@ -206,7 +207,7 @@ def chat_document(messages: Any, tokenizer: Tokenizer) -> Document:
     before = tokenizer.chat(messages[:index]) if index else ""
     after = tokenizer.chat(messages[: index + 1], prompt=False)
     if not (whole.startswith(after) and after.startswith(before) and len(before) >= done):
-      raise ValueError(f"the chat template writes message {index} otherwise at the end of a chat than inside it")
+      raise UserError(f"the chat template writes message {index} otherwise at the end of a chat than inside it")
     pieces += [Piece(whole[done : len(before)], False), Piece(whole[len(before) : len(after)], True)]
     done = len(after)
   pieces.append(Piece(whole[done:], False))

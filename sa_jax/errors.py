@@ -1,0 +1,18 @@
+"""The error for what a user did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class UserError(ValueError):
+  """Something that a user did and can mend; the text says what was wrong and what would be right.
+
+  Everything that the library refuses on purpose is one of these, so that programs can tell it from a fault of the
+  library's own. The command line prints it and exits with 2.
+  """
+
+  @classmethod
+  def of(cls, subject: str, faults: Sequence[str]) -> UserError:
+    """All faults of one thing: after its name if there is one, below it, one a line, if there are several."""
+    return cls(f"{subject}: {faults[0]}" if len(faults) == 1 else "\n  ".join((f"{subject}:", *faults)))
