@@ -5,11 +5,11 @@ Liao & Vargas, "Beyond KV Caching: Shared Attention for Efficient LLMs", arXiv 2
 
 from sa_jax import nn, ops
 from sa_jax.config import ModelConfig
-from sa_jax.convert import Tokenizer, convert, export, from_pretrained, inspect, load_tokenizer
-from sa_jax.cost import Cost, cost
+from sa_jax.costs import Cost, cost
 from sa_jax.decode import Generated, generate
 from sa_jax.errors import UserError
 from sa_jax.evaluation import Perplexity, perplexity, rows_of
+from sa_jax.formats import Tokenizer, convert, export, from_pretrained, inspect, load_tokenizer
 from sa_jax.nn import Transformer
 from sa_jax.params import prune, stack, stack_unpruned, unstack
 from sa_jax.plan import SharingPlan

@@ -167,14 +167,14 @@ class ModelConfig:
 
   @classmethod
   def from_hf(cls, values: Mapping[str, Any]) -> ModelConfig:
-    """Reads the contents of a Hugging Face ``config.json``; see `sa_jax.convert.hf_config`."""
-    from sa_jax.convert import hf_config
+    """Reads the contents of a Hugging Face ``config.json``; see `sa_jax.formats.hf_config`."""
+    from sa_jax.formats import hf_config
 
     return hf_config.read(values)
 
   def to_hf(self, spelling: Literal["v4", "v5"] = "v5") -> dict[str, Any]:
-    """The contents of a Hugging Face ``config.json``; see `sa_jax.convert.hf_config`."""
-    from sa_jax.convert import hf_config
+    """The contents of a Hugging Face ``config.json``; see `sa_jax.formats.hf_config`."""
+    from sa_jax.formats import hf_config
 
     return hf_config.write(self, spelling)
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sa_jax.config import ModelConfig
-from sa_jax.cost import cost
+from sa_jax.costs import cost
 from sa_jax.errors import UserError
 from sa_jax.hlo import Collective, collectives
 from sa_jax.nn import Cache, Transformer

@@ -12,8 +12,8 @@ import pytest
 
 import sa_jax
 from sa_jax import SharingPlan, Transformer, ops
-from sa_jax.convert.table import entries
 from sa_jax.decode import to_right_padded
+from sa_jax.formats.table import entries
 
 STATES = ("query_key", "attention_weights")
 

@@ -73,7 +73,7 @@ def main() -> None:
       folder = Path(scratch) / "model"
       # In a process of its own: a child's peak counts what its parent held when it was forked.
       subprocess.run([sys.executable, Path(__file__).with_name("make_checkpoint.py"), folder], check=True)
-    from sa_jax.convert.source import open_source
+    from sa_jax.formats.source import open_source
 
     sizes = [2 * count for count in map(_count, open_source(folder).shapes.values())]
     stored, largest = sum(sizes), max(sizes)

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import sa_jax
-from sa_jax.convert.table import entries
+from sa_jax.formats.table import entries
 
 
 def make(folder: Path, shards: int = 5, layers: int = 22) -> sa_jax.ModelConfig:

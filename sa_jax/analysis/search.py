@@ -10,7 +10,7 @@ import numpy as np
 
 from sa_jax.analysis.judge import Judge
 from sa_jax.config import ModelConfig
-from sa_jax.cost import cost
+from sa_jax.costs import cost
 from sa_jax.errors import UserError
 from sa_jax.nn.transformer import check_plan
 from sa_jax.plan import SharingPlan

@@ -20,7 +20,7 @@ from sa_jax import ops
 from sa_jax.bench.measure import Timing, copy_bandwidth, device_name, matrix_rate, timed, training_rate
 from sa_jax.bench.task import STEPS, Result, Task
 from sa_jax.config import ModelConfig
-from sa_jax.cost import cost
+from sa_jax.costs import cost
 from sa_jax.decode import Batcher, DecodeState, Sampler
 from sa_jax.decode import decode as decode_steps
 from sa_jax.decode.engine import prefill as prefill_rows

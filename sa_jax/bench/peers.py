@@ -11,9 +11,9 @@ from typing import Any
 from sa_jax.bench.measure import Timing, training_rate
 from sa_jax.bench.task import STEPS, Result, Task
 from sa_jax.config import ModelConfig
-from sa_jax.convert import hf_config
-from sa_jax.cost import cost
+from sa_jax.costs import cost
 from sa_jax.errors import UserError
+from sa_jax.formats import hf_config
 
 
 def _build(task: Task, head: bool, dtype: str = "bfloat16") -> tuple[Any, ModelConfig]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sa_jax.analysis.plots import new_figure
 from sa_jax.bench.task import Result
-from sa_jax.cost import cost
+from sa_jax.costs import cost
 from sa_jax.errors import UserError
 
 

@@ -43,7 +43,7 @@ class Align:
     from sa_jax import SharingPlan
     from sa_jax.analysis.align import align, shared_model
     from sa_jax.cli.texts import open_dense, rows_of_texts, save, stages
-    from sa_jax.convert.hf_config import write_plan
+    from sa_jax.formats.hf_config import write_plan
 
     check_absent(self.out)
     tokens = np.concatenate(rows_of_texts(self.model, self.texts, self.length, self.rows))

@@ -31,7 +31,7 @@ class Convert:
 
   def run(self) -> None:
     """Converts, or inspects."""
-    from sa_jax.convert import convert, inspect
+    from sa_jax.formats import convert, inspect
 
     if self.inspect:
       found = inspect(self.src, self.plan, revision=self.revision)

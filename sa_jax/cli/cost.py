@@ -10,7 +10,7 @@ import tyro
 
 from sa_jax.cli.common import change, quantity, show_table, write_json
 from sa_jax.config import PRESETS, ModelConfig
-from sa_jax.cost import Cost, cost
+from sa_jax.costs import Cost, cost
 from sa_jax.errors import UserError
 from sa_jax.plan import SharingPlan, as_plan
 
@@ -65,8 +65,8 @@ def model_of(model: str) -> tuple[ModelConfig, SharingPlan]:
   Raises:
     UserError: if the name is neither.
   """
-  from sa_jax.convert import hf_config
-  from sa_jax.convert.source import read_json
+  from sa_jax.formats import hf_config
+  from sa_jax.formats.source import read_json
 
   if model in PRESETS:
     return PRESETS[model], SharingPlan.dense(PRESETS[model].num_layers)

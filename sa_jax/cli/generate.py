@@ -14,7 +14,7 @@ from sa_jax.errors import UserError
 
 if TYPE_CHECKING:
   from sa_jax import Transformer
-  from sa_jax.convert import Tokenizer
+  from sa_jax.formats import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,7 @@ class SearchPlan(Searching):
     from sa_jax.analysis.refit import Refit
     from sa_jax.analysis.share import search_plan
     from sa_jax.cli.texts import stages
-    from sa_jax.convert.hf_config import write_plan
+    from sa_jax.formats.hf_config import write_plan
 
     make_folder(self.out)
     model, params, texts, followers, how = self.prepare()

@@ -31,7 +31,7 @@ class Share(Searching):
     from sa_jax import cost
     from sa_jax.analysis.share import share
     from sa_jax.cli.texts import save, stages
-    from sa_jax.convert.hf_config import write_plan
+    from sa_jax.formats.hf_config import write_plan
 
     begun = time.perf_counter()
     check_absent(self.out)

@@ -92,8 +92,8 @@ def save(path: Path, source: Path, model: Transformer, params: dict[str, Any], d
   import jax
   import jax.numpy as jnp
 
-  from sa_jax.convert.checkpoint import save_checkpoint
-  from sa_jax.convert.source import copy_extras, open_source
+  from sa_jax.formats.checkpoint import save_checkpoint
+  from sa_jax.formats.source import copy_extras, open_source
 
   save_checkpoint(
     path,

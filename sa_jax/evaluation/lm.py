@@ -15,10 +15,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
-from sa_jax.convert.tokenizer import Tokenizer
 from sa_jax.decode import Batcher, Sampler, bucket, capacity_for
 from sa_jax.errors import UserError
 from sa_jax.evaluation.scoring import Scorer, part, together
+from sa_jax.formats.tokenizer import Tokenizer
 from sa_jax.nn import Transformer
 from sa_jax.params import as_layers
 

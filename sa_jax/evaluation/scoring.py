@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_jax import ops
-from sa_jax.cost import cost
+from sa_jax.costs import cost
 from sa_jax.decode.padding import right_pad
 from sa_jax.errors import UserError
 from sa_jax.evaluation.prefixes import Family, Row, bucket, families, rows_of_requests

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sa_jax.convert.checkpoint import save_checkpoint
+from sa_jax.formats.checkpoint import save_checkpoint
 from sa_jax.nn import Transformer
 from sa_jax.params import as_layers
 from sa_jax.train.distributed import wait_for_all

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sa_jax.config import ModelConfig
-from sa_jax.convert import Tokenizer, from_pretrained
-from sa_jax.convert.load import describe
+from sa_jax.formats import Tokenizer, from_pretrained
+from sa_jax.formats.load import describe
 from sa_jax.nn import GradualTransformer, Transformer
 from sa_jax.params import prune, stack_unpruned
 from sa_jax.plan import as_plan

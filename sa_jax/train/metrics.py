@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sa_jax.config import ModelConfig
-from sa_jax.cost import cost
+from sa_jax.costs import cost
 from sa_jax.errors import UserError
 from sa_jax.plan import SharingPlan
 

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from sa_jax.convert import Tokenizer, load_tokenizer
 from sa_jax.errors import UserError
+from sa_jax.formats import Tokenizer, load_tokenizer
 from sa_jax.nn import Transformer
 from sa_jax.sharding import make_mesh, named_sharding
 from sa_jax.train.config import MeshConfig, TrainConfig

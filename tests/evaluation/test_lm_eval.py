@@ -14,7 +14,7 @@ from tokenizers import models, pre_tokenizers
 import sa_jax
 from sa_jax import cli
 from sa_jax.cli.texts import save
-from sa_jax.convert.tokenizer import Tokenizer
+from sa_jax.formats.tokenizer import Tokenizer
 from tests import tiny
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'sa-jax[eval]'")

@@ -10,7 +10,7 @@ import pytest
 import sa_jax
 from sa_jax import nn
 from sa_jax.config import ModelConfig
-from sa_jax.convert import checkpoint, hf_config
+from sa_jax.formats import checkpoint, hf_config
 from tests import tiny
 
 CONFIG = ModelConfig(

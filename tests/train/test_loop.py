@@ -9,7 +9,7 @@ import pytest
 
 import sa_jax
 from sa_jax import SharingPlan, cli
-from sa_jax.convert.checkpoint import save_checkpoint
+from sa_jax.formats.checkpoint import save_checkpoint
 from sa_jax.train.checkpoints import Checkpoints
 from sa_jax.train.config import DataConfig, DistillConfig, LogConfig, LoraConfig, MeshConfig, load_config
 from sa_jax.train.data import byte_tokenizer

@@ -12,7 +12,7 @@ import pytest
 
 import sa_jax
 from sa_jax import SharingPlan, Transformer
-from sa_jax.convert.table import entries
+from sa_jax.formats.table import entries
 from sa_jax.train import Batch, OptimizerConfig, make_eval, make_optimizer, make_state, make_step, next_token
 from tests import tiny
 from tests.conftest import REFERENCE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tokenizers
 
-from sa_jax.convert import Tokenizer
+from sa_jax.formats import Tokenizer
 from sa_jax.train.data.sources import END_OF_TEXT
 
 BYTE_VOCABULARY = 257

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from sa_jax.convert import Tokenizer
-from sa_jax.convert.checkpoint import new_folder
 from sa_jax.errors import UserError
+from sa_jax.formats import Tokenizer
+from sa_jax.formats.checkpoint import new_folder
 from sa_jax.train.data.sources import Document, Documents, Report, read_documents
 
 _TOKEN = np.dtype("<u4")

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from sa_jax.convert import Tokenizer
 from sa_jax.errors import UserError
+from sa_jax.formats import Tokenizer
 
 Documents = Literal["file", "blank_lines", "endoftext"]
 

@@ -7,7 +7,7 @@ import transformers
 from safetensors.numpy import load_file
 
 import sa_jax
-from tests.convert import hf_models
+from tests.formats import hf_models
 
 TOKENS = np.random.default_rng(1).integers(2, 90, (2, 20)).astype(np.int32)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sa_jax
-from tests.convert import hf_models
+from tests.formats import hf_models
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ class Tokenizer:
     """
     from jinja2 import TemplateError
 
-    from sa_jax.convert.chat_template import environment
+    from sa_jax.formats.chat_template import environment
 
     if self.chat_template is None:
       raise UserError("this model has no chat template: it takes plain text, not messages")
@@ -98,9 +98,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
   Raises:
     UserError: if there is none, or it is damaged.
   """
-  from sa_jax.convert.gguf_file import GgufFile
-  from sa_jax.convert.gguf_tokenizer import from_gguf
-  from sa_jax.convert.source import read_json
+  from sa_jax.formats.gguf_file import GgufFile
+  from sa_jax.formats.gguf_tokenizer import from_gguf
+  from sa_jax.formats.source import read_json
 
   path = Path(path)
   if path.is_file():

@@ -13,11 +13,11 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from sa_jax.config import ModelConfig
-from sa_jax.convert import checkpoint, hf_config
-from sa_jax.convert.lazy import Progress, lazy_tree, place, stack_lazily
-from sa_jax.convert.source import Source, copy_extras, locate, open_source
-from sa_jax.convert.table import Account, account, entries, head_keys
 from sa_jax.errors import UserError
+from sa_jax.formats import checkpoint, hf_config
+from sa_jax.formats.lazy import Progress, lazy_tree, place, stack_lazily
+from sa_jax.formats.source import Source, copy_extras, locate, open_source
+from sa_jax.formats.table import Account, account, entries, head_keys
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_plan
 from sa_jax.params import stack
@@ -43,7 +43,7 @@ def from_pretrained(
   and keys of followers are not read.
 
   Args:
-    path: a Hugging Face folder (safetensors or PyTorch's ``.bin``, of a family in `sa_jax.convert.families`), a hub id
+    path: a Hugging Face folder (safetensors or PyTorch's ``.bin``, of a family in `sa_jax.formats.families`), a hub id
       such as ``org/model``, a GGUF file (Llama architecture) or an sa_jax checkpoint.
     plan: a `SharingPlan`, a plan string or a ``source`` list; None for the checkpoint's own plan, dense if it has none.
       A string or list says nothing of head maps: followers that keep their stored anchor keep their stored map.

@@ -149,7 +149,7 @@ class GgufFile:
 
   def save_extras(self, folder: Path) -> None:
     """See `Source.save_extras`."""
-    from sa_jax.convert.gguf_tokenizer import from_gguf, unsupported
+    from sa_jax.formats.gguf_tokenizer import from_gguf, unsupported
 
     if self.optional("tokenizer.ggml.model") is None:
       return

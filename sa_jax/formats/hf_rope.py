@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from sa_jax.config import ModelConfig
-from sa_jax.convert.families import Family
-from sa_jax.convert.reader import ConfigReader
+from sa_jax.formats.families import Family
+from sa_jax.formats.reader import ConfigReader
 from sa_jax.ops.rope import RopeConfig
 
 _FULL, _LOCAL = "full_attention", "sliding_attention"

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import sa_jax
 from sa_jax import SharingPlan, stack
-from sa_jax.convert import checkpoint
+from sa_jax.formats import checkpoint
 from sa_jax.sharding import make_mesh
 from tests import tiny
 from tests.tiny import assert_trees_equal

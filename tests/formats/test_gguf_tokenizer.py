@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import sa_jax
 from tests import tiny
-from tests.convert.test_gguf import write_gguf
+from tests.formats.test_gguf import write_gguf
 
 TEXT = Path(sa_jax.__file__).with_name("plan.py").read_text(encoding="utf-8")
 FIXED = [

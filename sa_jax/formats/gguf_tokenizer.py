@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers
 
-from sa_jax.convert.tokenizer import Tokenizer
 from sa_jax.errors import UserError
+from sa_jax.formats.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-  from sa_jax.convert.gguf_file import GgufFile
+  from sa_jax.formats.gguf_file import GgufFile
 
 _GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3_SPLIT = (

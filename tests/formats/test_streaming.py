@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 import sa_jax
-from sa_jax.convert import checkpoint, lazy
+from sa_jax.formats import checkpoint, lazy
 from sa_jax.sharding import make_mesh
-from tests.convert import hf_models
+from tests.formats import hf_models
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_devices_hold_their_shards(folder, layout, monkeypatch):
 def test_checkpoint_moves_between_meshes(folder, tmp_path):
   written = make_mesh(data=2, fsdp=2, tensor=2)
   model, params = sa_jax.from_pretrained(folder, mesh=written, layout="layers")
-  from sa_jax.convert.checkpoint import save_checkpoint
+  from sa_jax.formats.checkpoint import save_checkpoint
 
   save_checkpoint(tmp_path / "ours", model.config, model.plan, params)
   sa_jax.convert(folder, tmp_path / "streamed", dtype=None)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import sa_jax
-from tests.convert import hf_models
+from tests.formats import hf_models
 
 TOKENS = np.random.default_rng(0).integers(2, 90, (2, 24)).astype(np.int32)
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import sa_jax
-from sa_jax.convert.table import entries
+from sa_jax.formats.table import entries
 
 COUNT = 500
 CONFIG = sa_jax.ModelConfig(

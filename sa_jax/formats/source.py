@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sa_jax.convert.gguf_file import GgufFile
-from sa_jax.convert.shards import BinFile, SafetensorsFile, Shard
 from sa_jax.errors import UserError
+from sa_jax.formats.gguf_file import GgufFile
+from sa_jax.formats.shards import BinFile, SafetensorsFile, Shard
 
 EXTRAS = (
   "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",

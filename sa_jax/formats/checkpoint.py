@@ -20,11 +20,11 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from sa_jax.config import ModelConfig
-from sa_jax.convert import hf_config
-from sa_jax.convert.lazy import LazyTensor, Progress, in_order
-from sa_jax.convert.source import read_json
-from sa_jax.convert.table import entries
 from sa_jax.errors import UserError
+from sa_jax.formats import hf_config
+from sa_jax.formats.lazy import LazyTensor, Progress, in_order
+from sa_jax.formats.source import read_json
+from sa_jax.formats.table import entries
 from sa_jax.plan import SharingPlan
 
 PARAMS = "params"

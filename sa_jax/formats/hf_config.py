@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from sa_jax.config import ModelConfig
-from sa_jax.convert import hf_rope
-from sa_jax.convert.families import FAMILIES, QUERY_SCALE, Family
-from sa_jax.convert.reader import ConfigReader
 from sa_jax.errors import UserError
+from sa_jax.formats import hf_rope
+from sa_jax.formats.families import FAMILIES, QUERY_SCALE, Family
+from sa_jax.formats.reader import ConfigReader
 from sa_jax.plan import SharingPlan, as_plan
 
 # Keys that change nothing that we compute: provenance, training set-up, and defaults of transformers' own generate.

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from sa_jax.convert.source import Source
-from sa_jax.convert.table import Entry
+from sa_jax.formats.source import Source
+from sa_jax.formats.table import Entry
 
 Index = tuple[slice, ...]
 Progress = Callable[[int, int], None]

@@ -13,11 +13,11 @@ import jax
 import numpy as np
 
 from sa_jax.config import ModelConfig
-from sa_jax.convert import checkpoint, hf_config
-from sa_jax.convert.lazy import Progress, in_order
-from sa_jax.convert.source import copy_extras
-from sa_jax.convert.table import Entry, entries, pack
 from sa_jax.errors import UserError
+from sa_jax.formats import checkpoint, hf_config
+from sa_jax.formats.lazy import Progress, in_order
+from sa_jax.formats.source import copy_extras
+from sa_jax.formats.table import Entry, entries, pack
 from sa_jax.plan import SharingPlan
 
 _CODE = Path(__file__).parent / "pytorch" / "modeling_shared_attention.py"

@@ -4,7 +4,7 @@ import pytest
 import transformers
 
 import sa_jax
-from tests.convert.hf_models import CONFIGS, SIZES
+from tests.formats.hf_models import CONFIGS, SIZES
 
 COMMON = {
   "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,

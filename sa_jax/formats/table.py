@@ -12,8 +12,8 @@ import einops
 import numpy as np
 
 from sa_jax.config import ModelConfig
-from sa_jax.convert.families import FAMILIES
 from sa_jax.errors import UserError
+from sa_jax.formats.families import FAMILIES
 from sa_jax.params import ANCHOR_ONLY
 from sa_jax.plan import SharingPlan
 
