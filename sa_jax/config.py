@@ -1,10 +1,10 @@
-"""What a model is: its shapes, its constants, and how it is computed."""
+"""What a model is, its shapes and constants, and how it is computed: two values, and `ModelConfig`, which is both."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from sa_jax.errors import UserError
 from sa_jax.ops import AttentionSpec, RopeConfig
@@ -16,13 +16,14 @@ FloatDtype = Literal["float32", "bfloat16", "float16"]
 CacheDtype = Literal["int8", None]
 Activation = Literal["silu", "gelu_tanh"]
 
+_SIZES = (
+  "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_length",
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """A decoder-only transformer: Llama's, and what its relatives add to it.
-
-  The first block of fields describes the model and comes from its checkpoint; the second says how to compute it and
-  may be changed freely with `dataclasses.replace`.
+class Architecture:
+  """A decoder-only transformer: Llama's, and what its relatives add to it. A checkpoint's ``config.json`` says this.
 
   Attributes:
     vocab_size: ``V``.
@@ -55,15 +56,6 @@ class ModelConfig:
     bos_token_id: put before a text, or None.
     eos_token_ids: tokens that end a generation.
     pad_token_id: fills rows after their end, or None.
-    dtype: what activations are computed in, a NumPy dtype name.
-    param_dtype: what parameters are stored in, a NumPy dtype name.
-    cache_dtype: what keys and values are cached in: ``int8``, with a float32 scale for each head of each token, or None
-      for ``dtype``.
-    attention: the attention backend; see `sa_jax.ops.attend`.
-    attention_state: what an anchor hands its followers: ``query_key`` (its rotary-encoded q and k, O(T) memory, any
-      fused kernel) or ``attention_weights`` (the softmaxed weights, O(T S) memory, the paper's literal algorithm).
-    remat: what the backward pass recomputes in each group: ``none``, ``full`` (all of it), or ``dots`` (all but matrix
-      products with parameters).
   """
 
   vocab_size: int
@@ -97,28 +89,15 @@ class ModelConfig:
   eos_token_ids: tuple[int, ...] = ()
   pad_token_id: int | None = None
 
-  dtype: str = "float32"
-  param_dtype: str = "float32"
-  cache_dtype: CacheDtype = None
-  attention: AttentionBackend = "auto"
-  attention_state: AttentionState = "query_key"
-  remat: RematPolicy = "none"
-
   def __post_init__(self) -> None:
     for name in ("local_layers", "eos_token_ids"):
       object.__setattr__(self, name, tuple(getattr(self, name)))
+
+  def faults(self) -> list[str]:
+    """What is wrong with the values, one line each."""
     wrong = [
       f"{name}={getattr(self, name)!r} (a positive integer is needed)"
-      for name in (
-        "vocab_size",
-        "embed_dim",
-        "num_layers",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-        "mlp_dim",
-        "max_length",
-      )
+      for name in _SIZES
       if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0)
     ]
     if not wrong and self.num_heads % self.num_kv_heads:
@@ -136,23 +115,79 @@ class ModelConfig:
       wrong.append(f"local_layers has {outside} (layers are 0 to {self.num_layers - 1})")
     if self.normalize_head and self.tie_embeddings:
       wrong.append("normalize_head=True (a head that is tied to the embedding cannot be normalised)")
-    for name, choices in (
-      ("activation", Activation),
-      ("attention", AttentionBackend),
-      ("attention_state", AttentionState),
-      ("remat", RematPolicy),
-      ("cache_dtype", CacheDtype),
-      ("dtype", FloatDtype),
-      ("param_dtype", FloatDtype),
-    ):
-      if getattr(self, name) not in get_args(choices):
-        wrong.append(f"{name}={getattr(self, name)!r} (one of {', '.join(map(str, get_args(choices)))} is needed)")
-    if wrong:
-      raise UserError("model config: " + "; ".join(wrong))
+    return wrong + _not_among(self, {"activation": Activation})
 
   def spec(self, local: bool = False) -> AttentionSpec:
     """The attention of a local or a global layer."""
     return AttentionSpec(self.window if local else None, self.attention_softcap, self.attention_scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+  """How a model is computed: number formats, kernels, what is kept for the backward pass. No ``config.json`` says this.
+
+  Attributes:
+    dtype: what activations are computed in, a NumPy dtype name.
+    param_dtype: what parameters are stored in, a NumPy dtype name.
+    cache_dtype: what keys and values are cached in: ``int8``, with a float32 scale for each head of each token, or None
+      for ``dtype``.
+    attention: the attention backend; see `sa_jax.ops.attend`.
+    attention_state: what an anchor hands its followers: ``query_key`` (its rotary-encoded q and k, O(T) memory, any
+      fused kernel) or ``attention_weights`` (the softmaxed weights, O(T S) memory, the paper's literal algorithm).
+    remat: what the backward pass recomputes in each group: ``none``, ``full`` (all of it), or ``dots`` (all but matrix
+      products with parameters).
+  """
+
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+  cache_dtype: CacheDtype = None
+  attention: AttentionBackend = "auto"
+  attention_state: AttentionState = "query_key"
+  remat: RematPolicy = "none"
+
+  def faults(self) -> list[str]:
+    """What is wrong with the values, one line each."""
+    choices = {
+      "attention": AttentionBackend,
+      "attention_state": AttentionState,
+      "remat": RematPolicy,
+      "cache_dtype": CacheDtype,
+      "dtype": FloatDtype,
+      "param_dtype": FloatDtype,
+    }
+    return _not_among(self, choices)
+
+
+def _not_among(value: Architecture | Compute, choices: Mapping[str, Any]) -> list[str]:
+  return [
+    f"{name}={getattr(value, name)!r} (one of {', '.join(map(str, get_args(kind)))} is needed)"
+    for name, kind in choices.items()
+    if getattr(value, name) not in get_args(kind)
+  ]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Compute, Architecture):
+  """What a model is (`Architecture`) and how it is computed (`Compute`), in one flat value.
+
+  Fields of either are given by name and changed with `dataclasses.replace`. The checkpoint decides the first kind; the
+  second may be changed freely.
+  """
+
+  def __post_init__(self) -> None:
+    Architecture.__post_init__(self)
+    if wrong := Architecture.faults(self) + Compute.faults(self):
+      raise UserError("model config: " + "; ".join(wrong))
+
+  @property
+  def architecture(self) -> Architecture:
+    """What the model is, by itself."""
+    return Architecture(**_fields_of(Architecture, self))
+
+  @property
+  def compute(self) -> Compute:
+    """How it is computed, by itself."""
+    return Compute(**_fields_of(Compute, self))
 
   @classmethod
   def preset(cls, name: str, **changes: Any) -> ModelConfig:
@@ -168,15 +203,36 @@ class ModelConfig:
   @classmethod
   def from_hf(cls, values: Mapping[str, Any]) -> ModelConfig:
     """Reads the contents of a Hugging Face ``config.json``; see `sa_jax.formats.hf_config`."""
-    from sa_jax.formats import hf_config
-
-    return hf_config.read(values)
+    return _hf.read(values)
 
   def to_hf(self, spelling: Literal["v4", "v5"] = "v5") -> dict[str, Any]:
     """The contents of a Hugging Face ``config.json``; see `sa_jax.formats.hf_config`."""
-    from sa_jax.formats import hf_config
+    return _hf.write(self, spelling)
 
-    return hf_config.write(self, spelling)
+
+def _fields_of(kind: type[Architecture | Compute], value: ModelConfig) -> dict[str, Any]:
+  return {field.name: getattr(value, field.name) for field in dataclasses.fields(kind)}
+
+
+class HfSpelling(Protocol):
+  """Hugging Face's spelling of a config. `sa_jax.formats` brings it, which knows `ModelConfig`; not the reverse."""
+
+  def read(self, values: Mapping[str, Any]) -> ModelConfig:
+    """From the contents of a ``config.json``."""
+    ...
+
+  def write(self, config: ModelConfig, spelling: Literal["v4", "v5"]) -> dict[str, Any]:
+    """The contents of a ``config.json``."""
+    ...
+
+
+_hf: HfSpelling
+
+
+def use_hf_spelling(spelling: HfSpelling) -> None:
+  """Sets what `ModelConfig.from_hf` and `ModelConfig.to_hf` call; importing `sa_jax` does."""
+  global _hf
+  _hf = spelling
 
 
 PRESETS: dict[str, ModelConfig] = {

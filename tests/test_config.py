@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from sa_jax import ModelConfig
+from sa_jax.config import Architecture, Compute
 from sa_jax.ops import RopeConfig
 from tests import tiny
 
@@ -114,6 +115,27 @@ def test_round_trip(config, spelling):
   assert ("rope_parameters" in values) == (spelling == "v5")
   assert ("torch_dtype" in values) == (spelling == "v4")
   assert ModelConfig.from_hf(values) == config
+
+
+COMPUTED = {
+  "dtype": "float16", "param_dtype": "bfloat16", "cache_dtype": "int8", "attention": "blockwise",
+  "attention_state": "attention_weights", "remat": "dots",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Compute)])
+def test_how_a_model_is_computed_is_not_in_its_config_json(field):
+  """A config.json says what the parameters are stored in, and nothing else of `Compute`."""
+  config = tiny.config(**{field: COMPUTED[field]})
+  back = ModelConfig.from_hf(config.to_hf())
+  assert back.architecture == config.architecture
+  assert back.compute == Compute(dtype=config.param_dtype, param_dtype=config.param_dtype)
+
+
+def test_every_field_is_of_one_half():
+  halves = [{field.name for field in dataclasses.fields(half)} for half in (Architecture, Compute)]
+  assert not halves[0] & halves[1]
+  assert halves[0] | halves[1] == {field.name for field in dataclasses.fields(ModelConfig)}
 
 
 class TestRefused:

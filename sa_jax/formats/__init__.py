@@ -1,7 +1,11 @@
-"""Checkpoints in and out: Hugging Face folders and GGUF files, to and from sa_jax's own."""
+"""Files of models in and out: Hugging Face folders and GGUF files, to and from sa_jax's own checkpoints."""
 
+from sa_jax.config import use_hf_spelling
+from sa_jax.formats import hf_config
 from sa_jax.formats.export import export
 from sa_jax.formats.load import convert, from_pretrained, inspect
 from sa_jax.formats.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["Tokenizer", "convert", "export", "from_pretrained", "inspect", "load_tokenizer"]
+
+use_hf_spelling(hf_config)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from sa_jax.config import ModelConfig
+from sa_jax.config import Architecture, ModelConfig
 from sa_jax.errors import UserError
 from sa_jax.formats import hf_rope
 from sa_jax.formats.families import FAMILIES, QUERY_SCALE, Family
@@ -238,8 +239,8 @@ def _check_written(config: ModelConfig, values: Mapping[str, Any]) -> None:
     UserError: names each field that a reader of ``values`` would get wrong.
   """
   back = read(values)
-  ours = ("dtype", "param_dtype", "attention", "attention_state", "remat")
-  fields = [field for field in vars(config) if field not in ours and getattr(config, field) != getattr(back, field)]
+  ours = [field.name for field in dataclasses.fields(Architecture)]
+  fields = [name for name in ours if getattr(config, name) != getattr(back, name)]
   if "window" in fields and not config.local_layers:
     fields.remove("window")  # of no effect without local layers
   if wrong := [f"{field}={getattr(config, field)!r} (it has {getattr(back, field)!r})" for field in fields]:
