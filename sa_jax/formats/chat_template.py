@@ -1,45 +1,210 @@
-"""Jinja as transformers renders chat templates with it (`transformers.utils.chat_template_utils`)."""
+"""Chat templates: messages to the text that a model was trained on, as transformers writes it.
+
+Templates are rendered by a process of their own (`template_process`), which is started with the first chat and serves
+all that follow.
+"""
 
 from __future__ import annotations
 
+import atexit
 import datetime
-import functools
+import importlib.util
 import json
-from typing import Any
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, LoopControlExtension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import numpy as np
 
+from sa_jax.errors import UserError
 
-class _Generation(Extension):
-  """``{% generation %}``, which marks what an assistant says: it is rendered as if it were not there."""
+SECONDS = 3
+"""Of computing that one rendering may take; the chats of people take milliseconds."""
+MEMORY = 1 << 29
+"""Bytes that the process may use."""
+CHARACTERS = 20_000_000
+"""That one rendering may write."""
 
-  tags = {"generation"}
-
-  def parse(self, parser: Parser) -> list[nodes.Node]:
-    """The statements between the tags."""
-    next(parser.stream)
-    return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@functools.cache
-def environment() -> jinja2.Environment:
-  """What templates are compiled in."""
-  made = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
-  )
-  made.filters["tojson"] = _to_json
-  made.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
-  return made
+Message = Mapping[str, object]
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names under which data sets keep what an assistant thought."""
+_HERE = "HERE_THE_ASSISTANT_GOES_ON "
+"""Marks the end of a message that is to be continued; templates that trim take its space away."""
 
 
-def _to_json(value: Any, **how: Any) -> str:
-  """Without the escapes for HTML that Jinja's own has."""
-  return json.dumps(value, **{"ensure_ascii": False} | how)
+class Call(NamedTuple):
+  """One rendering.
+
+  Attributes:
+    messages: the chat.
+    prompt: whether to end with the opening of the assistant's answer.
+  """
+
+  messages: Sequence[Message]
+  prompt: bool
 
 
-def _raise(message: str) -> None:
-  raise jinja2.TemplateError(message)
+class Rendered(NamedTuple):
+  """Attributes:
+  text: of the chat.
+  spans: first and past-last character of what the template marks with ``{% generation %}``; empty if it marks nothing.
+  """
+
+  text: str
+  spans: tuple[tuple[int, int], ...] = ()
+
+
+class Template(NamedTuple):
+  """A chat template.
+
+  Attributes:
+    source: in Jinja.
+    special: the special tokens that it may name.
+    now: the moment that ``strftime_now`` tells; None for the moment of the rendering.
+  """
+
+  source: str
+  special: Mapping[str, str]
+  now: datetime.datetime | None = None
+
+  @property
+  def tells_the_date(self) -> bool:
+    """Whether the text may depend on the day."""
+    return "strftime_now" in self.source
+
+  def render(self, calls: Sequence[Call]) -> list[Rendered]:
+    """Renders chats. Keys whose value is null are left out of messages, as transformers does.
+
+    Raises:
+      UserError: if messages are no objects, or the template rejects them, fails, or takes too much time or memory.
+    """
+    now = self.now or datetime.datetime.now()
+    given = [
+      {"messages": _messages(call.messages), "tools": None, "documents": None, **self.special}
+      | {"add_generation_prompt": call.prompt}
+      for call in calls
+    ]
+    try:
+      request = json.dumps({"template": self.source, "calls": given, "now": now.isoformat()}, default=_plain)
+    except (ValueError, RecursionError, TypeError) as error:
+      raise UserError(f"the messages are no JSON values: {error}") from None
+    answer = _process().ask(request)
+    if "error" in answer:
+      raise UserError(f"the chat template rejects these messages: {answer['error']}")
+    done = answer["done"]
+    assert isinstance(done, list)
+    return [Rendered(each["text"], tuple((start, stop) for start, stop in each["spans"])) for each in done]
+
+  def continued(self, messages: Sequence[Message]) -> str:
+    """The chat up to the end of its last message, for the model to go on with; spaces at its end stay if they can.
+
+    Raises:
+      UserError: as `render`, or if the last message has no text, or the template does not write it as it is.
+    """
+    if not messages or not isinstance(messages[-1], Mapping):
+      raise UserError("there is no last message to continue")
+    *before, last = messages
+    content, parts = last.get("content"), None
+    if isinstance(content, list) and content and isinstance(content[-1], dict):
+      parts, content = content, content[-1].get("text")
+    if not isinstance(content, str):
+      raise UserError("the last message has no text to continue")
+    marked = content + _HERE
+    given = marked if parts is None else [*parts[:-1], parts[-1] | {"text": marked}]
+    (rendered,) = self.render([Call([*before, {**last, "content": given}], False)])
+    text, mark = rendered.text, _HERE.strip()
+    if mark not in text or content.strip() not in text:
+      raise UserError("the chat template does not write the last message as it is, so it cannot be continued")
+    at = text.rindex(mark)
+    return text[:at] if text[at : at + len(_HERE)] == _HERE else text[:at].rstrip()
+
+
+def _messages(messages: Sequence[Message]) -> list[dict[str, object]]:
+  """Messages without what is null, the assistant's thoughts under the names that templates read."""
+  out = []
+  for message in messages:
+    if not isinstance(message, Mapping):
+      raise UserError(f"a message is an object with 'role' and 'content', not {type(message).__name__}")
+    kept = {key: value for key, value in message.items() if value is not None}
+    if (thought := next((kept[name] for name in _REASONING if name in kept), None)) is not None:
+      kept = {"thinking": thought, **kept, "reasoning_content": thought}
+    out.append(kept)
+  return out
+
+
+def _plain(value: object) -> object:
+  """What templates see of values that JSON has not: arrays' scalars as numbers, of the rest only what it is."""
+  if isinstance(value, np.generic):
+    return value.item()
+  return list(value) if isinstance(value, tuple | set) else f"<{type(value).__name__}>"
+
+
+class _Process:
+  """The process that renders. It ends with this one, or when a template goes too far; then a new one is started."""
+
+  def __init__(self) -> None:
+    self.owner = os.getpid()
+    self._turn = threading.Lock()
+    self._running: subprocess.Popen[str] | None = None
+
+  def ask(self, request: str) -> dict[str, object]:
+    """The answer to a request.
+
+    Raises:
+      UserError: if the process was ended by it.
+    """
+    with self._turn:
+      running = self._running or self._start()
+      assert running.stdin is not None
+      assert running.stdout is not None
+      try:
+        running.stdin.write(request + "\n")
+        running.stdin.flush()
+        line = running.stdout.readline()
+      except OSError:
+        line = ""
+      except BaseException:
+        self.end()  # the answer that nobody reads would be taken for the next one's
+        raise
+      if not line:
+        self.end()
+        raise UserError(
+          f"the chat template takes more than {SECONDS} s of computing for one chat, or breaks what renders it"
+        )
+    answer: dict[str, object] = json.loads(line)
+    return answer
+
+  def _start(self) -> subprocess.Popen[str]:
+    found = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
+    folders = [str(Path(spec.origin).parents[1]) for spec in found if spec is not None and spec.origin]
+    program = str(Path(__file__).with_name("template_process.py"))
+    limits = [str(value) for value in (SECONDS, MEMORY, CHARACTERS)]
+    # -I: nothing of the current folder or the environment is imported.
+    command = [sys.executable, "-I", program, *limits, *folders]
+    self._running = subprocess.Popen(
+      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8"
+    )
+    atexit.register(self.end)
+    return self._running
+
+  def end(self) -> None:
+    """Ends the process, if it runs."""
+    atexit.unregister(self.end)
+    if self._running is not None and self.owner == os.getpid():
+      self._running.kill()
+      self._running.communicate()
+    self._running = None
+
+
+_processes = [_Process()]
+
+
+def _process() -> _Process:
+  """This process's renderer: the one that a fork brought along answers the parent."""
+  if _processes[-1].owner != os.getpid():
+    _processes.append(_Process())
+  return _processes[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import importlib.util
 import json
 import sys
@@ -133,6 +134,8 @@ class TrainConfig:
   """Weight of the squared logarithm of the softmax's denominator."""
   seed: int = 0
   """Of the order of the data and of what is initialised."""
+  date: str | None = None
+  """The day, such as 2026-11-30, for chat templates that write one; None for the day on which the run begins."""
   max_skipped: int = 10
   """Stop after this many steps in a row whose loss or gradient is not finite; each of them changes nothing."""
   data: DataConfig = DataConfig()
@@ -186,6 +189,10 @@ class TrainConfig:
     ]
     if self.data.length < 2:
       wrong.append(f"length={self.data.length} (at least 2 tokens are needed, one to predict from and one to predict)")
+    try:
+      datetime.date.fromisoformat(self.date or "2026-11-30")
+    except ValueError:
+      wrong.append(f"date={self.date} (a day such as 2026-11-30 is needed)")
     if wrong:
       raise UserError("training: " + "; ".join(wrong))
 
@@ -227,6 +234,8 @@ def check_same(config: TrainConfig, before: dict[str, Any], folder: Path) -> Non
     UserError: names what differs.
   """
   now, then = _flat(recorded(config)), _flat(before)
+  if config.date is None:
+    now["date"] = then.get("date")
   different = [name for name in {**now, **then} if now.get(name) != then.get(name)]
   if different:
     listed = "; ".join(f"{name} is {now.get(name)}, there it is {then.get(name)}" for name in different)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import numpy as np
 
 from sa_jax.errors import UserError
 
@@ -48,3 +49,12 @@ def wait_for_all(what: str) -> None:
     from jax.experimental import multihost_utils
 
     multihost_utils.sync_global_devices(what)
+
+
+def of_first_process(number: int) -> int:
+  """The first process's number, on every process."""
+  if jax.process_count() == 1:
+    return number
+  from jax.experimental import multihost_utils
+
+  return int(multihost_utils.broadcast_one_to_all(np.asarray(number)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import math
 import time
@@ -18,7 +19,7 @@ from sa_jax.train import config as configs
 from sa_jax.train.checkpoints import Checkpoints
 from sa_jax.train.config import TrainConfig
 from sa_jax.train.data import in_order, shuffled, to_devices
-from sa_jax.train.distributed import wait_for_all
+from sa_jax.train.distributed import of_first_process, wait_for_all
 from sa_jax.train.interruption import Interruption
 from sa_jax.train.metrics import Clock, Recorder, Window, peak_tflops, train_flops
 from sa_jax.train.setup import Run, prepare
@@ -54,7 +55,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda text: None) -
     UserError: if something in the config, the data or the file system does not work, before anything is compiled
       where it can be known then; or if too many steps in a row are not finite.
   """
-  _check_folder(config)
+  config = _dated(config, _check_folder(config))
   run = prepare(config, say)
   _claim_folder(config)
   with Checkpoints(config.out / "checkpoints", config.log.keep) as checkpoints:
@@ -72,8 +73,8 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda text: None) -
   return Outcome(loop.done, interrupted, loop.window.skipped, loop.eval_loss, model)
 
 
-def _check_folder(config: TrainConfig) -> None:
-  """Checks that the run's folder, if it is there, is this run's."""
+def _check_folder(config: TrainConfig) -> dict[str, object]:
+  """Checks that the run's folder, if it is there, is this run's; returns what it says of it."""
   path = config.out / "config.json"
   if path.exists():
     try:
@@ -81,10 +82,22 @@ def _check_folder(config: TrainConfig) -> None:
     except (OSError, ValueError) as error:
       raise UserError(f"{path} cannot be read: {error}") from None
     configs.check_same(config, before, config.out)
-  elif any((config.out / "checkpoints").glob("[0-9]*")):
+    return before
+  if any((config.out / "checkpoints").glob("[0-9]*")):
     raise UserError(
       f"{config.out} has checkpoints but no config.json that says of which run; name a new --out, or remove the folder"
     )
+  return {}
+
+
+def _dated(config: TrainConfig, before: dict[str, object]) -> TrainConfig:
+  """The run with its date: its own, that of the day on which it began, or today, as the first process sees it."""
+  if config.date is None and isinstance(begun := before.get("date"), str):
+    return dataclasses.replace(config, date=begun)
+  if config.date is None:
+    today = datetime.datetime.now().date().toordinal()
+    return dataclasses.replace(config, date=datetime.date.fromordinal(of_first_process(today)).isoformat())
+  return config
 
 
 def _claim_folder(config: TrainConfig) -> None:

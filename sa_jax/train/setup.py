@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -121,7 +122,13 @@ def tokenizer_of(config: TrainConfig) -> Tokenizer:
     UserError: if it cannot be read.
   """
   source = config.tokenizer or config.model or "bytes"
-  return byte_tokenizer() if source == "bytes" else load_tokenizer(source)
+  tokenizer = byte_tokenizer() if source == "bytes" else load_tokenizer(source)
+  return tokenizer if config.date is None else dataclasses.replace(tokenizer, now=_moment(config.date))
+
+
+def _moment(day: str) -> datetime.datetime:
+  """Midday of a day, which no time zone makes another day."""
+  return datetime.datetime.combine(datetime.date.fromisoformat(day), datetime.time(12))
 
 
 def rows_of(

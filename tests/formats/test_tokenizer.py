@@ -1,12 +1,14 @@
 """Tokenizers: text to tokens and back, special tokens, chat templates, and damage."""
 
 import json
+import time
 
 import pytest
 import tokenizers
+from tokenizers import Regex, decoders, normalizers
 
 import sa_jax
-from sa_jax import Tokenizer
+from sa_jax import Tokenizer, UserError
 
 TEXTS = ["Hello, world!", "  two  spaces\n\nand 1234 lines ", "naïve café — 日本語 🙂", "don't they're I'll", ""]
 TEMPLATE = (
@@ -139,6 +141,79 @@ def test_damaged_settings(tokenizer, tmp_path):
   (tmp_path / "tokenizer_config.json").write_text("{")
   with pytest.raises(ValueError, match="tokenizer_config.json is not readable JSON"):
     sa_jax.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("settings", "why"),
+  [
+    ({"added_tokens_decoder": [1]}, r"added_tokens_decoder of tokenizer_config.json: it is \[1\]; an object is needed"),
+    ({"added_tokens_decoder": 3}, "it is 3; an object is needed"),
+    (
+      {"added_tokens_decoder": {"4": {"special": True}}},
+      "'4' is {'special': True}; a number and an object with a text",
+    ),
+    ({"added_tokens_decoder": {"4": None}}, "'4' is None; a number and an object"),
+    ({"added_tokens_decoder": {"4": ["<end>"]}}, r"'4' is \['<end>'\]; a number and an object"),
+    ({"added_tokens_decoder": {"4": {"content": 7}}}, "'4' is {'content': 7}; a number and an object"),
+    ({"added_tokens_decoder": {"x": {"content": "<end>"}}}, "'x' is {'content': '<end>'}; a number and an object"),
+    ({"added_tokens_decoder": {"4": {"content": "<end>", "special": "yes"}}}, "'4' is .*; a number and an object"),
+    ({"added_tokens_decoder": {str(2**70): {"content": "<end>"}}}, "gives '<end>' the number 1180591620717411303424"),
+    ({"bos_token": ["<s>"]}, r"bos_token is \['<s>'\]; a text or an object with a text 'content' is needed"),
+    ({"bos_token": 3, "eos_token": {"lstrip": True}}, "bos_token is 3; .*\n  eos_token is {'lstrip': True}; a text"),
+    ({"chat_template": 5}, "chat_template is 5; a text is needed"),
+    ({"chat_template": ["x"]}, r"chat_template is \['x'\]; objects with 'name' and 'template' are needed"),
+    ({"chat_template": [{"template": "x"}]}, "objects with 'name' and 'template' are needed"),
+    ({"chat_template": [{"name": "default", "template": 1}]}, "chat_template is 1; a text is needed"),
+  ],
+)
+def test_malformed_settings(tokenizer, tmp_path, settings, why):
+  tokenizer.save(tmp_path)
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+  with pytest.raises(UserError, match=why):
+    sa_jax.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("name", "part", "growth"),
+  [
+    ("normalizer", normalizers.Replace("a", "b" * 100_000), "100,000"),
+    ("normalizer", normalizers.Replace(Regex("x*"), "b" * 5000), "5,001"),
+    ("normalizer", normalizers.Sequence([normalizers.Replace("a", "aaaaaaaaaa")] * 9), "1,000,000,000"),
+    ("normalizer", normalizers.Precompiled(b"\x04\0\0\0abcdx\0" + b"y" * 2000 + b"\0"), "2,000"),
+    ("decoder", decoders.Replace("a", "b" * 100_000), "100,000"),
+  ],
+)
+def test_a_tokenizer_that_multiplies_its_input(tokenizer, tmp_path, name, part, growth):
+  """Refused when it is opened, before a text meets it."""
+  setattr(tokenizer.backend, name, part)
+  tokenizer.save(tmp_path)
+  began = time.monotonic()
+  with pytest.raises(UserError, match=rf"tokenizer.json: its {name} makes up to {growth} characters of one"):
+    sa_jax.load_tokenizer(tmp_path)
+  assert time.monotonic() - began < 5
+
+
+def test_normalisers_of_models_are_taken(tokenizer, tmp_path):
+  """ALBERT's and Llama's."""
+  replacements = [normalizers.Replace("``", '"'), normalizers.Replace(Regex(" {2,}"), " ")]
+  unicode = [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase(), normalizers.Prepend("▁")]
+  tokenizer.backend.normalizer = normalizers.Sequence([*replacements, *unicode, normalizers.Replace(" ", "▁")])
+  tokenizer.save(tmp_path)
+  assert sa_jax.load_tokenizer(tmp_path).encode("B") == [0, 3]
+
+
+def test_what_stands_around_a_text(tokenizer):
+  """A start token that is also the end token is told apart by its place."""
+  assert tokenizer.around == ([0], [])
+  template = tokenizers.processors.TemplateProcessing
+  for single, expected in (("<s> $A <s>", ([0], [0])), ("$A <s>", ([], [0])), ("$A", ([], []))):
+    tokenizer.backend.post_processor = template(single=single, special_tokens=[("<s>", 0)])
+    assert Tokenizer(tokenizer.backend).around == expected
+
+
+def test_half_a_surrogate_pair(tokenizer):
+  with pytest.raises(UserError, match="the text is not Unicode: character 2 is half of a surrogate pair"):
+    tokenizer.encode(json.loads('"a \\ud83d b"'))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,9 @@
 """The loop in this process: modes and methods, what is refused before anything compiles, what is not finite."""
 
 import dataclasses
+import datetime
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -161,6 +163,45 @@ def test_a_profile_is_written_where_the_run_stops(tmp_path):
   assert profiles() == 1
   assert not train(dataclasses.replace(stopped, log=dataclasses.replace(stopped.log, minutes=None))).interrupted
   assert profiles() == 2
+
+
+DATED = (
+  "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
+  "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def test_a_run_keeps_its_date(dense, tmp_path, monkeypatch):
+  """Stopped on one day and taken up on the next, a template that writes the date writes the first one."""
+  model = tmp_path / "model"
+  shutil.copytree(dense, model)
+  (model / "chat_template.jinja").write_text(DATED)
+  chats = tmp_path / "chats.jsonl"
+  messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+  chats.write_text(json.dumps({"messages": messages}) + "\n")
+  made = from_dense(model, tmp_path / "run", mode="sft", steps=3)
+  made = dataclasses.replace(made, data=dataclasses.replace(made.data, train=(chats,)))
+
+  def on(day: int, **changes) -> bool:
+    class Clock(datetime.datetime):
+      @classmethod
+      def now(cls, tz=None):
+        return cls(2025, 1, day, 12)
+
+    monkeypatch.setattr("sa_jax.train.loop.datetime.datetime", Clock)
+    return train(dataclasses.replace(made, log=dataclasses.replace(made.log, **changes))).interrupted
+
+  assert on(1, minutes=0.0)
+  assert json.loads((made.out / "config.json").read_text())["date"] == "2025-01-01"
+  assert not on(2)
+  assert [line["step"] for line in lines(made.out)] == [1, 2, 3]
+  with pytest.raises(ValueError, match="date is 2025-01-02, there it is 2025-01-01"):
+    train(dataclasses.replace(made, date="2025-01-02"))
+
+
+def test_a_date_that_is_none(tmp_path):
+  with pytest.raises(ValueError, match=r"date=31 May \(a day such as 2026-11-30 is needed\)"):
+    config(tmp_path / "run", date="31 May")
 
 
 def test_config_file_and_flags(tmp_path, monkeypatch, capsys):

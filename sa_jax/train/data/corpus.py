@@ -18,11 +18,12 @@ import tokenizers
 from sa_jax.errors import UserError
 from sa_jax.formats import Tokenizer
 from sa_jax.formats.checkpoint import new_folder
+from sa_jax.formats.tokenizer import encodable
 from sa_jax.train.data.sources import Document, Documents, Report, read_documents
 
 _TOKEN = np.dtype("<u4")
 _AT_ONCE = 256  # documents tokenised at once, on all cores
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,7 +89,8 @@ def open_corpus(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading = 
 
 def _key(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> str:
   digest = hashlib.sha256()
-  options = (_VERSION, reading.documents, reading.text_key, reading.skip_bad, tokenizer.special)
+  told = tokenizer.now if tokenizer.chat_template is not None and tokenizer.template.tells_the_date else None
+  options = (_VERSION, reading.documents, reading.text_key, reading.skip_bad, tokenizer.special, str(told))
   for part in (repr(options), tokenizer.backend.to_str(), tokenizer.chat_template or ""):
     digest.update(hashlib.sha256(part.encode()).digest())
   for path in paths:
@@ -140,12 +142,11 @@ def _documents(paths: Sequence[Path], tokenizer: Tokenizer, report: Report, read
 
 def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Each document's tokens, and which of them are learnt: what the tokenizer puts before a text is not, its end is."""
-  name = dict(tokenizer.special).get("eos_token")
-  end = [] if name is None else [tokenizer.backend.token_to_id(name)]
-  start = [token for token in tokenizer.encode("") if token not in end]
+  token = tokenizer.special_id("eos_token")
+  start, end = tokenizer.around[0], [] if token is None else [token]
   iterator = iter(documents)
   while block := list(itertools.islice(iterator, _AT_ONCE)):
-    texts = ["".join(piece.text for piece in document.pieces) for document in block]
+    texts = [encodable("".join(piece.text for piece in document.pieces)) for document in block]
     for document, encoded in zip(block, tokenizer.backend.encode_batch(texts, add_special_tokens=False), strict=True):
       ids, mask = np.asarray(encoded.ids, _TOKEN), _trained(document, encoded)
       if not document.complete:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from sa_jax.errors import UserError
 from sa_jax.formats import Tokenizer
+from sa_jax.formats.chat_template import Call
+from sa_jax.formats.tokenizer import encodable
 
 Documents = Literal["file", "blank_lines", "endoftext"]
 
@@ -98,7 +101,10 @@ def _read(
     return
   for place, entry in _objects(path):
     try:
-      yield _document(json.loads(entry) if isinstance(entry, bytes) else entry, tokenizer, text_key)
+      found = _documents(json.loads(entry) if isinstance(entry, bytes) else entry, tokenizer, text_key)
+      for document in found:
+        encodable("".join(piece.text for piece in document.pieces))
+      yield from found
     except (ValueError, RecursionError) as error:
       reason = f"not JSON ({error})" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)
       if not skip_bad:
@@ -151,25 +157,28 @@ def _texts(path: Path, documents: Documents) -> Iterator[str]:
   yield "".join(held)
 
 
-def _document(values: Any, tokenizer: Tokenizer, text_key: str) -> Document:
+def _documents(values: object, tokenizer: Tokenizer, text_key: str) -> list[Document]:
   if not isinstance(values, dict):
     raise UserError(f"a JSON object is needed, not {type(values).__name__}")
   if "messages" in values:
-    return chat_document(values["messages"], tokenizer)
+    return chat_documents(values["messages"], tokenizer)
   if {"instruction", "output"} <= set(values):
-    return alpaca_document(_text(values, "instruction"), _text(values, "input", ""), _text(values, "output"), tokenizer)
+    texts = _text(values, "instruction"), _text(values, "input", ""), _text(values, "output")
+    return [alpaca_document(*texts, tokenizer)]
   if {"prompt", "completion"} <= set(values):
-    return Document((Piece(_text(values, "prompt"), False), Piece(_text(values, "completion"), True)))
+    return [Document((Piece(_text(values, "prompt"), False), Piece(_text(values, "completion"), True)))]
   if text_key in values:
-    return Document((Piece(_text(values, text_key), True),))
+    return [Document((Piece(_text(values, text_key), True),))]
   raise UserError(
     f"it has the keys {sorted(values)}; 'messages', 'instruction' and 'output', 'prompt' and 'completion', "
     f"or {text_key!r} (--text-key) are needed"
   )
 
 
-def _text(values: dict[str, Any], key: str, default: str | None = None) -> str:
+def _text(values: dict[str, object], key: str, default: str | None = None) -> str:
   text = values.get(key, default)
+  if text is None and default is not None:  # as tables write what is absent
+    text = default
   if not isinstance(text, str) or not (text or default is not None):
     raise UserError(f"{key!r} is {'empty' if text == '' else type(text).__name__}; a text is needed")
   return text
@@ -186,29 +195,61 @@ def alpaca_document(instruction: str, given: str, output: str, tokenizer: Tokeni
   return Document((Piece(prompt, False), Piece(output, True)))
 
 
-def chat_document(messages: Any, tokenizer: Tokenizer) -> Document:
+def chat_document(messages: object, tokenizer: Tokenizer) -> Document:
+  """A chat whose last answer, or all of them, are learnt: the last of its `chat_documents`."""
+  return chat_documents(messages, tokenizer)[-1]
+
+
+def chat_documents(messages: object, tokenizer: Tokenizer) -> list[Document]:
   """A chat through the tokenizer's own template; each of the assistant's turns is learnt, with what ends it.
 
-  The pieces join to exactly what the template makes of the whole chat.
+  A template that marks what the assistant says (``{% generation %}``) decides itself what is learnt. With every other,
+  a turn is learnt as the template writes it when it is the newest, after what the model is given to read before it:
+  just so the model will be asked to write it. As a rule that makes one document, whose text is the template's of the
+  whole chat. Where the template writes a turn otherwise once others follow it (Qwen3 and GLM leave the thoughts out
+  of older turns), the turns before and the turn after make documents of their own, so that each is learnt once.
 
   Raises:
-    UserError: if the messages have another form, none is the assistant's, or the template does not write a chat so
-      that each turn follows what is written before it.
+    UserError: if the messages have another form, none is the assistant's, or the template rejects them.
   """
   if not (isinstance(messages, list) and all(isinstance(message, dict) for message in messages)):
     raise UserError("'messages' is not a list of objects with 'role' and 'content'")
   answers = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
   if not answers:
     raise UserError("no message is the assistant's, so there is nothing to learn")
-  whole = tokenizer.chat(messages, prompt=False)
-  pieces: list[Piece] = []
-  done = 0
+  calls = [Call(messages, False)]
   for index in answers:
-    before = tokenizer.chat(messages[:index]) if index else ""
-    after = tokenizer.chat(messages[: index + 1], prompt=False)
-    if not (whole.startswith(after) and after.startswith(before) and len(before) >= done):
-      raise UserError(f"the chat template writes message {index} otherwise at the end of a chat than inside it")
-    pieces += [Piece(whole[done : len(before)], False), Piece(whole[len(before) : len(after)], True)]
-    done = len(after)
-  pieces.append(Piece(whole[done:], False))
-  return Document(tuple(piece for piece in pieces if piece.text), complete=True)
+    calls += [Call(messages[:index], True), Call(messages[: index + 1], False)]
+  # Many templates fail on a chat without a message.
+  first = 1 if answers[0] == 0 else 0
+  (whole, spans), *turns = tokenizer.template.render([call for call in calls if call.messages])
+  if spans:
+    return [Document(_marked(whole, spans), complete=True)]
+  texts = [""] * first + [turn.text for turn in turns]
+  documents: list[list[Piece]] = []
+  done = ""
+  for index, before, after in zip(answers, texts[::2], texts[1::2], strict=True):
+    read = os.path.commonprefix([before, after])  # noqa: RUF071  # of characters
+    if read != before:
+      # The opening of the answer may be another than the one that the model is given, what it answers may not.
+      (history,) = tokenizer.template.render([Call(messages[:index], False)])
+      if not read.startswith(history.text):
+        raise UserError(f"the chat template writes what is before message {index} otherwise when that message follows")
+    if not (documents and read.startswith(done)):
+      documents.append([])
+      done = ""
+    documents[-1] += [Piece(read[len(done) :], False), Piece(after[len(read) :], True)]
+    done = after
+  if whole.startswith(done):
+    documents[-1].append(Piece(whole[len(done) :], False))
+  return [Document(tuple(piece for piece in pieces if piece.text), complete=True) for pieces in documents]
+
+
+def _marked(text: str, spans: Sequence[tuple[int, int]]) -> tuple[Piece, ...]:
+  """A text of which spans are learnt."""
+  pieces, done = [], 0
+  for start, stop in spans:
+    pieces += [Piece(text[done:start], False), Piece(text[start:stop], True)]
+    done = stop
+  pieces.append(Piece(text[done:], False))
+  return tuple(piece for piece in pieces if piece.text)
