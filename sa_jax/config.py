@@ -113,6 +113,14 @@ class Architecture:
       wrong.append("window=None (local_layers need a number of tokens)")
     if outside := [layer for layer in self.local_layers if not 0 <= layer < self.num_layers]:
       wrong.append(f"local_layers has {outside} (layers are 0 to {self.num_layers - 1})")
+    ids = {
+      "eos_token_ids": self.eos_token_ids,
+      "bos_token_id": (self.bos_token_id,),
+      "pad_token_id": (self.pad_token_id,),
+    }
+    for name, tokens in ids.items():
+      if large := [token for token in tokens if token is not None and not -(2**31) <= token < 2**31]:
+        wrong.append(f"{name}={large[0]} (tokens are numbers of 32 bits)")
     if self.normalize_head and self.tie_embeddings:
       wrong.append("normalize_head=True (a head that is tied to the embedding cannot be normalised)")
     return wrong + _not_among(self, {"activation": Activation})

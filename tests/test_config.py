@@ -190,6 +190,12 @@ class TestRefused:
   def test_malformed(self, key, value, message):
     self.refuse({key: value}, f"{key} = {value!r}: {message}")
 
+  @pytest.mark.parametrize("token", [2**40, 2**70, -(2**31) - 1])
+  def test_tokens_that_no_array_can_hold(self, token):
+    for key, name in (("eos_token_id", "eos_token_ids"), ("bos_token_id",) * 2, ("pad_token_id",) * 2):
+      with pytest.raises(ValueError, match=rf"{name}={token} \(tokens are numbers of 32 bits\)"):
+        ModelConfig.from_hf(LLAMA_2 | {key: token})
+
   @pytest.mark.parametrize("key", ["rope_type", "type"])
   def test_rope_type(self, key):
     message = f"rope_parameters.{key} = 'longrope': not implemented for this family; 'default' or 'linear'"

@@ -1,6 +1,7 @@
 """SentencePiece's tokenizers inside GGUF files, against SentencePiece itself."""
 
 import io
+import time
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,8 @@ def fields(spm, writer, **changes):
   own = spm.piece_to_id("[end]")
   kind = lambda i: 2 if spm.is_unknown(i) else 3 if spm.is_control(i) else 6 if spm.is_byte(i) else 4 if i == own else 1
   writer.add_tokenizer_model("llama")
-  writer.add_token_list([spm.id_to_piece(i) for i in ids])
+  last = changes.pop("last", spm.id_to_piece(ids[-1]))
+  writer.add_token_list([*(spm.id_to_piece(i) for i in ids[:-1]), last])
   writer.add_token_scores(changes.pop("scores", [spm.get_score(i) for i in ids]))
   writer.add_token_types([kind(i) for i in ids])
   writer.add_unk_token_id(changes.pop("unknown", spm.unk_id()))
@@ -103,6 +105,15 @@ def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
 def test_a_converted_file_keeps_its_tokenizer(write, tokenizer, tmp_path):
   sa_jax.convert(write(), tmp_path / "out")
   assert sa_jax.load_tokenizer(tmp_path / "out").encode(TEXT) == tokenizer.encode(TEXT)
+
+
+def test_a_piece_of_a_hundred_thousand_characters(spm, write):
+  """All ways to cut it would be 10 GB of text."""
+  path = write(last="x" * 100_000)
+  began = time.monotonic()
+  tokenizer = sa_jax.load_tokenizer(path)
+  assert time.monotonic() - began < 5
+  assert tokenizer.encode("self", special=False) == spm.encode("self")
 
 
 @pytest.mark.parametrize(
