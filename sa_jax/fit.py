@@ -28,6 +28,7 @@ from sa_jax.costs import cost
 from sa_jax.errors import UserError
 from sa_jax.hlo import Collective, collectives
 from sa_jax.nn import Cache, Transformer
+from sa_jax.nn.typed import apply
 from sa_jax.plan import SharingPlan
 from sa_jax.sharding import (
   MESH_AXES,
@@ -241,7 +242,7 @@ def _train(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
 
 def _prefill(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
   model = Transformer(job.config, job.plan)
-  prefill = lambda params, tokens, lengths: model.apply({"params": params}, tokens, lengths, method="prefill")
+  prefill = lambda params, tokens, lengths: apply(model, params, Transformer.prefill, tokens, lengths)
   outputs = (named_sharding(mesh, ("batch", "vocab")), cache_shardings(model, mesh))
   arguments = (_layer_params(model, mesh), _tokens(job, mesh, "batch", "length"), _tokens(job, mesh, "batch"))
   return jax.jit(prefill, out_shardings=outputs), arguments
@@ -251,7 +252,7 @@ def _decode(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
   model = Transformer(job.config, job.plan)
 
   def step(params: Any, cache: Cache, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Cache]:
-    logits, cache = model.apply({"params": params}, tokens, cache, positions, method="step")
+    logits, cache = apply(model, params, Transformer.step, tokens, cache, positions)
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
   cache = jax.eval_shape(lambda: Cache.empty(job.config, job.plan, job.batch, job.length))

@@ -101,7 +101,7 @@ def traced_on(mesh: Mesh | None, rules: Rules = DEFAULT_RULES) -> Iterator[None]
 
 def named_sharding(mesh: Mesh, axes: tuple[str | None, ...], rules: Rules = DEFAULT_RULES) -> NamedSharding:
   """The sharding of an array with these logical axes; of token rows, for example, ``("batch", "length")``."""
-  return NamedSharding(mesh, nn.logical_to_mesh_axes(axes, rules_on(mesh, rules)))
+  return NamedSharding(mesh, nn.logical_to_mesh_axes(axes, rules_on(mesh, rules)) or PartitionSpec())
 
 
 def cache_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Cache:

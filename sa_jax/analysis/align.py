@@ -20,9 +20,10 @@ from sa_jax.analysis import walk
 from sa_jax.analysis.ridge import Sums, gain, total
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
-from sa_jax.nn import PlanArrays, PlannedTransformer, Transformer
+from sa_jax.nn import PlanArrays, PlannedBlock, PlannedTransformer, Transformer
 from sa_jax.nn.state import QueryKey, State
 from sa_jax.nn.transformer import check_tokens
+from sa_jax.nn.typed import apply
 from sa_jax.params import prune, stack
 from sa_jax.plan import HeadMap, SharingPlan
 
@@ -114,7 +115,7 @@ def _pair_sums(config: ModelConfig, block: walk.Block, chunk: walk.Chunk, y: jax
   # Each KV group visits the anchor's groups in turn.
   for shift in range(kv_heads):
     head_map = [(group + shift) % kv_heads * size + i for group in range(kv_heads) for i in range(size)]
-    heads = walk.call(config, block, "heads", chunk.x, chunk.state, jnp.asarray(head_map, jnp.int32))
+    heads = walk.call(config, block, PlannedBlock.heads, chunk.x, chunk.state, jnp.asarray(head_map, jnp.int32))
     by_pair |= {(n // size, anchor_head): heads[:, :, n] for n, anchor_head in enumerate(head_map)}
   features = jnp.stack([by_pair[pair] for pair in sorted(by_pair)], axis=2)
   target = walk.without_bias(block, "attention", "o_proj", y)
@@ -201,7 +202,7 @@ class Aligned(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="config")
 def _loss(config: ModelConfig, params: Mapping[str, Any], tokens: jax.Array, plan: PlanArrays) -> jax.Array:
-  logits = PlannedTransformer(config).apply({"params": params}, tokens, plan)
+  logits = apply(PlannedTransformer(config), params, PlannedTransformer.__call__, tokens, plan)
   return -ops.token_log_likelihoods(logits[:, :-1], tokens[:, 1:]).mean()
 
 

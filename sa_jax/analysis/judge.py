@@ -24,7 +24,7 @@ from sa_jax.analysis.ridge import Sums, solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
-from sa_jax.nn import PlanArrays, Transformer
+from sa_jax.nn import PlanArrays, PlannedBlock, Transformer
 from sa_jax.nn.transformer import check_plan, check_tokens
 from sa_jax.plan import HeadMap, SharingPlan
 
@@ -274,17 +274,17 @@ def _gradient(
   """Pulls a gradient back through a dense block: to its input, and to its attention's output."""
 
   def through(x: jax.Array, y: jax.Array) -> jax.Array:
-    state = walk.call(config, block, "state", x, chunk.state, layer)
-    heads = walk.call(config, block, "heads", x, state, layer.head_map)
-    y = walk.call(config, block, "attention_output", heads) + y
-    return walk.call(config, block, "add_mlp", walk.call(config, block, "add_attention", x, y))
+    state = walk.call(config, block, PlannedBlock.state, x, chunk.state, layer)
+    heads = walk.call(config, block, PlannedBlock.heads, x, state, layer.head_map)
+    y = walk.call(config, block, PlannedBlock.attention_output, heads) + y
+    return walk.call(config, block, PlannedBlock.add_mlp, walk.call(config, block, PlannedBlock.add_attention, x, y))
 
   return jax.vjp(through, chunk.x, jnp.zeros_like(chunk.x))[1](cotangent)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _pair_sums(config: ModelConfig, block: Block, chunk: Chunk, target: Targets, head_map: jax.Array) -> Sums:
-  heads = walk.call(config, block, "heads", chunk.x, chunk.state, head_map)
+  heads = walk.call(config, block, PlannedBlock.heads, chunk.x, chunk.state, head_map)
   return Sums.of(heads.reshape(*heads.shape[:2], -1), walk.without_bias(block, "attention", "o_proj", target.y))
 
 
@@ -299,7 +299,7 @@ def _weighed_error(
   kernel: jax.Array,
 ) -> jax.Array:
   """Sum over tokens of (g·δ)²."""
-  heads = walk.call(config, block, "heads", chunk.x, chunk.state, head_map).astype(jnp.float32)
+  heads = walk.call(config, block, PlannedBlock.heads, chunk.x, chunk.state, head_map).astype(jnp.float32)
   y = walk.without_bias(block, "attention", "o_proj", target.y).astype(jnp.float32)
   error = heads.reshape(*heads.shape[:2], -1) @ kernel - y
   return jnp.square((error * gradient.astype(jnp.float32)).sum(axis=-1)).sum()

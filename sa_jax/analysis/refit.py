@@ -28,7 +28,7 @@ from sa_jax.analysis.ridge import Sums, relative_error, solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
-from sa_jax.nn import PlanArrays, Transformer
+from sa_jax.nn import PlanArrays, PlannedBlock, Transformer
 from sa_jax.nn.transformer import check_plan, check_tokens
 from sa_jax.plan import SharingPlan
 
@@ -98,28 +98,28 @@ class Report(NamedTuple):
 @functools.partial(jax.jit, static_argnames="config")
 def _head_sums(config: ModelConfig, block: Block, chunk: Chunk, y: jax.Array, head_map: jax.Array) -> Sums:
   """Sums of a follower's head outputs ``[N H]`` with the dense attention's output."""
-  heads = walk.call(config, block, "heads", chunk.x, chunk.state, head_map)
+  heads = walk.call(config, block, PlannedBlock.heads, chunk.x, chunk.state, head_map)
   return Sums.of(heads.reshape(*heads.shape[:2], -1), y)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _attend(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) -> tuple[jax.Array, Any]:
   """The block's input with its attention added, and the state it carries on."""
-  state = walk.call(config, block, "state", chunk.x, chunk.state, layer)
-  heads = walk.call(config, block, "heads", chunk.x, state, layer.head_map)
-  y = walk.call(config, block, "attention_output", heads)
-  return walk.call(config, block, "add_attention", chunk.x, y), state
+  state = walk.call(config, block, PlannedBlock.state, chunk.x, chunk.state, layer)
+  heads = walk.call(config, block, PlannedBlock.heads, chunk.x, state, layer.head_map)
+  y = walk.call(config, block, PlannedBlock.attention_output, heads)
+  return walk.call(config, block, PlannedBlock.add_attention, chunk.x, y), state
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _mlp_sums(config: ModelConfig, block: Block, x: jax.Array, target: jax.Array) -> Sums:
   """Sums of the MLP's hidden activations ``[F]`` with what the dense block's output lacks before the MLP is added."""
-  return Sums.of(walk.call(config, block, "mlp_hidden", x), target - x)
+  return Sums.of(walk.call(config, block, PlannedBlock.mlp_hidden, x), target - x)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _mlp(config: ModelConfig, block: Block, x: jax.Array) -> jax.Array:
-  return walk.call(config, block, "add_mlp", x)
+  return walk.call(config, block, PlannedBlock.add_mlp, x)
 
 
 def with_kernel(block: Block, part: str, projection: str, kernel: jax.Array) -> Block:
@@ -208,8 +208,8 @@ def _value_product(
 
   def output(kernel: jax.Array) -> jax.Array:
     changed = with_kernel(block, "attention", "v_proj", kernel)
-    heads = walk.call(config, changed, "heads", chunk.x, chunk.state, head_map)
-    return walk.call(config, changed, "attention_output", heads)
+    heads = walk.call(config, changed, PlannedBlock.heads, chunk.x, chunk.state, head_map)
+    return walk.call(config, changed, PlannedBlock.attention_output, heads)
 
   offset = output(jnp.zeros_like(kernel))
   out, transpose = jax.vjp(output, kernel)

@@ -20,6 +20,7 @@ from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.nn.state import QueryKey, State
 from sa_jax.nn.transformer import check_tokens
+from sa_jax.nn.typed import apply
 from sa_jax.params import as_layers
 
 
@@ -108,7 +109,7 @@ class _Sums(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="model")
 def _states(model: Transformer, layers: Mapping[str, Any], tokens: jax.Array) -> tuple[State, ...]:
-  return model.apply({"params": layers}, tokens, method="states")
+  return apply(model, layers, Transformer.states, tokens)
 
 
 @functools.partial(jax.jit, static_argnames=("length", "top_k", "block"))

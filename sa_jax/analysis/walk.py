@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,13 @@ from sa_jax.errors import UserError
 from sa_jax.nn import PlanArrays, PlannedBlock, PlannedTransformer
 from sa_jax.nn.planned import empty_state
 from sa_jax.nn.state import State
+from sa_jax.nn.typed import apply
+from sa_jax.trees import Params
 
-Block = Mapping[str, Any]
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+Block = Params
 """One block's parameters, with queries and keys."""
 
 
@@ -78,7 +83,7 @@ def walking(config: ModelConfig, params: Mapping[str, Any]) -> ModelConfig:
 
 @functools.partial(jax.jit, static_argnames="config")
 def _embed(config: ModelConfig, params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
-  return PlannedTransformer(config).apply({"params": params}, tokens, method="embedded")
+  return apply(PlannedTransformer(config), params, PlannedTransformer.embedded, tokens)
 
 
 Keep = Callable[[Any], Any]
@@ -101,30 +106,37 @@ def start(
   )
 
 
-def call(config: ModelConfig, block: Block, method: str, *arguments: Any) -> Any:
+def call(
+  config: ModelConfig,
+  block: Block,
+  method: Callable[Concatenate[PlannedBlock, _Arguments], _Result],
+  *args: _Arguments.args,
+  **kwargs: _Arguments.kwargs,
+) -> _Result:
   """A method of `PlannedBlock` with a block's parameters."""
-  return PlannedBlock(config).apply({"params": block}, *arguments, method=method)
+  return apply(PlannedBlock(config), block, method, *args, **kwargs)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def advance(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) -> Chunk:
   """A chunk through one layer, which is an anchor or a follower as ``layer`` says."""
-  return Chunk(*call(config, block, "__call__", chunk.x, chunk.state, layer))
+  return Chunk(*call(config, block, PlannedBlock.__call__, chunk.x, chunk.state, layer))
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def dense_layer(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) -> Targets:
   """A chunk through one layer, an anchor, with what it computes on the way."""
-  state = call(config, block, "state", chunk.x, chunk.state, layer)
-  heads = call(config, block, "heads", chunk.x, state, layer.head_map)
-  y = call(config, block, "attention_output", heads)
-  return Targets(y, call(config, block, "add_mlp", call(config, block, "add_attention", chunk.x, y)), state)
+  state = call(config, block, PlannedBlock.state, chunk.x, chunk.state, layer)
+  heads = call(config, block, PlannedBlock.heads, chunk.x, state, layer.head_map)
+  y = call(config, block, PlannedBlock.attention_output, heads)
+  x = call(config, block, PlannedBlock.add_attention, chunk.x, y)
+  return Targets(y, call(config, block, PlannedBlock.add_mlp, x), state)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def row_losses(config: ModelConfig, params: Mapping[str, Any], x: jax.Array, tokens: jax.Array) -> jax.Array:
   """Mean negative log-likelihood of each row's tokens after its first, ``[B]``, from the last block's output."""
-  logits = PlannedTransformer(config).apply({"params": params}, x, method="read")
+  logits = apply(PlannedTransformer(config), params, PlannedTransformer.read, x)
   return -ops.token_log_likelihoods(logits[:, :-1], tokens[:, 1:]).mean(axis=-1)
 
 

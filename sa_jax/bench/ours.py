@@ -28,6 +28,7 @@ from sa_jax.decode.engine import row_keys
 from sa_jax.errors import UserError
 from sa_jax.nn import Runs, Transformer
 from sa_jax.nn.split import query_axis
+from sa_jax.nn.typed import apply
 from sa_jax.plan import SharingPlan
 from sa_jax.sharding import abstract_params, make_mesh, named_sharding, on_mesh, param_shardings
 from sa_jax.train import (
@@ -179,10 +180,12 @@ def _stack_of_layers(task: Task, gradient: bool) -> Result:
   params = random_tree(nn.meta.unbox(abstract))
   x = jax.random.normal(jax.random.key(0), shape, config.dtype)
 
-  def loss(params: Any, x: jax.Array) -> jax.Array:
-    return jnp.mean(jnp.square(layers.apply(params, x, None).astype(jnp.float32)))
+  read = lambda params, x: apply(layers, params["params"], Runs.__call__, x, None)
 
-  program = jax.jit(jax.grad(loss, argnums=(0, 1)) if gradient else lambda params, x: layers.apply(params, x, None))
+  def loss(params: Any, x: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.square(read(params, x).astype(jnp.float32)))
+
+  program = jax.jit(jax.grad(loss, argnums=(0, 1)) if gradient else read)
   compiled = program.lower(params, x).compile()
   memory = compiled.memory_analysis()
   timing = timed(lambda: compiled(params, x), task.repeats)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from sa_jax.decode.sampling import Sampler
 from sa_jax.nn import Cache, Transformer
+from sa_jax.nn.typed import apply
 from sa_jax.sharding import cache_shardings, named_sharding
 
 _LOG = logging.getLogger("sa_jax")
@@ -122,7 +123,7 @@ def prefill(
     keys: ``[B]`` PRNG keys.
   """
   _LOG.info("compiling prefill of %s × %s tokens into %s slots", *tokens.shape, capacity)
-  logits, cache = model.apply({"params": params}, tokens, lengths, method="prefill")
+  logits, cache = apply(model, params, Transformer.prefill, tokens, lengths)
   grown = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, capacity - x.shape[2]), (0, 0))), cache)
   first, done = _choose(model, sampler, logits, lengths, remaining, keys)
   return DecodeState(grown, first, lengths, remaining, done, keys)
@@ -202,7 +203,7 @@ def decode(
 
   def one(carry: tuple[jax.Array, DecodeState, jax.Array]) -> tuple[jax.Array, DecodeState, jax.Array]:
     step, state, out = carry
-    logits, cache = model.apply({"params": params}, state.tokens, state.cache, state.positions, method="step")
+    logits, cache = apply(model, params, Transformer.step, state.tokens, state.cache, state.positions)
     # A row that has ended stays where it is: it rewrites one slot of its own, and its tokens are not recorded.
     stay = lambda old, new: jnp.where(state.done, old, new)
     positions = stay(state.positions, state.positions + 1)

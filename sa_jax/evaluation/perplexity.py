@@ -17,6 +17,7 @@ from sa_jax import ops
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_tokens
+from sa_jax.nn.typed import apply
 
 
 class Perplexity(NamedTuple):
@@ -59,7 +60,7 @@ def rows_of(tokens: Sequence[int], length: int, rows: int | None = None) -> np.n
 @functools.partial(jax.jit, static_argnames="model")
 def _log_likelihood(model: Transformer, params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
   """Summed log-likelihood of each row's tokens after the first, float32 ``[B]``."""
-  logits = model.apply({"params": params}, tokens)
+  logits = apply(model, params, Transformer.__call__, tokens)
   return ops.token_log_likelihoods(logits[:, :-1], tokens[:, 1:]).sum(axis=-1)
 
 

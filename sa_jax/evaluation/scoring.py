@@ -18,6 +18,7 @@ from sa_jax.decode.padding import right_pad
 from sa_jax.errors import UserError
 from sa_jax.evaluation.prefixes import Family, Row, bucket, families, rows_of_requests
 from sa_jax.nn import Cache, Transformer
+from sa_jax.nn.typed import apply
 from sa_jax.params import as_layers
 
 _LOG = logging.getLogger("sa_jax")
@@ -50,14 +51,14 @@ class Scored(NamedTuple):
 def _read(model: Transformer, params: Mapping[str, Any], tokens: jax.Array, lengths: jax.Array) -> Cache:
   """The cache of right-padded rows ``[B, T]``."""
   _LOG.info("compiling the cache of %s × %s tokens", *tokens.shape)
-  return model.apply({"params": params}, tokens, lengths, method="prefill")[1]
+  return apply(model, params, Transformer.prefill, tokens, lengths)[1]
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _hidden(model: Transformer, params: Mapping[str, Any], tokens: jax.Array, lengths: jax.Array) -> jax.Array:
   """What the head reads ``[B, T, D]`` in right-padded rows."""
   _LOG.info("compiling the scores of %s × %s tokens", *tokens.shape)
-  return model.apply({"params": params}, tokens, lengths, method="hidden")
+  return apply(model, params, Transformer.hidden, tokens, lengths)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -74,7 +75,7 @@ def _hidden_after(
   _LOG.info("compiling the scores of %s × %s tokens after %s", *tokens.shape, cache.capacity)
   room = ((0, 0), (0, 0), (0, tokens.shape[1]), (0, 0))
   own = jax.tree.map(lambda x: jnp.pad(jnp.take(x, owners, axis=0, mode="clip"), room), cache)
-  return model.apply({"params": params}, tokens, own, starts, lengths, method="extend")[0]
+  return apply(model, params, Transformer.extend, tokens, own, starts, lengths)[0]
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -85,7 +86,7 @@ def _scores(
 
   def one(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     places, targets = chunk
-    logits = model.apply({"params": params}, jnp.take(flat, places, axis=0, mode="clip")[None], method="logits")[0]
+    logits = apply(model, params, Transformer.logits, jnp.take(flat, places, axis=0, mode="clip")[None])[0]
     return ops.token_log_likelihoods(logits, targets), logits.argmax(axis=-1) == targets
 
   flat = hidden.reshape(-1, hidden.shape[-1])

@@ -46,8 +46,9 @@ class _Projection(nn.DenseGeneral):
     y = super().__call__(inputs)
     if not self.has_variable("params", "lora_a"):
       return y
-    a, b = (self.get_variable("params", name).astype(y.dtype) for name in ("lora_a", "lora_b"))
-    return y + jnp.tensordot(jnp.tensordot(inputs, a, axes=len(self.axis)), b, axes=1)
+    a, b = (jnp.asarray(self.get_variable("params", name)).astype(y.dtype) for name in ("lora_a", "lora_b"))
+    axes = 1 if isinstance(self.axis, int) else len(self.axis)
+    return y + jnp.tensordot(jnp.tensordot(inputs, a, axes=axes), b, axes=1)
 
 
 def projection(

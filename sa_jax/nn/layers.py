@@ -84,6 +84,7 @@ class Group(nn.Module):
     anchor = _remat(config, of_anchor, self.groups, *((STATE,) if self.followers else ()))
     x, state = anchor(AnchorBlock(config, name="anchor"), x, lengths, segments)
     if self.followers:
+      block: type[FollowerBlock | MixedBlock]
       if share is None:
         block, follow = FollowerBlock, lambda block, x, state: block(x, state)
       else:
@@ -163,7 +164,7 @@ def _group_step(
 ) -> tuple[jax.Array, None]:
   """One step of the scan over a run's groups: of the kind that all of them are or of its own, with its head maps."""
   local, head_maps = own
-  return group(x, lengths, local if kind is None else kind, head_maps, segments, share), None
+  return group(x, lengths, bool(kind) if local is None else local, head_maps, segments, share), None
 
 
 class Layers(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
@@ -25,4 +26,4 @@ class RMSNorm(nn.Module):
     config = self.config
     init = nn.initializers.zeros if config.norm_about_one else nn.initializers.ones
     scale = self.param("scale", nn.with_logical_partitioning(init, (self.axis,)), (x.shape[-1],), config.param_dtype)
-    return (ops.rms_norm_about_one if config.norm_about_one else ops.rms_norm)(x, scale, config.norm_eps)
+    return (ops.rms_norm_about_one if config.norm_about_one else ops.rms_norm)(x, jnp.asarray(scale), config.norm_eps)

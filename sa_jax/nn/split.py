@@ -34,10 +34,9 @@ def on_each_device(
     return call
   if length_axis(mesh) is not None or not heads_stay_with_their_keys():
     return call
-  axes = nn.logical_to_mesh_axes
   several = bool(outputs) and isinstance(outputs[0], tuple)
-  in_specs = tuple(axes(each) for each in inputs)
-  out_specs = tuple(axes(each) for each in outputs) if several else axes(outputs)
+  in_specs = tuple(_spec(each) for each in inputs)
+  out_specs = tuple(_spec(each) for each in outputs) if several else _spec(outputs)
 
   def split(*arrays: Any) -> Any:
     if not all(
@@ -47,6 +46,11 @@ def on_each_device(
     return jax.shard_map(call, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
 
   return split
+
+
+def _spec(axes: Any) -> PartitionSpec:
+  """How the rules split an array with these logical axes."""
+  return nn.logical_to_mesh_axes(axes) or PartitionSpec()
 
 
 def _divides(mesh: jax.sharding.AbstractMesh, spec: PartitionSpec, shape: tuple[int, ...]) -> bool:
@@ -90,7 +94,7 @@ def attention_axes(mesh: jax.sharding.AbstractMesh, heads: str, kv_heads: int) -
     heads: the logical axis of their heads: ``heads`` of queries, ``kv_heads`` of keys and values.
     kv_heads: how many key heads there are.
   """
-  (batch,), tokens = nn.logical_to_mesh_axes(("batch",)), query_axis(mesh, kv_heads)
+  (batch,), tokens = _spec(("batch",)), query_axis(mesh, kv_heads)
   exchanged = _mesh_axes("length") if tokens is None else ()
   return PartitionSpec(batch, tokens if heads == "heads" else None, (*_mesh_axes(heads), *exchanged) or None, None)
 
@@ -105,5 +109,5 @@ def split_for_attention(x: jax.Array, heads: str, kv_heads: int) -> jax.Array:
 
 def _mesh_axes(name: str) -> tuple[str, ...]:
   """The mesh axes over which the rules split a logical axis."""
-  (axis,) = nn.logical_to_mesh_axes((name,)) if nn.get_logical_axis_rules() else (None,)
+  (axis,) = _spec((name,)) if nn.get_logical_axis_rules() else (None,)
   return (axis,) if isinstance(axis, str) else tuple(axis or ())

@@ -58,7 +58,7 @@ class Head(nn.Module):
     """``[B, T, D]`` → float32 ``[B, T, V]``."""
     init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "vocab"))
     shape = (self.config.embed_dim, self.config.vocab_size)
-    kernel = self.param("kernel", init, shape, self.config.param_dtype)
+    kernel = jnp.asarray(self.param("kernel", init, shape, self.config.param_dtype))
     if self.config.normalize_head:
       norms = jnp.linalg.norm(kernel.astype(jnp.float32), axis=0, keepdims=True)
       kernel = (kernel / jnp.maximum(norms, 1e-12).astype(kernel.dtype)).astype(kernel.dtype)

@@ -148,7 +148,7 @@ def _base(config: TrainConfig, student: Transformer, mesh: Mesh, teacher: Any) -
   return from_pretrained(config.model or "", student.plan, config.dtype, mesh)[1]
 
 
-def _unpruned(path: Path | None, model: GradualTransformer, dtype: str, mesh: Mesh) -> Any:
+def _unpruned(path: Path | None, model: Transformer, dtype: str, mesh: Mesh) -> Any:
   """The dense parameters of a checkpoint, stacked by the model's plan."""
   layers = from_pretrained(path or "", "dense", dtype, mesh, layout="layers")[1]
   return jax.device_put(stack_unpruned(layers, model.plan), param_shardings(model, mesh))

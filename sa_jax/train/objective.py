@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from sa_jax import ops
 from sa_jax.errors import UserError
 from sa_jax.nn import BLOCK_OUTPUTS, GradualTransformer, Transformer
+from sa_jax.nn.typed import apply
 from sa_jax.train.batch import Batch
 from sa_jax.train.step import Objective
 
@@ -88,11 +89,12 @@ def distill(
 
 def _hidden(model: Transformer, params: Any, batch: Batch, sharing: dict[str, Any], **how: Any) -> Any:
   """What the head reads, and what ``apply`` returns besides."""
-  return model.apply({"params": params}, batch.tokens, segments=batch.segments, method="hidden", **sharing, **how)
+  method = GradualTransformer.hidden if isinstance(model, GradualTransformer) else Transformer.hidden
+  return model.apply({"params": params}, batch.tokens, segments=batch.segments, method=method, **sharing, **how)
 
 
 def _head(model: Transformer, params: Any) -> ops.Head:
-  return lambda hidden: model.apply({"params": params}, hidden, method="logits")
+  return lambda hidden: apply(model, params, Transformer.logits, hidden)
 
 
 def _distance(student: jax.Array, teacher: jax.Array) -> jax.Array:
