@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ from sa_jax.sharding import (
   param_shardings,
 )
 from sa_jax.train import Batch, OptimizerConfig, make_optimizer, make_state, make_step, next_token, state_shardings
+from sa_jax.trees import Tree
 
 Kind = Literal["train", "prefill", "decode"]
 
@@ -168,7 +169,7 @@ def compile_job(job: Job) -> Fit:
     info = pltpu.get_tpu_info()
     start = time.perf_counter()
     problem: str | None = None
-    memory: Any = None
+    memory: Tree = None
     found: tuple[Collective, ...] = ()
     try:
       compiled = step.lower(*arguments).compile()
@@ -177,7 +178,7 @@ def compile_job(job: Job) -> Fit:
         raise RuntimeError(str(error)) from error
       problem = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
     else:
-      memory, found = compiled.memory_analysis(), collectives(compiled.as_text())
+      memory, found = compiled.memory_analysis(), collectives(compiled.as_text() or "")
   compute, moved = _roofline(job, arguments)
   return Fit(
     device=mesh.devices.flat[0].device_kind,
@@ -219,7 +220,7 @@ def topology_mesh(job: Job) -> Mesh:
   return Mesh(arranged, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
 
 
-def program(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+def program(job: Job, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[Tree, ...]]:
   """The job as a jitted function and the shapes of its arguments, with their shardings.
 
   Raises:
@@ -229,7 +230,7 @@ def program(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
   return make(job, mesh)
 
 
-def _train(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+def _train(job: Job, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[Tree, ...]]:
   model = Transformer(dataclasses.replace(job.config, remat="full"), job.plan)
   optimizer = make_optimizer(OptimizerConfig(), total_steps=1000)
   params = abstract_params(model)
@@ -240,7 +241,7 @@ def _train(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
   return make_step(next_token(model), optimizer, shardings=shardings), (state, None, Batch(tokens, weights))
 
 
-def _prefill(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+def _prefill(job: Job, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[Tree, ...]]:
   model = Transformer(job.config, job.plan)
   prefill = lambda params, tokens, lengths: apply(model, params, Transformer.prefill, tokens, lengths)
   outputs = (named_sharding(mesh, ("batch", "vocab")), cache_shardings(model, mesh))
@@ -248,10 +249,10 @@ def _prefill(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
   return jax.jit(prefill, out_shardings=outputs), arguments
 
 
-def _decode(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+def _decode(job: Job, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[Tree, ...]]:
   model = Transformer(job.config, job.plan)
 
-  def step(params: Any, cache: Cache, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Cache]:
+  def step(params: Tree, cache: Cache, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Cache]:
     logits, cache = apply(model, params, Transformer.step, tokens, cache, positions)
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
@@ -262,11 +263,11 @@ def _decode(job: Job, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
   return jax.jit(step, donate_argnums=1, out_shardings=(rows.sharding, shardings)), arguments
 
 
-def _layer_params(model: Transformer, mesh: Mesh) -> Any:
+def _layer_params(model: Transformer, mesh: Mesh) -> Tree:
   return _sharded(abstract_params(model, layout="layers"), param_shardings(model, mesh, layout="layers"))
 
 
-def _sharded(shapes: Any, shardings: Any) -> Any:
+def _sharded(shapes: Tree, shardings: Tree) -> Tree:
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
@@ -275,7 +276,7 @@ def _tokens(job: Job, mesh: Mesh, *axes: str) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=named_sharding(mesh, axes))
 
 
-def _roofline(job: Job, arguments: tuple[Any, ...]) -> tuple[float, float]:
+def _roofline(job: Job, arguments: tuple[Tree, ...]) -> tuple[float, float]:
   """FLOPs and bytes of one execution on one device, from `sa_jax.cost`, padding and re-reading left out."""
   counted = cost(job.config, job.plan, job.batch, job.length)
   devices = job.data * job.fsdp * job.tensor * job.sequence

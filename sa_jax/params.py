@@ -21,15 +21,15 @@ import numpy as np
 
 from sa_jax.errors import UserError
 from sa_jax.plan import Run, SharingPlan
+from sa_jax.trees import Params, Tree
 
 ANCHOR_ONLY = ("q_proj", "k_proj", "q_norm", "k_norm")
 """What an anchor's attention has and a follower's has not."""
 
-Params = Mapping[str, Any]
-Join = Callable[[Sequence[Any], tuple[int, ...]], Any]
+Join = Callable[[Sequence[Tree], tuple[int, ...]], Tree]
 
 
-def stack(params: Params, plan: SharingPlan, *, donate: bool = False, join: Join | None = None) -> dict[str, Any]:
+def stack(params: Params, plan: SharingPlan, *, donate: bool = False, join: Join | None = None) -> dict[str, Tree]:
   """Layer layout → run layout.
 
   Args:
@@ -48,7 +48,7 @@ def stack(params: Params, plan: SharingPlan, *, donate: bool = False, join: Join
   return _stack(params, plan, join or functools.partial(_join, donate=donate))
 
 
-def stack_unpruned(params: Params, plan: SharingPlan) -> dict[str, Any]:
+def stack_unpruned(params: Params, plan: SharingPlan) -> dict[str, Tree]:
   """The dense model's layer layout → the plan's run layout, with all that the plan's followers will not have.
 
   `sa_jax.nn.GradualTransformer` takes it; `prune` makes the plan's run layout of it, and `unstack` undoes it.
@@ -62,13 +62,13 @@ def stack_unpruned(params: Params, plan: SharingPlan) -> dict[str, Any]:
   return _stack(params, plan, functools.partial(_join, donate=False))
 
 
-def _stack(params: Params, plan: SharingPlan, join: Join) -> dict[str, Any]:
+def _stack(params: Params, plan: SharingPlan, join: Join) -> dict[str, Tree]:
   layers = params["layers"]
 
-  def stacked(blocks: Sequence[Any], leading: tuple[int, ...]) -> Any:
+  def stacked(blocks: Sequence[Tree], leading: tuple[int, ...]) -> Tree:
     return jax.tree.map(lambda *leaves: join(leaves, leading), *blocks, is_leaf=_is_leaf)
 
-  runs: dict[str, Any] = {}
+  runs: dict[str, Tree] = {}
   for index, run in enumerate(plan.runs):
     anchors, followers = _members(run)
     runs[str(index)] = {"anchor": stacked([layers[str(layer)] for layer in anchors], (run.groups,))}
@@ -78,12 +78,12 @@ def _stack(params: Params, plan: SharingPlan, join: Join) -> dict[str, Any]:
   return {name: value for name, value in params.items() if name != "layers"} | {"runs": runs}
 
 
-def unstack(params: Params, plan: SharingPlan, *, donate: bool = False) -> dict[str, Any]:
+def unstack(params: Params, plan: SharingPlan, *, donate: bool = False) -> dict[str, Tree]:
   """Run layout → layer layout: the inverse of `stack`, with the same arguments and errors."""
   if "runs" not in params:
     raise UserError(f"unstack takes the run layout, which has 'runs'; these parameters have {sorted(params)}")
   _check_runs(params["runs"], plan)
-  layers: dict[str, Any] = {}
+  layers: dict[str, Tree] = {}
   for index, run in enumerate(plan.runs):
     stacked = params["runs"][str(index)]
     anchors, followers = _members(run)
@@ -94,7 +94,7 @@ def unstack(params: Params, plan: SharingPlan, *, donate: bool = False) -> dict[
   return {name: value for name, value in params.items() if name != "runs"} | {"layers": ordered}
 
 
-def prune(params: Params, plan: SharingPlan) -> dict[str, Any]:
+def prune(params: Params, plan: SharingPlan) -> dict[str, Tree]:
   """Drops what the plan's followers do not have, `ANCHOR_ONLY`, and copies nothing.
 
   Args:
@@ -123,7 +123,7 @@ def prune(params: Params, plan: SharingPlan) -> dict[str, Any]:
   return dict(params) | {"layers": layers}
 
 
-def _without_own(block: Mapping[str, Any]) -> dict[str, Any]:
+def _without_own(block: Params) -> dict[str, Tree]:
   """A block's parameters without what only anchors have."""
   attention = {name: leaf for name, leaf in block["attention"].items() if name not in ANCHOR_ONLY}
   return dict(block) | {"attention": attention}
@@ -148,7 +148,7 @@ def as_runs(params: Params, plan: SharingPlan) -> Params:
   return params if "runs" in params else stack(params, plan)
 
 
-def _check_anchors(layers: Mapping[str, Any], plan: SharingPlan) -> None:
+def _check_anchors(layers: Params, plan: SharingPlan) -> None:
   if set(layers) != {str(layer) for layer in range(plan.num_layers)}:
     raise UserError(f"the parameters have {len(layers)} layers, the plan is for {plan.num_layers}")
   held = _held(layers, plan)
@@ -159,12 +159,12 @@ def _check_anchors(layers: Mapping[str, Any], plan: SharingPlan) -> None:
     )
 
 
-def _held(layers: Mapping[str, Any], plan: SharingPlan) -> list[set[str]]:
+def _held(layers: Params, plan: SharingPlan) -> list[set[str]]:
   """What each layer's attention has."""
   return [set(layers[str(layer)]["attention"]) for layer in range(plan.num_layers)]
 
 
-def _check_plan(layers: Mapping[str, Any], plan: SharingPlan) -> None:
+def _check_plan(layers: Params, plan: SharingPlan) -> None:
   _check_anchors(layers, plan)
   held = _held(layers, plan)
   if extra := [layer for layer in plan.followers if held[layer] & set(ANCHOR_ONLY)]:
@@ -174,7 +174,7 @@ def _check_plan(layers: Mapping[str, Any], plan: SharingPlan) -> None:
     )
 
 
-def _check_runs(runs: Mapping[str, Any], plan: SharingPlan) -> None:
+def _check_runs(runs: Params, plan: SharingPlan) -> None:
   if set(runs) != {str(index) for index in range(len(plan.runs))}:
     raise UserError(f"the parameters have runs {sorted(runs)}, the plan '{plan}' has {len(plan.runs)}")
   errors = []
@@ -198,11 +198,11 @@ def _members(run: Run) -> tuple[list[int], list[int]]:
   return list(run.layers)[::size], [layer for layer in run.layers if (layer - run.start) % size]
 
 
-def _is_leaf(node: Any) -> bool:
+def _is_leaf(node: Tree) -> bool:
   return not isinstance(node, Mapping)
 
 
-def _join(leaves: Sequence[Any], leading: tuple[int, ...], donate: bool) -> Any:
+def _join(leaves: Sequence[Tree], leading: tuple[int, ...], donate: bool) -> Tree:
   """Stacks arrays and gives the new first axis the shape ``leading``."""
   first = leaves[0]
   shape = (*leading, *first.shape)
@@ -218,7 +218,7 @@ def _join(leaves: Sequence[Any], leading: tuple[int, ...], donate: bool) -> Any:
   return stacked
 
 
-def _unstack_into(layers: dict[str, Any], stacked: Any, numbers: Sequence[int], axes: int, donate: bool) -> None:
+def _unstack_into(layers: dict[str, Tree], stacked: Any, numbers: Sequence[int], axes: int, donate: bool) -> None:
   """Splits the leading ``axes`` of every leaf over the layers with these numbers."""
   leaves, structure = jax.tree.flatten(stacked)
   columns = [_split(leaf, axes, donate) for leaf in leaves]
@@ -226,7 +226,7 @@ def _unstack_into(layers: dict[str, Any], stacked: Any, numbers: Sequence[int], 
     layers[str(layer)] = jax.tree.unflatten(structure, [column[position] for column in columns])
 
 
-def _split(leaf: Any, axes: int, donate: bool) -> list[Any]:
+def _split(leaf: Any, axes: int, donate: bool) -> list[Tree]:
   indices = list(np.ndindex(leaf.shape[:axes]))
   if isinstance(leaf, jax.ShapeDtypeStruct):
     return [jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype)] * len(indices)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sa_jax.errors import UserError
 from sa_jax.nn import Cache, Transformer
+from sa_jax.trees import Tree
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
@@ -110,7 +111,7 @@ def cache_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES
   return jax.tree.map(lambda _: sharding, jax.eval_shape(lambda: Cache.empty(model.config, model.plan, 1, 1)))
 
 
-def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any) -> Any:
+def optimizer_shardings(optimizer: optax.GradientTransformation, params: Tree, shardings: Tree) -> Tree:
   """A `NamedSharding` for every array of an optimiser's state: like its parameter, or else a copy on every device.
 
   Args:
@@ -129,7 +130,7 @@ def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, sh
   )
 
 
-def param_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES, *, layout: str = "runs") -> Any:
+def param_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES, *, layout: str = "runs") -> Tree:
   """A `NamedSharding` for every parameter, from the logical axes that the modules declare.
 
   Args:
@@ -147,7 +148,7 @@ def param_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES
   return tree_shardings(abstract_params(model, layout=layout, boxed=True), mesh, rules)
 
 
-def tree_shardings(boxed: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
+def tree_shardings(boxed: Tree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Tree:
   """A `NamedSharding` for every leaf of a tree of boxed shapes, as from `abstract_params`; see `param_shardings`."""
   mesh_axes = dict(reversed(rules_on(mesh, rules)))  # the first rule for an axis counts, as for activations
   errors: list[str] = []
@@ -173,7 +174,7 @@ def tree_shardings(boxed: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
   return shardings
 
 
-def abstract_params(model: Transformer, *, layout: str = "runs", boxed: bool = False) -> Any:
+def abstract_params(model: Transformer, *, layout: str = "runs", boxed: bool = False) -> Tree:
   """The parameters' shapes and dtypes, without computing anything.
 
   Args:
@@ -182,7 +183,7 @@ def abstract_params(model: Transformer, *, layout: str = "runs", boxed: bool = F
     boxed: whether leaves carry their logical axes (`flax.linen.LogicallyPartitioned`).
   """
 
-  def init(key: jax.Array) -> Any:
+  def init(key: jax.Array) -> Tree:
     return model.init(key, jnp.zeros((1, 1), jnp.int32), method="init_layers" if layout == "layers" else None)
 
   tree = jax.eval_shape(init, jax.random.key(0))["params"]

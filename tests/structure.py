@@ -8,8 +8,8 @@
   parameters is a reference to an array. A kernel is a function whose name ends in ``_kernel``.
 * How often ``Any`` stands in the code, its imports left out.
 * Circles of imports between modules, those inside functions included.
-* Imports against the order of layers: errors and trees, then `ops`, then plan and config, then `nn`, then everything else, then
-  what a user sees: `cli` and the names of `sa_jax` itself.
+* Imports against the order of layers: errors and trees, then `ops`, then plan and config, then `nn`, then everything
+  else, then what a user sees: `cli` and the names of `sa_jax` itself.
 * Modules of more than 400 lines.
 """
 

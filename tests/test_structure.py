@@ -15,9 +15,9 @@ CEILINGS = {
   "depth: train step": 22,
   "functions of 7 or more parameters": 29,
   "kernels of 7 or more parameters": 5,
-  "Any": 464,
-  "import circles": 2,
-  "upward imports": 1,
+  "Any": 320,
+  "import circles": 1,
+  "upward imports": 0,
   "modules over 400 lines": 0,
 }
 """Lower one when the number falls; to raise one is to say why."""

@@ -8,12 +8,13 @@ A map that permutes whole KV groups is folded into W_V and W_O and is free at ru
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from sa_jax import ops
 from sa_jax.analysis import walk
@@ -26,6 +27,7 @@ from sa_jax.nn.transformer import check_tokens
 from sa_jax.nn.typed import apply
 from sa_jax.params import prune, stack
 from sa_jax.plan import HeadMap, SharingPlan
+from sa_jax.trees import Params
 
 Kind = Literal["group", "permutation", "free"]
 KINDS: tuple[Kind, ...] = ("group", "permutation", "free")
@@ -201,16 +203,16 @@ class Aligned(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _loss(config: ModelConfig, params: Mapping[str, Any], tokens: jax.Array, plan: PlanArrays) -> jax.Array:
+def _loss(config: ModelConfig, params: Params, tokens: jax.Array, plan: PlanArrays) -> jax.Array:
   logits = apply(PlannedTransformer(config), params, PlannedTransformer.__call__, tokens, plan)
   return -ops.token_log_likelihoods(logits[:, :-1], tokens[:, 1:]).mean()
 
 
 def align(
   model: Transformer,
-  params: Mapping[str, Any],
+  params: Params,
   plan: SharingPlan,
-  tokens: Any,
+  tokens: ArrayLike,
   *,
   kinds: tuple[Kind, ...] = KINDS,
   chunk: int = 4,
@@ -272,7 +274,7 @@ def is_foldable(head_map: HeadMap, num_kv_heads: int) -> bool:
   return sorted(head_map) == list(range(len(head_map))) and bool((groups == groups[:, :1]).all())
 
 
-def fold(config: ModelConfig, params: Mapping[str, Any], plan: SharingPlan) -> tuple[dict[str, Any], SharingPlan]:
+def fold(config: ModelConfig, params: Params, plan: SharingPlan) -> tuple[Params, SharingPlan]:
   """Reorders the W_V and W_O of followers whose map can be folded, and takes those maps out of the plan.
 
   Args:
@@ -305,9 +307,7 @@ def fold(config: ModelConfig, params: Mapping[str, Any], plan: SharingPlan) -> t
   return dict(params) | {"layers": layers}, plan.with_head_maps(left)
 
 
-def shared_model(
-  config: ModelConfig, params: Mapping[str, Any], plan: SharingPlan
-) -> tuple[Transformer, dict[str, Any]]:
+def shared_model(config: ModelConfig, params: Params, plan: SharingPlan) -> tuple[Transformer, Params]:
   """An ordinary model of a plan from dense parameters: foldable maps folded, followers' queries and keys dropped."""
   params, plan = fold(config, params, plan)
   return Transformer(config, plan), prune(params, plan)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from sa_jax.errors import UserError
 from sa_jax.nn import PlanArrays, PlannedBlock, Transformer
 from sa_jax.nn.transformer import check_plan, check_tokens
 from sa_jax.plan import HeadMap, SharingPlan
+from sa_jax.trees import Params
 
 Progress = Callable[[int, int], None]
 
@@ -80,7 +81,7 @@ class Judge:
   def __init__(
     self,
     model: Transformer,
-    params: Mapping[str, Any],
+    params: Params,
     texts: Sequence[Text],
     how: Refit | None,
     *,
@@ -262,7 +263,7 @@ class Judge:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _head_gradient(config: ModelConfig, params: Mapping[str, Any], x: jax.Array, tokens: jax.Array) -> jax.Array:
+def _head_gradient(config: ModelConfig, params: Params, x: jax.Array, tokens: jax.Array) -> jax.Array:
   """Gradient of the summed loss with respect to the last block's output."""
   return jax.grad(lambda x: walk.row_losses(config, params, x, tokens).sum() * (tokens.shape[1] - 1))(x)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from sa_jax.errors import UserError
 from sa_jax.plan import SharingPlan
+from sa_jax.trees import Params
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -70,7 +71,7 @@ def similarity_map(
   figure.savefig(path)
 
 
-def similarity_animation(similarities: Mapping[str, Any], path: Path) -> None:
+def similarity_animation(similarities: Params, path: Path) -> None:
   """Draws the similarity maps of several checkpoints as one animated GIF.
 
   Args:

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from sa_jax.analysis import walk
 from sa_jax.analysis.align import can_map_by_refit, map_by_refit, shared_model, with_map
@@ -29,8 +30,10 @@ from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
 from sa_jax.nn import PlanArrays, PlannedBlock, Transformer
+from sa_jax.nn.state import State
 from sa_jax.nn.transformer import check_plan, check_tokens
 from sa_jax.plan import SharingPlan
+from sa_jax.trees import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +106,7 @@ def _head_sums(config: ModelConfig, block: Block, chunk: Chunk, y: jax.Array, he
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _attend(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) -> tuple[jax.Array, Any]:
+def _attend(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) -> tuple[jax.Array, State]:
   """The block's input with its attention added, and the state it carries on."""
   state = walk.call(config, block, PlannedBlock.state, chunk.x, chunk.state, layer)
   heads = walk.call(config, block, PlannedBlock.heads, chunk.x, state, layer.head_map)
@@ -254,15 +257,15 @@ class Refitted(NamedTuple):
   """
 
   model: Transformer
-  params: dict[str, Any]
+  params: Params
   reports: list[Report]
 
 
 def refit(
   model: Transformer,
-  params: Mapping[str, Any],
+  params: Params,
   plan: SharingPlan,
-  tokens: Any,
+  tokens: ArrayLike,
   how: Refit | None = None,
   *,
   chunk: int = 4,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +17,7 @@ from sa_jax.errors import UserError
 from sa_jax.evaluation import Perplexity, perplexity
 from sa_jax.nn import Transformer
 from sa_jax.params import as_runs
+from sa_jax.trees import Params
 
 Strategy = Literal["dp", "greedy", "beam", "spans"]
 Stage = Callable[[str], Callable[[int, int], None]]
@@ -102,7 +103,7 @@ class Shared(NamedTuple):
   """
 
   model: Transformer
-  params: dict[str, Any]
+  params: Params
   dense: dict[str, Perplexity]
   shared: dict[str, Perplexity]
   reports: list[Report]
@@ -110,7 +111,7 @@ class Shared(NamedTuple):
 
 def share(
   model: Transformer,
-  params: Mapping[str, Any],
+  params: Params,
   texts: Sequence[Text],
   followers: int,
   *,

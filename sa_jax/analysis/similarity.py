@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import entr
+from numpy.typing import ArrayLike
 
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
@@ -22,6 +23,7 @@ from sa_jax.nn.state import QueryKey, State
 from sa_jax.nn.transformer import check_tokens
 from sa_jax.nn.typed import apply
 from sa_jax.params import as_layers
+from sa_jax.trees import Params
 
 
 class Similarity(NamedTuple):
@@ -53,8 +55,8 @@ class Similarity(NamedTuple):
 
 def layer_similarity(
   model: Transformer,
-  params: Mapping[str, Any],
-  tokens: Any,
+  params: Params,
+  tokens: ArrayLike,
   *,
   top_k: int = 8,
   block: int = 64,
@@ -108,7 +110,7 @@ class _Sums(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _states(model: Transformer, layers: Mapping[str, Any], tokens: jax.Array) -> tuple[State, ...]:
+def _states(model: Transformer, layers: Params, tokens: jax.Array) -> tuple[State, ...]:
   return apply(model, layers, Transformer.states, tokens)
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Callable
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from sa_jax.nn import PlanArrays, PlannedBlock, PlannedTransformer
 from sa_jax.nn.planned import empty_state
 from sa_jax.nn.state import State
 from sa_jax.nn.typed import apply
-from sa_jax.trees import Params
+from sa_jax.trees import Params, Tree
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -62,7 +62,7 @@ class Targets(NamedTuple):
   state: State
 
 
-def walking(config: ModelConfig, params: Mapping[str, Any]) -> ModelConfig:
+def walking(config: ModelConfig, params: Params) -> ModelConfig:
   """The config to walk with, once the parameters are known to be in the layer layout, with every layer's W_Q and W_K.
 
   Raises:
@@ -82,22 +82,20 @@ def walking(config: ModelConfig, params: Mapping[str, Any]) -> ModelConfig:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _embed(config: ModelConfig, params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
+def _embed(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
   return apply(PlannedTransformer(config), params, PlannedTransformer.embedded, tokens)
 
 
-Keep = Callable[[Any], Any]
+Keep = Callable[[Tree], Tree]
 """Where a chunk's arrays wait until they are needed again: `on_device`, or `jax.device_get` for the host's memory."""
 
 
-def on_device(chunk: Any) -> Any:
+def on_device(chunk: Tree) -> Tree:
   """Keeps a chunk's arrays where they are."""
   return chunk
 
 
-def start(
-  config: ModelConfig, params: Mapping[str, Any], tokens: np.ndarray, chunk: int, keep: Keep = on_device
-) -> Stream:
+def start(config: ModelConfig, params: Params, tokens: np.ndarray, chunk: int, keep: Keep = on_device) -> Stream:
   """The stream before layer 0, of int ``[rows, T]`` tokens in chunks of rows."""
   outside = {name: value for name, value in params.items() if name != "layers"}
   return tuple(
@@ -134,13 +132,13 @@ def dense_layer(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArra
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def row_losses(config: ModelConfig, params: Mapping[str, Any], x: jax.Array, tokens: jax.Array) -> jax.Array:
+def row_losses(config: ModelConfig, params: Params, x: jax.Array, tokens: jax.Array) -> jax.Array:
   """Mean negative log-likelihood of each row's tokens after its first, ``[B]``, from the last block's output."""
   logits = apply(PlannedTransformer(config), params, PlannedTransformer.read, x)
   return -ops.token_log_likelihoods(logits[:, :-1], tokens[:, 1:]).mean(axis=-1)
 
 
-def losses(config: ModelConfig, params: Mapping[str, Any], stream: Stream, tokens: np.ndarray) -> np.ndarray:
+def losses(config: ModelConfig, params: Params, stream: Stream, tokens: np.ndarray) -> np.ndarray:
   """`row_losses` of a stream after the last layer: float64 ``[rows]``."""
   outside = {name: value for name, value in params.items() if name != "layers"}
   out, done = [], 0
@@ -152,7 +150,7 @@ def losses(config: ModelConfig, params: Mapping[str, Any], stream: Stream, token
 
 
 def dense_trace(
-  config: ModelConfig, params: Mapping[str, Any], stream: Stream, report: Callable[[int, int], None] | None = None
+  config: ModelConfig, params: Params, stream: Stream, report: Callable[[int, int], None] | None = None
 ) -> list[tuple[Targets, ...]]:
   """What the dense model computes in every layer, for every chunk. Holds ``L`` layers of the text's activations."""
   trace = []

@@ -40,6 +40,7 @@ from sa_jax.train import (
   next_token,
   state_shardings,
 )
+from sa_jax.trees import Tree
 
 
 def mesh_of(task: Task) -> Mesh | None:
@@ -52,7 +53,7 @@ def mesh_of(task: Task) -> Mesh | None:
   return make_mesh(**task.mesh, devices=jax.devices()[:count]) if count > 1 else None
 
 
-def random_tree(tree: Any, shardings: Any = None) -> Any:
+def random_tree(tree: Tree, shardings: Tree = None) -> Tree:
   """Normal values of standard deviation 0.02 in the shapes and dtypes of a tree, each device making its own part."""
   leaves, structure = jax.tree.flatten(tree)
   places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
@@ -182,7 +183,7 @@ def _stack_of_layers(task: Task, gradient: bool) -> Result:
 
   read = lambda params, x: apply(layers, params["params"], Runs.__call__, x, None)
 
-  def loss(params: Any, x: jax.Array) -> jax.Array:
+  def loss(params: Tree, x: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(read(params, x).astype(jnp.float32)))
 
   program = jax.jit(jax.grad(loss, argnums=(0, 1)) if gradient else read)

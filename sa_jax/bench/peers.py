@@ -14,6 +14,7 @@ from sa_jax.config import ModelConfig
 from sa_jax.costs import cost
 from sa_jax.errors import UserError
 from sa_jax.formats import hf_config
+from sa_jax.trees import Tree
 
 
 def _build(task: Task, head: bool, dtype: str = "bfloat16") -> tuple[Any, ModelConfig]:
@@ -63,7 +64,7 @@ def decode(task: Task) -> Result:
   # transformers renamed it in 5.24.
   name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
-  def step(token: Any, position: Any) -> Any:
+  def step(token: Any, position: Any) -> Tree:
     out = model(token, position_ids=position, use_cache=True, **{name: cache})
     return out.logits[:, -1:].argmax(-1)
 

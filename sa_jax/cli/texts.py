@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sa_jax.cli.common import progress, read_text
 from sa_jax.errors import UserError
+from sa_jax.trees import Params
 
 if TYPE_CHECKING:
   from sa_jax import Transformer
@@ -83,7 +84,7 @@ def split_texts(model: Path, files: Sequence[Path], length: int, calibration: in
   return [Text(name, each[:calibration], each[calibration:]) for name, each in zip(names, rows, strict=True)]
 
 
-def save(path: Path, source: Path, model: Transformer, params: dict[str, Any], dtype: str) -> None:
+def save(path: Path, source: Path, model: Transformer, params: Params, dtype: str) -> None:
   """Writes a checkpoint in a dtype, with the source's tokenizer and what else travels with a model.
 
   Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from sa_jax.evaluation.scoring import Scorer, part, together
 from sa_jax.formats.tokenizer import Tokenizer
 from sa_jax.nn import Transformer
 from sa_jax.params import as_layers
+from sa_jax.trees import Params
 
 _ENCODED_AT_ONCE = 4096
 """Texts: enough for all threads of the tokenizer."""
@@ -43,7 +44,7 @@ class SharedAttentionLM(TemplateLM):
   def __init__(
     self,
     model: Transformer,
-    params: Mapping[str, Any],
+    params: Params,
     tokenizer: Tokenizer,
     *,
     name: str = "sa_jax",

@@ -6,18 +6,20 @@ import collections
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from sa_jax import ops
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_tokens
 from sa_jax.nn.typed import apply
+from sa_jax.trees import Params
 
 
 class Perplexity(NamedTuple):
@@ -58,7 +60,7 @@ def rows_of(tokens: Sequence[int], length: int, rows: int | None = None) -> np.n
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _log_likelihood(model: Transformer, params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
+def _log_likelihood(model: Transformer, params: Params, tokens: jax.Array) -> jax.Array:
   """Summed log-likelihood of each row's tokens after the first, float32 ``[B]``."""
   logits = apply(model, params, Transformer.__call__, tokens)
   return ops.token_log_likelihoods(logits[:, :-1], tokens[:, 1:]).sum(axis=-1)
@@ -66,8 +68,8 @@ def _log_likelihood(model: Transformer, params: Mapping[str, Any], tokens: jax.A
 
 def perplexity(
   model: Transformer,
-  params: Mapping[str, Any],
-  tokens: Any,
+  params: Params,
+  tokens: ArrayLike,
   *,
   batch_size: int = 1,
   progress: Callable[[int, int], None] | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -20,6 +20,7 @@ from sa_jax.evaluation.prefixes import Family, Row, bucket, families, rows_of_re
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.typed import apply
 from sa_jax.params import as_layers
+from sa_jax.trees import Params
 
 _LOG = logging.getLogger("sa_jax")
 _T = TypeVar("_T")
@@ -48,14 +49,14 @@ class Scored(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _read(model: Transformer, params: Mapping[str, Any], tokens: jax.Array, lengths: jax.Array) -> Cache:
+def _read(model: Transformer, params: Params, tokens: jax.Array, lengths: jax.Array) -> Cache:
   """The cache of right-padded rows ``[B, T]``."""
   _LOG.info("compiling the cache of %s × %s tokens", *tokens.shape)
   return apply(model, params, Transformer.prefill, tokens, lengths)[1]
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _hidden(model: Transformer, params: Mapping[str, Any], tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+def _hidden(model: Transformer, params: Params, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
   """What the head reads ``[B, T, D]`` in right-padded rows."""
   _LOG.info("compiling the scores of %s × %s tokens", *tokens.shape)
   return apply(model, params, Transformer.hidden, tokens, lengths)
@@ -64,7 +65,7 @@ def _hidden(model: Transformer, params: Mapping[str, Any], tokens: jax.Array, le
 @functools.partial(jax.jit, static_argnames="model")
 def _hidden_after(
   model: Transformer,
-  params: Mapping[str, Any],
+  params: Params,
   cache: Cache,
   owners: jax.Array,
   starts: jax.Array,
@@ -80,7 +81,7 @@ def _hidden_after(
 
 @functools.partial(jax.jit, static_argnames="model")
 def _scores(
-  model: Transformer, params: Mapping[str, Any], hidden: jax.Array, places: jax.Array, targets: jax.Array
+  model: Transformer, params: Params, hidden: jax.Array, places: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Log-likelihoods ``[M]`` of targets at places among the B × T positions, and whether each is the likeliest token."""
 
@@ -133,7 +134,7 @@ class Scorer:
     batch_tokens: tokens in a batch, padding and the cached ones that its rows see included; memory is of this order.
   """
 
-  def __init__(self, model: Transformer, params: Mapping[str, Any], *, batch_tokens: int = 4096):
+  def __init__(self, model: Transformer, params: Params, *, batch_tokens: int = 4096):
     if batch_tokens < 1:
       raise UserError(f"batch_tokens must be at least 1, not {batch_tokens}")
     self.batch_tokens = batch_tokens

@@ -13,6 +13,7 @@ from typing import Any, Self
 import jax
 
 from sa_jax.errors import UserError
+from sa_jax.trees import Tree
 
 _logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Checkpoints:
     """The step of the newest whole checkpoint, or None."""
     return self._manager.latest_step()
 
-  def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
+  def restore(self, like: Tree) -> tuple[Any, dict[str, Any]]:
     """The newest checkpoint.
 
     Args:
@@ -81,7 +82,7 @@ class Checkpoints:
       )
     return read.state, read.extra
 
-  def save(self, step: int, state: Any, extra: dict[str, Any]) -> None:
+  def save(self, step: int, state: Tree, extra: dict[str, Any]) -> None:
     """Starts to write a checkpoint, if there is none of that step; the state may be donated as soon as this returns.
 
     Raises:
@@ -124,6 +125,6 @@ class Checkpoints:
       raise UserError(f"the checkpoint {what} in {self._folder}: {reason}; {last}") from error
 
 
-def abstract(tree: Any) -> Any:
+def abstract(tree: Tree) -> Tree:
   """A tree of arrays as `jax.ShapeDtypeStruct`s with their shardings."""
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)

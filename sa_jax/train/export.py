@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,9 +13,10 @@ from sa_jax.formats.checkpoint import save_checkpoint
 from sa_jax.nn import Transformer
 from sa_jax.params import as_layers
 from sa_jax.train.distributed import wait_for_all
+from sa_jax.trees import Tree
 
 
-def export(path: Path, model: Transformer, params: Any, dtype: str, save_extras: Callable[[Path], None]) -> None:
+def export(path: Path, model: Transformer, params: Tree, dtype: str, save_extras: Callable[[Path], None]) -> None:
   """Writes a checkpoint that `sa_jax.from_pretrained` opens.
 
   All hosts take part in gathering the parameters, the first one writes.

@@ -24,6 +24,7 @@ from sa_jax.train.gradual import rising
 from sa_jax.train.lora import abstract_adapters, adapted, init_adapters, merge
 from sa_jax.train.objective import distill, next_token
 from sa_jax.train.step import Objective
+from sa_jax.trees import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +41,13 @@ class Learner:
     finish: trained and frozen parameters → those of the model, in the run layout.
   """
 
-  start: Callable[[], Any]
-  abstract: Any
-  shardings: Any
+  start: Callable[[], Tree]
+  abstract: Tree
+  shardings: Tree
   frozen: dict[str, Any]
   objective: Objective
   judge: Objective
-  finish: Callable[[Any, Any], Any]
+  finish: Callable[[Tree, Tree], Tree]
 
 
 def model_of(config: TrainConfig, tokenizer: Tokenizer) -> Transformer:
@@ -127,7 +128,7 @@ def _of_part(objective: Objective, name: str) -> Objective:
   return lambda params, frozen, batch, step: objective(params, frozen[name], batch, step)
 
 
-def _start(config: TrainConfig, student: Transformer, mesh: Mesh, shardings: Any) -> Any:
+def _start(config: TrainConfig, student: Transformer, mesh: Mesh, shardings: Tree) -> Tree:
   """The checkpoint's parameters, or random ones, in float32 and the run layout, each made where it belongs."""
   if config.model is None:
     tokens = jnp.zeros((1, 1), jnp.int32)
@@ -138,7 +139,7 @@ def _start(config: TrainConfig, student: Transformer, mesh: Mesh, shardings: Any
   return from_pretrained(config.model, student.plan, "float32", mesh)[1]
 
 
-def _base(config: TrainConfig, student: Transformer, mesh: Mesh, teacher: Any) -> Any:
+def _base(config: TrainConfig, student: Transformer, mesh: Mesh, teacher: Tree) -> Tree:
   """What adapters adapt, in the dtype of computation; the teacher's arrays, where the two have one origin."""
   gradual = isinstance(student, GradualTransformer)
   if teacher is not None and config.teacher in (None, config.model):
@@ -148,7 +149,7 @@ def _base(config: TrainConfig, student: Transformer, mesh: Mesh, teacher: Any) -
   return from_pretrained(config.model or "", student.plan, config.dtype, mesh)[1]
 
 
-def _unpruned(path: Path | None, model: Transformer, dtype: str, mesh: Mesh) -> Any:
+def _unpruned(path: Path | None, model: Transformer, dtype: str, mesh: Mesh) -> Tree:
   """The dense parameters of a checkpoint, stacked by the model's plan."""
   layers = from_pretrained(path or "", "dense", dtype, mesh, layout="layers")[1]
   return jax.device_put(stack_unpruned(layers, model.plan), param_shardings(model, mesh))

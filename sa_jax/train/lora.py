@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.sharding import abstract_params
+from sa_jax.train.batch import Batch
 from sa_jax.train.step import Objective
+from sa_jax.trees import Tree
 
 # How many axes of a projection's kernel are inputs.
 _INPUT_AXES = {"q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 2, "gate_proj": 1, "up_proj": 1, "down_proj": 1}
@@ -55,10 +57,10 @@ class LoraConfig:
     return self.alpha / self.rank
 
 
-def abstract_adapters(model: Transformer, config: LoraConfig, *, layout: str = "runs", boxed: bool = False) -> Any:
+def abstract_adapters(model: Transformer, config: LoraConfig, *, layout: str = "runs", boxed: bool = False) -> Tree:
   """The adapters' shapes, float32; with their logical axes if ``boxed``, as `sa_jax.sharding.tree_shardings` takes."""
 
-  def of(node: Any) -> Any:
+  def of(node: Tree) -> Tree:
     found = {}
     for name, child in node.items():
       if name in config.targets:
@@ -71,7 +73,7 @@ def abstract_adapters(model: Transformer, config: LoraConfig, *, layout: str = "
   return tree if boxed else nn.unbox(tree)
 
 
-def init_adapters(model: Transformer, config: LoraConfig, key: jax.Array, *, layout: str = "runs") -> Any:
+def init_adapters(model: Transformer, config: LoraConfig, key: jax.Array, *, layout: str = "runs") -> Tree:
   """Adapters that change nothing yet: A random, B zero."""
   leaves, structure = jax.tree_util.tree_flatten_with_path(abstract_adapters(model, config, layout=layout, boxed=False))
 
@@ -85,17 +87,17 @@ def init_adapters(model: Transformer, config: LoraConfig, key: jax.Array, *, lay
   return jax.tree.unflatten(structure, [init(path, leaf, key) for (path, leaf), key in zip(leaves, keys, strict=True)])
 
 
-def attach(params: Any, adapters: Any, config: LoraConfig) -> Any:
+def attach(params: Tree, adapters: Tree, config: LoraConfig) -> Tree:
   """Parameters that apply the adapters, from frozen ones and theirs. It copies nothing of the former."""
   if "lora_a" in adapters:
     return {**params, "lora_a": adapters["lora_a"], "lora_b": config.scale * adapters["lora_b"]}
   return {**params, **{name: attach(params[name], child, config) for name, child in adapters.items()}}
 
 
-def merge(params: Any, adapters: Any, config: LoraConfig) -> Any:
+def merge(params: Tree, adapters: Tree, config: LoraConfig) -> Tree:
   """Parameters of the plain model, ``W + (alpha / rank) A B`` in W's dtype, in the layout of both; for export."""
 
-  def merged(params: Any, adapters: Any, name: str) -> Any:
+  def merged(params: Tree, adapters: Tree, name: str) -> Tree:
     if "lora_a" in adapters:
       return {**params, "kernel": _merged(params["kernel"], adapters, _INPUT_AXES[name], config.scale)}
     return {**params, **{name: merged(params[name], child, name) for name, child in adapters.items()}}
@@ -103,7 +105,7 @@ def merge(params: Any, adapters: Any, config: LoraConfig) -> Any:
   return merged(params, adapters, "")
 
 
-def adapted(objective: Objective, config: LoraConfig, base: Any = lambda frozen: frozen) -> Objective:
+def adapted(objective: Objective, config: LoraConfig, base: Tree = lambda frozen: frozen) -> Objective:
   """The objective as one of adapters.
 
   Args:
@@ -112,7 +114,7 @@ def adapted(objective: Objective, config: LoraConfig, base: Any = lambda frozen:
     base: from what is frozen to the model's frozen parameters; all of it as it is by default.
   """
 
-  def of_adapters(params: Any, frozen: Any, batch: Any, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def of_adapters(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> tuple[jax.Array, jax.Array]:
     return objective(attach(base(frozen), params, config), frozen, batch, step)
 
   return of_adapters
@@ -130,7 +132,7 @@ def _pair(kernel: nn.LogicallyPartitioned, inputs: int, rank: int) -> dict[str, 
   }
 
 
-def _merged(kernel: jax.Array, adapters: Any, inputs: int, scale: float) -> jax.Array:
+def _merged(kernel: jax.Array, adapters: Tree, inputs: int, scale: float) -> jax.Array:
   a, b = (jnp.asarray(adapters[name], jnp.float32) for name in ("lora_a", "lora_b"))
   stacked = a.ndim - inputs - 1
   flat = lambda x, axes: x.reshape(*x.shape[:stacked], *axes)

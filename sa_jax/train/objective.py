@@ -14,6 +14,7 @@ from sa_jax.nn import BLOCK_OUTPUTS, GradualTransformer, Transformer
 from sa_jax.nn.typed import apply
 from sa_jax.train.batch import Batch
 from sa_jax.train.step import Objective
+from sa_jax.trees import Tree
 
 Share = Callable[[jax.Array], jax.Array]
 """From the step, how much followers share with their anchors: `sa_jax.train.rising`."""
@@ -28,7 +29,7 @@ def next_token(model: Transformer, *, z_loss: float = 0.0, share: Share | None =
     share: of a `sa_jax.nn.GradualTransformer`; it shares fully when None.
   """
 
-  def objective(params: Any, frozen: Any, batch: Batch, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def objective(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> tuple[jax.Array, jax.Array]:
     del frozen
     hidden = _hidden(model, params, batch, {} if share is None else {"share": share(step)})
     return ops.next_token_loss(_head(model, params), hidden, batch.tokens, batch.weights, z_loss=z_loss)
@@ -68,7 +69,7 @@ def distill(
     raise UserError("to compare blocks, the teacher has to be a GradualTransformer of the student's plan")
   as_dense = {"share": 0.0} if isinstance(teacher, GradualTransformer) else {}
 
-  def objective(params: Any, frozen: Any, batch: Batch, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def objective(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> tuple[jax.Array, jax.Array]:
     sharing = {} if share is None else {"share": share(step)}
     kept = [BLOCK_OUTPUTS] if hidden_weight else []
     hidden, outputs = _hidden(student, params, batch, sharing, mutable=kept)
@@ -87,13 +88,13 @@ def distill(
   return objective
 
 
-def _hidden(model: Transformer, params: Any, batch: Batch, sharing: dict[str, Any], **how: Any) -> Any:
+def _hidden(model: Transformer, params: Tree, batch: Batch, sharing: dict[str, Any], **how: Any) -> Tree:
   """What the head reads, and what ``apply`` returns besides."""
   method = GradualTransformer.hidden if isinstance(model, GradualTransformer) else Transformer.hidden
   return model.apply({"params": params}, batch.tokens, segments=batch.segments, method=method, **sharing, **how)
 
 
-def _head(model: Transformer, params: Any) -> ops.Head:
+def _head(model: Transformer, params: Tree) -> ops.Head:
   return lambda hidden: apply(model, params, Transformer.logits, hidden)
 
 

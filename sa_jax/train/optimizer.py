@@ -9,6 +9,7 @@ import jax
 import optax
 
 from sa_jax.errors import UserError
+from sa_jax.trees import Tree
 
 # Norms' scales and biases: decaying them towards zero has no meaning.
 _UNDECAYED = ("scale", "bias")
@@ -99,7 +100,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
   return adamw if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
 
-def decayed(params: Any) -> Any:
+def decayed(params: Tree) -> Tree:
   """A tree like the parameters: whether each is subject to weight decay."""
 
   def is_decayed(path: Any, _: Any) -> bool:

@@ -7,7 +7,6 @@ import datetime
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +16,7 @@ from sa_jax.errors import UserError
 from sa_jax.formats import Tokenizer, load_tokenizer
 from sa_jax.nn import Transformer
 from sa_jax.sharding import make_mesh, named_sharding
+from sa_jax.train.batch import Batch
 from sa_jax.train.config import MeshConfig, TrainConfig
 from sa_jax.train.data import Report, Rows, byte_tokenizer, host_rows, make_rows, open_corpus
 from sa_jax.train.distributed import wait_for_all
@@ -24,6 +24,7 @@ from sa_jax.train.export import export
 from sa_jax.train.learner import make_learner, model_of
 from sa_jax.train.optimizer import make_optimizer
 from sa_jax.train.step import Metrics, TrainState, make_eval, make_state, make_step, state_shardings
+from sa_jax.trees import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +50,12 @@ class Run:
   eval_rows: Rows | None
   mine: list[int]
   batch_sharding: NamedSharding
-  frozen: Any
-  step: Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
-  evaluate: Callable[[Any, Any, Any], tuple[jax.Array, jax.Array]]
+  frozen: Tree
+  step: Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics]]
+  evaluate: Callable[[Tree, Tree, Batch], tuple[jax.Array, jax.Array]]
   make_state: Callable[[], TrainState]
   abstract_state: Callable[[], TrainState]
-  export: Callable[[Any, Path], None]
+  export: Callable[[Tree, Path], None]
 
 
 def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None) -> Run:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sa_jax.errors import UserError
 from sa_jax.sharding import DEFAULT_RULES, Rules, optimizer_shardings, traced_on
 from sa_jax.train.batch import Batch
+from sa_jax.trees import Tree
 
 
 class Objective(Protocol):
@@ -21,7 +22,7 @@ class Objective(Protocol):
   Both are sums over the batch, so that their quotient is the mean loss however the batch was cut up.
   """
 
-  def __call__(self, params: Any, frozen: Any, batch: Batch, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def __call__(self, params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Trainable and frozen parameters, a batch, int32 ``[]`` step → float32 ``[]`` sum of losses, and its weight."""
     ...
 
@@ -38,11 +39,11 @@ class TrainState:
     skipped_in_row: int32 ``[]``, how many of them just now.
   """
 
-  step: Any
-  params: Any
-  opt_state: Any
-  skipped: Any
-  skipped_in_row: Any
+  step: Tree
+  params: Tree
+  opt_state: Tree
+  skipped: Tree
+  skipped_in_row: Tree
 
 
 @struct.dataclass
@@ -64,7 +65,7 @@ class Metrics:
 
 def make_state(
   optimizer: optax.GradientTransformation,
-  params: Any,
+  params: Tree,
   shardings: TrainState | None = None,
   *,
   donate: bool = False,
@@ -78,14 +79,14 @@ def make_state(
     donate: gives the state these arrays themselves; they cannot be used afterwards.
   """
 
-  def make(params: Any) -> TrainState:
+  def make(params: Tree) -> TrainState:
     zero = jnp.int32(0)
     return TrainState(zero, jax.tree.map(jnp.copy, params), optimizer.init(_as_float32(params)), zero, zero)
 
   return jax.jit(make, out_shardings=shardings, donate_argnums=0 if donate else ())(params)
 
 
-def state_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any) -> TrainState:
+def state_shardings(optimizer: optax.GradientTransformation, params: Tree, shardings: Tree) -> TrainState:
   """A `NamedSharding` for every array of the state.
 
   Args:
@@ -122,7 +123,7 @@ def make_step(
     raise UserError(f"accumulate must be at least 1, not {accumulate}")
   mesh = None if shardings is None else shardings.step.mesh
 
-  def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+  def step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
     with traced_on(mesh, rules):
       gradients, total, weight = _gradients(objective, state, frozen, batch, accumulate)
       # A batch with nothing to predict teaches nothing, but there is nothing wrong with it.
@@ -153,7 +154,7 @@ def make_step(
 def make_eval(objective: Objective, *, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES) -> jax.stages.Wrapped:
   """The objective alone, jitted: ``(params, frozen, batch)`` → sum of losses and its weight, at step 0."""
 
-  def evaluate(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+  def evaluate(params: Tree, frozen: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
     with traced_on(mesh, rules):
       return objective(params, frozen, batch, jnp.int32(0))
 
@@ -161,11 +162,11 @@ def make_eval(objective: Objective, *, mesh: Mesh | None = None, rules: Rules = 
 
 
 def _gradients(
-  objective: Objective, state: TrainState, frozen: Any, batch: Batch, accumulate: int
-) -> tuple[Any, jax.Array, jax.Array]:
+  objective: Objective, state: TrainState, frozen: Tree, batch: Batch, accumulate: int
+) -> tuple[Tree, jax.Array, jax.Array]:
   """Float32 gradients of the sum of losses over the batch, the sum, and its weight."""
 
-  def of_part(part: Batch) -> tuple[Any, jax.Array, jax.Array]:
+  def of_part(part: Batch) -> tuple[Tree, jax.Array, jax.Array]:
     value_and_grad = jax.value_and_grad(objective, has_aux=True)
     (total, weight), gradients = value_and_grad(state.params, frozen, part, state.step)
     return _as_float32(gradients), total, weight
@@ -185,5 +186,5 @@ def _gradients(
   return jax.lax.scan(add, start, parts)[0]
 
 
-def _as_float32(tree: Any) -> Any:
+def _as_float32(tree: Tree) -> Tree:
   return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
