@@ -257,8 +257,8 @@ def test_requests_of_a_real_models_layers_equal_hflm(shallow, smollm2, tmp_path)
 
   `experiments/direct_application/against_hflm.py` does it with all layers and 50 documents of three tasks.
   """
-  import transformers
-  from lm_eval.models.huggingface import HFLM
+  transformers = pytest.importorskip("transformers")
+  HFLM = pytest.importorskip("lm_eval.models.huggingface", exc_type=ImportError).HFLM
 
   model, params = shallow
   save(tmp_path / "checkpoint", smollm2, model, params, "float32")

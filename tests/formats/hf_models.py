@@ -3,9 +3,11 @@
 import json
 
 import numpy as np
-import torch
-import transformers
-from safetensors.torch import save_file
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+save_file = pytest.importorskip("safetensors.torch").save_file
 
 SIZES = dict(
   vocab_size=96,

@@ -6,12 +6,13 @@ import resource
 import time
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from sa_jax import Tokenizer, UserError
 from sa_jax.formats import chat_template
 from sa_jax.formats.chat_template import Call, Template
 from sa_jax.train.data import byte_tokenizer
+
+PreTrainedTokenizerFast = pytest.importorskip("transformers").PreTrainedTokenizerFast
 
 CHATML = (
   "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

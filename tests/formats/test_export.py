@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-import torch
-import transformers
 from safetensors.numpy import load_file
 
 import sa_jax
 from tests.formats import hf_models
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 TOKENS = np.random.default_rng(1).integers(2, 90, (2, 20)).astype(np.int32)
 

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
 
 import sa_jax
 from tests.formats import hf_models
+
+torch = pytest.importorskip("torch")
 
 TOKENS = np.random.default_rng(0).integers(2, 90, (2, 24)).astype(np.int32)
 

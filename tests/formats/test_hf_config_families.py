@@ -1,10 +1,11 @@
 """Configs of all families: as hubs hold them, as transformers rewrites them, refused by name."""
 
 import pytest
-import transformers
 
 import sa_jax
 from tests.formats.hf_models import CONFIGS, SIZES
+
+transformers = pytest.importorskip("transformers")
 
 COMMON = {
   "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -8,10 +8,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import torch
 
 import sa_jax
 from tests.formats import hf_models
+
+torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="module")

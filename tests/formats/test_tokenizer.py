@@ -64,7 +64,7 @@ def test_what_it_was_last_called_with_is_forgotten(tokenizer, tmp_path):
   ],
 )
 def test_templates_are_rendered_as_transformers_renders_them(tokenizer, template):
-  from transformers import PreTrainedTokenizerFast
+  PreTrainedTokenizerFast = pytest.importorskip("transformers").PreTrainedTokenizerFast
 
   messages = [{"role": "user", "content": "<é> & 'x'"}, {"role": "assistant", "content": "no"}]
   theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, bos_token="<s>", chat_template=template)
@@ -73,7 +73,7 @@ def test_templates_are_rendered_as_transformers_renders_them(tokenizer, template
 
 
 def test_tokens_that_only_the_settings_list(tokenizer, tmp_path):
-  from transformers import PreTrainedTokenizerFast
+  PreTrainedTokenizerFast = pytest.importorskip("transformers").PreTrainedTokenizerFast
 
   tokenizer.save(tmp_path)
   options = {"special": True, "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}

@@ -3,12 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import sa_jax
 from sa_jax import ops
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 SCALINGS = {
   "default": {},
@@ -30,13 +30,14 @@ SCALINGS = {
 @pytest.mark.parametrize("name", SCALINGS)
 def test_scaling(name, length):
   values = {"rope_type": name.split("-")[0], "rope_theta": 50_000.0, **SCALINGS[name]}
-  theirs = LlamaConfig(
+  theirs = transformers.LlamaConfig(
     vocab_size=8, hidden_size=64, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8,
     max_position_embeddings=64, rope_parameters=values,
   )  # fmt: skip
   config = sa_jax.ModelConfig.from_hf(theirs.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "float32"})
   x = np.random.default_rng(0).normal(size=(1, length, 1, 32)).astype(np.float32)
-  cos, sin = LlamaRotaryEmbedding(theirs)(torch.zeros(1), torch.arange(length)[None])
+  rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)
+  cos, sin = rotary(torch.zeros(1), torch.arange(length)[None])
   half = torch.from_numpy(x).split(16, -1)
   expected = torch.from_numpy(x) * cos[:, :, None] + torch.cat([-half[1], half[0]], -1) * sin[:, :, None]
   frequencies = ops.rope_frequencies(config.rope, config.head_dim, length)

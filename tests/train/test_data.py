@@ -110,7 +110,7 @@ def test_documents_of_objects(tmp_path):
 
 def test_chats_as_transformers_writes_them(tmp_path):
   """Ids of the whole chat against `apply_chat_template`; the assistant's turns, with their end, are learnt."""
-  import transformers
+  transformers = pytest.importorskip("transformers")
 
   tokenizer = chat_tokenizer()
   theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, chat_template=CHATML)
@@ -174,7 +174,7 @@ def test_an_opening_that_is_another_than_what_is_asked_with(tmp_path):
 
 def test_a_template_that_marks_what_the_assistant_says(tmp_path):
   """Against the mask that transformers makes of the same template."""
-  import transformers
+  transformers = pytest.importorskip("transformers")
 
   chat = turns(("q", "r"), ("s", "naïve"))
   assert of_chats(tmp_path, MARKED, chat) == ["<user>q|<assistant>[r<e>]|<user>s|<assistant>[naïve<e>]|"]
