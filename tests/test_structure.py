@@ -16,7 +16,7 @@ CEILINGS = {
   "functions of 7 or more parameters": 29,
   "kernels of 7 or more parameters": 5,
   "Any": 320,
-  "import circles": 1,
+  "import circles": 0,
   "upward imports": 0,
   "modules over 400 lines": 0,
 }

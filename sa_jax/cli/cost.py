@@ -39,19 +39,21 @@ class CostOf:
   """Count parameters, FLOPs and cache bytes of a model, dense and under a plan."""
 
   model: tyro.conf.Positional[str]
-  """A preset (llama-2-7b, llama-2-13b, llama-3-8b, smollm2-135m), or a folder with a config.json."""
+  """A preset (llama-2-7b, llama-2-13b, llama-3-8b, smollm2-135m), a folder, a GGUF file, a checkpoint or a hub id."""
   plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None
-  """Which layers share, such as 22:23-26; None for the folder's own plan, dense for a preset."""
+  """Which layers share, such as 22:23-26; None for the model's own plan, dense for a preset."""
   batch: int = 1
   """Rows."""
   seq_len: int = 4096
   """Tokens a row."""
+  revision: str | None = None
+  """Of a hub id: a branch, tag or commit."""
   json: Path | None = None
   """Also write the numbers to this file."""
 
   def run(self) -> None:
     """Prints the table."""
-    config, own = model_of(self.model)
+    config, own = model_of(self.model, self.revision)
     plan = own if self.plan is None else as_plan(self.plan, config.num_layers)
     dense, shared = cost(config, None, self.batch, self.seq_len), cost(config, plan, self.batch, self.seq_len)
     title = f"{self.model}, {self.batch} × {self.seq_len} tokens, {config.dtype}"
@@ -59,19 +61,18 @@ class CostOf:
     write_json(self.json, {"model": self.model, "plan": str(plan), "dense": dense, "shared": shared})
 
 
-def model_of(model: str) -> tuple[ModelConfig, SharingPlan]:
-  """The config of a preset or of a folder with a ``config.json``, and its plan, dense if it has none.
+def model_of(model: str, revision: str | None = None) -> tuple[ModelConfig, SharingPlan]:
+  """The config of a preset or a model, and its plan, dense if it has none.
 
   Raises:
     UserError: if the name is neither.
   """
-  from sa_jax.formats import hf_config
-  from sa_jax.formats.source import read_json
+  from sa_jax.formats.source import model_of, open_source
 
   if model in PRESETS:
     return PRESETS[model], SharingPlan.dense(PRESETS[model].num_layers)
-  if not (Path(model) / "config.json").exists():
-    raise UserError(f"{model!r} is not a preset ({', '.join(sorted(PRESETS))}) and not a folder with a config.json")
-  values = read_json(Path(model) / "config.json")
-  config = ModelConfig.from_hf(values)
-  return config, hf_config.read_plan(values, config.num_layers)
+  try:
+    source = open_source(model, revision, "config")
+  except UserError as error:
+    raise UserError(f"{model!r} is not a preset ({', '.join(sorted(PRESETS))}), and {error}") from None
+  return model_of(source)

@@ -22,7 +22,7 @@ class Export:
   def run(self) -> None:
     """Exports."""
     from sa_jax.formats import export
-    from sa_jax.formats.source import read_json
+    from sa_jax.formats.extras import read_json
 
     with progress(f"exporting {self.src.name}") as report:
       export(self.src, self.dst, progress=report)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -94,14 +93,14 @@ def save(path: Path, source: Path, model: Transformer, params: Params, dtype: st
   import jax.numpy as jnp
 
   from sa_jax.formats.checkpoint import save_checkpoint
-  from sa_jax.formats.source import copy_extras, open_source
+  from sa_jax.formats.source import open_source
 
   save_checkpoint(
     path,
     dataclasses.replace(model.config, dtype=dtype, param_dtype=dtype),
     model.plan,
     jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params),
-    functools.partial(copy_extras, source) if source.is_dir() else open_source(source).save_extras,
+    open_source(source).save_extras,
   )
 
 

@@ -4,7 +4,8 @@ from sa_jax.config import use_hf_spelling
 from sa_jax.formats import hf_config
 from sa_jax.formats.export import export
 from sa_jax.formats.load import convert, from_pretrained, inspect
-from sa_jax.formats.tokenizer import Tokenizer, load_tokenizer
+from sa_jax.formats.source import load_tokenizer
+from sa_jax.formats.tokenizer import Tokenizer
 
 __all__ = ["Tokenizer", "convert", "export", "from_pretrained", "inspect", "load_tokenizer"]
 

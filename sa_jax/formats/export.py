@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ import numpy as np
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
 from sa_jax.formats import checkpoint, hf_config
-from sa_jax.formats.lazy import Progress, in_order
-from sa_jax.formats.source import copy_extras
+from sa_jax.formats.lazy import LazyTensor, Progress, in_order
+from sa_jax.formats.opened import open_model
 from sa_jax.formats.table import Entry, entries, pack
 from sa_jax.plan import SharingPlan
 
@@ -31,9 +31,15 @@ _SHARD_BYTES = 500_000_000
 
 
 def export(
-  src: str | Path, dst: str | Path, *, shard_bytes: int = _SHARD_BYTES, progress: Progress | None = None
+  src: str | Path,
+  dst: str | Path,
+  *,
+  plan: SharingPlan | str | Sequence[int] | None = None,
+  revision: str | None = None,
+  shard_bytes: int = _SHARD_BYTES,
+  progress: Progress | None = None,
 ) -> None:
-  """Writes an sa_jax checkpoint as a Hugging Face folder, bit for bit in the stored dtype.
+  """Writes a model as a Hugging Face folder, bit for bit in the stored dtype.
 
   A dense model becomes a folder that transformers opens like any other (of Baichuan and InternLM, once the original
   folder's code lies in it and ``auto_map`` names that). A model with followers is accompanied by
@@ -42,29 +48,26 @@ def export(
   no queries and keys, and cache values alone. Memory holds one shard at a time.
 
   Args:
-    src: an sa_jax checkpoint.
+    src: the model to read; see `from_pretrained`.
     dst: the folder to write, which must not exist. It appears only once it is complete.
+    plan: see `from_pretrained`.
+    revision: of a hub id: a branch, tag or commit.
     shard_bytes: about how large each safetensors file becomes.
     progress: called with (tensors written, tensors in all).
 
   Raises:
-    UserError: if ``src`` is not a whole sa_jax checkpoint, ``dst`` exists, or the model has followers and its family
-      has no PyTorch code for them.
+    UserError: as `from_pretrained`, or if ``dst`` exists, or the model has followers and its family has no PyTorch code
+      for them.
   """
-  src = Path(src)
-  if not checkpoint.is_checkpoint(src):
-    raise UserError(f"{src} is not an sa_jax checkpoint; sa_jax.convert makes one from a Hugging Face folder or a GGUF")
-  config, plan = checkpoint.read_config(src)
-  stored = checkpoint.stored_shapes(src)
-  checkpoint.check_stored(src, stored, config, plan)
-  values = _config(config, plan)
-  tensors = _tensors(config, plan)
+  opened = open_model(src, plan, revision=revision)
+  config, made = opened.config, opened.plan
+  values = _config(config, made)
   with checkpoint.new_folder(Path(dst)) as folder:
     (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
-    copy_extras(src, folder)
-    if plan.followers:
+    opened.source.save_extras(folder)
+    if made.followers:
       shutil.copyfile(_CODE, folder / _CODE.name)
-    _write_shards(src, stored, folder, tensors, shard_bytes, progress)
+    _write_shards(opened.tree(), folder, _tensors(config, made), shard_bytes, progress)
 
 
 def _config(config: ModelConfig, plan: SharingPlan) -> dict[str, Any]:
@@ -104,18 +107,24 @@ def _shards(tensors: list[list[Entry]], itemsize: int, limit: int) -> Iterator[l
 
 
 def _write_shards(
-  src: Path, stored: Any, folder: Path, tensors: list[list[Entry]], limit: int, progress: Progress | None
+  tree: Mapping[str, Any], folder: Path, tensors: list[list[Entry]], limit: int, progress: Progress | None
 ) -> None:
   from safetensors.numpy import save_file
 
-  shards = list(_shards(tensors, jax.tree.leaves(stored)[0].dtype.itemsize, limit))
+  def read(entry: Entry) -> np.ndarray:
+    node: Any = tree
+    for name in entry.path:
+      node = node[name]
+    leaf: LazyTensor = node
+    return leaf.read()
+
+  shards = list(_shards(tensors, jax.tree.leaves(tree)[0].dtype.itemsize, limit))
   weight_map: dict[str, str] = {}
   done = 0
   for number, shard in enumerate(shards, start=1):
     alone = len(shards) == 1
     name = "model.safetensors" if alone else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-    params = checkpoint.read(src, stored, [entry.path for parts in shard for entry in parts])
-    made = {parts[0].key: in_order(pack([(e, params[e.path]) for e in parts])) for parts in shard}
+    made = {parts[0].key: in_order(pack([(entry, read(entry)) for entry in parts])) for parts in shard}
     save_file(made, folder / name, metadata={"format": "pt"})
     weight_map |= dict.fromkeys(made, name)
     done += len(shard)

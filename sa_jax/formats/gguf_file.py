@@ -10,8 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
+from sa_jax.formats.table import Account, Entry, Index, account
+from sa_jax.formats.tokenizer import Tokenizer
 from sa_jax.ops import RopeConfig, rope_frequencies
+from sa_jax.plan import SharingPlan
 
 _LOG = logging.getLogger("sa_jax")
 
@@ -136,6 +140,15 @@ class GgufFile:
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     return {"rope_type": "llama3"} | dict(zip(names, (factor, low, high, length), strict=True))
 
+  @property
+  def dtypes(self) -> dict[str, str]:
+    """See `Source.dtypes`."""
+    return {key: tensor.tensor_type.name for key, tensor in self._tensors.items()}
+
+  def account(self, config: ModelConfig, plan: SharingPlan) -> Account:
+    """See `Source.account`."""
+    return account(self.shapes, config, plan, self.path)
+
   def read(self, key: str) -> np.ndarray:
     """See `Source.read`."""
     tensor = self._tensors[key]
@@ -146,6 +159,16 @@ class GgufFile:
         split = weight.reshape(self.config[heads], -1, 2, weight.shape[-1])
         weight = split.swapaxes(1, 2).reshape(weight.shape)
     return weight
+
+  def parameter(self, entry: Entry, index: Index | None = None) -> np.ndarray:
+    """See `Source.parameter`."""
+    return entry.part_of(self.read(entry.key), index)
+
+  def tokenizer(self) -> Tokenizer:
+    """See `Source.tokenizer`."""
+    from sa_jax.formats.gguf_tokenizer import from_gguf
+
+    return from_gguf(self)
 
   def save_extras(self, folder: Path) -> None:
     """See `Source.save_extras`."""

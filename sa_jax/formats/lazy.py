@@ -14,10 +14,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from sa_jax.formats.source import Source
-from sa_jax.formats.table import Entry
+from sa_jax.formats.table import Entry, Index
 
-Index = tuple[slice, ...]
 Progress = Callable[[int, int], None]
+
+_CACHE_LINE = 64
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,13 +26,14 @@ class LazyTensor:
   """A parameter that has not been read yet, or the stack of several layers'.
 
   Attributes:
-    readers: one, or one a layer in the order of the leading axes; each reads a layer's array, or maps it.
+    readers: one, or one a layer in the order of the leading axes; each reads a layer's array or a slice of it, or maps
+      it.
     layer_shape: the shape without the leading axes.
     leading: those axes' lengths; empty when there are none.
     dtype: that it is wanted in.
   """
 
-  readers: tuple[Callable[[], np.ndarray], ...]
+  readers: tuple[Callable[[Index | None], np.ndarray], ...]
   layer_shape: tuple[int, ...]
   leading: tuple[int, ...]
   dtype: np.dtype
@@ -53,13 +55,12 @@ class LazyTensor:
 
   def read(self, layer: int = 0, index: Index | None = None) -> np.ndarray:
     """One layer's tensor, or a slice of it; of a mapped file only what the slice needs is touched."""
-    ours = self.readers[layer]()
-    return (ours if index is None else ours[index]).astype(self.dtype, copy=False)
+    return self.readers[layer](index).astype(self.dtype, copy=False)
 
   def read_owned(self, layer: int, index: Index | None) -> np.ndarray:
     """`read` for an array that may live on: not one that JAX could take over as it is, still backed by the file."""
     part = self.read(layer, index)
-    return part.copy() if part.flags.c_contiguous else part
+    return part if part.flags.owndata or not part.flags.c_contiguous else _copy(part)
 
   def stacked(self, others: Sequence[LazyTensor], leading: tuple[int, ...]) -> LazyTensor:
     """The stack of this tensor and others of its shape."""
@@ -67,19 +68,24 @@ class LazyTensor:
     return dataclasses.replace(self, readers=readers, leading=leading)
 
 
+def _copy(array: np.ndarray) -> np.ndarray:
+  """A copy that JAX takes over on a CPU: it copies again what does not begin where a cache line does."""
+  room = np.empty(array.nbytes + _CACHE_LINE, np.uint8)
+  start = -room.ctypes.data % _CACHE_LINE
+  out = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+  np.copyto(out, array)
+  return out
+
+
 def lazy_tree(source: Source, used: Sequence[Entry], dtype: str) -> dict[str, Any]:
   """The layer layout, unread."""
-
-  def read(entry: Entry) -> np.ndarray:
-    return entry.to_ours(source.read(entry.key))
-
   tree: dict[str, Any] = {}
   for entry in used:
     *parents, leaf = entry.path
     node = tree
     for name in parents:
       node = node.setdefault(name, {})
-    node[leaf] = LazyTensor((functools.partial(read, entry),), entry.our_shape(), (), jnp.dtype(dtype))
+    node[leaf] = LazyTensor((functools.partial(source.parameter, entry),), entry.our_shape(), (), jnp.dtype(dtype))
   return tree
 
 

@@ -22,11 +22,13 @@ class Shard(Protocol):
     suffix: of such files' names.
     path: the file.
     shapes: every tensor's name and shape.
+    dtypes: every tensor's name and type, such as ``bfloat16``.
   """
 
   suffix: ClassVar[str]
   path: Path
   shapes: dict[str, tuple[int, ...]]
+  dtypes: dict[str, str]
 
   def __init__(self, path: Path): ...
 
@@ -58,12 +60,12 @@ class SafetensorsFile:
       others = f" (and {len(wrong) - 1} others like it)" if len(wrong) > 1 else ""
       raise UserError(f"{key} in {path} is {header[key]['dtype']}; one of {', '.join(_FLOATS)} is needed{others}")
     self.shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
-    self._dtypes = {key: np.dtype(_FLOATS[entry["dtype"]]) for key, entry in header.items()}
+    self.dtypes = {key: np.dtype(_FLOATS[entry["dtype"]]).name for key, entry in header.items()}
     self._offsets = {key: 8 + size + entry["data_offsets"][0] for key, entry in header.items()}
 
   def read(self, key: str) -> np.ndarray:
     """See `Shard.read`."""
-    shape, dtype, offset = self.shapes[key], self._dtypes[key], self._offsets[key]
+    shape, dtype, offset = self.shapes[key], np.dtype(self.dtypes[key]), self._offsets[key]
     count = int(np.prod(shape))
     if not count:
       return np.empty(shape, dtype)
@@ -87,6 +89,7 @@ class BinFile:
     if wrong := [key for key, tensor in tensors.items() if str(getattr(tensor, "dtype", None)) not in floats]:
       raise UserError(f"{path} holds other things than tensors of floating-point numbers: {wrong[:20]}")
     self.shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    self.dtypes = {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in tensors.items()}
 
   def _load(self) -> Any:
     try:

@@ -1,50 +1,71 @@
-"""Where tensors come from: Hugging Face folders and hub ids, or GGUF files, read lazily under Hugging Face's names."""
+"""The one door to models in files: by a path or a hub id, whatever the format."""
 
 from __future__ import annotations
 
-import functools
-import json
-import re
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
+from sa_jax.formats import hf_config
 from sa_jax.formats.gguf_file import GgufFile
-from sa_jax.formats.shards import BinFile, SafetensorsFile, Shard
-
-EXTRAS = (
-  "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-  "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
-"""What travels with a model besides its config and weights."""
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# By the index file and the single file that a folder may have; the first pair found is read, and of a pair, as
-# transformers does, the single file: an index may have been left by an earlier save.
-_FORMATS: tuple[tuple[str, str, type[Shard]], ...] = (
-  ("model.safetensors.index.json", "model.safetensors", SafetensorsFile),
-  ("pytorch_model.bin.index.json", "pytorch_model.bin", BinFile),
-)
+from sa_jax.formats.hf_folder import HfFolder
+from sa_jax.formats.hub import Need, locate
+from sa_jax.formats.orbax_folder import OrbaxFolder, is_checkpoint
+from sa_jax.formats.table import Account, Entry, Index
+from sa_jax.formats.tokenizer import Tokenizer
+from sa_jax.plan import SharingPlan
 
 
 class Source(Protocol):
-  """A checkpoint in a foreign format.
+  """A model in files of some format. What is asked for is read, and no more.
 
   Attributes:
     path: the folder or file.
-    config: the contents of its Hugging Face ``config.json``, or what is equivalent.
-    shapes: every tensor's name and shape.
   """
 
   path: Path
-  config: dict[str, Any]
-  shapes: dict[str, tuple[int, ...]]
+
+  @property
+  def config(self) -> dict[str, Any]:
+    """The contents of its ``config.json``, or what is equivalent."""
+    ...
+
+  @property
+  def shapes(self) -> Mapping[str, tuple[int, ...]]:
+    """Every stored tensor's name and shape."""
+    ...
+
+  @property
+  def dtypes(self) -> Mapping[str, str]:
+    """Every stored tensor's name and type, as the format calls it."""
+    ...
+
+  def account(self, config: ModelConfig, plan: SharingPlan) -> Account:
+    """What becomes of every tensor under a plan.
+
+    Raises:
+      UserError: lists every tensor that is missing, unknown, or of another shape than the config says.
+    """
+    ...
 
   def read(self, key: str) -> np.ndarray:
     """One tensor, in its stored floating-point dtype (float32 if it is quantised), mapped from the file if possible."""
+    ...
+
+  def parameter(self, entry: Entry, index: Index | None = None) -> np.ndarray:
+    """The parameter of an entry of the account, or a slice of it; its memory may be the file's."""
+    ...
+
+  def tokenizer(self) -> Tokenizer:
+    """Its tokenizer.
+
+    Raises:
+      UserError: if there is none, or it is damaged.
+    """
     ...
 
   def save_extras(self, folder: Path) -> None:
@@ -52,131 +73,48 @@ class Source(Protocol):
     ...
 
 
-def read_json(path: Path) -> dict[str, Any]:
-  """A JSON object from a file.
-
-  Raises:
-    UserError: if the file is missing or does not hold a JSON object.
-  """
-  try:
-    values = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise UserError(f"there is no {path.name} in {path.parent}") from None
-  except (OSError, ValueError, RecursionError) as error:
-    raise UserError(f"{path} is not readable JSON: {error}") from None
-  if not isinstance(values, dict):
-    raise UserError(f"{path} must hold a JSON object, and holds a {type(values).__name__}")
-  return values
-
-
-def copy_extras(source: Path, folder: Path) -> None:
-  """Copies the `EXTRAS` that a folder has."""
-  for name in EXTRAS:
-    if (source / name).is_file():
-      shutil.copyfile(source / name, folder / name)
-
-
-class HfFolder:
-  """A folder with ``config.json`` and weights in safetensors or PyTorch's own format, in one file or in shards."""
-
-  def __init__(self, path: Path):
-    self.path = path
-    self.config = read_json(path / "config.json")
-    self._add_generation_config()
-    self._shard_of: dict[str, Shard] = {}
-    for index, single, kind in _FORMATS:
-      if (path / single).exists():
-        self._open(kind(path / single))
-        break
-      if (path / index).exists():
-        self._open_shards(path / index, kind)
-        break
-    else:
-      names = " and no ".join(name for index, single, _ in _FORMATS for name in (single, index))
-      raise UserError(f"there is no {names} in {path}")
-    self.shapes = {key: shard.shapes[key] for key, shard in self._shard_of.items()}
-
-  def _add_generation_config(self) -> None:
-    """Chat models name further end tokens here, which generation must know."""
-    file = self.path / "generation_config.json"
-    if file.exists() and "eos_token_id" in (generation := read_json(file)):
-      self.config["eos_token_id"] = generation["eos_token_id"]
-
-  def _open_shards(self, index: Path, kind: type[Shard]) -> None:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-      raise UserError(f"{index} has no 'weight_map' from tensor names to file names")
-    names = sorted(set(weight_map.values()))
-    # A plain name cannot leave the folder.
-    if outside := [name for name in names if Path(name).name != name or not name.endswith(kind.suffix)]:
-      raise UserError(f"{index} names files that are not {kind.suffix[1:]} files of its folder: {outside}")
-    if missing := [name for name in names if not (self.path / name).is_file()]:
-      raise UserError(f"shards are missing from {self.path}: {', '.join(missing)}")
-    for name in names:
-      self._open(kind(self.path / name))
-    file_of = {key: shard.path.name for key, shard in self._shard_of.items()}
-    if absent := sorted(key for key, name in weight_map.items() if file_of.get(key) != name):
-      raise UserError(f"{index} lists tensors that are not in the file it gives for them: {absent}")
-
-  def _open(self, shard: Shard) -> None:
-    for key in shard.shapes:
-      if key in self._shard_of:
-        raise UserError(f"{key} is in both {self._shard_of[key].path.name} and {shard.path.name} of {self.path}")
-      self._shard_of[key] = shard
-
-  def read(self, key: str) -> np.ndarray:
-    """See `Source.read`."""
-    return self._shard_of[key].read(key)
-
-  def save_extras(self, folder: Path) -> None:
-    """See `Source.save_extras`."""
-    copy_extras(self.path, folder)
-
-
-def locate(name: str | Path, revision: str | None = None) -> Path:
-  """The path of a model that is given by its path or its id on the Hugging Face hub.
-
-  A hub id is downloaded into huggingface_hub's cache, with its token and settings (``HF_HUB_OFFLINE``, ``HF_HOME``).
+def open_source(name: str | Path, revision: str | None = None, need: Need = "weights") -> Source:
+  """Opens a Hugging Face folder, a GGUF file, an sa_jax checkpoint or a model on the Hugging Face hub.
 
   Args:
-    name: a path, or an id such as ``org/model``; a path that exists wins.
+    name: its path or hub id.
     revision: of a hub id: a branch, tag or commit.
+    need: what will be asked of it: the config alone, the tokenizer alone, or all; of a hub id no more is downloaded.
 
   Raises:
-    UserError: if there is no such path and no such hub model, or a revision is given for a path.
+    UserError: if there is no such model.
   """
-  path = Path(name)
-  if path.exists() or not _HUB_ID.fullmatch(str(name)):
-    if revision is not None:
-      raise UserError(f"revision {revision!r} is for models on the hub, and {name} is a path")
-    if not path.exists():
-      raise UserError(f"there is no file or folder {path}, and it has not the form of a hub id, org/model")
-    return path
-  from huggingface_hub import snapshot_download
-  from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-  try:
-    # What lies beside a model, in folders or under other names, is the same weights in other forms.
-    download = functools.partial(snapshot_download, str(name), revision=revision, ignore_patterns=["*/*"])
-    files = download(allow_patterns=["*.json", *EXTRAS, "model*.safetensors"])
-    if not any(Path(files).glob("*.safetensors")):
-      files = download(allow_patterns=["*.json", *EXTRAS, "pytorch_model*.bin"])
-  except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-    first = str(error).strip().split("\n")[0]
-    raise UserError(f"{name} is no file or folder, and the hub gives no model of that name: {first}") from None
-  return Path(files)
-
-
-def open_source(path: Path) -> Source:
-  """Opens a Hugging Face folder or a GGUF file.
-
-  Raises:
-    UserError: if it is neither, or is damaged.
-  """
+  path = locate(name, revision, need)
   if path.is_dir():
-    return HfFolder(path)
-  with path.open("rb") as file:
-    magic = file.read(4)
+    return OrbaxFolder(path) if is_checkpoint(path) else HfFolder(path)
+  try:
+    with path.open("rb") as file:
+      magic = file.read(4)
+  except OSError as error:
+    raise UserError(f"cannot read {path}: {error.strerror}") from None
   if magic != b"GGUF":
     raise UserError(f"{path} is not a GGUF file; a model is a Hugging Face folder, a GGUF file or an sa_jax checkpoint")
   return GgufFile(path)
+
+
+def model_of(source: Source) -> tuple[ModelConfig, SharingPlan]:
+  """What the model is, and its own plan, dense if it has none.
+
+  Raises:
+    UserError: names everything in its config that is missing, malformed or not implemented.
+  """
+  config = hf_config.read(source.config)
+  return config, hf_config.read_plan(source.config, config.num_layers)
+
+
+def load_tokenizer(name: str | Path, *, revision: str | None = None) -> Tokenizer:
+  """The tokenizer of a Hugging Face folder, an sa_jax checkpoint, a GGUF file or a model on the hub.
+
+  Args:
+    name: its path or hub id.
+    revision: of a hub id: a branch, tag or commit.
+
+  Raises:
+    UserError: if there is no such model, it has no tokenizer, or that is damaged.
+  """
+  return open_source(name, revision, "tokenizer").tokenizer()

@@ -20,6 +20,8 @@ from sa_jax.plan import SharingPlan
 _ANCHOR_ONLY = re.compile(rf"layers/\d+/attention/({'|'.join(ANCHOR_ONLY)})/")
 _RECOMPUTED = re.compile(r"model\.layers\.\d+\.(self_attn|attention)\.rotary_emb\.inv_freq")
 
+Index = tuple[slice, ...]
+
 _LISTED = 200  # lines of an error message: all that a person reads
 
 
@@ -49,6 +51,11 @@ class Entry(NamedTuple):
     if self.view:
       tensor = _rearrange(tensor, self.view, self.sizes | {"P": self.part[2]})
     return _rearrange(tensor[self.part[0] : self.part[1]], self.axes, self.sizes)
+
+  def part_of(self, tensor: np.ndarray, index: Index | None) -> np.ndarray:
+    """`to_ours`, or a slice of it."""
+    ours = self.to_ours(tensor)
+    return ours if index is None else ours[index]
 
   def to_theirs(self, parameter: np.ndarray) -> np.ndarray:
     """Our parameter as the checkpoint's tensor, or as its part of a packed one (see `pack`): undoes `to_ours`."""

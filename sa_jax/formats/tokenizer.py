@@ -16,6 +16,7 @@ import tokenizers
 
 from sa_jax.errors import UserError
 from sa_jax.formats.chat_template import Call, Message, Template
+from sa_jax.formats.extras import read_json
 
 _GROWTH = 1000
 """Characters that a normaliser may make of one; those of people's models make 18 of U+FDFA and two of most."""
@@ -91,7 +92,7 @@ class Tokenizer:
     return self.template.render([Call(messages, prompt)])[0].text
 
   def save(self, folder: Path) -> None:
-    """Writes ``tokenizer.json`` and ``tokenizer_config.json``, which `load_tokenizer` and transformers read."""
+    """Writes ``tokenizer.json`` and ``tokenizer_config.json``, which `read_tokenizer` and transformers read."""
     self.backend.save(str(folder / "tokenizer.json"))
     values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"} | dict(self.special)
     if self.chat_template is not None:
@@ -213,19 +214,12 @@ def _chat_template(value: object, path: Path) -> str | None:
   return value
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-  """The tokenizer of a Hugging Face folder, an sa_jax checkpoint or a GGUF file.
+def read_tokenizer(path: Path) -> Tokenizer:
+  """The tokenizer in a folder, from ``tokenizer.json`` and the settings beside it.
 
   Raises:
     UserError: if there is none, or it is damaged.
   """
-  from sa_jax.formats.gguf_file import GgufFile
-  from sa_jax.formats.gguf_tokenizer import from_gguf
-  from sa_jax.formats.source import read_json
-
-  path = Path(path)
-  if path.is_file():
-    return from_gguf(GgufFile(path))
   file = path / "tokenizer.json"
   if not file.exists():
     raise UserError(f"there is no tokenizer.json in {path}")

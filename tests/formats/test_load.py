@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 import sa_jax
 from sa_jax import SharingPlan, stack
 from sa_jax.formats import checkpoint
+from sa_jax.formats.orbax_folder import OrbaxFolder
 from sa_jax.sharding import make_mesh
 from tests import tiny
 from tests.tiny import assert_trees_equal
@@ -334,9 +335,24 @@ class TestCheckpoint:
     """Followers' queries and keys are not stored at all."""
     plan = SharingPlan.parse("0:1-2", 3)
     sa_jax.convert(pristine, tmp_path / "pruned", plan, None)
-    stored = checkpoint.stored_shapes(tmp_path / "pruned")
-    wanted = jax.tree.map(lambda x: (x.shape, x.dtype), sa_jax.prune(params, plan))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), stored) == wanted
+    stored = OrbaxFolder(tmp_path / "pruned")
+    wanted = jax.tree_util.tree_leaves_with_path(sa_jax.prune(params, plan))
+    wanted = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in wanted}
+    assert stored.shapes == {name: leaf.shape for name, leaf in wanted.items()}
+    assert stored.dtypes == {name: str(leaf.dtype) for name, leaf in wanted.items()}
+
+  def test_orbax_reads_what_we_write_and_we_what_it_writes(self, tmp_path, converted, params):
+    import orbax.checkpoint as ocp
+
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      assert_trees_equal(checkpointer.restore(converted / "params"), params)
+      theirs = tmp_path / "theirs"
+      theirs.mkdir()
+      shutil.copy(converted / "config.json", theirs)
+      mesh = make_mesh(data=1, fsdp=4, tensor=2)
+      spread = sa_jax.from_pretrained(converted, mesh=mesh, layout="layers")[1]
+      checkpointer.save(theirs / "params", spread)  # in a chunk a device, compressed
+    assert_trees_equal(sa_jax.from_pretrained(theirs, layout="layers")[1], params)
 
   @pytest.mark.parametrize("layout", ["runs", "layers"])
   def test_on_a_mesh(self, converted, pristine, params, layout):
@@ -394,8 +410,15 @@ class TestCheckpoint:
     without = damaged("without")
     shutil.rmtree(without / "params")
     (without / "params").mkdir()
-    with pytest.raises(ValueError, match="is not a whole checkpoint"):
+    with pytest.raises(ValueError, match="params is not a whole checkpoint: it holds no parameters"):
       sa_jax.from_pretrained(without)
+    import tensorstore as ts
+
+    part = damaged("part")
+    store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{part / 'params'}/"}).result()
+    store.delete_range(ts.KvStore.KeyRange("final_norm.scale/0", "final_norm.scale/1")).result()
+    with pytest.raises(ValueError, match="params is not a whole checkpoint: parts of final_norm.scale are missing"):
+      sa_jax.from_pretrained(part)
     config = damaged("config")
     (config / "config.json").unlink()
     with pytest.raises(ValueError, match="there is no config.json"):

@@ -1,11 +1,15 @@
 """Placement: each device reads its own slice, nothing is held twice, any mesh opens what another wrote."""
 
+from collections import Counter
+
 import jax
 import numpy as np
 import pytest
 
 import sa_jax
-from sa_jax.formats import checkpoint, lazy
+from sa_jax.formats import lazy
+from sa_jax.formats.opened import open_model
+from sa_jax.formats.orbax_folder import OrbaxFolder
 from sa_jax.sharding import make_mesh
 from tests.formats import hf_models
 
@@ -87,10 +91,8 @@ def test_dtype_never_passes_through_float32(folder, tmp_path, monkeypatch):
 def test_a_checkpoint_of_ours_is_read_as_it_is_written(folder, tmp_path, monkeypatch):
   """Pruned and in another dtype, one parameter at a time, as from_pretrained opens it; progress tells of each."""
   sa_jax.convert(folder, tmp_path / "dense", dtype="float32")
-  read, sizes, told = checkpoint.restore, [], []
-  monkeypatch.setattr(
-    checkpoint, "restore", lambda path, want: sizes.append(len(jax.tree.leaves(want))) or read(path, want)
-  )
+  read, told, seen = OrbaxFolder.read, [], []
+  monkeypatch.setattr(OrbaxFolder, "read", lambda self, key, index=None: seen.append(key) or read(self, key, index))
   progress = lambda done, total: told.append((done, total))
   sa_jax.convert(tmp_path / "dense", tmp_path / "pruned", "1:2-3", "bfloat16", progress=progress)
   opened, expected = (
@@ -98,7 +100,22 @@ def test_a_checkpoint_of_ours_is_read_as_it_is_written(folder, tmp_path, monkeyp
     for name in ("pruned", "dense")
   )
   count = len(jax.tree.leaves(expected))
-  assert sizes == [1] * count + [count] * 2
-  assert told == [(number + 1, count) for number in range(count)] + [(count, count)] * 2
+  assert len(seen) == 3 * count  # each once by convert, and once by each opening
+  assert set(Counter(seen).values()) == {3}
+  assert not [key for key in seen if key.startswith(("layers/2/attention/q", "layers/3/attention/k"))]
+  assert told == [(number + 1, count) for number in range(count)] * 3
   jax.tree.map(np.testing.assert_array_equal, opened, expected)
   assert {str(leaf.dtype) for leaf in jax.tree.leaves(opened)} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["safetensors", "orbax"])
+def test_each_tensor_is_copied_once(folder, tmp_path, ours):
+  """From the file to where JAX keeps it, whatever the file: in memory of its own, which JAX takes over."""
+  if ours:
+    sa_jax.convert(folder, tmp_path / "ours", dtype=None)
+  source = open_model(tmp_path / "ours" if ours else folder)
+  for leaf in jax.tree.leaves(source.tree()):
+    part = leaf.read_owned(0, None)
+    if part.flags.c_contiguous:
+      assert part.ctypes.data % 64 == 0
+      assert jax.device_put(part, may_alias=True).unsafe_buffer_pointer() == part.ctypes.data

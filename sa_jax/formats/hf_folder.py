@@ -1,0 +1,107 @@
+"""Hugging Face folders: ``config.json`` and weights in safetensors or PyTorch's own format."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sa_jax.config import ModelConfig
+from sa_jax.errors import UserError
+from sa_jax.formats.extras import copy_extras, read_json
+from sa_jax.formats.shards import BinFile, SafetensorsFile, Shard
+from sa_jax.formats.table import Account, Entry, Index, account
+from sa_jax.formats.tokenizer import Tokenizer, read_tokenizer
+from sa_jax.plan import SharingPlan
+
+# By the index file and the single file that a folder may have; the first pair found is read, and of a pair, as
+# transformers does, the single file: an index may have been left by an earlier save.
+_FORMATS: tuple[tuple[str, str, type[Shard]], ...] = (
+  ("model.safetensors.index.json", "model.safetensors", SafetensorsFile),
+  ("pytorch_model.bin.index.json", "pytorch_model.bin", BinFile),
+)
+
+
+class HfFolder:
+  """A folder with ``config.json`` and weights in safetensors or PyTorch's own format, in one file or in shards."""
+
+  def __init__(self, path: Path):
+    self.path = path
+
+  @functools.cached_property
+  def config(self) -> dict[str, Any]:
+    """See `Source.config`."""
+    config = read_json(self.path / "config.json")
+    # Chat models name further end tokens here, which generation must know.
+    file = self.path / "generation_config.json"
+    if file.exists() and "eos_token_id" in (generation := read_json(file)):
+      config["eos_token_id"] = generation["eos_token_id"]
+    return config
+
+  @property
+  def shapes(self) -> dict[str, tuple[int, ...]]:
+    """See `Source.shapes`."""
+    return {key: shard.shapes[key] for key, shard in self._shard_of.items()}
+
+  @property
+  def dtypes(self) -> dict[str, str]:
+    """See `Source.dtypes`."""
+    return {key: shard.dtypes[key] for key, shard in self._shard_of.items()}
+
+  @functools.cached_property
+  def _shard_of(self) -> dict[str, Shard]:
+    for index, single, kind in _FORMATS:
+      if (self.path / single).exists():
+        return self._by_tensor([kind(self.path / single)])
+      if (self.path / index).exists():
+        return self._open_shards(self.path / index, kind)
+    names = " and no ".join(name for index, single, _ in _FORMATS for name in (single, index))
+    raise UserError(f"there is no {names} in {self.path}")
+
+  def _open_shards(self, index: Path, kind: type[Shard]) -> dict[str, Shard]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+      raise UserError(f"{index} has no 'weight_map' from tensor names to file names")
+    names = sorted(set(weight_map.values()))
+    # A plain name cannot leave the folder.
+    if outside := [name for name in names if Path(name).name != name or not name.endswith(kind.suffix)]:
+      raise UserError(f"{index} names files that are not {kind.suffix[1:]} files of its folder: {outside}")
+    if missing := [name for name in names if not (self.path / name).is_file()]:
+      raise UserError(f"shards are missing from {self.path}: {', '.join(missing)}")
+    shard_of = self._by_tensor([kind(self.path / name) for name in names])
+    file_of = {key: shard.path.name for key, shard in shard_of.items()}
+    if absent := sorted(key for key, name in weight_map.items() if file_of.get(key) != name):
+      raise UserError(f"{index} lists tensors that are not in the file it gives for them: {absent}")
+    return shard_of
+
+  def _by_tensor(self, shards: Sequence[Shard]) -> dict[str, Shard]:
+    shard_of: dict[str, Shard] = {}
+    for shard in shards:
+      for key in shard.shapes:
+        if key in shard_of:
+          raise UserError(f"{key} is in both {shard_of[key].path.name} and {shard.path.name} of {self.path}")
+        shard_of[key] = shard
+    return shard_of
+
+  def account(self, config: ModelConfig, plan: SharingPlan) -> Account:
+    """See `Source.account`."""
+    return account(self.shapes, config, plan, self.path)
+
+  def read(self, key: str) -> np.ndarray:
+    """See `Source.read`."""
+    return self._shard_of[key].read(key)
+
+  def parameter(self, entry: Entry, index: Index | None = None) -> np.ndarray:
+    """See `Source.parameter`."""
+    return entry.part_of(self.read(entry.key), index)
+
+  def tokenizer(self) -> Tokenizer:
+    """See `Source.tokenizer`."""
+    return read_tokenizer(self.path)
+
+  def save_extras(self, folder: Path) -> None:
+    """See `Source.save_extras`."""
+    copy_extras(self.path, folder)

@@ -1,0 +1,59 @@
+"""Models by name: a path, or an id on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Literal
+
+from sa_jax.errors import UserError
+from sa_jax.formats.extras import EXTRAS
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+Need = Literal["config", "tokenizer", "weights"]
+
+_CONFIG = ("config.json", "generation_config.json")
+_PATTERNS: dict[Need, tuple[str, ...]] = {
+  "config": _CONFIG,
+  "tokenizer": EXTRAS,
+  "weights": (*_CONFIG, *EXTRAS, "*.index.json", "model*.safetensors"),
+}
+
+
+def locate(name: str | Path, revision: str | None = None, need: Need = "weights") -> Path:
+  """The path of a model that is given by its path or its id on the Hugging Face hub.
+
+  Of a hub id, what is needed is downloaded into huggingface_hub's cache, with its token and settings
+  (``HF_HUB_OFFLINE``, ``HF_HOME``).
+
+  Args:
+    name: a path, or an id such as ``org/model``; a path that exists wins.
+    revision: of a hub id: a branch, tag or commit.
+    need: what of it: the config alone, the tokenizer alone, or both and the weights.
+
+  Raises:
+    UserError: if there is no such path and no such hub model, or a revision is given for a path.
+  """
+  path = Path(name)
+  if path.exists() or not _HUB_ID.fullmatch(str(name)):
+    if revision is not None:
+      raise UserError(f"revision {revision!r} is for models on the hub, and {name} is a path")
+    if not path.exists():
+      raise UserError(f"there is no file or folder {path}, and it has not the form of a hub id, org/model")
+    return path
+  from huggingface_hub import snapshot_download
+  from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+  # What lies beside a model, in folders or under other names, is the same weights in other forms.
+  download = functools.partial(snapshot_download, str(name), revision=revision, ignore_patterns=["*/*"])
+  try:
+    files = Path(download(allow_patterns=[*_PATTERNS[need]]))
+    if need == "weights" and not any(files.glob("*.safetensors")):
+      download(allow_patterns=["pytorch_model*.bin"])
+  except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    first = str(error).strip().split("\n")[0]
+    raise UserError(f"{name} is no file or folder, and the hub gives no model of that name: {first}") from None
+  return files

@@ -1,0 +1,104 @@
+"""A model's files under a plan: what becomes of each tensor, and the parameters, unread."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sa_jax.config import ModelConfig
+from sa_jax.errors import UserError
+from sa_jax.formats import hf_config
+from sa_jax.formats.lazy import lazy_tree
+from sa_jax.formats.source import Source, model_of, open_source
+from sa_jax.formats.table import Account, entries, head_keys
+from sa_jax.nn.transformer import check_plan
+from sa_jax.plan import SharingPlan, as_plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """A model's files under a plan.
+
+  Attributes:
+    source: the files.
+    config: the model, in the dtype that was asked for.
+    plan: which layers share.
+    account: what becomes of every stored tensor.
+  """
+
+  source: Source
+  config: ModelConfig
+  plan: SharingPlan
+  account: Account
+
+  def tree(self) -> dict[str, Any]:
+    """The parameters in the layer layout: `sa_jax.formats.lazy.LazyTensor`s.
+
+    Raises:
+      UserError: if the head is stored, is not the embedding, and the config says that it is.
+    """
+    _check_tied(self.source, self.config)
+    return lazy_tree(self.source, self.account.used, self.config.param_dtype)
+
+
+def open_model(
+  name: str | Path,
+  plan: SharingPlan | str | Sequence[int] | None = None,
+  dtype: str | None = None,
+  revision: str | None = None,
+) -> Opened:
+  """Opens a model's files under a plan; arguments and errors as of `sa_jax.from_pretrained`."""
+  source = open_source(name, revision)
+  config, stored = model_of(source)
+  config = _with_dtype(config, dtype)
+  made = _asked(plan, stored)
+  check_plan(config, made)
+  try:
+    return Opened(source, config, made, source.account(config, made))
+  except UserError:
+    if lost := sorted(set(made.anchors) - set(stored.anchors)):
+      source.account(config, stored)  # other faults are told first
+      raise UserError(
+        f"the plan '{made}' makes layers {lost} anchors, but {source.path} holds no queries and keys for them: it was "
+        f"made for the plan '{stored}'; start from the dense checkpoint"
+      ) from None
+    raise
+
+
+def _check_tied(source: Source, config: ModelConfig) -> None:
+  """Checks that a head which the config ties to the embedding, and which is stored all the same, is the embedding.
+
+  Raises:
+    UserError: if it is not.
+  """
+  stored = [key for key in head_keys(config) if key in source.shapes] if config.tie_embeddings else []
+  for key in stored:
+    (embedding,) = (entry.key for entry in entries(config) if entry.path == ("embed", "embedding"))
+    if not np.array_equal(source.read(key), source.read(embedding)):
+      raise UserError(
+        f"{source.path}: the config ties the output head to the embedding, but {key} differs from {embedding}; if the "
+        "head was trained by itself, set tie_word_embeddings to false in config.json"
+      )
+
+
+def _asked(plan: SharingPlan | str | Sequence[int] | None, stored: SharingPlan) -> SharingPlan:
+  """The plan asked for. A string or list says nothing of head maps: followers that keep their anchor keep their map."""
+  if plan is None:
+    return stored
+  made = as_plan(plan, stored.num_layers)
+  if isinstance(plan, SharingPlan):
+    return made
+  kept = [layer for layer in made.followers if made.source[layer] == stored.source[layer]]
+  return made.with_head_maps({layer: stored.head_map_of(layer) for layer in kept})
+
+
+def _with_dtype(config: ModelConfig, dtype: str | None) -> ModelConfig:
+  if dtype is None:
+    return config
+  if dtype not in hf_config.DTYPES:
+    raise UserError(f"dtype {dtype!r} is not supported; one of {', '.join(hf_config.DTYPES)} is")
+  return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
