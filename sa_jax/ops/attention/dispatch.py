@@ -79,7 +79,6 @@ def _splash_unsupported(platform: str, q: jax.Array, spec: AttentionSpec, rows: 
 _SPLIT = "its causal mask begins with the first key, and here rows are split over devices"
 
 
-# The fused ones first, the fastest of those that a platform has before the others.
 backends: dict[str, Backend] = {
   "cudnn": Backend(cudnn.attend, _cudnn_unsupported),
   "flash": Backend(flash.attend, _flash_unsupported, partitions=False),
@@ -87,6 +86,7 @@ backends: dict[str, Backend] = {
   "blockwise": Backend(blockwise.attend, lambda *_: None),
   "reference": Backend(reference.attend, lambda *_: None),
 }
+"""By name: the fused ones first, the fastest of those that a platform has before the others."""
 
 # Up to this many keys the weights fit in cache and one softmax beats many small ones.
 _SHORT = 1024

@@ -1,0 +1,93 @@
+"""The site: its examples run, its commands exist, and every public name is documented."""
+
+import ast
+import importlib
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import sa_jax
+from sa_jax import cli
+from tests import pages
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
+PUBLIC = sorted(
+  ".".join(path.parent.relative_to(ROOT).parts)
+  for path in (ROOT / "sa_jax").rglob("__init__.py")
+  if "__all__" in path.read_text(encoding="utf-8")
+)
+
+
+def data_docstrings() -> set[str]:
+  """Names of data, in any module, that have a docstring after their assignment."""
+  found = set()
+  for path in (ROOT / "sa_jax").rglob("*.py"):
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    for node, after in zip(body, body[1:]):
+      if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(after, ast.Expr):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        if isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+          found |= {target.id for target in targets if isinstance(target, ast.Name)}
+  return found
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_is_documented(module):
+  public = importlib.import_module(module)
+  assert public.__doc__, f"{module} has no docstring"
+  described = data_docstrings()
+  missing = []
+  for name in public.__all__:
+    value = getattr(public, name)
+    if inspect.ismodule(value) or inspect.isclass(value) or inspect.isroutine(value):
+      documented = bool(value.__doc__) and not value.__doc__.startswith(f"{name}(")  # a dataclass's own signature
+    else:
+      documented = name in described or (type(value).__module__.startswith("jax") and bool(value.__doc__))
+    if not documented:
+      missing.append(name)
+  assert not missing
+
+
+@pytest.mark.parametrize("page", ["docs/quick-start.md", "docs/how-to/blocks.md"])
+@pytest.mark.real_model
+def test_examples_print_what_the_page_says(page, smollm2):
+  assert pages.failures(ROOT / page) == ""
+
+
+def commands(text: str) -> list[list[str]]:
+  """The lines of shell blocks that call sa-jax."""
+  blocks = re.findall(r"```(?:sh|bash)?\n(.*?)```", text, re.DOTALL)
+  lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+  return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("sa-jax ")]
+
+
+def test_commands_and_flags_of_the_pages_exist(capsys):
+  flags: dict[str, set[str]] = {}
+  for page in PAGES:
+    for command, *rest in commands(page.read_text(encoding="utf-8")):
+      if command not in flags:
+        with pytest.raises(SystemExit) as ended:
+          cli.main([command, "--help"])
+        assert ended.value.code == 0, f"{page.name}: there is no command {command}"
+        flags[command] = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
+      unknown = {word.split("=")[0] for word in rest if word.startswith("--")} - flags[command]
+      assert not unknown, f"{page.name}: sa-jax {command} has no {unknown}"
+  assert len(flags) >= 8
+
+
+def test_links_between_pages_lead_somewhere():
+  made = {f"reference/{module}.md" for module in PUBLIC} | {"changelog.md"}
+  for page in (ROOT / "docs").rglob("*.md"):
+    for target in re.findall(r"\]\(([^)#:]+\.md)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+      found = (page.parent / target).resolve()
+      assert found.is_file() or (found.is_relative_to(ROOT / "docs") and str(found.relative_to(ROOT / "docs")) in made)
+
+
+def test_versions_agree():
+  project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+  assert f'version = "{sa_jax.__version__}"' in project
+  assert f"version: {sa_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
