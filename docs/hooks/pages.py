@@ -48,10 +48,16 @@ def page(module: str, modules: dict[str, ast.Module]) -> str:
   tree = modules[module]
   parts = [f"# {module}", ast.get_docstring(tree) or ""]
   for name in public_names(tree):
-    full = f"{module}.{name}"
-    parts.append(
-      f"## {name}\n\nA module: see [{full}]({full}.md)." if full in modules else f"::: {origin(module, name)}"
-    )
+    full, defined = f"{module}.{name}", origin(module, name)
+    if full in modules:
+      parts.append(f"## {name}\n\nA module: see [{full}]({full}.md).")
+    elif not defined.endswith(f".{name}.{name}"):
+      parts.append(f"::: {full}")
+    elif module == "sa_jax":
+      # Its module has its name, and would be found instead.
+      parts.append(f"::: {defined}")
+    else:
+      parts.append(f"## {name}\n\nSee [sa_jax.{name}](sa_jax.md#{defined}).")
   return "\n\n".join(parts) + "\n"
 
 
