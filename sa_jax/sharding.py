@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import logging
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Concatenate, ParamSpec, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
 from sa_jax.nn import Cache, Transformer
-from sa_jax.trees import Tree
+from sa_jax.plan import SharingPlan
+from sa_jax.trees import Params, Tree
+
+P = ParamSpec("P")
+M = TypeVar("M", bound=Transformer)
+Q = TypeVar("Q", bound=Params)
+T = TypeVar("T")
+_LOG = logging.getLogger("sa_jax")
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
 DEFAULT_RULES: Rules = (
-  ("batch", ("data", "fsdp")),
+  ("batch", ("slice", "data", "fsdp")),
   ("length", "sequence"),
   ("embed", "fsdp"),
   ("heads", "tensor"),
@@ -35,9 +47,19 @@ DEFAULT_RULES: Rules = (
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
+_RULES = jax.make_user_context(())  # part of what `jax.jit` knows a trace by, which Flax's own context is not
+_OF_ALL_ROWS = ("heads", "kv_heads", "head_dim", "mlp", "vocab")
+"""What every device with the same part of it needs all rows of its mesh axes for, unlike ``embed``'s (FSDP)."""
+
 
 def make_mesh(
-  data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, *, devices: Sequence[jax.Device] | None = None
+  data: int = 1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  sequence: int = 1,
+  *,
+  slice: int = 1,
+  devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
   """A mesh over all devices, or over some.
 
@@ -48,25 +70,108 @@ def make_mesh(
     sequence: over how many the tokens of a row are split. For attention they are exchanged for heads, where there are
       key heads for ``tensor * sequence`` devices; otherwise keys and values are gathered. Queries and keys are sent
       once a group, values once a layer.
+    slice: how many slices the devices are of, each a network of its own. Rows are split over slices and nothing else
+      is, so that a train step sends gradients between them, once; the other axes stay inside a slice. A mesh of one
+      slice has no such axis.
     devices: which; all when None.
 
   Raises:
-    UserError: if the sizes do not multiply to the number of devices.
+    UserError: if the sizes do not multiply to the number of devices, or the devices are of another number of slices.
   """
-  sizes = (data, fsdp, tensor, sequence)
-  if devices is None:
-    devices = jax.devices()
-  if math.prod(sizes) != len(devices):
+  sizes = dict(zip(MESH_AXES, (data, fsdp, tensor, sequence), strict=True))
+  devices = jax.devices() if devices is None else devices
+  _check_sizes(sizes, slice, devices)
+  axis_types = (AxisType.Auto,) * len(sizes)
+  if slice == 1:
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=axis_types, devices=devices)
+  return Mesh(
+    _in_slices(tuple(sizes.values()), slice, devices), ("slice", *MESH_AXES), axis_types=(AxisType.Auto, *axis_types)
+  )
+
+
+def _check_sizes(sizes: Mapping[str, int], slices: int, devices: Sequence[jax.Device]) -> None:
+  shown = {name: size for name, size in (("slice", slices), *sizes.items()) if name in MESH_AXES[:3] or size != 1}
+  product = slices * math.prod(sizes.values())
+  if product != len(devices):
+    spelt = " × ".join(f"{name} {size}" for name, size in shown.items())
+    raise UserError(f"a mesh of {spelt} needs {product} devices; there are {len(devices)}")
+  found = _slices(devices)
+  if found != slices and (slices > 1 or devices[0].platform == "tpu") and found > 1:
+    raise UserError(f"slice={slices}, but the devices are of {found} slices; slice={found} is what they need")
+
+
+def _slices(devices: Sequence[jax.Device]) -> int:
+  return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _in_slices(shape: tuple[int, ...], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
+  """Devices ``[slices, *shape]``: of each slice by itself, or of equal stretches where devices do not say theirs."""
+  from jax.experimental import mesh_utils
+
+  if _slices(devices) > 1:
+    ones = (1,) * len(shape)
+    return mesh_utils.create_hybrid_device_mesh((1, *shape), (slices, *ones), devices, allow_split_physical_axes=True)
+  size = len(devices) // slices
+  parts = [devices[start : start + size] for start in range(0, len(devices), size)]
+  return np.stack([mesh_utils.create_device_mesh(shape, part, allow_split_physical_axes=True) for part in parts])
+
+
+def parse_mesh(text: str, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh from its spelling on the command line, such as ``data=2,fsdp=4`` or ``slice=2,fsdp=256``; see `make_mesh`.
+
+  Raises:
+    UserError: if it is spelt otherwise, or as `make_mesh`.
+  """
+  sizes: dict[str, int] = {}
+  for part in text.split(","):
+    name, _, size = part.strip().partition("=")
+    if name not in ("slice", *MESH_AXES) or name in sizes or not size.isdecimal() or not int(size):
+      axes = ", ".join(("slice", *MESH_AXES))
+      raise UserError(f"the mesh {text!r} is not spelt like 'data=2,fsdp=4': sizes of {axes}, each at most once")
+    sizes[name] = int(size)
+  return make_mesh(**sizes, devices=devices)
+
+
+def check_mesh(mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> None:
+  """Checks that a mesh is one that the rules can split arrays over.
+
+  Raises:
+    UserError: if JAX would have to be told how to split each operation over one of its axes, or no rule names any.
+  """
+  if explicit := [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Auto]:
     raise UserError(
-      f"a mesh of data {data} × fsdp {fsdp} × tensor {tensor}{f' × sequence {sequence}' if sequence != 1 else ''} "
-      f"needs {math.prod(sizes)} devices; there are {len(devices)}"
+      f"the mesh's axes {', '.join(explicit)} are not jax.sharding.AxisType.Auto: make it by "
+      "sa_jax.sharding.make_mesh, or by "
+      f"jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)})"
     )
-  axis_types = (jax.sharding.AxisType.Auto,) * len(sizes)
-  return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=devices)
+  active, idle = [name for name in mesh.axis_names if mesh.shape[name] > 1], _idle(mesh, rules)
+  if idle and idle == active:
+    raise UserError(
+      f"no rule names an axis of this mesh: it has {', '.join(idle)}, the rules name "
+      f"{', '.join(sorted(_named(rules)))}; name its axes so, or pass rules="
+    )
 
 
-def rules_on(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Rules:
-  """The rules without the mesh axes that the mesh lacks."""
+def _idle(mesh: Mesh | AbstractMesh, rules: Rules) -> list[str]:
+  """The mesh axes over which nothing is split."""
+  return [name for name in mesh.axis_names if mesh.shape[name] > 1 and name not in _named(rules)]
+
+
+def _named(rules: Rules) -> set[str]:
+  return {axis for _, entry in rules for axis in _axes(entry)}
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def rules_on(mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> Rules:
+  """The rules without the mesh axes that the mesh lacks.
+
+  Raises:
+    UserError: see `check_mesh`.
+  """
+  check_mesh(mesh, rules)
 
   def axes(entry: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
     if isinstance(entry, tuple):
@@ -78,26 +183,116 @@ def rules_on(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Rules:
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
-  """Makes the mesh and the rules ambient for what is traced inside.
+  """Makes the mesh and the rules ambient for what is traced inside, and the mesh for arrays that are made there.
 
-  The modules' constraints on activations act only here, and attention that XLA cannot split finds here how to split
-  itself. `jax.jit` traces once for a mesh: do not call one function under two sets of rules.
+  The modules' constraints on activations act only where rules are ambient, and attention that XLA cannot split finds
+  there how to split itself. Functions of this library that take parameters need no such context: they trace where the
+  parameters are (`where_parameters_are`). It is for your own ``jax.jit`` around ``model.apply``.
   """
-  with jax.set_mesh(mesh), nn.logical_axis_rules(rules_on(mesh, rules)):
+  with jax.set_mesh(mesh), traced_on(mesh, rules):
     yield
 
 
 @contextlib.contextmanager
 def traced_on(mesh: Mesh | None, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
-  """`on_mesh` from inside a function that `jax.jit` is tracing, which then needs no context around its calls.
+  """`on_mesh` for tracing alone, inside a function that `jax.jit` is tracing or around calls of one.
 
   Without a mesh, nothing changes.
   """
   if mesh is None:
     yield
-  else:
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(rules_on(mesh, rules)):
-      yield
+    return
+  rules = rules_on(mesh, rules)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(rules), _RULES(rules):
+    yield
+
+
+def mesh_of(tree: object) -> Mesh | None:
+  """The mesh that arrays, or shapes with shardings, are spread over; None where they are on one device."""
+  for leaf in jax.tree.leaves(tree):
+    if isinstance(sharding := getattr(leaf, "sharding", None), NamedSharding) and sharding.mesh.size > 1:
+      return sharding.mesh if isinstance(sharding.mesh, Mesh) else None
+  return None
+
+
+def rules_of(config: ModelConfig, params: Params, mesh: Mesh) -> Rules:
+  """The rules by which a model's parameters are split over a mesh, read off their shardings.
+
+  How activations' rows are split cannot be seen there, and changes no result: over every mesh axis that splits neither
+  heads nor MLP nor vocabulary, but for the one of `DEFAULT_RULES` for tokens. Of parameters that `DEFAULT_RULES` have
+  split, these are the same rules.
+
+  Args:
+    config: the model.
+    params: in either layout, whole: arrays, or shapes with shardings.
+    mesh: theirs.
+  """
+  block = params["runs"]["0"]["anchor"] if "runs" in params else params["layers"]["0"]
+  leaves = _by_path(nn.unbox(dict(params) | {"layers": {"0": block}}))
+  found: dict[str, tuple[str, ...]] = {}
+  for path, names in _logical_axes(config).items():
+    leaf = leaves.get(path)
+    spec = tuple(getattr(getattr(leaf, "sharding", None), "spec", ()))
+    spec += (None,) * (len(getattr(leaf, "shape", ())) - len(spec))
+    # Of stacked layers, the last axes are a layer's.
+    for name, entry in zip(reversed(names), reversed(spec)):
+      if name is not None and (axes := _axes(entry)):
+        found.setdefault(name, axes)
+  taken = {axis for name in _OF_ALL_ROWS for axis in found.get(name, ())}
+  over_tokens = [axis for axis in _axes(dict(DEFAULT_RULES)["length"]) if axis in mesh.shape and axis not in taken]
+  rows = tuple(axis for axis in mesh.axis_names if axis not in {*taken, *over_tokens})
+  found |= {"batch": rows, "length": tuple(over_tokens)}
+  # Spelt as `rules_on` spells them, so that equal rules are the same rules to `jax.jit`.
+  spelt = lambda name, axes: axes[0] if len(axes) == 1 and name != "batch" else axes or None
+  return tuple((name, spelt(name, found.get(name, ()))) for name, _ in DEFAULT_RULES)
+
+
+@functools.lru_cache
+def _logical_axes(config: ModelConfig) -> dict[str, PartitionSpec]:
+  """The logical axes of the parameters around the layers and of an anchor's, by their paths in the layer layout."""
+  one = Transformer(dataclasses.replace(config, num_layers=1, local_layers=()), SharingPlan.dense(1))
+  return _by_path(nn.get_partition_spec(abstract_params(one, layout="layers", boxed=True)))
+
+
+def _by_path(tree: object) -> dict[str, Tree]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, PartitionSpec))
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+@contextlib.contextmanager
+def where_parameters_are(config: ModelConfig, params: Params) -> Iterator[None]:
+  """`traced_on` the mesh that parameters are spread over, by the rules that split them; on one device, nothing changes.
+
+  An ambient `on_mesh` of the same mesh stays: its rules may say more than the parameters show.
+  """
+  mesh = mesh_of(params)
+  said = bool(nn.get_logical_axis_rules())
+  if mesh is None or (said and jax.sharding.get_abstract_mesh() == mesh.abstract_mesh):
+    yield
+    return
+  with traced_on(mesh, rules_of(config, params, mesh)):
+    yield
+
+
+def traced_where_parameters_are(function: Callable[Concatenate[M, Q, P], T]) -> Callable[Concatenate[M, Q, P], T]:
+  """A function of a model and its parameters that calls all it calls `where_parameters_are`."""
+
+  @functools.wraps(function)
+  def call(model: M, params: Q, *arguments: P.args, **named: P.kwargs) -> T:
+    with where_parameters_are(model.config, params):
+      return function(model, params, *arguments, **named)
+
+  return call
+
+
+def placed_like(array: Tree, other: object) -> Tree:
+  """The array where another one is, split as that is; as it is where that has no place: under a trace, or NumPy's."""
+  sharding = getattr(other, "sharding", None)
+  if sharding is None or isinstance(other, jax.core.Tracer):
+    return array
+  if isinstance(array, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+  return jax.device_put(array, sharding)
 
 
 def named_sharding(mesh: Mesh, axes: tuple[str | None, ...], rules: Rules = DEFAULT_RULES) -> NamedSharding:
@@ -151,9 +346,11 @@ def param_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES
 def tree_shardings(boxed: Tree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Tree:
   """A `NamedSharding` for every leaf of a tree of boxed shapes, as from `abstract_params`; see `param_shardings`."""
   mesh_axes = dict(reversed(rules_on(mesh, rules)))  # the first rule for an axis counts, as for activations
+  if idle := _idle(mesh, rules):
+    _LOG.warning("no rule names the mesh axis %s: every device on it has the same", ", ".join(idle))
   errors: list[str] = []
 
-  def sharding(path: Any, leaf: jax.ShapeDtypeStruct, logical: PartitionSpec) -> NamedSharding | None:
+  def sharding(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct, logical: PartitionSpec) -> NamedSharding | None:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     # Not by Flax's own function, which leaves an axis unsharded when its mesh axis is taken.
     spec = PartitionSpec(*(mesh_axes.get(axis) for axis in logical))

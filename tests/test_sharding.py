@@ -1,10 +1,26 @@
 """Rules are data: what they make of a mesh of 8 virtual devices, and what they refuse."""
 
+import dataclasses
+
+import flax.linen
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sa_jax.sharding import DEFAULT_RULES, abstract_params, make_mesh, named_sharding, param_shardings
+import sa_jax
+from sa_jax import UserError
+from sa_jax.sharding import (
+  DEFAULT_RULES,
+  abstract_params,
+  make_mesh,
+  mesh_of,
+  named_sharding,
+  on_mesh,
+  param_shardings,
+  parse_mesh,
+  rules_of,
+  rules_on,
+)
 from tests import tiny
 
 
@@ -99,3 +115,114 @@ def test_parameters_read_rules_as_activations_do():
   assert spec(shardings["layers"]["0"]["mlp"]["up_proj"]["kernel"]) == ("fsdp", "tensor")
   assert spec(shardings["layers"]["0"]["attention"]["v_proj"]["kernel"]) == ("fsdp",)
   assert spec(named_sharding(mesh, ("embed", "kv_heads"), rules)) == ("fsdp",)
+
+
+def placed(model, mesh, layout, rules=DEFAULT_RULES):
+  """The parameters' shapes with the shardings that the rules make."""
+  shardings = param_shardings(model, mesh, rules, layout=layout)
+  like = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  return jax.tree.map(like, abstract_params(model, layout=layout), shardings)
+
+
+@pytest.mark.parametrize("layout", ["runs", "layers"])
+@pytest.mark.parametrize(
+  "sizes",
+  [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 2, "sequence": 4}, {"slice": 2, "fsdp": 4}],
+  ids=["fsdp", "2x2x2", "sequence", "slice"],
+)
+def test_parameters_tell_by_which_rules_they_are_split(sizes, layout):
+  model, mesh = tiny.model(vocab_size=64), make_mesh(**sizes)
+  params = placed(model, mesh, layout)
+  assert mesh_of(params) == mesh
+  assert rules_of(model.config, params, mesh) == rules_on(mesh)
+
+
+def test_rules_and_axes_of_ones_own_are_read_off_too():
+  mesh = jax.make_mesh((4, 2), ("dp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  model = tiny.model(vocab_size=64)
+  split = (("heads", "tp"), ("kv_heads", "tp"), ("mlp", "tp"))
+  expected = {"batch": ("dp",), "heads": "tp", "kv_heads": "tp", "mlp": "tp"}
+  for more in ({"embed": "dp"}, {"vocab": "tp"}, {}):
+    params = placed(model, mesh, "layers", (("batch", "dp"), *split, *more.items()))
+    found = {name: entry for name, entry in rules_of(model.config, params, mesh) if entry is not None}
+    assert found == expected | more
+
+
+def test_one_device_is_no_mesh():
+  assert mesh_of(tiny.params(tiny.model())) is None
+  assert mesh_of(jax.numpy.zeros(3)) is None
+  assert mesh_of(jax.device_put(1.0, jax.NamedSharding(make_mesh(devices=jax.devices()[:1]), P()))) is None
+
+
+def test_meshes_that_cannot_be_used_are_refused_where_a_model_is_opened(tmp_path):
+  model = tiny.model("dense", vocab_size=64)
+  folder = tiny.write_hf(tmp_path / "model", model, tiny.params(model))
+  with pytest.raises(UserError, match=r"data, fsdp are not .*AxisType.Auto.* \* 2\)") as caught:
+    sa_jax.from_pretrained(folder, mesh=jax.make_mesh((2, 4), ("data", "fsdp")))
+  assert "\n" not in str(caught.value)
+  theirs = jax.make_mesh((4, 2), ("dp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  with pytest.raises(UserError, match=r"it has dp, tp, the rules name data, fsdp, sequence, slice, tensor; .*rules="):
+    sa_jax.from_pretrained(folder, mesh=theirs)
+  opened, params = sa_jax.from_pretrained(folder, mesh=theirs, rules=(("mlp", "tp"), ("embed", "dp")), layout="layers")
+  assert spec(params["layers"]["0"]["mlp"]["up_proj"]["kernel"].sharding) == ("dp", "tp")
+  tokens = tiny.tokens(4, 8, 64)
+  alone = sa_jax.perplexity(*sa_jax.from_pretrained(folder), tokens, batch_size=4).loss
+  assert sa_jax.perplexity(opened, params, tokens, batch_size=4).loss == pytest.approx(alone, rel=1e-5)
+
+
+def test_an_axis_that_no_rule_names_is_told(caplog):
+  mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  param_shardings(tiny.model(), mesh)
+  assert "no rule names the mesh axis expert" in caplog.text
+
+
+def test_a_mesh_is_spelt():
+  assert dict(parse_mesh("data=2, fsdp=4").shape) == {"data": 2, "fsdp": 4, "tensor": 1, "sequence": 1}
+  assert dict(parse_mesh("slice=2,tensor=4").shape)["slice"] == 2
+  for text in ("data=2,fsdp", "dat=8", "data=0,fsdp=8", "data=2,data=4", ""):
+    with pytest.raises(UserError, match="is not spelt like 'data=2,fsdp=4'"):
+      parse_mesh(text)
+  with pytest.raises(UserError, match="needs 6 devices; there are 8"):
+    parse_mesh("slice=3,fsdp=2")
+
+
+def test_devices_of_a_slice_stay_together():
+  """Over `slice` rows are split and no parameter is; the other axes are inside one slice."""
+  mesh = make_mesh(slice=2, fsdp=2, tensor=2)
+  assert mesh.devices.shape == (2, 1, 2, 2, 1)
+  for number, part in enumerate(mesh.devices):
+    assert {device.id // 4 for device in part.flat} == {number}
+  assert spec(named_sharding(mesh, ("batch", "length"))) == (("slice", "data", "fsdp"), "sequence")
+  for sharding in jax.tree.leaves(param_shardings(tiny.model(vocab_size=64), mesh)):
+    assert "slice" not in jax.tree.leaves(tuple(sharding.spec))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+  """A device of a slice, as far as a mesh asks it."""
+
+  id: int
+  slice_index: int
+  platform: str = "tpu"
+  process_index: int = 0
+
+
+@pytest.mark.parametrize(("slices", "said"), [(3, 2), (1, 2), (2, 4)])
+def test_a_slice_count_that_the_devices_do_not_have(slices, said):
+  devices = [Tpu(number, number * said // 12) for number in range(12)]
+  with pytest.raises(UserError, match=f"slice={slices}, but the devices are of {said} slices"):
+    make_mesh(slice=slices, fsdp=12 // slices, devices=devices)
+
+
+def test_a_function_is_traced_anew_under_other_rules():
+  mesh, seen = make_mesh(data=2, tensor=4), []
+
+  @jax.jit
+  def function(x):
+    seen.append(flax.linen.logical_to_mesh_axes(("batch", "embed")))
+    return x
+
+  for rules in ((("batch", "tensor"),), (("embed", "tensor"),), (("batch", "tensor"),)):
+    with on_mesh(mesh, rules):
+      function(1.0)
+  assert seen == [P("tensor", None), P(None, "tensor")]

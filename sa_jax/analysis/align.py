@@ -27,6 +27,8 @@ from sa_jax.nn.transformer import check_tokens
 from sa_jax.nn.typed import apply
 from sa_jax.params import prune, stack
 from sa_jax.plan import HeadMap, SharingPlan
+from sa_jax.programs import fetch, program
+from sa_jax.sharding import placed_like, traced_where_parameters_are
 from sa_jax.trees import Params
 
 Kind = Literal["group", "permutation", "free"]
@@ -34,7 +36,7 @@ KINDS: tuple[Kind, ...] = ("group", "permutation", "free")
 """Permutations that keep KV groups together; any permutations; any maps."""
 
 
-@functools.partial(jax.jit, static_argnames=("length", "block"))
+@program(static_argnames=("length", "block"))
 def _products(mine: State, theirs: State, length: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Inner products ``[N, N]`` of two layers' heads without the first key, and their squared norms ``[N]``."""
 
@@ -64,7 +66,9 @@ def head_similarity(follower: Sequence[State], anchor: Sequence[State], block: i
   assert isinstance(first, QueryKey), "texts are walked with queries and keys"
   length = first.q.shape[1]
   parts = [_products(mine, theirs, length, min(block, length)) for mine, theirs in zip(follower, anchor, strict=True)]
-  products, mine, theirs = (sum(np.asarray(part, np.float64) for part in column) for column in zip(*parts, strict=True))
+  products, mine, theirs = (
+    sum(part.astype(np.float64) for part in column) for column in zip(*fetch(parts), strict=True)
+  )
   return products / np.maximum(np.sqrt(np.outer(mine, theirs)), np.finfo(np.float64).tiny)
 
 
@@ -109,7 +113,7 @@ _MOST_FEATURES = 16_384
 """Beyond this many features, `map_by_refit` would need more than a gigabyte of sums."""
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@program(static_argnames="config")
 def _pair_sums(config: ModelConfig, block: walk.Block, chunk: walk.Chunk, y: jax.Array) -> Sums:
   """Ridge sums over all pairs of a KV head and an anchor head: features ``[K N H]``, the dense output as target."""
   kv_heads, size = config.num_kv_heads, config.num_heads // config.num_kv_heads
@@ -124,13 +128,14 @@ def _pair_sums(config: ModelConfig, block: walk.Block, chunk: walk.Chunk, y: jax
   return Sums.of(features.reshape(*features.shape[:2], -1), target)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sweeps"))
+@program(static_argnames=("config", "sweeps"))
 def _descend(
   config: ModelConfig, sums: Sums, prior: jax.Array, starts: jax.Array, ridge: jax.Array, sweeps: int
 ) -> jax.Array:
   """Coordinate descent over the heads' maps on the penalised error that refitting W_O would leave."""
   heads, head_dim = config.num_heads, config.head_dim
   group = jnp.arange(heads) // (heads // config.num_kv_heads)
+  prior = prior.astype(jnp.float32).reshape(-1, config.embed_dim)
 
   def objective(head_map: jax.Array) -> jax.Array:
     pairs = group * heads + head_map
@@ -183,9 +188,9 @@ def map_by_refit(
     start or tuple(range(config.num_heads)),
     *(best_map(similarity, config.num_kv_heads, kind) for kind in KINDS),
   ]
-  prior = block["attention"]["o_proj"]["kernel"].astype(jnp.float32).reshape(-1, config.embed_dim)
-  found = _descend(config, sums, prior, jnp.asarray(starts, jnp.int32), ridge, sweeps)
-  return tuple(int(head) for head in found)
+  prior = block["attention"]["o_proj"]["kernel"]
+  found = _descend(config, sums, prior, np.asarray(starts, np.int32), ridge, sweeps)
+  return tuple(fetch(found).tolist())
 
 
 class Aligned(NamedTuple):
@@ -202,12 +207,13 @@ class Aligned(NamedTuple):
   identity_loss: float
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@program(static_argnames="config")
 def _loss(config: ModelConfig, params: Params, tokens: jax.Array, plan: PlanArrays) -> jax.Array:
   logits = apply(PlannedTransformer(config), params, PlannedTransformer.__call__, tokens, plan)
   return -ops.token_log_likelihoods(logits[:, :-1], tokens[:, 1:]).mean()
 
 
+@traced_where_parameters_are
 def align(
   model: Transformer,
   params: Params,
@@ -243,7 +249,7 @@ def align(
   def loss(plan: SharingPlan) -> float:
     arrays = PlanArrays.of(plan, config)
     total = sum(
-      float(_loss(config, stacked, jnp.asarray(rows), arrays)) * len(rows)
+      float(fetch(_loss(config, stacked, rows, arrays))) * len(rows)
       for rows in np.split(tokens, range(chunk, len(tokens), chunk))
     )
     return total / len(tokens)
@@ -300,9 +306,11 @@ def fold(config: ModelConfig, params: Params, plan: SharingPlan) -> tuple[Params
     kv_heads = heads[::size] // size
     attention = dict(layers[str(layer)]["attention"])
     attention["v_proj"] = {
-      name: jnp.take(leaf, kv_heads, axis=leaf.ndim - 2) for name, leaf in attention["v_proj"].items()
+      name: placed_like(jnp.take(leaf, kv_heads, axis=leaf.ndim - 2), leaf)
+      for name, leaf in attention["v_proj"].items()
     }
-    attention["o_proj"] = attention["o_proj"] | {"kernel": jnp.take(attention["o_proj"]["kernel"], heads, axis=0)}
+    kernel = attention["o_proj"]["kernel"]
+    attention["o_proj"] = attention["o_proj"] | {"kernel": placed_like(jnp.take(kernel, heads, axis=0), kernel)}
     layers[str(layer)] = dict(layers[str(layer)]) | {"attention": attention}
   return dict(params) | {"layers": layers}, plan.with_head_maps(left)
 

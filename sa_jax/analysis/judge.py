@@ -11,7 +11,7 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,13 @@ from sa_jax.errors import UserError
 from sa_jax.nn import PlanArrays, PlannedBlock, Transformer
 from sa_jax.nn.transformer import check_plan, check_tokens
 from sa_jax.plan import HeadMap, SharingPlan
+from sa_jax.programs import fetch, program
+from sa_jax.sharding import where_parameters_are
 from sa_jax.trees import Params
 
 Progress = Callable[[int, int], None]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Text(NamedTuple):
@@ -58,6 +62,17 @@ class Walk(NamedTuple):
   plan: SharingPlan
   streams: tuple[Stream, ...]
   losses: np.ndarray
+
+
+def _where_its_model_is(method: Callable[Concatenate[Judge, P], T]) -> Callable[Concatenate[Judge, P], T]:
+  """A method of a judge that computes."""
+
+  @functools.wraps(method)
+  def call(self: Judge, *arguments: P.args, **named: P.kwargs) -> T:
+    with where_parameters_are(self.config, self.params):
+      return method(self, *arguments, **named)
+
+  return call
 
 
 class Judge:
@@ -97,15 +112,20 @@ class Judge:
     if how is not None:
       how.check(self.config)
     self.params, self.texts, self.how, self.maps, self.chunk = params, tuple(texts), how, maps, chunk
-    begin = functools.partial(walk.start, self.config, params, chunk=chunk)
-    calibration = begin(np.concatenate([text.calibration for text in texts]))
-    self._calibration = len(calibration)
-    self._judging = [begin(np.asarray(text.judging)) for text in texts]
-    self._start: Stream = sum(self._judging, calibration)
-    self._trace = walk.dense_trace(self.config, params, self._start, progress)
     self._maps: dict[tuple[int, int], HeadMap | None] = {}
-    self.dense = self._losses(tuple(Chunk(target.x, target.state) for target in self._trace[-1]))
+    self._read_texts(progress)
     self._record = Record(record, self._settings())
+
+  @_where_its_model_is
+  def _read_texts(self, progress: Progress | None) -> None:
+    """What the dense model computes of the texts."""
+    begin = functools.partial(walk.start, self.config, self.params, chunk=self.chunk)
+    calibration = begin(np.concatenate([text.calibration for text in self.texts]))
+    self._calibration = len(calibration)
+    self._judging = [begin(np.asarray(text.judging)) for text in self.texts]
+    self._start: Stream = sum(self._judging, calibration)
+    self._trace = walk.dense_trace(self.config, self.params, self._start, progress)
+    self.dense = self._losses(tuple(Chunk(target.x, target.state) for target in self._trace[-1]))
 
   def _settings(self) -> dict[str, Any]:
     return {
@@ -127,6 +147,7 @@ class Judge:
     """The dense model's block."""
     return self.params["layers"][str(layer)]
 
+  @_where_its_model_is
   def head_map(self, anchor: int, layer: int) -> HeadMap | None:
     """The most similar anchor heads for a layer's heads, in the dense model; None without maps."""
     if not self.maps:
@@ -143,6 +164,7 @@ class Judge:
       return plan
     return plan.with_head_maps({layer: self.head_map(plan.source[layer], layer) for layer in plan.followers})
 
+  @_where_its_model_is
   def walk(self, plan: SharingPlan, base: Walk | None = None, keep: bool = False) -> Walk:
     """Takes the text through the shared model.
 
@@ -202,6 +224,7 @@ class Judge:
       SharingPlan.parse(text, self.config.num_layers): np.array(losses) for text, losses in self._record.plans.items()
     }
 
+  @_where_its_model_is
   def costs(self, reach: int, progress: Progress | None = None) -> np.ndarray:
     """An estimate of what each single follower costs, without a forward pass for each.
 
@@ -234,7 +257,7 @@ class Judge:
     tokens = np.concatenate([text.calibration for text in self.texts])
     chunks = np.split(tokens, range(self.chunk, len(tokens), self.chunk))
     cotangents = [
-      _head_gradient(self.config, outside, target.x, jnp.asarray(rows, jnp.int32))
+      _head_gradient(self.config, outside, target.x, rows.astype(np.int32))
       for target, rows in zip(self._trace[-1], chunks, strict=False)
     ]
     for layer in range(self.config.num_layers - 1, 0, -1):
@@ -247,28 +270,28 @@ class Judge:
 
   def _pair_cost(self, anchor: int, layer: int, gradient: list[jax.Array]) -> float:
     block = self.block(layer)
-    head_map = jnp.asarray(self.head_map(anchor, layer) or range(self.config.num_heads), jnp.int32)
+    head_map = np.asarray(self.head_map(anchor, layer) or range(self.config.num_heads), np.int32)
     parts = [
       (Chunk(before.x, mine.state), target, weight)
       for before, mine, target, weight in zip(
         self._before(layer), self._trace[anchor], self._trace[layer], gradient, strict=False
       )
     ]
-    prior = block["attention"]["o_proj"]["kernel"].astype(jnp.float32).reshape(-1, self.config.embed_dim)
+    prior = block["attention"]["o_proj"]["kernel"]
     if self.how is not None:
       sums = total(_pair_sums(self.config, block, chunk, target, head_map) for chunk, target, _ in parts)
       prior = solve(sums, prior, self.how.ridge)[0]
     squares = [_weighed_error(self.config, block, *part, head_map, prior) for part in parts]
-    return float(sum(squares)) / sum(chunk.x.shape[0] * chunk.x.shape[1] for chunk, *_ in parts) / 2
+    return float(sum(fetch(squares))) / sum(chunk.x.shape[0] * chunk.x.shape[1] for chunk, *_ in parts) / 2
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@program(static_argnames="config")
 def _head_gradient(config: ModelConfig, params: Params, x: jax.Array, tokens: jax.Array) -> jax.Array:
   """Gradient of the summed loss with respect to the last block's output."""
   return jax.grad(lambda x: walk.row_losses(config, params, x, tokens).sum() * (tokens.shape[1] - 1))(x)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@program(static_argnames="config")
 def _gradient(
   config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays, cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -283,13 +306,13 @@ def _gradient(
   return jax.vjp(through, chunk.x, jnp.zeros_like(chunk.x))[1](cotangent)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@program(static_argnames="config")
 def _pair_sums(config: ModelConfig, block: Block, chunk: Chunk, target: Targets, head_map: jax.Array) -> Sums:
   heads = walk.call(config, block, PlannedBlock.heads, chunk.x, chunk.state, head_map)
   return Sums.of(heads.reshape(*heads.shape[:2], -1), walk.without_bias(block, "attention", "o_proj", target.y))
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@program(static_argnames="config")
 def _weighed_error(
   config: ModelConfig,
   block: Block,
@@ -302,7 +325,7 @@ def _weighed_error(
   """Sum over tokens of (g·δ)²."""
   heads = walk.call(config, block, PlannedBlock.heads, chunk.x, chunk.state, head_map).astype(jnp.float32)
   y = walk.without_bias(block, "attention", "o_proj", target.y).astype(jnp.float32)
-  error = heads.reshape(*heads.shape[:2], -1) @ kernel - y
+  error = heads.reshape(*heads.shape[:2], -1) @ kernel.astype(jnp.float32).reshape(-1, config.embed_dim) - y
   return jnp.square((error * gradient.astype(jnp.float32)).sum(axis=-1)).sum()
 
 

@@ -14,7 +14,6 @@ Only sums over tokens are kept, so text streams through batch by batch; on a mes
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +32,8 @@ from sa_jax.nn import PlanArrays, PlannedBlock, Transformer
 from sa_jax.nn.state import State
 from sa_jax.nn.transformer import check_plan, check_tokens
 from sa_jax.plan import SharingPlan
+from sa_jax.programs import fetch, program
+from sa_jax.sharding import placed_like, traced_where_parameters_are
 from sa_jax.trees import Params
 
 
@@ -98,14 +99,14 @@ class Report(NamedTuple):
   condition: float
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@program(static_argnames="config")
 def _head_sums(config: ModelConfig, block: Block, chunk: Chunk, y: jax.Array, head_map: jax.Array) -> Sums:
   """Sums of a follower's head outputs ``[N H]`` with the dense attention's output."""
   heads = walk.call(config, block, PlannedBlock.heads, chunk.x, chunk.state, head_map)
   return Sums.of(heads.reshape(*heads.shape[:2], -1), y)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@program(static_argnames="config")
 def _attend(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) -> tuple[jax.Array, State]:
   """The block's input with its attention added, and the state it carries on."""
   state = walk.call(config, block, PlannedBlock.state, chunk.x, chunk.state, layer)
@@ -114,21 +115,26 @@ def _attend(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) 
   return walk.call(config, block, PlannedBlock.add_attention, chunk.x, y), state
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@program(static_argnames="config")
 def _mlp_sums(config: ModelConfig, block: Block, x: jax.Array, target: jax.Array) -> Sums:
   """Sums of the MLP's hidden activations ``[F]`` with what the dense block's output lacks before the MLP is added."""
   return Sums.of(walk.call(config, block, PlannedBlock.mlp_hidden, x), target - x)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@program(static_argnames="config")
 def _mlp(config: ModelConfig, block: Block, x: jax.Array) -> jax.Array:
   return walk.call(config, block, PlannedBlock.add_mlp, x)
 
 
+@program(static_argnames=("shape", "dtype"))
+def _as(kernel: jax.Array, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+  return kernel.reshape(shape).astype(dtype)
+
+
 def with_kernel(block: Block, part: str, projection: str, kernel: jax.Array) -> Block:
-  """The block with one projection's kernel replaced, in the old one's shape and dtype."""
+  """The block with one projection's kernel replaced, in the old one's shape and dtype, and in its place."""
   old = block[part][projection]["kernel"]
-  new = dict(block[part][projection]) | {"kernel": kernel.reshape(old.shape).astype(old.dtype)}
+  new = dict(block[part][projection]) | {"kernel": placed_like(_as(kernel, old.shape, old.dtype), old)}
   return dict(block) | {part: dict(block[part]) | {projection: new}}
 
 
@@ -160,7 +166,7 @@ def recover_layer(
   done = []
   fitted = list(zip(stream, targets, strict=True))[:calibration]
   if not layer.is_anchor:
-    block, before, after, condition = refit_attention(config, block, fitted, jnp.asarray(layer.head_map), refit)
+    block, before, after, condition = refit_attention(config, block, fitted, layer.head_map, refit)
     done.append(("attention", before, after, condition))
   middle = [keep(_attend(config, block, chunk, layer)) for chunk in stream]
   if refit.mlp:
@@ -191,7 +197,7 @@ def refit_attention(
     )
 
   sums = sums_of(block)
-  prior = block["attention"]["o_proj"]["kernel"].reshape(sums.cross.shape)
+  prior = block["attention"]["o_proj"]["kernel"]
   before = relative_error(sums, prior)
   kernel, condition = solve(sums, prior, refit.ridge)
   block = with_kernel(block, "attention", "o_proj", kernel)
@@ -203,7 +209,7 @@ def refit_attention(
   return block, before, relative_error(sums, kernel), condition
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@program(static_argnames="config")
 def _value_product(
   config: ModelConfig, block: Block, chunk: Chunk, head_map: jax.Array, kernel: jax.Array, target: jax.Array | None
 ) -> jax.Array:
@@ -261,6 +267,7 @@ class Refitted(NamedTuple):
   reports: list[Report]
 
 
+@traced_where_parameters_are
 def refit(
   model: Transformer,
   params: Params,
@@ -295,7 +302,7 @@ def refit(
   check_tokens(tokens, None, config.vocab_size)
   check_plan(config, plan)
   how.check(config)
-  keep = walk.on_device if on_device else jax.device_get
+  keep = walk.on_device if on_device else walk.on_host
   shared = dense = walk.start(config, params, tokens, chunk, keep)
   layers = dict(params["layers"])
   reports = []
@@ -314,7 +321,7 @@ def refit(
         plan = with_map(plan, layer, head_map)
       arrays = PlanArrays.of_layer(layer, config, is_anchor, head_map)
       layers[str(layer)], shared, done = recover_layer(config, block, shared, targets, arrays, how, len(shared), keep)
-      reports += [Report(layer, part, *map(float, numbers)) for part, *numbers in done]
+      reports += [Report(layer, part, *map(float, fetch(numbers))) for part, *numbers in done]
       check_conditions(reports)
     if progress is not None:
       progress(layer + 1, config.num_layers)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sa_jax.programs import program
+
 product = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
 """`jnp.einsum` in full float32, which accelerators do not give unasked."""
 
@@ -34,12 +36,17 @@ class Sums(NamedTuple):
     return cls(product("TX,TZ->XZ", x, x), product("TX,TD->XD", x, y), jnp.sum(jnp.square(y)))
 
   def __add__(self, other: Sums) -> Sums:  # type: ignore[override]
-    return Sums(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+    return _added(self, other)
 
   def error(self, weights: jax.Array) -> jax.Array:
     """Squared error of the linear map ``[X, D]``, summed over tokens and outputs."""
     inner = product("XD,XD->", weights, 2 * self.cross - product("XZ,ZD->XD", self.gram, weights))
     return self.energy - inner
+
+
+@program()
+def _added(one: Sums, other: Sums) -> Sums:
+  return jax.tree.map(jnp.add, one, other)
 
 
 def gain(sums: Sums, prior: jax.Array, ridge: float | jax.Array) -> jax.Array:
@@ -55,20 +62,20 @@ def _penalised(gram: jax.Array, ridge: float | jax.Array) -> jax.Array:
   return gram + ridge * mean * jnp.eye(size, dtype=jnp.float32)
 
 
-@jax.jit
+@program()
 def solve(sums: Sums, prior: jax.Array, ridge: float | jax.Array) -> tuple[jax.Array, jax.Array]:
   """Ridge regression towards a prior.
 
   Args:
     sums: of the data.
-    prior: ``[X, D]``, the weights to stay near.
+    prior: ``[X, D]``, or of as many elements, the weights to stay near.
     ridge: penalty relative to the mean diagonal of ``sums.gram``.
 
   Returns:
     float32 ``[X, D]`` weights whose error is at most the prior's, and an estimate of the reciprocal condition number
     (from the Cholesky factor's diagonal; NaN if the matrix is not positive definite in float32).
   """
-  prior = prior.astype(jnp.float32)
+  prior = prior.astype(jnp.float32).reshape(sums.cross.shape)
   matrix = _penalised(sums.gram, ridge)
   factor = jax.scipy.linalg.cho_factor(matrix)
   residual = sums.cross - product("XZ,ZD->XD", sums.gram, prior)
@@ -79,10 +86,11 @@ def solve(sums: Sums, prior: jax.Array, ridge: float | jax.Array) -> tuple[jax.A
   return prior + step, jnp.square(diagonal.min() / diagonal.max())
 
 
-@jax.jit
+@program()
 def relative_error(sums: Sums, weights: jax.Array) -> jax.Array:
-  """`Sums.error` divided by the targets' energy."""
-  return sums.error(weights.astype(jnp.float32)) / jnp.maximum(sums.energy, jnp.finfo(jnp.float32).tiny)
+  """`Sums.error` of weights, as in `solve`, divided by the targets' energy."""
+  weights = weights.astype(jnp.float32).reshape(sums.cross.shape)
+  return sums.error(weights) / jnp.maximum(sums.energy, jnp.finfo(jnp.float32).tiny)
 
 
 def total(parts: Iterable[Sums]) -> Sums:

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from sa_jax.analysis import search
@@ -17,6 +16,7 @@ from sa_jax.errors import UserError
 from sa_jax.evaluation import Perplexity, perplexity
 from sa_jax.nn import Transformer
 from sa_jax.params import as_runs
+from sa_jax.sharding import traced_where_parameters_are
 from sa_jax.trees import Params
 
 Strategy = Literal["dp", "greedy", "beam", "spans"]
@@ -109,6 +109,7 @@ class Shared(NamedTuple):
   reports: list[Report]
 
 
+@traced_where_parameters_are
 def share(
   model: Transformer,
   params: Params,
@@ -146,8 +147,6 @@ def share(
   for label, each, weights in (("dense", model, params), ("shared", made.model, made.params)):
     runs = as_runs(weights, each.plan)
     report = stage(f"scoring, {label}")
-    results.append(
-      {text.name: perplexity(each, runs, jnp.asarray(text.judging), batch_size=1, progress=report) for text in texts}
-    )
+    results.append({text.name: perplexity(each, runs, text.judging, batch_size=1, progress=report) for text in texts})
   dense, shared = results
   return Shared(made.model, made.params, dense, shared, made.reports)

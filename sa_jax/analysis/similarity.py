@@ -23,6 +23,8 @@ from sa_jax.nn.state import QueryKey, State
 from sa_jax.nn.transformer import check_tokens
 from sa_jax.nn.typed import apply
 from sa_jax.params import as_layers
+from sa_jax.programs import fetch, program
+from sa_jax.sharding import traced_where_parameters_are
 from sa_jax.trees import Params
 
 
@@ -53,6 +55,7 @@ class Similarity(NamedTuple):
     return Similarity(*(values.mean(axis=-1) for values in self))
 
 
+@traced_where_parameters_are
 def layer_similarity(
   model: Transformer,
   params: Params,
@@ -84,10 +87,10 @@ def layer_similarity(
   block = min(block, tokens.shape[1])
   total: _Sums | None = None
   for index, row in enumerate(tokens):
-    states = _states(model, layers, jnp.asarray(row[None], jnp.int32))
+    states = _states(model, layers, row[None].astype(np.int32))
     for start in range(0, tokens.shape[1], block):
       part = block_sums(states, start, tokens.shape[1], top_k, block)
-      sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), part)
+      sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), fetch(part))
       total = sums if total is None else jax.tree.map(np.add, total, sums)
     if progress is not None:
       progress(index + 1, len(tokens))
@@ -109,12 +112,12 @@ class _Sums(NamedTuple):
   inverse_keys: Any
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@program(static_argnames="model")
 def _states(model: Transformer, layers: Params, tokens: jax.Array) -> tuple[State, ...]:
   return apply(model, layers, Transformer.states, tokens)
 
 
-@functools.partial(jax.jit, static_argnames=("length", "top_k", "block"))
+@program(static_argnames=("length", "top_k", "block"))
 def block_sums(states: tuple[State, ...], start: jax.Array | int, length: int, top_k: int, block: int) -> _Sums:
   """What a block of queries, ``start`` to ``start + block``, adds to the comparison.
 

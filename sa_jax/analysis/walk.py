@@ -7,7 +7,6 @@ can start from any stream that was kept: trying another follower does not repeat
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
@@ -23,6 +22,7 @@ from sa_jax.nn import PlanArrays, PlannedBlock, PlannedTransformer
 from sa_jax.nn.planned import empty_state
 from sa_jax.nn.state import State
 from sa_jax.nn.typed import apply
+from sa_jax.programs import fetch, program
 from sa_jax.trees import Params, Tree
 
 _Arguments = ParamSpec("_Arguments")
@@ -81,13 +81,14 @@ def walking(config: ModelConfig, params: Params) -> ModelConfig:
   return dataclasses.replace(config, attention_state="query_key")
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _embed(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
-  return apply(PlannedTransformer(config), params, PlannedTransformer.embedded, tokens)
+@program(static_argnames="config")
+def _begin(config: ModelConfig, params: Params, tokens: jax.Array) -> Chunk:
+  x = apply(PlannedTransformer(config), params, PlannedTransformer.embedded, tokens)
+  return Chunk(x, empty_state(config, *tokens.shape))
 
 
 Keep = Callable[[Tree], Tree]
-"""Where a chunk's arrays wait until they are needed again: `on_device`, or `jax.device_get` for the host's memory."""
+"""Where a chunk's arrays wait until they are needed again: `on_device` or `on_host`."""
 
 
 def on_device(chunk: Tree) -> Tree:
@@ -95,12 +96,17 @@ def on_device(chunk: Tree) -> Tree:
   return chunk
 
 
+def on_host(chunk: Tree) -> Tree:
+  """Keeps a chunk's arrays in the host's memory; on their devices, where those are of several hosts."""
+  is_here = lambda leaf: isinstance(leaf, jax.Array) and leaf.is_fully_addressable
+  return jax.tree.map(lambda leaf: jax.device_get(leaf) if is_here(leaf) else leaf, chunk)
+
+
 def start(config: ModelConfig, params: Params, tokens: np.ndarray, chunk: int, keep: Keep = on_device) -> Stream:
   """The stream before layer 0, of int ``[rows, T]`` tokens in chunks of rows."""
   outside = {name: value for name, value in params.items() if name != "layers"}
   return tuple(
-    keep(Chunk(_embed(config, outside, jnp.asarray(rows, jnp.int32)), empty_state(config, *rows.shape)))
-    for rows in np.split(tokens, range(chunk, len(tokens), chunk))
+    keep(_begin(config, outside, rows)) for rows in np.split(tokens.astype(np.int32), range(chunk, len(tokens), chunk))
   )
 
 
@@ -115,13 +121,13 @@ def call(
   return apply(PlannedBlock(config), block, method, *args, **kwargs)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@program(static_argnames="config")
 def advance(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) -> Chunk:
   """A chunk through one layer, which is an anchor or a follower as ``layer`` says."""
   return Chunk(*call(config, block, PlannedBlock.__call__, chunk.x, chunk.state, layer))
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@program(static_argnames="config")
 def dense_layer(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) -> Targets:
   """A chunk through one layer, an anchor, with what it computes on the way."""
   state = call(config, block, PlannedBlock.state, chunk.x, chunk.state, layer)
@@ -131,7 +137,7 @@ def dense_layer(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArra
   return Targets(y, call(config, block, PlannedBlock.add_mlp, x), state)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@program(static_argnames="config")
 def row_losses(config: ModelConfig, params: Params, x: jax.Array, tokens: jax.Array) -> jax.Array:
   """Mean negative log-likelihood of each row's tokens after its first, ``[B]``, from the last block's output."""
   logits = apply(PlannedTransformer(config), params, PlannedTransformer.read, x)
@@ -144,9 +150,9 @@ def losses(config: ModelConfig, params: Params, stream: Stream, tokens: np.ndarr
   out, done = [], 0
   for chunk in stream:
     rows = tokens[done : done + chunk.x.shape[0]]
-    out.append(row_losses(config, outside, chunk.x, jnp.asarray(rows, jnp.int32)))
+    out.append(row_losses(config, outside, chunk.x, rows.astype(np.int32)))
     done += len(rows)
-  return np.concatenate([np.asarray(part, np.float64) for part in out])
+  return np.concatenate(fetch(out)).astype(np.float64)
 
 
 def dense_trace(
@@ -167,4 +173,9 @@ def dense_trace(
 def without_bias(block: Block, part: str, projection: str, target: jax.Array) -> jax.Array:
   """The target that the kernel alone must reach: what a bias adds is left as it is."""
   bias = block[part][projection].get("bias")
-  return target if bias is None else target - jnp.broadcast_to(bias, target.shape)
+  return target if bias is None else _without(target, bias)
+
+
+@program()
+def _without(target: jax.Array, bias: jax.Array) -> jax.Array:
+  return target - jnp.broadcast_to(bias, target.shape)

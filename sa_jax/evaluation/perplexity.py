@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import collections
-import functools
 import math
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -19,6 +17,8 @@ from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_tokens
 from sa_jax.nn.typed import apply
+from sa_jax.programs import fetch, program
+from sa_jax.sharding import traced_where_parameters_are
 from sa_jax.trees import Params
 
 
@@ -59,13 +59,14 @@ def rows_of(tokens: Sequence[int], length: int, rows: int | None = None) -> np.n
   return np.asarray(tokens[: count * length], np.int32).reshape(count, length)
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@program(static_argnames="model")
 def _log_likelihood(model: Transformer, params: Params, tokens: jax.Array) -> jax.Array:
   """Summed log-likelihood of each row's tokens after the first, float32 ``[B]``."""
   logits = apply(model, params, Transformer.__call__, tokens)
   return ops.token_log_likelihoods(logits[:, :-1], tokens[:, 1:]).sum(axis=-1)
 
 
+@traced_where_parameters_are
 def perplexity(
   model: Transformer,
   params: Params,
@@ -80,7 +81,8 @@ def perplexity(
     model: the model.
     params: in either layout; the run layout compiles one scan.
     tokens: int ``[rows, length]``, for example from `rows_of`.
-    batch_size: rows scored at once; logits take ``batch_size * length * V * 4`` bytes.
+    batch_size: rows scored at once; logits take ``batch_size * length * V * 4`` bytes. On a mesh, devices share out a
+      batch's rows: give each of ``data * fsdp`` at least one.
     progress: called with (rows scored, rows in all).
 
   Raises:
@@ -95,7 +97,7 @@ def perplexity(
   total = 0.0
   for start in range(0, len(tokens), batch_size):
     batch = tokens[start : start + batch_size]
-    total += float(np.asarray(_log_likelihood(model, params, jnp.asarray(batch, jnp.int32))).sum(dtype=np.float64))
+    total += float(fetch(_log_likelihood(model, params, batch.astype(np.int32))).sum(dtype=np.float64))
     if progress is not None:
       progress(start + len(batch), len(tokens))
   count = tokens.shape[0] * (tokens.shape[1] - 1)

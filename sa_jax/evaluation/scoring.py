@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,8 @@ from sa_jax.evaluation.prefixes import Family, Row, bucket, families, rows_of_re
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.typed import apply
 from sa_jax.params import as_layers
+from sa_jax.programs import fetch, program
+from sa_jax.sharding import mesh_of, where_parameters_are
 from sa_jax.trees import Params
 
 _LOG = logging.getLogger("sa_jax")
@@ -48,21 +49,21 @@ class Scored(NamedTuple):
   greedy: bool
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@program(static_argnames="model")
 def _read(model: Transformer, params: Params, tokens: jax.Array, lengths: jax.Array) -> Cache:
   """The cache of right-padded rows ``[B, T]``."""
   _LOG.info("compiling the cache of %s × %s tokens", *tokens.shape)
   return apply(model, params, Transformer.prefill, tokens, lengths)[1]
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@program(static_argnames="model")
 def _hidden(model: Transformer, params: Params, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
   """What the head reads ``[B, T, D]`` in right-padded rows."""
   _LOG.info("compiling the scores of %s × %s tokens", *tokens.shape)
   return apply(model, params, Transformer.hidden, tokens, lengths)
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@program(static_argnames="model")
 def _hidden_after(
   model: Transformer,
   params: Params,
@@ -79,7 +80,7 @@ def _hidden_after(
   return apply(model, params, Transformer.extend, tokens, own, starts, lengths)[0]
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@program(static_argnames="model")
 def _scores(
   model: Transformer, params: Params, hidden: jax.Array, places: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -139,7 +140,9 @@ class Scorer:
       raise UserError(f"batch_tokens must be at least 1, not {batch_tokens}")
     self.batch_tokens = batch_tokens
     self._model, self._params = model, as_layers(params, model.plan)
-    rate = _CPU_RATE if jax.default_backend() == "cpu" else _ACCELERATOR_RATE
+    mesh = mesh_of(self._params)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    rate = _CPU_RATE if platform == "cpu" else _ACCELERATOR_RATE
     # Tokens that could be computed in the time that compiling a program takes.
     self._program = _COMPILE_SECONDS * model.config.num_layers * rate / cost(model.config, model.plan).flops
     # Where the rotary embedding depends on a row's length, a beginning is not the same in rows of several lengths.
@@ -160,6 +163,14 @@ class Scorer:
     Raises:
       UserError: if a context or a continuation is empty, or a token is not in the vocabulary.
     """
+    with where_parameters_are(self._model.config, self._params):
+      return self._score(requests, progress)
+
+  def _score(
+    self,
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    progress: Callable[[int, int], None] | None,
+  ) -> list[Scored]:
     read: list[tuple[np.ndarray, int]] = []
     targets: list[np.ndarray] = []
     for number, (context, continuation) in enumerate(requests):
@@ -183,7 +194,7 @@ class Scorer:
     waiting: list[tuple[list[int], Any, int]] = []
     for batch in itertools.chain(self._batches(mine, with_targets), [None]):
       for numbers, found, count in waiting:
-        _add_up(numbers, jax.device_get(found), *scores)
+        _add_up(numbers, fetch(found), *scores)
         done += count
         if progress is not None:
           progress(done, total)
@@ -196,7 +207,8 @@ class Scorer:
 
   def _spread(self) -> bool:
     """Whether the parameters are on devices of several processes."""
-    return not all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(self._params))
+    mesh = mesh_of(self._params)
+    return mesh is not None and mesh.is_multi_process
 
   def _batches(self, grouped: Sequence[Family], requests: _Requests) -> Iterator[tuple[list[int], Any, int]]:
     """Numbers of requests, one for each score; scores, on device; and how many rows they took."""

@@ -17,7 +17,7 @@ from sa_jax.formats.table import Account
 from sa_jax.nn import Transformer
 from sa_jax.params import stack
 from sa_jax.plan import SharingPlan
-from sa_jax.sharding import param_shardings
+from sa_jax.sharding import DEFAULT_RULES, Rules, param_shardings
 
 Layout = Literal["runs", "layers"]
 
@@ -28,6 +28,7 @@ def from_pretrained(
   dtype: str | None = None,
   mesh: Mesh | None = None,
   *,
+  rules: Rules = DEFAULT_RULES,
   layout: Layout = "runs",
   revision: str | None = None,
   progress: Progress | None = None,
@@ -43,7 +44,8 @@ def from_pretrained(
     plan: a `SharingPlan`, a plan string or a ``source`` list; None for the checkpoint's own plan, dense if it has none.
       A string or list says nothing of head maps: followers that keep their stored anchor keep their stored map.
     dtype: of parameters and activations: ``float32``, ``bfloat16`` or ``float16``; the checkpoint's when None.
-    mesh: where parameters go, by `sa_jax.sharding.DEFAULT_RULES`; the default device when None.
+    mesh: where parameters go; the default device when None. What is computed with them is computed there.
+    rules: how they are split over the mesh, logical axis → mesh axis.
     layout: ``runs``, as ``model.init`` makes them, for scoring and training; ``layers`` for decoding. `generate` takes
       both, but must hold a second copy of the weights while it runs with ``runs``.
     revision: of a hub id: a branch, tag or commit.
@@ -63,8 +65,9 @@ def from_pretrained(
   tree = opened.tree()
   if layout == "runs":
     tree = stack(tree, model.plan, join=stack_lazily)
-  shardings = SingleDeviceSharding(jax.devices()[0]) if mesh is None else param_shardings(model, mesh, layout=layout)
-  return model, place(tree, shardings, progress)
+  if mesh is None:
+    return model, place(tree, SingleDeviceSharding(jax.local_devices()[0]), progress)
+  return model, place(tree, param_shardings(model, mesh, rules, layout=layout), progress)
 
 
 def describe(

@@ -99,7 +99,7 @@ def test_compilations_are_bounded(model, params, requests):
   scorer = Scorer(model, params, batch_tokens=512)
   scorer._program = 0  # every size has its program
   first = scorer(requests)
-  count = lambda: sum(program._cache_size() for program in scoring.PROGRAMS)
+  count = lambda: sum(program.jitted._cache_size() for program in scoring.PROGRAMS)
   before = count()
   again = scorer([(context[::-1], continuation) for context, continuation in requests])
   assert len(again) == len(first)

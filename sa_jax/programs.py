@@ -1,0 +1,124 @@
+"""The library's compiled functions: they run where their arguments are, or are compiled for devices elsewhere.
+
+Every function of the library that `jax.jit` compiles is a `program`, and what comes back to the host comes through
+`fetch`. So a public function can be called with shapes in place of parameters: under `compiling`, all that it would
+run is compiled for the mesh of those shapes, by its real compiler, and nothing runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Collection, Hashable, Iterator
+from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sa_jax.trees import Tree
+
+T = TypeVar("T")
+
+
+class Compiled(NamedTuple):
+  """A program that was compiled and not run.
+
+  Attributes:
+    name: of the function.
+    executable: with its memory, its text, and the shapes and shardings of its results.
+  """
+
+  name: str
+  executable: jax.stages.Compiled
+
+
+_compiled: contextvars.ContextVar[dict[Hashable, Compiled] | None] = contextvars.ContextVar("compiled", default=None)
+
+
+class Program(Generic[T]):
+  """A function under `jax.jit`; see `program`.
+
+  Attributes:
+    name: the function's.
+    jitted: what `jax.jit` made of it.
+  """
+
+  def __init__(self, function: Callable[..., T], jitted: jax.stages.Wrapped) -> None:
+    functools.update_wrapper(self, function)
+    self.name, self.jitted = function.__name__, jitted
+
+  def __call__(self, *arguments: Any, **named: Any) -> T:
+    """Runs it; under `compiling`, with shapes among the arguments, compiles it and returns shapes."""
+    compiled = _compiled.get()
+    if compiled is None or not any(map(_is_shape, jax.tree.leaves((arguments, named)))):
+      return self.jitted(*arguments, **named)
+    # Arrays that are here are shapes without a place there.
+    arguments, named = jax.tree.map(_shape_of, (arguments, named))
+    leaves, structure = jax.tree.flatten((arguments, named))
+    key = (self.jitted, structure, jax.sharding.get_abstract_mesh(), *leaves)
+    if key not in compiled:
+      compiled[key] = Compiled(self.name, self.jitted.lower(*arguments, **named).compile())
+    executable = compiled[key].executable
+    return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), executable.out_info
+    )
+
+
+def program(**options: Any) -> Callable[[Callable[..., T]], Program[T]]:
+  """`jax.jit` with its options, for the library's own functions."""
+  return lambda function: Program(function, jax.jit(function, **options))
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[Collection[Compiled]]:
+  """Calls inside with shapes among their arguments compile and do not run; yields what they have compiled so far.
+
+  The shapes' shardings say for which devices. What comes to the host by `fetch` is made up, ones: what a public
+  function returns inside means nothing.
+  """
+  compiled: dict[Hashable, Compiled] = {}
+  token = _compiled.set(compiled)
+  try:
+    yield compiled.values()
+  finally:
+    _compiled.reset(token)
+
+
+def fetch(tree: Tree) -> Tree:
+  """Arrays as NumPy's, whole and the same on every process, wherever they are.
+
+  What is spread over several processes is gathered first, so that all of them have to call this together.
+  """
+  leaves, structure = jax.tree.flatten(tree)
+  apart = [leaf for leaf in leaves if isinstance(leaf, jax.Array) and not _is_here(leaf)]
+  whole = iter(_replicated(_mesh(apart[0]))(apart) if apart else ())
+  leaves = [next(whole) if isinstance(leaf, jax.Array) and not _is_here(leaf) else leaf for leaf in leaves]
+  if _compiled.get() is not None:
+    leaves = [np.ones(leaf.shape, leaf.dtype) if _is_shape(leaf) else leaf for leaf in leaves]
+  return jax.device_get(jax.tree.unflatten(structure, leaves))
+
+
+def _is_here(array: jax.Array) -> bool:
+  """Whether this process has all of an array."""
+  return array.is_fully_addressable or array.is_fully_replicated
+
+
+def _mesh(array: jax.Array) -> Mesh:
+  assert isinstance(array.sharding, NamedSharding), array.sharding
+  assert isinstance(array.sharding.mesh, Mesh), array.sharding
+  return array.sharding.mesh
+
+
+@functools.lru_cache
+def _replicated(mesh: Mesh) -> Callable[[list[jax.Array]], list[jax.Array]]:
+  return jax.jit(lambda arrays: arrays, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def _is_shape(leaf: object) -> TypeGuard[jax.ShapeDtypeStruct]:
+  return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _shape_of(leaf: object) -> object:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array | np.ndarray | np.generic) else leaf
