@@ -185,7 +185,7 @@ class ModelConfig(Compute, Architecture):
   def __post_init__(self) -> None:
     Architecture.__post_init__(self)
     if wrong := Architecture.faults(self) + Compute.faults(self):
-      raise UserError("model config: " + "; ".join(wrong))
+      raise UserError.of("model config", wrong)
 
   @property
   def architecture(self) -> Architecture:

@@ -95,7 +95,7 @@ class Job:
     if self.plan.num_layers != self.config.num_layers:
       wrong.append(f"a plan for {self.plan.num_layers} layers (the model has {self.config.num_layers})")
     if wrong:
-      raise UserError("fit: " + "; ".join(wrong))
+      raise UserError.of("fit", wrong)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -189,7 +189,7 @@ def _check_runs(runs: Params, plan: SharingPlan) -> None:
     if found != {part: [shape] for part, shape in leading.items()}:
       errors.append(f"run {index} has {run.groups} groups of {run.followers} followers, the parameters have {found}")
   if errors:
-    raise UserError(f"the parameters are stacked for another plan than '{plan}': " + "; ".join(errors))
+    raise UserError.of(f"the parameters are stacked for another plan than '{plan}'", errors)
 
 
 def _members(run: Run) -> tuple[list[int], list[int]]:

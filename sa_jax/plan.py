@@ -242,7 +242,7 @@ def _normal_head_map(
         errors.append(f"layer {layer} uses heads {outside}, but its anchor's heads are 0 to {len(made) - 1}")
     entries.append(None if made == tuple(range(len(made or ()))) else made)
   if errors:
-    raise UserError("head map: " + "; ".join(errors))
+    raise UserError.of("head map", errors)
   return None if all(entry is None for entry in entries) else tuple(entries)
 
 

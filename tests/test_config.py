@@ -231,7 +231,7 @@ class TestRefused:
 
 class TestModelConfig:
   def test_refused_all_at_once(self):
-    with pytest.raises(ValueError, match="model config: ") as caught:
+    with pytest.raises(ValueError, match="model config:") as caught:
       tiny.config(vocab_size=0, mlp_dim=1.5, norm_eps=0.0, attention="fast", remat="some")
     for message in (
       "vocab_size=0 (a positive integer is needed)",

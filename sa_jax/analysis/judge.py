@@ -24,6 +24,7 @@ from sa_jax.analysis.ridge import Sums, solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
+from sa_jax.files import read_text, write_text
 from sa_jax.nn import PlanArrays, PlannedBlock, Transformer
 from sa_jax.nn.transformer import check_plan, check_tokens
 from sa_jax.plan import HeadMap, SharingPlan
@@ -345,9 +346,9 @@ class Record:
     self.plans: dict[str, list[float]] = {}
     if path is not None and path.exists():
       try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(read_text(path))
         settings, self.plans = stored["settings"], stored["plans"]
-      except (OSError, ValueError, KeyError, TypeError):
+      except (json.JSONDecodeError, KeyError, TypeError):
         raise UserError(f"{path} is not the record of a search; name another file, or remove it") from None
       if settings != self._settings:
         raise UserError(f"{path} records a search with other settings, {settings}; name another file, or remove it")
@@ -361,6 +362,4 @@ class Record:
     """Records a plan's losses."""
     self.plans[str(plan)] = [float(loss) for loss in losses]
     if self._path is not None:
-      unfinished = self._path.with_name(self._path.name + ".unfinished")
-      unfinished.write_text(json.dumps({"settings": self._settings, "plans": self.plans}, indent=1), encoding="utf-8")
-      unfinished.replace(self._path)
+      write_text(self._path, json.dumps({"settings": self._settings, "plans": self.plans}, indent=1))

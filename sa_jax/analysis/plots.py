@@ -9,8 +9,28 @@ from typing import Any
 import numpy as np
 
 from sa_jax.errors import UserError
+from sa_jax.files import new_file
 from sa_jax.plan import SharingPlan
 from sa_jax.trees import Params
+
+
+def check_installed() -> None:
+  """Checks, before the work that pictures are of, that they can be drawn.
+
+  Raises:
+    UserError: if matplotlib is not installed.
+  """
+  new_figure(1, 1)
+
+
+def save(figure: Any, path: Path) -> None:
+  """Writes a figure as PNG, whatever the file's name ends in.
+
+  Raises:
+    UserError: if it cannot be written.
+  """
+  with new_file(path) as file:
+    figure.savefig(file, format="png")
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -68,7 +88,7 @@ def similarity_map(
       if followers:
         size = len(followers) + 1
         axes.add_patch(Rectangle((anchor - 0.5, anchor - 0.5), size, size, fill=False, edgecolor="white", linewidth=2))
-  figure.savefig(path)
+  save(figure, path)
 
 
 def similarity_animation(similarities: Params, path: Path) -> None:
@@ -96,7 +116,8 @@ def similarity_animation(similarities: Params, path: Path) -> None:
     axes.set_title(titles[frame])
     return [image]
 
-  FuncAnimation(figure, draw, frames=len(titles)).save(path, writer=PillowWriter(fps=2))
+  with new_file(path) as file:
+    FuncAnimation(figure, draw, frames=len(titles)).save(file, writer=PillowWriter(fps=2))
 
 
 def pareto_front(points: Mapping[str, Sequence[tuple[float, float]]], path: Path, *, title: str) -> None:
@@ -117,4 +138,4 @@ def pareto_front(points: Mapping[str, Sequence[tuple[float, float]]], path: Path
   axes.set(title=title, xlabel="KV cache saved, per cent", ylabel="loss added, nats a token")
   axes.grid(alpha=0.3)
   axes.legend()
-  figure.savefig(path)
+  save(figure, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sa_jax.analysis.plots import new_figure
+from sa_jax.analysis.plots import new_figure, save
 from sa_jax.bench.task import Result
 from sa_jax.costs import cost
 from sa_jax.errors import UserError
@@ -39,4 +39,4 @@ def decode_curves(results: Sequence[Result], path: Path) -> None:
   for axes in (time_axes, cache_axes):
     axes.legend()
     axes.grid(alpha=0.3)
-  figure.savefig(path)
+  save(figure, path)

@@ -92,7 +92,7 @@ class Task:
       if self.kind not in _ONLY.get(field.name, (self.kind,)) and getattr(self, field.name) != field.default
     ]
     if wrong:
-      raise UserError("bench: " + "; ".join(wrong))
+      raise UserError.of("bench", wrong)
 
   @property
   def config(self) -> ModelConfig:

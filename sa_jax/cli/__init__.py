@@ -1,19 +1,25 @@
 """The command line: one module a subcommand, thin over the library.
 
-A subcommand is a dataclass whose fields are its flags and whose ``run`` does the work.
+A subcommand is a dataclass whose fields are its flags and whose ``run`` does the work. Exit codes: 0 done; 1 a fault of
+ours, with its traceback; 2 something that the user can mend, told in a few lines; 130 and 143 ended by Ctrl-C and by
+SIGTERM.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from sa_jax.errors import UserError
+
 
 class Command(Protocol):
-  """A parsed subcommand."""
+  """A parsed subcommand; one that computes in exact float32 has a true ``exact``."""
 
   def run(self) -> None:
     """Does the work; raises UserError for a user's mistake."""
@@ -21,9 +27,41 @@ class Command(Protocol):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  """Runs ``sa-jax``; returns its exit code: 0 done, 2 bad usage or bad input."""
-  import tyro
+  """Runs ``sa-jax``; returns its exit code.
 
+  Args:
+    arguments: the subcommand and its flags; the process's own when None. Only then are settings made that hold for the
+      whole process (see `sa_jax.cli.process`).
+  """
+  from sa_jax.cli.flags import explain, fields_of
+  from sa_jax.cli.process import own
+
+  given = sys.argv[1:] if arguments is None else arguments
+  fields: frozenset[str] = frozenset()
+  try:
+    logging.basicConfig(format="%(name)s: %(message)s", level=os.environ.get("SA_JAX_LOG", "WARNING").upper())
+    commands = _commands()
+    if given and given[0] in commands:
+      fields = fields_of(commands[given[0]])
+    command = _parse(commands, given)
+    if arguments is None:
+      own(exact=getattr(command, "exact", False))
+    command.run()
+  except UserError as error:
+    if os.environ.get("SA_JAX_DEBUG"):
+      raise
+    print(f"sa-jax: error: {explain(str(error), fields)}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    return 130
+  except BrokenPipeError:  # who read our output has read enough; Python would complain once more at its end
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+  return 0
+
+
+def _commands() -> dict[str, Callable[..., Command]]:
+  """The subcommands by name."""
   from sa_jax.cli import (
     align,
     analyze,
@@ -42,8 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train,
   )
 
-  given = sys.argv[1:] if arguments is None else arguments
-  commands: dict[str, Callable[..., Command]] = {
+  return {
     "demo": demo.Demo,
     "convert": convert.Convert,
     "export": export.Export,
@@ -56,25 +93,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     "align": align.Align,
     "refit": refit.RefitModel,
     "share": share.Share,
+    "train": train.command,
     "fit": fit.FitOf,
     "bench": bench.Bench,
   }
+
+
+def _parse(commands: dict[str, Callable[..., Command]], given: Sequence[str]) -> Command:
+  """The subcommand that the arguments name, made of them.
+
+  Raises:
+    UserError: if values contradict each other.
+    SystemExit: for ``--help``, and if arguments cannot be parsed, which is told.
+  """
+  import tyro
+
+  from sa_jax.cli import train
+
+  commands["train"], given = train.with_file(given)
+  said = _Said()
   try:
-    logging.basicConfig(format="%(name)s: %(message)s", level=os.environ.get("SA_JAX_LOG", "WARNING").upper())
-    commands["train"], given = train.command(given)
-    command: Command = tyro.extras.subcommand_cli_from_dict(
-      commands,
-      prog="sa-jax",
-      description="Shared Attention for JAX.",
-      args=given,
-      config=(tyro.conf.OmitArgPrefixes,),
-    )
-    command.run()
-  except (ValueError, OSError) as error:
-    if os.environ.get("SA_JAX_DEBUG"):
-      raise
-    print(f"sa-jax: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    return 130
-  return 0
+    with contextlib.redirect_stderr(said):
+      parsed: Command = tyro.extras.subcommand_cli_from_dict(
+        commands,
+        prog="sa-jax",
+        description="Shared Attention for JAX.",
+        args=given,
+        config=(tyro.conf.OmitArgPrefixes,),
+      )
+  except SystemExit as stop:
+    # What a dataclass of ours refuses, tyro frames as a fault of parsing; it is told as everywhere else instead.
+    cause: BaseException | None = stop
+    while cause is not None and not isinstance(cause, UserError):
+      cause = cause.__context__
+    if cause is not None:
+      raise cause from None
+    sys.stderr.write(said.getvalue())
+    raise
+  sys.stderr.write(said.getvalue())
+  return parsed
+
+
+class _Said(io.StringIO):
+  """What would be written to stderr, as wide and as colourful as there."""
+
+  def isatty(self) -> bool:
+    return sys.__stderr__ is not None and sys.__stderr__.isatty()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from sa_jax.cli.common import check_absent, console, exact_float32, write_json
+from sa_jax.cli.common import console, exact_float32, write_json
+from sa_jax.files import check_absent, check_writable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Align:
   json: Path | None = None
   """Also write the maps to this file."""
 
+  exact: ClassVar[bool] = True
+
   @exact_float32()
   def run(self) -> None:
     """Prints each follower's map and what the maps gain."""
@@ -46,6 +49,7 @@ class Align:
     from sa_jax.formats.hf_config import write_plan
 
     check_absent(self.out)
+    check_writable(self.json)
     tokens = np.concatenate(rows_of_texts(self.model, self.texts, self.length, self.rows))
     model, params = open_dense(self.model)
     plan = SharingPlan.parse(self.plan, model.config.num_layers)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
-from sa_jax.cli.common import console, exact_float32, make_folder, progress, show_table, write_json
+from sa_jax.cli.common import console, exact_float32, progress, show_table, write_json
 from sa_jax.errors import UserError
+from sa_jax.files import check_writable, make_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Analyze:
   json: Path | None = None
   """Also write all numbers, per head and averaged, to this file."""
 
+  exact: ClassVar[bool] = True
+
   @exact_float32()
   def run(self) -> None:
     """Prints a row a layer and draws the maps."""
@@ -42,7 +45,9 @@ class Analyze:
 
     if not self.models:
       raise UserError("name at least one model: sa-jax analyze TEXT MODEL ...")
+    plots.check_installed()
     make_folder(self.out)
+    check_writable(self.json)
     found = {}
     for path in self.models:
       (tokens,) = rows_of_texts(path, [self.text], self.length, self.rows)

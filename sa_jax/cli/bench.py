@@ -14,6 +14,7 @@ from sa_jax.bench.task import Kind, Result, Task, run_task
 from sa_jax.cli.common import console, progress, quantity, show_table, write_json
 from sa_jax.config import RematPolicy
 from sa_jax.errors import UserError
+from sa_jax.files import check_writable
 from sa_jax.plan import as_plan
 
 _UNITS = {"decode": "B/s", "prefill": "FLOP/s", "train": "FLOP/s", "step": "FLOP/s", "batching": "tokens/s"}
@@ -70,6 +71,12 @@ class Bench:
     tasks = self._tasks()
     if self.plot is not None and (self.filled is not None or self.task != "decode"):
       raise UserError("--plot draws decode against --seq-len, of caches that are full: leave out --filled")
+    if self.plot is not None:
+      from sa_jax.analysis import plots
+
+      plots.check_installed()
+    for file in (self.plot, self.json):
+      check_writable(file)
     results: list[Result] = []
     try:
       with progress(f"measuring {self.task}") as report:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from sa_jax.errors import UserError
+from sa_jax.files import write_text
 
 console = Console(highlight=False)
 if not console.is_terminal and "COLUMNS" not in os.environ:
@@ -41,28 +41,6 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
     yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def make_folder(path: Path) -> None:
-  """Makes a folder for pictures, or uses the one that is there; called before the work that they are of.
-
-  Raises:
-    UserError: if it cannot be made.
-  """
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f"cannot make the folder {path}: {error.strerror}") from None
-
-
-def check_absent(path: Path | None) -> None:
-  """Checks before the work that a folder to save it in does not exist.
-
-  Raises:
-    UserError: if it does.
-  """
-  if path is not None and path.exists():
-    raise UserError(f"{path} exists already; name a new folder, or remove it first")
-
-
 def write_json(path: Path | None, values: Any) -> None:
   """Writes values, dataclasses among them, to a JSON file if one was asked for.
 
@@ -71,10 +49,7 @@ def write_json(path: Path | None, values: Any) -> None:
   """
   if path is None:
     return
-  try:
-    path.write_text(json.dumps(values, indent=2, default=_plain) + "\n", encoding="utf-8")
-  except OSError as error:
-    raise UserError(f"cannot write {path}: {error.strerror}") from None
+  write_text(path, json.dumps(values, indent=2, default=_plain) + "\n")
 
 
 def _plain(value: Any) -> Any:
@@ -94,27 +69,8 @@ def exact_float32(dtype: str = "float32") -> Iterator[None]:
   if dtype != "float32":
     yield
     return
-  # With XLA's Triton products `share` was unfinished on a GPU after 170 s; without, it takes 46 (BUILD.md). Heeded only
-  # while JAX has not begun; what the user has set stands.
-  flags, flag = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_enable_triton_gemm"
-  if flag not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} {flag}=false".strip()
   with jax.default_matmul_precision("highest"):
     yield
-
-
-def read_text(path: Path) -> str:
-  """A text file's contents.
-
-  Raises:
-    UserError: if it cannot be read, or is not UTF-8 text.
-  """
-  try:
-    return path.read_text(encoding="utf-8")
-  except OSError as error:
-    raise UserError(f"cannot read {path}: {error.strerror}") from None
-  except UnicodeDecodeError:
-    raise UserError(f"{path} is not UTF-8 text") from None
 
 
 def quantity(value: float, unit: str = "") -> str:

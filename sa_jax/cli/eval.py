@@ -11,6 +11,7 @@ import tyro
 
 from sa_jax.cli.common import console, exact_float32, progress, show_table, write_json
 from sa_jax.errors import UserError
+from sa_jax.files import check_writable, make_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Eval:
   json: Path | None = None
   """Also write lm-eval's results to this file."""
 
+  @property
+  def exact(self) -> bool:
+    """Whether it computes in float32, as far as flags tell."""
+    return self.dtype == "float32"
+
   def run(self) -> None:
     """Prints a row a metric."""
     try:
@@ -62,9 +68,12 @@ class Eval:
 
     for name in ("limit", "batch_tokens", "slots", "max_length"):
       if (value := getattr(self, name)) is not None and value < 1:
-        raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        raise UserError(f"`{name}` must be at least 1, not {value}")
     if self.bootstrap_iters < 0:
-      raise UserError(f"--bootstrap-iters must not be negative, not {self.bootstrap_iters}")
+      raise UserError(f"`bootstrap_iters` must not be negative, not {self.bootstrap_iters}")
+    check_writable(self.json)
+    if self.output_path is not None:
+      make_folder(self.output_path)
     find_tasks(self.tasks, self.include_path)
     with progress("opening") as report:
       model, params = from_pretrained(self.model, self.plan, self.dtype, layout="layers", progress=report)

@@ -11,6 +11,7 @@ import tyro
 
 from sa_jax.cli.common import change, console, progress, quantity, show_table, write_json
 from sa_jax.cli.cost import model_of
+from sa_jax.files import check_writable
 from sa_jax.fit import Fit, Job, Kind, fit
 from sa_jax.hlo import KINDS, Collective
 from sa_jax.plan import as_plan
@@ -85,6 +86,7 @@ class FitOf:
 
   def run(self) -> None:
     """Compiles dense and the plan, and prints the table."""
+    check_writable(self.json)
     config, own = model_of(self.model)
     config = dataclasses.replace(config, dtype=self.dtype, param_dtype=self.dtype)
     plan = own if self.plan is None else as_plan(self.plan, config.num_layers)

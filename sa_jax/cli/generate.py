@@ -11,6 +11,7 @@ import tyro
 
 from sa_jax.cli.common import console, progress, write_json
 from sa_jax.errors import UserError
+from sa_jax.files import check_writable
 
 if TYPE_CHECKING:
   from sa_jax import Transformer
@@ -52,6 +53,7 @@ class Generate:
 
     if not self.prompt:
       raise UserError("name at least one prompt: sa-jax generate MODEL PROMPT ...")
+    check_writable(self.json)
     tokenizer = load_tokenizer(self.model)
     prompts = [tokenizer.encode(self._prompt(tokenizer, text), special=not self.chat) for text in self.prompt]
     with progress("opening") as report:

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sa_jax.cli.common import exact_float32, progress, read_text, show_table, write_json
+from sa_jax.cli.common import exact_float32, progress, show_table, write_json
+from sa_jax.files import check_writable, read_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +33,16 @@ class PerplexityOf:
   json: Path | None = None
   """Also write the numbers to this file."""
 
+  @property
+  def exact(self) -> bool:
+    """Whether it computes in float32, as far as flags tell."""
+    return self.dtype == "float32"
+
   def run(self) -> None:
     """Prints a row a plan."""
     from sa_jax import from_pretrained, load_tokenizer, perplexity, rows_of
 
+    check_writable(self.json)
     tokens = rows_of(load_tokenizer(self.model).encode(read_text(self.text)), self.length, self.rows)
     results = {}
     for asked in self.plan or (None,):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from sa_jax.cli.common import check_absent, console, exact_float32, show_table, write_json
+from sa_jax.cli.common import console, exact_float32, show_table, write_json
+from sa_jax.files import check_absent, check_writable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,8 @@ class RefitModel:
   json: Path | None = None
   """Also write the errors to this file."""
 
+  exact: ClassVar[bool] = True
+
   @exact_float32()
   def run(self) -> None:
     """Prints the errors before and after, and saves."""
@@ -52,6 +55,7 @@ class RefitModel:
     from sa_jax.cli.texts import open_dense, rows_of_texts, save, stages
 
     check_absent(self.out)
+    check_writable(self.json)
     tokens = np.concatenate(rows_of_texts(self.model, self.texts, self.length, self.rows))
     model, params = open_dense(self.model)
     how = Refit(ridge=self.ridge, values=self.values, mlp=self.mlp, mlp_ridge=self.mlp_ridge, maps=self.maps)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from sa_jax.cli.common import console, exact_float32, make_folder, show_table, write_json
+from sa_jax.cli.common import console, exact_float32, show_table, write_json
 from sa_jax.cli.searching import Searching
+from sa_jax.files import check_writable, make_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,10 @@ class SearchPlan(Searching):
     from sa_jax.cli.texts import stages
     from sa_jax.formats.hf_config import write_plan
 
+    plots.check_installed()
     make_folder(self.out)
+    for file in (self.record, self.json):
+      check_writable(file)
     model, params, texts, followers, how = self.prepare()
     with stages() as stage:
       judge = Judge(

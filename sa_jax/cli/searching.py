@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -42,6 +42,8 @@ class Searching:
   """Rows of each text to fit to."""
   judging_rows: int = 4
   """Further rows of each text to measure on."""
+
+  exact: ClassVar[bool] = True
 
   def prepare(self) -> tuple[Transformer, Any, list[Text], int, Search]:
     """The dense model and its parameters in the layer layout, the texts, how many layers follow, and how to search."""

@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sa_jax.cli.common import change, check_absent, console, exact_float32, show_table, write_json
+from sa_jax.cli.common import change, console, exact_float32, show_table, write_json
 from sa_jax.cli.cost import rows_of_cost
 from sa_jax.cli.searching import Searching
+from sa_jax.files import check_absent, check_writable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class Share(Searching):
 
     begun = time.perf_counter()
     check_absent(self.out)
+    check_writable(self.json)
     model, params, texts, followers, how = self.prepare()
     with stages() as stage:
       made = share(model, params, texts, followers, how=how, stage=stage)

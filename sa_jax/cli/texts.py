@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa_jax.cli.common import progress, read_text
+from sa_jax.cli.common import progress
 from sa_jax.errors import UserError
+from sa_jax.files import read_text
 from sa_jax.trees import Params
 
 if TYPE_CHECKING:

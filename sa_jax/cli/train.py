@@ -38,15 +38,15 @@ class Train:
     console.print(f"saved: [bold]{outcome.model}[/bold]")
 
 
-def command(arguments: Sequence[str]) -> tuple[Callable[..., Train], Sequence[str]]:
+def with_file(arguments: Sequence[str]) -> tuple[Callable[..., Train], Sequence[str]]:
   """The subcommand, and its arguments; a config file that comes first is read: its values are the flags' defaults."""
   name, file = (*arguments[:2], "", "")[:2]
   if name == "train" and file.endswith(".py"):
-    return functools.partial(_train, config=load_config(Path(file))), [name, *arguments[2:]]
-  return _train, arguments
+    return functools.partial(command, config=load_config(Path(file))), [name, *arguments[2:]]
+  return command, arguments
 
 
-def _train(
+def command(
   file: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="CONFIG.py")] = None,
   *,
   config: TrainConfig,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from unittest import mock
 
 from sa_jax.errors import UserError
+from sa_jax.evaluation import patches
 
 if TYPE_CHECKING:
   from lm_eval.tasks import TaskManager
@@ -52,7 +51,7 @@ def find_tasks(names: Sequence[str], include: Sequence[Path] = ()) -> tuple[Task
   from lm_eval.tasks import TaskManager
 
   if not names:
-    raise UserError("name at least one task, such as --tasks hellaswag")
+    raise UserError("at least one task is needed (`tasks`), such as hellaswag")
   if missing := [str(folder) for folder in include if not folder.is_dir()]:
     raise UserError(f"there is no folder {', '.join(missing)} to read tasks from")
   matches: dict[str, list[str]] = {}
@@ -104,19 +103,15 @@ def run_tasks(
     UserError: if a task is unknown or its data cannot be read.
   """
   import lm_eval.evaluator
-  import lm_eval.utils
   from datasets.exceptions import DatasetsError
   from lm_eval.loggers import EvaluationTracker
 
   manager, found = find_tasks(names, include)
   tracker = None if output_path is None else EvaluationTracker(output_path=str(output_path))
-  # lm-eval compiles the template of a task anew for each document, which is most of what it does beside the model.
-  templates = lm_eval.utils.env
-  cached = mock.patch.object(templates, "from_string", functools.cache(templates.from_string))
-  # lm-eval warns of each setting that it was told to change, and imports torch and transformers to note their versions.
+  # lm-eval warns of each setting that it was told to change.
   logging.getLogger("lm_eval").setLevel(logging.ERROR)
   try:
-    with cached, mock.patch.multiple("lm_eval.utils", is_torch_available=_absent, is_transformers_available=_absent):
+    with patches.quick():
       results = lm_eval.evaluator.simple_evaluate(
         lm,
         model_args=model_args,
@@ -139,10 +134,6 @@ def run_tasks(
     for task in samples or ():
       tracker.save_results_samples(task, samples[task])
   return dict(results) | ({} if samples is None else {"samples": samples})
-
-
-def _absent() -> bool:
-  return False
 
 
 def metrics(results: dict[str, Any]) -> Iterator[Metric]:

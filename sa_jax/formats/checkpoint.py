@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import inspect
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +14,13 @@ import jax
 import numpy as np
 
 from sa_jax.config import ModelConfig
-from sa_jax.errors import UserError
+from sa_jax.files import new_folder
 from sa_jax.formats import hf_config
 from sa_jax.formats.lazy import LazyTensor, Progress, in_order
 from sa_jax.formats.orbax_folder import PARAMS
 from sa_jax.plan import SharingPlan
 
 _IN_FLIGHT_BYTES = 200_000_000  # written at once: enough to hide the disk's delay
-
-
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-  """A folder to fill under a temporary name; it gets its own name when the block ends well, and goes when it fails.
-
-  Raises:
-    UserError: if the folder exists already.
-  """
-  if path.exists():
-    raise UserError(f"{path} exists already; name a new folder, or remove it first")
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir()
-  except OSError as error:
-    raise UserError(f"cannot write to {path.parent}: {error.strerror}") from None
-  try:
-    yield unfinished
-    os.rename(unfinished, path)
-  finally:
-    shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def save_checkpoint(

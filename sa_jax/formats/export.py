@@ -14,7 +14,8 @@ import numpy as np
 
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
-from sa_jax.formats import checkpoint, hf_config
+from sa_jax.files import new_folder
+from sa_jax.formats import hf_config
 from sa_jax.formats.lazy import LazyTensor, Progress, in_order
 from sa_jax.formats.opened import open_model
 from sa_jax.formats.table import Entry, entries, pack
@@ -62,7 +63,7 @@ def export(
   opened = open_model(src, plan, revision=revision)
   config, made = opened.config, opened.plan
   values = _config(config, made)
-  with checkpoint.new_folder(Path(dst)) as folder:
+  with new_folder(Path(dst)) as folder:
     (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
     opened.source.save_extras(folder)
     if made.followers:

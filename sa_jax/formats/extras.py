@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sa_jax.errors import UserError
+from sa_jax.files import read_text
 
 EXTRAS = (
   "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -22,11 +23,12 @@ def read_json(path: Path) -> dict[str, Any]:
   Raises:
     UserError: if the file is missing or does not hold a JSON object.
   """
+  if not path.exists():
+    raise UserError(f"there is no {path.name} in {path.parent}")
+  text = read_text(path)
   try:
-    values = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise UserError(f"there is no {path.name} in {path.parent}") from None
-  except (OSError, ValueError, RecursionError) as error:
+    values = json.loads(text)
+  except (ValueError, RecursionError) as error:
     raise UserError(f"{path} is not readable JSON: {error}") from None
   if not isinstance(values, dict):
     raise UserError(f"{path} must hold a JSON object, and holds a {type(values).__name__}")

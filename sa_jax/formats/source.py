@@ -10,6 +10,7 @@ import numpy as np
 
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
+from sa_jax.files import named
 from sa_jax.formats import hf_config
 from sa_jax.formats.gguf_file import GgufFile
 from sa_jax.formats.hf_folder import HfFolder
@@ -87,11 +88,8 @@ def open_source(name: str | Path, revision: str | None = None, need: Need = "wei
   path = locate(name, revision, need)
   if path.is_dir():
     return OrbaxFolder(path) if is_checkpoint(path) else HfFolder(path)
-  try:
-    with path.open("rb") as file:
-      magic = file.read(4)
-  except OSError as error:
-    raise UserError(f"cannot read {path}: {error.strerror}") from None
+  with named(path), path.open("rb") as file:
+    magic = file.read(4)
   if magic != b"GGUF":
     raise UserError(f"{path} is not a GGUF file; a model is a Hugging Face folder, a GGUF file or an sa_jax checkpoint")
   return GgufFile(path)

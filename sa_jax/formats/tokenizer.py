@@ -15,6 +15,7 @@ from typing import Any
 import tokenizers
 
 from sa_jax.errors import UserError
+from sa_jax.files import read_text
 from sa_jax.formats.chat_template import Call, Message, Template
 from sa_jax.formats.extras import read_json
 
@@ -238,8 +239,5 @@ def read_tokenizer(path: Path) -> Tokenizer:
   _add_tokens(backend, values.get("added_tokens_decoder", {}), path)
   template = _chat_template(values.get("chat_template"), path)
   if (separate := path / "chat_template.jinja").exists():
-    try:
-      template = separate.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-      raise UserError(f"{separate} cannot be read: {error}") from None
+    template = read_text(separate)
   return Tokenizer(backend, template, _special(values, path))

@@ -54,7 +54,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
-  """What the student learns from the dense model that it came from (``--mode distill``)."""
+  """What the student learns from the dense model that it came from (``mode="distill"``)."""
 
   temperature: float = 1.0
   """That both distributions are softened by."""
@@ -105,7 +105,7 @@ class TrainConfig:
   model: Path | None = None
   """The checkpoint to start from: a Hugging Face folder, a GGUF file or an sa_jax checkpoint."""
   teacher: Path | None = None
-  """The dense checkpoint to distil from, if --model is not one."""
+  """The dense checkpoint to distil from, if the model is not one."""
   preset: str | None = None
   """Or the shape, by name, of a model to train from scratch."""
   shape: Annotated[ModelConfig | None, tyro.conf.Suppress] = None
@@ -154,23 +154,23 @@ class TrainConfig:
   def __post_init__(self) -> None:
     wrong = []
     if sum(source is not None for source in (self.model, self.preset, self.shape)) != 1:
-      wrong.append("name either a checkpoint to start from (--model) or a shape to train from scratch (--preset)")
+      wrong.append("either a checkpoint to start from (`model`) or a shape to train from scratch (`preset`) is needed")
     if self.model is None and self.mode == "distill":
-      wrong.append("--mode distill needs a checkpoint (--model), whose dense model is the teacher")
+      wrong.append("`mode=distill` needs a checkpoint (`model`), whose dense model is the teacher")
     if self.model is None and self.method == "lora":
-      wrong.append("--method lora needs a checkpoint (--model) to adapt")
+      wrong.append("`method=lora` needs a checkpoint (`model`) to adapt")
     if self.gradual_steps and self.model is None:
-      wrong.append("--gradual-steps needs a checkpoint (--model), whose followers' own weights it starts from")
+      wrong.append("`gradual_steps` needs a checkpoint (`model`), whose followers' own weights it starts from")
     if self.teacher is not None and self.mode != "distill":
-      wrong.append("--teacher is of use in --mode distill only")
+      wrong.append("`teacher` is of use in `mode=distill` only")
     if self.mode == "distill" and self.z_loss:
-      wrong.append("--z-loss is of use outside --mode distill only")
+      wrong.append("`z_loss` is of use outside `mode=distill` only")
     if self.mode != "distill" and self.distill != DistillConfig():
-      wrong.append("--temperature, --teacher-weight and --hidden-weight are of use in --mode distill only")
+      wrong.append("`temperature`, `teacher_weight` and `hidden_weight` are of use in `mode=distill` only")
     if self.method != "lora" and self.lora != LoraConfig():
-      wrong.append("--rank, --alpha and --targets are of use with --method lora only")
+      wrong.append("`rank`, `alpha` and `targets` are of use with `method=lora` only")
     if self.gradual_steps > self.steps:
-      wrong.append(f"--gradual-steps {self.gradual_steps} needs as many --steps, not {self.steps}")
+      wrong.append(f"`gradual_steps={self.gradual_steps}` needs as many `steps`, not {self.steps}")
     positive = {
       "batch_size": self.batch_size,
       "accumulate": self.accumulate,
@@ -194,7 +194,7 @@ class TrainConfig:
     except ValueError:
       wrong.append(f"date={self.date} (a day such as 2026-11-30 is needed)")
     if wrong:
-      raise UserError("training: " + "; ".join(wrong))
+      raise UserError.of("training", wrong)
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -238,8 +238,8 @@ def check_same(config: TrainConfig, before: dict[str, Any], folder: Path) -> Non
     now["date"] = then.get("date")
   different = [name for name in {**now, **then} if now.get(name) != then.get(name)]
   if different:
-    listed = "; ".join(f"{name} is {now.get(name)}, there it is {then.get(name)}" for name in different)
-    raise UserError(f"{folder} holds another run ({listed}); name a new --out, or remove the folder")
+    listed = [f"{name} is {now.get(name)}, there it is {then.get(name)}" for name in different]
+    raise UserError.of(f"{folder} holds another run; name a new folder (`out`), or remove this one", listed)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

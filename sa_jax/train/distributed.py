@@ -32,7 +32,7 @@ def start(hosts: Hosts) -> None:
   """
   given = [value for value in (hosts.coordinator, hosts.processes, hosts.process) if value is not None]
   if given and len(given) < 3:
-    raise UserError("--coordinator, --processes and --process belong together; on a cluster --multihost is enough")
+    raise UserError("`coordinator`, `processes` and `process` belong together; on a cluster `multihost` is enough")
   if not (given or hosts.multihost) or jax.distributed.is_initialized():
     return
   if jax.config.jax_platforms == "cpu":  # type: ignore[attr-defined]

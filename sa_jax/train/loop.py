@@ -15,6 +15,8 @@ import jax
 import numpy as np
 
 from sa_jax.errors import UserError
+from sa_jax.files import make_folder, write_text
+from sa_jax.formats.extras import read_json
 from sa_jax.train import config as configs
 from sa_jax.train.checkpoints import Checkpoints
 from sa_jax.train.config import TrainConfig
@@ -77,15 +79,13 @@ def _check_folder(config: TrainConfig) -> dict[str, object]:
   """Checks that the run's folder, if it is there, is this run's; returns what it says of it."""
   path = config.out / "config.json"
   if path.exists():
-    try:
-      before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-      raise UserError(f"{path} cannot be read: {error}") from None
+    before = read_json(path)
     configs.check_same(config, before, config.out)
     return before
   if any((config.out / "checkpoints").glob("[0-9]*")):
     raise UserError(
-      f"{config.out} has checkpoints but no config.json that says of which run; name a new --out, or remove the folder"
+      f"{config.out} has checkpoints but no config.json that says of which run; name a new folder (`out`), or remove "
+      "this one"
     )
   return {}
 
@@ -104,14 +104,8 @@ def _claim_folder(config: TrainConfig) -> None:
   """Makes the run's folder, and writes into it which run it is."""
   wait_for_all("checked")
   if jax.process_index() == 0:
-    path = config.out / "config.json"
-    try:
-      config.out.mkdir(parents=True, exist_ok=True)
-      unfinished = path.with_suffix(".unfinished")
-      unfinished.write_text(json.dumps(configs.recorded(config), indent=2) + "\n", encoding="utf-8")
-      unfinished.replace(path)
-    except OSError as error:
-      raise UserError(f"cannot write to {config.out}: {error.strerror}") from None
+    make_folder(config.out)
+    write_text(config.out / "config.json", json.dumps(configs.recorded(config), indent=2) + "\n")
 
 
 class Loop:
@@ -139,7 +133,7 @@ class Loop:
       if (extra["rows"], extra["checksum"]) != (len(run.rows), run.rows.corpus.checksum):
         raise UserError(
           f"the training data have changed since {config.out} was begun ({extra['rows']} rows then, {len(run.rows)} "
-          "now); name a new --out, or bring the data back"
+          "now); name a new folder (`out`), or bring the data back"
         )
       self._data.set_state(extra["data"])
     self._unseen: tuple[int, Metrics] | None = None
@@ -198,7 +192,7 @@ class Loop:
         f"loss or gradient were not finite in {self.window.in_row} steps in a row, up to step {step} (loss {loss}, "
         f"gradient norm {norm}); none of them changed the parameters. "
         + ("There is no checkpoint yet" if latest is None else f"The last checkpoint is of step {latest}")
-        + ". Look at the data, or lower --learning-rate"
+        + ". Look at the data, or lower `learning_rate`"
       )
     if step % self._config.log.log_every == 0 or step == self._config.steps:
       recorder.write(step, self._line(norm))

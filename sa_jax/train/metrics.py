@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sa_jax.config import ModelConfig
 from sa_jax.costs import cost
 from sa_jax.errors import UserError
+from sa_jax.files import named, write_text
 from sa_jax.plan import SharingPlan
 
 PEAK_TFLOPS = {
@@ -118,15 +118,13 @@ class Recorder:
         writer = importlib.import_module("tensorboardX").SummaryWriter
       except ImportError as error:
         raise UserError(
-          f"TensorBoard's files need tensorboardX ({error}): pip install 'sa-jax[train]', or --no-tensorboard"
+          f"TensorBoard's files need tensorboardX ({error}): pip install 'sa-jax[train]', or `tensorboard=False`"
         ) from None
       self._writer = writer(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
     path = folder / "metrics.jsonl"
-    try:
+    with named(path, "write"):
       _keep_until(path, start)
       self._file = path.open("a", encoding="utf-8")
-    except OSError as error:
-      raise UserError(f"cannot write {path}: {error.strerror}") from None
 
   def __enter__(self) -> Self:
     self._bar.start()
@@ -154,11 +152,9 @@ class Recorder:
     if not self._active:
       return
     line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
-    try:
+    with named(Path(self._file.name), "write"):
       self._file.write(json.dumps(line) + "\n")
       self._file.flush()
-    except OSError as error:
-      raise UserError(f"cannot write {self._file.name}: {error.strerror}") from None
     if self._writer is not None:
       for name, value in values.items():
         self._writer.add_scalar(name, value, step)
@@ -209,9 +205,7 @@ def _keep_until(path: Path, step: int) -> None:
       continue
     if values["step"] <= step:
       kept.append(line + "\n")
-  unfinished = path.with_suffix(".unfinished")
-  unfinished.write_text("".join(kept), encoding="utf-8")
-  os.replace(unfinished, path)
+  write_text(path, "".join(kept))
 
 
 def _short(value: float) -> str:

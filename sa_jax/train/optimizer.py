@@ -58,7 +58,7 @@ class OptimizerConfig:
       if not fine
     ]
     if wrong:
-      raise UserError("optimizer: " + "; ".join(wrong))
+      raise UserError.of("optimizer", wrong)
 
 
 PRESETS: dict[str, OptimizerConfig] = {

@@ -74,7 +74,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     raise UserError(f"a batch of {config.batch_size} rows does not divide into {config.accumulate} parts")
   host_rows(batch_sharding, config.batch_size // config.accumulate)
   if config.data.length % config.mesh.sequence:
-    raise UserError(f"rows of {config.data.length} tokens do not divide over {config.mesh.sequence} (--sequence)")
+    raise UserError(f"rows of {config.data.length} tokens do not divide over `sequence={config.mesh.sequence}`")
   tokenizer = tokenizer_of(config)
   model = model_of(config, tokenizer)
   rows = rows_of(config, model, tokenizer, config.data.train, say)
@@ -153,7 +153,7 @@ def rows_of(
   if largest >= model.config.vocab_size:
     raise UserError(
       f"the tokenizer makes token {largest} of the data, but the model's vocabulary has {model.config.vocab_size} "
-      "tokens; name the tokenizer that belongs to the model (--tokenizer)"
+      "tokens; name the tokenizer that belongs to the model (`tokenizer`)"
     )
   rows = make_rows(corpus, config.data.length, config.data.packing, config.data.too_long)
   say(_describe(corpus.report, rows, len(corpus.tokens), paths))

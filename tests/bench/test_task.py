@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from sa_jax import UserError
 from sa_jax.bench import Result, Task, Timing, run_task, timed
 from sa_jax.cli import main
 
@@ -32,10 +33,10 @@ def test_a_task_that_fails_says_why():
   ("arguments", "why"),
   [
     (["decode", "--attention", "flash"], "attention (decode takes none: it is for prefill, train, step)"),
-    (["train", "--cache-dtype", "int8"], "cache_dtype (train takes none: it is for decode, batching)"),
+    (["train", "--cache-dtype", "int8"], "--cache-dtype (train takes none: it is for decode, batching)"),
     (["prefill", "--remat", "dots"], "remat (prefill takes none: it is for step)"),
     (["batching", "--requests", "3", "--batch", "2"], "3 requests (a multiple of batch 2 is needed"),
-    (["decode", "--seq-len", "128", "--peers", "hf-eager"], "seq_len 128 (peers need 192 slots)"),
+    (["decode", "--seq-len", "128", "--peers", "hf-eager"], "--seq-len 128 (peers need 192 slots)"),
     (["decode", "--layers", "0"], "num_layers=0 (a positive integer is needed)"),
     (["decode", "--plan", "31:32"], "goes past the model"),
   ],
@@ -48,7 +49,7 @@ def test_what_means_nothing_is_refused(capsys, arguments, why):
 def test_what_was_measured_is_told_though_the_next_fails(monkeypatch, capsys, tmp_path):
   def measured(task):
     if task.seq_len == 64:
-      raise ValueError("out of memory")
+      raise UserError("out of memory")
     return Result(task, 0.5, 0.4, 0.6, work=8e9, ceiling=20e9, device="a card")
 
   monkeypatch.setattr("sa_jax.cli.bench.run_task", measured)
@@ -87,6 +88,9 @@ class Canvas:
 
   def plot(self, x, y, **_):
     self.drawn.append((x, y))
+
+  def savefig(self, file, **_):
+    file.touch()
 
   def __getattr__(self, _):
     return lambda *_, **__: None

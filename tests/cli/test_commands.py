@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -14,8 +15,9 @@ from tokenizers.pre_tokenizers import Whitespace
 
 import sa_jax
 from sa_jax.cli import main
-from sa_jax.cli.common import change, exact_float32, quantity
+from sa_jax.cli.common import change, quantity
 from sa_jax.cli.demo import picture
+from sa_jax.cli.process import own
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference" / "llama-gqa-8l"
 PLAN = "1:2-3,4:5-6"
@@ -85,16 +87,17 @@ def test_float32_means_float32(folder, tmp_path, monkeypatch):
 
 
 def test_float32_products_are_not_tuned_for_minutes(monkeypatch):
-  """XLA's flags as exact float32 leaves them: the user's own, and one more unless it is among them."""
+  """XLA's flags of a process: the user's own, and one more where products are exact, unless it is among them."""
+  monkeypatch.setattr(signal, "signal", lambda *_: None)
   ours = "--xla_gpu_enable_triton_gemm=false"
-  for dtype, before, after in (
-    ("bfloat16", "--a=1", "--a=1"),
-    ("float32", "--a=1", f"--a=1 {ours}"),
-    ("float32", "--xla_gpu_enable_triton_gemm=true", "--xla_gpu_enable_triton_gemm=true"),
+  for exact, before, after in (
+    (False, "--a=1", "--a=1"),
+    (True, "--a=1", f"--a=1 {ours}"),
+    (True, "--xla_gpu_enable_triton_gemm=true", "--xla_gpu_enable_triton_gemm=true"),
   ):
     monkeypatch.setenv("XLA_FLAGS", before)
-    with exact_float32(dtype):
-      assert os.environ["XLA_FLAGS"] == after
+    own(exact=exact)
+    assert os.environ["XLA_FLAGS"] == after
 
 
 def test_convert_and_cost(folder, expected, tmp_path, capsys):

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import sa_jax
 from sa_jax import SharingPlan, stack
+from sa_jax.files import new_folder
 from sa_jax.formats import checkpoint
 from sa_jax.formats.orbax_folder import OrbaxFolder
 from sa_jax.sharding import make_mesh
@@ -397,7 +398,7 @@ class TestCheckpoint:
     assert list(tmp_path.iterdir()) == []
 
   def test_unfinished_folder_is_not_the_checkpoint(self, tmp_path):
-    with checkpoint.new_folder(tmp_path / "out") as folder:
+    with new_folder(tmp_path / "out") as folder:
       assert folder.parent == tmp_path
       assert folder.name.startswith(".out.unfinished")
       assert not (tmp_path / "out").exists()

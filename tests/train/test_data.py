@@ -318,7 +318,7 @@ def test_rows_by_hand():
 
 def test_samples_longer_than_the_context():
   corpus = corpus_of(3, 9, 9, prompts=[1, 4, 8])
-  with pytest.raises(ValueError, match="sample 1 has 9 tokens, the context 6; --too-long cut"):
+  with pytest.raises(ValueError, match="sample 1 has 9 tokens, the context 6; `too_long=cut`"):
     data.make_rows(corpus, 6)
   rows = data.make_rows(corpus, 6, "none", "cut")
   assert rows.read([0, 1]).tokens.tolist() == [[0, 1, 2, 0, 0, 0], [3, 4, 5, 6, 7, 8]]
@@ -336,7 +336,7 @@ def test_samples_longer_than_the_context():
     ("empty.json", "", "empty.json has no document: it is empty"),
     ("broken.json", "[{", "broken.json is not JSON"),
     ("object.json", "{}", "a list of objects is needed"),
-    ("broken.jsonl", '{"text": "a"}\n\n{"text"\n', r"broken.jsonl, line 3: not JSON .*--skip-bad"),
+    ("broken.jsonl", '{"text": "a"}\n\n{"text"\n', r"broken.jsonl, line 3: not JSON .*skip_bad=True"),
     ("keys.jsonl", '{"txt": "a"}\n', r"keys.jsonl, line 1: it has the keys \['txt'\]"),
     ("type.jsonl", '{"text": 3}\n', "type.jsonl, line 1: 'text' is int; a text is needed"),
     ("list.jsonl", "[1]\n", "list.jsonl, line 1: a JSON object is needed, not list"),

@@ -89,5 +89,5 @@ def test_two_processes_are_one(launch, tmp_path):
 
 
 def test_half_of_the_flags():
-  with pytest.raises(ValueError, match="--coordinator, --processes and --process belong together"):
+  with pytest.raises(ValueError, match="`coordinator`, `processes` and `process` belong together"):
     start(Hosts(coordinator="127.0.0.1:1"))

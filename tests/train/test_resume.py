@@ -117,13 +117,13 @@ def test_unwritable_folder(tmp_path):
 
 
 def test_another_run_in_the_folder(whole):
-  with pytest.raises(ValueError, match=r"holds another run \(batch_size is 16, there it is 8\); name a new --out"):
+  with pytest.raises(ValueError, match=r"holds another run; name a new folder .*: batch_size is 16, there it is 8"):
     train(config(whole, batch_size=16))
 
 
 def test_checkpoints_of_a_run_that_nothing_tells_of(whole):
   kept = (whole / "config.json").rename(whole / "kept.json")
-  with pytest.raises(ValueError, match=r"has checkpoints but no config\.json that says of which run; name a new --out"):
+  with pytest.raises(ValueError, match=r"has checkpoints but no config\.json that says of which run"):
     train(config(whole))
   kept.rename(whole / "config.json")
 

@@ -16,8 +16,8 @@ import numpy as np
 import tokenizers
 
 from sa_jax.errors import UserError
+from sa_jax.files import named, new_folder
 from sa_jax.formats import Tokenizer
-from sa_jax.formats.checkpoint import new_folder
 from sa_jax.formats.tokenizer import encodable
 from sa_jax.train.data.sources import Document, Documents, Report, read_documents
 
@@ -81,7 +81,7 @@ def open_corpus(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading = 
     try:
       with new_folder(entry) as folder:
         _write(folder, paths, tokenizer, reading)
-    except (OSError, ValueError):
+    except ValueError:
       if not entry.exists():  # another process may have been faster
         raise
   return _load(entry)
@@ -94,7 +94,7 @@ def _key(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> str:
   for part in (repr(options), tokenizer.backend.to_str(), tokenizer.chat_template or ""):
     digest.update(hashlib.sha256(part.encode()).digest())
   for path in paths:
-    with path.open("rb") as file:
+    with named(path), path.open("rb") as file:
       digest.update(hashlib.file_digest(file, "sha256").digest() + path.suffix.encode())
   return digest.hexdigest()[:32]
 
@@ -111,16 +111,13 @@ def _write(folder: Path, paths: Sequence[Path], tokenizer: Tokenizer, reading: R
   """Fills a cache entry document by document, so that a corpus larger than memory can be tokenised."""
   report = Report()
   lengths = [0]
-  try:
-    with (folder / "tokens.bin").open("wb") as tokens, (folder / "trained.bin").open("wb") as trained:
-      for ids, mask in _encoded(_documents(paths, tokenizer, report, reading), tokenizer):
-        tokens.write(ids.tobytes())
-        trained.write(mask.tobytes())
-        lengths.append(len(ids))
-    np.save(folder / "offsets.npy", np.cumsum(lengths, dtype=np.int64))
-    (folder / "report.json").write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
-  except OSError as error:
-    raise UserError(f"cannot write the tokenised corpus to {folder.parent}: {error.strerror}") from None
+  with (folder / "tokens.bin").open("wb") as tokens, (folder / "trained.bin").open("wb") as trained:
+    for ids, mask in _encoded(_documents(paths, tokenizer, report, reading), tokenizer):
+      tokens.write(ids.tobytes())
+      trained.write(mask.tobytes())
+      lengths.append(len(ids))
+  np.save(folder / "offsets.npy", np.cumsum(lengths, dtype=np.int64))
+  (folder / "report.json").write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
 
 
 def _load(entry: Path) -> Corpus:

@@ -46,7 +46,7 @@ def spans_of(corpus: Corpus, length: int, too_long: TooLong) -> Spans:
     elif is_sample(corpus.trained[start:stop]):
       if too_long == "error":
         raise UserError(
-          f"sample {document} has {stop - start} tokens, the context {length}; --too-long cut keeps the starts of "
+          f"sample {document} has {stop - start} tokens, the context {length}; `too_long=cut` keeps the starts of "
           "such samples"
         )
       cut += 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from sa_jax.errors import UserError
+from sa_jax.files import named
 from sa_jax.formats import Tokenizer
 from sa_jax.formats.chat_template import Call
 from sa_jax.formats.tokenizer import encodable
@@ -108,16 +109,13 @@ def _read(
     except (ValueError, RecursionError) as error:
       reason = f"not JSON ({error})" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)
       if not skip_bad:
-        raise UserError(f"{path}, {place}: {reason}; --skip-bad leaves such lines out") from None
+        raise UserError(f"{path}, {place}: {reason}; `skip_bad=True` leaves such lines out") from None
       report.bad += 1
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-  try:
-    with path.open("rb") as file:
-      yield from file
-  except OSError as error:
-    raise UserError(f"cannot read {path}: {error.strerror}") from None
+  with named(path), path.open("rb") as file:
+    yield from file
 
 
 def _objects(path: Path) -> Iterator[tuple[str, Any]]:
@@ -171,7 +169,7 @@ def _documents(values: object, tokenizer: Tokenizer, text_key: str) -> list[Docu
     return [Document((Piece(_text(values, text_key), True),))]
   raise UserError(
     f"it has the keys {sorted(values)}; 'messages', 'instruction' and 'output', 'prompt' and 'completion', "
-    f"or {text_key!r} (--text-key) are needed"
+    f"or {text_key!r} (`text_key`) are needed"
   )
 
 

@@ -1,0 +1,49 @@
+"""The library's error texts, which name fields and arguments, for people who type flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+import typing
+from collections.abc import Callable, Collection
+from typing import Any
+
+
+def fields_of(command: Callable[..., Any]) -> frozenset[str]:
+  """The names of a command's flags as fields: of its dataclass or function, and of dataclasses in it."""
+  if isinstance(command, functools.partial):
+    command = command.func
+  names: set[str] = set()
+  hints = typing.get_type_hints(command)
+  for name in inspect.signature(command).parameters:
+    hint = hints[name]
+    kinds = filter(inspect.isclass, (hint, *typing.get_args(hint)))
+    inner = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+    names |= set().union(*map(fields_of, inner)) if inner else {name}
+  return frozenset(names)
+
+
+def explain(text: str, fields: Collection[str]) -> str:
+  """An error text in which what it calls `field`, `field=value` or two_words is ``--field``, ``--field value``.
+
+  Args:
+    text: of a `sa_jax.UserError`.
+    fields: see `fields_of`.
+  """
+  quoted = r"`(?P<quoted>\w+)(?:=(?P<value>[^`]*))?`"
+  plain = r"(?<![\w.`/-])(?P<plain>[a-z]\w*)=(?P<of>[\w.+-]+)"
+  words = r"(?<![\w.`/-])(?P<words>[a-z]+(?:_[a-z]+)+)(?![\w(./-])"
+
+  def flag(match: re.Match[str]) -> str:
+    name = match["quoted"] or match["plain"] or match["words"]
+    if name not in fields:
+      return match[0]
+    value = match["value"] if match["quoted"] else match["of"]
+    dashed = name.replace("_", "-")
+    if value in ("True", "False"):
+      return f"--{dashed}" if value == "True" else f"--no-{dashed}"
+    return f"--{dashed}" if value is None else f"--{dashed} {value}"
+
+  return re.sub(f"{quoted}|{plain}|{words}", flag, text)

@@ -1,0 +1,26 @@
+"""What is changed in lm-eval while it runs, because it has no setting for it; all of it is here, and undone after."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def quick() -> Iterator[None]:
+  """Inside, lm-eval compiles a task's template once, and does not import torch to note its version.
+
+  It compiles the template anew for each document, which is most of what it does beside the model. Importing torch and
+  transformers takes seconds and hundreds of megabytes, and tells nothing of a model that does not use them.
+  """
+  import lm_eval.utils as lm_eval
+
+  kept = lm_eval.is_torch_available, lm_eval.is_transformers_available
+  lm_eval.env.from_string = functools.cache(lm_eval.env.from_string)  # on the instance, over its class's method
+  lm_eval.is_torch_available = lm_eval.is_transformers_available = lambda: False
+  try:
+    yield
+  finally:
+    del lm_eval.env.from_string
+    lm_eval.is_torch_available, lm_eval.is_transformers_available = kept

@@ -1,0 +1,96 @@
+"""What the command line says of mistakes, and of faults of ours."""
+
+import subprocess
+import sys
+
+import pytest
+
+from sa_jax import UserError, cli
+from sa_jax.cli import cost
+from sa_jax.cli.flags import explain, fields_of
+from sa_jax.cli.train import command
+
+
+def test_flags_are_those_of_nested_dataclasses_too():
+  assert {"model", "mode", "batch_size", "learning_rate", "too_long", "skip_bad", "multihost"} <= fields_of(command)
+  assert "config" not in fields_of(command)
+
+
+@pytest.mark.parametrize(
+  ("text", "shown"),
+  [
+    ("`mode=distill` needs a checkpoint (`model`)", "--mode distill needs a checkpoint (--model)"),
+    ("batch_size=0 (at least 1 is needed)", "--batch-size 0 (at least 1 is needed)"),
+    ("batch_size must be at least 1", "--batch-size must be at least 1"),
+    ("`skip_bad=True` leaves them out, `skip_bad=False` none", "--skip-bad leaves them out, --no-skip-bad none"),
+    # Neither words, nor paths, nor what is no flag.
+    ("the model in /a/batch_size/b.txt and batch_size.txt", "the model in /a/batch_size/b.txt and batch_size.txt"),
+    ("`other` and other_field=3", "`other` and other_field=3"),
+  ],
+)  # fmt: skip
+def test_fields_are_told_as_flags(text, shown):
+  assert explain(text, {"mode", "model", "batch_size", "skip_bad"}) == shown
+
+
+def test_faults_stand_one_a_line(capsys):
+  assert cli.main(["bench", "step", "--batch", "0", "--fsdp", "0", "--model", "smollm2-135m"]) == 2
+  error = capsys.readouterr().err.splitlines()
+  assert error[0].startswith("sa-jax: error: bench")
+  assert all(word in "\n".join(error) for word in ("fsdp",))
+
+
+def test_contradicting_settings_are_told_as_flags(capsys):
+  assert cli.main(["train", "--out", "x", "--preset", "smollm2-135m", "--mode", "distill", "--gradual-steps", "3"]) == 2
+  assert capsys.readouterr().err.splitlines() == [
+    "sa-jax: error: training:",
+    "  --mode distill needs a checkpoint (--model), whose dense model is the teacher",
+    "  --gradual-steps needs a checkpoint (--model), whose followers' own weights it starts from",
+  ]
+
+
+@pytest.mark.parametrize("fault", [ValueError("Incompatible shapes"), OSError("unexpected"), KeyError("a")])
+def test_faults_of_ours_keep_their_traceback(monkeypatch, fault):
+  def fail(self):
+    raise fault
+
+  monkeypatch.setattr(cost.CostOf, "run", fail)
+  with pytest.raises(type(fault)) as caught:
+    cli.main(["cost", "smollm2-135m"])
+  assert caught.value is fault
+
+
+def test_mistakes_are_caught(monkeypatch, capsys):
+  def fail(self):
+    raise UserError.of("thing", ["one", "two"])
+
+  monkeypatch.setattr(cost.CostOf, "run", fail)
+  assert cli.main(["cost", "smollm2-135m"]) == 2
+  assert capsys.readouterr().err == "sa-jax: error: thing:\n  one\n  two\n"
+
+
+_PROCESS = """
+import os, signal, sys
+from sa_jax.cli import cost, main
+def run(self):
+  os.environ["SHOWN"] = os.environ.get("XLA_FLAGS", "")
+  {body}
+cost.CostOf.run = run
+sys.argv = ["sa-jax", "cost", "smollm2-135m"]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+  ("body", "code", "says"),
+  [
+    ("pass", 0, ""),
+    ("raise ValueError('Incompatible shapes')", 1, "Traceback"),
+    ("raise KeyboardInterrupt", 130, ""),
+    ("os.kill(os.getpid(), signal.SIGTERM)", 143, ""),
+  ],
+)
+def test_exit_codes(body, code, says):
+  done = subprocess.run([sys.executable, "-c", _PROCESS.format(body=body)], capture_output=True, text=True, check=False)
+  assert done.returncode == code
+  assert says in done.stderr
+  assert ("Traceback" in done.stderr) == (code == 1)
