@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import re
 import shlex
@@ -80,7 +81,7 @@ def test_commands_and_flags_of_the_pages_exist(capsys):
 
 
 def test_links_between_pages_lead_somewhere():
-  made = {f"reference/{module}.md" for module in PUBLIC} | {"changelog.md"}
+  made = {f"reference/{module}.md" for module in PUBLIC} | {"benchmarks.md", "changelog.md"}
   for page in (ROOT / "docs").rglob("*.md"):
     for target in re.findall(r"\]\(([^)#:]+\.md)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
       found = (page.parent / target).resolve()
@@ -91,3 +92,11 @@ def test_versions_agree():
   project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
   assert f'version = "{sa_jax.__version__}"' in project
   assert f"version: {sa_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_results_are_what_the_files_of_the_experiment_hold():
+  folder = ROOT / "experiments" / "efficiency"
+  spec = importlib.util.spec_from_file_location("tables", folder / "tables.py")
+  tables = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(tables)
+  assert (folder / "RESULTS.md").read_text(encoding="utf-8") == tables.results(), "run experiments/efficiency/tables.py"

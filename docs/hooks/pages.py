@@ -1,4 +1,4 @@
-"""Pages that are made from other files: the reference of every public module, and the changelog.
+"""Pages that are made from other files: the reference of every public module, changelog and benchmarks.
 
 A module is public if it has ``__all__``. Its page has its docstring and one section a name; mkdocstrings fills them
 from docstrings and signatures, without an import.
@@ -83,4 +83,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, f"reference/{module}.md", content=page(module, modules)))
   changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
   files.append(File.generated(config, "changelog.md", content=changelog))
+  results = (ROOT / "experiments" / "efficiency" / "RESULTS.md").read_text(encoding="utf-8")
+  files.append(File.generated(config, "benchmarks.md", content=results))
   return files

@@ -1,0 +1,118 @@
+"""Makes ``RESULTS.md`` of the JSON files in this folder, one table a machine.
+
+python experiments/efficiency/tables.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+HERE = Path(__file__).parent
+OUT = HERE / "RESULTS.md"
+GB = 1e9
+KINDS = {"decode": "decode", "train": "gradient of the layers", "step": "train step", "batching": "requests"}
+
+
+def read() -> dict[str, list[dict]]:
+  """Every measurement of `sa-jax bench`, with its file, by the device that it ran on."""
+  machines: dict[str, list[dict]] = {}
+  for path in sorted([*HERE.glob("gpu/**/*.json"), *HERE.glob("several/*.json")]):
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for result in values if isinstance(values, list) else []:
+      machines.setdefault(result["device"], []).append(result | {"file": str(path.relative_to(HERE))})
+  return machines
+
+
+def conditions(task: dict) -> tuple[str, ...]:
+  """What besides the plan and the program sets measurements apart."""
+  tokens = f"{task['filled']} of {task['seq_len']}" if task.get("filled") else str(task["seq_len"])
+  split = [f"`{axis}` {task[axis]}" for axis in ("data", "fsdp", "tensor", "sequence") if task.get(axis, 1) > 1]
+  more = [task["cache_dtype"] + " cache"] if task.get("cache_dtype") else []
+  if task["kind"] == "step":
+    more.append(f"remat {task['remat']}")
+  layers = f", {task['layers']} layers" if task.get("layers") else ""
+  return (f"{task['model']}{layers}", f"{task['batch']} × {tokens}", ", ".join(split + more))
+
+
+def what(task: dict) -> str:
+  """The program and its plan."""
+  if task["who"] != "sa_jax":
+    return {"hf-compiled": "transformers, compiled", "hf-eager": "transformers, eager"}.get(task["who"], task["who"])
+  return f"`{task['plan']}`" + (", attention weights" if task["attention_state"] == "attention_weights" else "")
+
+
+def bench_rows(results: list[dict]) -> Iterator[list[str]]:
+  """The rows of a machine's table, in the order of its files."""
+  dense = {(r["file"], conditions(r["task"])): r for r in reversed(results) if what(r["task"]) == "`dense`"}
+  for result in results:
+    task, seconds = result["task"], result["seconds"]
+    base = dense.get((result["file"], conditions(task)))
+    share = result["work"] / seconds / result["ceiling"] if result["ceiling"] and task["kind"] == "decode" else None
+    yield [
+      KINDS[task["kind"]],
+      *conditions(task),
+      what(task),
+      f"{1e3 * seconds:.2f} ({1e3 * result['low']:.2f}–{1e3 * result['high']:.2f})",
+      "" if base is None or base is result else f"{base['seconds'] / seconds:.3f} ×",
+      "" if share is None else f"{share:.1%}",
+      "" if not result["temp_bytes"] else f"{result['temp_bytes'] / GB:.2f}",
+      result["detail"].replace("|", "/"),
+    ]
+
+
+def generation_rows(values: dict) -> Iterator[list[str]]:
+  """Rows of ``smollm2.json``."""
+  for row in values["rows"]:
+    yield [str(row["batch"]), row["who"].replace("plan ", ""), f"{row['tokens_per_second']:,.0f}"]
+
+
+def fit_rows() -> Iterator[list[str]]:
+  """Rows of the programs that were compiled for TPUs."""
+  for path in sorted(HERE.glob("tpu/*.json")):
+    values = json.loads(path.read_text(encoding="utf-8"))
+    split = " × ".join(f"{axis} {size}" for axis, size in values["mesh"].items() if size > 1)
+    for plan, fit in values["fits"].items():
+      sent = ", ".join(f"{each['kind']} {each['count']} / {each['bytes'] / GB:.2f}" for each in fit["collectives"])
+      yield [
+        path.stem,
+        f"{values['topology']}, {split}",
+        f"{values['kind']}, {values['model']}, {values['batch']} × {values['length']}",
+        f"`{plan}`",
+        f"{fit['peak_bytes'] / GB:.3f}",
+        f"{fit['hbm_bytes'] / GB:.1f}",
+        f"{1e3 * max(fit['compute_seconds'], fit['memory_seconds']):.1f}",
+        sent,
+      ]
+
+
+def table(columns: list[str], rows: Iterator[list[str]]) -> str:
+  """A table in Markdown."""
+  lines = [columns, ["---"] * len(columns), *rows]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def results() -> str:
+  """The whole page."""
+  parts = [
+    "# Results of `experiments/efficiency`",
+    "Made by `python experiments/efficiency/tables.py` from the JSON files beside it; the README has the commands. "
+    "Times are medians, with the fastest and the slowest: of one token for decode, of the whole for requests. "
+    "*Against dense* is dense's time over the row's, in the same run. *Of copy* is the part of the copy bandwidth that "
+    "was measured in the same process. GB are temporaries of the program on one device.",
+  ]
+  columns = ["what", "model", "rows × tokens", "setting", "plan", "ms", "against dense", "of copy", "GB", "more"]
+  for machine, found in read().items():
+    parts += [f"## {machine}", table(columns, bench_rows(found))]
+  for path in sorted(HERE.glob("gpu/**/smollm2.json")):
+    values = json.loads(path.read_text(encoding="utf-8"))
+    parts += [f"## SmolLM2-135M, real weights, {values['device']}", f"`{path.relative_to(HERE)}`"]
+    parts.append(table(["rows", "plan", "tokens/s"], generation_rows(values)))
+  columns = ["file", "slice", "program", "plan", "peak, GB", "memory, GB", "roofline, ms", "collectives: times / GB"]
+  parts += ["## TPU, compiled ahead of time; nothing ran", table(columns, fit_rows())]
+  return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+  OUT.write_text(results(), encoding="utf-8")
