@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import zipfile
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -82,14 +83,15 @@ class BinFile:
 
   def __init__(self, path: Path):
     self.path = path
+    self._mapped = _can_be_mapped(path)
     tensors = self._load()
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
       raise UserError(f"{path} does not hold a dictionary from names to tensors")
-    floats = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
-    if wrong := [key for key, tensor in tensors.items() if str(getattr(tensor, "dtype", None)) not in floats]:
-      raise UserError(f"{path} holds other things than tensors of floating-point numbers: {wrong[:20]}")
+    if wrong := [f"{key} is {what}" for key, tensor in tensors.items() if (what := _unreadable(tensor))]:
+      raise UserError.of(f"{path} holds other things than dense tensors of floating-point numbers", wrong[:20])
     self.shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     self.dtypes = {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in tensors.items()}
+    self._held = None if self._mapped else tensors
 
   def _load(self) -> Any:
     try:
@@ -99,7 +101,7 @@ class BinFile:
     import pickle
 
     try:
-      return torch.load(self.path, map_location="cpu", weights_only=True, mmap=_is_zip(self.path))
+      return torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
       first = str(error).strip().split("\n")[0]
       raise UserError(f"{self.path} is not a whole file of PyTorch tensors and nothing else: {first}") from None
@@ -108,13 +110,38 @@ class BinFile:
     """See `Shard.read`."""
     import torch
 
-    tensor = self._load()[key].detach()  # opened anew: memory touched by earlier tensors is given back
+    # A mapped file is opened anew: memory touched by earlier tensors is given back.
+    tensor = (self._load() if self._held is None else self._held)[key].detach()
     if tensor.dtype == torch.bfloat16:
       return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
 
 
-def _is_zip(path: Path) -> bool:
-  """Whether the file is in PyTorch's format since 1.6, which can be mapped."""
+def _unreadable(tensor: Any) -> str:
+  """What is stored instead of a dense tensor of floating-point numbers; empty if it is one."""
+  if not hasattr(tensor, "layout"):
+    return f"a {type(tensor).__name__}"
+  if str(tensor.layout) != "torch.strided" or tensor.is_nested or tensor.device.type != "cpu":
+    kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+    return f"a {kind} tensor" if tensor.device.type == "cpu" else f"a tensor without data, of device {tensor.device}"
+  floats = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
+  return "" if str(tensor.dtype) in floats else f"of type {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _can_be_mapped(path: Path) -> bool:
+  """Whether the file is in PyTorch's format since 1.6, an archive; its tensors are parts of the file as they are.
+
+  Raises:
+    UserError: if the archive is compressed: PyTorch would map the compressed bytes as numbers.
+  """
   with path.open("rb") as file:
-    return file.read(4) == b"PK\x03\x04"
+    if file.read(4) != b"PK\x03\x04":
+      return False
+  try:
+    with zipfile.ZipFile(path) as archive:
+      packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+  except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+    raise UserError(f"{path} is not a whole file of PyTorch tensors and nothing else: {error}") from None
+  if packed:
+    raise UserError(f"{path} is compressed ({packed[0]}, …); unpack it and save it again with torch.save")
+  return True

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 
 import jax
 import numpy as np
@@ -74,11 +75,37 @@ def test_pickle_that_wants_more_is_refused(folder, tmp_path, zipped):
   assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize("content", [{"a": torch.zeros(2, dtype=torch.int64)}, [torch.zeros(2)], {"a": 3}])
-def test_bin_of_other_things(folder, tmp_path, content):
+@pytest.mark.parametrize(
+  ("content", "said"),
+  [
+    ([torch.zeros(2)], "does not hold a dictionary from names to tensors"),
+    ({"a": 3}, "a is a int"),
+    ({"a": torch.zeros(2, dtype=torch.int64)}, "a is of type int64"),
+    ("quantised", "a is of type qint8"),
+    ({"a": torch.eye(3).to_sparse()}, "a is a sparse_coo tensor"),
+    ({"a": torch.empty(3, device="meta")}, "a is a tensor without data, of device meta"),
+  ],
+)
+@pytest.mark.filterwarnings("ignore:.*quantized tensor", "ignore:TypedStorage")
+def test_bin_of_other_things(folder, tmp_path, content, said):
+  if content == "quantised":
+    content = {"a": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}
   target = as_bin(folder, tmp_path / "bin", 1)
   torch.save(content, target / "pytorch_model.bin")
-  with pytest.raises(ValueError, match=r"dictionary|floating-point"):
+  with pytest.raises(sa_jax.UserError, match=said) as caught:
+    sa_jax.from_pretrained(target)
+  assert "\n" not in str(caught.value)
+
+
+def test_compressed_bin_is_refused(folder, tmp_path):
+  """Mapped, its tensors would be the compressed bytes."""
+  target = as_bin(folder, tmp_path / "bin", 1)
+  with zipfile.ZipFile(target / "pytorch_model.bin") as stored:
+    files = {name: stored.read(name) for name in stored.namelist()}
+  with zipfile.ZipFile(target / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as packed:
+    for name, data in files.items():
+      packed.writestr(name, data)
+  with pytest.raises(sa_jax.UserError, match=r"pytorch_model\.bin is compressed .*save it again with torch\.save"):
     sa_jax.from_pretrained(target)
 
 
