@@ -9,7 +9,7 @@ from sa_jax.costs import Cost, cost
 from sa_jax.decode import Generated, generate
 from sa_jax.errors import UserError
 from sa_jax.evaluation import Perplexity, perplexity, rows_of
-from sa_jax.formats import Tokenizer, convert, export, from_pretrained, inspect, load_tokenizer
+from sa_jax.formats import Tokenizer, convert, export, from_pretrained, inspect, load, load_tokenizer, save
 from sa_jax.nn import Transformer
 from sa_jax.params import prune, stack, stack_unpruned, unstack
 from sa_jax.plan import SharingPlan
@@ -28,7 +28,9 @@ __all__ = [
   "export",
   "from_pretrained",
   "inspect",
+  "load",
   "load_tokenizer",
+  "save",
   "Tokenizer",
   # Use.
   "generate",

@@ -7,12 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
 
-from sa_jax.formats.checkpoint import save_checkpoint
+from sa_jax.formats.save import write
 from sa_jax.nn import Transformer
-from sa_jax.params import as_layers
-from sa_jax.train.distributed import wait_for_all
 from sa_jax.trees import Tree
 
 
@@ -32,16 +29,5 @@ def export(path: Path, model: Transformer, params: Tree, dtype: str, save_extras
     UserError: if it cannot be written.
   """
   cast = jax.jit(lambda leaf: leaf.astype(dtype))
-  held = jax.tree.map(lambda leaf: _gathered(cast(leaf)), params)
-  if jax.process_index() == 0:
-    config = dataclasses.replace(model.config, dtype=dtype, param_dtype=dtype, remat="none")
-    save_checkpoint(path, config, model.plan, as_layers(held, model.plan), save_extras)
-  wait_for_all("exported")
-
-
-def _gathered(array: jax.Array) -> np.ndarray:
-  if array.is_fully_addressable:
-    return np.asarray(array)
-  from jax.experimental import multihost_utils
-
-  return multihost_utils.process_allgather(array, tiled=True)
+  config = dataclasses.replace(model.config, dtype=dtype, param_dtype=dtype, remat="none")
+  write(path, Transformer(config, model.plan), jax.tree.map(cast, params), save_extras)

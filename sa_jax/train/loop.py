@@ -17,6 +17,7 @@ import numpy as np
 from sa_jax.errors import UserError
 from sa_jax.files import make_folder, write_text
 from sa_jax.formats.extras import read_json
+from sa_jax.formats.orbax_folder import is_checkpoint
 from sa_jax.train import config as configs
 from sa_jax.train.checkpoints import Checkpoints
 from sa_jax.train.config import TrainConfig
@@ -70,9 +71,16 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda text: None) -
   model = None
   if not interrupted:
     model = config.out / "model"
-    if not model.exists():
+    if _is_missing(model):
       run.export(loop.state.params, model)
   return Outcome(loop.done, interrupted, loop.window.skipped, loop.eval_loss, model)
+
+
+def _is_missing(model: Path) -> bool:
+  """Whether a model has not been written yet; an empty folder of its name is none, and is removed."""
+  if model.is_dir() and not any(model.iterdir()) and jax.process_index() == 0:
+    model.rmdir()
+  return not is_checkpoint(model)
 
 
 def _check_folder(config: TrainConfig) -> dict[str, object]:
@@ -228,7 +236,7 @@ class Loop:
   def _export(self) -> None:
     """Writes the model of this step, if it is time for one and a run before has not done so."""
     every, path = self._config.log.export_every, self._config.out / "models" / str(self.done)
-    if every is not None and self.done % every == 0 and not path.exists():
+    if every is not None and self.done % every == 0 and _is_missing(path):
       began = time.perf_counter()
       self._run.export(self.state.params, path)
       self._clock.pause(time.perf_counter() - began)

@@ -154,6 +154,12 @@ def test_a_model_from_scratch_ends_as_its_tokenizer_does(tmp_path):
   assert scratch(shape=dataclasses.replace(SHAPE, eos_token_ids=(7,), bos_token_id=3)).eos_token_ids == (7,)
 
 
+def test_an_empty_folder_is_no_finished_model(tmp_path):
+  (tmp_path / "run" / "model").mkdir(parents=True)
+  done = train(config(tmp_path / "run", steps=1))
+  assert sa_jax.from_pretrained(done.model)[0].config.num_layers == SHAPE.num_layers
+
+
 def test_a_profile_is_written_where_the_run_stops(tmp_path):
   """Inside the window; the run that goes on records the rest of it."""
   made = config(tmp_path / "run", steps=3)

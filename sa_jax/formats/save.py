@@ -1,0 +1,123 @@
+"""A model in memory to files and back: `save`, and its mirror `load`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sa_jax.config import Compute
+from sa_jax.errors import UserError
+from sa_jax.formats.checkpoint import save_checkpoint
+from sa_jax.formats.extras import read_json
+from sa_jax.formats.load import Layout, from_pretrained
+from sa_jax.formats.tokenizer import Tokenizer
+from sa_jax.nn import Transformer
+from sa_jax.params import as_layers
+from sa_jax.sharding import abstract_params
+from sa_jax.trees import Params
+
+_MEMORY = "sa_jax.json"
+"""What `load` needs and no other door: the layout, and how the model was computed."""
+
+
+def save(path: str | Path, model: Transformer, params: Params, tokenizer: Tokenizer | None = None) -> None:
+  """Writes a model as an sa_jax checkpoint, which `load` gives back as it was and `from_pretrained` opens.
+
+  Of several processes all must call it: each takes part in gathering the parameters, and the first one writes.
+
+  Args:
+    path: the folder, which must not exist. It appears only once it is complete.
+    model: what the parameters are of.
+    params: in either layout, on any mesh, or NumPy arrays; all of one floating-point type, which is stored.
+    tokenizer: what to save beside it.
+
+  Raises:
+    UserError: if the folder exists or cannot be written, or the parameters are not the model's.
+  """
+  params = nn.unbox(params)
+  layout: Layout = "layers" if "layers" in params else "runs"
+  _check(model, params, layout)
+  (dtype,) = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
+  model = model.clone(config=dataclasses.replace(model.config, param_dtype=dtype))
+
+  def extras(folder: Path) -> None:
+    values = {"layout": layout, "compute": dataclasses.asdict(model.config.compute)}
+    (folder / _MEMORY).write_text(json.dumps(values, indent=2), encoding="utf-8")
+    if tokenizer is not None:
+      tokenizer.save(folder)
+
+  write(Path(path), model, params, extras)
+
+
+def load(path: str | Path, mesh: Mesh | None = None) -> tuple[Transformer, Params]:
+  """What `save` was given: the model, and the parameters in their layout.
+
+  Of any other model, what `from_pretrained` opens.
+
+  Args:
+    path: the folder.
+    mesh: where parameters go; see `from_pretrained`.
+
+  Raises:
+    UserError: as `from_pretrained`.
+  """
+  file = Path(path) / _MEMORY
+  if not file.exists():
+    return from_pretrained(path, mesh=mesh)
+  values = read_json(file)
+  layout: Any = values.get("layout")
+  compute = values.get("compute")
+  if not isinstance(compute, dict) or set(compute) - {field.name for field in dataclasses.fields(Compute)}:
+    raise UserError(f"{file} must hold a 'layout', and a 'compute' with fields of sa_jax.config.Compute")
+  model, params = from_pretrained(path, mesh=mesh, layout=layout)
+  # The stored type is what was just read.
+  compute = compute | {"param_dtype": model.config.param_dtype}
+  return model.clone(config=dataclasses.replace(model.config, **compute)), params
+
+
+def write(path: Path, model: Transformer, params: Params, save_extras: Callable[[Path], None]) -> None:
+  """Gathers the parameters, in either layout, and lets the first process write them; arguments as of `save`."""
+  from jax.experimental import multihost_utils
+
+  held = jax.tree.map(_gathered, params)
+  if jax.process_index() == 0:
+    save_checkpoint(path, model.config, model.plan, as_layers(held, model.plan), save_extras)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(f"saved {path}")
+
+
+def _gathered(array: jax.Array | np.ndarray) -> np.ndarray:
+  if not isinstance(array, jax.Array) or array.is_fully_addressable:
+    return np.asarray(array)
+  from jax.experimental import multihost_utils
+
+  return multihost_utils.process_allgather(array, tiled=True)
+
+
+def _check(model: Transformer, params: Params, layout: Layout) -> None:
+  """Checks that the parameters are the model's, in one floating-point type."""
+  named = lambda tree: {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+  wanted, found = named(abstract_params(model, layout=layout)), named(params)
+  faults = [f"missing: {name} {list(leaf.shape)}" for name, leaf in wanted.items() if name not in found]
+  faults += [f"unknown: {name} {list(leaf.shape)}" for name, leaf in found.items() if name not in wanted]
+  faults += [
+    f"wrong shape: {name} is {list(found[name].shape)}, the model has {list(leaf.shape)}"
+    for name, leaf in wanted.items()
+    if name in found and found[name].shape != leaf.shape
+  ]
+  types = {str(leaf.dtype): name for name, leaf in found.items()}
+  if len(types) > 1:
+    faults.append(f"one type is needed, not {', '.join(f'{each} ({name})' for each, name in types.items())}")
+  if faults:
+    raise UserError.of(f"these parameters, in the layout {layout!r}, are not the model's", faults)
