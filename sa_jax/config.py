@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 from sa_jax.errors import UserError
 from sa_jax.ops import AttentionSpec, RopeConfig
@@ -19,6 +19,18 @@ Activation = Literal["silu", "gelu_tanh"]
 _SIZES = (
   "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_length",
 )  # fmt: skip
+
+
+class LayerKind(NamedTuple):
+  """What tells the attention of one layer from that of another in the same model.
+
+  Attributes:
+    spec: window, soft cap and scale.
+    rope: the rotary position embedding, or None where queries and keys are not rotated.
+  """
+
+  spec: AttentionSpec
+  rope: RopeConfig | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +137,19 @@ class Architecture:
       wrong.append("normalize_head=True (a head that is tied to the embedding cannot be normalised)")
     return wrong + _not_among(self, {"activation": Activation})
 
-  def spec(self, local: bool = False) -> AttentionSpec:
-    """The attention of a local or a global layer."""
-    return AttentionSpec(self.window if local else None, self.attention_softcap, self.attention_scale)
+  @property
+  def kinds(self) -> tuple[LayerKind, ...]:
+    """The kinds of layers that the model has, in the order in which they first come."""
+    return tuple(dict.fromkeys(self._kind(layer) for layer in range(self.num_layers)))
+
+  def kind_of(self, layer: int) -> int:
+    """Which of `kinds` a layer is."""
+    return self.kinds.index(self._kind(layer))
+
+  def _kind(self, layer: int) -> LayerKind:
+    local = layer in self.local_layers
+    spec = AttentionSpec(self.window if local else None, self.attention_softcap, self.attention_scale)
+    return LayerKind(spec, self.local_rope if local and self.local_rope is not None else self.rope)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -381,7 +381,7 @@ def abstract_params(model: Transformer, *, layout: str = "runs", boxed: bool = F
   """
 
   def init(key: jax.Array) -> Tree:
-    return model.init(key, jnp.zeros((1, 1), jnp.int32), method="init_layers" if layout == "layers" else None)
+    return model.init(key, jnp.zeros((1, 1), jnp.int32), method=Transformer.init_layers if layout == "layers" else None)
 
   tree = jax.eval_shape(init, jax.random.key(0))["params"]
   return tree if boxed else nn.unbox(tree)

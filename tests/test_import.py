@@ -37,7 +37,8 @@ def test_without_pallas_triton_there_are_no_gpu_kernels_and_everything_else():
     from sa_jax.ops import kernels
     kernels.platform = lambda: "gpu"
     q = jax.ShapeDtypeStruct((1, 2048, 2, 64), "bfloat16")
-    print(kernels.has_gpu_kernels(q), sa_jax.ops.choose_backend("auto", q, q, rows=sa_jax.ops.Rows(packed=True)))
+    rows = sa_jax.ops.Rows(segments=jax.ShapeDtypeStruct((1, 2048), "int32"))
+    print(kernels.has_gpu_kernels(q), sa_jax.ops.choose_backend("auto", q, q, rows))
     sa_jax.ops.choose_backend("flash", q, q)
   """
   done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -32,7 +32,8 @@ def opened(folder: Path, state: str, shared: bool = True):
 
 @functools.partial(jax.jit, static_argnames=("model", "method"))
 def apply(model, params, tokens, lengths=None, method=None):
-  return model.apply({"params": params}, tokens, lengths, method=method)
+  rows = (lengths,) if lengths is not None else ()
+  return model.apply({"params": params}, tokens, *rows, method=method)
 
 
 @pytest.mark.parametrize("state", STATES)

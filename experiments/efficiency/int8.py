@@ -19,11 +19,11 @@ from sa_jax.nn import Cache
 
 def loss(params: Any, tokens: jax.Array, model: sa_jax.Transformer) -> jax.Array:
   """Mean loss of rows that are read into an empty cache, and attend to what it then holds."""
-  rows, length = tokens.shape
-  cache = Cache.empty(model.config, model.plan, rows, length)
-  starts, lengths = jnp.zeros(rows, jnp.int32), jnp.full(rows, length, jnp.int32)
-  hidden, _ = model.apply({"params": params}, tokens, cache, starts, lengths, method="extend")
-  head = lambda hidden: model.apply({"params": params}, hidden, method="logits")
+  length = tokens.shape[1]
+  cache = Cache.empty(model.config, model.plan, *tokens.shape)
+  rows = ops.Rows(jnp.full(len(tokens), length, jnp.int32), offset=jnp.zeros(len(tokens), jnp.int32))
+  hidden, _ = model.apply({"params": params}, tokens, cache, rows, method=model.extend)
+  head = lambda hidden: model.apply({"params": params}, hidden, method=model.logits)
   total, weight = ops.next_token_loss(head, hidden, tokens, chunk=64)
   return total / weight
 

@@ -52,13 +52,13 @@ def main() -> None:
     )
     documents = np.sort(np.random.default_rng(0).integers(0, DOCUMENTS, (batch, length)), axis=1)
     for label, segments in ((f"{DOCUMENTS} documents a row", jnp.asarray(documents, jnp.int32)), ("one", None)):
+      seen = ops.Rows(segments=segments)
       for backend in ("flash", "cudnn", "reference"):
-        packed = ops.Rows(packed=segments is not None)
-        if ops.backends[backend].unsupported(jax.default_backend(), q, ops.AttentionSpec(), packed) or (
+        if ops.backends[backend].refusal(jax.default_backend(), q, seen, ops.AttentionSpec()) or (
           backend == "reference" and length > 1024  # its weights would be gigabytes
         ):
           continue
-        attend = functools.partial(ops.attend, segments=segments, backend=backend)
+        attend = functools.partial(ops.attend, rows=seen, backend=backend)
         forward = functools.partial(jax.jit(attend), q, k, v)
         both = functools.partial(
           jax.jit(lambda q, k, v, d, attend=attend: jax.vjp(attend, q, k, v)[1](d)), q, k, v, d_out

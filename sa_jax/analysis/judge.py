@@ -245,7 +245,7 @@ class Judge:
     for layer in range(layers - 1, 0, -1):
       gradient = next(gradients)
       for anchor in range(max(0, layer - reach), layer):
-        if (anchor in self.config.local_layers) != (layer in self.config.local_layers):
+        if self.config.kind_of(anchor) != self.config.kind_of(layer):
           continue
         out[anchor, layer] = self._pair_cost(anchor, layer, gradient)
       if progress is not None:

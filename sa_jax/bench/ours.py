@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -21,10 +20,7 @@ from sa_jax.bench.measure import Timing, copy_bandwidth, device_name, matrix_rat
 from sa_jax.bench.task import STEPS, Result, Task
 from sa_jax.config import ModelConfig
 from sa_jax.costs import cost
-from sa_jax.decode import Batcher, DecodeState, Sampler
-from sa_jax.decode import decode as decode_steps
-from sa_jax.decode.engine import prefill as prefill_rows
-from sa_jax.decode.engine import row_keys
+from sa_jax.decode import Batcher, Engine, Prompts, Sampler
 from sa_jax.errors import UserError
 from sa_jax.nn import Runs, Transformer
 from sa_jax.nn.split import query_axis
@@ -79,10 +75,8 @@ def decode(task: Task) -> Result:
   ceiling = copy_bandwidth(mesh=mesh)
   params = random_tree(abstract_params(model, layout="layers"), shardings)
   start = task.tokens - STEPS
-  state = DecodeState.empty(model, task.batch, task.seq_len, mesh)
-  # The state comes back as it was given, or the next call would compile again.
-  same = None if mesh is None else (jax.tree.map(lambda leaf: leaf.sharding, state), None)
-  steps = jax.jit(functools.partial(decode_steps, model, Sampler(), STEPS), donate_argnums=1, out_shardings=same)
+  engine = Engine(model, mesh)
+  state = engine.empty(task.batch, task.seq_len)
 
   def call() -> jax.Array:
     nonlocal state
@@ -92,11 +86,10 @@ def decode(task: Task) -> Result:
       remaining=jnp.full(task.batch, STEPS + 1, jnp.int32),
       done=jnp.zeros(task.batch, bool),
     )
-    state, out = steps(params, fresh)
+    state, out = engine.decode(params, fresh, sampler=Sampler(), steps=STEPS, width=STEPS)
     return out
 
-  with contextlib.nullcontext() if mesh is None else on_mesh(mesh):
-    timing = timed(call, task.repeats).scaled(1 / STEPS)
+  timing = timed(call, task.repeats).scaled(1 / STEPS)
   # What the steps read on average: the cache grows from `start + 1` tokens on.
   work = cost(config, plan, task.batch, task.tokens - (STEPS - 1) // 2).decode_bytes
   detail = f"cache {state.cache.nbytes / 1e9:.2f} GB{_split(task)}"
@@ -164,11 +157,12 @@ def _backend(config: ModelConfig, length: int, mesh: Mesh | None = None) -> str:
     return "weights"
   shape: Any = lambda heads: jax.ShapeDtypeStruct((1, length, heads, config.head_dim), config.dtype)
   q, k = shape(config.num_heads), shape(1)
-  split = False
+  offset: Any = None
   if mesh is not None:
     with on_mesh(mesh):
-      split = query_axis(jax.sharding.get_abstract_mesh(), config.num_kv_heads) is not None
-  return ops.choose_backend(config.attention, q, k, rows=ops.Rows(split=split))
+      if query_axis(jax.sharding.get_abstract_mesh(), config.num_kv_heads) is not None:
+        offset = jax.ShapeDtypeStruct((), jnp.int32)
+  return ops.choose_backend(config.attention, q, k, ops.Rows(offset=offset))
 
 
 def _stack_of_layers(task: Task, gradient: bool) -> Result:
@@ -177,11 +171,11 @@ def _stack_of_layers(task: Task, gradient: bool) -> Result:
   ceiling = _matrix_rate()
   layers = Runs(config, plan)
   shape = (task.batch, task.seq_len, config.embed_dim)
-  abstract = jax.eval_shape(lambda: layers.init(jax.random.key(0), jnp.zeros(shape, config.dtype), None))
+  abstract = jax.eval_shape(lambda: layers.init(jax.random.key(0), jnp.zeros(shape, config.dtype)))
   params = random_tree(nn.meta.unbox(abstract))
   x = jax.random.normal(jax.random.key(0), shape, config.dtype)
 
-  read = lambda params, x: apply(layers, params["params"], Runs.__call__, x, None)
+  read = lambda params, x: apply(layers, params["params"], Runs.__call__, x)
 
   def loss(params: Tree, x: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(read(params, x).astype(jnp.float32)))
@@ -204,7 +198,7 @@ def batching(task: Task) -> Result:
   config = task.config
   plan = SharingPlan.parse(task.plan, config.num_layers)
   model = Transformer(config, plan)
-  params = random_tree(abstract_params(model, layout="layers"))
+  engine, params = Engine(model), random_tree(abstract_params(model, layout="layers"))
   rng = np.random.default_rng(0)
   prompts = rng.integers(3, config.vocab_size, (task.requests, 64)).astype(np.int32)
   lengths = rng.integers(16, 513, task.requests)
@@ -220,11 +214,9 @@ def batching(task: Task) -> Result:
   def static(count: int) -> None:
     for start in range(0, count, task.batch):
       rows = slice(start, start + task.batch)
-      state = prefill_rows(
-        model, Sampler(), task.seq_len, params, jnp.asarray(prompts[rows]),
-        jnp.full(task.batch, 64, jnp.int32), jnp.asarray(lengths[rows] - 1, jnp.int32), row_keys(0, range(task.batch)),
-      )  # fmt: skip
-      jax.block_until_ready(decode_steps(model, Sampler(), 511, params, state))
+      batch = Prompts.of(list(prompts[rows]), 64, lengths[rows].tolist(), 0, range(task.batch))
+      state = engine.prefill(params, batch, sampler=Sampler(), capacity=task.seq_len)
+      jax.block_until_ready(engine.decode(params, state, sampler=Sampler(), steps=511, width=511))
 
   # As many requests as are ever admitted in one program, in each size that there is.
   sizes = [1 << power for power in range(task.batch.bit_length()) if 1 << power <= task.batch]

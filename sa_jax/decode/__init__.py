@@ -1,7 +1,7 @@
 """Generation: cache, prefill, the token loop on device, sampling."""
 
 from sa_jax.decode.batcher import Batcher, Request
-from sa_jax.decode.engine import DecodeState, admit, bucket, capacity_for, decode, insert, prefill, retire, row_keys
+from sa_jax.decode.engine import DecodeState, Engine, Prompts, capacity_for, insert, pad_to, retire
 from sa_jax.decode.generate import Generated, generate, stream
 from sa_jax.decode.padding import right_pad, to_right_padded
 from sa_jax.decode.sampling import Sampler
@@ -11,20 +11,18 @@ __all__ = [
   "Batcher",
   "Cache",
   "DecodeState",
+  "Engine",
   "Generated",
   "LayerCache",
+  "Prompts",
   "Request",
   "Sampler",
-  "admit",
-  "bucket",
   "capacity_for",
-  "decode",
   "generate",
   "insert",
-  "prefill",
+  "pad_to",
   "retire",
   "right_pad",
-  "row_keys",
   "stream",
   "to_right_padded",
 ]

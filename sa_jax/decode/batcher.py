@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import heapq
 import itertools
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sa_jax.decode.engine import DecodeState, admit, bucket, decode, retire
+from sa_jax.decode.engine import Engine, Prompts, check_seed, pad_to, retire
 from sa_jax.decode.sampling import Sampler
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
@@ -48,8 +49,8 @@ class Request:
 class Batcher:
   """Generates for many requests at once, in a batch of ``slots`` rows.
 
-  A request waits for a free slot, is prefilled (padded to a bucket, so that few programs are compiled), joins the
-  running batch, and frees its slot when it ends. What it generates does not depend on the requests beside it.
+  A request waits for a free slot, is prefilled (padded to one of a few lengths, so that few programs are compiled),
+  joins the running batch, and frees its slot when it ends. What it generates does not depend on the requests beside it.
 
   Attributes:
     slots: rows of the batch.
@@ -74,9 +75,11 @@ class Batcher:
     if slots < 1 or capacity < 1 or chunk < 1:
       raise UserError(f"slots, capacity and chunk must be at least 1, not {slots}, {capacity} and {chunk}")
     self.slots, self.capacity, self.chunk, self.longest_first = slots, capacity, chunk, longest_first
-    self._model, self._params, self._sampler = model, as_layers(params, model.plan), sampler
-    self._state = DecodeState.empty(model, slots, capacity)
+    self._engine, self._params, self._sampler = Engine(model), as_layers(params, model.plan), sampler
+    self._state = self._engine.empty(slots, capacity)
     self._waiting: collections.deque[Request] = collections.deque()
+    # Any thread may submit and cancel; one steps at a time.
+    self._queue, self._stepping = threading.Lock(), threading.Lock()
     self._running: dict[int, Request] = {}
 
   def submit(self, prompt: Sequence[int] | np.ndarray, max_new_tokens: int, *, seed: int = 0, row: int = 0) -> Request:
@@ -89,7 +92,8 @@ class Batcher:
     tokens = np.asarray(prompt)
     if tokens.ndim != 1 or not tokens.size:
       raise UserError(f"a prompt is a list of at least one token, not of shape {tokens.shape}")
-    check_tokens(tokens[None], None, self._model.config.vocab_size)
+    check_tokens(tokens[None], None, self._engine.model.config.vocab_size)
+    check_seed(seed)
     if max_new_tokens < 1:
       raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     if (needed := len(tokens) + max_new_tokens - 1) > self.capacity:
@@ -98,15 +102,17 @@ class Batcher:
         f"and a row has {self.capacity}"
       )
     request = Request(tokens.astype(np.int32), max_new_tokens, seed, row)
-    self._waiting.append(request)
+    with self._queue:
+      self._waiting.append(request)
     return request
 
   def cancel(self, request: Request) -> None:
     """Stops a request; its slot is free at the next `step`. What it has generated stays in ``request.tokens``."""
-    if request.status == "waiting":
-      self._waiting.remove(request)
-    if request.status in ("waiting", "running"):
-      request.status = "cancelled"
+    with self._queue:
+      if request.status == "waiting":
+        self._waiting.remove(request)
+      if request.status in ("waiting", "running"):
+        request.status = "cancelled"
 
   @property
   def busy(self) -> bool:
@@ -127,13 +133,24 @@ class Batcher:
       self._step(max(self.chunk, _UNWATCHED))
 
   def _step(self, chunk: int) -> dict[int, list[int]]:
+    with self._stepping:
+      return self._advance(chunk)
+
+  def _advance(self, chunk: int) -> dict[int, list[int]]:
     self._drop_cancelled()
     first = self._fill_slots()
     if not self._running:
       return {}
     # While requests wait, one row that ends is enough to stop for: its slot is free.
     enough = np.int32(self.slots - len(self._running) + 1 if self._waiting else self.slots)
-    self._state, out = decode(self._model, self._sampler, chunk, self._params, self._state, enough)
+    self._state, out = self._engine.decode(
+      self._params,
+      self._state,
+      sampler=self._sampler,
+      steps=np.int32(chunk),
+      width=max(self.chunk, _UNWATCHED),  # one program, whoever watches
+      enough=enough,
+    )
     # One transfer a chunk: for a small model the host's work is most of the time.
     out, done, first = jax.device_get((out, self._state.done, first))
     firsts = {slot: int(token) for slots, tokens in first for slot, token in zip(slots, tokens, strict=True)}
@@ -158,39 +175,35 @@ class Batcher:
   def _fill_slots(self) -> list[tuple[np.ndarray, jax.Array]]:
     """Prefills waiting requests into free slots; returns slots and first tokens, on device."""
     free = [slot for slot in range(self.slots) if slot not in self._running]
-    by_bucket: dict[int, dict[int, Request]] = collections.defaultdict(dict)
+    by_length: dict[int, dict[int, Request]] = collections.defaultdict(dict)
     for slot, request in zip(free, self._next(len(free))):
-      by_bucket[bucket(len(request.prompt), self.capacity)][slot] = request
+      by_length[pad_to(len(request.prompt), self.capacity)][slot] = request
     first = []
-    for size, requests in by_bucket.items():
+    for length, requests in by_length.items():
       slots = list(requests)
       # A power of two at a time: all together in a few programs, whatever their number.
       while slots:
         count = 1 << (len(slots).bit_length() - 1)
-        first.append(self._admit(np.array(slots[:count], np.int32), [requests[slot] for slot in slots[:count]], size))
+        first.append(self._admit(np.array(slots[:count], np.int32), [requests[slot] for slot in slots[:count]], length))
         slots = slots[count:]
     return first
 
   def _next(self, count: int) -> list[Request]:
     """The waiting requests whose turn it is, at most so many."""
-    if self.longest_first:
-      return heapq.nlargest(count, self._waiting, key=lambda request: request.max_new_tokens)
-    return list(itertools.islice(self._waiting, count))
+    with self._queue:
+      if self.longest_first:
+        return heapq.nlargest(count, self._waiting, key=lambda request: request.max_new_tokens)
+      return list(itertools.islice(self._waiting, count))
 
-  def _admit(self, slots: np.ndarray, requests: Sequence[Request], size: int) -> tuple[np.ndarray, jax.Array]:
-    """Prefills requests of one bucket into slots. Only then do they run: an interruption loses none."""
-    tokens = np.zeros((len(requests), size), np.int32)
-    for row, request in zip(tokens, requests, strict=True):
-      row[: len(request.prompt)] = request.prompt
-    lengths = np.array([len(request.prompt) for request in requests], np.int32)
-    remaining = np.array([request.max_new_tokens - 1 for request in requests], np.int32)
-    seeds = np.array([request.seed for request in requests])
-    numbers = np.array([request.row for request in requests])
-    self._state, first = admit(
-      self._model, self._sampler, self._params, self._state, slots, tokens, lengths, remaining, seeds, numbers
-    )
-    for slot, request in zip(slots.tolist(), requests, strict=True):
-      request.status = "running"
-      self._running[slot] = request
-    self._waiting = collections.deque(request for request in self._waiting if request.status == "waiting")
+  def _admit(self, slots: np.ndarray, requests: Sequence[Request], length: int) -> tuple[np.ndarray, jax.Array]:
+    """Prefills requests into slots, padded to a length. Only then do they run: an interruption loses none."""
+    rows, new, seeds, numbers = zip(*((each.prompt, each.max_new_tokens, each.seed, each.row) for each in requests))
+    prompts = Prompts.of(rows, length, new, seeds, numbers)
+    self._state, first = self._engine.admit(self._params, self._state, slots, prompts, sampler=self._sampler)
+    with self._queue:
+      for slot, request in zip(slots.tolist(), requests, strict=True):
+        self._running[slot] = request
+        if request.status == "waiting":  # not cancelled meanwhile
+          request.status = "running"
+      self._waiting = collections.deque(request for request in self._waiting if request.status == "waiting")
     return slots, first

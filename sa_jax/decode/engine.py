@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,13 +15,51 @@ from flax import struct
 from jax.sharding import Mesh
 
 from sa_jax.decode.sampling import Sampler
+from sa_jax.errors import UserError
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.typed import apply
-from sa_jax.sharding import cache_shardings, named_sharding
+from sa_jax.sharding import DEFAULT_RULES, Rules, cache_shardings, named_sharding, traced_on
+from sa_jax.trees import Params
 
 _LOG = logging.getLogger("sa_jax")
 
-_SHORTEST_BUCKET = 64
+_SHORTEST = 64
+
+
+@struct.dataclass
+class Prompts:
+  """Rows to be continued.
+
+  Attributes:
+    tokens: int32 ``[B, T]``, right-padded.
+    lengths: int32 ``[B]``.
+    new: int32 ``[B]``, most tokens to add to each row, at least one.
+    seeds: uint32 ``[B]``.
+    numbers: int32 ``[B]``; a row's samples depend on its seed and its number, and on nothing else.
+  """
+
+  tokens: Any
+  lengths: Any
+  new: Any
+  seeds: Any
+  numbers: Any
+
+  @classmethod
+  def of(
+    cls, rows: Sequence[np.ndarray], length: int, new: Sequence[int], seeds: Any, numbers: Sequence[int]
+  ) -> Prompts:
+    """Rows of tokens, padded to a length; ``seeds`` is one for all or one for each."""
+    tokens = np.zeros((len(rows), length), np.int32)
+    for padded, row in zip(tokens, rows, strict=True):
+      padded[: len(row)] = row
+    lengths = np.array([len(row) for row in rows], np.int32)
+    seeds = np.broadcast_to(np.asarray(seeds, np.uint32), len(rows))
+    return cls(tokens, lengths, np.asarray(new, np.int32), seeds, np.asarray(numbers, np.int32))
+
+  @property
+  def keys(self) -> jax.Array:
+    """``[B]`` PRNG keys of the rows."""
+    return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(self.seeds, self.numbers)
 
 
 @struct.dataclass
@@ -44,37 +82,20 @@ class DecodeState:
   done: jax.Array
   keys: jax.Array
 
-  @classmethod
-  def empty(cls, model: Transformer, slots: int, capacity: int, mesh: Mesh | None = None) -> DecodeState:
-    """A batch of rows that have all ended, for `insert` to fill; made in parts where it lies on a mesh."""
 
-    def make() -> DecodeState:
-      cache = Cache.empty(model.config, model.plan, slots, capacity)
-      # Three arrays, not one three times: the state is donated, and a buffer can be donated only once.
-      tokens, positions, remaining = (jnp.zeros(slots, jnp.int32) for _ in range(3))
-      return cls(cache, tokens, positions, remaining, jnp.ones(slots, bool), row_keys(0, range(slots)))
+def check_seed(seed: int) -> None:
+  """Checks a seed of samples.
 
-    if mesh is None:
-      return make()
-    rows: Any = named_sharding(mesh, ("batch",))
-    shardings = cls(cache_shardings(model, mesh), rows, rows, rows, rows, rows)
-    return jax.jit(make, out_shardings=shardings)()
+  Raises:
+    UserError: if it is not an integer of 32 bits.
+  """
+  if not isinstance(seed, int | np.integer) or not 0 <= seed < 1 << 32:
+    raise UserError(f"a seed is an integer in 0 to {(1 << 32) - 1}, not {seed!r}")
 
 
-def row_keys(seeds: Any, rows: Any) -> jax.Array:
-  """A PRNG key for each row number, from a seed for all or one for each; it depends on nothing else."""
-  rows = np.asarray(rows)
-  return _row_keys(np.broadcast_to(np.asarray(seeds), rows.shape), rows)
-
-
-@jax.jit
-def _row_keys(seeds: jax.Array, rows: jax.Array) -> jax.Array:
-  return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seeds, rows)
-
-
-def bucket(length: int, longest: int) -> int:
-  """The length a prompt is padded to, so that few programs are compiled: a power of two from 64 on, or ``longest``."""
-  size = _SHORTEST_BUCKET
+def pad_to(length: int, longest: int) -> int:
+  """The length that rows are padded to, so that few programs are compiled: a power of two ≥ 64, or ``longest``."""
+  size = _SHORTEST
   while size < length:
     size *= 2
   return min(size, longest)
@@ -90,43 +111,122 @@ def capacity_for(slots: int) -> int:
   return -(-slots // step) * step
 
 
-def _choose(
-  model: Transformer, sampler: Sampler, logits: jax.Array, positions: jax.Array, remaining: jax.Array, keys: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """The next token of each row, and whether it ends the row."""
-  tokens = sampler(logits, jax.vmap(jax.random.fold_in)(keys, positions))
-  ends = jnp.asarray(model.config.eos_token_ids, jnp.int32)
-  return tokens, (tokens[:, None] == ends[None, :]).any(axis=-1) | (remaining <= 0)
+@dataclasses.dataclass(frozen=True)
+class Engine:
+  """A model that generates, and where its arrays lie. Its programs are compiled once for all engines that are equal.
 
-
-@functools.partial(jax.jit, static_argnames=("model", "sampler", "capacity"))
-def prefill(
-  model: Transformer,
-  sampler: Sampler,
-  capacity: int,
-  params: Mapping[str, Any],
-  tokens: jax.Array,
-  lengths: jax.Array,
-  remaining: jax.Array,
-  keys: jax.Array,
-) -> DecodeState:
-  """Reads prompts and draws the first token of each.
-
-  Args:
-    model: the model.
-    sampler: how tokens are drawn.
-    capacity: slots a row of the cache, at least T.
-    params: in the layer layout.
-    tokens: int32 ``[B, T]``, right-padded.
-    lengths: int32 ``[B]``.
-    remaining: int32 ``[B]``, how many tokens each row may add after the first.
-    keys: ``[B]`` PRNG keys.
+  Attributes:
+    model: with parameters in the layer layout, which every method takes.
+    mesh: what the parameters lie on; None on one device.
+    rules: logical axis → mesh axis.
   """
-  _LOG.info("compiling prefill of %s × %s tokens into %s slots", *tokens.shape, capacity)
-  logits, cache = apply(model, params, Transformer.prefill, tokens, lengths)
-  grown = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, capacity - x.shape[2]), (0, 0))), cache)
-  first, done = _choose(model, sampler, logits, lengths, remaining, keys)
-  return DecodeState(grown, first, lengths, remaining, done, keys)
+
+  model: Transformer
+  mesh: Mesh | None = None
+  rules: Rules = DEFAULT_RULES
+
+  def empty(self, slots: int, capacity: int) -> DecodeState:
+    """A batch of rows that have all ended, for `admit` to fill; made in parts where it lies on a mesh."""
+    config, plan = self.model.config, self.model.plan
+
+    def make() -> DecodeState:
+      # Three arrays, not one three times: the state is donated, and a buffer can be donated only once.
+      tokens, positions, remaining = (jnp.zeros(slots, jnp.int32) for _ in range(3))
+      keys = jax.random.split(jax.random.key(0), slots)
+      return DecodeState(
+        Cache.empty(config, plan, slots, capacity), tokens, positions, remaining, jnp.ones(slots, bool), keys
+      )
+
+    return make() if self.mesh is None else jax.jit(lambda: self._in_place(make()))()
+
+  def shardings(self) -> Any:
+    """A `NamedSharding` for every array of a `DecodeState` on the mesh: rows like the batch."""
+    assert self.mesh is not None, "only a mesh has shardings"
+    rows: Any = named_sharding(self.mesh, ("batch",), self.rules)
+    return DecodeState(cache_shardings(self.model, self.mesh, self.rules), rows, rows, rows, rows, rows)
+
+  @functools.partial(jax.jit, static_argnames=("self", "capacity"))
+  def prefill(self, params: Params, prompts: Prompts, *, sampler: Sampler, capacity: int) -> DecodeState:
+    """Reads prompts into a cache of ``capacity`` slots a row, at least T, and draws the first token of each."""
+    _LOG.info("compiling prefill of %s × %s tokens into %s slots", *prompts.tokens.shape, capacity)
+    with traced_on(self.mesh, self.rules):
+      logits, cache = apply(self.model, params, Transformer.prefill, prompts.tokens, prompts.lengths)
+    keys, remaining = prompts.keys, prompts.new - 1
+    first, done = self._choose(sampler, logits, prompts.lengths, remaining, keys)
+    return self._in_place(DecodeState(cache.grow(capacity), first, prompts.lengths, remaining, done, keys))
+
+  @functools.partial(jax.jit, static_argnames="self", donate_argnames="state")
+  def admit(
+    self, params: Params, state: DecodeState, slots: jax.Array, prompts: Prompts, *, sampler: Sampler
+  ) -> tuple[DecodeState, jax.Array]:
+    """`prefill` of rows and their `insert` at int32 ``slots [rows]``, in one program.
+
+    Returns:
+      The batch, and the rows' first tokens ``[rows]``.
+    """
+    rows = self.prefill(params, prompts, sampler=sampler, capacity=prompts.tokens.shape[1])
+    return self._in_place(insert(state, rows, slots)), rows.tokens
+
+  @functools.partial(jax.jit, static_argnames=("self", "width"), donate_argnames="state")
+  def decode(
+    self,
+    params: Params,
+    state: DecodeState,
+    *,
+    sampler: Sampler,
+    steps: jax.Array | int,
+    width: int,
+    enough: jax.Array | int | None = None,
+  ) -> tuple[DecodeState, jax.Array]:
+    """Generates further tokens, stopping early when enough rows have ended.
+
+    Args:
+      params: in the layer layout.
+      state: donated; the cache needs room for the tokens of rows that have not ended.
+      sampler: how tokens are drawn.
+      steps: most tokens a row; any number up to ``width`` is the same program.
+      width: columns of what is returned.
+      enough: how many ended rows are enough to stop; all of them when None.
+
+    Returns:
+      The state, and int32 ``[B, width]`` tokens, -1 after a row's end and from ``steps`` on.
+    """
+    rows = state.tokens.shape[0]
+    _LOG.info("compiling up to %s decode steps of %s rows, %s slots each", width, rows, state.cache.capacity)
+    enough = rows if enough is None else enough
+
+    def unfinished(carry: tuple[jax.Array, DecodeState, jax.Array]) -> jax.Array:
+      step, state, _ = carry
+      return (step < steps) & (state.done.sum() < enough)
+
+    def one(carry: tuple[jax.Array, DecodeState, jax.Array]) -> tuple[jax.Array, DecodeState, jax.Array]:
+      step, state, out = carry
+      logits, cache = apply(self.model, params, Transformer.step, state.tokens, state.cache, state.positions)
+      # A row that has ended stays where it is: it rewrites one slot of its own, and its tokens are not recorded.
+      stay = lambda old, new: jnp.where(state.done, old, new)
+      positions = stay(state.positions, state.positions + 1)
+      remaining = stay(state.remaining, state.remaining - 1)
+      tokens, ends = self._choose(sampler, logits, positions, remaining, state.keys)
+      out = out.at[:, step].set(stay(jnp.full_like(tokens, -1), tokens))
+      tokens = stay(state.tokens, tokens)
+      return step + 1, DecodeState(cache, tokens, positions, remaining, state.done | ends, state.keys), out
+
+    out = jnp.full((rows, width), -1, jnp.int32)
+    with traced_on(self.mesh, self.rules):
+      _, state, out = jax.lax.while_loop(unfinished, one, (jnp.int32(0), state, out))
+    return self._in_place(state), out
+
+  def _in_place(self, state: DecodeState) -> DecodeState:
+    """The state where the mesh has it: it comes back as it was given, or the next call would compile again."""
+    return state if self.mesh is None else jax.lax.with_sharding_constraint(state, self.shardings())
+
+  def _choose(
+    self, sampler: Sampler, logits: jax.Array, positions: jax.Array, remaining: jax.Array, keys: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """The next token of each row, and whether it ends the row."""
+    tokens = sampler(logits, jax.vmap(jax.random.fold_in)(keys, positions))
+    ends = jnp.asarray(self.model.config.eos_token_ids, jnp.int32)
+    return tokens, (tokens[:, None] == ends[None, :]).any(axis=-1) | (remaining <= 0)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -143,78 +243,7 @@ def insert(state: DecodeState, rows: DecodeState, slots: jax.Array) -> DecodeSta
   return jax.tree.map(put, state, rows)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampler"), donate_argnames="state")
-def admit(
-  model: Transformer,
-  sampler: Sampler,
-  params: Mapping[str, Any],
-  state: DecodeState,
-  slots: jax.Array,
-  tokens: jax.Array,
-  lengths: jax.Array,
-  remaining: jax.Array,
-  seeds: jax.Array,
-  numbers: jax.Array,
-) -> tuple[DecodeState, jax.Array]:
-  """`row_keys` of int ``seeds`` and row ``numbers [rows]``, `prefill` of the rows, and their `insert`, in one program.
-
-  Returns:
-    The batch, and the rows' first tokens ``[rows]``.
-  """
-  keys = _row_keys(seeds, numbers)
-  rows = prefill(model, sampler, tokens.shape[1], params, tokens, lengths, remaining, keys)
-  return insert(state, rows, slots), rows.tokens
-
-
 @functools.partial(jax.jit, donate_argnames="state")
 def retire(state: DecodeState, rows: jax.Array) -> DecodeState:
   """Ends the rows that bool ``rows [B]`` names, whatever they were doing."""
   return dataclasses.replace(state, done=state.done | rows)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "sampler", "steps"), donate_argnames="state")
-def decode(
-  model: Transformer,
-  sampler: Sampler,
-  steps: int,
-  params: Mapping[str, Any],
-  state: DecodeState,
-  ended: jax.Array | None = None,
-) -> tuple[DecodeState, jax.Array]:
-  """Generates up to ``steps`` further tokens a row, stopping early when enough rows have ended.
-
-  Args:
-    model: the model.
-    sampler: how tokens are drawn.
-    steps: tokens a row.
-    params: in the layer layout.
-    state: donated; the cache needs room for the tokens of rows that have not ended.
-    ended: int32 ``[]``, how many ended rows are enough to stop; all of them when None.
-
-  Returns:
-    The state, and int32 ``[B, steps]`` tokens, -1 after a row's end.
-  """
-  _LOG.info("compiling %s decode steps of %s rows, %s slots each", steps, state.tokens.shape[0], state.cache.capacity)
-  enough = state.done.size if ended is None else ended
-
-  def unfinished(carry: tuple[jax.Array, DecodeState, jax.Array]) -> jax.Array:
-    step, state, _ = carry
-    return (step < steps) & (state.done.sum() < enough)
-
-  def one(carry: tuple[jax.Array, DecodeState, jax.Array]) -> tuple[jax.Array, DecodeState, jax.Array]:
-    step, state, out = carry
-    logits, cache = apply(model, params, Transformer.step, state.tokens, state.cache, state.positions)
-    # A row that has ended stays where it is: it rewrites one slot of its own, and its tokens are not recorded.
-    stay = lambda old, new: jnp.where(state.done, old, new)
-    positions = stay(state.positions, state.positions + 1)
-    remaining = stay(state.remaining, state.remaining - 1)
-    tokens, ends = _choose(model, sampler, logits, positions, remaining, state.keys)
-    out = out.at[:, step].set(stay(jnp.full_like(tokens, -1), tokens))
-    tokens = stay(state.tokens, tokens)
-    return step + 1, DecodeState(cache, tokens, positions, remaining, state.done | ends, state.keys), out
-
-  out = jnp.full((state.tokens.shape[0], steps), -1, jnp.int32)
-  if steps == 0:
-    return state, out
-  _, state, out = jax.lax.while_loop(unfinished, one, (jnp.int32(0), state, out))
-  return state, out

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from sa_jax.decode.batcher import Batcher
-from sa_jax.decode.engine import bucket, capacity_for, decode, prefill, row_keys
+from sa_jax.decode.engine import Engine, Prompts, capacity_for, check_seed, pad_to
 from sa_jax.decode.padding import to_right_padded
 from sa_jax.decode.sampling import Sampler
 from sa_jax.errors import UserError
@@ -78,6 +77,7 @@ def generate(
     lengths = np.full(tokens.shape[0], tokens.shape[1], np.int32)
   lengths = np.asarray(lengths)
   check_tokens(tokens, lengths, model.config.vocab_size)
+  check_seed(seed)
   if max_new_tokens < 1:
     raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
   needed = _slots_for(int(lengths.max()), max_new_tokens)
@@ -87,11 +87,13 @@ def generate(
       f"prompts of up to {int(lengths.max())} tokens (rows of {tokens.shape[1]}) with {max_new_tokens} new ones do not "
       f"fit a cache of {capacity} slots; {max(needed, tokens.shape[1])} are needed"
     )
-  if len(tokens) > slots:
+  prompts = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+  if len(prompts) > slots:
     batcher = Batcher(model, params, slots=slots, capacity=capacity, sampler=sampler)
-    rows = _continuous(batcher, tokens, lengths, max_new_tokens, seed)
+    rows = _continuous(batcher, prompts, max_new_tokens, seed)
   else:
-    rows = _static(model, params, tokens, lengths, max_new_tokens, sampler, seed, capacity)
+    length, new, numbers = pad_to(tokens.shape[1], capacity), [max_new_tokens] * len(prompts), range(len(prompts))
+    rows = _static(model, params, Prompts.of(prompts, length, new, seed, numbers), sampler, capacity)
   config = model.config
   pad = config.pad_token_id if config.pad_token_id is not None else (*config.eos_token_ids, 0)[0]
   return Generated(np.where(rows < 0, pad, rows).astype(np.int32), (rows >= 0).sum(axis=1).astype(np.int32))
@@ -140,38 +142,22 @@ def _slots_for(prompt: int, new: int) -> int:
 
 
 def _static(
-  model: Transformer,
-  params: Mapping[str, Any],
-  tokens: np.ndarray,
-  lengths: np.ndarray,
-  max_new_tokens: int,
-  sampler: Sampler,
-  seed: int,
-  capacity: int,
+  model: Transformer, params: Mapping[str, Any], prompts: Prompts, sampler: Sampler, capacity: int
 ) -> np.ndarray:
-  """All rows in one batch; int32 ``[B, max_new_tokens]``, -1 after a row's end."""
-  layers = as_layers(params, model.plan)
-  padded = np.zeros((len(tokens), bucket(tokens.shape[1], capacity)), np.int32)
-  padded[:, : tokens.shape[1]] = tokens
-  remaining = jnp.full(len(tokens), max_new_tokens - 1, jnp.int32)
-  keys = row_keys(seed, range(len(tokens)))
-  ends = jnp.asarray(lengths, jnp.int32)
-  state = prefill(model, sampler, capacity, layers, jnp.asarray(padded), ends, remaining, keys)
+  """All rows in one batch; int32 ``[B, most new tokens]``, -1 after a row's end."""
+  engine, layers, new = Engine(model), as_layers(params, model.plan), int(prompts.new.max())
+  state = engine.prefill(layers, prompts, sampler=sampler, capacity=capacity)
   first = np.asarray(state.tokens)[:, None]
-  _, rest = decode(model, sampler, max_new_tokens - 1, layers, state)
-  return np.concatenate([first, np.asarray(rest)], axis=1)
+  width = pad_to(new - 1, capacity)
+  _, rest = engine.decode(layers, state, sampler=sampler, steps=np.int32(new - 1), width=width)
+  return np.concatenate([first, np.asarray(rest)[:, : new - 1]], axis=1)
 
 
-def _continuous(
-  batcher: Batcher, tokens: np.ndarray, lengths: np.ndarray, max_new_tokens: int, seed: int
-) -> np.ndarray:
+def _continuous(batcher: Batcher, prompts: Sequence[np.ndarray], max_new_tokens: int, seed: int) -> np.ndarray:
   """More rows than slots: as `_static`, by continuous batching."""
-  requests = [
-    batcher.submit(row[:length], max_new_tokens, seed=seed, row=number)
-    for number, (row, length) in enumerate(zip(tokens, lengths, strict=True))
-  ]
+  requests = [batcher.submit(row, max_new_tokens, seed=seed, row=number) for number, row in enumerate(prompts)]
   batcher.run()
-  rows = np.full((len(tokens), max_new_tokens), -1, np.int32)
+  rows = np.full((len(prompts), max_new_tokens), -1, np.int32)
   for row, request in zip(rows, requests, strict=True):
     row[: len(request.tokens)] = request.tokens
   return rows

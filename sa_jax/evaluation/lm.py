@@ -15,7 +15,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
-from sa_jax.decode import Batcher, Sampler, bucket, capacity_for
+from sa_jax.decode import Batcher, Sampler, capacity_for, pad_to
 from sa_jax.errors import UserError
 from sa_jax.evaluation.scoring import Scorer, part, together
 from sa_jax.formats.tokenizer import Tokenizer
@@ -190,7 +190,7 @@ class SharedAttentionLM(TemplateLM):
     batcher = Batcher(
       self._model,
       self._params,
-      slots=min(self.slots, bucket(len(mine), self.slots)),
+      slots=min(self.slots, pad_to(len(mine), self.slots)),
       capacity=capacity_for(needed),
       sampler=sampler,
     )

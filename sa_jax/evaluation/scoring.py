@@ -60,7 +60,7 @@ def _read(model: Transformer, params: Params, tokens: jax.Array, lengths: jax.Ar
 def _hidden(model: Transformer, params: Params, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
   """What the head reads ``[B, T, D]`` in right-padded rows."""
   _LOG.info("compiling the scores of %s × %s tokens", *tokens.shape)
-  return apply(model, params, Transformer.hidden, tokens, lengths)
+  return apply(model, params, Transformer.hidden, tokens, ops.Rows(lengths))
 
 
 @program(static_argnames="model")
@@ -69,15 +69,14 @@ def _hidden_after(
   params: Params,
   cache: Cache,
   owners: jax.Array,
-  starts: jax.Array,
   tokens: jax.Array,
-  lengths: jax.Array,
+  rows: ops.Rows,
 ) -> jax.Array:
-  """What the head reads in ``tokens [B, T]``, each row after the ``starts [B]`` tokens of a row of the cache."""
+  """What the head reads in ``tokens [B, T]``, each after the part of a row of the cache before its offset."""
   _LOG.info("compiling the scores of %s × %s tokens after %s", *tokens.shape, cache.capacity)
   room = ((0, 0), (0, 0), (0, tokens.shape[1]), (0, 0))
   own = jax.tree.map(lambda x: jnp.pad(jnp.take(x, owners, axis=0, mode="clip"), room), cache)
-  return apply(model, params, Transformer.extend, tokens, own, starts, lengths)[0]
+  return apply(model, params, Transformer.extend, tokens, own, rows)[0]
 
 
 @program(static_argnames="model")
@@ -146,7 +145,7 @@ class Scorer:
     # Tokens that could be computed in the time that compiling a program takes.
     self._program = _COMPILE_SECONDS * model.config.num_layers * rate / cost(model.config, model.plan).flops
     # Where the rotary embedding depends on a row's length, a beginning is not the same in rows of several lengths.
-    ropes = (model.config.rope, model.config.local_rope)
+    ropes = (kind.rope for kind in model.config.kinds)
     self._share = not any(rope is not None and rope.scaling == "dynamic" for rope in ropes)
 
   def __call__(
@@ -229,7 +228,8 @@ class Scorer:
         own, lengths = chosen.padded([row.tokens[start:] for row, start in zip(rows, starts)])
         fill = lambda x: np.pad(np.asarray(x, np.int32), (0, len(own) - len(x)))  # noqa: B023
         owners = fill([owner for owner, _ in chosen.items])
-        hidden = _hidden_after(self._model, self._params, cache, owners, fill(starts), own, lengths + fill(starts))
+        sight = ops.Rows(jnp.asarray(lengths + fill(starts)), offset=jnp.asarray(fill(starts)))
+        hidden = _hidden_after(self._model, self._params, cache, owners, own, sight)
         yield self._scored(hidden, rows, starts, requests)
 
   def _by_length(

@@ -7,7 +7,6 @@ the state. ``extend`` is the same layer for new tokens against a cache.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +19,7 @@ from sa_jax.config import ModelConfig
 from sa_jax.nn.cache import LayerCache
 from sa_jax.nn.norm import RMSNorm
 from sa_jax.nn.split import on_each_device, split_for_attention
-from sa_jax.nn.state import AttentionWeights, Local, QueryKey, State, make_state
+from sa_jax.nn.state import AttentionWeights, Kind, QueryKey, State, make_state
 
 # The logical axes of new tokens' queries, their keys or values, their weights, and of the cache that they join.
 _QUERIES, _KEYS = (("batch", None, heads, "head_dim") for heads in ("heads", "kv_heads"))
@@ -75,18 +74,22 @@ def projection(
 
 
 def _rotation(
-  config: ModelConfig, lengths: jax.Array | int, local: Local
-) -> tuple[np.ndarray | jax.Array, float | jax.Array]:
-  """The rotary embedding's frequencies and magnitude in a layer that is local or not."""
+  config: ModelConfig, kind: Kind, lengths: jax.Array | int
+) -> tuple[np.ndarray | jax.Array, float | jax.Array] | None:
+  """The rotary embedding's frequencies and magnitude in a layer of this kind; None where it rotates nothing."""
 
-  def of(rope: ops.RopeConfig) -> tuple[np.ndarray | jax.Array, float]:
-    return ops.rope_frequencies(rope, config.head_dim, lengths), rope.magnitude
+  def of(rope: ops.RopeConfig | None) -> tuple[np.ndarray | jax.Array, float] | None:
+    return None if rope is None else (ops.rope_frequencies(rope, config.head_dim, lengths), rope.magnitude)
 
-  if config.local_rope is None or local is False:
-    return of(config.rope)
-  if local is True:
-    return of(config.local_rope)
-  return jax.tree.map(lambda here, there: jnp.where(local, here, there), of(config.local_rope), of(config.rope))
+  ropes = [each.rope for each in config.kinds]
+  if isinstance(kind, int) or len(set(ropes)) == 1:
+    return of(ropes[kind if isinstance(kind, int) else 0])
+  made = [of(rope) for rope in ropes]
+  like = next(each for each in made if each is not None)
+  # No rotation is one by frequencies of zero.
+  still = (jnp.zeros_like(like[0]), 1.0)
+  frequencies, magnitudes = zip(*(still if each is None else each for each in made), strict=True)
+  return jnp.stack(jnp.broadcast_arrays(*frequencies))[kind], jnp.asarray(magnitudes)[kind]
 
 
 class _Attention(nn.Module):
@@ -145,56 +148,38 @@ class AnchorAttention(_Attention):
       self.q_norm = RMSNorm(config, axis="head_dim")
       self.k_norm = RMSNorm(config, axis="head_dim")
 
-  def query_key(
-    self, x: jax.Array, positions: jax.Array, lengths: jax.Array | int, local: Local
-  ) -> tuple[jax.Array, jax.Array]:
-    """Rotary-encoded queries ``[B, T, N, H]`` and keys ``[B, T, K, H]`` of ``[B, T, D]`` in rows of these lengths."""
-    return self.encoded(self.q_proj(x), self.k_proj(x), positions, lengths, local)
+  def query_key(self, x: jax.Array, rows: ops.Rows, kind: Kind) -> tuple[jax.Array, jax.Array]:
+    """Rotary-encoded queries ``[B, T, N, H]`` and keys ``[B, T, K, H]`` of ``[B, T, D]``."""
+    return self.encoded(self.q_proj(x), self.k_proj(x), rows, kind)
 
-  def encoded(
-    self, q: jax.Array, k: jax.Array, positions: jax.Array, lengths: jax.Array | int, local: Local
-  ) -> tuple[jax.Array, jax.Array]:
+  def encoded(self, q: jax.Array, k: jax.Array, rows: ops.Rows, kind: Kind) -> tuple[jax.Array, jax.Array]:
     """`query_key` from what the projections give."""
     if self.config.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
-    rotation = _rotation(self.config, lengths, local)
-    q, k = ops.apply_rope(q, positions, *rotation), ops.apply_rope(k, positions, *rotation)
+    # A document's positions need not begin at 0: the rotary embedding only tells how far apart two tokens are.
+    rotation = _rotation(self.config, kind, q.shape[1] if rows.lengths is None else rows.lengths)
+    if rotation is not None:
+      q, k = (ops.apply_rope(x, rows.positions(x.shape[1]), *rotation) for x in (q, k))
     return self._for_attention(q, "heads"), self._for_attention(k, "kv_heads")
 
-  def __call__(
-    self,
-    x: jax.Array,
-    lengths: jax.Array | None = None,
-    local: Local = False,
-    segments: jax.Array | None = None,
-  ) -> tuple[jax.Array, State]:
+  def __call__(self, x: jax.Array, rows: ops.Rows = ops.Rows(), kind: Kind = 0) -> tuple[jax.Array, State]:
     """Attention over whole sequences.
 
     Args:
       x: ``[B, T, D]``.
-      lengths: int32 ``[B]`` of right-padded rows, or None when rows are full.
-      local: whether this is one of the config's ``local_layers``.
-      segments: int32 ``[B, T]``, the documents of packed rows, or None when a row is one document.
+      rows: which tokens the tokens may see; those before them, in full rows, by default.
+      kind: which of the config's ``kinds`` this layer is.
 
     Returns:
       ``y [B, T, D]`` and the state for the followers.
     """
-    y, state, _ = self.prefill(x, lengths, local, segments)
-    return y, state
+    return self.prefill(x, rows, kind)[:2]
 
-  def prefill(
-    self,
-    x: jax.Array,
-    lengths: jax.Array | None = None,
-    local: Local = False,
-    segments: jax.Array | None = None,
-  ) -> tuple[jax.Array, State, LayerCache]:
+  def prefill(self, x: jax.Array, rows: ops.Rows, kind: Kind) -> tuple[jax.Array, State, LayerCache]:
     """`__call__` that also returns the cache of the T tokens, ``[B, K, T, H]`` each for keys and values."""
-    # A document's positions need not begin at 0: the rotary embedding only tells how far apart two tokens are.
-    length = x.shape[1]
-    q, k = self.query_key(x, jnp.arange(length), length if lengths is None else lengths, local)
+    q, k = self.query_key(x, rows, kind)
     v = self.values(x)
-    state = make_state(self.config, q, k, lengths, local, segments)
+    state = make_state(self.config, q, k, rows, kind)
     return self.output(state.attend(v)), state, LayerCache.of(self.config, v, k)
 
   def new_token(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -215,36 +200,35 @@ class AnchorAttention(_Attention):
     return (self.q_proj(x), self.k_proj(x), self.values(x)) if made is None else tuple(y[:, None] for y in made)
 
   def extend(
-    self,
-    x: jax.Array,
-    cache: LayerCache,
-    positions: jax.Array,
-    lengths: jax.Array,
-    local: bool = False,
-    followed: bool = True,
+    self, x: jax.Array, cache: LayerCache, rows: ops.Rows, kind: int = 0, followed: bool = True
   ) -> tuple[jax.Array, AttentionWeights | None, LayerCache]:
     """Attention of new tokens over the cache that they join.
 
     Args:
       x: ``[B, T, D]``.
       cache: this layer's; the tokens are written to their slots.
-      positions: int32 ``[B, T]``, the slot of each token, which is also its position.
-      lengths: int32 ``[B]``, tokens of each row, the new ones included.
-      local: whether this is one of the config's ``local_layers``.
+      rows: whose offset, int32 ``[B]``, is the slot of each row's first new token; lengths count the new tokens too.
+      kind: which of the config's ``kinds`` this layer is.
       followed: whether followers need the weights; without, a fused kernel may keep them.
 
     Returns:
       ``y [B, T, D]``; the weights for the followers, or None; and the cache.
     """
     assert cache.keys is not None, "an anchor's cache has keys"
+    assert rows.offset is not None, "new tokens have a slot in the cache"
     q, k, v = self.new_token(x) if x.shape[1] == 1 else (self.q_proj(x), self.k_proj(x), self.values(x))
-    q, k = self.encoded(q, k, positions, lengths, local)
-    attend = on_each_device(
-      functools.partial(ops.decode_attend, spec=self.config.spec(local), with_weights=followed),
-      (_QUERIES, _KEYS, _KEYS, _CACHED, _CACHED, ("batch", None)),
-      (_QUERIES, _WEIGHTS, _CACHED, _CACHED),
-    )
-    heads, weights, keys, values = attend(q, k, v, cache.keys, cache.values, positions)
+    q, k = self.encoded(q, k, rows, kind)
+    spec = self.config.kinds[kind].spec
+
+    def attend(q: jax.Array, new: Any, cached: Any, offset: jax.Array) -> tuple[Any, ...]:
+      # Slots past a row's end are hidden as later ones.
+      sight = dataclasses.replace(rows, lengths=None, offset=offset)
+      return ops.decode_attend(q, new, cached, sight, spec, with_weights=followed)
+
+    if rows.bias is None and rows.mask is None:
+      inputs, outputs = (_QUERIES, _KEYS, _CACHED, ("batch",)), (_QUERIES, _WEIGHTS, _CACHED)
+      attend = on_each_device(attend, inputs, outputs)
+    heads, weights, (keys, values) = attend(q, (k, v), (cache.keys, cache.values), rows.offset)
     state = None if weights is None else AttentionWeights(weights)
     return self.output(heads), state, LayerCache(values, keys)
 
@@ -270,20 +254,18 @@ class FollowerAttention(_Attention):
     return self.output(state.attend(v)), LayerCache.of(self.config, v)
 
   def extend(
-    self, x: jax.Array, state: AttentionWeights, cache: LayerCache, positions: jax.Array
+    self, x: jax.Array, state: AttentionWeights, cache: LayerCache, rows: ops.Rows
   ) -> tuple[jax.Array, LayerCache]:
     """Attention of new tokens with the anchor's weights; shapes as in `AnchorAttention.extend`."""
-    follow = on_each_device(ops.decode_follow, (_WEIGHTS, _KEYS, _CACHED, ("batch", None)), (_QUERIES, _CACHED))
-    heads, values = follow(state.probs, self.values(x), cache.values, positions)
+    follow = on_each_device(ops.decode_follow, (_WEIGHTS, _KEYS, _CACHED, ("batch",)), (_QUERIES, _CACHED))
+    heads, values = follow(state.probs, self.values(x), cache.values, rows.offset)
     return self.output(heads), LayerCache(values)
 
 
 class MixedAttention(AnchorAttention):
   """A follower that has kept its own queries and keys: its weights are in part its anchor's and in part its own."""
 
-  def mix(
-    self, x: jax.Array, state: QueryKey, share: jax.Array | float, lengths: jax.Array | None, local: Local
-  ) -> jax.Array:
+  def mix(self, x: jax.Array, state: QueryKey, share: jax.Array | float, kind: Kind) -> jax.Array:
     """Attention with the weights ``share * anchor's + (1 - share) * own``.
 
     Attention is linear in its weights, so that this is two fused attentions, and none has its weights in memory.
@@ -292,14 +274,12 @@ class MixedAttention(AnchorAttention):
       x: ``[B, T, D]``.
       state: the anchor's.
       share: 0 to 1.
-      lengths: as the anchor's.
-      local: as the anchor's.
+      kind: as the anchor's.
 
     Returns:
       ``[B, T, D]``.
     """
-    length = x.shape[1]
-    q, k = self.query_key(x, jnp.arange(length), length if lengths is None else lengths, local)
+    q, k = self.query_key(x, state.rows, kind)
     v = self.values(x)
     own = dataclasses.replace(state, q=q, k=k).attend(v)
     if isinstance(share, float) and share == 0:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import flax.linen as nn
 import jax
 
@@ -14,7 +11,7 @@ from sa_jax.nn.attention import AnchorAttention, FollowerAttention, MixedAttenti
 from sa_jax.nn.cache import LayerCache
 from sa_jax.nn.norm import RMSNorm
 from sa_jax.nn.split import on_each_device
-from sa_jax.nn.state import AttentionWeights, Local, QueryKey, State
+from sa_jax.nn.state import AttentionWeights, Kind, QueryKey, State
 
 BLOCK_OUTPUTS = "block_outputs"
 """The collection that every block leaves its output ``x [B, T, D]`` in, stacked as its parameters are."""
@@ -72,28 +69,19 @@ class Block(nn.Module):
       self.attention_post_norm = RMSNorm(self.config)
       self.mlp_post_norm = RMSNorm(self.config)
 
-  def around(
-    self, x: jax.Array, attention: Callable[[jax.Array], tuple[Any, ...]], cached: bool = False
-  ) -> tuple[Any, ...]:
-    """The whole block, whichever way attention is computed.
+  def rest(self, x: jax.Array, y: jax.Array, cached: bool = False) -> jax.Array:
+    """The block's output, from its input and its attention's output, ``[B, T, D]`` each.
 
-    Args:
-      x: ``[B, T, D]``.
-      attention: from normalised x to its output ``[B, T, D]`` and whatever else it returns.
-      cached: whether x is new tokens against a cache: then kernels may compute the MLP.
-
-    Returns:
-      The block's output ``[B, T, D]``, and whatever else attention returned.
+    ``cached`` tells that x is new tokens against a cache: then kernels may compute the MLP.
     """
-    y, *others = attention(self.attention_norm(x))
-    return self.add_mlp(self.add_attention(x, y), cached), *others
+    return self.add_mlp(self.add_attention(x, y), cached)
 
   def add_attention(self, x: jax.Array, y: jax.Array) -> jax.Array:
     """The block's input ``[B, T, D]`` and its attention's output, added up."""
     return x + (self.attention_post_norm(y) if self.config.post_norms else y)
 
   def add_mlp(self, x: jax.Array, cached: bool = False) -> jax.Array:
-    """What `add_attention` gave, and the MLP's output of it; ``cached`` as in `around`."""
+    """What `add_attention` gave, and the MLP's output of it; ``cached`` as in `rest`."""
     y = (self.mlp.step if cached else self.mlp)(self.mlp_norm(x))
     x = x + (self.mlp_post_norm(y) if self.config.post_norms else y)
     x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
@@ -109,38 +97,22 @@ class AnchorBlock(Block):
     super().setup()
     self.attention = AnchorAttention(self.config)
 
-  def __call__(
-    self,
-    x: jax.Array,
-    lengths: jax.Array | None = None,
-    local: Local = False,
-    segments: jax.Array | None = None,
-  ) -> tuple[jax.Array, State]:
+  def __call__(self, x: jax.Array, rows: ops.Rows = ops.Rows(), kind: Kind = 0) -> tuple[jax.Array, State]:
     """``[B, T, D]`` → the same, and the attention state."""
-    return self.around(x, lambda h: self.attention(h, lengths, local, segments))
+    y, state, _ = self.attention.prefill(self.attention_norm(x), rows, kind)
+    return self.rest(x, y), state
 
-  def prefill(
-    self,
-    x: jax.Array,
-    lengths: jax.Array | None,
-    local: Local = False,
-    segments: jax.Array | None = None,
-  ) -> tuple[jax.Array, State, LayerCache]:
+  def prefill(self, x: jax.Array, rows: ops.Rows, kind: Kind) -> tuple[jax.Array, State, LayerCache]:
     """`__call__` that also returns the cache of these tokens."""
-    return self.around(x, lambda h: self.attention.prefill(h, lengths, local, segments))
+    y, state, cache = self.attention.prefill(self.attention_norm(x), rows, kind)
+    return self.rest(x, y), state, cache
 
   def extend(
-    self,
-    x: jax.Array,
-    cache: LayerCache,
-    positions: jax.Array,
-    lengths: jax.Array,
-    local: bool = False,
-    followed: bool = True,
+    self, x: jax.Array, cache: LayerCache, rows: ops.Rows, kind: int = 0, followed: bool = True
   ) -> tuple[jax.Array, AttentionWeights | None, LayerCache]:
     """New tokens, ``[B, T, D]``, against the cache."""
-    attention = lambda h: self.attention.extend(h, cache, positions, lengths, local, followed)
-    return self.around(x, attention, cached=True)
+    y, state, cache = self.attention.extend(self.attention_norm(x), cache, rows, kind, followed)
+    return self.rest(x, y, cached=True), state, cache
 
 
 class FollowerBlock(Block):
@@ -152,17 +124,19 @@ class FollowerBlock(Block):
 
   def __call__(self, x: jax.Array, state: State) -> jax.Array:
     """``[B, T, D]`` → the same, with the anchor's state."""
-    return self.around(x, lambda h: (self.attention(h, state),))[0]
+    return self.rest(x, self.attention(self.attention_norm(x), state))
 
   def prefill(self, x: jax.Array, state: State) -> tuple[jax.Array, LayerCache]:
     """`__call__` that also returns the cache of these tokens."""
-    return self.around(x, lambda h: self.attention.prefill(h, state))
+    y, cache = self.attention.prefill(self.attention_norm(x), state)
+    return self.rest(x, y), cache
 
   def extend(
-    self, x: jax.Array, state: AttentionWeights, cache: LayerCache, positions: jax.Array
+    self, x: jax.Array, state: AttentionWeights, cache: LayerCache, rows: ops.Rows
   ) -> tuple[jax.Array, LayerCache]:
     """New tokens, ``[B, T, D]``, against the cache."""
-    return self.around(x, lambda h: self.attention.extend(h, state, cache, positions), cached=True)
+    y, cache = self.attention.extend(self.attention_norm(x), state, cache, rows)
+    return self.rest(x, y, cached=True), cache
 
 
 class MixedBlock(Block):
@@ -172,8 +146,6 @@ class MixedBlock(Block):
     super().setup()
     self.attention = MixedAttention(self.config)
 
-  def __call__(
-    self, x: jax.Array, state: QueryKey, share: jax.Array | float, lengths: jax.Array | None, local: Local
-  ) -> jax.Array:
+  def __call__(self, x: jax.Array, state: QueryKey, share: jax.Array | float, kind: Kind) -> jax.Array:
     """``[B, T, D]`` → the same, with the anchor's state and its own; arguments as in `MixedAttention.mix`."""
-    return self.around(x, lambda h: (self.attention.mix(h, state, share, lengths, local),))[0]
+    return self.rest(x, self.attention.mix(self.attention_norm(x), state, share, kind))

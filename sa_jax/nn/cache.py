@@ -8,6 +8,7 @@ from flax import struct
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
+from sa_jax.errors import UserError
 from sa_jax.plan import SharingPlan
 
 
@@ -53,6 +54,19 @@ class Cache:
     return cls(
       tuple(LayerCache(zeros(), zeros() if plan.is_anchor(layer) else None) for layer in range(plan.num_layers))
     )
+
+  def grow(self, capacity: int) -> Cache:
+    """The cache with room for more tokens, in ``capacity`` slots a row.
+
+    Raises:
+      UserError: if it has more slots already.
+    """
+    if capacity < self.capacity:
+      raise UserError(
+        f"a cache of {self.capacity} slots cannot shrink to {capacity}; grow it to at least {self.capacity}"
+      )
+    room = ((0, 0), (0, 0), (0, capacity - self.capacity), (0, 0))
+    return jax.tree.map(lambda x: jnp.pad(x, room), self)
 
   @property
   def capacity(self) -> int:

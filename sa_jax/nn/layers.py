@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from sa_jax import ops
 from sa_jax.config import ModelConfig
 from sa_jax.nn.block import BLOCK_OUTPUTS, AnchorBlock, FollowerBlock, MixedBlock
 from sa_jax.nn.cache import Cache
-from sa_jax.nn.state import STATE, Local, State
+from sa_jax.nn.state import STATE, Kind, State
 from sa_jax.plan import HeadMap, Run, SharingPlan
 
 Share = jax.Array | float | None
@@ -72,23 +73,32 @@ class Group(nn.Module):
   def __call__(
     self,
     x: jax.Array,
-    lengths: jax.Array | None,
-    local: Local = False,
+    rows: ops.Rows = ops.Rows(),
+    kind: Kind = 0,
     head_maps: jax.Array | None = None,
-    segments: jax.Array | None = None,
     share: Share = None,
   ) -> jax.Array:
-    """``[B, T, D]`` → the same; ``head_maps`` int32 ``[followers, N]``, or None where no follower has one."""
+    """The group's layers.
+
+    Args:
+      x: ``[B, T, D]``.
+      rows: which tokens the tokens may see.
+      kind: which of the config's ``kinds`` the layers are.
+      head_maps: int32 ``[followers, N]``, or None where no follower has one.
+      share: see `Share`.
+
+    Returns:
+      ``[B, T, D]``.
+    """
     config = self.config
-    of_anchor = lambda block, x, lengths, segments: block(x, lengths, local, segments)
-    anchor = _remat(config, of_anchor, self.groups, *((STATE,) if self.followers else ()))
-    x, state = anchor(AnchorBlock(config, name="anchor"), x, lengths, segments)
+    first = functools.partial(AnchorBlock.__call__, kind=kind)
+    anchor = _remat(config, first, self.groups, *((STATE,) if self.followers else ()))
+    x, state = anchor(AnchorBlock(config, name="anchor"), x, rows)
     if self.followers:
-      block: type[FollowerBlock | MixedBlock]
-      if share is None:
-        block, follow = FollowerBlock, lambda block, x, state: block(x, state)
-      else:
-        block, follow = MixedBlock, lambda block, x, state: block(x, state, share, lengths, local)
+      block: type[FollowerBlock] | type[MixedBlock] = FollowerBlock if share is None else MixedBlock
+      follow: Callable[..., Any] = FollowerBlock.__call__
+      if share is not None:
+        follow = functools.partial(MixedBlock.__call__, share=share, kind=kind)
       unroll = min(_UNROLL, self.followers) if config.remat == "dots" else 1
       follower = _remat(config, follow, self.groups * -(-self.followers // unroll))
 
@@ -118,15 +128,13 @@ class Runs(nn.Module):
   plan: SharingPlan
 
   @nn.compact
-  def __call__(
-    self, x: jax.Array, lengths: jax.Array | None, segments: jax.Array | None = None, share: Share = None
-  ) -> jax.Array:
+  def __call__(self, x: jax.Array, rows: ops.Rows = ops.Rows(), share: Share = None) -> jax.Array:
     """``[B, T, D]`` → the same."""
     for index, run in enumerate(self.plan.runs):
       # Where the run's groups differ in kind, each tells its own: one program, whatever the pattern and the depth.
-      kinds = [layer in self.config.local_layers for layer in run.layers if self.plan.is_anchor(layer)]
-      kind = kinds[0] if len(set(kinds)) == 1 else None
-      step: Callable[..., Any] = functools.partial(_group_step, kind, share)
+      kinds = [self.config.kind_of(layer) for layer in run.layers if self.plan.is_anchor(layer)]
+      own = jnp.asarray(kinds, jnp.int32) if len(set(kinds)) > 1 else None
+      step: Callable[..., Any] = functools.partial(_group_step, kinds[0], share)
       # Under `dots` the products that queries and keys are made of are kept anyway.
       if run.followers and (self.config.remat != "dots" or self.config.attention_state == "attention_weights"):
         step = _remat(self.config, step, run.groups, _BLOCK_INPUT)
@@ -134,13 +142,12 @@ class Runs(nn.Module):
         step,
         variable_axes={"params": 0, BLOCK_OUTPUTS: 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast, nn.broadcast, 0),
+        in_axes=(nn.broadcast, 0),
         length=run.groups,
         metadata_params={nn.PARTITION_NAME: "groups"},
       )
-      local = jnp.asarray(kinds) if kind is None else None
       group = Group(self.config, run.followers, run.groups, name=str(index))
-      x, _ = scan(group, x, lengths, segments, (local, self._head_maps(run)))
+      x, _ = scan(group, x, rows, (own, self._head_maps(run)))
     return x
 
   def _head_maps(self, run: Run) -> jax.Array | None:
@@ -154,17 +161,16 @@ class Runs(nn.Module):
 
 
 def _group_step(
-  kind: bool | None,
+  kind: int,
   share: Share,
   group: Group,
   x: jax.Array,
-  lengths: jax.Array | None,
-  segments: jax.Array | None,
+  rows: ops.Rows,
   own: tuple[jax.Array | None, jax.Array | None],
 ) -> tuple[jax.Array, None]:
-  """One step of the scan over a run's groups: of the kind that all of them are or of its own, with its head maps."""
-  local, head_maps = own
-  return group(x, lengths, bool(kind) if local is None else local, head_maps, segments, share), None
+  """One step of the scan over a run's groups: of its own kind or of the first's, with its head maps."""
+  own_kind, head_maps = own
+  return group(x, rows, kind if own_kind is None else own_kind, head_maps, share), None
 
 
 class Layers(nn.Module):
@@ -179,18 +185,16 @@ class Layers(nn.Module):
       for layer in range(self.plan.num_layers)
     ]
 
-  def __call__(self, x: jax.Array, lengths: jax.Array | None, segments: jax.Array | None = None) -> jax.Array:
+  def __call__(self, x: jax.Array, rows: ops.Rows = ops.Rows()) -> jax.Array:
     """``[B, T, D]`` → the same."""
-    return self.prefill(x, lengths, segments)[0]
+    return self.prefill(x, rows)[0]
 
-  def prefill(
-    self, x: jax.Array, lengths: jax.Array | None, segments: jax.Array | None = None
-  ) -> tuple[jax.Array, Cache, tuple[State, ...]]:
+  def prefill(self, x: jax.Array, rows: ops.Rows) -> tuple[jax.Array, Cache, tuple[State, ...]]:
     """`__call__` that also returns the cache of the T tokens, and the state that each layer used."""
     caches, states = [], []
     for layer, block in enumerate(self.blocks):
       if isinstance(block, AnchorBlock):
-        x, state, cache = block.prefill(x, lengths, layer in self.config.local_layers, segments)
+        x, state, cache = block.prefill(x, rows, self.config.kind_of(layer))
         used = state
       else:
         used = _with_heads(state, self.plan.head_map_of(layer))
@@ -199,13 +203,13 @@ class Layers(nn.Module):
       states.append(used)
     return x, Cache(tuple(caches)), tuple(states)
 
-  def extend(self, x: jax.Array, cache: Cache, positions: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
-    """New tokens, ``[B, T, D]``, at int32 ``positions [B, T]`` of the cache, in rows of int32 ``lengths [B]``."""
+  def extend(self, x: jax.Array, cache: Cache, rows: ops.Rows) -> tuple[jax.Array, Cache]:
+    """New tokens, ``[B, T, D]``, against the cache; rows as in `AnchorAttention.extend`."""
     caches = list(cache.layers)
     for anchor, followers in self.plan.groups:
-      block, local = self.blocks[anchor], anchor in self.config.local_layers
-      x, state, caches[anchor] = block.extend(x, caches[anchor], positions, lengths, local, bool(followers))
+      kind = self.config.kind_of(anchor)
+      x, state, caches[anchor] = self.blocks[anchor].extend(x, caches[anchor], rows, kind, bool(followers))
       for layer in followers:
         used = _with_heads(state, self.plan.head_map_of(layer))
-        x, caches[layer] = self.blocks[layer].extend(x, used, caches[layer], positions)
+        x, caches[layer] = self.blocks[layer].extend(x, used, caches[layer], rows)
     return x, Cache(tuple(caches))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from sa_jax import ops
 from sa_jax.config import ModelConfig
 from sa_jax.nn.attention import AnchorAttention
 from sa_jax.nn.block import Block
@@ -30,12 +31,12 @@ class PlanArrays:
   Attributes:
     is_anchor: bool ``[L]``.
     head_map: int32 ``[L, N]``, the identity where a layer has none.
-    is_local: bool ``[L]``, the config's ``local_layers``; of an anchor, what it sees.
+    kind: int32 ``[L]``, which of the config's ``kinds`` a layer is.
   """
 
   is_anchor: Any
   head_map: Any
-  is_local: Any
+  kind: Any
 
   @classmethod
   def of(cls, plan: SharingPlan, config: ModelConfig) -> PlanArrays:
@@ -54,7 +55,7 @@ class PlanArrays:
   def of_layer(cls, layer: int, config: ModelConfig, is_anchor: bool, head_map: HeadMap | None = None) -> PlanArrays:
     """One layer's part of a plan."""
     heads = np.array(head_map or range(config.num_heads), np.int32)
-    return cls(np.bool_(is_anchor), heads, np.bool_(layer in config.local_layers))
+    return cls(np.bool_(is_anchor), heads, np.int32(config.kind_of(layer)))
 
   @classmethod
   def stack(cls, plans: Sequence[SharingPlan], config: ModelConfig) -> PlanArrays:
@@ -67,9 +68,9 @@ class PlannedAttention(AnchorAttention):
 
   def state(self, x: jax.Array, carried: State, layer: PlanArrays) -> State:
     """The state of the layer's group: its own if it is an anchor, otherwise the one carried to it."""
-    length = x.shape[1]
-    local = jnp.asarray(layer.is_local) if self.config.local_layers else False
-    own = make_state(self.config, *self.query_key(x, jnp.arange(length), length, local), None, local)
+    rows = ops.Rows()
+    kind = jnp.asarray(layer.kind) if len(self.config.kinds) > 1 else 0
+    own = make_state(self.config, *self.query_key(x, rows, kind), rows, kind)
     return jax.tree.map(lambda mine, theirs: jnp.where(layer.is_anchor, mine, theirs), own, carried)
 
   def heads(self, x: jax.Array, state: State, head_map: jax.Array) -> jax.Array:
@@ -89,12 +90,8 @@ class PlannedBlock(Block):
 
   def __call__(self, x: jax.Array, carried: State, layer: PlanArrays) -> tuple[jax.Array, State]:
     """``[B, T, D]`` and the state carried to the layer → the block's output and the state it carries on."""
-
-    def attention(h: jax.Array) -> tuple[jax.Array, State]:
-      state = self.attention.state(h, carried, layer)
-      return self.attention.output(self.attention.heads(h, state, layer.head_map)), state
-
-    return self.around(x, attention)
+    state = self.state(x, carried, layer)
+    return self.rest(x, self.attention_output(self.heads(x, state, layer.head_map))), state
 
   def state(self, x: jax.Array, carried: State, layer: PlanArrays) -> State:
     """`PlannedAttention.state` of the block's input."""
@@ -165,9 +162,9 @@ def empty_state(config: ModelConfig, batch: int, length: int) -> State:
   """A state of zeros, for layer 0, which is an anchor and does not read it."""
   shape = lambda heads: jax.ShapeDtypeStruct((batch, length, heads, config.head_dim), jnp.dtype(config.dtype))
   state = jax.eval_shape(
-    lambda q, k, local: make_state(config, q, k, None, local if config.local_layers else False),
+    lambda q, k, kind: make_state(config, q, k, ops.Rows(), kind if len(config.kinds) > 1 else 0),
     shape(config.num_heads),
     shape(config.num_kv_heads),
-    jax.ShapeDtypeStruct((), jnp.bool_),
+    jax.ShapeDtypeStruct((), jnp.int32),
   )
   return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+
+from sa_jax import ops
+from sa_jax.errors import UserError
 
 Axes = tuple[str | None, ...]
 """An array's logical axes."""
@@ -51,6 +56,59 @@ def on_each_device(
 def _spec(axes: Any) -> PartitionSpec:
   """How the rules split an array with these logical axes."""
   return nn.logical_to_mesh_axes(axes) or PartitionSpec()
+
+
+def attend(
+  q: jax.Array, k: jax.Array, v: jax.Array, rows: ops.Rows, spec: ops.AttentionSpec, backend: str
+) -> jax.Array:
+  """`sa_jax.ops.attend`, of each device's queries, rows and heads by itself where XLA cannot split it over the mesh.
+
+  Rows, heads and queries do not see each other, and what each needs is where `split_for_attention` has brought it, so
+  this adds no communication. Inside a `jax.shard_map` of the caller's there is nothing left to split.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.manual_axes:
+    return ops.attend(q, k, v, rows, spec, backend)
+  ops.check_shapes(q, k, v, rows)
+  along = query_axis(mesh, k.shape[2])
+  part = rows if along is None else dataclasses.replace(rows, offset=jnp.int32(0))
+  name = ops.choose_backend(backend, q, k, part, spec)
+  chosen = ops.backends[name]
+  if along is None and chosen.partitions:
+    return split_for_attention(chosen.attend(q, k, v, rows, spec), "heads", k.shape[2])
+  if not nn.get_logical_axis_rules():
+    raise UserError(
+      f"the attention backend {name!r} runs on a mesh only where the rules say how it is split: "
+      "use `with sa_jax.sharding.on_mesh(mesh):`"
+    )
+  if not heads_stay_with_their_keys():
+    raise UserError(
+      f"the attention backend {name!r} runs of each device's heads by itself, which then need their keys: "
+      "let the rules split 'heads' and 'kv_heads' over the same axes of the mesh"
+    )
+
+  def of_a_device(q: jax.Array, k: jax.Array, v: jax.Array, rows: ops.Rows) -> jax.Array:
+    if along is not None:
+      rows = dataclasses.replace(rows, offset=jax.lax.axis_index(along) * q.shape[1])
+    return chosen.attend(q, k, v, rows, spec)
+
+  queries, keys = (attention_axes(mesh, heads, k.shape[2]) for heads in ("heads", "kv_heads"))
+  in_specs = (queries, keys, keys, _rows_axes(rows, queries))
+  return jax.shard_map(of_a_device, in_specs=in_specs, out_specs=queries, check_vma=False)(q, k, v, rows)
+
+
+def _rows_axes(rows: ops.Rows, queries: PartitionSpec) -> ops.Rows:
+  """How the arrays of rows are split beside queries ``[B, T, N, H]`` that are split so: the same tree, of specs."""
+  batch, tokens, heads, _ = queries
+  known = {"lengths": PartitionSpec(batch), "segments": PartitionSpec(batch, None), "offset": PartitionSpec()}
+
+  def spec(path: Any, x: jax.Array) -> PartitionSpec:
+    if path[0].name in known:
+      return known[path[0].name]
+    # A bias or mask, [B or 1, N or 1, T, S].
+    return PartitionSpec(*(axis if size > 1 else None for axis, size in zip((batch, heads), x.shape)), tokens, None)
+
+  return jax.tree_util.tree_map_with_path(spec, rows)
 
 
 def _divides(mesh: jax.sharding.AbstractMesh, spec: PartitionSpec, shape: tuple[int, ...]) -> bool:

@@ -7,6 +7,7 @@ one subtree a layer and is unrolled: decoding needs it, because a scan copies ea
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -111,7 +112,11 @@ class Transformer(Frame):
     self.runs = Runs(self.config, self.plan)
 
   def __call__(
-    self, tokens: jax.Array, lengths: jax.Array | None = None, segments: jax.Array | None = None
+    self,
+    tokens: jax.Array,
+    lengths: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    rows: ops.Rows = ops.Rows(),
   ) -> jax.Array:
     """Next-token logits at every position, with parameters in either layout.
 
@@ -120,6 +125,7 @@ class Transformer(Frame):
       lengths: int32 ``[B]``, or None when rows are full. Logits at or past a row's length mean nothing.
       segments: int32 ``[B, T]``, the document of each token of packed rows, each a stretch of the row; None when a row
         is one document. A token sees its own document only.
+      rows: what else decides which tokens a token may see: a bias, a mask, or attention that is not causal.
 
     Returns:
       float32 ``[B, T, V]``.
@@ -128,27 +134,35 @@ class Transformer(Frame):
       UserError: outside `jax.jit`, if a token is not in the vocabulary (inside it, its row's logits are NaN) or a
         length is not in 1 to T; if rows are packed and the rotary embedding depends on a sequence's length.
     """
-    return self.logits(self.hidden(tokens, lengths, segments))
+    return self.logits(self.hidden(tokens, _joined(rows, lengths, segments)))
 
-  def hidden(self, tokens: jax.Array, lengths: jax.Array | None = None, segments: jax.Array | None = None) -> jax.Array:
-    """What the head reads: the normalised last hidden states ``[B, T, D]``; arguments as in `__call__`."""
-    check_tokens(tokens, lengths, self.config.vocab_size)
-    check_segments(self.config, tokens, segments)
-    segments = _of_whole_rows(segments)
+  def hidden(self, tokens: jax.Array, rows: ops.Rows = ops.Rows()) -> jax.Array:
+    """What the head reads: the normalised last hidden states ``[B, T, D]`` of tokens int32 ``[B, T]``."""
+    rows = self.checked(tokens, rows)
     stack = self.layers if self.has_variable("params", "layers") else self.runs
-    return self.final_norm(stack(self.embed(jnp.asarray(tokens)), lengths, segments))
+    return self.final_norm(stack(self.embed(jnp.asarray(tokens)), rows))
+
+  def checked(self, tokens: jax.Array, rows: ops.Rows) -> ops.Rows:
+    """The rows, where attention needs them; see `check_tokens` and `check_segments`."""
+    check_tokens(tokens, rows.lengths, self.config.vocab_size)
+    if rows.segments is None:
+      return rows
+    check_segments(self.config, tokens, rows.segments)
+    # Brought there once for all layers.
+    segments = nn.with_logical_constraint(jnp.asarray(rows.segments), ("batch", None))
+    return dataclasses.replace(rows, segments=segments)
 
   def init_layers(self, tokens: jax.Array) -> jax.Array:
-    """`__call__` for ``init`` to make the layer layout: ``model.init(key, tokens, method="init_layers")``."""
-    return self.logits(self.final_norm(self.layers(self.embed(tokens), None)))
+    """`__call__` for ``init`` to make the layer layout: ``model.init(key, tokens, method=Transformer.init_layers)``."""
+    return self.logits(self.final_norm(self.layers(self.embed(tokens))))
 
-  def states(self, tokens: jax.Array, lengths: jax.Array | None = None) -> tuple[State, ...]:
-    """The attention state that each layer used; arguments as in `__call__`, parameters in the layer layout.
+  def states(self, tokens: jax.Array, rows: ops.Rows = ops.Rows()) -> tuple[State, ...]:
+    """The attention state that each layer used; parameters in the layer layout.
 
     ``state.weights()`` gives a layer's attention weights ``[B, N, T, T]``; a follower's are its anchor's.
     """
-    check_tokens(tokens, lengths, self.config.vocab_size)
-    return self.layers.prefill(self.embed(jnp.asarray(tokens)), lengths)[2]
+    rows = self.checked(tokens, rows)
+    return self.layers.prefill(self.embed(jnp.asarray(tokens)), rows)[2]
 
   def prefill(self, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
     """Reads prompts; parameters in the layer layout.
@@ -160,7 +174,7 @@ class Transformer(Frame):
     Returns:
       float32 ``[B, V]`` logits after each row's last token, and the cache of the T tokens.
     """
-    x, cache, _ = self.layers.prefill(self.embed(tokens), lengths)
+    x, cache, _ = self.layers.prefill(self.embed(tokens), ops.Rows(lengths))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return self.logits(self.final_norm(last))[:, 0], cache
 
@@ -175,24 +189,27 @@ class Transformer(Frame):
     Returns:
       float32 ``[B, V]`` logits after the token, and the cache.
     """
-    hidden, cache = self.extend(tokens[:, None], cache, positions, positions + 1)
+    hidden, cache = self.extend(tokens[:, None], cache, ops.Rows(positions + 1, offset=positions))
     return self.logits(hidden)[:, 0], cache
 
-  def extend(self, tokens: jax.Array, cache: Cache, starts: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
+  def extend(self, tokens: jax.Array, cache: Cache, rows: ops.Rows) -> tuple[jax.Array, Cache]:
     """Reads on from a cache; parameters in the layer layout.
 
     Args:
       tokens: int32 ``[B, T]``, right-padded.
-      cache: with room for T tokens from ``starts`` on; of the padding nothing is ever seen.
-      starts: int32 ``[B]``, how many tokens of each row are in the cache.
-      lengths: int32 ``[B]``, tokens of each row, the new ones included.
+      cache: with room for T tokens from the rows' offset on; of the padding nothing is ever seen.
+      rows: offset int32 ``[B]``, how many tokens of each row are in the cache; lengths int32 ``[B]``, its tokens, the
+        new ones included.
 
     Returns:
       What the head reads at the new tokens, ``[B, T, D]``, and the cache.
+
+    Raises:
+      UserError: outside `jax.jit`, if a row does not fit the cache; inside it, what the head reads of it is NaN.
     """
-    positions = starts[:, None] + jnp.arange(tokens.shape[1])[None]
-    x, cache = self.layers.extend(self.embed(tokens), cache, positions, lengths)
-    return self.final_norm(x), cache
+    fits = _fits(cache, rows)
+    x, cache = self.layers.extend(self.embed(tokens), cache, rows)
+    return jnp.where(fits, self.final_norm(x), jnp.nan), cache
 
 
 class GradualTransformer(Transformer):
@@ -211,39 +228,45 @@ class GradualTransformer(Transformer):
     tokens: jax.Array,
     lengths: jax.Array | None = None,
     segments: jax.Array | None = None,
+    rows: ops.Rows = ops.Rows(),
     share: jax.Array | float = 1.0,
   ) -> jax.Array:
     """Next-token logits; ``share`` as in `hidden`, the rest as in `Transformer`."""
-    return self.logits(self.hidden(tokens, lengths, segments, share))
+    return self.logits(self.hidden(tokens, _joined(rows, lengths, segments), share))
 
-  def hidden(
-    self,
-    tokens: jax.Array,
-    lengths: jax.Array | None = None,
-    segments: jax.Array | None = None,
-    share: jax.Array | float = 1.0,
-  ) -> jax.Array:
+  def hidden(self, tokens: jax.Array, rows: ops.Rows = ops.Rows(), share: jax.Array | float = 1.0) -> jax.Array:
     """What the head reads.
 
     Args:
-      tokens: as in `Transformer`.
-      lengths: as in `Transformer`.
-      segments: as in `Transformer`.
+      tokens: int32 ``[B, T]``.
+      rows: which tokens a token may see.
       share: how much of a follower's attention weights are its anchor's, the rest being its own: 0 is the dense model,
         1 the plan's. A plain 0.0 is not computed with.
 
     Returns:
       ``[B, T, D]``.
     """
-    check_tokens(tokens, lengths, self.config.vocab_size)
-    check_segments(self.config, tokens, segments)
-    segments = _of_whole_rows(segments)
-    return self.final_norm(self.runs(self.embed(jnp.asarray(tokens)), lengths, segments, share))
+    rows = self.checked(tokens, rows)
+    return self.final_norm(self.runs(self.embed(jnp.asarray(tokens)), rows, share))
 
 
-def _of_whole_rows(segments: jax.Array | None) -> jax.Array | None:
-  """Segments where attention needs them, brought there once for all layers."""
-  return None if segments is None else nn.with_logical_constraint(jnp.asarray(segments), ("batch", None))
+def _fits(cache: Cache, rows: ops.Rows) -> jax.Array:
+  """Whether each row's tokens fit the cache, bool ``[B, 1, 1]``; those that are known not to are an error."""
+  assert rows.lengths is not None, "rows of a cache have lengths"
+  if not isinstance(rows.lengths, jax.core.Tracer) and (longest := int(np.max(rows.lengths))) > cache.capacity:
+    raise UserError(
+      f"a row of {longest} tokens does not fit a cache of {cache.capacity} slots; make room with cache.grow({longest})"
+    )
+  return (jnp.asarray(rows.lengths) <= cache.capacity)[:, None, None]
+
+
+def _joined(rows: ops.Rows, lengths: jax.Array | None, segments: jax.Array | None) -> ops.Rows:
+  """The rows with lengths and segments, where they are given."""
+  return dataclasses.replace(
+    rows,
+    lengths=rows.lengths if lengths is None else lengths,
+    segments=rows.segments if segments is None else segments,
+  )
 
 
 def check_plan(config: ModelConfig, plan: SharingPlan) -> None:
@@ -255,14 +278,13 @@ def check_plan(config: ModelConfig, plan: SharingPlan) -> None:
   """
   if plan.num_layers != config.num_layers:
     raise UserError(f"the plan is for {plan.num_layers} layers, the model has {config.num_layers}")
-  kind = lambda layer: f"local, {config.window} tokens" if layer in config.local_layers else "global"
-  if wrong := [layer for layer in plan.followers if kind(layer) != kind(plan.source[layer])]:
-    pairs = ", ".join(
-      f"{layer} ({kind(layer)}) follows {plan.source[layer]} ({kind(plan.source[layer])})" for layer in wrong
-    )
-    raise UserError(
-      f"the plan '{plan}' shares weights between layers that see different keys: {pairs}; a follower needs an anchor "
-      f"of its own kind. This model's local layers are {list(config.local_layers)}"
+  windows = [config.kinds[config.kind_of(layer)].spec.window for layer in range(config.num_layers)]
+  sees = lambda layer: f"{layer} ({'global' if windows[layer] is None else f'local, {windows[layer]} tokens'})"
+  if wrong := [layer for layer in plan.followers if windows[layer] != windows[plan.source[layer]]]:
+    raise UserError.of(
+      f"the plan '{plan}' shares weights between layers that see different keys, and a follower needs an anchor of its "
+      f"own kind (this model's local layers are {list(config.local_layers)})",
+      [f"{sees(layer)} follows {sees(plan.source[layer])}" for layer in wrong],
     )
   plan.check_heads(config.num_heads)
 
@@ -279,7 +301,7 @@ def check_segments(config: ModelConfig, tokens: jax.Array, segments: jax.Array |
     raise UserError(
       f"segments are integers, one a token, {tokens.shape}; not {segments.dtype} of shape {segments.shape}"
     )
-  if any(rope is not None and rope.scaling == "dynamic" for rope in (config.rope, config.local_rope)):
+  if any(kind.rope is not None and kind.rope.scaling == "dynamic" for kind in config.kinds):
     raise UserError(
       "the dynamic rotary embedding depends on a document's length: give each document a row of its own, not segments"
     )

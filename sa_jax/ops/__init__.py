@@ -2,16 +2,19 @@
 
 from sa_jax.ops.attention import (
   AttentionSpec,
+  Backend,
   Rows,
   apply_weights,
   attend,
   attention_weights,
   backends,
+  check_shapes,
   choose_backend,
   decode_apply,
   decode_attend,
   decode_follow,
   decode_weights,
+  register_backend,
   write_slot,
 )
 from sa_jax.ops.head import logits
@@ -23,6 +26,7 @@ from sa_jax.ops.rope import RopeConfig, apply_rope, rope_frequencies
 
 __all__ = [
   "AttentionSpec",
+  "Backend",
   "Head",
   "Int8",
   "RopeConfig",
@@ -33,6 +37,7 @@ __all__ = [
   "attend",
   "attention_weights",
   "backends",
+  "check_shapes",
   "choose_backend",
   "decode_apply",
   "decode_attend",
@@ -44,6 +49,7 @@ __all__ = [
   "linears",
   "logits",
   "next_token_loss",
+  "register_backend",
   "rms_norm",
   "rms_norm_about_one",
   "rope_frequencies",

@@ -91,7 +91,8 @@ def distill(
 def _hidden(model: Transformer, params: Tree, batch: Batch, sharing: dict[str, Any], **how: Any) -> Tree:
   """What the head reads, and what ``apply`` returns besides."""
   method = GradualTransformer.hidden if isinstance(model, GradualTransformer) else Transformer.hidden
-  return model.apply({"params": params}, batch.tokens, segments=batch.segments, method=method, **sharing, **how)
+  rows = ops.Rows(segments=batch.segments)
+  return model.apply({"params": params}, batch.tokens, rows, method=method, **sharing, **how)
 
 
 def _head(model: Transformer, params: Tree) -> ops.Head:

@@ -10,7 +10,7 @@ import pytest
 from sa_jax.bench import Task, measure, ours
 from sa_jax.cli import main
 from sa_jax.config import PRESETS
-from sa_jax.decode import DecodeState
+from sa_jax.decode import Engine
 from sa_jax.sharding import abstract_params, make_mesh, param_shardings
 from tests import tiny
 
@@ -43,14 +43,13 @@ def watched(monkeypatch, module, name):
 
 
 @pytest.mark.parametrize("tensor", [4])
-def test_decode(preset, monkeypatch, tensor):
-  params, states = watched(monkeypatch, ours, "random_tree"), watched(monkeypatch, DecodeState, "empty")
-  traced, steps = [], ours.decode_steps
-  monkeypatch.setattr(ours, "decode_steps", lambda *given: traced.append(given) or steps(*given))
+def test_decode(preset, monkeypatch, caplog, tensor):
+  params, states = watched(monkeypatch, ours, "random_tree"), watched(monkeypatch, Engine, "empty")
+  caplog.set_level("INFO", "sa_jax")
   result = ours.decode(Task("decode", "tiny", "0:1", batch=2, seq_len=64, layers=3, repeats=1, tensor=tensor))
   assert params == states == {tensor}
   # Once: the cache comes back split as it was given.
-  assert len(traced) == 1
+  assert sum("decode steps" in message for message in caplog.messages) == 1
   assert 0 < result.low <= result.seconds <= result.high < math.inf
   assert 0 < result.ceiling < math.inf
   assert (result.device, result.detail) == (f"{tensor} × cpu", f"cache 0.00 GB, tensor {tensor}")

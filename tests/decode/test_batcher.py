@@ -1,6 +1,7 @@
 """Continuous batching: what a request gets does not depend on its neighbours."""
 
 import dataclasses
+import threading
 
 import jax
 import numpy as np
@@ -8,8 +9,7 @@ import pytest
 
 import sa_jax
 from sa_jax import Transformer
-from sa_jax.decode import Batcher, Sampler, bucket
-from sa_jax.decode import batcher as batcher_module
+from sa_jax.decode import Batcher, Engine, Sampler, pad_to
 from tests import tiny
 
 LONGEST, CAPACITY = 24, 256
@@ -129,8 +129,9 @@ def test_a_slot_that_is_waited_for_ends_the_steps(model, params, prompts, alone)
 def test_run_comes_back_for_a_slot_and_not_for_every_chunk(model, params, prompts, monkeypatch):
   """Two requests in one slot: looked after every four tokens by `step`, and once each by `run`."""
   endless = Transformer(dataclasses.replace(model.config, eos_token_ids=()), model.plan)
-  calls, decode = [], batcher_module.decode
-  monkeypatch.setattr(batcher_module, "decode", lambda *given: calls.append(given) or decode(*given))
+  calls, decode = [], Engine.decode
+  counted = lambda *given, **options: calls.append(given) or decode(*given, **options)
+  monkeypatch.setattr(Engine, "decode", counted)
 
   def tokens(work):
     calls.clear()
@@ -154,7 +155,7 @@ def test_what_a_row_leaves_behind_harms_no_other(model, params, prompts, alone):
   broken = jax.tree.map(lambda x: jax.numpy.full_like(x, np.nan), batcher._state.cache)
   batcher._state = dataclasses.replace(batcher._state, cache=broken)
   shortest = min(range(len(prompts)), key=lambda index: len(prompts[index]))
-  assert bucket(len(prompts[shortest]), CAPACITY) < CAPACITY  # or prefill would fill the whole row
+  assert pad_to(len(prompts[shortest]), CAPACITY) < CAPACITY  # or prefill would fill the whole row
   request = batcher.submit(prompts[shortest], LONGEST)
   batcher.run()
   assert request.tokens == alone[shortest]
@@ -164,13 +165,40 @@ def test_an_interruption_loses_no_request(model, params, prompts, alone, monkeyp
   batcher = Batcher(model, params, slots=2, capacity=CAPACITY)
   requests = [batcher.submit(prompt, LONGEST) for prompt in prompts[:3]]
 
-  def interrupted(*_):
+  def interrupted(*_, **__):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(batcher_module, "admit", interrupted)
+    patch.setattr(Engine, "admit", interrupted)
     with pytest.raises(KeyboardInterrupt):
       batcher.run()
   assert [request.status for request in requests] == ["waiting"] * 3
   batcher.run()
   assert [request.tokens for request in requests] == alone[:3]
+
+
+def test_other_threads_submit_and_cancel_while_one_steps(model, params, prompts, alone):
+  batcher = Batcher(model, params, slots=2, capacity=CAPACITY, chunk=1)
+  requests = [batcher.submit(prompt, LONGEST) for prompt in prompts[:3]]
+
+  def busy():
+    for prompt in prompts[:3] * 20:
+      batcher.cancel(batcher.submit(prompt, LONGEST))
+
+  threads = [threading.Thread(target=work) for work in (busy, busy, batcher.run)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  batcher.run()
+  assert [request.tokens for request in requests] == alone[:3]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**70, 1.5])
+def test_a_seed_that_is_none_harms_nobody(model, params, prompts, alone, seed):
+  batcher = Batcher(model, params, slots=1, capacity=CAPACITY)
+  request = batcher.submit(prompts[0], LONGEST)
+  with pytest.raises(sa_jax.UserError, match="a seed is an integer in 0 to 4294967295"):
+    batcher.submit(prompts[1], LONGEST, seed=seed)
+  batcher.run()
+  assert request.tokens == alone[0]

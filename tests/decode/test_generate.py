@@ -10,7 +10,7 @@ import pytest
 
 import sa_jax
 from sa_jax import Transformer, stack
-from sa_jax.decode import DecodeState, Sampler, capacity_for, decode, prefill, right_pad, stream, to_right_padded
+from sa_jax.decode import DecodeState, Engine, Prompts, Sampler, capacity_for, right_pad, stream, to_right_padded
 from sa_jax.nn import Cache
 from tests import tiny
 
@@ -131,10 +131,9 @@ def test_loop_stops_when_every_row_has_ended(model, params, greedy):
   stop = int(greedy.tokens[1, 2])
   assert stop not in greedy.tokens[1, :2]
   ending = Transformer(dataclasses.replace(model.config, eos_token_ids=(stop,)), model.plan)
-  keys = jax.random.split(jax.random.key(0), 1)
-  tokens, lengths, remaining = jnp.array([PROMPTS[1]]), jnp.array([2]), jnp.array([30])
-  state = prefill(ending, Sampler(), 40, params, tokens, lengths, remaining, keys)
-  state, out = decode(ending, Sampler(), 30, params, state)
+  engine, prompts = Engine(ending), Prompts.of([np.array(PROMPTS[1][:2])], 4, [31], 0, [0])
+  state = engine.prefill(params, prompts, sampler=Sampler(), capacity=40)
+  state, out = engine.decode(params, state, sampler=Sampler(), steps=30, width=30)
   assert state.done.tolist() == [True]
   assert out[0, :2].tolist() == greedy.tokens[1, 1:3].tolist()
   assert (out[0, 2:] == -1).all()
@@ -144,10 +143,9 @@ def test_loop_stops_when_every_row_has_ended(model, params, greedy):
 
 
 def test_cache_of_followers_has_no_keys(model, params, batch):
-  tokens, lengths = map(jnp.asarray, batch)
-  keys = jax.random.split(jax.random.key(0), 3)
-  remaining = jnp.full(3, NEW - 1, jnp.int32)
-  state = jax.eval_shape(functools.partial(prefill, model, Sampler(), 9), params, tokens, lengths, remaining, keys)
+  prompts = Prompts.of([row[:length] for row, length in zip(*batch)], 4, [NEW] * 3, 0, range(3))
+  read = functools.partial(Engine(model).prefill, sampler=Sampler(), capacity=9)
+  state = jax.eval_shape(read, params, prompts)
   assert isinstance(state, DecodeState)
   assert [layer.keys is None for layer in state.cache.layers] == [False, True, False, True]
   shapes = {leaf.shape for leaf in jax.tree.leaves(state.cache)}
@@ -250,3 +248,47 @@ class TestPadding:
   def test_masks_that_do_not_fit(self, mask, message):
     with pytest.raises(ValueError, match=message):
       to_right_padded(np.array([[1, 2, 3]]), np.array(mask))
+
+
+def test_programs_are_few(model, params):
+  """Any number of new tokens is one program, and so is any temperature and any p."""
+  counts = lambda: (Engine.prefill._cache_size(), Engine.decode._cache_size())
+  fresh = Transformer(dataclasses.replace(model.config, max_length=999), model.plan)
+  run = lambda **how: sa_jax.generate(fresh, params, np.ones((1, 8), np.int32), **how)
+  before = counts()
+  for new in (3, 4, 20, 21, 22):
+    assert run(max_new_tokens=new).tokens.shape == (1, new)
+  assert counts() == (before[0] + 1, before[1] + 1)
+  for temperature in (0.7, 0.8, 1, 1.0):
+    run(max_new_tokens=5, temperature=temperature)
+  assert counts() == (before[0] + 2, before[1] + 2)
+  for p in (0.3, 0.9, 1):
+    run(max_new_tokens=5, temperature=0.7, top_p=p)
+  assert counts() == (before[0] + 3, before[1] + 3)
+
+
+class TestRoom:
+  @pytest.fixture
+  def layers(self, model, params):
+    return sa_jax.params.as_layers(params, model.plan)
+
+  def test_a_grown_cache_goes_on(self, model, layers):
+    tokens = jnp.asarray([PROMPTS[0]], jnp.int32)
+    length = jnp.full(1, tokens.shape[1], jnp.int32)
+    _, cache = model.apply({"params": layers}, tokens, length, method=Transformer.prefill)
+    got, _ = model.apply({"params": layers}, tokens[:, 0], cache.grow(9), length, method=Transformer.step)
+    wanted = logits_of(model, layers, jnp.concatenate([tokens, tokens[:, :1]], axis=1), None)[:, -1]
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    with pytest.raises(sa_jax.UserError, match="cannot shrink to 1; grow it to at least 4"):
+      cache.grow(1)
+
+  def test_a_step_past_the_end_is_an_error_or_nan(self, model, layers):
+    cache = Cache.empty(model.config, model.plan, 2, 4)
+    step = lambda positions: model.apply(
+      {"params": layers}, jnp.ones(2, jnp.int32), cache, positions, method=Transformer.step
+    )[0]
+    with pytest.raises(sa_jax.UserError, match=r"a row of 5 tokens does not fit a cache of 4 slots; .*cache.grow\(5\)"):
+      step(jnp.array([3, 4]))
+    finite = np.isfinite(jax.jit(step)(jnp.array([3, 4])))
+    assert finite[0].all()
+    assert not finite[1].any()

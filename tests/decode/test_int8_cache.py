@@ -39,9 +39,9 @@ def test_weights_and_sums_are_those_of_the_vectors_it_stands_for():
   rng = np.random.default_rng(2)
   q, keys, values = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 6, 8), *[(2, 2, 5, 8)] * 2))
   keys, values = ops.Int8.of(jnp.asarray(keys)), ops.Int8.of(jnp.asarray(values))
-  positions = jnp.asarray([[0, 1, 4], [2, 3, 4]])
-  weights = ops.decode_weights(q, keys, positions)
-  np.testing.assert_allclose(weights, ops.decode_weights(q, jnp.asarray(vectors(keys)), positions), atol=1e-6)
+  rows = ops.Rows(offset=jnp.asarray([0, 2]))
+  weights = ops.decode_weights(q, keys, rows)
+  np.testing.assert_allclose(weights, ops.decode_weights(q, jnp.asarray(vectors(keys)), rows), atol=1e-6)
   expected = np.einsum("bnts,bnsh->btnh", weights, np.repeat(vectors(values), 3, axis=1))
   np.testing.assert_allclose(ops.decode_apply(weights, values), expected, atol=1e-6)
 
@@ -92,8 +92,10 @@ def test_logits_are_near_those_of_the_whole_cache(model, int8, params):
 
   def logits(model):
     cache = Cache.empty(model.config, model.plan, 2, 24)
-    hidden, cache = model.apply({"params": params}, tokens, cache, starts, lengths, method="extend")
-    return model.apply({"params": params}, hidden, method="logits"), cache
+    hidden, cache = model.apply(
+      {"params": params}, tokens, cache, ops.Rows(lengths, offset=starts), method=model.extend
+    )
+    return model.apply({"params": params}, hidden, method=model.logits), cache
 
   whole, _ = jax.jit(logits, static_argnums=0)(model)
   rounded, cache = jax.jit(logits, static_argnums=0)(int8)
@@ -126,8 +128,8 @@ def test_loss_of_a_real_models_layers(shallow, smollm2, data):
   def loss(params, tokens, model):
     cache = Cache.empty(model.config, model.plan, *tokens.shape)
     starts, lengths = (jnp.full(len(tokens), filled, jnp.int32) for filled in (0, tokens.shape[1]))
-    hidden, _ = model.apply({"params": params}, tokens, cache, starts, lengths, method="extend")
-    head = lambda hidden: model.apply({"params": params}, hidden, method="logits")
+    hidden, _ = model.apply({"params": params}, tokens, cache, ops.Rows(lengths, offset=starts), method=model.extend)
+    head = lambda hidden: model.apply({"params": params}, hidden, method=model.logits)
     total, weight = ops.next_token_loss(head, hidden, tokens, chunk=64)
     return total / weight
 

@@ -6,7 +6,7 @@ import pytest
 
 import sa_jax
 from sa_jax import ops
-from sa_jax.decode import DecodeState, Sampler, decode, insert, prefill, row_keys
+from sa_jax.decode import Engine, Prompts, Sampler, insert
 from sa_jax.nn import Cache
 from sa_jax.sharding import make_mesh, on_mesh, param_shardings
 from tests import tiny
@@ -16,20 +16,22 @@ from tests import tiny
 def test_decoding_over_heads(cache_dtype, tolerance):
   model = tiny.model("1:2", num_layers=3, vocab_size=64, cache_dtype=cache_dtype)
   params = jax.tree.map(jax.numpy.asarray, tiny.params(model))
-  prompts, lengths, remaining = tiny.tokens(3, 8), np.asarray([8, 5, 2], np.int32), np.asarray([9, 9, 9], np.int32)
-  rows = prefill(model, Sampler(), 16, params, prompts, lengths, remaining, row_keys(0, range(3)))
+  prompts = Prompts.of(
+    [tiny.tokens(3, 8)[row, :length] for row, length in enumerate((8, 5, 2))], 8, [10] * 3, 0, range(3)
+  )
+  read = Engine(model).prefill(params, prompts, sampler=Sampler(), capacity=16)
   slots = np.arange(3)
 
   def run(params, mesh=None):
-    state = insert(DecodeState.empty(model, 3, 16, mesh), rows, slots)
-    state, tokens = decode(model, Sampler(), 6, params, state)
+    engine = Engine(model, mesh)
+    state = insert(engine.empty(3, 16), read, slots)
+    state, tokens = engine.decode(params, state, sampler=Sampler(), steps=6, width=6)
     return state.cache, tokens
 
   expected_cache, expected = run(params)
   mesh = make_mesh(tensor=2, devices=jax.devices()[:2])
   split = jax.device_put(params, param_shardings(model, mesh, layout="layers"))
-  with on_mesh(mesh):
-    cache, tokens = run(split, mesh)
+  cache, tokens = run(split, mesh)
   np.testing.assert_array_equal(tokens, expected)
   assert (np.asarray(tokens) >= 0).all()
   is_int8 = lambda x: isinstance(x, ops.Int8)
@@ -52,6 +54,8 @@ def test_one_row_over_two_devices():
   with on_mesh(mesh):
     np.testing.assert_array_equal(sa_jax.generate(model, split, tokens, max_new_tokens=4).tokens, expected)
     start, end = np.asarray([0]), np.asarray([6])
-    extend = jax.jit(lambda params: model.apply({"params": params}, tokens, cache, start, end, method="extend"))
+    extend = jax.jit(
+      lambda params: model.apply({"params": params}, tokens, cache, ops.Rows(end, offset=start), method=model.extend)
+    )
     hidden, _ = extend(split)
-  np.testing.assert_allclose(hidden, model.apply({"params": params}, tokens, method="hidden"), atol=2e-5)
+  np.testing.assert_allclose(hidden, model.apply({"params": params}, tokens, method=model.hidden), atol=2e-5)

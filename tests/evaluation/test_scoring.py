@@ -84,9 +84,9 @@ def test_a_batch_is_as_large_as_was_asked_for(model, params, requests, monkeypat
   """With the cached tokens that its rows have copies of."""
   sizes, hidden_after = [], scoring._hidden_after
 
-  def watched(model, params, cache, owners, starts, tokens, lengths):
+  def watched(model, params, cache, owners, tokens, rows):
     sizes.append((len(tokens), cache.capacity + tokens.shape[1]))
-    return hidden_after(model, params, cache, owners, starts, tokens, lengths)
+    return hidden_after(model, params, cache, owners, tokens, rows)
 
   monkeypatch.setattr(scoring, "_hidden_after", watched)
   Scorer(model, params, batch_tokens=256)(requests)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from sa_jax import ops
 from sa_jax.nn import AnchorAttention, AttentionWeights, FollowerAttention, LayerCache, QueryKey
 from tests import tiny
 
@@ -52,7 +53,7 @@ def test_follower_has_no_queries_and_keys(state):
 def test_follower_equals_full_attention_given_the_same_state(state, lengths):
   """A follower with the anchor's V and O computes the anchor's output."""
   anchor, params, follower, _ = anchor_and_follower(state)
-  y, made = jax.jit(anchor.apply)(params, X, lengths)
+  y, made = jax.jit(anchor.apply)(params, X, ops.Rows(lengths))
   own = {"params": {name: params["params"][name] for name in ("v_proj", "o_proj")}}
   np.testing.assert_allclose(jax.jit(follower.apply)(own, X, made), y, rtol=0, atol=1e-6)
 
@@ -62,7 +63,7 @@ def test_follower_against_numpy(state):
   """o(P v(x)) in float64, with the anchor's P."""
   anchor, params, follower, follower_params = anchor_and_follower(state)
   x = X[::-1].copy()
-  _, made = jax.jit(anchor.apply)(params, X, LENGTHS)
+  _, made = jax.jit(anchor.apply)(params, X, ops.Rows(LENGTHS))
   weights = np.asarray(made.weights(), np.float64)
   kernels = {name: leaf["kernel"].astype(np.float64) for name, leaf in follower_params["params"].items()}
   v = np.repeat(np.einsum("btd,dkh->btkh", x, kernels["v_proj"]), 2, axis=2)
@@ -82,7 +83,9 @@ def test_kind_of_state():
 def test_both_states_hold_the_same_weights():
   params = init(AnchorAttention(config("query_key")), X)
   anchors = [AnchorAttention(config(state)) for state in STATES]
-  weights = [jax.jit(lambda x, anchor=anchor: anchor.apply(params, x, LENGTHS)[1].weights())(X) for anchor in anchors]
+  weights = [
+    jax.jit(lambda x, anchor=anchor: anchor.apply(params, x, ops.Rows(LENGTHS))[1].weights())(X) for anchor in anchors
+  ]
   np.testing.assert_array_equal(*weights)
   np.testing.assert_allclose(weights[0].sum(axis=-1), 1.0, rtol=0, atol=1e-6)
 
@@ -108,15 +111,16 @@ def test_products_of_a_step():
   anchor, params, follower, follower_params = anchor_and_follower("query_key")
   cache, keyless = (LayerCache(*np.zeros((n, 2, 2, 9, 8), np.float32)) for n in (2, 1))
   x, positions = X[:, :1], np.array([[3], [0]], np.int32)
+  rows = ops.Rows(positions[:, 0] + 1, offset=positions[:, 0])
 
   def step(module):
-    return jax.jit(functools.partial(module.apply, method="extend"))
+    return jax.jit(functools.partial(module.apply, method=module.extend))
 
-  _, weights, after = step(anchor)(params, x, cache, positions, positions[:, 0] + 1)
+  _, weights, after = step(anchor)(params, x, cache, rows)
   assert isinstance(weights, AttentionWeights)
-  assert dots(step(anchor), params, x, cache, positions, positions[:, 0] + 1) == 6
-  assert dots(step(follower), follower_params, x, weights, keyless, positions) == 3
-  _, after_follower = step(follower)(follower_params, x, weights, keyless, positions)
+  assert dots(step(anchor), params, x, cache, rows) == 6
+  assert dots(step(follower), follower_params, x, weights, keyless, rows) == 3
+  _, after_follower = step(follower)(follower_params, x, weights, keyless, rows)
   assert after.keys is not None
   assert after_follower.keys is None
   # Each row wrote its own slot and no other.

@@ -202,7 +202,7 @@ def test_gradients_respect_causality(state):
   x = np.random.default_rng(0).normal(size=(1, 6, 32)).astype(np.float32)
 
   def outputs(x):
-    return Runs(model.config, model.plan).apply({"params": params}, x, None)[0].sum(axis=-1)
+    return Runs(model.config, model.plan).apply({"params": params}, x)[0].sum(axis=-1)
 
   jacobian = np.abs(jax.jit(jax.jacrev(outputs))(x)[:, 0]).sum(axis=-1)
   np.testing.assert_array_equal(jacobian > 0, np.tril(np.ones((6, 6), bool)))
@@ -216,7 +216,7 @@ def test_no_gradient_flows_into_padding(state):
   lengths = np.array([4, 6], np.int32)
 
   def total(x):
-    y = Runs(model.config, model.plan).apply({"params": params}, x, lengths)
+    y = Runs(model.config, model.plan).apply({"params": params}, x, ops.Rows(lengths))
     return jnp.where((np.arange(6) < lengths[:, None])[:, :, None], y, 0.0).sum()
 
   gradient = np.abs(jax.jit(jax.grad(total))(x)).sum(axis=-1)

@@ -53,7 +53,7 @@ def test_backends(backend, spec):
   lengths = np.array([23, 14])
   chosen = ops.backends[backend].attend
   attend = chosen if backend == "reference" else lambda *args: chosen(*args, block=4)
-  out = attend(q, k, v, jnp.asarray(lengths), spec)
+  out = attend(q, k, v, ops.Rows(jnp.asarray(lengths)), spec)
   expected = formula(q, k, v, lengths, spec)
   for row, length in enumerate(lengths):
     np.testing.assert_allclose(out[row, :length], expected[row, :length], atol=2e-6)
@@ -64,7 +64,7 @@ def test_blockwise_gradient(spec):
   q, k, v, cotangent = arrays()
   grads = []
   for attend in (ops.backends["reference"].attend, functools.partial(blockwise.attend, block=4)):
-    loss = lambda q, k, v, attend=attend: (attend(q, k, v, None, spec) * cotangent).sum()
+    loss = lambda q, k, v, attend=attend: (attend(q, k, v, ops.Rows(), spec) * cotangent).sum()
     grads.append(jax.grad(loss, argnums=(0, 1, 2))(q, k, v))
   for expected, found in zip(*grads):
     assert np.abs(expected).max() > 0.01
@@ -73,9 +73,9 @@ def test_blockwise_gradient(spec):
 
 def test_choice():
   q, k, _, _ = (x.astype(jnp.bfloat16) for x in arrays())
-  assert ops.choose_backend("auto", q, k, "gpu", ops.AttentionSpec(window=5)) == "cudnn"
-  assert ops.choose_backend("auto", q, k, "gpu", ops.AttentionSpec(softcap=5.0)) != "cudnn"
+  assert ops.choose_backend("auto", q, k, spec=ops.AttentionSpec(window=5), platform="gpu") == "cudnn"
+  assert ops.choose_backend("auto", q, k, spec=ops.AttentionSpec(softcap=5.0), platform="gpu") != "cudnn"
   with pytest.raises(ValueError, match=r"no soft cap"):
-    ops.choose_backend("cudnn", q, k, "gpu", ops.AttentionSpec(softcap=5.0))
+    ops.choose_backend("cudnn", q, k, spec=ops.AttentionSpec(softcap=5.0), platform="gpu")
   with pytest.raises(ValueError, match=r"window = 0"):
     ops.AttentionSpec(window=0)

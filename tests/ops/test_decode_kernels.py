@@ -130,7 +130,7 @@ class TestOnTheDevice:
     out, weights, *written = attend(q, key, value, keys, values, positions)
     expected = [ops.write_slot(each, new, positions) for each, new in ((keys, key), (values, value))]
     jax.tree.map(np.testing.assert_array_equal, written, expected)
-    plain = ops.decode_weights(q[:, None], expected[0], positions[:, None], spec=ops.AttentionSpec(scale=0.1))
+    plain = ops.decode_weights(q[:, None], expected[0], ops.Rows(offset=positions), ops.AttentionSpec(scale=0.1))
     close(weights, plain[:, :, 0], 0.002)
     close(out, ops.decode_apply(plain, expected[1])[:, 0], 0.01)
     # The follower has other values, which this token's joins too.

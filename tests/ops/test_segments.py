@@ -43,7 +43,7 @@ def masked(q, k, v, segments, window=None):
 @pytest.mark.parametrize("attend", BACKENDS)
 def test_by_the_formula(attend, window):
   q, k, v, _ = arrays(PACKED)
-  out = jax.jit(lambda q, k, v, s: attend(q, k, v, None, ops.AttentionSpec(window), s))(q, k, v, SEGMENTS)
+  out = jax.jit(lambda q, k, v, s: attend(q, k, v, ops.Rows(segments=s), ops.AttentionSpec(window)))(q, k, v, SEGMENTS)
   np.testing.assert_allclose(out, masked(q, k, v, np.asarray(SEGMENTS), window), atol=1e-5)
 
 
@@ -62,7 +62,7 @@ def close(a, b, atol=2e-5):
 def test_blockwise_gradients_are_the_references():
   q, k, v, d_out = arrays(PACKED)
   got, want = (
-    value_and_gradients(lambda *qkv: attend(*qkv, None, ops.AttentionSpec(), SEGMENTS), q, k, v, d_out)
+    value_and_gradients(lambda *qkv: attend(*qkv, ops.Rows(segments=SEGMENTS), ops.AttentionSpec()), q, k, v, d_out)
     for attend in (functools.partial(blockwise.attend, block=4), reference.attend)
   )
   close(got, want)
@@ -75,7 +75,11 @@ def test_flash_kernels_are_the_reference(spec):
   segments = jnp.asarray(np.repeat([[1, 1, 2, 3, 0], [1, 1, 1, 1, 2]], [64, 20, 44, 32, 40], axis=1), jnp.int32)
   got, want = (
     value_and_gradients(
-      lambda q, k, v: attend(q, k, v, None, spec, segments, jnp.int32(60)), q[:, 60:150], k, v, d_out[:, 60:150]
+      lambda q, k, v: attend(q, k, v, ops.Rows(segments=segments, offset=jnp.int32(60)), spec),
+      q[:, 60:150],
+      k,
+      v,
+      d_out[:, 60:150],
     )
     for attend in (functools.partial(flash.attend, interpret=True), reference.attend)
   )
@@ -87,7 +91,7 @@ def test_splash_kernels_are_the_reference():
   segments = jnp.asarray(np.repeat([[1, 2, 2, 3, 0], [1, 1, 1, 1, 2]], 26, axis=1), jnp.int32)
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     got, want = (
-      value_and_gradients(lambda *qkv: attend(*qkv, None, ops.AttentionSpec(), segments), q, k, v, d_out)
+      value_and_gradients(lambda *qkv: attend(*qkv, ops.Rows(segments=segments), ops.AttentionSpec()), q, k, v, d_out)
       for attend in (functools.partial(splash.attend, interpret=True), reference.attend)
     )
   close(got, want)
@@ -100,26 +104,30 @@ def test_part_of_the_queries(attend, window):
   q, k, v, d_out = arrays(PACKED)
   spec = ops.AttentionSpec(window)
   whole = value_and_gradients(
-    lambda *qkv: reference.attend(*qkv, None, spec, SEGMENTS), q, k, v, d_out.at[:, :7].set(0).at[:, 15:].set(0)
+    lambda *qkv: reference.attend(*qkv, ops.Rows(segments=SEGMENTS), spec),
+    q,
+    k,
+    v,
+    d_out.at[:, :7].set(0).at[:, 15:].set(0),
   )
-  part = lambda q, k, v: attend(q, k, v, None, spec, SEGMENTS, jnp.int32(7))
+  part = lambda q, k, v: attend(q, k, v, ops.Rows(segments=SEGMENTS, offset=jnp.int32(7)), spec)
   out, (dq, dk, dv) = value_and_gradients(part, q[:, 7:15], k, v, d_out[:, 7:15])
   close((out, dq, dk, dv), (whole[0][:, 7:15], whole[1][0][:, 7:15], *whole[1][1:]))
 
 
 def test_auto_chooses_a_backend_that_can_and_a_named_one_says_why_not():
   q, k = (jax.ShapeDtypeStruct((1, 4096, heads, 64), jnp.bfloat16) for heads in (4, 2))
-  packed, split = ops.Rows(packed=True), ops.Rows(split=True)
-  assert ops.choose_backend("auto", q, k, "gpu") == "cudnn"
-  assert ops.choose_backend("auto", q, k, "gpu", rows=packed) == "flash"
-  assert ops.choose_backend("auto", q, k, "gpu", rows=split) == "flash"
-  assert ops.choose_backend("auto", q, k, "gpu", spec=ops.AttentionSpec(softcap=50.0)) == "flash"
-  assert ops.choose_backend("auto", q, k, "tpu", rows=packed) == "splash"
-  assert ops.choose_backend("auto", q, k, "tpu", rows=split) == "blockwise"
+  packed, split = ops.Rows(segments=jnp.zeros((1, 4096), jnp.int32)), ops.Rows(offset=jnp.int32(0))
+  assert ops.choose_backend("auto", q, k, platform="gpu") == "cudnn"
+  assert ops.choose_backend("auto", q, k, packed, platform="gpu") == "flash"
+  assert ops.choose_backend("auto", q, k, split, platform="gpu") == "flash"
+  assert ops.choose_backend("auto", q, k, platform="gpu", spec=ops.AttentionSpec(softcap=50.0)) == "flash"
+  assert ops.choose_backend("auto", q, k, packed, platform="tpu") == "splash"
+  assert ops.choose_backend("auto", q, k, split, platform="tpu") == "blockwise"
   with pytest.raises(ValueError, match="'cudnn' cannot compute this: it has no segments"):
-    ops.choose_backend("cudnn", q, k, "gpu", rows=packed)
-  with pytest.raises(ValueError, match="'splash' cannot compute this: .* rows are split over devices"):
-    ops.choose_backend("splash", q, k, "tpu", rows=split)
+    ops.choose_backend("cudnn", q, k, packed, platform="gpu")
+  with pytest.raises(ValueError, match="'splash' cannot compute this: it has no offset of the queries"):
+    ops.choose_backend("splash", q, k, split, platform="tpu")
 
 
 @pytest.mark.parametrize("state", ["query_key", "attention_weights"])
@@ -162,12 +170,12 @@ def test_what_cannot_be_packed_is_said():
   with pytest.raises(ValueError, match="one a token"):
     shape(tiny.model("0:1", num_layers=2), jnp.zeros((1, 5), jnp.int32))
   with pytest.raises(ValueError, match="one number a slot"):
-    ops.attend(*arrays(6)[:3], segments=jnp.zeros((2, 5), jnp.int32))
+    ops.attend(*arrays(6)[:3], ops.Rows(segments=jnp.zeros((2, 5), jnp.int32)))
 
 
 def test_states_tell_the_weights_of_packed_rows():
   q, k, _, _ = arrays(PACKED)
-  state = nn.QueryKey(q, k, segments=SEGMENTS)
+  state = nn.QueryKey(q, k, ops.Rows(segments=SEGMENTS))
   weights = np.asarray(jax.jit(lambda state: state.weights())(state))
   assert (weights[0, :, 6:15, :6] == 0).all()
   np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)

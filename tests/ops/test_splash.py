@@ -12,6 +12,7 @@ from sa_jax import ops
 from sa_jax.nn import QueryKey
 from sa_jax.ops.attention import reference, splash
 from sa_jax.ops.attention.dispatch import Backend
+from sa_jax.ops.attention.rows import SEGMENTS
 from sa_jax.sharding import DEFAULT_RULES, make_mesh, on_mesh, param_shardings
 from tests import tiny
 
@@ -27,7 +28,7 @@ def relaxed():
 def interpreted(monkeypatch):
   """The splash backend, able to run here."""
   attend = functools.partial(splash.attend, interpret=True)
-  monkeypatch.setitem(ops.backends, "splash", Backend(attend, lambda *_: None, partitions=False))
+  monkeypatch.setitem(ops.backends, "splash", Backend(attend, frozenset({SEGMENTS}), partitions=False))
 
 
 def arrays(length, heads, kv_heads, head_dim, batch=2):
@@ -53,7 +54,7 @@ def test_splash_is_the_reference_forward_and_backward(length, heads, kv_heads, h
 
   def both(attend):
     def run(q, k, v, lengths, d_out):
-      out, pull = jax.vjp(lambda *qkv: attend(*qkv, lengths, spec), q, k, v)
+      out, pull = jax.vjp(lambda *qkv: attend(*qkv, ops.Rows(lengths), spec), q, k, v)
       return jnp.where(row, out, 0), pull(d_out)
 
     return jax.jit(run)(q, k, v, lengths, d_out)
@@ -77,7 +78,7 @@ def test_blocks_tile_the_padded_length(length):
 def test_auto_is_splash_on_tpu_and_its_name_is_refused_elsewhere():
   q, k, v, _ = arrays(128, 2, 1, 8)
   assert ops.choose_backend("auto", q, k, platform="tpu") == "splash"
-  with pytest.raises(ValueError, match="runs on TPUs, and this is cpu; 'auto'"):
+  with pytest.raises(ValueError, match="runs on TPUs, and this is cpu; blockwise, reference can"):
     ops.attend(q, k, v, backend="splash")
 
 
@@ -91,8 +92,8 @@ def small(**changes):
 def loss_and_gradient(model, params, tokens, lengths):
 
   def loss(params, tokens, lengths):
-    hidden = model.apply({"params": params}, tokens, lengths, method="hidden")
-    head = lambda hidden: model.apply({"params": params}, hidden, method="logits")
+    hidden = model.apply({"params": params}, tokens, ops.Rows(lengths), method=model.hidden)
+    head = lambda hidden: model.apply({"params": params}, hidden, method=model.logits)
     seen = (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.float32)
     total, count = ops.next_token_loss(head, hidden, tokens, seen, chunk=48)
     return total / count

@@ -59,13 +59,15 @@ class TestGradual:
     tiny.assert_trees_equal(sa_jax.unstack(whole(), PLAN), dense_layers())
 
   def test_it_goes_from_dense_to_the_plan(self):
-    logits = jax.jit(lambda share: WHOLE.apply({"params": whole()}, TOKENS, None, BATCH.segments, share))
+    logits = jax.jit(lambda share: WHOLE.apply({"params": whole()}, TOKENS, None, BATCH.segments, share=share))
     dense = jax.jit(DENSE.apply)({"params": dense_layers()}, TOKENS, None, BATCH.segments)
     shared = jax.jit(STUDENT.apply)({"params": sa_jax.prune(whole(), PLAN)}, TOKENS, None, BATCH.segments)
     close(logits(jnp.float32(0)), dense)
     close(logits(jnp.float32(1)), shared)
     assert np.abs(dense - shared).max() > 0.1
-    close(jax.jit(lambda params: WHOLE.apply({"params": params}, TOKENS, None, BATCH.segments, 0.0))(whole()), dense)
+    close(
+      jax.jit(lambda params: WHOLE.apply({"params": params}, TOKENS, None, BATCH.segments, share=0.0))(whole()), dense
+    )
 
   def test_its_weights_are_the_mixture(self):
     """One follower right after its anchor: the same block output as with weights mixed by hand."""
@@ -76,7 +78,7 @@ class TestGradual:
     dense, model = Transformer(config, SharingPlan.dense(2)), nn.GradualTransformer(config, plan)
     states = jax.jit(lambda params: [state.weights() for state in dense.apply({"params": params}, x, method="states")])
     mixed = 0.3 * states(layers)[0] + 0.7 * states(layers)[1]
-    mix = jax.jit(lambda params: model.apply({"params": params}, x, None, None, 0.3, mutable=[nn.BLOCK_OUTPUTS]))
+    mix = jax.jit(lambda params: model.apply({"params": params}, x, share=0.3, mutable=[nn.BLOCK_OUTPUTS]))
     _, kept = mix(sa_jax.stack_unpruned(layers, plan))
     run = kept[nn.BLOCK_OUTPUTS]["runs"]["0"]
     after_anchor, got = run["anchor"]["x"][0], run["followers"]["x"][0, 0]

@@ -1,25 +1,29 @@
-"""Causal attention: one definition, several ways to compute it.
+"""Attention: one definition, several ways to compute it.
 
 `attend` computes ``softmax(q kᵀ / sqrt(H) + mask) v`` without handing out the weights; `attention_weights` and
 `apply_weights` are its two halves. Handing `attend` an anchor's q and k and a follower's v *is* Shared Attention.
 """
 
 from sa_jax.ops.attention.decode import decode_apply, decode_attend, decode_follow, decode_weights, write_slot
-from sa_jax.ops.attention.dispatch import Rows, attend, backends, choose_backend
+from sa_jax.ops.attention.dispatch import Backend, attend, backends, check_shapes, choose_backend, register_backend
 from sa_jax.ops.attention.reference import apply_weights, attention_weights
+from sa_jax.ops.attention.rows import Rows
 from sa_jax.ops.attention.spec import AttentionSpec
 
 __all__ = [
   "AttentionSpec",
+  "Backend",
   "Rows",
   "apply_weights",
   "attend",
   "attention_weights",
   "backends",
+  "check_shapes",
   "choose_backend",
   "decode_apply",
   "decode_attend",
   "decode_follow",
   "decode_weights",
+  "register_backend",
   "write_slot",
 ]

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from sa_jax.ops.attention.reference import MASKED, Segments, segments_at, visible
+from sa_jax.ops.attention.rows import Rows
 from sa_jax.ops.attention.spec import AttentionSpec
 
 _BLOCK = 256
 
 
-class _Rows(NamedTuple):
-  """What, besides the spec, decides which keys a query sees.
+class _Sight(NamedTuple):
+  """`Rows` as blocks read them.
 
   Attributes:
     lengths: int32 ``[B]``.
@@ -31,29 +32,33 @@ class _Rows(NamedTuple):
   segments: Segments | None
 
 
-def attend(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  lengths: jax.Array | None,
-  spec: AttentionSpec,
-  segments: jax.Array | None = None,
-  offset: jax.Array | None = None,
-  block: int = _BLOCK,
-) -> jax.Array:
+class _How(NamedTuple):
+  """What is known before the arrays are.
+
+  Attributes:
+    spec: window, soft cap and scale.
+    block: tokens in a block.
+    causal: whether a query sees no key after its own slot.
+  """
+
+  spec: AttentionSpec
+  block: int
+  causal: bool
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: AttentionSpec, block: int = _BLOCK) -> jax.Array:
   """Blockwise attention; shapes as in `sa_jax.ops.attend`. ``block`` is the block length in tokens."""
   batch, length, heads, head_dim = q.shape
   block = min(block, length)
   pad = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)) + ((0, 0),) * (x.ndim - 2))
-  if lengths is None:
-    lengths = jnp.full((batch,), k.shape[1], jnp.int32)
-  start = jnp.int32(0) if offset is None else offset
+  lengths = jnp.full((batch,), k.shape[1], jnp.int32) if rows.lengths is None else rows.lengths
   pair = None
-  if segments is not None:
-    pair = (pad(segments_at(segments, start + jnp.arange(length))), pad(segments))
+  if rows.segments is not None:
+    pair = (pad(segments_at(rows.segments, rows.positions(length))), pad(rows.segments))
   padded = pad(q)
   grouped = padded.reshape(batch, padded.shape[1], k.shape[2], heads // k.shape[2], head_dim)
-  out = _attend(grouped, pad(k), pad(v), _Rows(lengths, start, pair), spec, block)
+  sight = _Sight(lengths, jnp.int32(0) if rows.offset is None else rows.offset, pair)
+  out = _attend(grouped, pad(k), pad(v), sight, _How(spec, block, rows.causal))
   return out[:, :length].reshape(q.shape)
 
 
@@ -68,37 +73,40 @@ def _unblocks(x: jax.Array) -> jax.Array:
   return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _scores(q: jax.Array, k: jax.Array, i: jax.Array, j: jax.Array, rows: _Rows, spec: AttentionSpec) -> jax.Array:
+def _scores(q: jax.Array, k: jax.Array, i: jax.Array, j: jax.Array, sight: _Sight, how: _How) -> jax.Array:
   """Masked float32 scores ``[B, K, G, block, block]`` of query block ``i`` against key block ``j``."""
   block, head_dim = q.shape[1], q.shape[-1]
-  scores = spec.scores(jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32), head_dim)
+  scores = how.spec.scores(jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32), head_dim)
   segments = None
-  if rows.segments is not None:
+  if sight.segments is not None:
     of_queries, of_keys = (
-      jax.lax.dynamic_slice_in_dim(x, n * block, block, axis=1) for x, n in zip(rows.segments, (i, j))
+      jax.lax.dynamic_slice_in_dim(x, n * block, block, axis=1) for x, n in zip(sight.segments, (i, j))
     )
     segments = of_queries, of_keys
   positions = jnp.arange(block)
-  seen = visible(rows.offset + i * block + positions, j * block + positions, rows.lengths, spec.window, segments)
+  queries, keys = sight.offset + i * block + positions, j * block + positions
+  seen = visible(queries, keys, sight.lengths, how.spec.window, segments, how.causal)
   return jnp.where(seen[:, None, None], scores, MASKED)
 
 
-def _key_blocks(
-  i: jax.Array, offset: jax.Array, block: int, spec: AttentionSpec, blocks: int
-) -> tuple[jax.Array | int, jax.Array]:
+def _key_blocks(i: jax.Array, offset: jax.Array, how: _How, blocks: int) -> tuple[jax.Array | int, jax.Array | int]:
   """The first and one past the last of the key blocks that queries of block ``i`` see."""
-  slot = offset + i * block
-  first = 0 if spec.window is None else jnp.maximum(slot - (spec.window - 1), 0) // block
-  return first, jnp.minimum((slot + block - 1) // block + 1, blocks)
+  slot, window = offset + i * how.block, how.spec.window
+  last: jax.Array | int = slot + how.block - 1
+  if not how.causal:
+    last = blocks * how.block - 1 if window is None else last + window - 1
+  first = 0 if window is None else jnp.maximum(slot - (window - 1), 0) // how.block
+  return first, jnp.minimum(last // how.block + 1, blocks)
 
 
-def _query_blocks(
-  j: jax.Array, offset: jax.Array, block: int, spec: AttentionSpec, blocks: int
-) -> tuple[jax.Array, jax.Array | int]:
+def _query_blocks(j: jax.Array, offset: jax.Array, how: _How, blocks: int) -> tuple[jax.Array | int, jax.Array | int]:
   """The first and one past the last of the query blocks that see keys of block ``j``."""
-  slot = j * block - offset
-  end = blocks if spec.window is None else jnp.minimum((slot + block + spec.window - 2) // block + 1, blocks)
-  return jnp.maximum(slot, 0) // block, end
+  window = how.spec.window
+  slot: jax.Array | int = j * how.block - offset
+  end = blocks if window is None else jnp.minimum((slot + how.block + window - 2) // how.block + 1, blocks)
+  if not how.causal:
+    slot = 0 if window is None else slot - (window - 1)
+  return jnp.maximum(slot, 0) // how.block, end
 
 
 def _to_heads_last(x: jax.Array) -> jax.Array:
@@ -106,15 +114,14 @@ def _to_heads_last(x: jax.Array) -> jax.Array:
   return jnp.moveaxis(x, 3, 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, rows: _Rows, spec: AttentionSpec, block: int) -> jax.Array:
-  return _forward(q, k, v, rows, spec, block)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, sight: _Sight, how: _How) -> jax.Array:
+  return _forward(q, k, v, sight, how)[0]
 
 
-def _forward(
-  q: jax.Array, k: jax.Array, v: jax.Array, rows: _Rows, spec: AttentionSpec, block: int
-) -> tuple[jax.Array, tuple[Any, ...]]:
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, sight: _Sight, how: _How) -> tuple[jax.Array, tuple[Any, ...]]:
   """Output ``[B, T, K, G, H]`` and the residuals of the backward pass."""
+  block = how.block
   q_blocks, k_blocks, v_blocks = _blocks(q, block), _blocks(k, block), _blocks(v, block)
 
   def query_block(carry: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
@@ -122,7 +129,7 @@ def _forward(
 
     def key_block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
       accumulated, maximum, total = carry
-      scores = _scores(q_i, k_blocks[j], i, j, rows, spec)
+      scores = _scores(q_i, k_blocks[j], i, j, sight, how)
       new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
       weights = jnp.exp(scores - new_maximum[..., None])
       shrink = jnp.exp(maximum - new_maximum)
@@ -137,20 +144,19 @@ def _forward(
       jnp.full(queries, MASKED, jnp.float32),
       jnp.zeros(queries, jnp.float32),
     )
-    seen = _key_blocks(i, rows.offset, block, spec, len(k_blocks))
+    seen = _key_blocks(i, sight.offset, how, len(k_blocks))
     accumulated, maximum, total = jax.lax.fori_loop(*seen, key_block, start)
     out = accumulated / _to_heads_last(total)[..., None]
     return carry, (out.astype(v.dtype), maximum + jnp.log(total))
 
   _, (out, log_sums) = jax.lax.scan(query_block, None, (jnp.arange(len(q_blocks)), q_blocks))
   out = _unblocks(out)
-  return out, (q, k, v, rows, out, log_sums)
+  return out, (q, k, v, sight, out, log_sums)
 
 
-def _backward(
-  spec: AttentionSpec, block: int, residuals: tuple[Any, ...], d_out: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-  q, k, v, rows, out, log_sums = residuals
+def _backward(how: _How, residuals: tuple[Any, ...], d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+  q, k, v, sight, out, log_sums = residuals
+  spec, block = how.spec, how.block
   q_blocks, k_blocks, v_blocks, d_out_blocks = (_blocks(x, block) for x in (q, k, v, d_out))
   # D = rowsum(dO ∘ O), the softmax Jacobian's rank-one part.
   inner = jnp.einsum("BTKGH,BTKGH->BKGT", d_out, out, preferred_element_type=jnp.float32)
@@ -162,7 +168,7 @@ def _backward(
 
     def query_block(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
       dq, dk_j, dv_j = carry
-      scores = _scores(q_blocks[i], k_j, i, j, rows, spec)
+      scores = _scores(q_blocks[i], k_j, i, j, sight, how)
       weights = jnp.exp(scores - log_sums[i][..., None])
       d_weights = jnp.einsum("BTKGH,BSKH->BKGTS", d_out_blocks[i], v_j, preferred_element_type=jnp.float32)
       d_scores = weights * (d_weights - inner_blocks[i][..., None]) * scale
@@ -176,7 +182,7 @@ def _backward(
       return dq.at[i].add(product("BKGTS,BSKH->BTKGH", d_scores, k_j)), dk_j, dv_j
 
     zeros = jnp.zeros(k_j.shape, jnp.float32)
-    seen = _query_blocks(j, rows.offset, block, spec, len(q_blocks))
+    seen = _query_blocks(j, sight.offset, how, len(q_blocks))
     dq, dk_j, dv_j = jax.lax.fori_loop(*seen, query_block, (dq, zeros, zeros))
     return dq, (dk_j.astype(k.dtype), dv_j.astype(v.dtype))
 

@@ -2,31 +2,26 @@
 
 import jax
 
+from sa_jax.ops.attention.rows import Rows
 from sa_jax.ops.attention.spec import AttentionSpec
 
 
-def attend(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  lengths: jax.Array | None,
-  spec: AttentionSpec,
-  segments: None = None,
-  offset: None = None,
-) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: AttentionSpec) -> jax.Array:
   """cuDNN flash attention; O(T) memory. Shapes as in `sa_jax.ops.attend`, without segments and offset.
 
-  The mask is given as a flag and lengths, never as an array, which costs cuDNN a factor of 2.6.
+  Causality and lengths are given as such, never as a mask, which costs cuDNN a factor of 2.6.
   """
-  del segments, offset
+  window = None if spec.window is None else (spec.window - 1, 0 if rows.causal else spec.window - 1)
   return jax.nn.dot_product_attention(
     q,
     k,
     v,
+    bias=rows.bias,
+    mask=rows.mask,
     scale=spec.scale,
-    is_causal=True,
-    query_seq_lengths=lengths,
-    key_value_seq_lengths=lengths,
-    local_window_size=None if spec.window is None else (spec.window - 1, 0),
+    is_causal=rows.causal,
+    query_seq_lengths=rows.lengths if rows.causal else None,
+    key_value_seq_lengths=rows.lengths,
+    local_window_size=window,
     implementation="cudnn",
   )

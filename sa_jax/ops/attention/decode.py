@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from sa_jax.ops.attention import flash_decode
 from sa_jax.ops.attention.reference import apply_weights, attention_weights
+from sa_jax.ops.attention.rows import Rows
 from sa_jax.ops.attention.spec import AttentionSpec
 from sa_jax.ops.kernels import has_gpu_kernels
 from sa_jax.ops.quantize import Int8, Stored, as_stored, product_dtype
@@ -37,22 +38,20 @@ def _read(stored: Stored, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.A
   return jnp.swapaxes(stored, 1, 2), None
 
 
-def decode_weights(
-  q: jax.Array, keys: Stored, positions: jax.Array, *, spec: AttentionSpec = AttentionSpec()
-) -> jax.Array:
+def decode_weights(q: jax.Array, keys: Stored, rows: Rows, spec: AttentionSpec = AttentionSpec()) -> jax.Array:
   """Softmaxed attention weights of new tokens.
 
   Args:
     q: ``[B, T, N, H]``.
     keys: ``[B, K, S, H]``, the tokens' own among them.
-    positions: int32 ``[B, T]``, the slot of each token: it sees slots 0 to that one.
+    rows: whose offset, int32 ``[B]``, is the slot of each row's first new token.
     spec: window, soft cap and scale.
 
   Returns:
     ``[B, N, T, S]`` in q's dtype.
   """
   data, scale = _read(keys, q.dtype)
-  return attention_weights(q, data, positions=positions, spec=spec, key_scale=scale)
+  return attention_weights(q, data, rows, spec, key_scale=scale)
 
 
 def decode_apply(weights: jax.Array, values: Stored) -> jax.Array:
@@ -68,15 +67,12 @@ def decode_apply(weights: jax.Array, values: Stored) -> jax.Array:
 
 def decode_attend(
   q: jax.Array,
-  new_keys: jax.Array,
-  new_values: jax.Array,
-  keys: Stored,
-  values: Stored,
-  positions: jax.Array,
-  *,
+  new: tuple[jax.Array, jax.Array],
+  cached: tuple[Stored, Stored],
+  rows: Rows,
   spec: AttentionSpec = AttentionSpec(),
   with_weights: bool = False,
-) -> tuple[jax.Array, jax.Array | None, Stored, Stored]:
+) -> tuple[jax.Array, jax.Array | None, tuple[Stored, Stored]]:
   """Attention of new tokens over the cache that they join.
 
   On NVIDIA GPUs in half precision, one token a row is one kernel that reads no block of 64 slots past the row's end (on
@@ -84,30 +80,31 @@ def decode_attend(
 
   Args:
     q: ``[B, T, N, H]``.
-    new_keys: ``[B, T, K, H]``.
-    new_values: ``[B, T, K, H]``.
-    keys: ``[B, K, S, H]``.
-    values: ``[B, K, S, H]``.
-    positions: int32 ``[B, T]``, the slot that each token takes.
+    new: keys and values ``[B, T, K, H]`` of the tokens.
+    cached: keys and values ``[B, K, S, H]``.
+    rows: whose offset, int32 ``[B]``, is the slot that each row's first new token takes.
     spec: window, soft cap and scale.
     with_weights: whether followers need the weights; without, a kernel may keep them.
 
   Returns:
-    ``[B, T, N, H]``; the softmaxed weights ``[B, N, T, S]``, or None; keys and values with the new ones.
+    ``[B, T, N, H]``; the softmaxed weights ``[B, N, T, S]``, or None; cached keys and values with the new ones.
   """
-  if _has_kernel(q.shape[1], q.dtype, keys) and spec.window is None and spec.softcap is None:
-    token = q[:, 0], new_keys[:, 0], new_values[:, 0]
+  assert rows.offset is not None, "new tokens have a slot in the cache"
+  plain = spec.window is None and spec.softcap is None and rows.bias is None and rows.mask is None
+  if _has_kernel(q.shape[1], q.dtype, cached[0]) and plain:
+    token = q[:, 0], new[0][:, 0], new[1][:, 0]
     out, weights, keys, values = flash_decode.attend(
-      *token, keys, values, positions[:, 0], scale=spec.scale_for(q.shape[-1]), with_weights=with_weights
+      *token, *cached, rows.offset, scale=spec.scale_for(q.shape[-1]), with_weights=with_weights
     )
-    return out[:, None], None if weights is None else weights[:, :, None], keys, values
-  keys, values = write_slot(keys, new_keys, positions), write_slot(values, new_values, positions)
-  weights = decode_weights(q, keys, positions, spec=spec)
-  return decode_apply(weights, values), weights if with_weights else None, keys, values
+    return out[:, None], None if weights is None else weights[:, :, None], (keys, values)
+  slots = rows.positions(q.shape[1])
+  keys, values = (write_slot(stored, x, slots) for stored, x in zip(cached, new, strict=True))
+  weights = decode_weights(q, keys, rows, spec)
+  return decode_apply(weights, values), weights if with_weights else None, (keys, values)
 
 
 def decode_follow(
-  weights: jax.Array, new_values: jax.Array, values: Stored, positions: jax.Array
+  weights: jax.Array, new_values: jax.Array, values: Stored, offset: jax.Array
 ) -> tuple[jax.Array, Stored]:
   """A follower's attention of new tokens over the values that theirs join; a kernel where `decode_attend` is one.
 
@@ -115,15 +112,15 @@ def decode_follow(
     weights: ``[B, N, T, S]``, the anchor's.
     new_values: ``[B, T, K, H]``.
     values: ``[B, K, S, H]``.
-    positions: int32 ``[B, T]``, the slot that each token takes.
+    offset: int32 ``[B]``, the slot that each row's first new token takes.
 
   Returns:
     ``[B, T, N, H]``, and the values with the new ones.
   """
   if _has_kernel(weights.shape[2], weights.dtype, values):
-    out, values = flash_decode.follow(weights[:, :, 0], new_values[:, 0], values, positions[:, 0])
+    out, values = flash_decode.follow(weights[:, :, 0], new_values[:, 0], values, offset)
     return out[:, None], values
-  values = write_slot(values, new_values, positions)
+  values = write_slot(values, new_values, Rows(offset=offset).positions(new_values.shape[1]))
   return decode_apply(weights, values), values
 
 

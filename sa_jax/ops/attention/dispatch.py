@@ -12,57 +12,57 @@ import jax.numpy as jnp
 from sa_jax.errors import UserError
 from sa_jax.ops import kernels
 from sa_jax.ops.attention import blockwise, cudnn, flash, reference, splash
+from sa_jax.ops.attention.rows import BIAS, MASK, NOT_CAUSAL, OFFSET, OFFSETS, SEGMENTS, Rows
 from sa_jax.ops.attention.spec import AttentionSpec
 
 _LOG = logging.getLogger("sa_jax")
-
-
-class Rows(NamedTuple):
-  """What the rows of a call are like.
-
-  Attributes:
-    packed: whether they hold several documents, told apart by segments.
-    split: whether a call has part of each row's queries, and all of its keys.
-  """
-
-  packed: bool = False
-  split: bool = False
 
 
 class Backend(NamedTuple):
   """A way to compute attention.
 
   Attributes:
-    attend: the function; of q, k, v, lengths, spec, segments and offset.
-    unsupported: from platform, q, spec and `Rows`, why it cannot compute the call, or None when it can.
+    attend: the function; of q, k, v, rows and spec.
+    serves: which demands of `Rows` it meets.
+    unsupported: from platform, q and spec, why it cannot compute the call, or None when it can.
     partitions: whether XLA can split it over a mesh; what it cannot split runs under `jax.shard_map`, as
       `sa_jax.nn.QueryKey` does.
   """
 
-  attend: Callable[..., jax.Array]
-  unsupported: Callable[[str, jax.Array, AttentionSpec, Rows], str | None]
+  attend: Callable[[jax.Array, jax.Array, jax.Array, Rows, AttentionSpec], jax.Array]
+  serves: frozenset[str] = frozenset()
+  unsupported: Callable[[str, jax.Array, AttentionSpec], str | None] = lambda *_: None
   partitions: bool = True
 
+  def refusal(self, platform: str, q: jax.Array, rows: Rows, spec: AttentionSpec) -> str | None:
+    """Why it cannot compute the call, or None when it can."""
+    if reason := self.unsupported(platform, q, spec):
+      return reason
+    lacking = [demand for demand in rows.demands if demand not in self.serves]
+    return f"it has no {' and no '.join(lacking)}, which these rows need" if lacking else None
 
-def _cudnn_unsupported(platform: str, q: jax.Array, spec: AttentionSpec, rows: Rows = Rows()) -> str | None:
+
+def _on_gpu_in_half_precision(platform: str, q: jax.Array) -> str | None:
   if platform not in ("gpu", "cuda"):
     return f"it runs on NVIDIA GPUs, and this is {platform}"
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     return f"it computes in bfloat16 or float16, and q is {q.dtype}"
+  return None
+
+
+def _cudnn_unsupported(platform: str, q: jax.Array, spec: AttentionSpec) -> str | None:
+  if reason := _on_gpu_in_half_precision(platform, q):
+    return reason
   if q.shape[-1] % 8 or q.shape[-1] > 128:
     return f"it takes head dimensions that are multiples of 8 up to 128, and q has {q.shape[-1]}"
   if spec.softcap is not None:
     return f"it has no soft cap of scores, and this attention has one of {spec.softcap}"
-  if rows.packed:
-    return "it has no segments, and these rows hold several documents"
-  return _SPLIT if rows.split else None
+  return None
 
 
-def _flash_unsupported(platform: str, q: jax.Array, spec: AttentionSpec, rows: Rows = Rows()) -> str | None:  # noqa: ARG001
-  if platform not in ("gpu", "cuda"):
-    return f"it runs on NVIDIA GPUs, and this is {platform}"
-  if q.dtype not in (jnp.bfloat16, jnp.float16):
-    return f"it computes in bfloat16 or float16, and q is {q.dtype}"
+def _flash_unsupported(platform: str, q: jax.Array, spec: AttentionSpec) -> str | None:  # noqa: ARG001
+  if reason := _on_gpu_in_half_precision(platform, q):
+    return reason
   if kernels.triton is None:
     return "it is written in Pallas Triton, which this version of JAX does not have"
   if q.shape[-1] not in (16, 32, 64, 128):
@@ -70,21 +70,16 @@ def _flash_unsupported(platform: str, q: jax.Array, spec: AttentionSpec, rows: R
   return None
 
 
-def _splash_unsupported(platform: str, q: jax.Array, spec: AttentionSpec, rows: Rows = Rows()) -> str | None:  # noqa: ARG001
-  if platform != "tpu":
-    return f"it runs on TPUs, and this is {platform}"
-  return _SPLIT if rows.split else None
-
-
-_SPLIT = "its causal mask begins with the first key, and here rows are split over devices"
+def _splash_unsupported(platform: str, q: jax.Array, spec: AttentionSpec) -> str | None:  # noqa: ARG001
+  return None if platform == "tpu" else f"it runs on TPUs, and this is {platform}"
 
 
 backends: dict[str, Backend] = {
-  "cudnn": Backend(cudnn.attend, _cudnn_unsupported),
-  "flash": Backend(flash.attend, _flash_unsupported, partitions=False),
-  "splash": Backend(splash.attend, _splash_unsupported, partitions=False),
-  "blockwise": Backend(blockwise.attend, lambda *_: None),
-  "reference": Backend(reference.attend, lambda *_: None),
+  "cudnn": Backend(cudnn.attend, frozenset({BIAS, MASK, NOT_CAUSAL}), _cudnn_unsupported),
+  "flash": Backend(flash.attend, frozenset({SEGMENTS, OFFSET}), _flash_unsupported, partitions=False),
+  "splash": Backend(splash.attend, frozenset({SEGMENTS}), _splash_unsupported, partitions=False),
+  "blockwise": Backend(blockwise.attend, frozenset({SEGMENTS, OFFSET, NOT_CAUSAL})),
+  "reference": Backend(reference.attend, frozenset({SEGMENTS, OFFSET, OFFSETS, BIAS, MASK, NOT_CAUSAL})),
 }
 """By name: the fused ones first, the fastest of those that a platform has before the others."""
 
@@ -96,63 +91,75 @@ def choose_backend(
   name: str,
   q: jax.Array,
   k: jax.Array,
-  platform: str | None = None,
-  spec: AttentionSpec = AttentionSpec(),
   rows: Rows = Rows(),
+  spec: AttentionSpec = AttentionSpec(),
+  platform: str | None = None,
 ) -> str:
   """The backend that `attend` will use for these arrays.
 
   Args:
     name: a backend, or ``auto`` for the fastest that supports the call.
     q: ``[B, T, N, H]`` (array or shape).
-    k: ``[B, T, K, H]`` (array or shape).
-    platform: ``cpu``, ``gpu`` or ``tpu``; when None, the ambient mesh's (`jax.set_mesh`) or else the default backend's.
+    k: ``[B, S, K, H]`` (array or shape).
+    rows: which keys the queries may see (arrays or shapes).
     spec: window, soft cap and scale.
-    rows: whether they are packed or split.
+    platform: ``cpu``, ``gpu`` or ``tpu``; when None, the ambient mesh's (`jax.set_mesh`) or else the default backend's.
 
   Raises:
     UserError: if there is no backend of that name, or it cannot compute this call (the reason is given).
   """
   platform = platform or kernels.platform()
+  able = [each for each, backend in backends.items() if backend.refusal(platform, q, rows, spec) is None]
   if name == "auto":
-    fused = next(name for name, backend in backends.items() if backend.unsupported(platform, q, spec, rows) is None)
-    chosen = "reference" if fused == "blockwise" and k.shape[1] <= _SHORT else fused
+    chosen = "reference" if able[0] == "blockwise" and k.shape[1] <= _SHORT else able[0]
     _LOG.debug("attention of q %s, k %s, %s on %s: %s", q.shape, k.shape, q.dtype, platform, chosen)
     return chosen
   if name not in backends:
     raise UserError(f"no attention backend {name!r}; there are auto, {', '.join(backends)}")
-  if reason := backends[name].unsupported(platform, q, spec, rows):
-    raise UserError(f"the attention backend {name!r} cannot compute this: {reason}; 'auto' chooses one that can")
+  if reason := backends[name].refusal(platform, q, rows, spec):
+    raise UserError(
+      f"the attention backend {name!r} cannot compute this: {reason}; {', '.join(able)} can, and 'auto' chooses one"
+    )
   return name
+
+
+def register_backend(name: str, backend: Backend) -> None:
+  """Adds a way to compute attention, which configs and calls may then name; ``auto`` does not choose it.
+
+  Args:
+    name: not one of those that there are.
+    backend: what it computes and for which calls.
+
+  Raises:
+    UserError: if the name is taken.
+  """
+  if name in ("auto", *backends):
+    raise UserError(f"there is an attention backend {name!r} already; choose another name")
+  backends[name] = backend
 
 
 def attend(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
-  *,
-  lengths: jax.Array | None = None,
-  segments: jax.Array | None = None,
-  offset: jax.Array | None = None,
-  backend: str = "auto",
+  rows: Rows = Rows(),
   spec: AttentionSpec = AttentionSpec(),
+  backend: str = "auto",
 ) -> jax.Array:
-  """Causal attention ``softmax(q kᵀ / sqrt(H) + mask) v`` over whole sequences.
+  """Attention ``softmax(q kᵀ / sqrt(H) + bias, where seen) v``, causal unless the rows say otherwise.
 
-  Query ``t`` sees keys 0 to ``t``, of a right-padded row only those before its length, of a packed row only those of
-  its document. With q and k of an anchor layer
-  and v of a follower, this is the follower's attention (Liao & Vargas, arXiv 2407.12866).
+  With q and k of an anchor layer and v of a follower, this is the follower's attention (Liao & Vargas, arXiv
+  2407.12866).
 
   Args:
     q: ``[B, T, N, H]``.
-    k: ``[B, S, K, H]``, N a multiple of K; S is T unless there is an offset.
+    k: ``[B, S, K, H]``, N a multiple of K; S is T unless the rows have an offset or are not causal.
     v: ``[B, S, K, H]``.
-    lengths: int32 ``[B]``, or None when rows are full. Outputs at or past a row's length are finite and meaningless.
-    segments: int32 ``[B, S]``, the document of each slot of packed rows; None when a row is one document.
-    offset: int32 ``[]``, the slot of the first query among the keys, where q is part of a row; 0 when None.
-    backend: ``auto``, ``reference`` (O(T²) memory), ``blockwise`` (O(T) memory, any device), ``cudnn``, ``flash``
-      (NVIDIA) or ``splash`` (TPU). On a mesh, call ``flash`` and ``splash`` under `jax.shard_map`.
+    rows: which keys the queries may see. Outputs at or past a row's length are finite and meaningless.
     spec: window, soft cap and scale.
+    backend: ``auto``, ``reference`` (O(T S) memory), ``blockwise`` (O(T) memory, any device), ``cudnn``, ``flash``
+      (NVIDIA), ``splash`` (TPU), or one of `register_backend`. On a mesh, call ``flash`` and ``splash`` under
+      `jax.shard_map`.
 
   Returns:
     ``[B, T, N, H]`` in v's dtype.
@@ -160,14 +167,38 @@ def attend(
   Raises:
     UserError: if shapes do not fit, or the named backend does not exist or cannot compute the call.
   """
-  batch, length, heads, head_dim = q.shape
-  keys = length if offset is None else k.shape[1]
-  if k.shape != v.shape or k.shape[:2] != (batch, keys) or k.shape[3] != head_dim or heads % k.shape[2]:
+  check_shapes(q, k, v, rows)
+  return backends[choose_backend(backend, q, k, rows, spec)].attend(q, k, v, rows, spec)
+
+
+def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows) -> None:
+  """Checks what `attend` is given.
+
+  Raises:
+    UserError: if the arrays do not fit each other, with every fault.
+  """
+  if any(x.ndim != 4 for x in (q, k, v)) or (
+    k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or q.shape[2] % k.shape[2]
+  ):
     raise UserError(
-      f"attend takes q [B, T, N, H] and k, v [B, T, K, H] with N a multiple of K, not {q.shape}, {k.shape}, {v.shape}"
+      f"attend takes q [B, T, N, H] and k, v [B, S, K, H] with N a multiple of K, not {q.shape}, {k.shape}, {v.shape}"
     )
-  if segments is not None and segments.shape != (batch, keys):
-    raise UserError(f"segments are one number a slot, {(batch, keys)}, not {segments.shape}")
-  rows = Rows(packed=segments is not None, split=offset is not None)
-  chosen = choose_backend(backend, q, k, spec=spec, rows=rows)
-  return backends[chosen].attend(q, k, v, lengths, spec, segments, offset)
+  (batch, queries, heads), keys = q.shape[:3], k.shape[1]
+  faults = []
+  if queries != keys and rows.causal and rows.offset is None:
+    faults.append(
+      f"{queries} queries cannot see {keys} keys causally: give the slot of the first query among the keys, "
+      "rows.offset, or rows.causal=False"
+    )
+  if rows.lengths is not None and rows.lengths.shape != (batch,):
+    faults.append(f"lengths are one number a row, {(batch,)}, not {rows.lengths.shape}")
+  if rows.segments is not None and rows.segments.shape != (batch, keys):
+    faults.append(f"segments are one number a slot, {(batch, keys)}, not {rows.segments.shape}")
+  for name, array in (("bias", rows.bias), ("mask", rows.mask)):
+    allowed = ((1, batch), (1, heads), (queries,), (keys,))
+    if array is not None and (
+      array.ndim != 4 or any(size not in sizes for size, sizes in zip(array.shape, allowed, strict=True))
+    ):
+      faults.append(f"{name} is [B or 1, N or 1, T, S], of {(batch, heads, queries, keys)}, not {array.shape}")
+  if faults:
+    raise UserError.of("attend", faults)

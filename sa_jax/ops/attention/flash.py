@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from sa_jax.ops.attention.reference import MASKED, segments_at
+from sa_jax.ops.attention.rows import Rows
 from sa_jax.ops.attention.spec import AttentionSpec
 from sa_jax.ops.kernels import triton as plgpu
 
@@ -45,10 +46,8 @@ def attend(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
-  lengths: jax.Array | None,
+  rows: Rows,
   spec: AttentionSpec,
-  segments: jax.Array | None = None,
-  offset: jax.Array | None = None,
   interpret: bool = False,
 ) -> jax.Array:
   """Attention in O(T) memory. Shapes as in `sa_jax.ops.attend`.
@@ -56,10 +55,8 @@ def attend(
   Lengths are not looked at: the padding follows its row, whose causal queries do not see it.
   ``interpret`` runs the kernels on any device, slowly.
   """
-  del lengths
   (batch, queries), keys = q.shape[:2], k.shape[1]
-  positions = jnp.arange(queries) + (0 if offset is None else offset)
-  bounds = _bounds(batch, positions, keys, spec.window, segments)
+  bounds = _bounds(batch, rows.positions(queries), keys, spec.window, rows.segments)
   pad = lambda x, length: jnp.pad(x, ((0, 0), (0, -length % BLOCK), (0, 0), (0, 0)))
   out = _attention(pad(q, queries), pad(k, keys), pad(v, keys), bounds, spec, interpret)
   return out[:, :queries]

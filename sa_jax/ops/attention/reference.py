@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from sa_jax.ops.attention.rows import Rows, heads_grouped
 from sa_jax.ops.attention.spec import AttentionSpec
 
 MASKED = -1e30
@@ -19,6 +20,7 @@ def visible(
   lengths: jax.Array | None,
   window: int | None = None,
   segments: Segments | None = None,
+  causal: bool = True,
 ) -> jax.Array:
   """Which keys each query sees: those at or before it, within its window and document, and before a padded row's end.
 
@@ -26,17 +28,18 @@ def visible(
     query_positions: int32 ``[T]`` or ``[B, T]``.
     key_positions: int32 ``[S]``.
     lengths: int32 ``[B]``, tokens of each row, or None when rows are full.
-    window: how many keys a query sees at most, its own included; None for all.
+    window: how many keys a query sees at most, its own included; None for all. To each side if not causal.
     segments: the documents of packed rows; None when a row is one document.
+    causal: whether keys after a query are hidden from it.
 
   Returns:
     bool ``[B or 1, T, S]``.
   """
   query = jnp.atleast_2d(query_positions)[:, :, None]
   key = key_positions[None, None, :]
-  seen = key <= query
+  seen = key <= query if causal else jnp.ones_like(key <= query)
   if window is not None:
-    seen &= key > query - window
+    seen &= (key > query - window) if causal else jnp.abs(key - query) < window
   if segments is not None:
     seen = seen & (segments[0][:, :, None] == segments[1][:, None, :])
   return seen if lengths is None else seen & (key < lengths[:, None, None])
@@ -45,25 +48,23 @@ def visible(
 def attention_weights(
   q: jax.Array,
   k: jax.Array,
+  rows: Rows = Rows(),
+  spec: AttentionSpec = AttentionSpec(),
   *,
-  lengths: jax.Array | None = None,
-  segments: jax.Array | None = None,
   positions: jax.Array | None = None,
   key_scale: jax.Array | None = None,
-  spec: AttentionSpec = AttentionSpec(),
 ) -> jax.Array:
-  """Softmaxed causal attention weights, computed in float32 and cast to q's dtype.
+  """Softmaxed attention weights, computed in float32 and cast to q's dtype.
 
   Query head ``n`` attends to key head ``n // (N / K)``.
 
   Args:
     q: ``[B, T, N, H]``.
     k: ``[B, S, K, H]``.
-    lengths: int32 ``[B]``: keys at or past a row's length are not seen; None when rows are full.
-    segments: int32 ``[B, S]``, the document of each key of packed rows; None when a row is one document.
-    positions: int32 ``[T]`` or ``[B, T]``, the slot of each query among the keys; 0 to T - 1 when None.
-    key_scale: ``[B, K, S]``, what each key is to be multiplied by; None when keys are as they are.
+    rows: which keys the queries may see.
     spec: window, soft cap and scale.
+    positions: int32 ``[T]`` or ``[B, T]``, the slot of each query among the keys; when None, that of the rows.
+    key_scale: ``[B, K, S]``, what each key is to be multiplied by; None when keys are as they are.
 
   Returns:
     ``[B, N, T, S]`` in q's dtype; rows sum to one.
@@ -75,11 +76,15 @@ def attention_weights(
   if key_scale is not None:
     products *= key_scale[:, :, None, None, :]
   scores = spec.scores(products, head_dim)
+  if rows.bias is not None:
+    scores += heads_grouped(rows.bias, kv_heads).astype(scores.dtype)
   if positions is None:
-    positions = jnp.arange(queries)
-  pair = None if segments is None else (segments_at(segments, positions), segments)
-  seen = visible(positions, jnp.arange(keys), lengths, spec.window, pair)
-  weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, MASKED), axis=-1)
+    positions = rows.positions(queries)
+  pair = None if rows.segments is None else (segments_at(rows.segments, positions), rows.segments)
+  seen = visible(positions, jnp.arange(keys), rows.lengths, spec.window, pair, rows.causal)[:, None, None]
+  if rows.mask is not None:
+    seen = seen & heads_grouped(rows.mask, kv_heads)
+  weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)
   return weights.astype(q.dtype).reshape(batch, heads, queries, keys)
 
 
@@ -106,16 +111,6 @@ def segments_at(segments: jax.Array, positions: jax.Array) -> jax.Array:
   return jnp.take_along_axis(segments, positions, axis=1, mode="clip")
 
 
-def attend(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  lengths: jax.Array | None,
-  spec: AttentionSpec,
-  segments: jax.Array | None = None,
-  offset: jax.Array | None = None,
-) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: AttentionSpec) -> jax.Array:
   """Attention through its weights; O(T S) memory. Shapes as in `sa_jax.ops.attend`."""
-  positions = None if offset is None else offset + jnp.arange(q.shape[1])
-  weights = attention_weights(q, k, lengths=lengths, segments=segments, positions=positions, spec=spec)
-  return apply_weights(weights, v).astype(v.dtype)
+  return apply_weights(attention_weights(q, k, rows, spec), v).astype(v.dtype)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+from sa_jax.ops.attention.rows import Rows
 from sa_jax.ops.attention.spec import AttentionSpec
 
 _LANES = 128
@@ -36,10 +37,8 @@ def attend(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
-  lengths: jax.Array | None,
+  rows: Rows = Rows(),
   spec: AttentionSpec = AttentionSpec(),
-  segments: jax.Array | None = None,
-  offset: None = None,
   *,
   interpret: bool = False,
 ) -> jax.Array:
@@ -52,13 +51,10 @@ def attend(
     q: ``[B, T, N, H]``.
     k: ``[B, T, K, H]``.
     v: ``[B, T, K, H]``.
-    lengths: int32 ``[B]``, or None.
+    rows: lengths and segments; nothing else.
     spec: window, soft cap and scale.
-    segments: int32 ``[B, T]``, or None.
-    offset: None.
     interpret: run the kernels in Pallas's interpreter, on any device.
   """
-  del lengths, offset
   length, heads, head_dim = q.shape[1:]
   padded = padded_length(length)
   shape = (padded, padded)
@@ -74,9 +70,9 @@ def attend(
   heads_first = lambda x: jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, padded - length), (0, 0)))
   # The kernel does not scale the scores.
   arrays = heads_first(q * spec.scale_for(head_dim)), heads_first(k), heads_first(v)
-  if segments is None:
+  if rows.segments is None:
     out = jax.vmap(kernel)(*arrays)
   else:
-    ids = jnp.pad(segments, ((0, 0), (0, padded - length)))
+    ids = jnp.pad(rows.segments, ((0, 0), (0, padded - length)))
     out = jax.vmap(kernel)(*arrays, splash.SegmentIds(ids, ids))
   return jnp.swapaxes(out, 1, 2)[:, :length].astype(v.dtype)
