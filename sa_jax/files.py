@@ -144,8 +144,11 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _unfinished(path: Path) -> Path:
-  """A name beside a file or folder that no other process takes, even where all have the same number."""
-  return path.with_name(f".{path.name}.unfinished-{secrets.token_hex(4)}")
+  """A name beside a file or folder that no other process takes, even where all have the same number.
+
+  It ends as the file's own does, which tells some writers what to write.
+  """
+  return path.with_name(f".{path.name}.unfinished-{secrets.token_hex(4)}{path.suffix}")
 
 
 @contextlib.contextmanager

@@ -114,7 +114,8 @@ def measure(arguments: argparse.Namespace, table: Table, model_path: Path, plan:
   for task in missing:
     begun = time.perf_counter()
     if task in TEXTS:
-      rows = sa_jax.rows_of(tokenizer.encode(text_of(task, arguments.data)), 512, arguments.rows)
+      text = tokenizer.encode(text_of(task, arguments.data), special=False)
+      rows = sa_jax.rows_of(text, 512, arguments.rows, tokenizer.opening())
       stacked = sa_jax.stack(params, model.plan)
       found = sa_jax.perplexity(model, stacked, rows, batch_size=max(1, arguments.batch_tokens // 4096))
       values: dict[str, Any] = found._asdict()

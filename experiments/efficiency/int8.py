@@ -36,7 +36,8 @@ def main() -> None:
   parser.add_argument("--rows", type=int, default=4, help="of 512 tokens")
   arguments = parser.parse_args()
   text = arguments.text.read_text(encoding="utf-8")
-  tokens = sa_jax.rows_of(sa_jax.load_tokenizer(arguments.model).encode(text), 512, arguments.rows)
+  tokenizer = sa_jax.load_tokenizer(arguments.model)
+  tokens = sa_jax.rows_of(tokenizer.encode(text, special=False), 512, arguments.rows, tokenizer.opening())
   for dtype in ("float32", "bfloat16"):
     model, params = sa_jax.from_pretrained(arguments.model, None, dtype, layout="layers")
     for cache_dtype in (None, "int8"):

@@ -85,8 +85,8 @@ def main() -> None:
   arguments = parser.parse_args()
 
   tokenizer = sa_jax.load_tokenizer(arguments.model)
-  encoded = tokenizer.encode(arguments.text.read_text(encoding="utf-8")[:200_000])
-  prompts = sa_jax.rows_of(encoded, PROMPT, 64)
+  encoded = tokenizer.encode(arguments.text.read_text(encoding="utf-8")[:200_000], special=False)
+  prompts = sa_jax.rows_of(encoded, PROMPT, 64, tokenizer.opening())
   results: dict[str, Any] = {"device": jax.devices()[0].device_kind, "rows": []}
   arguments.out.parent.mkdir(parents=True, exist_ok=True)
   save = lambda: arguments.out.write_text(json.dumps(results, indent=1) + "\n")

@@ -120,7 +120,8 @@ def test_rows(flags: argparse.Namespace) -> dict[str, np.ndarray]:
     "LAMBADA": "\n\n".join(row["context"] + row["continuation"] for row in rows),
   }
   cut = lambda text: text[: 8 * 512 * flags.eval_rows]
-  return {name: sa_jax.rows_of(tokenizer.encode(cut(text)), 512, flags.eval_rows) for name, text in texts.items()}
+  encoded = {name: tokenizer.encode(cut(text), special=False) for name, text in texts.items()}
+  return {name: sa_jax.rows_of(tokens, 512, flags.eval_rows, tokenizer.opening()) for name, tokens in encoded.items()}
 
 
 def score(path: Path, plan: str | None, texts: dict[str, np.ndarray]) -> dict[str, float]:

@@ -30,8 +30,9 @@ def main() -> None:
   found = {}
   for path in arguments.model:
     model, params = sa_jax.from_pretrained(path, dtype="float32", layout="layers")
-    tokens = sa_jax.load_tokenizer(path).encode(text[: 8 * arguments.length * arguments.rows])
-    rows = sa_jax.rows_of(tokens, arguments.length, arguments.rows)
+    tokenizer = sa_jax.load_tokenizer(path)
+    tokens = tokenizer.encode(text[: 8 * arguments.length * arguments.rows], special=False)
+    rows = sa_jax.rows_of(tokens, arguments.length, arguments.rows, tokenizer.opening())
     found[path.stem] = layer_similarity(model, params, rows)
   name, similarity = list(found.items())[-1]
   mean = similarity.mean()

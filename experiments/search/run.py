@@ -62,7 +62,8 @@ class Experiment:
       "wikitext-2 valid": (corpora / "wikitext2_valid.txt").read_text(encoding="utf-8"),
       "LAMBADA": jsonl(data / "eval" / "llm_foundry" / "lambada_openai.jsonl", "context", "continuation"),
     }
-    split = lambda text, rows: sa_jax.rows_of(tokenizer.encode(text[: 8 * length * rows]), length, rows)
+    encode = lambda text, rows: tokenizer.encode(text[: 8 * length * rows], special=False)
+    split = lambda text, rows: sa_jax.rows_of(encode(text, rows), length, rows, tokenizer.opening())
     # The last of the calibration rows judge plans; no plan and no weight ever sees the test texts.
     self.calibration = {name: split(text, rows) for name, text in calibration.items()}
     self.test = {name: split(text, test_rows) for name, text in test.items()}

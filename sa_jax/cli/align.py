@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from sa_jax.cli.common import console, exact_float32, write_json
+from sa_jax.cli.texts import RowLength
 from sa_jax.files import check_absent, check_writable
 
 
@@ -25,8 +26,8 @@ class Align:
   """Text files (or .jsonl with a "text" a line) to calibrate on."""
   kinds: tuple[Literal["group", "permutation", "free"], ...] = ("group", "permutation", "free")
   """Maps to consider; group alone is free at run time, folded into the weights."""
-  length: int = 512
-  """Tokens a row."""
+  cutting: RowLength = dataclasses.field(default_factory=RowLength)
+  """Rows."""
   rows: int = 4
   """Rows of each text."""
   out: Path | None = None
@@ -43,14 +44,15 @@ class Align:
     """Prints each follower's map and what the maps gain."""
     import numpy as np
 
-    from sa_jax import SharingPlan
+    from sa_jax import SharingPlan, load_tokenizer
     from sa_jax.analysis.align import align, shared_model
     from sa_jax.cli.texts import open_dense, rows_of_texts, save, stages
     from sa_jax.formats.hf_config import write_plan
 
     check_absent(self.out)
     check_writable(self.json)
-    tokens = np.concatenate(rows_of_texts(self.model, self.texts, self.length, self.rows))
+    tokenizer = load_tokenizer(self.model)
+    tokens = np.concatenate(rows_of_texts(tokenizer, self.texts, self.cutting, self.rows))
     model, params = open_dense(self.model)
     plan = SharingPlan.parse(self.plan, model.config.num_layers)
     with stages() as stage:
@@ -58,6 +60,7 @@ class Align:
     for layer in plan.followers:
       heads = result.plan.head_map_of(layer) or "as they are"
       console.print(f"layer {layer} with the heads of {plan.source[layer]}: {heads}")
+    console.print(f"{len(tokens)} {self.cutting.describe(tokenizer)}")
     console.print(
       f"calibration perplexity {math.exp(result.identity_loss):.3f} → [bold]{math.exp(result.loss):.3f}[/bold]"
     )

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from sa_jax.cli.common import console, exact_float32, progress, show_table, write_json
+from sa_jax.cli.texts import RowLength
 from sa_jax.errors import UserError
 from sa_jax.files import check_writable, make_folder
 
@@ -21,8 +22,8 @@ class Analyze:
   """A UTF-8 text file, or a .jsonl file with a "text" a line."""
   models: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL ...")]
   """One or more checkpoints of one model, in order."""
-  length: int = 512
-  """Tokens a row."""
+  cutting: RowLength = dataclasses.field(default_factory=RowLength)
+  """Rows."""
   rows: int = 4
   """Rows of the text to read."""
   top_k: int = 8
@@ -39,7 +40,7 @@ class Analyze:
   @exact_float32()
   def run(self) -> None:
     """Prints a row a layer and draws the maps."""
-    from sa_jax import from_pretrained
+    from sa_jax import from_pretrained, load_tokenizer
     from sa_jax.analysis import drift, layer_similarity, plots
     from sa_jax.cli.texts import rows_of_texts
 
@@ -50,7 +51,8 @@ class Analyze:
     check_writable(self.json)
     found = {}
     for path in self.models:
-      (tokens,) = rows_of_texts(path, [self.text], self.length, self.rows)
+      tokenizer = load_tokenizer(path)
+      (tokens,) = rows_of_texts(tokenizer, [self.text], self.cutting, self.rows)
       with progress(f"opening {path.name}") as report:
         model, params = from_pretrained(path, dtype="float32", layout="layers", progress=report)
       with progress(f"comparing layers, {path.name}") as report:
@@ -58,7 +60,7 @@ class Analyze:
     name, similarity = list(found.items())[-1]
     mean = similarity.mean()
     show_table(
-      f"{name}: each layer and the one before it, {self.rows} rows of {self.length} tokens",
+      f"{name}: each layer and the one before it, {self.rows} {self.cutting.describe(tokenizer)}",
       ["layer", "cosine", "without sink", "JS, nats", f"top-{self.top_k}", "entropy, nats", "weighted variance"],
       [[str(layer), *_beside(mean, layer)] for layer in range(len(mean.entropy))],
     )

@@ -23,7 +23,8 @@ if not console.is_terminal and "COLUMNS" not in os.environ:
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
   """Prints a table: the first column names the row, the others are numbers."""
-  table = Table(title=title, title_justify="left", title_style="bold")
+  console.print(title, style="bold", markup=False, emoji=False)  # not the table's own, which is folded to its width
+  table = Table()
   for index, column in enumerate(columns):
     table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
   for row in rows:

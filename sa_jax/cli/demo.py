@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from sa_jax.cli.common import change, console, progress, quantity, show_table, write_json
 from sa_jax.cli.cost import rows_of_cost
+from sa_jax.cli.texts import RowLength
 from sa_jax.errors import UserError
 from sa_jax.files import check_writable, make_folder
 from sa_jax.plan import SharingPlan
@@ -63,8 +64,7 @@ class Demo:
     console.print(f"\n[bold]{path.stem}[/bold], {config.num_layers} layers, under the plan [bold]{plan}[/bold]\n")
     console.print(picture(plan) + "\n")
 
-    text = tokenizer.encode(_TEXT.read_text(encoding="utf-8"))
-    rows = sa_jax.rows_of(text, 128)
+    rows = RowLength(128).cut(tokenizer, _TEXT.read_text(encoding="utf-8"), None)
     prompt = tokenizer.chat([{"role": "user", "content": self.question}])
     tokens = jnp.asarray([tokenizer.encode(prompt, special=False)])
     results: dict[str, dict[str, Any]] = {}

@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 import tyro
 
 from sa_jax.cli.common import exact_float32, progress, show_table, write_json
-from sa_jax.files import check_writable, read_text
+from sa_jax.cli.texts import RowLength, rows_of_texts
+from sa_jax.files import check_writable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +20,11 @@ class PerplexityOf:
   model: tyro.conf.Positional[Path]
   """A Hugging Face folder, a GGUF file or an sa_jax checkpoint."""
   text: tyro.conf.Positional[Path]
-  """A UTF-8 text file."""
+  """A UTF-8 text file, or a .jsonl file with a "text" a line."""
   plan: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PLAN ...")] = ()
   """One or more plans, such as: dense 26:27-28 3:4; none for the checkpoint's own."""
-  length: int = 512
-  """Tokens a row; each row is scored on its own."""
+  cutting: RowLength = dataclasses.field(default_factory=RowLength)
+  """Rows, each scored on its own."""
   rows: int | None = None
   """Score only the first rows of the text; None scores all."""
   batch_size: int = 1
@@ -40,10 +41,11 @@ class PerplexityOf:
 
   def run(self) -> None:
     """Prints a row a plan."""
-    from sa_jax import from_pretrained, load_tokenizer, perplexity, rows_of
+    from sa_jax import from_pretrained, load_tokenizer, perplexity
 
     check_writable(self.json)
-    tokens = rows_of(load_tokenizer(self.model).encode(read_text(self.text)), self.length, self.rows)
+    tokenizer = load_tokenizer(self.model)
+    (tokens,) = rows_of_texts(tokenizer, [self.text], self.cutting, self.rows)
     results = {}
     for asked in self.plan or (None,):
       with progress(f"opening, {asked or 'its own plan'}") as report:
@@ -52,7 +54,7 @@ class PerplexityOf:
       with progress(f"scoring, {plan}") as report, exact_float32(model.config.dtype):
         results[plan] = perplexity(model, params, tokens, batch_size=self.batch_size, progress=report)
     show_table(
-      f"{self.text.name}: {len(tokens)} rows of {self.length} tokens",
+      f"{self.text.name}: {len(tokens)} {self.cutting.describe(tokenizer)}",
       ["plan", "perplexity", "nats a token"],
       [[plan, f"{result.perplexity:.3f}", f"{result.loss:.4f}"] for plan, result in results.items()],
     )

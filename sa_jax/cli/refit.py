@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from sa_jax.cli.common import console, exact_float32, show_table, write_json
+from sa_jax.cli.texts import RowLength
 from sa_jax.files import check_absent, check_writable
 
 
@@ -34,8 +35,8 @@ class RefitModel:
   """How strongly W_O is held to the old weights, relative to its inputs' energy."""
   mlp_ridge: float = 0.3
   """The same for MLPs."""
-  length: int = 512
-  """Tokens a row."""
+  cutting: RowLength = dataclasses.field(default_factory=RowLength)
+  """Rows."""
   rows: int = 16
   """Rows of each text."""
   dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -50,20 +51,21 @@ class RefitModel:
     """Prints the errors before and after, and saves."""
     import numpy as np
 
-    from sa_jax import SharingPlan
+    from sa_jax import SharingPlan, load_tokenizer
     from sa_jax.analysis.refit import Refit, refit
     from sa_jax.cli.texts import open_dense, rows_of_texts, save, stages
 
     check_absent(self.out)
     check_writable(self.json)
-    tokens = np.concatenate(rows_of_texts(self.model, self.texts, self.length, self.rows))
+    tokenizer = load_tokenizer(self.model)
+    tokens = np.concatenate(rows_of_texts(tokenizer, self.texts, self.cutting, self.rows))
     model, params = open_dense(self.model)
     how = Refit(ridge=self.ridge, values=self.values, mlp=self.mlp, mlp_ridge=self.mlp_ridge, maps=self.maps)
     plan = SharingPlan.parse(self.plan, model.config.num_layers)
     with stages() as stage:
       made = refit(model, params, plan, tokens, how, progress=stage("refitting"))
     show_table(
-      f"squared error relative to the target, {len(tokens)} rows of {self.length} tokens",
+      f"squared error relative to the target, {len(tokens)} {self.cutting.describe(tokenizer)}",
       ["layer", "part", "before", "after"],
       [[str(each.layer), each.part, f"{each.before:.4f}", f"{each.after:.4f}"] for each in made.reports],
     )

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
+from sa_jax.cli.common import console
+from sa_jax.cli.texts import RowLength
+
 if TYPE_CHECKING:
   from sa_jax.analysis import Text
   from sa_jax.analysis.share import Search
@@ -36,8 +39,8 @@ class Searching:
   """dp: swaps to measure after it."""
   exclude: tuple[int, ...] = ()
   """Layers that stay anchors."""
-  length: int = 512
-  """Tokens a row."""
+  cutting: RowLength = dataclasses.field(default_factory=RowLength)
+  """Rows."""
   calibration_rows: int = 8
   """Rows of each text to fit to."""
   judging_rows: int = 4
@@ -50,6 +53,7 @@ class Searching:
     from sa_jax.analysis import search
     from sa_jax.analysis.share import Search
     from sa_jax.cli.texts import open_dense, split_texts
+    from sa_jax.formats import load_tokenizer
 
     how = Search(
       strategy=self.strategy,
@@ -59,6 +63,8 @@ class Searching:
       swaps=self.swaps,
       excluded=self.exclude,
     )
-    texts = split_texts(self.model, self.texts, self.length, self.calibration_rows, self.judging_rows)
+    tokenizer = load_tokenizer(self.model)
+    texts = split_texts(tokenizer, self.texts, self.cutting, self.calibration_rows, self.judging_rows)
+    console.print(f"{self.calibration_rows} + {self.judging_rows} {self.cutting.describe(tokenizer)} of each text")
     model, params = open_dense(self.model)
-    return model, params, texts, search.followers_for(model.config, self.budget, self.length), how
+    return model, params, texts, search.followers_for(model.config, self.budget, self.cutting.length), how

@@ -41,12 +41,12 @@ class Share(Searching):
     with stages() as stage:
       made = share(model, params, texts, followers, how=how, stage=stage)
     plan = made.model.plan
-    costs = [cost(model.config, each, 1, self.length) for each in (None, plan)]
+    costs = [cost(model.config, each, 1, self.cutting.length) for each in (None, plan)]
     table = rows_of_cost(*costs)
     for text in texts:
       dense, shared = made.dense[text.name].perplexity, made.shared[text.name].perplexity
       table.append([f"perplexity, {text.name}", f"{dense:.3f}", f"{shared:.3f}", change(shared, dense)])
-    show_table(f"{followers} followers; {self.length} tokens", ["", "dense", "shared", "change"], table)
+    show_table(f"{followers} followers; {self.cutting.length} tokens", ["", "dense", "shared", "change"], table)
     save(self.out, self.model, made.model, made.params, self.dtype)
     seconds = time.perf_counter() - begun
     console.print(f"\n[bold]{plan}[/bold]\n\nsaved in {seconds:.0f} s: [bold]{self.out}[/bold]")

@@ -9,14 +9,41 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sa_jax.cli.common import progress
 from sa_jax.errors import UserError
 from sa_jax.files import read_text
 from sa_jax.trees import Params
 
 if TYPE_CHECKING:
-  from sa_jax import Transformer
+  from sa_jax import Tokenizer, Transformer
   from sa_jax.analysis import Text
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLength:
+  """How rows are cut from texts."""
+
+  length: int = 512
+  """Tokens a row, its start token included."""
+  start_token: str = "auto"
+  """What every row begins with: auto for what the tokenizer puts before a text, none, or a token."""
+
+  def opening(self, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that every row begins with."""
+    return tokenizer.opening(self.start_token)
+
+  def describe(self, tokenizer: Tokenizer) -> str:
+    """Such as ``rows of 512 tokens, start token <bos>``."""
+    opening = tokenizer.decode(self.opening(tokenizer), special=True)
+    return f"rows of {self.length} tokens" + (f", start token {opening}" if opening else "")
+
+  def cut(self, tokenizer: Tokenizer, text: str, rows: int | None) -> np.ndarray:
+    """The first rows of a text, int32 ``[rows, length]``; all that fit when None."""
+    from sa_jax import rows_of
+
+    return rows_of(tokenizer.encode(text, special=False), self.length, rows, self.opening(tokenizer))
 
 
 def read_documents(path: Path) -> str:
@@ -48,28 +75,28 @@ def open_dense(path: Path) -> tuple[Transformer, dict[str, Any]]:
     return from_pretrained(path, "dense", "float32", layout="layers", progress=report)
 
 
-def rows_of_texts(model: Path, files: Sequence[Path], length: int, rows: int) -> list[Any]:
+def rows_of_texts(
+  tokenizer: Tokenizer, files: Sequence[Path], cutting: RowLength, rows: int | None
+) -> list[np.ndarray]:
   """The first rows of each file, int32 ``[rows, length]`` each.
 
   Raises:
     UserError: if there is no file, or one is too short.
   """
-  from sa_jax import load_tokenizer, rows_of
-
   if not files:
-    raise UserError("name at least one text file to calibrate on")
-
-  tokenizer = load_tokenizer(model)
+    raise UserError("name at least one text file")
   out = []
   for file in files:
     try:
-      out.append(rows_of(tokenizer.encode(read_documents(file)), length, rows))
-    except ValueError as error:
+      out.append(cutting.cut(tokenizer, read_documents(file), rows))
+    except UserError as error:
       raise UserError(f"{file}: {error}") from None
   return out
 
 
-def split_texts(model: Path, files: Sequence[Path], length: int, calibration: int, judging: int) -> list[Text]:
+def split_texts(
+  tokenizer: Tokenizer, files: Sequence[Path], cutting: RowLength, calibration: int, judging: int
+) -> list[Text]:
   """The first rows of each file to calibrate on, the next ones to judge by.
 
   Raises:
@@ -80,7 +107,7 @@ def split_texts(model: Path, files: Sequence[Path], length: int, calibration: in
   names = [file.stem for file in files]
   if len(set(names)) < len(names):
     raise UserError(f"texts need different file names, not {', '.join(names)}")
-  rows = rows_of_texts(model, files, length, calibration + judging)
+  rows = rows_of_texts(tokenizer, files, cutting, calibration + judging)
   return [Text(name, each[:calibration], each[calibration:]) for name, each in zip(names, rows, strict=True)]
 
 

@@ -152,13 +152,23 @@ class SharedAttentionLM(TemplateLM):
     return context[-(self.max_length + 1 - len(continuation)) :], continuation
 
   def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-    """Log-likelihood of each request's whole text, in windows of ``max_length`` tokens that predict each token once."""
+    """Log-likelihood of each request's whole text, in windows of ``max_length`` tokens that predict each token once.
+
+    Where the tokenizer puts tokens before a text, every window begins with them.
+    """
     windows: list[tuple[int, list[int], list[int]]] = []
+    opening = self.tokenizer.opening()
     for number, request in enumerate(requests):
       rolling = utils.get_rolling_token_windows(
-        self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
+        self.tok_encode(request.args[0], add_special_tokens=False),
+        opening[-1] if opening else self.prefix_token_id,
+        self.max_length - len(opening),
+        context_len=1,
       )
-      windows += [(number, *utils.make_disjoint_window(window)) for window in rolling]
+      for at, window in enumerate(rolling):
+        context, continuation = utils.make_disjoint_window(window)
+        # The first window's context is the last of the opening tokens, a later one's the token before it.
+        windows.append((number, (opening if at else opening[:-1]) + context, continuation))
     scores = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
     totals = [0.0] * len(requests)
     for (number, *_), (value, _) in zip(windows, scores, strict=True):

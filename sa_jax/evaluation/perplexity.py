@@ -34,13 +34,19 @@ class Perplexity(NamedTuple):
   tokens: int
 
 
-def rows_of(tokens: Sequence[int], length: int, rows: int | None = None) -> np.ndarray:
+def rows_of(
+  tokens: Sequence[int], length: int, rows: int | None = None, start: int | Sequence[int] | None = None
+) -> np.ndarray:
   """The first tokens of a text as full rows; the rest, too short for a row, is left out.
+
+  Models that have learnt to read texts after a start token are far off without it: give it to every row. Being first,
+  it is never predicted, and no score counts it.
 
   Args:
     tokens: of one text.
     length: tokens a row, at least 2.
     rows: at most this many rows; all that fit when None.
+    start: the token that each row begins with, or several, such as `Tokenizer.opening` gives; None for none.
 
   Returns:
     int32 ``[rows, length]``.
@@ -52,11 +58,16 @@ def rows_of(tokens: Sequence[int], length: int, rows: int | None = None) -> np.n
     raise UserError(f"rows need at least 2 tokens, one to predict from and one to predict, not {length}")
   if rows is not None and rows < 1:
     raise UserError(f"at least one row is needed, not {rows}")
-  fits = len(tokens) // length
+  opening = np.atleast_1d(np.asarray([] if start is None else start, np.int32))
+  own = length - len(opening)
+  if own < 1:
+    raise UserError(f"rows of {length} tokens have no room beside {len(opening)} start tokens")
+  fits = len(tokens) // own
   if fits < (rows or 1):
-    raise UserError(f"the text has {len(tokens)} tokens, too few for {rows or 1} rows of {length}")
+    raise UserError(f"the text has {len(tokens)} tokens, too few for {rows or 1} rows of {own}")
   count = rows or fits
-  return np.asarray(tokens[: count * length], np.int32).reshape(count, length)
+  text = np.asarray(tokens[: count * own], np.int32).reshape(count, own)
+  return np.concatenate([np.tile(opening, (count, 1)), text], axis=1)
 
 
 @program(static_argnames="model")

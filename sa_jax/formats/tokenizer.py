@@ -62,6 +62,26 @@ class Tokenizer:
     first, last = (ordinary[0], ordinary[-1]) if ordinary else (len(encoded.ids), len(encoded.ids))
     return encoded.ids[:first], encoded.ids[last + 1 :]
 
+  def opening(self, choice: str = "auto") -> list[int]:
+    """The tokens that a row of text begins with, as the model has learnt to read it.
+
+    Args:
+      choice: ``auto`` for what the tokenizer itself puts before a text, which may be nothing; ``none``; or a token.
+
+    Raises:
+      UserError: if the token is not in the vocabulary.
+    """
+    if choice == "auto":
+      return self.around[0]
+    if choice == "none":
+      return []
+    token = self.backend.token_to_id(choice)
+    if token is None:
+      raise UserError(
+        f"the vocabulary has no token {choice!r} to begin rows with (`start_token`); auto and none need none"
+      )
+    return [token]
+
   def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
     """The text of token ids; ``special`` keeps special tokens visible."""
     return self.backend.decode([int(token) for token in tokens], skip_special_tokens=not special)

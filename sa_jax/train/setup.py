@@ -156,7 +156,8 @@ def rows_of(
       "tokens; name the tokenizer that belongs to the model (`tokenizer`)"
     )
   rows = make_rows(corpus, config.data.length, config.data.packing, config.data.too_long)
-  say(_describe(corpus.report, rows, len(corpus.tokens), paths))
+  opening = tokenizer.decode(corpus.start, special=True)
+  say(_describe(corpus.report, rows, len(corpus.tokens), paths) + (f", start token {opening}" if opening else ""))
   return rows
 
 

@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 import sa_jax
 from sa_jax.cli import main
-from sa_jax.cli.texts import read_documents, split_texts
+from sa_jax.cli.texts import RowLength, read_documents, split_texts
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference" / "llama-gqa-8l"
 SIZES = ["--length", "12", "--calibration-rows", "4", "--judging-rows", "2"]
@@ -46,7 +46,7 @@ def test_share_saves_the_model_that_it_measured(folder):
   model, params = sa_jax.from_pretrained(folder / "shared")
   assert str(model.plan) == numbers["plan"]
   assert len(model.plan.followers) == 3
-  for text in split_texts(folder / "model", texts, 12, 4, 2):
+  for text in split_texts(sa_jax.load_tokenizer(folder / "model"), texts, RowLength(12), 4, 2):
     want = numbers["perplexity"][text.name]["shared"]
     assert sa_jax.perplexity(model, params, text.judging, batch_size=2).perplexity == pytest.approx(want, rel=1e-4)
   assert main(arguments) == 2  # the folder exists

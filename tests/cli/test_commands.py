@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 
 import sa_jax
 from sa_jax.cli import main
@@ -68,6 +69,30 @@ def test_perplexity_is_the_reference_s_loss(folder, expected, tmp_path, capsys):
   assert results[PLAN]["loss"] == pytest.approx(float(expected["loss"]), abs=1e-5)
   assert results["dense"]["loss"] != pytest.approx(results[PLAN]["loss"], abs=1e-3)
   assert f"{results[PLAN]['perplexity']:.3f}" in capsys.readouterr().out
+
+
+def test_every_row_begins_with_the_start_token(folder, tmp_path, capsys):
+  """That of the tokenizer, or what the flag says; it is counted in the length, and scored nowhere."""
+  model = tmp_path / "model"
+  shutil.copytree(folder, model)
+  backend = Tokenizer.from_file(str(model / "tokenizer.json"))
+  backend.post_processor = TemplateProcessing(single="198 $A 197", special_tokens=[("198", 198), ("197", 197)])
+  backend.save(str(model / "tokenizer.json"))
+  text, out = tmp_path / "text.txt", tmp_path / "out.json"
+  numbers = np.random.default_rng(0).integers(1, 190, 30)
+  text.write_text(" ".join(map(str, numbers)))
+  opened, params = sa_jax.from_pretrained(folder, dtype="float32")
+  for flags, start in (([], 198), (["--start-token", "none"], None), (["--start-token", "5"], 5)):
+    assert main(["perplexity", str(model), str(text), "--length", "10", "--json", str(out), *flags]) == 0
+    rows = numbers[:27].reshape(3, 9) if start is not None else numbers.reshape(3, 10)
+    rows = rows if start is None else np.insert(rows, 0, start, axis=1)
+    logits = np.asarray(opened.apply({"params": params}, rows), np.float64)[:, :-1]
+    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+    loss = -np.take_along_axis(logits, rows[:, 1:, None], -1).mean()
+    (found,) = json.loads(out.read_text()).values()
+    assert found["loss"] == pytest.approx(loss, abs=1e-5)
+    assert found["tokens"] == 27
+    assert ("rows of 10 tokens" + (f", start token {start}" if start else "")) in capsys.readouterr().out
 
 
 def test_float32_means_float32(folder, tmp_path, monkeypatch):

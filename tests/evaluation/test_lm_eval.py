@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
 import sa_jax
 from sa_jax import cli
@@ -110,6 +110,19 @@ def test_rolling_windows_are_lm_evals(lm, log_probs, length):
   assert lm.loglikelihood_rolling(instances("loglikelihood_rolling", (words(text),))) == [
     pytest.approx(wanted, abs=1e-4)
   ]
+
+
+def test_rolling_windows_begin_with_the_start_token_that_the_tokenizer_puts_before_a_text(model, params, log_probs):
+  backend = tokenizer().backend
+  backend.post_processor = processors.TemplateProcessing(single="w01 $A", special_tokens=[("w01", 1)])
+  lm = SharedAttentionLM(model, params, Tokenizer(backend, None, (("bos_token", "w01"), ("eos_token", "w02"))))
+  text = np.random.default_rng(5).integers(3, 61, 100).tolist()
+  # Windows of 39 tokens; each is read after the start token, and but for the first after the token before it.
+  wanted = score(log_probs, [1], text[:39])[0] + score(log_probs, [1, text[38]], text[39:78])[0]
+  # The last window is as long as the others, and of those it has in common nothing is counted twice.
+  wanted += score(log_probs, [1, *text[60:78]], text[78:])[0]
+  (found,) = lm.loglikelihood_rolling(instances("loglikelihood_rolling", (words(text),)))
+  assert found == pytest.approx(wanted, abs=2e-3)
 
 
 def test_generation_stops_at_strings_ends_and_lengths(lm, model, params):

@@ -50,6 +50,13 @@ def test_uniform_model(model, params):
 def test_rows_of():
   assert sa_jax.rows_of(range(10), 3).tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
   assert sa_jax.rows_of(range(10), 3, rows=2).tolist() == [[0, 1, 2], [3, 4, 5]]
+  assert sa_jax.rows_of(range(10), 4, start=99).tolist() == [[99, 0, 1, 2], [99, 3, 4, 5], [99, 6, 7, 8]]
+  assert sa_jax.rows_of(range(4), 4, start=[98, 99]).tolist() == [[98, 99, 0, 1], [98, 99, 2, 3]]
+  assert sa_jax.rows_of(range(4), 2, start=()).tolist() == sa_jax.rows_of(range(4), 2).tolist()
+  with pytest.raises(ValueError, match="no room beside 2 start tokens"):
+    sa_jax.rows_of(range(4), 2, start=[98, 99])
+  with pytest.raises(ValueError, match="the text has 5 tokens, too few for 2 rows of 3"):
+    sa_jax.rows_of(range(5), 4, 2, start=99)
   with pytest.raises(ValueError, match="the text has 10 tokens, too few for 4 rows of 3"):
     sa_jax.rows_of(range(10), 3, rows=4)
   with pytest.raises(ValueError, match="the text has 2 tokens, too few for 1 rows of 3"):

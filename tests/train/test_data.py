@@ -1,5 +1,6 @@
 """Training data: documents, templates, tokens, rows, batches, hosts."""
 
+import dataclasses
 import datetime
 import json
 
@@ -235,7 +236,7 @@ def test_lines_that_cannot_be_used(tmp_path, line, why):
   )
   tokenizer = Tokenizer(data.byte_tokenizer().backend, template)
   file = write(tmp_path / "a.jsonl", {"text": "good"}, line.replace("%s", QUESTION) + "\n")
-  with pytest.raises(UserError, match=f"a.jsonl, line 2: .*{why}.*--skip-bad"):
+  with pytest.raises(UserError, match=f"a.jsonl, line 2: .*{why}.*skip_bad=True"):
     data.open_corpus([file], tokenizer)
   assert data.open_corpus([file], tokenizer, Reading(skip_bad=True)).report == Report(documents=1, bad=1)
 
@@ -314,6 +315,38 @@ def test_rows_by_hand():
   assert unpacked.read([1, 2]).tokens.tolist() == [[5, 6, 0, 0, 0], [7, 8, 0, 0, 0]]
   assert unpacked.read([0]).segments is None
   assert data.make_rows(corpus_of(8, 5), 5).read([0]).segments is None
+
+
+def test_a_row_from_the_middle_of_a_document_begins_with_the_start_token():
+  """Which is not learnt, and from which the next token is; the document's own beginning has it already."""
+  corpus = dataclasses.replace(corpus_of(8, 3), start=(99,))
+  batch = data.make_rows(corpus, 5).read([0, 1, 2])
+  assert batch.tokens.tolist() == [[0, 1, 2, 3, 4], [99, 5, 6, 7, 0], [8, 9, 10, 0, 0]]
+  assert batch.weights.tolist() == [[0, 1, 1, 1, 1], [0, 1, 1, 1, 0], [0, 1, 1, 0, 0]]
+  # A last piece of one token has something to be predicted from.
+  assert data.make_rows(dataclasses.replace(corpus_of(6), start=(99,)), 5).read([1]).weights.tolist() == [
+    [0, 1, 0, 0, 0]
+  ]
+  with pytest.raises(ValueError, match="no room beside 1 start tokens"):
+    data.make_rows(corpus, 1)
+
+
+def test_texts_begin_with_the_tokenizers_start_token(tmp_path):
+  """Or the one that the settings name, or none; in a cache too, which knows them apart."""
+  tokenizer = data.byte_tokenizer()
+  tokenizer.backend.add_special_tokens(["<s>", "<t>"])
+  tokenizer.backend.post_processor = tokenizers.processors.TemplateProcessing(
+    single="<s> $A", special_tokens=[("<s>", 257)]
+  )
+  path = tmp_path / "a.txt"
+  path.write_text("abc")
+  for cache in (None, tmp_path / "cache"):
+    for choice, first in (("auto", [257]), ("none", []), ("<t>", [258])):
+      corpus = data.open_corpus([path], tokenizer, Reading(start_token=choice, cache=cache))
+      assert corpus.tokens.tolist() == [*first, *b"abc", 256]
+      assert corpus.start == tuple(first)
+  with pytest.raises(ValueError, match=r"no token '<u>' to begin rows with \(`start_token`\)"):
+    data.open_corpus([path], tokenizer, Reading(start_token="<u>"))
 
 
 def test_samples_longer_than_the_context():

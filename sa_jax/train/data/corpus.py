@@ -35,12 +35,14 @@ class Corpus:
     trained: bool ``[tokens]``, whether the model learns to write the token.
     offsets: int64 ``[documents + 1]``: document ``d`` is ``tokens[offsets[d] : offsets[d + 1]]``.
     report: what was read.
+    start: the tokens that a row begins with where it takes up the middle of a document.
   """
 
   tokens: np.ndarray
   trained: np.ndarray
   offsets: np.ndarray
   report: Report
+  start: tuple[int, ...] = ()
 
   @functools.cached_property
   def checksum(self) -> int:
@@ -59,6 +61,8 @@ class Reading:
   """Key of the text in JSON lines that hold only text."""
   skip_bad: bool = False
   """Leave out lines that cannot be used, and count them."""
+  start_token: str = "auto"
+  """What texts and rows begin with: auto for what the tokenizer puts before a text, none, or a token."""
   cache: Path | None = None
   """Folder for tokenised corpora, for use again; None keeps them in memory."""
 
@@ -84,13 +88,21 @@ def open_corpus(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading = 
     except ValueError:
       if not entry.exists():  # another process may have been faster
         raise
-  return _load(entry)
+  return dataclasses.replace(_load(entry), start=tuple(tokenizer.opening(reading.start_token)))
 
 
 def _key(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> str:
   digest = hashlib.sha256()
   told = tokenizer.now if tokenizer.chat_template is not None and tokenizer.template.tells_the_date else None
-  options = (_VERSION, reading.documents, reading.text_key, reading.skip_bad, tokenizer.special, str(told))
+  options = (
+    _VERSION,
+    reading.documents,
+    reading.text_key,
+    reading.skip_bad,
+    reading.start_token,
+    tokenizer.special,
+    str(told),
+  )
   for part in (repr(options), tokenizer.backend.to_str(), tokenizer.chat_template or ""):
     digest.update(hashlib.sha256(part.encode()).digest())
   for path in paths:
@@ -101,10 +113,11 @@ def _key(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> str:
 
 def _tokenise(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> Corpus:
   report = Report()
-  parts = list(_encoded(_documents(paths, tokenizer, report, reading), tokenizer))
+  start = tokenizer.opening(reading.start_token)
+  parts = list(_encoded(_documents(paths, tokenizer, report, reading), tokenizer, start))
   tokens, trained = (np.concatenate(column) for column in zip(*parts, strict=True))
   lengths = [len(part[0]) for part in parts]
-  return Corpus(tokens, trained, np.cumsum([0, *lengths], dtype=np.int64), report)
+  return Corpus(tokens, trained, np.cumsum([0, *lengths], dtype=np.int64), report, tuple(start))
 
 
 def _write(folder: Path, paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> None:
@@ -112,7 +125,8 @@ def _write(folder: Path, paths: Sequence[Path], tokenizer: Tokenizer, reading: R
   report = Report()
   lengths = [0]
   with (folder / "tokens.bin").open("wb") as tokens, (folder / "trained.bin").open("wb") as trained:
-    for ids, mask in _encoded(_documents(paths, tokenizer, report, reading), tokenizer):
+    documents = _documents(paths, tokenizer, report, reading)
+    for ids, mask in _encoded(documents, tokenizer, tokenizer.opening(reading.start_token)):
       tokens.write(ids.tobytes())
       trained.write(mask.tobytes())
       lengths.append(len(ids))
@@ -137,10 +151,12 @@ def _documents(paths: Sequence[Path], tokenizer: Tokenizer, report: Report, read
   return read_documents(paths, tokenizer, report, **options)
 
 
-def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Each document's tokens, and which of them are learnt: what the tokenizer puts before a text is not, its end is."""
+def _encoded(
+  documents: Iterable[Document], tokenizer: Tokenizer, start: Sequence[int]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Each document's tokens, and which of them are learnt: ``start``, put before a text, is not, its end is."""
   token = tokenizer.special_id("eos_token")
-  start, end = tokenizer.around[0], [] if token is None else [token]
+  end = [] if token is None else [token]
   iterator = iter(documents)
   while block := list(itertools.islice(iterator, _AT_ONCE)):
     texts = [encodable("".join(piece.text for piece in document.pieces)) for document in block]

@@ -22,15 +22,17 @@ class Spans(NamedTuple):
   bounds: int64 ``[spans, 2]``: first and past-last token of each piece of a document.
   cut: how many samples lost their end.
   barren: how many pieces were left out, because nothing in them is to be learnt.
+  continued: bool ``[spans]``, which pieces take up the middle of a document.
   """
 
   bounds: np.ndarray
   cut: int
   barren: int
+  continued: np.ndarray
 
 
 def spans_of(corpus: Corpus, length: int, too_long: TooLong) -> Spans:
-  """Every document as pieces of at most ``length`` tokens.
+  """Every document as pieces of at most ``length`` tokens, the start tokens before a piece from its middle counted.
 
   A document that is learnt as a whole goes on in the next piece. A sample, which has a prompt, makes no sense from its
   middle: one that is too long is an error, or keeps its start.
@@ -40,6 +42,9 @@ def spans_of(corpus: Corpus, length: int, too_long: TooLong) -> Spans:
   """
   bounds: list[tuple[int, int]] = []
   cut = 0
+  own = length - len(corpus.start)
+  if own < 1:
+    raise UserError(f"rows of {length} tokens have no room beside {len(corpus.start)} start tokens")
   for document, (start, stop) in enumerate(zip(corpus.offsets[:-1].tolist(), corpus.offsets[1:].tolist(), strict=True)):
     if stop - start <= length:
       bounds.append((start, stop))
@@ -52,11 +57,16 @@ def spans_of(corpus: Corpus, length: int, too_long: TooLong) -> Spans:
       cut += 1
       bounds.append((start, start + length))
     else:
-      bounds += [(first, min(first + length, stop)) for first in range(start, stop, length)]
-  kept = [(start, stop) for start, stop in bounds if corpus.trained[start + 1 : stop].any()]
+      bounds.append((start, start + length))
+      bounds += [(first, min(first + own, stop)) for first in range(start + length, stop, own)]
+  begins = frozenset(corpus.offsets.tolist())
+  opened = lambda start: bool(corpus.start) and start not in begins
+  # Of what a piece begins with nothing is predicted.
+  kept = [(start, stop) for start, stop in bounds if corpus.trained[start + (not opened(start)) : stop].any()]
   if not kept:
     raise UserError("the data leave nothing to learn: no document has a token to predict from another")
-  return Spans(np.asarray(kept, np.int64), cut, len(bounds) - len(kept))
+  continued = np.asarray([start not in begins for start, _ in kept])
+  return Spans(np.asarray(kept, np.int64), cut, len(bounds) - len(kept), continued)
 
 
 def is_sample(trained: np.ndarray) -> bool:
@@ -127,11 +137,14 @@ class Rows:
       at = 0
       for segment, member in enumerate(self.members[number] if number >= 0 else (), 1):
         start, stop = self.spans.bounds[member]
-        place = slice(at, at + int(stop - start))
+        opening = self.corpus.start if self.spans.continued[member] else ()
+        own = at + len(opening)
+        place = slice(own, own + int(stop - start))
+        tokens[index, at:own] = opening
         tokens[index, place] = self.corpus.tokens[start:stop]
         weights[index, place] = self.corpus.trained[start:stop]
         weights[index, at] = 0
-        segments[index, place] = segment
+        segments[index, at : place.stop] = segment
         at = place.stop
     return Batch(tokens, weights, segments if self.has_segments else None)
 
@@ -150,6 +163,6 @@ def make_rows(corpus: Corpus, length: int, packing: Packing = "rows", too_long: 
     UserError: as `spans_of`.
   """
   spans = spans_of(corpus, length, too_long)
-  sizes = (spans.bounds[:, 1] - spans.bounds[:, 0]).tolist()
+  sizes = (spans.bounds[:, 1] - spans.bounds[:, 0] + len(corpus.start) * spans.continued).tolist()
   members = pack(sizes, length) if packing == "rows" else [[piece] for piece in range(len(sizes))]
   return Rows(corpus, length, spans, members)
