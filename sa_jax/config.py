@@ -11,7 +11,7 @@ from sa_jax.ops import AttentionSpec, RopeConfig
 
 AttentionState = Literal["query_key", "attention_weights"]
 AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn", "flash", "splash"]
-RematPolicy = Literal["none", "full", "dots"]
+RematPolicy = Literal["none", "full", "attention", "dots"]
 FloatDtype = Literal["float32", "bfloat16", "float16"]
 CacheDtype = Literal["int8", None]
 Activation = Literal["silu", "gelu_tanh"]
@@ -164,7 +164,8 @@ class Compute:
     attention: the attention backend; see `sa_jax.ops.attend`.
     attention_state: what an anchor hands its followers: ``query_key`` (its rotary-encoded q and k, O(T) memory, any
       fused kernel) or ``attention_weights`` (the softmaxed weights, O(T S) memory, the paper's literal algorithm).
-    remat: what the backward pass recomputes in each group: ``none``, ``full`` (all of it), or ``dots`` (all but matrix
+    remat: what the backward pass recomputes in each group: ``none``, ``full`` (all of it), ``attention`` (all but what
+      fused attention gives: one more array like the block's input a layer is kept), or ``dots`` (all but matrix
       products with parameters).
   """
 

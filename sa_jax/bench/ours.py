@@ -102,7 +102,7 @@ def prefill(task: Task) -> Result:
 
 
 def train(task: Task) -> Result:
-  """The gradient of a stack of layers with respect to parameters and input, each layer rematerialised."""
+  """The gradient of a stack of layers with respect to parameters and input."""
   return _stack_of_layers(task, gradient=True)
 
 
@@ -166,7 +166,7 @@ def _backend(config: ModelConfig, length: int, mesh: Mesh | None = None) -> str:
 
 
 def _stack_of_layers(task: Task, gradient: bool) -> Result:
-  config = dataclasses.replace(task.config, remat="full")
+  config = dataclasses.replace(task.config, remat=task.remat)
   plan = SharingPlan.parse(task.plan, config.num_layers)
   ceiling = _matrix_rate()
   layers = Runs(config, plan)

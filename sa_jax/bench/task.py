@@ -36,7 +36,7 @@ class Task:
     who: whose code: ours, or transformers' on torch, compiled or not.
     attention_state: as in `ModelConfig`.
     attention: as in `ModelConfig`.
-    remat: step: as in `ModelConfig`; of peers, gradient checkpointing unless ``none``.
+    remat: step and train: as in `ModelConfig`; of peers, gradient checkpointing unless ``none``.
     cache_dtype: as in `ModelConfig`.
     requests: batching: how many.
     repeats: timed calls.
@@ -132,7 +132,7 @@ _ONLY = {
   "requests": ("batching",),
   "attention": _STACKS,
   "attention_state": _STACKS,
-  "remat": ("step",),
+  "remat": ("step", "train"),
 }
 """The kinds that a setting means something to, where it does not to all."""
 

@@ -21,8 +21,17 @@ from sa_jax.plan import HeadMap, Run, SharingPlan
 Share = jax.Array | float | None
 """How much of its anchor's weights a follower uses that has its own too, 0 to 1; None where followers have none."""
 
+
+def _is_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
+  """Whether a primitive is cuDNN's attention, which leaves no names."""
+  return "dot_product_attention_fwd" in primitive.name
+
+
 _REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
+  "attention": jax.checkpoint_policies.save_from_both_policies(
+    _is_cudnn, jax.checkpoint_policies.save_only_these_names(ops.KEPT)
+  ),
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -135,8 +144,10 @@ class Runs(nn.Module):
       kinds = [self.config.kind_of(layer) for layer in run.layers if self.plan.is_anchor(layer)]
       own = jnp.asarray(kinds, jnp.int32) if len(set(kinds)) > 1 else None
       step: Callable[..., Any] = functools.partial(_group_step, kinds[0], share)
-      # Under `dots` the products that queries and keys are made of are kept anyway.
-      if run.followers and (self.config.remat != "dots" or self.config.attention_state == "attention_weights"):
+      # Under `dots` the products that queries and keys are made of are kept anyway; under `attention` a group's queries
+      # and keys are little beside its layers' outputs.
+      keeps_state = self.config.remat in ("dots", "attention") and self.config.attention_state == "query_key"
+      if run.followers and not keeps_state:
         step = _remat(self.config, step, run.groups, _BLOCK_INPUT)
       scan = nn.scan(
         step,

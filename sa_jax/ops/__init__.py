@@ -1,6 +1,7 @@
 """Pure functions on arrays: the mathematics, with no Flax in it."""
 
 from sa_jax.ops.attention import (
+  KEPT,
   AttentionSpec,
   Backend,
   Rows,
@@ -25,6 +26,7 @@ from sa_jax.ops.quantize import Int8, Stored
 from sa_jax.ops.rope import RopeConfig, apply_rope, rope_frequencies
 
 __all__ = [
+  "KEPT",
   "AttentionSpec",
   "Backend",
   "Head",

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ LENGTH = 256
 
 def temporaries(model: Transformer) -> int:
   def loss(params, tokens):
-    return model.apply({"params": params}, tokens, method="hidden").sum()
+    return model.apply({"params": params}, tokens, method=model.hidden).sum()
 
   params, tokens = abstract_params(model), jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
   return jax.jit(jax.grad(loss)).lower(params, tokens).compile().memory_analysis().temp_size_in_bytes
@@ -52,3 +53,38 @@ def test_of_each_block_its_input_is_kept_and_of_no_group_the_state(state):
   few, many = (temporaries(small(plan(n), num_layers=2 * n, attention_state=state)) for n in (4, 8))
   block_input = LENGTH * small().config.embed_dim * 4
   assert many - few == 4 * 2 * block_input
+
+
+def exponentials_of(equation) -> int:
+  """How many it has, loops counted once: two in blockwise attention's forward pass, one in its backward pass."""
+  inner = (each for jaxpr in jax.extend.core.jaxprs_in_params(equation.params) for each in jaxpr.eqns)
+  return (equation.primitive.name == "exp") + sum(map(exponentials_of, inner))
+
+
+@pytest.mark.parametrize("plan", ["dense", "0:1-3"])
+def test_attention_is_kept_on_request(plan):
+  """Not computed again, at the price of its output and each query's log of sums a layer; gradients are the same."""
+  models = {
+    remat: tiny.model(plan, num_layers=4, attention="blockwise", remat=remat) for remat in ("full", "attention")
+  }
+  params, tokens = jax.tree.map(jnp.asarray, tiny.params(models["full"], "runs")), tiny.tokens(1, LENGTH)
+
+  def gradient(model):
+    return jax.grad(lambda params: jnp.square(model.apply({"params": params}, tokens)).mean())
+
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  jax.tree.map(close, *(jax.jit(gradient(model))(params) for model in models.values()))
+  # The backward pass is the last loop of the program; it has one exponential in a block, an anchor's or a follower's.
+  blocks = 1 if plan == "dense" else 2
+  loops = lambda model: [each for each in jax.make_jaxpr(gradient(model))(params).jaxpr.eqns if exponentials_of(each)]
+  assert exponentials_of(loops(models["attention"])[-1]) == blocks
+  assert exponentials_of(loops(models["full"])[-1]) == 3 * blocks
+
+
+def test_what_keeping_attention_costs():
+  full, kept = (
+    temporaries(small("dense", num_layers=9, attention="blockwise", remat=how)) for how in ("full", "attention")
+  )
+  config = small().config
+  of_a_layer = LENGTH * config.num_heads * (config.head_dim + 1) * 4
+  assert 0.9 * 9 * of_a_layer <= kept - full <= 1.2 * 9 * of_a_layer

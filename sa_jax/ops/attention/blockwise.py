@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sa_jax.ops.attention.reference import MASKED, Segments, segments_at, visible
 from sa_jax.ops.attention.rows import Rows
-from sa_jax.ops.attention.spec import AttentionSpec
+from sa_jax.ops.attention.spec import KEPT, AttentionSpec
 
 _BLOCK = 256
 
@@ -150,7 +151,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, sight: _Sight, how: _How)
     return carry, (out.astype(v.dtype), maximum + jnp.log(total))
 
   _, (out, log_sums) = jax.lax.scan(query_block, None, (jnp.arange(len(q_blocks)), q_blocks))
-  out = _unblocks(out)
+  out, log_sums = (checkpoint_name(x, KEPT) for x in (_unblocks(out), log_sums))
   return out, (q, k, v, sight, out, log_sums)
 
 

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from sa_jax.ops.attention.reference import MASKED, segments_at
 from sa_jax.ops.attention.rows import Rows
-from sa_jax.ops.attention.spec import AttentionSpec
+from sa_jax.ops.attention.spec import KEPT, AttentionSpec
 from sa_jax.ops.kernels import triton as plgpu
 
 BLOCK = 64
@@ -97,6 +98,7 @@ def _forward(
     [(calls.query, q), (calls.per_query, calls.statistic)],
     "flash_forward",
   )(q, k, v, bounds.first, bounds.last)
+  out, log_sums = (checkpoint_name(x, KEPT) for x in (out, log_sums))
   return out, (q, k, v, bounds, out, log_sums)
 
 

@@ -10,6 +10,10 @@ import jax.numpy as jnp
 
 from sa_jax.errors import UserError
 
+KEPT = "attention"
+"""The name under which fused backends leave, for rematerialisation, what their backward pass needs of their forward
+pass: the output and each query's log of sums."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:

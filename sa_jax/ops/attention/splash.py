@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from sa_jax.ops.attention.rows import Rows
-from sa_jax.ops.attention.spec import AttentionSpec
+from sa_jax.ops.attention.spec import KEPT, AttentionSpec
 
 _LANES = 128
 _BLOCK = 512
@@ -65,6 +65,7 @@ def attend(
     attn_logits_soft_cap=spec.softcap,
     head_shards=1,
     q_seq_shards=1,
+    residual_checkpoint_name=KEPT,
     interpret=interpret,
   )
   heads_first = lambda x: jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, padded - length), (0, 0)))
