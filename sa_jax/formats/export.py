@@ -17,17 +17,14 @@ from sa_jax.errors import UserError
 from sa_jax.files import new_folder
 from sa_jax.formats import hf_config
 from sa_jax.formats.lazy import LazyTensor, Progress, in_order
+from sa_jax.formats.model_card import model_card
 from sa_jax.formats.opened import open_model
 from sa_jax.formats.table import Entry, entries, pack
 from sa_jax.plan import SharingPlan
 
 _CODE = Path(__file__).parent / "pytorch" / "modeling_shared_attention.py"
-_SHARED_CLASSES = {
-  "llama": "SharedLlamaForCausalLM",
-  "mistral": "SharedMistralForCausalLM",
-  "qwen2": "SharedQwen2ForCausalLM",
-  "qwen3": "SharedQwen3ForCausalLM",
-}
+_SHARED_CLASSES = {"llama": "SharedLlama", "mistral": "SharedMistral", "qwen2": "SharedQwen2", "qwen3": "SharedQwen3"}
+"""What the names of a family's config and model begin with in that code."""
 _SHARD_BYTES = 500_000_000
 
 
@@ -43,10 +40,9 @@ def export(
   """Writes a model as a Hugging Face folder, bit for bit in the stored dtype.
 
   A dense model becomes a folder that transformers opens like any other (of Baichuan and InternLM, once the original
-  folder's code lies in it and ``auto_map`` names that). A model with followers is accompanied by
-  ``modeling_shared_attention.py``, which transformers runs under ``trust_remote_code=True``; without it, transformers
-  makes the family's own class of it, whose missing queries and keys are random, and says so in its log. Followers have
-  no queries and keys, and cache values alone. Memory holds one shard at a time.
+  folder's code lies in it and ``auto_map`` names that). A model with followers has a model type of its own and is
+  accompanied by ``modeling_shared_attention.py``, which transformers runs under ``trust_remote_code=True``, and without
+  which it opens nothing. Followers have no queries and keys, and cache values alone. Memory holds one shard at a time.
 
   Args:
     src: the model to read; see `from_pretrained`.
@@ -68,6 +64,10 @@ def export(
     opened.source.save_extras(folder)
     if made.followers:
       shutil.copyfile(_CODE, folder / _CODE.name)
+    generation = folder / "generation_config.json"
+    if not generation.exists():
+      generation.write_text(json.dumps(_generation(config), indent=2), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(config, made, str(src)), encoding="utf-8")
     _write_shards(opened.tree(), folder, _tensors(config, made), shard_bytes, progress)
 
 
@@ -82,10 +82,25 @@ def _config(config: ModelConfig, plan: SharingPlan) -> dict[str, Any]:
     )
   name = _SHARED_CLASSES[config.family]
   return values | {
-    "architectures": [name],
-    "auto_map": {"AutoModelForCausalLM": f"{_CODE.stem}.{name}"},
+    "architectures": [f"{name}ForCausalLM"],
+    "auto_map": {
+      "AutoConfig": f"{_CODE.stem}.{name}Config",
+      "AutoModelForCausalLM": f"{_CODE.stem}.{name}ForCausalLM",
+    },
+    "model_type": hf_config.SHARED + config.family,
     "shared_attention": hf_config.write_plan(plan),
   }
+
+
+def _generation(config: ModelConfig) -> dict[str, Any]:
+  """What transformers' ``generate`` has to know."""
+  ends = list(config.eos_token_ids)
+  values = {
+    "bos_token_id": config.bos_token_id,
+    "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+    "pad_token_id": config.pad_token_id,
+  }
+  return {"_from_model_config": True} | {name: value for name, value in values.items() if value is not None}
 
 
 def _tensors(config: ModelConfig, plan: SharingPlan) -> list[list[Entry]]:
@@ -127,6 +142,7 @@ def _write_shards(
     name = "model.safetensors" if alone else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     made = {parts[0].key: in_order(pack([(entry, read(entry)) for entry in parts])) for parts in shard}
     save_file(made, folder / name, metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / name)  # safetensors lets nobody else read its files
     weight_map |= dict.fromkeys(made, name)
     done += len(shard)
     if progress is not None:

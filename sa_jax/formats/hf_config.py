@@ -59,6 +59,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 """Floating-point types that parameters may have."""
 
 
+SHARED = "shared_"
+"""Before the family's name, in the ``model_type`` of an exported plan."""
+
+
 def read(values: Mapping[str, Any]) -> ModelConfig:
   """Reads the contents of a ``config.json``.
 
@@ -68,6 +72,7 @@ def read(values: Mapping[str, Any]) -> ModelConfig:
   Raises:
     UserError: names, all at once, each value that is missing, malformed or not implemented, and each unknown key.
   """
+  values = _of_family(values)
   family = _family(values)
   reader = ConfigReader({**family.defaults, **values}, [])
   sizes = _read_sizes(reader)
@@ -107,6 +112,14 @@ def read(values: Mapping[str, Any]) -> ModelConfig:
   if reader.errors:
     raise UserError("config.json cannot be used:\n  " + "\n  ".join(reader.errors))
   return ModelConfig(**config)
+
+
+def _of_family(values: Mapping[str, Any]) -> Mapping[str, Any]:
+  """With the family's model type in place of that of an exported plan."""
+  model_type = values.get("model_type")
+  if "shared_attention" in values and isinstance(model_type, str):
+    return {**values, "model_type": model_type.removeprefix(SHARED)}
+  return values
 
 
 def _family(values: Mapping[str, Any]) -> Family:

@@ -23,6 +23,11 @@ _PATTERNS: dict[Need, tuple[str, ...]] = {
 }
 
 
+def is_hub_id(name: str) -> bool:
+  """Whether a name is read as a hub id: it has the form of one, and no path of that name exists."""
+  return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
+
+
 def locate(name: str | Path, revision: str | None = None, need: Need = "weights") -> Path:
   """The path of a model that is given by its path or its id on the Hugging Face hub.
 
@@ -38,7 +43,7 @@ def locate(name: str | Path, revision: str | None = None, need: Need = "weights"
     UserError: if there is no such path and no such hub model, or a revision is given for a path.
   """
   path = Path(name)
-  if path.exists() or not _HUB_ID.fullmatch(str(name)):
+  if not is_hub_id(str(name)):
     if revision is not None:
       raise UserError(f"revision {revision!r} is for models on the hub, and {name} is a path")
     if not path.exists():

@@ -1,10 +1,14 @@
 """Out again: bit-exact round trips, and PyTorch running what a plan made."""
 
+import json
+import os
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 import sa_jax
+from tests import tiny
 from tests.formats import hf_models
 
 torch = pytest.importorskip("torch")
@@ -83,6 +87,52 @@ def test_plan_runs_in_pytorch(family, tmp_path):
       assert cache[layer].values.shape[-1] == model.config.head_dim
     for layer in model.plan.anchors:
       assert cache[layer].keys.shape == cache[layer].values.shape
+
+
+@pytest.fixture
+def exported(tmp_path):
+  """A plan of a small Llama, exported straight from its folder, under a narrow umask."""
+  hf_models.build("llama", tmp_path / "theirs")
+  before = os.umask(0o027)
+  try:
+    sa_jax.export(tmp_path / "theirs", tmp_path / "out", plan="0:1,2:3")
+  finally:
+    os.umask(before)
+  return tmp_path / "out"
+
+
+def test_without_its_code_a_plan_does_not_open(exported):
+  """The family's own class would make random queries and keys for the followers."""
+  with pytest.raises(ValueError, match="trust_remote_code=True"):
+    transformers.AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=False)
+  values = json.loads((exported / "config.json").read_text())
+  assert values["model_type"] == "shared_llama"
+  assert values["model_type"] not in transformers.CONFIG_MAPPING
+  with pytest.raises(ValueError, match="model_type 'shared_llama' is not supported"):  # it is no plan's
+    sa_jax.ModelConfig.from_hf({key: value for key, value in values.items() if key != "shared_attention"})
+
+
+def test_what_goes_with_an_export(exported):
+  assert {file.name: oct(file.stat().st_mode & 0o777) for file in exported.iterdir()} == dict.fromkeys(
+    [
+      "README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_shared_attention.py",
+    ],
+    "0o640",
+  )  # fmt: skip
+  assert exported.stat().st_mode & 0o777 == 0o750
+  card = (exported / "README.md").read_text()
+  assert "The plan is `0:1,2:3`." in card
+  assert "\nlayers 0-3: o| o|\n" in card
+  config = sa_jax.from_pretrained(exported)[0].config
+  before, after = (sa_jax.cost(config, plan).kv_bytes_per_token for plan in (None, "0:1,2:3"))
+  assert f"| KV cache, bytes a token | {before:,} | {after:,} | -25.0 % |" in card
+
+
+def test_transformers_knows_where_to_stop(tmp_path):
+  model = tiny.model("dense", num_layers=2, bos_token_id=3, eos_token_ids=(5, 7), pad_token_id=0)
+  sa_jax.export(tiny.write_hf(tmp_path / "theirs", model, tiny.params(model)), tmp_path / "out")
+  told = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+  assert (told.bos_token_id, told.eos_token_id, told.pad_token_id) == (3, [5, 7], 0)
 
 
 def test_what_cannot_be_exported(tmp_path):

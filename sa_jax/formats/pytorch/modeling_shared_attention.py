@@ -7,15 +7,22 @@ trust_remote_code=True)``. Liao & Vargas, "Beyond KV Caching: Shared Attention f
 for an anchor. ``config.shared_attention["head_map"]``, if there is one, says for each layer which anchor head each of
 its query heads uses, or null for the head of its own number. A follower has no queries and no keys, and caches its
 values alone. Attention is eager: the weights that followers need are never formed by fused kernels.
+
+The model types are this file's own, so that transformers does not open such a folder without it: the family's class
+would make random queries and keys for the followers.
 """
 
 import inspect
 
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 
 # What layers and models call the cache that they are given; transformers renamed it in 5.24.
@@ -103,17 +110,49 @@ class SharedAttention:
         raise ValueError(f"followers take a DynamicCache, not one with a {type(cache.layers[layer]).__name__}")
 
 
+class SharedLlamaConfig(LlamaConfig):
+  """Llama."""
+
+  model_type = "shared_llama"
+
+
 class SharedLlamaForCausalLM(SharedAttention, LlamaForCausalLM):
   """Llama."""
+
+  config_class = SharedLlamaConfig
+
+
+class SharedMistralConfig(MistralConfig):
+  """Mistral."""
+
+  model_type = "shared_mistral"
 
 
 class SharedMistralForCausalLM(SharedAttention, MistralForCausalLM):
   """Mistral."""
 
+  config_class = SharedMistralConfig
+
+
+class SharedQwen2Config(Qwen2Config):
+  """Qwen 1.5, 2 and 2.5."""
+
+  model_type = "shared_qwen2"
+
 
 class SharedQwen2ForCausalLM(SharedAttention, Qwen2ForCausalLM):
   """Qwen 1.5, 2 and 2.5."""
 
+  config_class = SharedQwen2Config
+
+
+class SharedQwen3Config(Qwen3Config):
+  """Qwen 3."""
+
+  model_type = "shared_qwen3"
+
 
 class SharedQwen3ForCausalLM(SharedAttention, Qwen3ForCausalLM):
   """Qwen 3."""
+
+  config_class = SharedQwen3Config

@@ -1,0 +1,79 @@
+"""The README of an exported folder: what the model is, which layers share, what that saves, how to use it."""
+
+from __future__ import annotations
+
+from sa_jax.config import ModelConfig
+from sa_jax.costs import cost
+from sa_jax.formats.hub import is_hub_id
+from sa_jax.plan import SharingPlan
+
+
+def model_card(config: ModelConfig, plan: SharingPlan, source: str) -> str:
+  """The card, in Markdown with the header that the hub reads.
+
+  Args:
+    config: the model.
+    plan: which layers share.
+    source: what it was exported from; named as the base model if it is a hub id.
+  """
+  tags = ["jax", *(["shared-attention"] if plan.followers else [])]
+  header = ["library_name: transformers", "pipeline_tag: text-generation", f"tags: [{', '.join(tags)}]"]
+  if is_hub_id(source):
+    header.insert(0, f"base_model: {source}")
+  parts = ["---", *header, "---", "", *(_shared(config, plan) if plan.followers else _dense(config))]
+  return "\n".join(parts) + "\n"
+
+
+def _dense(config: ModelConfig) -> list[str]:
+  return [
+    f"# A {config.family} model of {config.num_layers} layers",
+    "",
+    "```python",
+    "from transformers import AutoModelForCausalLM",
+    "",
+    'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")',
+    "```",
+  ]
+
+
+def _shared(config: ModelConfig, plan: SharingPlan) -> list[str]:
+  before, after = cost(config, None), cost(config, plan)
+  rows = [
+    ("parameters", before.params, after.params),
+    ("KV cache, bytes a token", before.kv_bytes_per_token, after.kv_bytes_per_token),
+  ]
+  return [
+    f"# A {config.family} model of {config.num_layers} layers, {len(plan.followers)} of which share attention weights",
+    "",
+    f"The plan is `{plan}`. A follower (`|`) uses the attention weights of the anchor (`o`) before it: it has no",
+    "queries and no keys, and caches values alone ([Shared Attention](https://arxiv.org/abs/2407.12866)).",
+    "",
+    "```",
+    *_picture(plan),
+    "```",
+    "",
+    "| | dense | this model | |",
+    "|---|---|---|---|",
+    *(f"| {name} | {old:,} | {new:,} | {100 * (new / old - 1):+.1f} % |" for name, old, new in rows),
+    "",
+    "The code is in `modeling_shared_attention.py`, beside the weights:",
+    "",
+    "```python",
+    "from transformers import AutoModelForCausalLM",
+    "",
+    'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER", trust_remote_code=True)',
+    "```",
+    "",
+    "In JAX, `sa_jax.from_pretrained` needs no foreign code. Do not open this folder with the class of the dense",
+    "family (such as `LlamaForCausalLM`): it would make random queries and keys for the followers.",
+  ]
+
+
+def _picture(plan: SharingPlan) -> list[str]:
+  """A line for every run: a mark for each layer, and a space before each anchor."""
+  lines = []
+  for run in plan.runs:
+    group = "o" + "|" * run.followers
+    name = f"layers {run.layers[0]}-{run.layers[-1]}" if len(run.layers) > 1 else f"layer {run.layers[0]}"
+    lines.append(f"{name}: {' '.join([group] * run.groups)}")
+  return lines
