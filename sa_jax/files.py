@@ -4,12 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from sa_jax.errors import UserError
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+
+
+def check_local(path: str | Path) -> None:
+  """Checks that a name is a path on this machine; as one, ``gs://bucket`` would be a folder named ``gs:``.
+
+  Raises:
+    UserError: if it names other storage.
+  """
+  if match := _SCHEME.match(str(path)):
+    raise UserError(
+      f"{path} is on {match[1]}:// storage, which is not supported; copy it to a disk, or mount the bucket"
+    )
+
+
+def check_regular(path: Path, most: int | None = None) -> None:
+  """Checks that a path is a file of some size: reading a pipe may wait for ever, and a device may have no end.
+
+  Args:
+    path: what exists.
+    most: the most bytes that such a file has.
+
+  Raises:
+    UserError: if it is something else, or larger.
+  """
+  if not path.is_file():
+    raise UserError(f"{path} is a {'folder' if path.is_dir() else 'pipe or a device'}, not a file")
+  if most is not None and (size := path.stat().st_size) > most:
+    raise UserError(f"{path} has {size:,} bytes; such a file has at most {most:,}")
 
 
 @contextlib.contextmanager
@@ -20,6 +51,7 @@ def named(path: Path, what: str = "read") -> Iterator[None]:
     path: the file or folder.
     what: what is done with it: ``read``, ``write``, ``make the folder``.
   """
+  check_local(path)
   try:
     yield
   except OSError as error:
@@ -111,6 +143,7 @@ def check_absent(path: Path | None) -> None:
   """
   if path is None:
     return
+  check_local(path)
   if path.exists() or path.is_symlink():
     raise UserError(f"{path} exists already; name a new folder, or remove it first")
   above = next(parent for parent in path.absolute().parents if parent.exists())

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from sa_jax.errors import UserError
-from sa_jax.files import read_text
+from sa_jax.files import check_regular, read_text
 
 EXTRAS = (
   "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
   "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
 """What travels with a model besides its config and weights."""
+
+_MOST_BYTES = 2**28  # several times what the largest tokenizers have
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -25,6 +27,7 @@ def read_json(path: Path) -> dict[str, Any]:
   """
   if not path.exists():
     raise UserError(f"there is no {path.name} in {path.parent}")
+  check_small(path)
   text = read_text(path)
   try:
     values = json.loads(text)
@@ -35,8 +38,30 @@ def read_json(path: Path) -> dict[str, Any]:
   return values
 
 
+def check_small(path: Path) -> None:
+  """Checks that a config's or a tokenizer's file is a file, and not absurdly large.
+
+  Raises:
+    UserError: if it is a pipe, a device or a folder, or too large.
+  """
+  check_regular(path, _MOST_BYTES)
+
+
 def copy_extras(source: Path, folder: Path) -> None:
-  """Copies the `EXTRAS` that a folder has."""
+  """Copies the `EXTRAS` that a folder has.
+
+  Raises:
+    UserError: if one is a link to a file elsewhere: what it holds is none of the model's. In the hub's cache, links to
+      the model's own files are.
+  """
+  home = source.resolve()
+  # CACHE/models--ORG--NAME/snapshots/COMMIT links to CACHE/models--ORG--NAME/blobs.
+  homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
   for name in EXTRAS:
-    if (source / name).is_file():
-      shutil.copyfile(source / name, folder / name)
+    file = source / name
+    if not file.exists():
+      continue
+    if not any(file.resolve().is_relative_to(each) for each in homes):
+      raise UserError(f"{file} is a link to {file.resolve()}, outside its folder; copy that file there, or remove it")
+    check_small(file)
+    shutil.copyfile(file, folder / name)

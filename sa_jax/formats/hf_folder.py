@@ -11,6 +11,7 @@ import numpy as np
 
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
+from sa_jax.files import check_regular
 from sa_jax.formats.extras import copy_extras, read_json
 from sa_jax.formats.shards import BinFile, SafetensorsFile, Shard
 from sa_jax.formats.table import Account, Entry, Index, account
@@ -55,7 +56,7 @@ class HfFolder:
   def _shard_of(self) -> dict[str, Shard]:
     for index, single, kind in _FORMATS:
       if (self.path / single).exists():
-        return self._by_tensor([kind(self.path / single)])
+        return self._by_tensor([self.path / single], kind)
       if (self.path / index).exists():
         return self._open_shards(self.path / index, kind)
     names = " and no ".join(name for index, single, _ in _FORMATS for name in (single, index))
@@ -71,15 +72,17 @@ class HfFolder:
       raise UserError(f"{index} names files that are not {kind.suffix[1:]} files of its folder: {outside}")
     if missing := [name for name in names if not (self.path / name).is_file()]:
       raise UserError(f"shards are missing from {self.path}: {', '.join(missing)}")
-    shard_of = self._by_tensor([kind(self.path / name) for name in names])
+    shard_of = self._by_tensor([self.path / name for name in names], kind)
     file_of = {key: shard.path.name for key, shard in shard_of.items()}
     if absent := sorted(key for key, name in weight_map.items() if file_of.get(key) != name):
       raise UserError(f"{index} lists tensors that are not in the file it gives for them: {absent}")
     return shard_of
 
-  def _by_tensor(self, shards: Sequence[Shard]) -> dict[str, Shard]:
+  def _by_tensor(self, files: Sequence[Path], kind: type[Shard]) -> dict[str, Shard]:
     shard_of: dict[str, Shard] = {}
-    for shard in shards:
+    for file in files:
+      check_regular(file)
+      shard = kind(file)
       for key in shard.shapes:
         if key in shard_of:
           raise UserError(f"{key} is in both {shard_of[key].path.name} and {shard.path.name} of {self.path}")

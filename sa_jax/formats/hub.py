@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from sa_jax.errors import UserError
+from sa_jax.files import check_local
 from sa_jax.formats.extras import EXTRAS
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -42,6 +43,7 @@ def locate(name: str | Path, revision: str | None = None, need: Need = "weights"
   Raises:
     UserError: if there is no such path and no such hub model, or a revision is given for a path.
   """
+  check_local(name)
   path = Path(name)
   if not is_hub_id(str(name)):
     if revision is not None:

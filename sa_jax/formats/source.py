@@ -10,7 +10,7 @@ import numpy as np
 
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
-from sa_jax.files import named
+from sa_jax.files import check_regular, named
 from sa_jax.formats import hf_config
 from sa_jax.formats.gguf_file import GgufFile
 from sa_jax.formats.hf_folder import HfFolder
@@ -88,6 +88,7 @@ def open_source(name: str | Path, revision: str | None = None, need: Need = "wei
   path = locate(name, revision, need)
   if path.is_dir():
     return OrbaxFolder(path) if is_checkpoint(path) else HfFolder(path)
+  check_regular(path)
   with named(path), path.open("rb") as file:
     magic = file.read(4)
   if magic != b"GGUF":

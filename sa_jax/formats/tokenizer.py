@@ -17,7 +17,7 @@ import tokenizers
 from sa_jax.errors import UserError
 from sa_jax.files import read_text
 from sa_jax.formats.chat_template import Call, Message, Template
-from sa_jax.formats.extras import read_json
+from sa_jax.formats.extras import check_small, read_json
 
 _GROWTH = 1000
 """Characters that a normaliser may make of one; those of people's models make 18 of U+FDFA and two of most."""
@@ -244,6 +244,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
   file = path / "tokenizer.json"
   if not file.exists():
     raise UserError(f"there is no tokenizer.json in {path}")
+  check_small(file)
   try:
     backend = tokenizers.Tokenizer.from_file(str(file))
   except Exception as error:  # the tokenizers package raises bare Exception
@@ -259,5 +260,6 @@ def read_tokenizer(path: Path) -> Tokenizer:
   _add_tokens(backend, values.get("added_tokens_decoder", {}), path)
   template = _chat_template(values.get("chat_template"), path)
   if (separate := path / "chat_template.jinja").exists():
+    check_small(separate)
     template = read_text(separate)
   return Tokenizer(backend, template, _special(values, path))
