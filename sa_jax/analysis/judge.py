@@ -30,7 +30,7 @@ from sa_jax.nn.transformer import check_plan, check_tokens
 from sa_jax.plan import HeadMap, SharingPlan
 from sa_jax.programs import fetch, program
 from sa_jax.sharding import where_parameters_are
-from sa_jax.trees import Params
+from sa_jax.trees import Params, Tree
 
 Progress = Callable[[int, int], None]
 P = ParamSpec("P")
@@ -252,7 +252,7 @@ class Judge:
         progress(layers - layer, layers - 1)
     return out
 
-  def _gradients(self) -> Any:
+  def _gradients(self) -> Tree:
     """Of the calibration text's loss with respect to each layer's attention output, from the last layer down."""
     outside = {name: value for name, value in self.params.items() if name != "layers"}
     tokens = np.concatenate([text.calibration for text in self.texts])

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from sa_jax.errors import UserError
 from sa_jax.files import new_file
 from sa_jax.plan import SharingPlan
-from sa_jax.trees import Params
+
+if TYPE_CHECKING:
+  from matplotlib.artist import Artist
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
+  from matplotlib.image import AxesImage
 
 
 def check_installed() -> None:
@@ -23,7 +29,7 @@ def check_installed() -> None:
   new_figure(1, 1)
 
 
-def save(figure: Any, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
   """Writes a figure as PNG, whatever the file's name ends in.
 
   Raises:
@@ -33,7 +39,7 @@ def save(figure: Any, path: Path) -> None:
     figure.savefig(file, format="png")
 
 
-def new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Figure:
   """An empty figure that needs no display.
 
   Raises:
@@ -49,13 +55,13 @@ def new_figure(width: float, height: float) -> Any:
   return figure
 
 
-def _heat_map(axes: Any, values: np.ndarray, title: str, lowest: float, highest: float) -> Any:
+def _heat_map(axes: Axes, values: np.ndarray, title: str, lowest: float, highest: float) -> AxesImage:
   axes.set(title=title, xlabel="layer", ylabel="layer")
   return axes.imshow(values, origin="lower", cmap="viridis", vmin=lowest, vmax=highest)
 
 
 def similarity_map(
-  similarity: Any,
+  similarity: ArrayLike,
   path: Path,
   *,
   title: str,
@@ -91,7 +97,7 @@ def similarity_map(
   save(figure, path)
 
 
-def similarity_animation(similarities: Params, path: Path) -> None:
+def similarity_animation(similarities: Mapping[str, ArrayLike], path: Path) -> None:
   """Draws the similarity maps of several checkpoints as one animated GIF.
 
   Args:
@@ -111,7 +117,7 @@ def similarity_animation(similarities: Params, path: Path) -> None:
   image = _heat_map(axes, maps[titles[0]], titles[0], lowest, 1.0)
   figure.colorbar(image, ax=axes, label="cosine similarity of attention weights")
 
-  def draw(frame: int) -> list[Any]:
+  def draw(frame: int) -> list[Artist]:
     image.set_data(maps[titles[frame]])
     axes.set_title(titles[frame])
     return [image]

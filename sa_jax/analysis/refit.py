@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from sa_jax.nn.transformer import check_plan, check_tokens
 from sa_jax.plan import SharingPlan
 from sa_jax.programs import fetch, program
 from sa_jax.sharding import placed_like, traced_where_parameters_are
-from sa_jax.trees import Params
+from sa_jax.trees import Params, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ def recover_layer(
   refit: Refit,
   calibration: int,
   keep: walk.Keep = walk.on_device,
-) -> tuple[Block, Stream, list[tuple[str, Any, Any, Any]]]:
+) -> tuple[Block, Stream, list[tuple[str, Tree, Tree, Tree]]]:
   """Refits one layer of the shared model and takes the text through it.
 
   Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ from sa_jax.params import as_layers
 from sa_jax.programs import fetch, program
 from sa_jax.sharding import traced_where_parameters_are
 from sa_jax.trees import Params
+
+_Array = TypeVar("_Array", jax.Array, np.ndarray)
 
 
 class Similarity(NamedTuple):
@@ -85,7 +87,7 @@ def layer_similarity(
   model = Transformer(dataclasses.replace(model.config, attention_state="query_key"), model.plan)
   layers = as_layers(params, model.plan)
   block = min(block, tokens.shape[1])
-  total: _Sums | None = None
+  total: _Sums[np.ndarray] | None = None
   for index, row in enumerate(tokens):
     states = _states(model, layers, row[None].astype(np.int32))
     for start in range(0, tokens.shape[1], block):
@@ -98,18 +100,18 @@ def layer_similarity(
   return _finish(total)
 
 
-class _Sums(NamedTuple):
+class _Sums(NamedTuple, Generic[_Array]):
   """Sums over queries; ``[L, L, N]``, ``[L, N]``, and of what heads have in common ``[L, L]``, ``[L]`` or scalar."""
 
-  products: Any
-  sink_products: Any
-  divergence: Any
-  overlap: Any
-  entropy: Any
-  queries: Any
-  long_queries: Any
-  keys: Any
-  inverse_keys: Any
+  products: _Array
+  sink_products: _Array
+  divergence: _Array
+  overlap: _Array
+  entropy: _Array
+  queries: _Array
+  long_queries: _Array
+  keys: _Array
+  inverse_keys: _Array
 
 
 @program(static_argnames="model")
@@ -118,7 +120,9 @@ def _states(model: Transformer, layers: Params, tokens: jax.Array) -> tuple[Stat
 
 
 @program(static_argnames=("length", "top_k", "block"))
-def block_sums(states: tuple[State, ...], start: jax.Array | int, length: int, top_k: int, block: int) -> _Sums:
+def block_sums(
+  states: tuple[State, ...], start: jax.Array | int, length: int, top_k: int, block: int
+) -> _Sums[jax.Array]:
   """What a block of queries, ``start`` to ``start + block``, adds to the comparison.
 
   Args:
@@ -169,7 +173,7 @@ def _window(state: State) -> int | None:
   return state.specs[0].window
 
 
-def _finish(sums: _Sums) -> Similarity:
+def _finish(sums: _Sums[np.ndarray]) -> Similarity:
   squares = np.einsum("LLN->LN", sums.products)
   return Similarity(
     cosine=_cosine(sums.products),

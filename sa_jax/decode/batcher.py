@@ -7,8 +7,8 @@ import dataclasses
 import heapq
 import itertools
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_tokens
 from sa_jax.params import as_layers
+from sa_jax.trees import Params
 
 _UNWATCHED = 128
 """Most decode steps on device where nobody waits for tokens: each return to the host costs time (1.4 ms on an H200)."""
@@ -64,7 +65,7 @@ class Batcher:
   def __init__(
     self,
     model: Transformer,
-    params: Mapping[str, Any],
+    params: Params,
     *,
     slots: int = 16,
     capacity: int = 2048,

@@ -19,7 +19,7 @@ from sa_jax.errors import UserError
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.typed import apply
 from sa_jax.sharding import DEFAULT_RULES, Rules, cache_shardings, named_sharding, traced_on
-from sa_jax.trees import Params
+from sa_jax.trees import Params, Tree
 
 _LOG = logging.getLogger("sa_jax")
 
@@ -38,11 +38,11 @@ class Prompts:
     numbers: int32 ``[B]``; a row's samples depend on its seed and its number, and on nothing else.
   """
 
-  tokens: Any
-  lengths: Any
-  new: Any
-  seeds: Any
-  numbers: Any
+  tokens: Tree
+  lengths: Tree
+  new: Tree
+  seeds: Tree
+  numbers: Tree
 
   @classmethod
   def of(
@@ -139,7 +139,7 @@ class Engine:
 
     return make() if self.mesh is None else jax.jit(lambda: self._in_place(make()))()
 
-  def shardings(self) -> Any:
+  def shardings(self) -> Tree:
     """A `NamedSharding` for every array of a `DecodeState` on the mesh: rows like the batch."""
     assert self.mesh is not None, "only a mesh has shardings"
     rows: Any = named_sharding(self.mesh, ("batch",), self.rules)

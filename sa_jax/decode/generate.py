@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from sa_jax.decode.batcher import Batcher
 from sa_jax.decode.engine import Engine, Prompts, capacity_for, check_seed, pad_to
@@ -15,6 +16,7 @@ from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_tokens
 from sa_jax.params import as_layers
+from sa_jax.trees import Params
 
 
 class Generated(NamedTuple):
@@ -31,16 +33,16 @@ class Generated(NamedTuple):
 
 def generate(
   model: Transformer,
-  params: Mapping[str, Any],
-  tokens: Any,
-  lengths: Any = None,
+  params: Params,
+  tokens: ArrayLike,
+  lengths: ArrayLike | None = None,
   max_new_tokens: int = 24,
   temperature: float = 0.0,
   seed: int = 0,
   *,
   top_k: int | None = None,
   top_p: float | None = None,
-  attention_mask: Any = None,
+  attention_mask: ArrayLike | None = None,
   cache_length: int | None = None,
   slots: int = 64,
 ) -> Generated:
@@ -72,7 +74,7 @@ def generate(
   if attention_mask is not None:
     if lengths is not None:
       raise UserError("give lengths or attention_mask, not both")
-    tokens, lengths = to_right_padded(tokens, attention_mask)
+    tokens, lengths = to_right_padded(tokens, np.asarray(attention_mask))
   if tokens.ndim == 2 and lengths is None:
     lengths = np.full(tokens.shape[0], tokens.shape[1], np.int32)
   lengths = np.asarray(lengths)
@@ -101,8 +103,8 @@ def generate(
 
 def stream(
   model: Transformer,
-  params: Mapping[str, Any],
-  prompt: Any,
+  params: Params,
+  prompt: ArrayLike,
   max_new_tokens: int = 24,
   temperature: float = 0.0,
   seed: int = 0,
@@ -141,9 +143,7 @@ def _slots_for(prompt: int, new: int) -> int:
   return prompt + new - 1
 
 
-def _static(
-  model: Transformer, params: Mapping[str, Any], prompts: Prompts, sampler: Sampler, capacity: int
-) -> np.ndarray:
+def _static(model: Transformer, params: Params, prompts: Prompts, sampler: Sampler, capacity: int) -> np.ndarray:
   """All rows in one batch; int32 ``[B, most new tokens]``, -1 after a row's end."""
   engine, layers, new = Engine(model), as_layers(params, model.plan), int(prompts.new.max())
   state = engine.prefill(layers, prompts, sampler=sampler, capacity=capacity)

@@ -6,7 +6,7 @@ import asyncio
 import collections
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from sa_jax.formats import hf_config
 from sa_jax.formats.lazy import LazyTensor, Progress, in_order
 from sa_jax.formats.orbax_folder import PARAMS
 from sa_jax.plan import SharingPlan
+from sa_jax.trees import Params
 
 _IN_FLIGHT_BYTES = 200_000_000  # written at once: enough to hide the disk's delay
 
@@ -27,7 +28,7 @@ def save_checkpoint(
   path: str | Path,
   config: ModelConfig,
   plan: SharingPlan,
-  params: Mapping[str, Any],
+  params: Params,
   save_extras: Callable[[Path], None] | None = None,
   progress: Progress | None = None,
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sa_jax.formats.model_card import model_card
 from sa_jax.formats.opened import open_model
 from sa_jax.formats.table import Entry, entries, pack
 from sa_jax.plan import SharingPlan
+from sa_jax.trees import Params, Tree
 
 _CODE = Path(__file__).parent / "pytorch" / "modeling_shared_attention.py"
 _SHARED_CLASSES = {"llama": "SharedLlama", "mistral": "SharedMistral", "qwen2": "SharedQwen2", "qwen3": "SharedQwen3"}
@@ -123,12 +124,12 @@ def _shards(tensors: list[list[Entry]], itemsize: int, limit: int) -> Iterator[l
 
 
 def _write_shards(
-  tree: Mapping[str, Any], folder: Path, tensors: list[list[Entry]], limit: int, progress: Progress | None
+  tree: Params, folder: Path, tensors: list[list[Entry]], limit: int, progress: Progress | None
 ) -> None:
   from safetensors.numpy import save_file
 
   def read(entry: Entry) -> np.ndarray:
-    node: Any = tree
+    node: Tree = tree
     for name in entry.path:
       node = node[name]
     leaf: LazyTensor = node

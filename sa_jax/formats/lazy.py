@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from sa_jax.formats.source import Source
 from sa_jax.formats.table import Entry, Index
+from sa_jax.trees import Params, Tree
 
 Progress = Callable[[int, int], None]
 
@@ -77,9 +78,9 @@ def _copy(array: np.ndarray) -> np.ndarray:
   return out
 
 
-def lazy_tree(source: Source, used: Sequence[Entry], dtype: str) -> dict[str, Any]:
+def lazy_tree(source: Source, used: Sequence[Entry], dtype: str) -> dict[str, Tree]:
   """The layer layout, unread."""
-  tree: dict[str, Any] = {}
+  tree: dict[str, Tree] = {}
   for entry in used:
     *parents, leaf = entry.path
     node = tree
@@ -94,7 +95,7 @@ def stack_lazily(leaves: Sequence[LazyTensor], leading: tuple[int, ...]) -> Lazy
   return leaves[0].stacked(leaves[1:], leading)
 
 
-def place(tree: Mapping[str, Any], shardings: Any, progress: Progress | None) -> dict[str, Any]:
+def place(tree: Params, shardings: Tree, progress: Progress | None) -> dict[str, Tree]:
   """Reads every parameter onto its devices, a layer at a time; each device is given its own slice and no more.
 
   Args:
@@ -137,7 +138,7 @@ def _of_layer(sharding: Sharding, leading: int) -> Sharding:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _empty(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.Array:
+def _empty(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, sharding: Sharding) -> jax.Array:
   return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
@@ -18,6 +18,7 @@ from sa_jax.nn import Transformer
 from sa_jax.params import stack
 from sa_jax.plan import SharingPlan
 from sa_jax.sharding import DEFAULT_RULES, Rules, param_shardings
+from sa_jax.trees import Tree
 
 Layout = Literal["runs", "layers"]
 
@@ -32,7 +33,7 @@ def from_pretrained(
   layout: Layout = "runs",
   revision: str | None = None,
   progress: Progress | None = None,
-) -> tuple[Transformer, dict[str, Any]]:
+) -> tuple[Transformer, dict[str, Tree]]:
   """Opens a checkpoint as a model that shares attention by a plan.
 
   Tensors are mapped one at a time, cast to ``dtype``, placed (each device reads its own slice) and released. Queries

@@ -7,7 +7,6 @@ analysis; a model whose plan is settled is a `Transformer`, which does not compu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,6 +21,7 @@ from sa_jax.nn.block import Block
 from sa_jax.nn.state import State, make_state
 from sa_jax.nn.transformer import Frame, check_plan
 from sa_jax.plan import HeadMap, SharingPlan
+from sa_jax.trees import Tree
 
 
 @struct.dataclass
@@ -34,9 +34,9 @@ class PlanArrays:
     kind: int32 ``[L]``, which of the config's ``kinds`` a layer is.
   """
 
-  is_anchor: Any
-  head_map: Any
-  kind: Any
+  is_anchor: Tree
+  head_map: Tree
+  kind: Tree
 
   @classmethod
   def of(cls, plan: SharingPlan, config: ModelConfig) -> PlanArrays:

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from sa_jax import ops
 from sa_jax.errors import UserError
+from sa_jax.trees import Tree
 
 Axes = tuple[str | None, ...]
 """An array's logical axes."""
@@ -43,7 +44,7 @@ def on_each_device(
   in_specs = tuple(_spec(each) for each in inputs)
   out_specs = tuple(_spec(each) for each in outputs) if several else _spec(outputs)
 
-  def split(*arrays: Any) -> Any:
+  def split(*arrays: Tree) -> Tree:
     if not all(
       _divides(mesh, spec, leaf.shape) for each, spec in zip(arrays, in_specs) for leaf in jax.tree.leaves(each)
     ):

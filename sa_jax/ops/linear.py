@@ -91,7 +91,7 @@ def _real(rows: int, columns: int, batch: int) -> jax.Array:
   return jax.lax.broadcasted_iota(jnp.int32, (rows, columns), 0) < batch
 
 
-def _products(x_ref: Any, weights: Sequence[Any], columns: Any, batch: int) -> tuple[jax.Array, ...]:
+def _products(x_ref: jax.Ref, weights: Sequence[jax.Ref], columns: Any, batch: int) -> tuple[jax.Array, ...]:
   """Some columns of ``x w``, in float32."""
   rows, features = x_ref.shape
 
@@ -104,14 +104,14 @@ def _products(x_ref: Any, weights: Sequence[Any], columns: Any, batch: int) -> t
   return jax.lax.fori_loop(0, features // _BLOCK_IN, block, (zeros,) * len(weights))
 
 
-def _linears_kernel(x_ref: Any, *refs: Any, batch: int) -> None:
+def _linears_kernel(x_ref: jax.Ref, *refs: jax.Ref, batch: int) -> None:
   weights, outputs = refs[: len(refs) // 2], refs[len(refs) // 2 :]
   program, first = pl.program_id(0), 0
   for weight, output in zip(weights, outputs, strict=True):
     blocks = weight.shape[1] // _BLOCK_OUT
 
     @pl.when((program >= first) & (program < first + blocks))
-    def _(weight: Any = weight, output: Any = output, first: int = first) -> None:
+    def _(weight: jax.Ref = weight, output: jax.Ref = output, first: int = first) -> None:
       columns = pl.ds((program - first) * _BLOCK_OUT, _BLOCK_OUT)
       (product,) = _products(x_ref, (weight,), columns, batch)
       plgpu.store(output.at[:, columns], product.astype(output.dtype), mask=_real(product.shape[0], _BLOCK_OUT, batch))
@@ -119,6 +119,6 @@ def _linears_kernel(x_ref: Any, *refs: Any, batch: int) -> None:
     first += blocks
 
 
-def _gated_kernel(x_ref: Any, gate_ref: Any, up_ref: Any, out_ref: Any, *, batch: int) -> None:
+def _gated_kernel(x_ref: jax.Ref, gate_ref: jax.Ref, up_ref: jax.Ref, out_ref: jax.Ref, *, batch: int) -> None:
   gate, up = _products(x_ref, (gate_ref, up_ref), slice(None), batch)
   plgpu.store(out_ref, (jax.nn.silu(gate) * up).astype(out_ref.dtype), mask=_real(gate.shape[0], _BLOCK_OUT, batch))

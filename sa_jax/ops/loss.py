@@ -2,12 +2,12 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from sa_jax.errors import UserError
+from sa_jax.trees import Tree
 
 Head = Callable[[jax.Array], jax.Array]
 """From hidden states ``[B, chunk, D]`` to logits ``[B, chunk, V]``."""
@@ -196,12 +196,12 @@ def _sum_of_chunks(
 
 def _sum_with_gradients(
   term: Callable[..., jax.Array], params: tuple[jax.Array, ...], inputs: tuple[jax.Array, ...]
-) -> tuple[jax.Array, tuple[Any, ...]]:
+) -> tuple[jax.Array, tuple[Tree, ...]]:
   def of_chunk(params: tuple[jax.Array, ...], hidden: jax.Array, *others: jax.Array) -> jax.Array:
     *arrays, weights = others
     return jnp.sum(term(hidden, *arrays, *params) * weights)
 
-  def one(carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], jax.Array]:
+  def one(carry: tuple[jax.Array, Tree], inputs: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Tree], jax.Array]:
     total, sums = carry
     value, (gradients, d_hidden) = jax.value_and_grad(of_chunk, argnums=(0, 1))(params, *inputs)
     return (total + value, jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, gradients)), d_hidden
@@ -212,7 +212,7 @@ def _sum_with_gradients(
   return total, (gradients, d_hidden, inputs[1:])
 
 
-def _scaled(_: Any, residuals: tuple[Any, ...], factor: jax.Array) -> tuple[Any, Any]:
+def _scaled(_: Tree, residuals: tuple[Tree, ...], factor: jax.Array) -> tuple[Tree, Tree]:
   gradients, d_hidden, others = residuals
   scale = lambda x: x * factor.astype(x.dtype)
   return jax.tree.map(scale, gradients), (scale(d_hidden), *(None for _ in others))

@@ -33,7 +33,7 @@ Stored = jax.Array | Int8
 """Vectors as a cache may hold them, keys or values ``[B, K, S, H]`` for example."""
 
 
-def product_dtype(stored: Stored, dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
+def product_dtype(stored: Stored | jax.Ref, dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
   """What weights are multiplied by cached vectors in, scales being multiplied into the weights.
 
   Float16 has no room for the product of a small weight and a small scale; bfloat16 holds every int8.

@@ -183,7 +183,15 @@ def _scores(
 
 
 def _forward_kernel(
-  q_ref: Any, k_ref: Any, v_ref: Any, first_ref: Any, last_ref: Any, out_ref: Any, sums_ref: Any, *, spec: AttentionSpec
+  q_ref: jax.Ref,
+  k_ref: jax.Ref,
+  v_ref: jax.Ref,
+  first_ref: jax.Ref,
+  last_ref: jax.Ref,
+  out_ref: jax.Ref,
+  sums_ref: jax.Ref,
+  *,
+  spec: AttentionSpec,
 ) -> None:
   q, first, last = q_ref[...], first_ref[...], last_ref[...]
 
@@ -222,15 +230,15 @@ def _d_scores(
 
 
 def _d_q_kernel(
-  q_ref: Any,
-  k_ref: Any,
-  v_ref: Any,
-  first_ref: Any,
-  last_ref: Any,
-  d_out_ref: Any,
-  sums_ref: Any,
-  shared_ref: Any,
-  d_q_ref: Any,
+  q_ref: jax.Ref,
+  k_ref: jax.Ref,
+  v_ref: jax.Ref,
+  first_ref: jax.Ref,
+  last_ref: jax.Ref,
+  d_out_ref: jax.Ref,
+  sums_ref: jax.Ref,
+  shared_ref: jax.Ref,
+  d_q_ref: jax.Ref,
   *,
   spec: AttentionSpec,
 ) -> None:
@@ -250,18 +258,18 @@ def _d_q_kernel(
 
 
 def _d_kv_kernel(
-  q_ref: Any,
-  k_ref: Any,
-  v_ref: Any,
-  first_ref: Any,
-  last_ref: Any,
-  begin_ref: Any,
-  end_ref: Any,
-  d_out_ref: Any,
-  sums_ref: Any,
-  shared_ref: Any,
-  d_k_ref: Any,
-  d_v_ref: Any,
+  q_ref: jax.Ref,
+  k_ref: jax.Ref,
+  v_ref: jax.Ref,
+  first_ref: jax.Ref,
+  last_ref: jax.Ref,
+  begin_ref: jax.Ref,
+  end_ref: jax.Ref,
+  d_out_ref: jax.Ref,
+  sums_ref: jax.Ref,
+  shared_ref: jax.Ref,
+  d_k_ref: jax.Ref,
+  d_v_ref: jax.Ref,
   *,
   spec: AttentionSpec,
 ) -> None:

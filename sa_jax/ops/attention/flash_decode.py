@@ -177,17 +177,17 @@ def choose_split(rows: int, slots: int, programs: int, longest: int) -> int:
 
 
 def _attend_kernel(
-  position_ref: Any,
-  q_ref: Any,
-  new_key_ref: Any,
-  new_value_ref: Any,
-  key_ref: Any,
-  value_ref: Any,
-  out_ref: Any,
-  log_total_ref: Any,
-  key_out_ref: Any,
-  value_out_ref: Any,
-  scores_ref: Any | None,
+  position_ref: jax.Ref,
+  q_ref: jax.Ref,
+  new_key_ref: Stored | jax.Ref,
+  new_value_ref: Stored | jax.Ref,
+  key_ref: Stored | jax.Ref,
+  value_ref: Stored | jax.Ref,
+  out_ref: jax.Ref,
+  log_total_ref: jax.Ref,
+  key_out_ref: Stored | jax.Ref,
+  value_out_ref: Stored | jax.Ref,
+  scores_ref: jax.Ref | None,
   *,
   group: int,
   scale: float,
@@ -243,12 +243,12 @@ def _attend_kernel(
 
 
 def _follow_kernel(
-  position_ref: Any,
-  weights_ref: Any,
-  new_value_ref: Any,
-  value_ref: Any,
-  out_ref: Any,
-  value_out_ref: Any,
+  position_ref: jax.Ref,
+  weights_ref: jax.Ref,
+  new_value_ref: Stored | jax.Ref,
+  value_ref: Stored | jax.Ref,
+  out_ref: jax.Ref,
+  value_out_ref: Stored | jax.Ref,
   *,
   group: int,
 ) -> None:
@@ -281,20 +281,20 @@ def _before(new: jax.Array, index: jax.Array, rows: int) -> jax.Array:
   return index * BLOCK + jax.lax.broadcasted_iota(jnp.int32, (rows, BLOCK), 1) < new
 
 
-def _write(cache_ref: Any, new_ref: Any, slot: jax.Array, mine: jax.Array) -> None:
+def _write(cache_ref: Stored | jax.Ref, new_ref: Stored | jax.Ref, slot: jax.Array, mine: jax.Array) -> None:
   """Writes the new token's vector into its slot, if that is this program's."""
   for into, ref in zip(jax.tree.leaves(cache_ref), jax.tree.leaves(new_ref), strict=True):
     plgpu.store(into.at[slot, :], ref[...], mask=jnp.broadcast_to(mine, ref.shape))
 
 
-def _block(ref: Any, here: Any, dtype: Any) -> tuple[jax.Array, jax.Array | float]:
+def _block(ref: Stored | jax.Ref, here: Any, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array | float]:
   """A block of cached vectors, and what is to be multiplied into their products instead of into each of them."""
   if isinstance(ref, Int8):
     return ref.data[here, :].astype(dtype), ref.scale[here, 0][None, :]
   return ref[here, :], 1.0
 
 
-def _float(ref: Any) -> jax.Array:
+def _float(ref: Stored | jax.Ref) -> jax.Array:
   """A new token's vector, as its cache has it."""
   if isinstance(ref, Int8):
     return ref.data[...].astype(jnp.float32) * ref.scale[...]
