@@ -13,7 +13,7 @@ CEILINGS = {
   "depth: logits": 16,
   "depth: decode step": 11,
   "depth: train step": 20,
-  "functions of 7 or more parameters": 15,
+  "functions of 7 or more parameters": 12,
   "kernels of 7 or more parameters": 5,
   "Any": 200,
   "import circles": 0,

@@ -231,7 +231,8 @@ def searched(
   layers = judge.config.num_layers
   costs = judge.costs(reach=8) if strategy == "dp" or shortlist else None
   if strategy in ("greedy", "beam"):
-    best = search.beam(judge, max(BUDGETS), width=width, shortlist=shortlist, costs=costs)
+    chosen = None if shortlist is None else search.Shortlist(shortlist, costs)
+    best = search.beam(judge, max(BUDGETS), width=width, shortlist=chosen)
     plans = {count: best[count - 1].plan for count in BUDGETS}
   elif strategy == "dp":
     assert costs is not None

@@ -19,7 +19,7 @@ import numpy as np
 
 from sa_jax.analysis import walk
 from sa_jax.analysis.align import best_map, head_similarity
-from sa_jax.analysis.refit import Refit, recover_layer
+from sa_jax.analysis.refit import Passage, Refit, recover_layer
 from sa_jax.analysis.ridge import Sums, solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
@@ -194,9 +194,8 @@ class Judge:
       if self.how is None:
         stream = tuple(walk.advance(self.config, self.block(layer), chunk, arrays) for chunk in stream)
       else:
-        stream = recover_layer(
-          self.config, self.block(layer), stream, self._trace[layer], arrays, self.how, self._calibration
-        )[1]
+        text = Passage(stream, self._trace[layer], self._calibration)
+        stream = recover_layer(self.config, self.block(layer), arrays, text, self.how)[1]
       if keep:
         streams.append(stream)
     losses = self._losses(stream)
@@ -282,7 +281,7 @@ class Judge:
     if self.how is not None:
       sums = total(_pair_sums(self.config, block, chunk, target, head_map) for chunk, target, _ in parts)
       prior = solve(sums, prior, self.how.ridge)[0]
-    squares = [_weighed_error(self.config, block, *part, head_map, prior) for part in parts]
+    squares = [_weighed_error(self.config, block, part, head_map, prior) for part in parts]
     return float(sum(fetch(squares))) / sum(chunk.x.shape[0] * chunk.x.shape[1] for chunk, *_ in parts) / 2
 
 
@@ -317,13 +316,12 @@ def _pair_sums(config: ModelConfig, block: Block, chunk: Chunk, target: Targets,
 def _weighed_error(
   config: ModelConfig,
   block: Block,
-  chunk: Chunk,
-  target: Targets,
-  gradient: jax.Array,
+  part: tuple[Chunk, Targets, jax.Array],
   head_map: jax.Array,
   kernel: jax.Array,
 ) -> jax.Array:
-  """Sum over tokens of (g·δ)²."""
+  """Sum over tokens of (g·δ)², of a chunk, what it should become, and the gradient g."""
+  chunk, target, gradient = part
   heads = walk.call(config, block, PlannedBlock.heads, chunk.x, chunk.state, head_map).astype(jnp.float32)
   y = walk.without_bias(block, "attention", "o_proj", target.y).astype(jnp.float32)
   error = heads.reshape(*heads.shape[:2], -1) @ kernel.astype(jnp.float32).reshape(-1, config.embed_dim) - y

@@ -138,14 +138,26 @@ def with_kernel(block: Block, part: str, projection: str, kernel: jax.Array) -> 
   return dict(block) | {part: dict(block[part]) | {projection: new}}
 
 
+class Passage(NamedTuple):
+  """Text at a layer.
+
+  Attributes:
+    stream: the text before the layer, in the shared model.
+    targets: what the dense model computes in the layer, by chunk.
+    calibration: how many of the chunks to fit to; the others only go along.
+  """
+
+  stream: Stream
+  targets: tuple[Targets, ...]
+  calibration: int
+
+
 def recover_layer(
   config: ModelConfig,
   block: Block,
-  stream: Stream,
-  targets: tuple[Targets, ...],
   layer: PlanArrays,
+  text: Passage,
   refit: Refit,
-  calibration: int,
   keep: walk.Keep = walk.on_device,
 ) -> tuple[Block, Stream, list[tuple[str, Tree, Tree, Tree]]]:
   """Refits one layer of the shared model and takes the text through it.
@@ -153,17 +165,16 @@ def recover_layer(
   Args:
     config: the model.
     block: the layer's parameters.
-    stream: the text before the layer, in the shared model.
-    targets: what the dense model computes in the layer, by chunk.
-    layer: the layer's part of the plan.
+    layer: its part of the plan.
+    text: what goes through it.
     refit: what to refit.
-    calibration: how many of the chunks to fit to; the others only go along.
     keep: where chunks wait.
 
   Returns:
     The parameters, the stream after the layer, and what was refitted: part, error before, error after, condition.
   """
   done = []
+  stream, targets, calibration = text
   fitted = list(zip(stream, targets, strict=True))[:calibration]
   if not layer.is_anchor:
     block, before, after, condition = refit_attention(config, block, fitted, layer.head_map, refit)
@@ -320,7 +331,8 @@ def refit(
         head_map = map_by_refit(config, block, list(zip(shared, targets, strict=True)), head_map, how.ridge)
         plan = with_map(plan, layer, head_map)
       arrays = PlanArrays.of_layer(layer, config, is_anchor, head_map)
-      layers[str(layer)], shared, done = recover_layer(config, block, shared, targets, arrays, how, len(shared), keep)
+      text = Passage(shared, targets, len(shared))
+      layers[str(layer)], shared, done = recover_layer(config, block, arrays, text, how, keep)
       reports += [Report(layer, part, *map(float, fetch(numbers))) for part, *numbers in done]
       check_conditions(reports)
     if progress is not None:

@@ -65,13 +65,24 @@ def followers_for(config: ModelConfig, budget: str, seq_len: int = 1024) -> int:
   )
 
 
+class Shortlist(NamedTuple):
+  """Which candidates of a step are measured: those of least summed pair cost.
+
+  Attributes:
+    size: how many.
+    costs: pair costs ``[L, L]``.
+  """
+
+  size: int
+  costs: np.ndarray
+
+
 def beam(
   judge: Judge,
   followers: int,
   *,
   width: int = 1,
-  shortlist: int | None = None,
-  costs: np.ndarray | None = None,
+  shortlist: Shortlist | None = None,
   excluded: Sequence[int] = (),
   progress: Progress | None = None,
 ) -> list[Found]:
@@ -81,8 +92,7 @@ def beam(
     judge: measures plans.
     followers: how many to reach.
     width: plans kept at each step.
-    shortlist: of each step's candidates, how many are measured; those of least summed pair cost. None measures all.
-    costs: pair costs ``[L, L]`` for the shortlist.
+    shortlist: which of each step's candidates are measured; all of them when None.
     excluded: layers that stay anchors.
     progress: called with (plans measured, plans to measure) at every step.
 
@@ -90,14 +100,12 @@ def beam(
     The best plan found for each number of followers from 1 up.
 
   Raises:
-    UserError: if there are too few layers, or a shortlist is asked for without costs.
+    UserError: if there are too few layers.
   """
   layers = judge.config.num_layers
   free = sorted(set(range(1, layers)) - set(excluded))
   if followers > len(free):
     raise UserError(f"{followers} followers are impossible: only {len(free)} layers may follow")
-  if shortlist is not None and costs is None:
-    raise UserError("a shortlist needs pair costs to choose by")
   kept = [judge.walk(SharingPlan.dense(layers), keep=True)]
   best: list[Found] = []
   for _ in range(followers):
@@ -111,8 +119,9 @@ def beam(
     if not parents:
       raise UserError(f"no layer can follow any more with {len(best)} followers: layers of different kinds alternate")
     candidates = list(parents)
-    if shortlist is not None and costs is not None:
-      candidates = sorted(candidates, key=lambda plan: plan_cost(plan, costs))[:shortlist]
+    if shortlist is not None:
+      costs = shortlist.costs
+      candidates = sorted(candidates, key=lambda plan: plan_cost(plan, costs))[: shortlist.size]
     found = []
     for index, plan in enumerate(candidates):
       losses = judge.losses(plan, parents[plan])

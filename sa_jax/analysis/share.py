@@ -73,19 +73,18 @@ def search_plan(judge: Judge, followers: int, how: Search, stage: Stage = lambda
     spans = search.late_spans(judge.config.num_layers, followers)
     allowed = [plan for plan in spans if not set(excluded) & set(plan.followers) and search.fits(judge.config, plan)]
     return search.best_of(judge, allowed, stage("measuring spans"))
-  needs_costs = how.strategy == "dp" or how.shortlist is not None
-  costs = judge.costs(how.reach, stage("estimating pairs")) if needs_costs else None
   if how.strategy == "dp":
-    assert costs is not None
+    costs = judge.costs(how.reach, stage("estimating pairs"))
     found = search.best_of(judge, [search.cheapest(costs, followers, excluded)], stage("measuring the plan"))
     return search.improve(judge, found, costs, tries=how.swaps, excluded=excluded, progress=stage("trying swaps"))
-  width = how.width if how.strategy == "beam" else 1
+  shortlist: search.Shortlist | None = None
+  if how.shortlist is not None:
+    shortlist = search.Shortlist(how.shortlist, judge.costs(how.reach, stage("estimating pairs")))
   return search.beam(
     judge,
     followers,
-    width=width,
-    shortlist=how.shortlist,
-    costs=costs,
+    width=how.width if how.strategy == "beam" else 1,
+    shortlist=shortlist,
     excluded=excluded,
     progress=stage("measuring candidates"),
   )[-1]
