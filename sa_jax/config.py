@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
-from sa_jax.errors import UserError
+from sa_jax.errors import UserError, near
 from sa_jax.ops import AttentionSpec, RopeConfig
 
 AttentionState = Literal["query_key", "attention_weights"]
@@ -228,7 +228,7 @@ class ModelConfig(Compute, Architecture):
       UserError: if there is no preset of that name.
     """
     if name not in PRESETS:
-      raise UserError(f"no preset {name!r}; there are {', '.join(sorted(PRESETS))}")
+      raise UserError(f"no preset {name!r}; there are {', '.join(sorted(PRESETS))}{near(name, PRESETS)}")
     return dataclasses.replace(PRESETS[name], **changes)
 
   @classmethod

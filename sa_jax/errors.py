@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+def near(name: str, known: Iterable[str]) -> str:
+  """What an error adds about a name that is not known: the known ones that are spelt alike, if there are any."""
+  found = difflib.get_close_matches(name, known, 3)
+  return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 class UserError(ValueError):

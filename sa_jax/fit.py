@@ -147,7 +147,8 @@ def fit(job: Job) -> Fit:
   with tempfile.TemporaryDirectory() as folder:
     question, answer = Path(folder, "job"), Path(folder, "fit")
     question.write_bytes(pickle.dumps(job))
-    command = [sys.executable, "-m", "sa_jax.fit", str(question), str(answer)]
+    # -P: nothing of the current folder is imported.
+    command = [sys.executable, "-P", "-m", "sa_jax.fit", str(question), str(answer)]
     done = subprocess.run(command, env=os.environ | _ENVIRONMENT, capture_output=True, text=True)
     if not answer.exists():
       last = "\n".join(done.stderr.strip().splitlines()[-20:])

@@ -182,7 +182,8 @@ def run_task(task: Task) -> Result:
   Raises:
     UserError: if the measurement failed; the end of its output says why.
   """
-  command = [sys.executable, "-m", "sa_jax.bench.worker", json.dumps(dataclasses.asdict(task))]
+  # -P: nothing of the current folder is imported.
+  command = [sys.executable, "-P", "-m", "sa_jax.bench.worker", json.dumps(dataclasses.asdict(task))]
   done = subprocess.run(command, capture_output=True, text=True, check=False)
   lines = done.stdout.strip().splitlines()
   if done.returncode or not lines:

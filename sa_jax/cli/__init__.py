@@ -15,7 +15,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from sa_jax.errors import UserError
+from sa_jax.errors import UserError, near
+
+_NO_CACHE = "--no-compilation-cache"
+_DESCRIPTION = f"""Shared Attention for JAX.
+
+Before the command: --version tells versions; {_NO_CACHE} compiles anew what the user's cache folder may have, as does
+SA_JAX_COMPILATION_CACHE=off."""
 
 
 class Command(Protocol):
@@ -36,8 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
   from sa_jax.cli.flags import explain, fields_of
   from sa_jax.cli.process import own
 
-  given = sys.argv[1:] if arguments is None else arguments
+  given = list(sys.argv[1:] if arguments is None else arguments)
   fields: frozenset[str] = frozenset()
+  if given[:1] == ["--version"]:
+    print(_versions())
+    return 0
+  cache = given[:1] != [_NO_CACHE]
+  given = given if cache else given[1:]
   try:
     logging.basicConfig(format="%(name)s: %(message)s", level=os.environ.get("SA_JAX_LOG", "WARNING").upper())
     commands = _commands()
@@ -45,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       fields = fields_of(commands[given[0]])
     command = _parse(commands, given)
     if arguments is None:
-      own(exact=getattr(command, "exact", False))
+      own(exact=getattr(command, "exact", False), cache=cache)
     command.run()
   except UserError as error:
     if os.environ.get("SA_JAX_DEBUG"):
@@ -58,6 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
   return 0
+
+
+def _versions() -> str:
+  """What a report of a fault should say."""
+  from importlib.metadata import version
+
+  import sa_jax
+
+  others = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax"))
+  return f"sa-jax {sa_jax.__version__} ({others}, Python {sys.version.split()[0]})"
 
 
 def _commands() -> dict[str, Callable[..., Command]]:
@@ -110,6 +131,9 @@ def _parse(commands: dict[str, Callable[..., Command]], given: Sequence[str]) ->
 
   from sa_jax.cli import train
 
+  if given and not given[0].startswith("-") and given[0] not in commands:
+    raise UserError(f"there is no command {given[0]!r}; there are {', '.join(commands)}{near(given[0], commands)}")
+
   commands["train"], given = train.with_file(given)
   said = _Said()
   try:
@@ -117,7 +141,7 @@ def _parse(commands: dict[str, Callable[..., Command]], given: Sequence[str]) ->
       parsed: Command = tyro.extras.subcommand_cli_from_dict(
         commands,
         prog="sa-jax",
-        description="Shared Attention for JAX.",
+        description=_DESCRIPTION,
         args=given,
         config=(tyro.conf.OmitArgPrefixes,),
       )

@@ -11,7 +11,7 @@ import tyro
 from sa_jax.cli.common import change, quantity, show_table, write_json
 from sa_jax.config import PRESETS, ModelConfig
 from sa_jax.costs import Cost, cost
-from sa_jax.errors import UserError
+from sa_jax.errors import UserError, near
 from sa_jax.plan import SharingPlan, as_plan
 
 LABELS = {
@@ -74,5 +74,7 @@ def model_of(model: str, revision: str | None = None) -> tuple[ModelConfig, Shar
   try:
     source = open_source(model, revision, "config")
   except UserError as error:
-    raise UserError(f"{model!r} is not a preset ({', '.join(sorted(PRESETS))}), and {error}") from None
+    raise UserError(
+      f"{model!r} is not a preset ({', '.join(sorted(PRESETS))}), and {error}{near(model, PRESETS)}"
+    ) from None
   return model_of(source)

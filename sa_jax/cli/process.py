@@ -5,24 +5,58 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
 _TRITON = "--xla_gpu_enable_triton_gemm"
+_CACHE_BYTES = 2_000_000_000
+CACHE_VARIABLE = "SA_JAX_COMPILATION_CACHE"
+"""The environment variable that names the folder for compiled programs, or is ``off``."""
 
 
-def own(*, exact: bool) -> None:
+def own(*, exact: bool, cache: bool = True) -> None:
   """Settings of a process that is the command's alone; what the user has set stands.
 
   Args:
     exact: whether products are in exact float32.
+    cache: whether compiled programs are kept for the next command.
   """
   # So that what is being written is removed, and finished parts stay: the default would end the process where it is.
   signal.signal(signal.SIGTERM, _terminated)
   # With XLA's Triton products, exact ones are tuned for minutes: `share` was unfinished on a GPU after 170 s; without,
-  # it takes 46 (BUILD.md). Heeded only while JAX has not begun.
+  # it takes 46. Heeded only while JAX has not begun.
   flags = os.environ.get("XLA_FLAGS", "")
   if exact and _TRITON not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} {_TRITON}=false".strip()
+  if cache:
+    keep_compiled()
+
+
+def keep_compiled() -> Path | None:
+  """Lets JAX keep compiled programs in the user's cache folder, the oldest going first where they take too much.
+
+  The variable `CACHE_VARIABLE` names another folder, or is ``off``; a folder that JAX has been told stays.
+
+  Returns:
+    The folder, or None where nothing was changed.
+  """
+  import jax
+
+  chosen = os.environ.get(CACHE_VARIABLE, "")
+  if chosen.lower() in ("off", "0", "no", "none", "false") or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    return None
+  base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+  folder = Path(chosen) if chosen else base / "sa_jax" / "compiled"
+  try:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+  except OSError:  # without a home, or without room: programs are compiled each time
+    return None
+  if not os.access(folder, os.W_OK | os.X_OK):
+    return None
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  return folder
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

@@ -1,5 +1,6 @@
 """What the command line says of mistakes, and of faults of ours."""
 
+import re
 import subprocess
 import sys
 
@@ -57,6 +58,19 @@ def test_faults_of_ours_keep_their_traceback(monkeypatch, fault):
   with pytest.raises(type(fault)) as caught:
     cli.main(["cost", "smollm2-135m"])
   assert caught.value is fault
+
+
+@pytest.mark.parametrize(
+  ("arguments", "offered"),
+  [
+    (["generat", "model", "hello"], "there is no command 'generat'; there are demo, .*; did you mean generate"),
+    (["cost", "smollm2-135"], "did you mean smollm2-135m"),
+    (["bench", "decode", "--model", "llama3-8b"], "did you mean llama-3-8b"),
+  ],
+)
+def test_near_names_are_offered(capsys, arguments, offered):
+  assert cli.main(arguments) == 2
+  assert re.search(offered, capsys.readouterr().err)
 
 
 def test_mistakes_are_caught(monkeypatch, capsys):

@@ -1,0 +1,93 @@
+"""What holds for a command's whole process."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from sa_jax import cli
+from sa_jax.bench import task
+from sa_jax.cli import process
+
+
+@pytest.fixture
+def unchanged():
+  """JAX's settings and its cache, as they were before the test."""
+  names = (
+    "jax_compilation_cache_dir",
+    "jax_compilation_cache_max_size",
+    "jax_persistent_cache_min_compile_time_secs",
+  )
+  kept = {name: getattr(jax.config, name) for name in names}
+  yield
+  for name, value in kept.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+def test_programs_are_kept_in_the_users_cache_and_bounded(monkeypatch, tmp_path, unchanged):
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  monkeypatch.delenv(process.CACHE_VARIABLE, raising=False)
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  compilation_cache.reset_cache()
+  folder = process.keep_compiled()
+  assert folder == tmp_path / "sa_jax" / "compiled"
+  assert 0 < jax.config.jax_compilation_cache_max_size < 10_000_000_000
+  jax.jit(lambda x: jnp.sin(x) * 3.25)(jnp.arange(5.0))
+  assert any(file.name.endswith("-cache") for file in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+  ("variables", "folder"),
+  [
+    ({process.CACHE_VARIABLE: "off"}, None),
+    ({"JAX_COMPILATION_CACHE_DIR": "/theirs"}, None),
+    ({process.CACHE_VARIABLE: "/proc/not/writable"}, None),
+    ({process.CACHE_VARIABLE: "HERE/mine"}, "mine"),
+  ],
+)
+def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path, unchanged, variables, folder):
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  for name, value in variables.items():
+    monkeypatch.setenv(name, value.replace("HERE", str(tmp_path)))
+  before = jax.config.jax_compilation_cache_dir
+  assert process.keep_compiled() == (None if folder is None else tmp_path / folder)
+  assert folder is not None or jax.config.jax_compilation_cache_dir == before
+
+
+def test_a_numpy_of_the_current_folder_is_not_run(monkeypatch, tmp_path):
+  """By the process that bench starts, whose interpreter is asked the same way."""
+  (tmp_path / "numpy.py").write_text("raise SystemExit('foreign')")
+  monkeypatch.chdir(tmp_path)
+  asked = []
+
+  def run(command, **_):
+    asked.append(command)
+    return subprocess.CompletedProcess(command, 1, "", "stopped")
+
+  with monkeypatch.context() as patched:
+    patched.setattr(subprocess, "run", run)
+    with pytest.raises(ValueError, match="stopped"):
+      task.run_task(task.Task("decode", "smollm2-135m"))
+  (command,) = asked
+  flags = command[: command.index("-m")]
+  probe = subprocess.run([*flags, "-c", "import numpy"], capture_output=True, text=True, check=False)
+  assert (probe.returncode, probe.stderr) == (0, "")
+  assert subprocess.run([sys.executable, "-c", "import numpy"], capture_output=True, check=False).returncode == 1
+
+
+def test_versions(capsys):
+  assert cli.main(["--version"]) == 0
+  said = capsys.readouterr().out
+  assert said.startswith("sa-jax 0.1.0 (jax ")
+  assert f"jax {jax.__version__}" in said
+
+
+def test_options_before_the_command(capsys):
+  assert cli.main(["--no-compilation-cache", "cost", "smollm2-135m"]) == 0
+  assert "parameters" in capsys.readouterr().out
+  assert os.environ.get("JAX_COMPILATION_CACHE_DIR") is None
