@@ -47,7 +47,7 @@ class Architecture:
     mlp_dim: ``F``.
     max_length: the context length the model was trained for, in tokens.
     norm_eps: added to the mean square in RMSNorm.
-    rope: the rotary position embedding.
+    rope: the rotary position embedding; None where queries and keys are not rotated.
     tie_embeddings: whether the output head is the embedding.
     qkv_bias: whether queries, keys and values have biases.
     output_bias: whether attention's output projection has one.
@@ -79,7 +79,7 @@ class Architecture:
   mlp_dim: int
   max_length: int = 2048
   norm_eps: float = 1e-5
-  rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
+  rope: RopeConfig | None = dataclasses.field(default_factory=RopeConfig)
   tie_embeddings: bool = False
   qkv_bias: bool = False
   output_bias: bool = False

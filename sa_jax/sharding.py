@@ -377,7 +377,7 @@ def abstract_params(model: Transformer, *, layout: str = "runs", boxed: bool = F
   Args:
     model: whose parameters.
     layout: ``runs`` or ``layers``.
-    boxed: whether leaves carry their logical axes (`flax.linen.LogicallyPartitioned`).
+    boxed: whether leaves carry their logical axes (`sa_jax.nn.axes.WithAxes`).
   """
 
   def init(key: jax.Array) -> Tree:

@@ -30,8 +30,8 @@ def conditions(task: dict) -> tuple[str, ...]:
   tokens = f"{task['filled']} of {task['seq_len']}" if task.get("filled") else str(task["seq_len"])
   split = [f"`{axis}` {task[axis]}" for axis in ("data", "fsdp", "tensor", "sequence") if task.get(axis, 1) > 1]
   more = [task["cache_dtype"] + " cache"] if task.get("cache_dtype") else []
-  if task["kind"] == "step":
-    more.append(f"remat {task['remat']}")
+  if task["kind"] in ("step", "train"):
+    more.append(f"remat {task.get('remat', 'full')}")
   layers = f", {task['layers']} layers" if task.get("layers") else ""
   return (f"{task['model']}{layers}", f"{task['batch']} × {tokens}", ", ".join(split + more))
 

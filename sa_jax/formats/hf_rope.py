@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from sa_jax.config import ModelConfig
+from sa_jax.errors import UserError
 from sa_jax.formats.families import Family
 from sa_jax.formats.reader import ConfigReader
 from sa_jax.ops.rope import RopeConfig
@@ -90,7 +91,9 @@ def _yarn_magnitude(reader: ConfigReader, factor: float) -> float | None:
 
 def write(config: ModelConfig, family: Family, spelling: Literal["v4", "v5"]) -> dict[str, Any]:
   """The keys of a ``config.json`` that `read` reads."""
-  rope, scaling = config.rope, _scaling(config.rope)
+  if (rope := config.rope) is None:
+    raise UserError(f"a config.json of {config.family!r} has a rotary embedding, and this model has none (rope=None)")
+  scaling = _scaling(rope)
   if not family.local_rope:
     if spelling == "v5":
       return {"rope_parameters": {"rope_theta": rope.theta, **scaling}}

@@ -1,7 +1,7 @@
 """Flax modules: parameters, names and scan around the mathematics of `sa_jax.ops`."""
 
 from sa_jax.nn.attention import AnchorAttention, FollowerAttention, MixedAttention
-from sa_jax.nn.block import BLOCK_OUTPUTS, AnchorBlock, FollowerBlock, MixedBlock, Mlp
+from sa_jax.nn.block import BLOCK_OUTPUTS, AnchorBlock, Blocks, FollowerBlock, MixedBlock, Mlp
 from sa_jax.nn.cache import Cache, LayerCache
 from sa_jax.nn.layers import Group, Layers, Runs
 from sa_jax.nn.norm import RMSNorm
@@ -14,6 +14,7 @@ __all__ = [
   "AnchorAttention",
   "AnchorBlock",
   "AttentionWeights",
+  "Blocks",
   "Cache",
   "FollowerAttention",
   "FollowerBlock",

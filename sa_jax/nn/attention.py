@@ -16,6 +16,7 @@ import numpy as np
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
+from sa_jax.nn.axes import with_axes
 from sa_jax.nn.cache import LayerCache
 from sa_jax.nn.norm import RMSNorm
 from sa_jax.nn.split import on_each_device, split_for_attention
@@ -24,17 +25,6 @@ from sa_jax.nn.state import AttentionWeights, Kind, QueryKey, State, make_state
 # The logical axes of new tokens' queries, their keys or values, their weights, and of the cache that they join.
 _QUERIES, _KEYS = (("batch", None, heads, "head_dim") for heads in ("heads", "kv_heads"))
 _WEIGHTS, _CACHED = ("batch", "heads", None, None), ("batch", "kv_heads", None, "head_dim")
-
-
-class _KernelAxes(nn.LogicallyPartitioned):
-  """The logical axes of a kernel.
-
-  `nn.DenseGeneral` makes its kernel flat and unboxes it before giving it its shape: on a mesh, the constraint that
-  unboxing applies would be of another rank than the array.
-  """
-
-  def unbox(self, apply_constraint: bool = True) -> Any:
-    return super().unbox(apply_constraint and self.value.ndim == len(self.names))
 
 
 class _Projection(nn.DenseGeneral):
@@ -67,8 +57,8 @@ def projection(
     use_bias=bias,
     dtype=config.dtype,
     param_dtype=config.param_dtype,
-    kernel_init=lambda *args: _KernelAxes(init(*args), inputs + outputs),
-    bias_init=nn.with_logical_partitioning(nn.initializers.zeros, outputs),
+    kernel_init=with_axes(init, inputs + outputs),
+    bias_init=with_axes(nn.initializers.zeros, outputs),
     name=name,
   )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, NamedTuple
+
 import flax.linen as nn
 import jax
 
@@ -57,14 +59,19 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """A block around some attention."""
+  """A block around some attention.
+
+  Subclasses may name other types of MLP and attention, with the same methods.
+  """
 
   config: ModelConfig
+
+  mlp_type: ClassVar[type[Mlp]] = Mlp
 
   def setup(self) -> None:
     self.attention_norm = RMSNorm(self.config)
     self.mlp_norm = RMSNorm(self.config)
-    self.mlp = Mlp(self.config)
+    self.mlp = self.mlp_type(self.config)
     if self.config.post_norms:
       self.attention_post_norm = RMSNorm(self.config)
       self.mlp_post_norm = RMSNorm(self.config)
@@ -86,16 +93,19 @@ class Block(nn.Module):
     x = x + (self.mlp_post_norm(y) if self.config.post_norms else y)
     x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
     # Kept by those who apply the model with this collection mutable.
-    self.sow(BLOCK_OUTPUTS, "x", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+    if not self.is_initializing():
+      self.sow(BLOCK_OUTPUTS, "x", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
     return x
 
 
 class AnchorBlock(Block):
   """A block with `AnchorAttention`; methods and shapes are its attention's."""
 
+  attention_type: ClassVar[type[AnchorAttention]] = AnchorAttention
+
   def setup(self) -> None:
     super().setup()
-    self.attention = AnchorAttention(self.config)
+    self.attention = self.attention_type(self.config)
 
   def __call__(self, x: jax.Array, rows: ops.Rows = ops.Rows(), kind: Kind = 0) -> tuple[jax.Array, State]:
     """``[B, T, D]`` → the same, and the attention state."""
@@ -118,9 +128,11 @@ class AnchorBlock(Block):
 class FollowerBlock(Block):
   """A block with `FollowerAttention`; methods and shapes are its attention's."""
 
+  attention_type: ClassVar[type[FollowerAttention]] = FollowerAttention
+
   def setup(self) -> None:
     super().setup()
-    self.attention = FollowerAttention(self.config)
+    self.attention = self.attention_type(self.config)
 
   def __call__(self, x: jax.Array, state: State) -> jax.Array:
     """``[B, T, D]`` → the same, with the anchor's state."""
@@ -149,3 +161,15 @@ class MixedBlock(Block):
   def __call__(self, x: jax.Array, state: QueryKey, share: jax.Array | float, kind: Kind) -> jax.Array:
     """``[B, T, D]`` → the same, with the anchor's state and its own; arguments as in `MixedAttention.mix`."""
     return self.rest(x, self.attention.mix(self.attention_norm(x), state, share, kind))
+
+
+class Blocks(NamedTuple):
+  """What the layers of a model are made of.
+
+  Attributes:
+    anchor: the type of an anchor's block, `AnchorBlock` or a subclass.
+    follower: the type of a follower's block, `FollowerBlock` or a subclass.
+  """
+
+  anchor: type[AnchorBlock] = AnchorBlock
+  follower: type[FollowerBlock] = FollowerBlock

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
-from sa_jax.nn.block import BLOCK_OUTPUTS, AnchorBlock, FollowerBlock, MixedBlock
+from sa_jax.nn.block import BLOCK_OUTPUTS, AnchorBlock, Blocks, FollowerBlock, MixedBlock
 from sa_jax.nn.cache import Cache
 from sa_jax.nn.state import STATE, Kind, State
 from sa_jax.plan import HeadMap, Run, SharingPlan
@@ -72,11 +72,13 @@ class Group(nn.Module):
     config: the model.
     followers: how many followers the group has.
     groups: how many groups the scan around this one covers.
+    blocks: what they are made of.
   """
 
   config: ModelConfig
   followers: int
   groups: int = 1
+  blocks: Blocks = Blocks()
 
   @nn.compact
   def __call__(
@@ -100,12 +102,12 @@ class Group(nn.Module):
       ``[B, T, D]``.
     """
     config = self.config
-    first = functools.partial(AnchorBlock.__call__, kind=kind)
+    first = functools.partial(self.blocks.anchor.__call__, kind=kind)
     anchor = _remat(config, first, self.groups, *((STATE,) if self.followers else ()))
-    x, state = anchor(AnchorBlock(config, name="anchor"), x, rows)
+    x, state = anchor(self.blocks.anchor(config, name="anchor"), x, rows)
     if self.followers:
-      block: type[FollowerBlock] | type[MixedBlock] = FollowerBlock if share is None else MixedBlock
-      follow: Callable[..., Any] = FollowerBlock.__call__
+      block: type[FollowerBlock] | type[MixedBlock] = self.blocks.follower if share is None else MixedBlock
+      follow: Callable[..., Any] = self.blocks.follower.__call__
       if share is not None:
         follow = functools.partial(MixedBlock.__call__, share=share, kind=kind)
       unroll = min(_UNROLL, self.followers) if config.remat == "dots" else 1
@@ -135,6 +137,7 @@ class Runs(nn.Module):
 
   config: ModelConfig
   plan: SharingPlan
+  blocks: Blocks = Blocks()
 
   @nn.compact
   def __call__(self, x: jax.Array, rows: ops.Rows = ops.Rows(), share: Share = None) -> jax.Array:
@@ -157,7 +160,7 @@ class Runs(nn.Module):
         length=run.groups,
         metadata_params={nn.PARTITION_NAME: "groups"},
       )
-      group = Group(self.config, run.followers, run.groups, name=str(index))
+      group = Group(self.config, run.followers, run.groups, self.blocks, name=str(index))
       x, _ = scan(group, x, rows, (own, self._head_maps(run)))
     return x
 
@@ -189,10 +192,11 @@ class Layers(nn.Module):
 
   config: ModelConfig
   plan: SharingPlan
+  blocks: Blocks = Blocks()
 
   def setup(self) -> None:
-    self.blocks: list[Any] = [
-      (AnchorBlock if self.plan.is_anchor(layer) else FollowerBlock)(self.config, name=str(layer))
+    self.stack: list[Any] = [
+      (self.blocks.anchor if self.plan.is_anchor(layer) else self.blocks.follower)(self.config, name=str(layer))
       for layer in range(self.plan.num_layers)
     ]
 
@@ -203,7 +207,7 @@ class Layers(nn.Module):
   def prefill(self, x: jax.Array, rows: ops.Rows) -> tuple[jax.Array, Cache, tuple[State, ...]]:
     """`__call__` that also returns the cache of the T tokens, and the state that each layer used."""
     caches, states = [], []
-    for layer, block in enumerate(self.blocks):
+    for layer, block in enumerate(self.stack):
       if isinstance(block, AnchorBlock):
         x, state, cache = block.prefill(x, rows, self.config.kind_of(layer))
         used = state
@@ -219,8 +223,8 @@ class Layers(nn.Module):
     caches = list(cache.layers)
     for anchor, followers in self.plan.groups:
       kind = self.config.kind_of(anchor)
-      x, state, caches[anchor] = self.blocks[anchor].extend(x, caches[anchor], rows, kind, bool(followers))
+      x, state, caches[anchor] = self.stack[anchor].extend(x, caches[anchor], rows, kind, bool(followers))
       for layer in followers:
         used = _with_heads(state, self.plan.head_map_of(layer))
-        x, caches[layer] = self.blocks[layer].extend(x, used, caches[layer], rows)
+        x, caches[layer] = self.stack[layer].extend(x, used, caches[layer], rows)
     return x, Cache(tuple(caches))

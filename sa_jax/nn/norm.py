@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
+from sa_jax.nn.axes import with_axes
 
 
 class RMSNorm(nn.Module):
@@ -25,5 +26,5 @@ class RMSNorm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     config = self.config
     init = nn.initializers.zeros if config.norm_about_one else nn.initializers.ones
-    scale = self.param("scale", nn.with_logical_partitioning(init, (self.axis,)), (x.shape[-1],), config.param_dtype)
+    scale = self.param("scale", with_axes(init, (self.axis,)), (x.shape[-1],), config.param_dtype)
     return (ops.rms_norm_about_one if config.norm_about_one else ops.rms_norm)(x, jnp.asarray(scale), config.norm_eps)

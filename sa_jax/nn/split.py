@@ -14,10 +14,8 @@ from jax.sharding import PartitionSpec
 
 from sa_jax import ops
 from sa_jax.errors import UserError
+from sa_jax.nn.axes import Axes
 from sa_jax.trees import Tree
-
-Axes = tuple[str | None, ...]
-"""An array's logical axes."""
 
 
 def on_each_device(

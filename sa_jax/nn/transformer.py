@@ -19,6 +19,8 @@ import numpy as np
 from sa_jax import ops
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
+from sa_jax.nn.axes import with_axes
+from sa_jax.nn.block import Blocks
 from sa_jax.nn.cache import Cache
 from sa_jax.nn.layers import Layers, Runs
 from sa_jax.nn.norm import RMSNorm
@@ -32,7 +34,7 @@ class Embed(nn.Module):
   config: ModelConfig
 
   def setup(self) -> None:
-    init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+    init = with_axes(nn.initializers.normal(0.02), ("vocab", "embed"))
     shape = (self.config.vocab_size, self.config.embed_dim)
     self.embedding = self.param("embedding", init, shape, self.config.param_dtype)
 
@@ -57,7 +59,7 @@ class Head(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """``[B, T, D]`` → float32 ``[B, T, V]``."""
-    init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "vocab"))
+    init = with_axes(nn.initializers.lecun_normal(), ("embed", "vocab"))
     shape = (self.config.embed_dim, self.config.vocab_size)
     kernel = jnp.asarray(self.param("kernel", init, shape, self.config.param_dtype))
     if self.config.normalize_head:
@@ -95,12 +97,14 @@ class Transformer(Frame):
   Attributes:
     config: the model.
     plan: which layers are anchors and which follow them.
+    blocks: what the layers are made of; subclasses of ours are other models of the same kind.
 
   Raises:
     UserError: see `check_plan`.
   """
 
   plan: SharingPlan
+  blocks: Blocks = Blocks()
 
   def __post_init__(self) -> None:
     check_plan(self.config, self.plan)
@@ -108,8 +112,8 @@ class Transformer(Frame):
 
   def setup(self) -> None:
     super().setup()
-    self.layers = Layers(self.config, self.plan)
-    self.runs = Runs(self.config, self.plan)
+    self.layers = Layers(self.config, self.plan, self.blocks)
+    self.runs = Runs(self.config, self.plan, self.blocks)
 
   def __call__(
     self,
@@ -162,7 +166,15 @@ class Transformer(Frame):
     ``state.weights()`` gives a layer's attention weights ``[B, N, T, T]``; a follower's are its anchor's.
     """
     rows = self.checked(tokens, rows)
-    return self.layers.prefill(self.embed(jnp.asarray(tokens)), rows)[2]
+    return self._unstacked().prefill(self.embed(jnp.asarray(tokens)), rows)[2]
+
+  def _unstacked(self) -> Layers:
+    if self.has_variable("params", "runs"):
+      raise UserError(
+        "this needs parameters in the layer layout, and these are in the run layout: give it "
+        "sa_jax.unstack(params, model.plan), or open the model with layout='layers'"
+      )
+    return self.layers
 
   def prefill(self, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
     """Reads prompts; parameters in the layer layout.
@@ -174,7 +186,7 @@ class Transformer(Frame):
     Returns:
       float32 ``[B, V]`` logits after each row's last token, and the cache of the T tokens.
     """
-    x, cache, _ = self.layers.prefill(self.embed(tokens), ops.Rows(lengths))
+    x, cache, _ = self._unstacked().prefill(self.embed(tokens), ops.Rows(lengths))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return self.logits(self.final_norm(last))[:, 0], cache
 
@@ -208,7 +220,7 @@ class Transformer(Frame):
       UserError: outside `jax.jit`, if a row does not fit the cache; inside it, what the head reads of it is NaN.
     """
     fits = _fits(cache, rows)
-    x, cache = self.layers.extend(self.embed(tokens), cache, rows)
+    x, cache = self._unstacked().extend(self.embed(tokens), cache, rows)
     return jnp.where(fits, self.final_norm(x), jnp.nan), cache
 
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def logits(hidden: jax.Array, weights: jax.Array, axes: str) -> jax.Array:
   """Each token's score, in float32.
 
-  The gradient of float32 logits would be a product in float32, at half the rate of the forward pass or less: it is
-  rounded to the hidden states' dtype first, and products accumulate in float32.
+  In half precision, the gradient of float32 logits would be a product in float32, at half the rate of the forward pass
+  or less: it is rounded to the hidden states' dtype first, and products accumulate in float32. That gradient has no
+  forward mode; in float32 there is nothing to round, and any derivative can be taken.
 
   Args:
     hidden: ``[..., D]``; its dtype is what products are computed in.
@@ -23,11 +23,18 @@ def logits(hidden: jax.Array, weights: jax.Array, axes: str) -> jax.Array:
   Returns:
     float32 ``[..., V]``.
   """
+  return _scores(hidden, weights, axes) if hidden.dtype == jnp.float32 else _rounding(hidden, weights, axes)
+
+
+def _scores(hidden: jax.Array, weights: jax.Array, axes: str) -> jax.Array:
   return _product(f"...D,{axes}->...V", hidden, weights.astype(hidden.dtype))
 
 
+_rounding = jax.custom_vjp(_scores, nondiff_argnums=(2,))
+
+
 def _forward(hidden: jax.Array, weights: jax.Array, axes: str) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return logits(hidden, weights, axes), (hidden, weights)
+  return _scores(hidden, weights, axes), (hidden, weights)
 
 
 def _backward(axes: str, residuals: tuple[jax.Array, jax.Array], d_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -38,4 +45,4 @@ def _backward(axes: str, residuals: tuple[jax.Array, jax.Array], d_logits: jax.A
   return d_hidden.astype(hidden.dtype), d_weights.astype(weights.dtype)
 
 
-logits.defvjp(_forward, _backward)
+_rounding.defvjp(_forward, _backward)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
+from sa_jax.nn.axes import WithAxes
 from sa_jax.sharding import abstract_params
 from sa_jax.train.batch import Batch
 from sa_jax.train.step import Objective
@@ -120,12 +121,12 @@ def adapted(objective: Objective, config: LoraConfig, base: Tree = lambda frozen
   return of_adapters
 
 
-def _pair(kernel: nn.LogicallyPartitioned, inputs: int, rank: int) -> dict[str, Any]:
+def _pair(kernel: WithAxes, inputs: int, rank: int) -> dict[str, Any]:
   """The adapters of a kernel."""
   names, shape = kernel.names, kernel.value.shape
   stacked = sum(name in _STACKED for name in names)
   middle = stacked + inputs
-  box = lambda shape, names: nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), names)
+  box = lambda shape, names: WithAxes(jax.ShapeDtypeStruct(shape, jnp.float32), names)
   return {
     "lora_a": box((*shape[:middle], rank), (*names[:middle], None)),
     "lora_b": box((*shape[:stacked], rank, *shape[middle:]), (*names[:stacked], None, *names[middle:])),

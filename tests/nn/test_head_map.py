@@ -73,7 +73,7 @@ def test_plan_normalises_and_checks():
   assert identity.head_map is None
   assert hash(PLAN) != hash(sa_jax.SharingPlan(PLAN.source))
   assert str(PLAN) == "0:1-2,3:4"
-  with pytest.raises(ValueError, match=r"layer 0 is an anchor.*layer 1 uses heads \[4\]"):
+  with pytest.raises(ValueError, match=r"layer 0 is an anchor.*\n  layer 1 uses heads \[4\]"):
     sa_jax.SharingPlan((0, 0), ((1, 0), (4, 0)))
   with pytest.raises(ValueError, match="one a layer"):
     sa_jax.SharingPlan((0, 0), ((1, 0),))

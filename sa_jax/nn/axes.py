@@ -1,0 +1,45 @@
+"""Parameters that carry their logical axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.core import meta
+
+Axes = tuple[str | None, ...]
+"""An array's logical axes."""
+
+
+class WithAxes(nn.LogicallyPartitioned):
+  """A parameter and its logical axes."""
+
+  def unbox(self, apply_constraint: bool = True) -> jax.Array:
+    """The parameter, where the rules split it.
+
+    `nn.DenseGeneral` makes its kernel flat and unboxes it before giving it its shape: on a mesh, the constraint that
+    unboxing applies would be of another rank than the array.
+    """
+    return super().unbox(apply_constraint and self.value.ndim == len(self.names))
+
+  def to_nnx_metadata(self) -> dict[str, Any]:
+    """What `flax.nnx.bridge` makes of it: a variable that lies where the ambient mesh and rules say, if there are any.
+
+    Flax's own form names an ``out_sharding`` always, and nnx refuses to make such a variable outside a mesh.
+    """
+    metadata = {"value": self.value, "logical_axes": self.names}
+    if meta.global_mesh_defined() and nn.get_logical_axis_rules():
+      metadata["out_sharding"] = nn.logical_to_mesh_axes(self.names)
+    return metadata
+
+  @classmethod
+  def from_nnx_metadata(cls, metadata: Mapping[str, Any]) -> WithAxes:
+    """The inverse."""
+    return cls(metadata["value"], metadata["logical_axes"])
+
+
+def with_axes(init: Callable[..., jax.Array], names: Axes) -> Callable[..., Any]:
+  """An initialiser of parameters `WithAxes`, which `nn.Module.param` unboxes."""
+  return lambda *args: WithAxes(init(*args), names)
