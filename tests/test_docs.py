@@ -88,6 +88,17 @@ def test_links_between_pages_lead_somewhere():
       assert found.is_file() or (found.is_relative_to(ROOT / "docs") and str(found.relative_to(ROOT / "docs")) in made)
 
 
+def test_the_walks_name_what_there_is():
+  text = (ROOT / "docs" / "design" / "walks.md").read_text(encoding="utf-8")
+  walks = [part.splitlines() for part in text.split("\n## ")[1:]]
+  assert [sum(line[0].isdigit() for line in walk if line) for walk in walks] == [10] * 5
+  for line in text.splitlines():
+    for file, names in re.findall(r"`(sa_jax/[\w/]+\.py)`((?:,| and| `\w+`)*)", line):
+      tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+      defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+      assert set(re.findall(r"`(\w+)`", names)) <= defined, f"{file} does not define all of {names}"
+
+
 def test_versions_agree():
   project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
   assert f'version = "{sa_jax.__version__}"' in project
