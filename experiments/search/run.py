@@ -43,6 +43,30 @@ def jsonl(path: Path, *fields: str) -> str:
   return "\n\n".join("".join(row[field] for field in fields) for row in rows)
 
 
+def calibration_texts(data: Path) -> dict[str, str]:
+  """The texts that plans and weights are fitted to."""
+  corpora = data / "corpora"
+  return {
+    "wikitext-2 train": rare_words_unknown((corpora / "wikitext2_train_5k.txt").read_text(encoding="utf-8")),
+    "C4": jsonl(corpora / "llamafactory_c4_demo.jsonl", "text"),
+  }
+
+
+def test_texts(data: Path) -> dict[str, str]:
+  """The texts that everything is measured on."""
+  return {
+    "wikitext-2 valid": (data / "corpora" / "wikitext2_valid.txt").read_text(encoding="utf-8"),
+    "LAMBADA": jsonl(data / "eval" / "llm_foundry" / "lambada_openai.jsonl", "context", "continuation"),
+  }
+
+
+def write_texts(data: Path, out: Path) -> None:
+  """All texts as files, for the command line: ``wikitext-2-train.txt``, and so on."""
+  out.mkdir(parents=True, exist_ok=True)
+  for name, text in (calibration_texts(data) | test_texts(data)).items():
+    (out / f"{name.replace(' ', '-')}.txt").write_text(text, encoding="utf-8")
+
+
 class Experiment:
   """The model, the texts, and where results go."""
 
@@ -53,15 +77,7 @@ class Experiment:
     out.mkdir(parents=True, exist_ok=True)
     self.model, self.params = sa_jax.from_pretrained(model, "dense", "float32", layout="layers")
     tokenizer = sa_jax.load_tokenizer(model)
-    corpora = data / "corpora"
-    calibration = {
-      "wikitext-2 train": rare_words_unknown((corpora / "wikitext2_train_5k.txt").read_text(encoding="utf-8")),
-      "C4": jsonl(corpora / "llamafactory_c4_demo.jsonl", "text"),
-    }
-    test = {
-      "wikitext-2 valid": (corpora / "wikitext2_valid.txt").read_text(encoding="utf-8"),
-      "LAMBADA": jsonl(data / "eval" / "llm_foundry" / "lambada_openai.jsonl", "context", "continuation"),
-    }
+    calibration, test = calibration_texts(data), test_texts(data)
     encode = lambda text, rows: tokenizer.encode(text[: 8 * length * rows], special=False)
     split = lambda text, rows: sa_jax.rows_of(encode(text, rows), length, rows, tokenizer.opening())
     # The last of the calibration rows judge plans; no plan and no weight ever sees the test texts.
@@ -305,6 +321,9 @@ def main() -> None:
     help="which; in an ablation all, and of searched plans three, if not given",
   )
   arguments = parser.parse_args()
+  if arguments.stages == ["texts"]:
+    write_texts(arguments.data, arguments.out)
+    return
   if arguments.stages == ["report"]:
     report(arguments.out)
     return
@@ -340,7 +359,9 @@ def main() -> None:
       labels = arguments.recoveries or SEARCHED
       searched(experiment, judge, stage, width, arguments.shortlist, labels, arguments.stored)
     else:
-      parser.error(f"no stage {stage!r}; there are spans, dp, greedy, beam, stored, ablation, singles, ridges, report")
+      parser.error(
+        f"no stage {stage!r}; there are spans, dp, greedy, beam, stored, ablation, singles, ridges, texts, report"
+      )
     print(f"{stage}: {time.perf_counter() - begun:.0f} s\n", flush=True)
   report(arguments.out)
 

@@ -12,6 +12,7 @@ from sa_jax.analysis import search
 from sa_jax.analysis.align import can_map_by_refit
 from sa_jax.analysis.judge import Judge, Text
 from sa_jax.analysis.refit import Refit, Report, refit
+from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
 from sa_jax.evaluation import Perplexity, perplexity
 from sa_jax.nn import Transformer
@@ -37,6 +38,8 @@ class Search:
     width: beam: plans kept at each step.
     shortlist: greedy and beam: candidates measured at each step, those of least pair cost; None measures all.
     excluded: layers that stay anchors.
+    rows: `share`: how many of each text's calibration rows candidates are fitted to; all of them when None. The plan
+      that is found is refitted on all.
 
   Raises:
     UserError: if there is no such strategy or a number is out of range.
@@ -48,12 +51,48 @@ class Search:
   width: int = 4
   shortlist: int | None = None
   excluded: tuple[int, ...] = ()
+  rows: int | None = None
 
   def __post_init__(self) -> None:
     if self.strategy not in Strategy.__args__:  # type: ignore[attr-defined]
       raise UserError(f"no search strategy {self.strategy!r}; there are {', '.join(Strategy.__args__)}")  # type: ignore[attr-defined]
-    if self.reach < 1 or self.width < 1 or self.swaps < 0 or (self.shortlist is not None and self.shortlist < 1):
-      raise UserError(f"reach, width and shortlist must be at least 1 and swaps at least 0: {self}")
+    least = {"reach": 1, "width": 1, "swaps": 0, "shortlist": 1, "rows": 1}
+    faults = [
+      f"{name} is {value}, and at least {least[name]} is needed"
+      for name in least
+      if (value := getattr(self, name)) is not None and value < least[name]
+    ]
+    if faults:
+      raise UserError.of("search", faults)
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+  """How much work goes into a shared model.
+
+  Attributes:
+    search: for its plan.
+    calibration_rows: most rows of each text to fit to.
+    judging_rows: most further rows of each text to judge by.
+    mlp: whether MLPs are refitted, where the model allows it.
+  """
+
+  search: Search
+  calibration_rows: int
+  judging_rows: int
+  mlp: bool
+
+  def recovery(self, config: ModelConfig) -> Refit:
+    """The refit of the plan that is found."""
+    return Refit(maps=can_map_by_refit(config), mlp=self.mlp and not config.post_norms)
+
+
+EFFORTS = {
+  "quick": Effort(Search(), calibration_rows=8, judging_rows=4, mlp=False),
+  "good": Effort(Search("greedy", shortlist=8, rows=16), calibration_rows=176, judging_rows=16, mlp=True),
+  "best": Effort(Search("beam", width=3, shortlist=16, rows=32), calibration_rows=176, judging_rows=16, mlp=True),
+}
+"""By name. ``good`` is what `experiments/search` measures."""
 
 
 def search_plan(judge: Judge, followers: int, how: Search, stage: Stage = lambda _: lambda *_: None) -> search.Found:
@@ -128,17 +167,19 @@ def share(
     texts: to calibrate on and, by their other rows, to judge by.
     followers: how many layers shall share; see `sa_jax.analysis.search.followers_for`.
     how: the search.
-    recovery: the refit; when None, of W_O, with head maps by refit error where the model is small enough for them, and
-      else by similarity.
+    recovery: the refit of the plan; when None, of W_O, with head maps by refit error where the model is small enough
+      for them, and else by similarity. Candidates are judged after a refit of W_O.
     chunk: rows computed at once.
     stage: told what is being done.
 
   Raises:
     UserError: as `Judge`, `search_plan` and `refit`.
   """
-  recovery = recovery or Refit(maps=can_map_by_refit(model.config))
-  judge = Judge(model, params, texts, recovery, chunk=chunk, progress=stage("reading the texts"))
-  plan = judge.with_maps(search_plan(judge, followers, how or Search(), stage).plan)
+  recovery, how = recovery or Refit(maps=can_map_by_refit(model.config)), how or Search()
+  judged = [text._replace(calibration=text.calibration[: how.rows]) for text in texts]
+  by_heads = dataclasses.replace(recovery, mlp=False, values=0)
+  judge = Judge(model, params, judged, by_heads, chunk=chunk, progress=stage("reading the texts"))
+  plan = judge.with_maps(search_plan(judge, followers, how, stage).plan)
   del judge
   calibration = np.concatenate([text.calibration for text in texts])
   made = refit(model, params, plan, calibration, recovery, chunk=chunk, progress=stage("refitting"))

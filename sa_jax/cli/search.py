@@ -32,14 +32,16 @@ class SearchPlan(Searching):
     from sa_jax.analysis import Judge, plots, search
     from sa_jax.analysis.refit import Refit
     from sa_jax.analysis.share import search_plan
-    from sa_jax.cli.texts import stages
+    from sa_jax.cli.texts import rows_at_once, stages
     from sa_jax.formats.hf_config import write_plan
 
     plots.check_installed()
     make_folder(self.out)
     for file in (self.record, self.json):
       check_writable(file)
-    model, params, texts, followers, how = self.prepare()
+    model, params, texts, followers = self.prepare()
+    how = self.settings().search
+    texts = [text._replace(calibration=text.calibration[: how.rows]) for text in texts]
     with stages() as stage:
       judge = Judge(
         model,
@@ -47,6 +49,7 @@ class SearchPlan(Searching):
         texts,
         Refit() if self.refit else None,
         maps=self.maps,
+        chunk=rows_at_once(model.config, self.cutting.length),
         record=self.record,
         progress=stage("reading the texts"),
       )
@@ -82,5 +85,5 @@ class SearchPlan(Searching):
     )
     file = self.out / "pareto.png"
     points = [(saved(each.plan), each.increase) for each in front]
-    plots.pareto_front({self.strategy: points}, file, title=f"{self.model.stem}: what sharing costs")
+    plots.pareto_front({how.strategy: points}, file, title=f"{self.model.stem}: what sharing costs")
     console.print(f"\nThe front: [bold]{file}[/bold]")

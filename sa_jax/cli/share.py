@@ -31,15 +31,17 @@ class Share(Searching):
     """Prints dense against shared, and saves."""
     from sa_jax import cost
     from sa_jax.analysis.share import share
-    from sa_jax.cli.texts import save, stages
+    from sa_jax.cli.texts import rows_at_once, save, stages
     from sa_jax.formats.hf_config import write_plan
 
     begun = time.perf_counter()
     check_absent(self.out)
     check_writable(self.json)
-    model, params, texts, followers, how = self.prepare()
+    model, params, texts, followers = self.prepare()
+    effort, chunk = self.settings(), rows_at_once(model.config, self.cutting.length)
+    recovery = effort.recovery(model.config)
     with stages() as stage:
-      made = share(model, params, texts, followers, how=how, stage=stage)
+      made = share(model, params, texts, followers, how=effort.search, recovery=recovery, chunk=chunk, stage=stage)
     plan = made.model.plan
     costs = [cost(model.config, each, 1, self.cutting.length) for each in (None, plan)]
     table = rows_of_cost(*costs)

@@ -19,6 +19,7 @@ from sa_jax.trees import Params
 if TYPE_CHECKING:
   from sa_jax import Tokenizer, Transformer
   from sa_jax.analysis import Text
+  from sa_jax.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +96,16 @@ def rows_of_texts(
 
 
 def split_texts(
-  tokenizer: Tokenizer, files: Sequence[Path], cutting: RowLength, calibration: int, judging: int
+  tokenizer: Tokenizer,
+  files: Sequence[Path],
+  cutting: RowLength,
+  calibration: int,
+  judging: int,
+  at_most: bool = False,
 ) -> list[Text]:
   """The first rows of each file to calibrate on, the next ones to judge by.
+
+  With ``at_most``, a shorter file gives what it has, a fifth of it to judge by.
 
   Raises:
     UserError: if a file is too short, or two have one name.
@@ -107,8 +115,21 @@ def split_texts(
   names = [file.stem for file in files]
   if len(set(names)) < len(names):
     raise UserError(f"texts need different file names, not {', '.join(names)}")
-  rows = rows_of_texts(tokenizer, files, cutting, calibration + judging)
-  return [Text(name, each[:calibration], each[calibration:]) for name, each in zip(names, rows, strict=True)]
+  cut = []
+  for rows in rows_of_texts(tokenizer, files, cutting, None if at_most else calibration + judging):
+    used = rows[: calibration + judging]
+    held_out = judging if len(used) == calibration + judging else min(judging, max(1, len(used) // 5))
+    cut.append((used[:-held_out], used[-held_out:]))
+  if short := [str(file) for file, (fitted, _) in zip(files, cut, strict=True) if not len(fitted)]:
+    raise UserError(f"two rows or more are needed, one to fit to and one to judge by: {', '.join(short)} has one")
+  return [Text(name, *each) for name, each in zip(names, cut, strict=True)]
+
+
+def rows_at_once(config: ModelConfig, length: int) -> int:
+  """How many rows of a text to compute at once: few on a CPU, on an accelerator 2 GB of logits."""
+  import jax
+
+  return 4 if jax.default_backend() == "cpu" else max(1, min(32, 2**31 // (4 * length * config.vocab_size)))
 
 
 def save(path: Path, source: Path, model: Transformer, params: Params, dtype: str) -> None:

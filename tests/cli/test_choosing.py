@@ -12,6 +12,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 import sa_jax
 from sa_jax.cli import main
+from sa_jax.cli.share import Share
 from sa_jax.cli.texts import RowLength, read_documents, split_texts
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference" / "llama-gqa-8l"
@@ -144,3 +145,35 @@ def test_lines_without_text_are_named(tmp_path):
   file.write_text('{"text": "fine"}\n{"other": 1}\n')
   with pytest.raises(ValueError, match="line 2"):
     read_documents(file)
+
+
+class TestEffort:
+  def test_flags_that_are_given_come_before_it(self):
+    quick = Share(
+      model=Path("m"), texts=(Path("t"),), out=Path("o"), effort="quick", reach=3, judging_rows=2
+    ).settings()
+    assert (quick.search.strategy, quick.search.reach, quick.calibration_rows, quick.judging_rows) == ("dp", 3, 8, 2)
+    good = Share(model=Path("m"), texts=(Path("t"),), out=Path("o"), exclude=(1,)).settings()
+    assert (good.search.strategy, good.search.shortlist, good.search.excluded) == ("greedy", 8, (1,))
+    assert (good.calibration_rows, good.judging_rows) == (176, 16)
+
+  def test_a_text_gives_what_it_has(self, folder):
+    tokenizer = sa_jax.load_tokenizer(folder / "model")
+    split = lambda *rows, **how: split_texts(tokenizer, [folder / "one.txt"], RowLength(12), *rows, **how)[0]
+    few = split(176, 16, at_most=True)
+    assert (len(few.calibration), len(few.judging)) == (13, 3)  # of 16 rows
+    assert not (few.calibration[:, None] == few.judging[None]).all(-1).any()
+    enough = split(8, 4, at_most=True)
+    assert (len(enough.calibration), len(enough.judging)) == (8, 4)
+    with pytest.raises(sa_jax.UserError, match="two rows or more are needed"):
+      split_texts(tokenizer, [folder / "one.txt"], RowLength(150), 8, 4, at_most=True)
+
+  @pytest.mark.parametrize("effort", ["quick", "good"])
+  def test_share_takes_it(self, folder, effort):
+    arguments = ["share", str(folder / "model"), str(folder / "one.txt"), "--out", str(folder / "shared")]
+    arguments += ["--budget", "2", "--length", "12", "--effort", effort, "--json", str(folder / "share.json")]
+    assert main(arguments) == 0
+    numbers = json.loads((folder / "share.json").read_text())
+    assert sum(layer != source for layer, source in enumerate(numbers["shared_attention"]["source"])) == 2
+    kinds = {part for each in numbers["refit"] for part in each.values() if isinstance(part, str)}
+    assert any("mlp" in kind for kind in kinds) == (effort == "good"), kinds
