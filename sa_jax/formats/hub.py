@@ -11,7 +11,7 @@ from sa_jax.errors import UserError
 from sa_jax.files import check_local
 from sa_jax.formats.extras import EXTRAS
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 Need = Literal["config", "tokenizer", "weights"]
@@ -24,9 +24,10 @@ _PATTERNS: dict[Need, tuple[str, ...]] = {
 }
 
 
-def is_hub_id(name: str) -> bool:
-  """Whether a name is read as a hub id: it has the form of one, and no path of that name exists."""
-  return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
+def parse_hub_id(name: str | Path) -> tuple[str, str | None] | None:
+  """The id and the revision of ``org/model@revision``; None if it has another form, or a path of that name exists."""
+  match = _HUB_ID.fullmatch(str(name))
+  return None if match is None or Path(name).exists() else (match[1], match[2])
 
 
 def locate(name: str | Path, revision: str | None = None, need: Need = "weights") -> Path:
@@ -36,26 +37,30 @@ def locate(name: str | Path, revision: str | None = None, need: Need = "weights"
   (``HF_HUB_OFFLINE``, ``HF_HOME``).
 
   Args:
-    name: a path, or an id such as ``org/model``; a path that exists wins.
+    name: a path, or an id such as ``org/model`` or ``org/model@revision``; a path that exists wins.
     revision: of a hub id: a branch, tag or commit.
     need: what of it: the config alone, the tokenizer alone, or both and the weights.
 
   Raises:
-    UserError: if there is no such path and no such hub model, or a revision is given for a path.
+    UserError: if there is no such path and no such hub model, or a revision is given for a path, or two are given.
   """
   check_local(name)
   path = Path(name)
-  if not is_hub_id(str(name)):
+  found = parse_hub_id(name)
+  if found is None:
     if revision is not None:
       raise UserError(f"revision {revision!r} is for models on the hub, and {name} is a path")
     if not path.exists():
       raise UserError(f"there is no file or folder {path}, and it has not the form of a hub id, org/model")
     return path
+  hub_id, named_revision = found
+  if revision is not None and named_revision not in (None, revision):
+    raise UserError(f"{name} names one revision, and {revision!r} is another; name it once")
   from huggingface_hub import snapshot_download
   from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
   # What lies beside a model, in folders or under other names, is the same weights in other forms.
-  download = functools.partial(snapshot_download, str(name), revision=revision, ignore_patterns=["*/*"])
+  download = functools.partial(snapshot_download, hub_id, revision=named_revision or revision, ignore_patterns=["*/*"])
   try:
     files = Path(download(allow_patterns=[*_PATTERNS[need]]))
     if need == "weights" and not any(files.glob("*.safetensors")):

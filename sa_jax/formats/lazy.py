@@ -127,7 +127,9 @@ def place(tree: Params, shardings: Tree, progress: Progress | None) -> dict[str,
 
 
 def _put(leaf: LazyTensor, layer: int, sharding: Sharding) -> jax.Array:
-  return jax.make_array_from_callback(leaf.layer_shape, sharding, lambda index: leaf.read_owned(layer, index))
+  # What is part of a stack lives only until it is copied there, so that it may be the file's memory.
+  read = leaf.read if leaf.leading else leaf.read_owned
+  return jax.make_array_from_callback(leaf.layer_shape, sharding, lambda index: read(layer, index))
 
 
 def _of_layer(sharding: Sharding, leading: int) -> Sharding:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sa_jax.config import ModelConfig
 from sa_jax.costs import cost
-from sa_jax.formats.hub import is_hub_id
+from sa_jax.formats.hub import parse_hub_id
 from sa_jax.plan import SharingPlan
 
 
@@ -18,8 +18,8 @@ def model_card(config: ModelConfig, plan: SharingPlan, source: str) -> str:
   """
   tags = ["jax", *(["shared-attention"] if plan.followers else [])]
   header = ["library_name: transformers", "pipeline_tag: text-generation", f"tags: [{', '.join(tags)}]"]
-  if is_hub_id(source):
-    header.insert(0, f"base_model: {source}")
+  if found := parse_hub_id(source):
+    header.insert(0, f"base_model: {found[0]}")
   parts = ["---", *header, "---", "", *(_shared(config, plan) if plan.followers else _dense(config))]
   return "\n".join(parts) + "\n"
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import sa_jax
+from sa_jax.formats.hub import locate
 from tests.formats import hf_models
 
 torch = pytest.importorskip("torch")
@@ -142,10 +143,48 @@ def test_hub_id(folder, hub, tmp_path):
   assert "model.norm.weight" in {entry.key for entry in sa_jax.inspect("org/tiny", revision="v2").used}
   sa_jax.convert("org/tiny", tmp_path / "ours", revision="v2")
   assert json.loads((tmp_path / "ours" / "config.json").read_text())["rms_norm_eps"] == 0.125
+  named, _ = sa_jax.from_pretrained("org/tiny@v2", layout="layers")
+  assert named == newer
+  sa_jax.export("org/tiny@v2", tmp_path / "exported")
+  assert "base_model: org/tiny\n" in (tmp_path / "exported" / "README.md").read_text()
+  with pytest.raises(ValueError, match="org/tiny@v2 names one revision, and 'main' is another; name it once"):
+    sa_jax.from_pretrained("org/tiny@v2", revision="main")
   with pytest.raises(ValueError, match="org/absent is no file or folder, and the hub gives no model"):
     sa_jax.from_pretrained("org/absent")
   with pytest.raises(ValueError, match="is for models on the hub"):
     sa_jax.from_pretrained(folder, revision="v2")
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_only_what_is_needed_is_downloaded(folder, tmp_path, monkeypatch, weights):
+  """Of a repository with all that such have: neither the other form of the weights, nor what lies in folders."""
+  import huggingface_hub
+  from huggingface_hub.utils import filter_repo_objects
+
+  stored = [
+    "README.md", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "model.safetensors", "pytorch_model.bin", "consolidated.safetensors", "original/consolidated.00.pth",
+    "original/params.json", "onnx/model.onnx", "tf_model.h5", "training_args.bin", "trainer_state.json",
+  ]  # fmt: skip
+  if weights != "model.safetensors":
+    stored = [name for name in stored if not name.endswith(".safetensors")]
+  asked = []
+
+  def download(name, *, revision, allow_patterns, ignore_patterns):
+    asked.append((name, revision))
+    for each in filter_repo_objects(stored, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+      (tmp_path / each).write_bytes((folder / each).read_bytes() if (folder / each).exists() else b"")
+    return str(tmp_path)
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  names = lambda: {path.name for path in tmp_path.iterdir()}
+  locate("org/all@v2", need="config")
+  assert names() == {"config.json", "generation_config.json"}
+  locate("org/all@v2", need="tokenizer")
+  assert names() == {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+  locate("org/all@v2")
+  assert names() == {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", weights}
+  assert set(asked) == {("org/all", "v2")}
 
 
 def test_extras_travel(folder, tmp_path):
