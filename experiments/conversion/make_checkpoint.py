@@ -49,4 +49,6 @@ def make(folder: Path, shards: int = 5, layers: int = 22) -> sa_jax.ModelConfig:
 if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("folder", type=Path)
-  make(parser.parse_args().folder)
+  parser.add_argument("--layers", type=int, default=22)
+  arguments = parser.parse_args()
+  make(arguments.folder, layers=arguments.layers)
