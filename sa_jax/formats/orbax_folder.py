@@ -1,7 +1,7 @@
 """sa_jax's own checkpoints, read: ``config.json``, the tokenizer, and ``params/``, an Orbax tree in the layer layout.
 
-TensorStore, which Orbax stores arrays with, reads them here: any slice of any array, mapped from the file, as safetensors
-are. `experiments/conversion` compares the two.
+TensorStore, which Orbax stores arrays with, reads them here: any slice of any array, mapped from the file, as
+safetensors are. `experiments/conversion` compares the two.
 """
 
 from __future__ import annotations
