@@ -1,5 +1,6 @@
 """convert, generate, perplexity, cost and the demo's picture, as a user types them."""
 
+import io
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import sa_jax
 from sa_jax.cli import main
 from sa_jax.cli.common import change, quantity
 from sa_jax.cli.demo import picture
+from sa_jax.cli.generate import read_prompts
 from sa_jax.cli.process import own
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference" / "llama-gqa-8l"
@@ -58,6 +60,41 @@ def test_generate_prints_one_continuation_as_it_comes(folder, expected, tmp_path
   (result,) = json.loads(out.read_text())["results"]
   assert result["tokens"] == expected["greedy_tokens"][0].tolist()
   assert capsys.readouterr().out.startswith(result["text"] + "\n")
+
+
+def test_prompts_come_from_files_and_pipes(folder, expected, tmp_path, monkeypatch):
+  rows = zip(expected["input_ids"], expected["attention_mask"], strict=True)
+  prompts = [" ".join(map(str, row[mask == 1])) for row, mask in rows]
+  file, out = tmp_path / "prompts.jsonl", tmp_path / "out.json"
+  file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts[1:]))
+  monkeypatch.setattr("sys.stdin", io.StringIO(prompts[0]))
+  arguments = ["generate", str(folder), "-", "--prompts", str(file), "--plan", PLAN, "--max-new-tokens", "24"]
+  assert main([*arguments, "--json", str(out)]) == 0
+  assert [each["tokens"] for each in json.loads(out.read_text())["results"]] == expected["greedy_tokens"].tolist()
+  file.write_text('{"prompt": "1"}\n{"prompt": 2}\n\nnone\n')
+  with pytest.raises(ValueError, match="prompts.jsonl:\n  line 2 is not .*\n  line 4 is not"):
+    read_prompts(file)
+  (tmp_path / "one.txt").write_text("1 2\n3\n")
+  assert read_prompts(tmp_path / "one.txt") == ["1 2\n3\n"]
+
+
+def test_a_chat_remembers_until_it_begins_again(folder, tmp_path, monkeypatch, capsys):
+  model = tmp_path / "model"
+  shutil.copytree(folder, model)
+  template = "{% for m in messages %}{% if m.role == 'assistant' %}7 {% endif %}{{ m.content }} {% endfor %}9"
+  (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+  monkeypatch.setattr("sys.stdin", io.StringIO("3 4\n\n5\n/new\n3 4\n/exit\n6\n"))
+  assert main(["chat", str(model), "--system", "8", "--max-new-tokens", "4"]) == 0
+  said = [line for line in capsys.readouterr().out.splitlines() if line and line[0].isdecimal()]
+  opened, params = sa_jax.from_pretrained(folder, layout="layers")
+
+  def answer(*tokens):
+    out = sa_jax.generate(opened, params, [[8, *tokens, 9]], max_new_tokens=4)
+    return out.tokens[0, : out.lengths[0]].tolist()
+
+  first = answer(3, 4)
+  second = answer(3, 4, 7, *first, 5)
+  assert said == [" ".join(map(str, tokens)) for tokens in (first, second, first)]
 
 
 def test_perplexity_is_the_reference_s_loss(folder, expected, tmp_path, capsys):
@@ -149,6 +186,10 @@ def test_convert_and_cost(folder, expected, tmp_path, capsys):
     (["convert", "FOLDER", "FOLDER"], "exists already"),
     (["convert", "FOLDER"], "name the folder to write"),
     (["generate", "FOLDER", "1", "--top-k", "3"], "set a temperature above 0"),
+    (["generate", "no-such-folder", "1", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
+    (["generate", "FOLDER"], "at least one prompt is needed"),
+    (["generate", "FOLDER", "--prompts", "no-such-file"], "cannot read no-such-file: No such file or directory"),
+    (["chat", "FOLDER"], "this model has no chat template"),
   ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(folder, capsys, arguments, says):

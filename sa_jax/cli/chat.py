@@ -1,0 +1,77 @@
+"""``sa-jax chat``: a conversation with a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import tyro
+
+from sa_jax.cli.common import console
+from sa_jax.cli.sampling import Opening, Sampling, say
+from sa_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+  """Talk with a model by its own chat template; /new begins again, /exit or Ctrl-D ends, Ctrl-C stops an answer."""
+
+  model: tyro.conf.Positional[Path]
+  """A Hugging Face folder, a GGUF file or an sa_jax checkpoint."""
+  system: str | None = None
+  """What the model is told before the conversation."""
+  opening: Opening = dataclasses.field(default_factory=Opening)
+  """Model."""
+  sampling: Sampling = dataclasses.field(default_factory=lambda: Sampling(max_new_tokens=512))
+  """Tokens."""
+
+  def run(self) -> None:
+    """Answers line after line."""
+    from sa_jax import load_tokenizer
+
+    self.sampling.check()
+    tokenizer = load_tokenizer(self.model)
+    begin = [] if self.system is None else [{"role": "system", "content": self.system}]
+    tokenizer.chat([*begin, {"role": "user", "content": "Hello"}])  # a model without a template says so at once
+    model, params = self.opening.open(self.model)
+    console.print(f"[dim]{self.model.stem}, plan {model.plan}; /new begins again, /exit ends[/dim]")
+    messages = list(begin)
+    while (line := _asked()) is not None:
+      if line == "/new":
+        messages = list(begin)
+        console.print("[dim]a new conversation[/dim]")
+        continue
+      asked = [*messages, {"role": "user", "content": line}]
+      try:
+        prompt = tokenizer.encode(tokenizer.chat(asked), special=False)
+        answer = say(tokenizer, _until_stopped(self.sampling.stream(model, params, prompt)))
+      except UserError as error:  # too long, or refused by the template: the conversation is as it was
+        console.print(f"{error}; /new begins again", style="red", markup=False)
+        continue
+      messages = [*asked, {"role": "assistant", "content": tokenizer.decode(answer).strip()}]
+
+
+def _until_stopped(coming: Iterator[list[int]]) -> Iterator[list[int]]:
+  """What comes until Ctrl-C, which ends the answer and not the conversation."""
+  try:
+    yield from coming
+  except KeyboardInterrupt:
+    return
+
+
+def _asked() -> str | None:
+  """The next line that says something, or None at the end."""
+  terminal = sys.stdin.isatty()
+  if terminal:
+    import readline  # noqa: F401  # gives `input` history and editing
+  while True:
+    try:
+      line = input("> " if terminal else "").strip()
+    except EOFError:
+      return None
+    if line == "/exit":
+      return None
+    if line:
+      return line

@@ -1,0 +1,90 @@
+"""How the commands that generate text open a model and choose tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from sa_jax.cli.common import progress
+from sa_jax.trees import Params
+
+if TYPE_CHECKING:
+  from sa_jax import Tokenizer, Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Opening:
+  """How the model is opened."""
+
+  plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None
+  """Which layers share, such as 22:23-26; None for the checkpoint's own plan."""
+  dtype: Literal["float32", "bfloat16", "float16"] | None = None
+  """Type of parameters and activations; None for the checkpoint's."""
+  cache_dtype: Literal["int8"] | None = None
+  """int8 caches keys and values in about half of bfloat16's bytes; None in the type of activations."""
+
+  def open(self, path: Path) -> tuple[Transformer, Params]:
+    """The model, and its parameters in the layer layout."""
+    from sa_jax import Transformer, from_pretrained
+
+    with progress("opening") as report:
+      model, params = from_pretrained(path, self.plan, self.dtype, layout="layers", progress=report)
+    return Transformer(dataclasses.replace(model.config, cache_dtype=self.cache_dtype), model.plan), params
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How tokens are chosen."""
+
+  max_new_tokens: int = 128
+  """Most tokens to add."""
+  temperature: float = 0.0
+  """0 takes the likeliest token."""
+  top_k: int | None = None
+  """Sample from the k likeliest tokens."""
+  top_p: float | None = None
+  """Sample from the fewest tokens whose probabilities reach p."""
+  seed: int = 0
+  """Of the samples."""
+
+  def check(self) -> None:
+    """Checks the values, before a model is opened.
+
+    Raises:
+      UserError: if one is impossible, or means nothing beside the others.
+    """
+    from sa_jax.decode.engine import check_seed
+    from sa_jax.decode.sampling import Sampler
+    from sa_jax.errors import UserError
+
+    Sampler(self.temperature, top_k=self.top_k, top_p=self.top_p)
+    check_seed(self.seed)
+    if self.max_new_tokens < 1:
+      raise UserError(f"`max_new_tokens` must be at least 1, not {self.max_new_tokens}")
+
+  def stream(self, model: Transformer, params: Params, prompt: Sequence[int]) -> Iterator[list[int]]:
+    """New tokens of one prompt, as they come."""
+    from sa_jax.decode import stream
+
+    filters = {"top_k": self.top_k, "top_p": self.top_p}
+    return stream(model, params, prompt, self.max_new_tokens, self.temperature, self.seed, **filters)  # type: ignore[arg-type]
+
+
+def say(tokenizer: Tokenizer, coming: Iterator[list[int]]) -> list[int]:
+  """Prints a text as its tokens come, and returns them."""
+  tokens: list[int] = []
+  said = ""
+  for new in coming:
+    tokens += new
+    text = tokenizer.decode(tokens)
+    # A character of several tokens is not complete yet.
+    if not text.endswith("\ufffd"):
+      # Not by rich, which would expand tabs and what looks like emoji names.
+      print(text[len(said) :], end="", flush=True)
+      said = text
+  print(tokenizer.decode(tokens)[len(said) :], flush=True)
+  return tokens
