@@ -258,7 +258,7 @@ def test_unknown_tasks_are_refused_with_near_names(folder, monkeypatch, capsys):
   assert found == ["choose_words", "finish_words"]
   with pytest.raises(ValueError, match="there is no folder .*nowhere to read tasks from"):
     find_tasks(["choose_words"], [folder / "nowhere"])
-  with pytest.raises(ValueError, match="name at least one task"):
+  with pytest.raises(ValueError, match="at least one task is needed"):
     find_tasks([])
   assert cli.main(["eval", str(folder / "model"), "--tasks", "choose_words", "--bootstrap-iters", "-1"]) == 2
   assert "--bootstrap-iters must not be negative, not -1" in capsys.readouterr().err

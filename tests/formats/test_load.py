@@ -383,7 +383,7 @@ class TestCheckpoint:
 
   def test_folder_that_cannot_be_made(self, tmp_path, pristine):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot write to"):
+    with pytest.raises(ValueError, match="cannot write .*file is not a folder"):
       sa_jax.convert(pristine, tmp_path / "file" / "out")
 
   def test_failure_while_writing_leaves_nothing(self, tmp_path, model, params, monkeypatch):
