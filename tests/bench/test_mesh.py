@@ -14,6 +14,8 @@ from sa_jax.decode import Engine
 from sa_jax.sharding import abstract_params, make_mesh, param_shardings
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 SHAPE = tiny.config(vocab_size=64, num_heads=8, num_kv_heads=4, mlp_dim=64)
 
 

@@ -9,6 +9,8 @@ from sa_jax import UserError
 from sa_jax.bench import Result, Task, Timing, run_task, timed
 from sa_jax.cli import main
 
+pytestmark = pytest.mark.slow
+
 
 def test_rate_and_share():
   result = Result(Task("decode", "llama-2-7b"), 0.5, 0.4, 0.6, work=8e9, ceiling=20e9, device="a card")

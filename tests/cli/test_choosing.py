@@ -15,6 +15,8 @@ from sa_jax.cli import main
 from sa_jax.cli.share import Share
 from sa_jax.cli.texts import RowLength, read_documents, split_texts
 
+pytestmark = pytest.mark.slow
+
 REFERENCE = Path(__file__).parents[1] / "data" / "reference" / "llama-gqa-8l"
 SIZES = ["--length", "12", "--calibration-rows", "4", "--judging-rows", "2"]
 

@@ -19,6 +19,8 @@ from tests import FAST_COMPILATION
 from tests.train.test_resume import ROOT, curve
 from tests.train.tiny_run import SAVE_EVERY, STEPS, TEXT
 
+pytestmark = pytest.mark.slow
+
 STOP = 8
 GPUS = int(os.environ.get("SA_JAX_GPUS", "0"))
 

@@ -17,6 +17,8 @@ from tests import FAST_COMPILATION
 from tests.tiny import assert_trees_equal
 from tests.train.tiny_run import SAVE_EVERY, STEPS, config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("SA_JAX_KILLS", "2"))
 """How often a run is killed, each time at a random step or moment of a checkpoint."""
