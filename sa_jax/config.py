@@ -61,9 +61,9 @@ class Architecture:
     attention_scale: what attention scores are multiplied by; ``1 / sqrt(H)`` when None.
     attention_softcap: attention scores ``s`` become ``cap * tanh(s / cap)`` (Gemma 2); None for no cap.
     logits_softcap: the same for the logits.
-    window: how many tokens a query of a local layer sees, itself included.
+    window: how many tokens a query of a local layer sees, itself included; None for all.
     local_layers: the layers with that window; the others are global.
-    local_rope: the rotary embedding of local layers; ``rope`` when None (Gemma 3).
+    local_rope: the rotary embedding of local layers; ``rope`` when None (Gemma 3; SmolLM 3, where they have none).
     family: whose names and config spelling its checkpoints have; a ``model_type`` of Hugging Face.
     bos_token_id: put before a text, or None.
     eos_token_ids: tokens that end a generation.
@@ -114,15 +114,18 @@ class Architecture:
     ]
     if not wrong and self.num_heads % self.num_kv_heads:
       wrong.append(f"num_heads={self.num_heads} (a multiple of num_kv_heads={self.num_kv_heads} is needed)")
-    if not wrong and self.head_dim % 2:
+    if not wrong and self.rope is not None and self.rope.rotated(self.head_dim) % 2:
       wrong.append(f"head_dim={self.head_dim} (rotary embedding needs an even number)")
+    both = [(rope.fraction, rope.interleaved) for rope in (self.rope, self.local_rope) if rope is not None]
+    if len(set(both)) > 1:
+      wrong.append("local_rope has another fraction or order than rope (the same are needed)")
     if not self.norm_eps > 0:
       wrong.append(f"norm_eps={self.norm_eps!r} (a positive number is needed)")
     for name in ("attention_scale", "attention_softcap", "logits_softcap", "window"):
       if (value := getattr(self, name)) is not None and not value > 0:
         wrong.append(f"{name}={value!r} (a positive number or None is needed)")
-    if self.local_layers and self.window is None:
-      wrong.append("window=None (local_layers need a number of tokens)")
+    if self.local_layers and self.window is None and self.local_rope is None:
+      wrong.append("window=None (local_layers need a number of tokens, or a rotary embedding of their own)")
     if outside := [layer for layer in self.local_layers if not 0 <= layer < self.num_layers]:
       wrong.append(f"local_layers has {outside} (layers are 0 to {self.num_layers - 1})")
     ids = {
@@ -149,7 +152,13 @@ class Architecture:
   def _kind(self, layer: int) -> LayerKind:
     local = layer in self.local_layers
     spec = AttentionSpec(self.window if local else None, self.attention_softcap, self.attention_scale)
-    return LayerKind(spec, self.local_rope if local and self.local_rope is not None else self.rope)
+    rope = self.local_rope if local and self.local_rope is not None else self.rope
+    return LayerKind(spec, None if rope is None or rope.scaling == "none" else rope)
+
+  @property
+  def rope_depends_on_row(self) -> bool:
+    """Whether attention depends on more than how far apart two tokens are: on a row's length, or on their positions."""
+    return any(rope.depends_on_length or rope.query_growth for _, rope in self.kinds if rope is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,9 +241,9 @@ class ModelConfig(Compute, Architecture):
     return dataclasses.replace(PRESETS[name], **changes)
 
   @classmethod
-  def from_hf(cls, values: Mapping[str, Any]) -> ModelConfig:
+  def from_hf(cls, values: Mapping[str, Any], *, strict: bool = False) -> ModelConfig:
     """Reads the contents of a Hugging Face ``config.json``; see `sa_jax.formats.hf_config`."""
-    return _hf.read(values)
+    return _hf.read(values, strict)
 
   def to_hf(self, spelling: Literal["v4", "v5"] = "v5") -> dict[str, Any]:
     """The contents of a Hugging Face ``config.json``; see `sa_jax.formats.hf_config`."""
@@ -248,7 +257,7 @@ def _fields_of(kind: type[Architecture | Compute], value: ModelConfig) -> dict[s
 class HfSpelling(Protocol):
   """Hugging Face's spelling of a config. `sa_jax.formats` brings it, which knows `ModelConfig`; not the reverse."""
 
-  def read(self, values: Mapping[str, Any]) -> ModelConfig:
+  def read(self, values: Mapping[str, Any], strict: bool) -> ModelConfig:
     """From the contents of a ``config.json``."""
     ...
 

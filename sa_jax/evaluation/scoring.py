@@ -145,8 +145,7 @@ class Scorer:
     # Tokens that could be computed in the time that compiling a program takes.
     self._program = _COMPILE_SECONDS * model.config.num_layers * rate / cost(model.config, model.plan).flops
     # Where the rotary embedding depends on a row's length, a beginning is not the same in rows of several lengths.
-    ropes = (kind.rope for kind in model.config.kinds)
-    self._share = not any(rope is not None and rope.scaling == "dynamic" for rope in ropes)
+    self._share = not model.config.rope_depends_on_row
 
   def __call__(
     self,

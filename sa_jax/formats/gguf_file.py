@@ -1,4 +1,4 @@
-"""GGUF files of the Llama architecture, under Hugging Face's names."""
+"""GGUF files, in one part or several, under Hugging Face's names."""
 
 from __future__ import annotations
 
@@ -6,144 +6,87 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
+from sa_jax.formats.gguf_architectures import GgufArchitecture
+from sa_jax.formats.gguf_config import ROPE_FACTORS, Values, architecture_of, config_of
 from sa_jax.formats.table import Account, Entry, Index, account
 from sa_jax.formats.tokenizer import Tokenizer
-from sa_jax.ops import RopeConfig, rope_frequencies
 from sa_jax.plan import SharingPlan
+
+if TYPE_CHECKING:
+  import gguf
 
 _LOG = logging.getLogger("sa_jax")
 
-# How llama.cpp names a Llama's tensors.
-_GGUF_NAMES = {
+_OUTER = {
   "token_embd.weight": "model.embed_tokens.weight",
   "output_norm.weight": "model.norm.weight",
   "output.weight": "lm_head.weight",
 }
-_GGUF_BLOCK_NAMES = {
-  "attn_norm": "input_layernorm",
-  "attn_q": "self_attn.q_proj",
-  "attn_k": "self_attn.k_proj",
-  "attn_v": "self_attn.v_proj",
-  "attn_output": "self_attn.o_proj",
-  "ffn_norm": "post_attention_layernorm",
-  "ffn_gate": "mlp.gate_proj",
-  "ffn_up": "mlp.up_proj",
-  "ffn_down": "mlp.down_proj",
-}
-_ROPE_FACTORS = "rope_freqs.weight"
-_GGUF_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_CHUNK = 1 << 16
+"""Numbers that are dequantised at once: what is computed on the way stays in a processor's cache."""
 
 
 class GgufFile:
-  """A GGUF file of the Llama architecture; quantised tensors are dequantised to float32 as they are read."""
+  """A GGUF file, or the first of several; quantised tensors are dequantised to float32 as they are read."""
 
   def __init__(self, path: Path):
     try:
       import gguf
     except ImportError as error:
       raise UserError(f"reading {path} needs the gguf package ({error}): pip install 'sa-jax[gguf]'") from None
-    self.path = path
-    try:
-      reader = gguf.GGUFReader(path)
-    except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError, OverflowError) as error:
-      raise UserError(f"{path} is not a whole GGUF file: {error}") from None
-    self._fields = reader.fields
-    architecture = self.field("general.architecture", str)
-    if architecture != "llama":
-      raise UserError(f"{path} holds the architecture {architecture!r}; supported in GGUF is: llama")
-    self._tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
     self._dequantize: Callable[[Any, Any], np.ndarray] = gguf.quants.dequantize
-    factors = self._tensors.pop(_ROPE_FACTORS, None)
-    self._rope_factors = None if factors is None else self._dequantize(factors.data, factors.tensor_type)
-    self.shapes = {key: tuple(int(size) for size in reversed(tensor.shape)) for key, tensor in self._tensors.items()}
-    self.config = self._config()
+    readers = _open_parts(path)
+    self.path = path
+    self._values = Values(path, readers[0].fields)
+    architecture = architecture_of(self._values)
+    self._swapped, self._norm_offset = architecture.swapped, architecture.norm_offset
+    stored = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+    self._check_types(stored)
+    factors = {name: self._dequantized(stored.pop(name)).reshape(-1) for name in ROPE_FACTORS if name in stored}
+    self.config = config_of(self._values, {name: _shape(tensor) for name, tensor in stored.items()}, factors)
+    self._parts = _named(stored, architecture)
+    self.shapes = {
+      key: (sum(_shape(part)[0] for part in parts), *_shape(parts[0])[1:]) for key, parts in self._parts.items()
+    }
 
   def field(self, name: str, kind: type, default: Any = None) -> Any:
-    """A metadata value.
-
-    Raises:
-      UserError: if it is absent and there is no default, or is not of the kind.
-    """
-    if name not in self._fields:
-      if default is None:
-        raise UserError(f"{self.path} has no metadata value {name}")
-      return default
-    value = self._fields[name].contents()
-    if not isinstance(value, kind):
-      raise UserError(f"{self.path}: metadata value {name} is {value!r}, not a {kind.__name__}")
-    return value
+    """A metadata value; see `Values.take`."""
+    return self._values.take(name, kind, default)
 
   def optional(self, name: str) -> Any:
     """A metadata value, or None."""
-    return self._fields[name].contents() if name in self._fields else None
+    return self._values.optional(name)
 
-  def _config(self) -> dict[str, Any]:
-    heads = self.field("llama.attention.head_count", int)
-    embed_dim = self.field("llama.embedding_length", int)
-    head_dim = self.field("llama.rope.dimension_count", int, embed_dim // max(heads, 1))
-    if (key_length := self.optional("llama.attention.key_length")) not in (None, head_dim):
-      raise UserError(
-        f"{self.path}: heads of {key_length} with rotary embedding on {head_dim} of it are not implemented"
-      )
-    if (scaling := self.optional("llama.rope.scaling.type")) not in (None, "none", "linear"):
-      raise UserError(f"{self.path}: rope scaling {scaling!r} in a GGUF file is not implemented")
-    theta = float(self.field("llama.rope.freq_base", float, 10_000.0))
-    return {
-      "architectures": ["LlamaForCausalLM"],
-      "model_type": "llama",
-      "vocab_size": self.shapes["model.embed_tokens.weight"][0] if "model.embed_tokens.weight" in self.shapes else 0,
-      "hidden_size": embed_dim,
-      "num_hidden_layers": self.field("llama.block_count", int),
-      "num_attention_heads": heads,
-      "num_key_value_heads": self.field("llama.attention.head_count_kv", int, heads),
-      "head_dim": head_dim,
-      "intermediate_size": self.field("llama.feed_forward_length", int),
-      "max_position_embeddings": self.field("llama.context_length", int),
-      # Stored as float32: the shortest decimal that rounds to it is the value that was meant.
-      "rms_norm_eps": float(str(np.float32(self.field("llama.attention.layer_norm_rms_epsilon", float)))),
-      "rope_theta": theta,
-      "rope_scaling": self._rope_scaling(theta, head_dim),
-      "tie_word_embeddings": "lm_head.weight" not in self._tensors,
-      "hidden_act": "silu",
-      "bos_token_id": self.optional("tokenizer.ggml.bos_token_id"),
-      # A chat model ends its turn with a token of its own.
-      "eos_token_id": [
-        token for name in ("eos", "eot") if (token := self.optional(f"tokenizer.ggml.{name}_token_id")) is not None
-      ]
-      or None,
-      "pad_token_id": self.optional("tokenizer.ggml.padding_token_id"),
-      "dtype": "float32",
-    }
+  def _check_types(self, stored: dict[str, gguf.ReaderTensor]) -> None:
+    """Checks that every tensor can be dequantised, by doing so with one block of each type."""
+    import gguf
 
-  def _rope_scaling(self, theta: float, head_dim: int) -> dict[str, Any] | None:
-    """Linear scaling, or Llama 3.1's, of which llama.cpp stores what it divides each frequency by."""
-    linear = self.optional("llama.rope.scaling.factor") or self.optional("llama.rope.scale_linear") or 1.0
-    # A factor without a type is llama.cpp's default, which is linear.
-    if linear != 1.0 and self.optional("llama.rope.scaling.type") != "none":
-      if self._rope_factors is not None:
-        raise UserError(f"{self.path}: linear rope scaling together with {_ROPE_FACTORS} is not implemented")
-      return {"rope_type": "linear", "factor": float(linear)}
-    if self._rope_factors is None:
-      return None
-    # Of all Llama 3 models; only the factor differs among them.
-    factor, low, high, length = float(self._rope_factors.max()), 1.0, 4.0, 8192
-    scaled = RopeConfig(theta, "llama3", factor, low_freq_factor=low, high_freq_factor=high, original_max_length=length)
-    divided = np.asarray(rope_frequencies(RopeConfig(theta), head_dim) / rope_frequencies(scaled, head_dim))
-    if self._rope_factors.shape != divided.shape or not np.allclose(self._rope_factors, divided, rtol=1e-4):
-      raise UserError(f"{self.path}: rotary frequencies are divided by {_ROPE_FACTORS}, which are not Llama 3's")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return {"rope_type": "llama3"} | dict(zip(names, (factor, low, high, length), strict=True))
+    faults = []
+    for kind in {tensor.tensor_type for tensor in stored.values()} - {gguf.GGMLQuantizationType.F64}:
+      try:
+        block = np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
+        with np.errstate(all="ignore"):
+          self._dequantize(block, kind)
+      except NotImplementedError:
+        names = sorted(tensor.name for tensor in stored.values() if tensor.tensor_type == kind)
+        faults.append(
+          f"{names[0]} (and {len(names) - 1} others) is {kind.name}, which the gguf package cannot dequantise"
+        )
+    if faults:
+      raise UserError.of(f"{self.path} cannot be read", sorted(faults))
 
   @property
   def dtypes(self) -> dict[str, str]:
     """See `Source.dtypes`."""
-    return {key: tensor.tensor_type.name for key, tensor in self._tensors.items()}
+    return {key: parts[0].tensor_type.name for key, parts in self._parts.items()}
 
   def account(self, config: ModelConfig, plan: SharingPlan) -> Account:
     """See `Source.account`."""
@@ -151,14 +94,35 @@ class GgufFile:
 
   def read(self, key: str) -> np.ndarray:
     """See `Source.read`."""
-    tensor = self._tensors[key]
-    weight = self._dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes[key])
-    for name, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
-      if key.endswith(f"self_attn.{name}.weight"):
-        # GGUF interleaves the two halves of each head's rotary planes; Hugging Face keeps them apart.
-        split = weight.reshape(self.config[heads], -1, 2, weight.shape[-1])
-        weight = split.swapaxes(1, 2).reshape(weight.shape)
-    return weight
+    parts = self._parts[key]
+    out = np.empty(self.shapes[key], np.float32)
+    start = 0
+    for part in parts:
+      rows = _shape(part)[0]
+      self._dequantized(part, out[start : start + rows])
+      start += rows
+    if self._norm_offset and key.endswith("norm.weight"):
+      out -= np.float32(self._norm_offset)
+    return out
+
+  def _dequantized(self, tensor: gguf.ReaderTensor, out: np.ndarray | None = None) -> np.ndarray:
+    """A tensor's numbers, a chunk of rows at a time."""
+    out = np.empty(_shape(tensor), np.float32) if out is None else out
+    data = tensor.data if tensor.data.ndim > 1 else tensor.data[None]
+    rows = out.reshape(len(data), -1)
+    if self._swapped and (match := _BLOCK.fullmatch(tensor.name)) and match[2] in ("attn_q", "attn_k"):
+      heads = self.config["num_attention_heads" if match[2] == "attn_q" else "num_key_value_heads"]
+      # Each head's rows go from neighbours to halves, in the file's own bytes.
+      data = tensor.data.reshape(heads, -1, 2, *tensor.data.shape[1:]).swapaxes(1, 2).reshape(tensor.data.shape)
+      data = data if data.ndim > 1 else data[None]
+    step = max(1, _CHUNK // max(rows.shape[-1], 1))
+    for start in range(0, len(data), step):
+      chunk = data[start : start + step]
+      if chunk.dtype in (np.float64, np.float32, np.float16):
+        rows[start : start + step] = chunk
+      else:
+        rows[start : start + step] = self._dequantize(chunk, tensor.tensor_type)
+    return out
 
   def parameter(self, entry: Entry, index: Index | None = None) -> np.ndarray:
     """See `Source.parameter`."""
@@ -182,8 +146,64 @@ class GgufFile:
       from_gguf(self).save(folder)
 
 
-def _hf_name(name: str) -> str:
-  """Hugging Face's name of a GGUF tensor; unknown names stay as they are, for the account to report."""
-  if match := _GGUF_BLOCK.fullmatch(name):
-    return f"model.layers.{match[1]}.{_GGUF_BLOCK_NAMES.get(match[2], match[2])}.weight"
-  return _GGUF_NAMES.get(name, name)
+def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+  return tuple(int(size) for size in reversed(tensor.shape))
+
+
+def _open_parts(path: Path) -> list[gguf.GGUFReader]:
+  """The file, or all parts of which it is the first.
+
+  Raises:
+    UserError: if it is not whole, is another part than the first, or a part is missing or another's.
+  """
+  first = _open(path)
+  field = first.fields.get("split.count")
+  count = 1 if field is None else int(field.contents())
+  if count <= 1:
+    return [first]
+  match = _SPLIT.fullmatch(path.name)
+  if match is None or int(match[3]) != count:
+    raise UserError(f"{path} is one of {count} parts, and should be named NAME-00001-of-{count:05}.gguf")
+  paths = [path.with_name(f"{match[1]}-{number + 1:05}-of-{count:05}.gguf") for number in range(count)]
+  if int(match[2]) != 1:
+    raise UserError(f"{path} is one of {count} parts; open the first, {paths[0].name}")
+  if missing := [each.name for each in paths if not each.is_file()]:
+    raise UserError(f"parts are missing from {path.parent}: {', '.join(missing)}")
+  readers = [first, *(_open(each) for each in paths[1:])]
+  for number, (each, reader) in enumerate(zip(paths, readers, strict=True)):
+    said = [reader.fields[name].contents() for name in ("split.no", "split.count") if name in reader.fields]
+    if said != [number, count]:
+      raise UserError(f"{each} says that it is part {said}, not {[number, count]}")
+  return readers
+
+
+def _open(path: Path) -> gguf.GGUFReader:
+  import gguf
+
+  try:
+    return gguf.GGUFReader(path)
+  except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError, OverflowError) as error:
+    raise UserError(f"{path} is not a whole GGUF file: {error}") from None
+
+
+def _named(
+  stored: dict[str, gguf.ReaderTensor], architecture: GgufArchitecture
+) -> dict[str, tuple[gguf.ReaderTensor, ...]]:
+  """Hugging Face's tensors, and the file's that each is; unknown names stay, for the account to report."""
+  whole = {part: (name, parts) for name, parts in architecture.packed.items() for part in parts}
+  named: dict[str, tuple[gguf.ReaderTensor, ...]] = {}
+  for name, tensor in stored.items():
+    match = _BLOCK.fullmatch(name)
+    if match is None:
+      named[_OUTER.get(name, name)] = (tensor,)
+      continue
+    layer, block, kind = match.groups()
+    packed, parts = whole.get(block, ("", ()))
+    beside = [stored.get(f"blk.{layer}.{part}.{kind}") for part in parts]
+    if packed and all(each is not None for each in beside):
+      named[f"model.layers.{layer}.{packed}.{kind}"] = tuple(each for each in beside if each is not None)
+    elif block in architecture.blocks:
+      named[f"model.layers.{layer}.{architecture.blocks[block]}.{kind}"] = (tensor,)
+    else:
+      named[name] = (tensor,)
+  return named

@@ -3,45 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from sa_jax.config import Architecture, ModelConfig
 from sa_jax.errors import UserError
 from sa_jax.formats import hf_rope
-from sa_jax.formats.families import FAMILIES, QUERY_SCALE, Family
-from sa_jax.formats.reader import ConfigReader
+from sa_jax.formats.families import FAMILIES
+from sa_jax.formats.family import Family, KeyKind
+from sa_jax.formats.hf_keys import FIXED, INERT
+from sa_jax.formats.reader import Config, ConfigReader, Fields
 from sa_jax.plan import SharingPlan, as_plan
 
-# Keys that change nothing that we compute: provenance, training set-up, and defaults of transformers' own generate.
-_INERT = frozenset(
-  """
-  _name_or_path architectures attn_implementation _attn_implementation auto_map initializer_range is_llama_config
-  model_type transformers_version transformers.js_config use_cache unsloth_version unsloth_fixed shared_attention
-  return_dict output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward
-  id2label label2id problem_type task_specific_params finetuning_task tokenizer_class prefix return_dict_in_generate
-  output_scores max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature
-  top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-  bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values suppress_tokens
-  begin_suppress_tokens exponential_decay_length_penalty sep_token_id decoder_start_token_id
-  tie_encoder_decoder cross_attention_hidden_size
-  """.split()
-)
-
-# Keys we implement one value of: any other value would change the result.
-_FIXED: dict[str, tuple[Any, ...]] = {
-  "attention_dropout": (0, 0.0),
-  "pretraining_tp": (1,),
-  "rope_interleaved": (False,),
-  "is_encoder_decoder": (False,),
-  "is_decoder": (False,),
-  "add_cross_attention": (False,),
-  "pruned_heads": ({}, None),
-  "quantization_config": (None,),
-  "partial_rotary_factor": (1, 1.0, None),
-  "attention_bias": (False,),
-  "mlp_bias": (False,),
-}
+_LOG = logging.getLogger("sa_jax")
 
 _SIZES = {
   "vocab_size": "vocab_size",
@@ -52,8 +28,7 @@ _SIZES = {
 }
 _MOST_LAYERS = 10_000
 
-_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-_KINDS = {"full_attention": False, "sliding_attention": True}
+_LOCAL_KINDS = {"full_attention": False, "attention": False, "sliding_attention": True}
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Floating-point types that parameters may have."""
@@ -63,18 +38,22 @@ SHARED = "shared_"
 """Before the family's name, in the ``model_type`` of an exported plan."""
 
 
-def read(values: Mapping[str, Any]) -> ModelConfig:
+def read(values: Config, strict: bool = False) -> ModelConfig:
   """Reads the contents of a ``config.json``.
 
   Both spellings are understood: ``rope_theta``, ``rope_scaling`` and ``torch_dtype`` (transformers 4), and
   ``rope_parameters`` and ``dtype`` (transformers 5). The compute and parameter dtypes are the checkpoint's.
 
+  Args:
+    values: the contents.
+    strict: whether keys of which nobody knows what they do are refused, too; otherwise a warning lists them.
+
   Raises:
-    UserError: names, all at once, each value that is missing, malformed or not implemented, and each unknown key.
+    UserError: names, all at once, each value that is missing, malformed or not implemented.
   """
   values = _of_family(values)
   family = _family(values)
-  reader = ConfigReader({**family.defaults, **values}, [])
+  reader = _reader(values, family)
   sizes = _read_sizes(reader)
   eos = reader.take("eos_token_id", () if "eos_token_id" in reader.values else 2)
   eos = (eos,) if isinstance(eos, int) else eos
@@ -84,22 +63,21 @@ def read(values: Mapping[str, Any]) -> ModelConfig:
   dtype = str(reader.either("dtype", "torch_dtype", "float32")).removeprefix("torch.")
   if dtype not in DTYPES:
     reader.fail("dtype" if "dtype" in values else "torch_dtype", f"one of {', '.join(DTYPES)} is needed")
-  for key, allowed in (_FIXED | dict(family.fixed)).items():
-    if key not in {read.name for read in family.keys}:
-      reader.choice(key, allowed, allowed[0])
+  for key, allowed in {**FIXED, **family.fixed}.items():
+    reader.fixed(key, allowed)
   for key, why in family.required.items():
-    if values.get(key) is None:
+    if reader.values.get(key) is None:
       reader.fail(key, why)
-  rope, local_rope = hf_rope.read(reader, family, sizes["max_length"])
+  rope, local_rope = hf_rope.read(reader, family, sizes["head_dim"], sizes["max_length"])
   config = {
     **sizes,
     **family.fields,
-    **_read_keys(reader, family),
+    **_read_keys(reader, family, sizes),
     **_read_window(reader, family, sizes["num_layers"]),
     "norm_eps": reader.number("rms_norm_eps", 1e-6),
     "rope": rope,
     "local_rope": local_rope,
-    "activation": _ACTIVATIONS[reader.choice(family.activation, tuple(_ACTIVATIONS), "silu")],
+    "activation": family.activations[reader.choice(family.activation, tuple(family.activations), "silu")],
     "tie_embeddings": reader.flag("tie_word_embeddings", False),
     "family": values["model_type"],
     "bos_token_id": reader.token("bos_token_id", absent=1),
@@ -108,13 +86,12 @@ def read(values: Mapping[str, Any]) -> ModelConfig:
     "dtype": dtype,
     "param_dtype": dtype,
   }
-  reader.finish(_INERT | family.inert | family.defaults.keys() - values.keys())
-  if reader.errors:
-    raise UserError("config.json cannot be used:\n  " + "\n  ".join(reader.errors))
+  reader.finish(INERT | family.inert | family.defaults.keys())
+  _report(reader, strict)
   return ModelConfig(**config)
 
 
-def _of_family(values: Mapping[str, Any]) -> Mapping[str, Any]:
+def _of_family(values: Config) -> Config:
   """With the family's model type in place of that of an exported plan."""
   model_type = values.get("model_type")
   if "shared_attention" in values and isinstance(model_type, str):
@@ -122,7 +99,16 @@ def _of_family(values: Mapping[str, Any]) -> Mapping[str, Any]:
   return values
 
 
-def _family(values: Mapping[str, Any]) -> Family:
+def _report(reader: ConfigReader, strict: bool) -> None:
+  """Raises what was wrong, and warns of what is unknown."""
+  unknown = [f"{each}: this key is not known; remove it if it has no effect" for each in reader.unknown]
+  if faults := reader.errors + (unknown if strict else []):
+    raise UserError("\n  ".join(("config.json cannot be used:", *faults)))
+  if reader.unknown:
+    _LOG.warning("config.json has keys that are not known, and are taken to do nothing: %s", ", ".join(reader.unknown))
+
+
+def _family(values: Config) -> Family:
   model_type = values.get("model_type")
   if isinstance(model_type, str) and model_type in FAMILIES:
     return FAMILIES[model_type]
@@ -150,25 +136,62 @@ def _read_sizes(reader: ConfigReader) -> dict[str, int]:
   if reader.values.get("head_dim") is None and sizes["embed_dim"] % sizes["num_heads"]:
     reader.fail("hidden_size", f"without head_dim it must be a multiple of num_attention_heads = {sizes['num_heads']}")
   head_dim = reader.integer("head_dim", max(sizes["embed_dim"] // sizes["num_heads"], 1))
-  if head_dim % 2:
-    reader.fail("head_dim", "rotary embedding needs an even number")
   max_length = reader.integer("max_position_embeddings", 2048)
   return sizes | {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "max_length": max_length}
 
 
-def _read_keys(reader: ConfigReader, family: Family) -> dict[str, Any]:
+def _reader(values: Config, family: Family) -> ConfigReader:
+  """A reader of the usual keys, whichever names the family has for them."""
+  spelled = {usual: own for own, usual in family.aliases.items() if own in values}
+  reader = ConfigReader({**family.defaults, **{family.aliases.get(key, key): values[key] for key in values}}, spelled)
+  for usual, own in spelled.items():
+    if usual in values and values[usual] != values[own]:
+      reader.fail(usual, f"it has two values, of which {usual} says {values[usual]!r}; keep one of them")
+  return reader
+
+
+def _read_keys(reader: ConfigReader, family: Family, sizes: Mapping[str, int]) -> Fields:
   """The fields that only some families' configs have."""
-  fields: dict[str, Any] = {}
+  fields: Fields = {}
   for key in family.keys:
-    value = reader.flag(key.name, False) if key.kind == "flag" else reader.optional_number(key.name)
+    if key.kind == "flag":
+      value: bool | float | None = reader.flag(key.name, False)
+    elif (value := reader.optional_number(key.name)) is not None:
+      value = _to_ours(value, key.kind, sizes)
     fields |= dict.fromkeys(key.fields, value)
-  if QUERY_SCALE in family.defaults:
-    fields["attention_scale"] = reader.number(QUERY_SCALE) ** -0.5
   return fields
 
 
-def _read_window(reader: ConfigReader, family: Family, num_layers: int) -> dict[str, Any]:
+def _to_ours(value: float, kind: KeyKind, sizes: Mapping[str, int]) -> float:
+  match kind:
+    case "inverse":
+      return 1 / value
+    case "inverse_root":
+      return value**-0.5
+    case "over_root_depth":
+      return value / math.sqrt(sizes["num_layers"])
+    case "over_width":
+      return value / sizes["embed_dim"]
+  return value
+
+
+def _to_theirs(value: float, kind: KeyKind, config: ModelConfig) -> float:
+  match kind:
+    case "inverse":
+      return _tidy(1 / value)
+    case "inverse_root":
+      return _whole(value**-2)
+    case "over_root_depth":
+      return _tidy(value * math.sqrt(config.num_layers))
+    case "over_width":
+      return _whole(value * config.embed_dim)
+  return value
+
+
+def _read_window(reader: ConfigReader, family: Family, num_layers: int) -> Fields:
   """Which layers are local, and how far they see."""
+  if family.local_rope == "without":
+    return {"local_layers": _without_rope(reader, num_layers)}
   if not family.window:
     return {}
   switched_on = family.window != "optional" or reader.flag("use_sliding_window", False)
@@ -176,18 +199,18 @@ def _read_window(reader: ConfigReader, family: Family, num_layers: int) -> dict[
   if family.window == "all":
     return {"window": window, "local_layers": () if window is None else tuple(range(num_layers))}
   for key in ("max_window_layers", "sliding_window_pattern"):
-    if key in family.defaults:
+    if key in family.defaults and not isinstance(reader.values[key], str):
       reader.integer(key)
   types = reader.take("layer_types")
   if types is None:
-    assert family.is_local is not None
-    pattern = [bool(not reader.errors and family.is_local(reader.values, layer)) for layer in range(num_layers)]
-  elif isinstance(types, list) and len(types) == num_layers and all(isinstance(t, str) and t in _KINDS for t in types):
-    pattern = [_KINDS[kind] for kind in types]
+    local = family.is_local or (lambda values, layer: False)
+    pattern = [bool(not reader.errors and local(reader.values, layer)) for layer in range(num_layers)]
+  elif _are_kinds(types, num_layers):
+    pattern = [_LOCAL_KINDS[kind] for kind in types]
   else:
-    reader.fail("layer_types", f"a list of {num_layers} names, each of {' or '.join(_KINDS)}, is needed")
+    reader.fail("layer_types", f"a list of {num_layers} names, each of {' or '.join(_LOCAL_KINDS)}, is needed")
     return {}
-  if not switched_on:
+  if not switched_on or family.window == "none":
     if types is not None and any(pattern):
       reader.fail("layer_types", "it names sliding_attention, and use_sliding_window is false")
     return {}
@@ -197,7 +220,26 @@ def _read_window(reader: ConfigReader, family: Family, num_layers: int) -> dict[
   return {"window": window, "local_layers": tuple(layer for layer, local in enumerate(pattern) if local)}
 
 
-def write(config: ModelConfig, spelling: Literal["v4", "v5"] = "v5") -> dict[str, Any]:
+def _are_kinds(types: Any, num_layers: int) -> bool:
+  return (
+    isinstance(types, list)
+    and len(types) == num_layers
+    and all(isinstance(kind, str) and kind in _LOCAL_KINDS for kind in types)
+  )
+
+
+def _without_rope(reader: ConfigReader, num_layers: int) -> tuple[int, ...]:
+  """The layers that rotate nothing."""
+  every, flags = reader.integer("no_rope_layer_interval", 4), reader.take("no_rope_layers")
+  if flags is None:
+    return tuple(range(every - 1, num_layers, every))
+  if not isinstance(flags, list) or len(flags) != num_layers or not all(flag in (0, 1) for flag in flags):
+    reader.fail("no_rope_layers", f"a list of {num_layers} numbers, 1 for a layer with rotary embedding, is needed")
+    return ()
+  return tuple(layer for layer, rotates in enumerate(flags) if not rotates)
+
+
+def write(config: ModelConfig, spelling: Literal["v4", "v5"] = "v5") -> Fields:
   """The contents of a ``config.json`` that transformers, and `read`, understand.
 
   Args:
@@ -206,7 +248,7 @@ def write(config: ModelConfig, spelling: Literal["v4", "v5"] = "v5") -> dict[str
       ``rope_scaling`` and ``torch_dtype``.
   """
   family = FAMILIES[config.family]
-  activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+  activations = {ours: theirs for theirs, ours in family.activations.items()}
   eos = config.eos_token_ids
   values = {
     "architectures": [family.architecture],
@@ -218,7 +260,7 @@ def write(config: ModelConfig, spelling: Literal["v4", "v5"] = "v5") -> dict[str
     "rms_norm_eps": config.norm_eps,
     "tie_word_embeddings": config.tie_embeddings,
     family.activation: activations[config.activation],
-    **{key.name: getattr(config, key.fields[0]) for key in family.keys},
+    **_write_keys(config, family),
     **_write_window(config, family),
     "bos_token_id": config.bos_token_id,
     "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
@@ -226,26 +268,37 @@ def write(config: ModelConfig, spelling: Literal["v4", "v5"] = "v5") -> dict[str
     **hf_rope.write(config, family, spelling),
     "dtype" if spelling == "v5" else "torch_dtype": config.param_dtype,
   }
-  if QUERY_SCALE in family.defaults:
-    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
-    values[QUERY_SCALE] = _whole(scale**-2)
+  own = {usual: own for own, usual in family.aliases.items()}
+  values = {own.get(key, key): value for key, value in values.items()}
   _check_written(config, values)
   return values
 
 
-def _write_window(config: ModelConfig, family: Family) -> dict[str, Any]:
+def _write_keys(config: ModelConfig, family: Family) -> Fields:
+  values: Fields = {}
+  for key in family.keys:
+    value = getattr(config, key.fields[0])
+    if key.fields == ("attention_scale",) and value is None:
+      value = config.head_dim**-0.5
+    values[key.name] = value if key.kind == "flag" or value is None else _to_theirs(value, key.kind, config)
+  return values
+
+
+def _write_window(config: ModelConfig, family: Family) -> Fields:
+  if family.local_rope == "without":
+    return {"no_rope_layers": [int(layer not in config.local_layers) for layer in range(config.num_layers)]}
   match family.window:
     case "":
       return {}
     case "all":
       return {"sliding_window": config.window}
-  names = {local: name for name, local in _KINDS.items()}
+  names = {False: "full_attention", True: "sliding_attention"}
   types = [names[layer in config.local_layers] for layer in range(config.num_layers)]
   values = {"sliding_window": config.window, "layer_types": types}
   return values | ({"use_sliding_window": bool(config.local_layers)} if family.window == "optional" else {})
 
 
-def _check_written(config: ModelConfig, values: Mapping[str, Any]) -> None:
+def _check_written(config: ModelConfig, values: Config) -> None:
   """Checks that the family's config can say all that the model is.
 
   Raises:
@@ -260,12 +313,18 @@ def _check_written(config: ModelConfig, values: Mapping[str, Any]) -> None:
     raise UserError(f"a {config.family} config.json cannot describe this model: {'; '.join(wrong)}")
 
 
+def _tidy(value: float) -> float:
+  """The number of few digits that a number is but for rounding."""
+  return float(f"{value:.12g}")
+
+
 def _whole(value: float) -> int | float:
-  """The integer that a number is but for rounding."""
-  return round(value) if abs(value - round(value)) < 1e-6 * value else value
+  """The same, and an integer where it is one."""
+  short = _tidy(value)
+  return round(short) if short == round(short) else short
 
 
-def read_plan(values: Mapping[str, Any], num_layers: int) -> SharingPlan:
+def read_plan(values: Config, num_layers: int) -> SharingPlan:
   """The plan in a ``config.json``'s ``shared_attention``; dense when the key is absent.
 
   Raises:
@@ -288,9 +347,9 @@ def read_plan(values: Mapping[str, Any], num_layers: int) -> SharingPlan:
   return SharingPlan(plan.source, tuple(entry and tuple(entry) for entry in head_map))
 
 
-def write_plan(plan: SharingPlan) -> dict[str, Any]:
+def write_plan(plan: SharingPlan) -> Fields:
   """What `read_plan` reads back: the ``shared_attention`` of a ``config.json``."""
-  values: dict[str, Any] = {"source": list(plan.source)}
+  values: Fields = {"source": list(plan.source)}
   if plan.head_map is not None:
     values["head_map"] = [entry if entry is None else list(entry) for entry in plan.head_map]
   return values

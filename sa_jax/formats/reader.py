@@ -1,9 +1,27 @@
-"""Strict reading of a ``config.json``: every value is checked, every key accounted for, every fault reported."""
+"""Reading a ``config.json``: every value is checked, every key accounted for, every fault reported."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+Config = Mapping[str, Any]
+"""The contents of a ``config.json``, or of an object inside one."""
+
+Fields = dict[str, Any]
+"""Fields of `ModelConfig`, or keys of a ``config.json``, in the making."""
+
+
+class Fixed(NamedTuple):
+  """A key of which only some values are implemented.
+
+  Attributes:
+    values: that are; the first is what an absent key means.
+    meaning: what another value would ask for.
+  """
+
+  values: tuple[Any, ...]
+  meaning: str
 
 
 class ConfigReader:
@@ -12,15 +30,30 @@ class ConfigReader:
   Attributes:
     values: the config.
     errors: one line a fault.
+    unknown: the keys, with their values, of which nobody knows what they do.
   """
 
-  def __init__(self, values: Mapping[str, Any], errors: list[str], prefix: str = ""):
-    self.values, self._prefix, self.errors = values, prefix, errors
+  def __init__(self, values: Config, spelled: Mapping[str, str] | None = None):
+    """``spelled`` are the names that the config has for some of the keys."""
+    self.values = values
+    self._spelled = spelled or {}
+    self.errors: list[str] = []
+    self.unknown: list[str] = []
+    self._prefix = ""
     self._read: set[str] = set()
+
+  def inner(self, values: Config, prefix: str) -> ConfigReader:
+    """A reader of an object inside the config, which reports to the same lists."""
+    made = ConfigReader(values)
+    made.errors, made.unknown, made._prefix = self.errors, self.unknown, prefix
+    return made
 
   def fail(self, key: str, why: str) -> None:
     """Notes a fault of a key."""
-    self.errors.append(f"{self._prefix}{key} = {self.values.get(key)!r}: {why}")
+    self.errors.append(f"{self._name(key)} = {self.values.get(key)!r}: {why}")
+
+  def _name(self, key: str) -> str:
+    return self._prefix + self._spelled.get(key, key)
 
   def take(self, key: str, default: Any = None) -> Any:
     """A value as it is; the default when it is absent or null."""
@@ -39,7 +72,7 @@ class ConfigReader:
   def number(self, key: str, default: float | None = None) -> float:
     """A positive number."""
     value = self.take(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    if not _is_positive(value):
       self.fail(key, "a positive number is needed")
       return 1.0
     return float(value)
@@ -47,6 +80,14 @@ class ConfigReader:
   def optional_number(self, key: str) -> float | None:
     """A positive number, or None when it is absent or null."""
     return None if self.take(key) is None else self.number(key)
+
+  def numbers(self, key: str, count: int) -> list[float]:
+    """So many positive numbers."""
+    values = self.take(key)
+    if not isinstance(values, list) or len(values) != count or not all(_is_positive(value) for value in values):
+      self.fail(key, f"a list of {count} positive numbers is needed")
+      return [1.0] * count
+    return [float(value) for value in values]
 
   def flag(self, key: str, default: bool) -> bool:
     """True or false."""
@@ -68,10 +109,15 @@ class ConfigReader:
   def choice(self, key: str, choices: tuple[Any, ...], default: Any) -> Any:
     """One of the values that are implemented."""
     value = self.take(key, default)
-    if value not in choices or (isinstance(value, bool) and not any(value is choice for choice in choices)):
+    if not _is_one_of(value, choices):
       self.fail(key, f"not implemented; {' or '.join(map(repr, choices))} is")
       return default
     return value
+
+  def fixed(self, key: str, allowed: Fixed) -> None:
+    """A key of which only some values are implemented."""
+    if not _is_one_of(self.take(key, allowed.values[0]), allowed.values):
+      self.fail(key, f"{allowed.meaning}, which is not implemented; {' or '.join(map(repr, allowed.values))} is")
 
   def either(self, key: str, older: str, default: Any) -> Any:
     """A value that has two names; it may not be given twice with two meanings."""
@@ -81,7 +127,16 @@ class ConfigReader:
     return default if value is None and old is None else old if value is None else value
 
   def finish(self, inert: Iterable[str] = ()) -> None:
-    """Reports every key that nothing has read and that is not inert."""
-    for key in self.values:
+    """Notes every key that nothing has read and that is not inert as unknown."""
+    for key, value in self.values.items():
       if key not in self._read and key not in inert:
-        self.fail(key, "this key is not known, so its effect is not implemented; remove it if it has none")
+        self.unknown.append(f"{self._name(key)} = {value!r}")
+
+
+def _is_positive(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def _is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
+  """Whether a value is among the choices, where True is not 1."""
+  return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices)

@@ -18,7 +18,9 @@ from sa_jax.params import ANCHOR_ONLY
 from sa_jax.plan import SharingPlan
 
 _ANCHOR_ONLY = re.compile(rf"layers/\d+/attention/({'|'.join(ANCHOR_ONLY)})/")
-_RECOMPUTED = re.compile(r"model\.layers\.\d+\.(self_attn|attention)\.rotary_emb\.inv_freq")
+_UNNEEDED = {
+  r"(.*\.)?rotary_emb\.(original_inv_freq|inv_freq|cos_cached|sin_cached)": "recomputed from rope_theta",
+}
 
 Index = tuple[slice, ...]
 
@@ -141,6 +143,14 @@ def head_keys(config: ModelConfig) -> list[str]:
   return [rule.key for rule in FAMILIES[config.family].table if rule.when == "!tie_embeddings"]
 
 
+def _unneeded(key: str, family: str) -> str | None:
+  """Why a tensor that no row of the table has is not needed, or None when nobody knows what it is."""
+  for pattern, reason in {**_UNNEEDED, **FAMILIES[family].dropped}.items():
+    if re.fullmatch(pattern, key):
+      return reason
+  return None
+
+
 def account(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, plan: SharingPlan, where: Any) -> Account:
   """Matches the tensors that a checkpoint holds with those that the planned model needs.
 
@@ -177,8 +187,8 @@ def account(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, plan: Sh
       continue
     if key in heads and config.tie_embeddings:
       dropped[key] = "the output head is tied to the embedding"
-    elif _RECOMPUTED.fullmatch(key):
-      dropped[key] = "recomputed from rope_theta"
+    elif reason := _unneeded(key, config.family):
+      dropped[key] = reason
     else:
       errors[f"unknown: {key} {list(shapes[key])}"] = None
   if errors:

@@ -149,7 +149,11 @@ class AnchorAttention(_Attention):
     # A document's positions need not begin at 0: the rotary embedding only tells how far apart two tokens are.
     rotation = _rotation(self.config, kind, q.shape[1] if rows.lengths is None else rows.lengths)
     if rotation is not None:
-      q, k = (ops.apply_rope(x, rows.positions(x.shape[1]), *rotation) for x in (q, k))
+      positions = rows.positions(q.shape[1])
+      # The layers that rotate at all do so in the same order, and their queries grow alike.
+      rope = next(kind.rope for kind in self.config.kinds if kind.rope is not None)
+      q, k = (ops.apply_rope(x, positions, *rotation, rope.interleaved) for x in (q, k))
+      q = ops.grow_queries(q, positions, rope)
     return self._for_attention(q, "heads"), self._for_attention(k, "kv_heads")
 
   def __call__(self, x: jax.Array, rows: ops.Rows = ops.Rows(), kind: Kind = 0) -> tuple[jax.Array, State]:

@@ -313,9 +313,10 @@ def check_segments(config: ModelConfig, tokens: jax.Array, segments: jax.Array |
     raise UserError(
       f"segments are integers, one a token, {tokens.shape}; not {segments.dtype} of shape {segments.shape}"
     )
-  if any(kind.rope is not None and kind.rope.scaling == "dynamic" for kind in config.kinds):
+  if config.rope_depends_on_row:
     raise UserError(
-      "the dynamic rotary embedding depends on a document's length: give each document a row of its own, not segments"
+      f"the {config.rope.scaling} rotary embedding depends on where a document begins or ends: give each document a "
+      "row of its own, not segments"
     )
 
 

@@ -23,7 +23,7 @@ from sa_jax.ops.linear import gated_linear, has_linear_kernels, linears
 from sa_jax.ops.loss import Head, distillation_loss, next_token_loss, token_log_likelihoods
 from sa_jax.ops.norm import rms_norm, rms_norm_about_one
 from sa_jax.ops.quantize import Int8, Stored
-from sa_jax.ops.rope import RopeConfig, apply_rope, rope_frequencies
+from sa_jax.ops.rope import RopeConfig, apply_rope, grow_queries, rope_frequencies
 
 __all__ = [
   "KEPT",
@@ -47,6 +47,7 @@ __all__ = [
   "decode_weights",
   "distillation_loss",
   "gated_linear",
+  "grow_queries",
   "has_linear_kernels",
   "linears",
   "logits",

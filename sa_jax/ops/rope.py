@@ -1,4 +1,4 @@
-"""Rotary position embedding in the half-split layout of Hugging Face's Llama."""
+"""Rotary position embedding."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ import numpy as np
 
 from sa_jax.errors import UserError
 
-RopeScaling = Literal["default", "linear", "dynamic", "yarn", "llama3"]
+RopeScaling = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,15 +21,25 @@ class RopeConfig:
     theta: the base of the geometric series of wavelengths.
     scaling: ``default`` for none; ``linear`` divides every frequency by ``factor`` (Chen et al., arXiv 2306.15595);
       ``dynamic`` raises theta as a sequence outgrows ``original_max_length`` (dynamic NTK); ``yarn`` stretches long
-      wavelengths alone and rescales q and k (Peng et al., arXiv 2309.00071); ``llama3`` is Llama 3.1's.
+      wavelengths alone and rescales q and k (Peng et al., arXiv 2309.00071); ``llama3`` is Llama 3.1's; ``longrope``
+      stretches each wavelength by a factor of its own, in short and in long sequences (Ding et al., arXiv 2402.13753);
+      ``none`` rotates nothing (Kazemnejad et al., arXiv 2305.19466).
     factor: by how much wavelengths are stretched.
-    original_max_length: dynamic, yarn, llama3: the context length before stretching, in tokens.
+    original_max_length: dynamic, yarn, llama3, longrope: the context length before stretching, in tokens.
     low_freq_factor: llama3: wavelengths above ``original_max_length / low_freq_factor`` are stretched in full.
     high_freq_factor: llama3: wavelengths below ``original_max_length / high_freq_factor`` are left alone.
     beta_fast: yarn: planes that turn more often than this over the original length are left alone.
     beta_slow: yarn: planes that turn less often than this are stretched in full.
     truncate: yarn: whether the bounds between the two are rounded to whole planes.
-    attention_factor: yarn: what rotated q and k are multiplied by; ``0.1 ln(factor) + 1`` when None.
+    attention_factor: yarn, longrope: what rotated q and k are multiplied by; when None, yarn's ``0.1 ln(factor) + 1``,
+      longrope's ``sqrt(1 + ln(factor) / ln(original_max_length))``.
+    short_factors: longrope: each wavelength's factor in sequences of at most ``original_max_length`` tokens.
+    long_factors: longrope: and in longer ones.
+    fraction: how much of each head is rotated: its first numbers; the others stay as they are.
+    query_growth: queries at position ``p`` are multiplied by ``1 + query_growth * ln(1 + p // original_max_length)``
+      (Llama 4's, in Ministral 3).
+    interleaved: whether a plane is two neighbouring numbers ``(x[2i], x[2i + 1])`` (GLM, Cohere), instead of
+      ``(x[i], x[i + R/2])`` where R are rotated (Llama).
 
   Raises:
     UserError: if there is no such scaling, or a number is not positive.
@@ -45,6 +55,11 @@ class RopeConfig:
   beta_slow: float = 1.0
   truncate: bool = True
   attention_factor: float | None = None
+  short_factors: tuple[float, ...] = ()
+  long_factors: tuple[float, ...] = ()
+  fraction: float = 1.0
+  query_growth: float = 0.0
+  interleaved: bool = False
 
   def __post_init__(self) -> None:
     if self.scaling not in get_args(RopeScaling):
@@ -52,29 +67,45 @@ class RopeConfig:
     for name in ("theta", "factor", "original_max_length"):
       if not getattr(self, name) > 0:
         raise UserError(f"rope: {name}={getattr(self, name)!r} (a positive number is needed)")
+    if not 0 < self.fraction <= 1:
+      raise UserError(f"rope: fraction={self.fraction!r} (a number above 0 and at most 1 is needed)")
 
   @property
   def magnitude(self) -> float:
     """What rotated q and k are multiplied by."""
-    if self.scaling != "yarn":
+    if self.scaling not in ("yarn", "longrope"):
       return 1.0
     if self.attention_factor is not None:
       return self.attention_factor
-    return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+    if self.factor <= 1:
+      return 1.0
+    if self.scaling == "yarn":
+      return 0.1 * math.log(self.factor) + 1.0
+    return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_length))
+
+  @property
+  def depends_on_length(self) -> bool:
+    """Whether a token is rotated by how long its sequence is, too."""
+    return self.scaling in ("dynamic", "longrope")
+
+  def rotated(self, head_dim: int) -> int:
+    """How many numbers of a head are rotated."""
+    return int(head_dim * self.fraction)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int, lengths: jax.Array | int | None = None) -> np.ndarray | jax.Array:
-  """Radians per position of each of the ``head_dim / 2`` planes, in float32 arithmetic as models were trained with.
+  """Radians per position of each of the ``R / 2`` planes, in float32 arithmetic as models were trained with.
 
   Args:
     rope: theta and scaling.
-    head_dim: ``H``, even.
-    lengths: int32 ``[B]`` or a number: tokens in each sequence; only ``dynamic`` looks at it, and takes the original
-      length when None.
+    head_dim: ``H``, of which an even number ``R`` is rotated.
+    lengths: int32 ``[B]`` or a number: tokens in each sequence; only ``dynamic`` and ``longrope`` look at it, and take
+      the original length when None.
 
   Returns:
-    float32 ``[H / 2]``, or ``[B, H / 2]`` for ``dynamic`` with one length a row.
+    float32 ``[R / 2]``, or ``[B, R / 2]`` where it depends on the lengths and these are one a row.
   """
+  head_dim = int(head_dim * rope.fraction)
   planes = np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)
   wavelengths = np.power(np.float32(rope.theta), planes)
   frequencies = np.float32(1) / wavelengths
@@ -90,6 +121,16 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, lengths: jax.Array | int |
       theta = lib.expand_dims(dtype(rope.theta) * grown ** dtype(head_dim / (head_dim - 2)), -1)
       planes = planes.reshape((1,) * (theta.ndim - 1) + (-1,))
       return np.float32(1) / theta.astype(np.float32) ** planes
+    case "longrope":
+      short, long = (
+        np.float32(1) / (np.asarray(factors, np.float32) * wavelengths)
+        for factors in (rope.short_factors, rope.long_factors)
+      )
+      if lengths is None or isinstance(lengths, int):
+        return long if lengths is not None and lengths > rope.original_max_length else short
+      return jnp.where(jnp.expand_dims(lengths, -1) > rope.original_max_length, long, short)
+    case "none":
+      return np.zeros_like(frequencies)
     case "yarn":
       stretched = np.float32(1) / (np.float32(rope.factor) * wavelengths)
       kept = 1 - _yarn_ramp(rope, head_dim)
@@ -122,15 +163,20 @@ def _yarn_ramp(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def apply_rope(
-  x: jax.Array, positions: jax.Array, frequencies: np.ndarray | jax.Array, magnitude: float | jax.Array = 1.0
+  x: jax.Array,
+  positions: jax.Array,
+  frequencies: np.ndarray | jax.Array,
+  magnitude: float | jax.Array = 1.0,
+  interleaved: bool = False,
 ) -> jax.Array:
-  """Rotates each head's planes ``(x[i], x[i + H/2])`` by ``position * frequency``, in float32.
+  """Rotates each head's planes by ``position * frequency``, in float32.
 
   Args:
     x: ``[B, T, heads, H]``.
     positions: int32 ``[T]`` or ``[B, T]``.
-    frequencies: ``[H / 2]`` or ``[B, H / 2]``, from `rope_frequencies`.
-    magnitude: what the result is multiplied by; see `RopeConfig`.
+    frequencies: ``[R / 2]`` or ``[B, R / 2]``, from `rope_frequencies`; what lies behind the first R stays as it is.
+    magnitude: what the rotated numbers are multiplied by; see `RopeConfig`.
+    interleaved: which two numbers are a plane; see `RopeConfig`.
 
   Returns:
     ``[B, T, heads, H]`` in x's dtype.
@@ -139,6 +185,26 @@ def apply_rope(
   angles = jnp.atleast_2d(positions).astype(jnp.float32)[:, :, None] * jnp.atleast_2d(frequencies)[:, None, :]
   angles = jnp.broadcast_to(angles, (x.shape[0], x.shape[1], angles.shape[-1]))[:, :, None, :]
   cos, sin = jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return rotated.astype(x.dtype)
+  half = angles.shape[-1]
+  turned, kept = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
+  if interleaved:
+    turned = _swap_layout(turned, (half, 2))
+  first, second = turned[..., :half], turned[..., half:]
+  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  if interleaved:
+    turned = _swap_layout(turned, (2, half))
+  turned = turned.astype(x.dtype)
+  return jnp.concatenate([turned, kept], axis=-1) if kept.shape[-1] else turned
+
+
+def _swap_layout(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+  """The last axis, read as a matrix of this shape, transposed: from neighbouring pairs to two halves, and back."""
+  return x.reshape(*x.shape[:-1], *shape).swapaxes(-1, -2).reshape(x.shape)
+
+
+def grow_queries(q: jax.Array, positions: jax.Array, rope: RopeConfig) -> jax.Array:
+  """Queries ``[B, T, N, H]`` that grow with their positions, int32 ``[T]`` or ``[B, T]``; see `RopeConfig`."""
+  if not rope.query_growth:
+    return q
+  turns = jnp.atleast_2d(positions)[:, :, None, None] // rope.original_max_length
+  return q * (1 + rope.query_growth * jnp.log1p(turns.astype(jnp.float32))).astype(q.dtype)

@@ -7,6 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+load_file = pytest.importorskip("safetensors.torch").load_file
 save_file = pytest.importorskip("safetensors.torch").save_file
 
 SIZES = dict(
@@ -40,7 +41,29 @@ CONFIGS = {
       "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     },
   ),
-}
+  "gemma": dict(head_dim=16),
+  "ministral": dict(
+    head_dim=16,
+    sliding_window=8,
+    layer_types=["full_attention", "sliding_attention", "sliding_attention", "sliding_attention"],
+  ),
+  "ministral3": dict(
+    head_dim=16,
+    rope_parameters={
+      "type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 8, "beta_fast": 32.0,
+      "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5,
+    },
+  ),
+  "seed_oss": dict(head_dim=16, attention_bias=True, attention_out_bias=False),
+  "internlm3": dict(head_dim=16, attention_bias=True, mlp_bias=True),
+  "mimo": dict(head_dim=16),
+  "ernie4_5": dict(head_dim=16, use_bias=True),
+  "helium": dict(head_dim=8, attention_bias=True),
+  "glm": dict(head_dim=16, eos_token_id=[95]),
+  "glm4": dict(head_dim=16, eos_token_id=[95], rms_norm_eps=1e-5),
+}  # fmt: skip
+# Families whose code is another's, which transformers has.
+STAND_INS = {"mimo": "qwen2"}
 # A plan that each family's pattern of local and global layers allows.
 PLANS = dict.fromkeys(CONFIGS, "1:2-3") | {"qwen2": "2:3", "gemma2": None, "gemma3_text": "0:1"}
 
@@ -48,7 +71,8 @@ PLANS = dict.fromkeys(CONFIGS, "1:2-3") | {"qwen2": "2:3", "gemma2": None, "gemm
 def build(family, folder, dtype=torch.float32, **changes):
   """A random model, saved by transformers; norms, biases and logits large enough to show every fault."""
   torch.manual_seed(0)
-  config = transformers.AutoConfig.for_model(family, **{**SIZES, **CONFIGS[family], **changes})
+  values = {**SIZES, **CONFIGS[family], **changes}
+  config = transformers.AutoConfig.for_model(STAND_INS.get(family, family), **values)
   config._attn_implementation = "eager"
   model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
   with torch.no_grad():
@@ -57,7 +81,18 @@ def build(family, folder, dtype=torch.float32, **changes):
       if "norm" in name and "gemma" not in family:
         parameter.add_(1.0)
   model.save_pretrained(folder)
+  if family == "mimo":
+    _as_mimo(folder)
   return model
+
+
+def _as_mimo(folder):
+  """The checkpoint of a Qwen 2 as MiMo's, with a layer that predicts a second token."""
+  file = folder / "config.json"
+  values = json.loads(file.read_text()) | {"model_type": "mimo", "architectures": ["MiMoForCausalLM"]}
+  file.write_text(json.dumps(values | {"attention_bias": True, "num_nextn_predict_layers": 1, "use_mrope": False}))
+  file = folder / "model.safetensors"
+  save_file(load_file(file) | {"model.mtp_layers.0.input_proj.weight": torch.ones(4, 4)}, file)
 
 
 def shared_attention(source):

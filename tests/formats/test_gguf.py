@@ -215,29 +215,59 @@ class TestDamaged:
     self.refuse(tmp_path / "model.gguf", "model.gguf")
 
   def test_another_architecture(self, tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen2")
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "mamba")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    self.refuse(tmp_path / "model.gguf", "holds the architecture 'qwen2'; supported in GGUF is: llama")
+    self.refuse(tmp_path / "model.gguf", "holds the architecture 'mamba'; supported in GGUF are: llama, ")
 
   def test_unknown_tensor(self, tmp_path):
     def change(writer):
-      writer.add_tensor("blk.0.attn_q.bias", np.zeros(32, np.float32))
+      writer.add_tensor("blk.1.attn_q.bias", np.zeros(32, np.float32))
       writer.add_tensor("blk.0.mystery.weight", np.zeros(32, np.float32))
 
     path = write_gguf(tmp_path / "model.gguf", *small(), change=change)
     with pytest.raises(ValueError, match="does not hold the model") as caught:
       sa_jax.from_pretrained(path)
     assert set(str(caught.value).split("\n  ")[1:]) == {
-      "unknown: blk.0.attn_q.bias [32]",
-      "unknown: model.layers.0.mystery.weight [32]",
+      "unknown: model.layers.1.self_attn.q_proj.bias [32]",
+      "unknown: blk.0.mystery.weight [32]",
     }
 
   def test_rope_scaling(self, tmp_path):
-    change = lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-    self.refuse(write_gguf(tmp_path / "model.gguf", *small(), change=change), "rope scaling 'yarn' .* not implemented")
+    change = lambda writer: writer.add_string("llama.rope.scaling.type", "spiral")
+    self.refuse(
+      write_gguf(tmp_path / "model.gguf", *small(), change=change), "rope scaling 'spiral' .* not implemented"
+    )
+
+  @pytest.mark.parametrize(
+    ("key", "value", "meaning"),
+    [
+      ("attention.scale", 0.5, "attention scores are scaled by it"),
+      ("logit_scale", 0.25, "logits are scaled by it"),
+      ("residual_scale", 0.25, "what layers add is scaled by it"),
+      ("embedding_scale", 12.0, "embeddings are scaled by it"),
+      ("attention.sliding_window", 4, "tokens see so many before them"),
+      ("rope.scaling.attn_factor", 2.0, "queries and keys are scaled by it"),
+      ("attention.causal", False, "tokens see those behind them"),
+      ("final_logit_softcapping", 30.0, "logits are capped at it"),
+      ("expert_count", 8, "the model is a mixture of experts"),
+      ("novel", 1, "what it does is not known"),
+    ],
+  )
+  def test_values_that_are_not_read(self, tmp_path, key, value, meaning):
+    kinds = {bool: "add_bool", int: "add_uint32", float: "add_float32"}
+    change = lambda writer: getattr(writer, kinds[type(value)])(f"llama.{key}", value)
+    message = f"llama.{key} = {value!r}: {meaning}, which is not implemented"
+    self.refuse(write_gguf(tmp_path / "model.gguf", *small(), change=change), message)
+
+  @pytest.mark.parametrize(("key", "value"), [("attention.causal", True), ("expert_count", 0), ("vocab_size", 64)])
+  def test_values_that_change_nothing(self, tmp_path, key, value):
+    kinds = {bool: "add_bool", int: "add_uint32"}
+    change = lambda writer: getattr(writer, kinds[type(value)])(f"llama.{key}", value)
+    path = write_gguf(tmp_path / "model.gguf", *small(), change=change)
+    assert sa_jax.from_pretrained(path)[0] == small()[0]
 
   def test_another_head_size(self, tmp_path):
     change = lambda writer: writer.add_key_length(16)

@@ -3,7 +3,7 @@
 import pytest
 
 import sa_jax
-from tests.formats.hf_models import CONFIGS, SIZES
+from tests.formats.hf_models import CONFIGS, SIZES, STAND_INS
 
 transformers = pytest.importorskip("transformers")
 
@@ -50,7 +50,7 @@ def test_hub_spelling_is_what_transformers_understands(family):
 
 
 @pytest.mark.parametrize("spelling", ["v4", "v5"])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [family for family in CONFIGS if family not in STAND_INS])
 def test_round_trip(family, spelling):
   values = transformers.AutoConfig.for_model(family, **{**SIZES, **CONFIGS[family]}).to_dict()
   config = sa_jax.ModelConfig.from_hf(values | {"dtype": "float32"})
@@ -83,10 +83,8 @@ def test_local_layers():
     ({"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "long"),
     ({"model_type": "baichuan", "architectures": ["BaiChuanForCausalLM"]}, "architectures"),
     ({"model_type": "baichuan", "max_position_embeddings": None}, "ALiBi"),
-    ({"model_type": "llama", "sliding_window": 5}, "sliding_window = 5"),
     ({"model_type": "llama", "hidden_act": "relu"}, "hidden_act = 'relu'"),
     ({"model_type": "llama", "num_hidden_layers": 10**9}, "num_hidden_layers"),
-    ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "sliding_window_pattern = 0"),
     ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 3}, "a list of 4 names"),
     ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 4}, "use_sliding_window is false"),

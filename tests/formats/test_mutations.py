@@ -174,7 +174,7 @@ def config_number(rng, folder):
 
 def config_other(rng, folder):
   changes = [
-    {"rms_norm_eps": -1e-6}, {"rms_norm_eps": "x"}, {"sliding_window": 0}, {"sliding_window": -3}, {"surprise": 1},
+    {"rms_norm_eps": -1e-6}, {"rms_norm_eps": "x"}, {"sliding_window": 0}, {"sliding_window": -3}, {"head_dim": 3},
     {"hidden_act": "relu"}, {"attention_bias": True}, {"attention_bias": "no"}, {"tie_word_embeddings": 3},
     {"rope_parameters": {"rope_theta": -1}}, {"rope_parameters": {"rope_type": "yarn"}}, {"rope_parameters": 3},
     {"rope_parameters": {"rope_theta": 1e4, "rope_type": "longrope"}}, {"layer_types": ["full_attention"]},

@@ -1,0 +1,100 @@
+"""What sets a model family apart, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
+
+from sa_jax.config import Activation
+from sa_jax.formats.reader import Config, Fixed
+from sa_jax.ops.rope import RopeScaling
+
+
+class Rule(NamedTuple):
+  """One row of a table: a checkpoint tensor, and the parameter or parameters that it holds.
+
+  Patterns are einops', in the letters V (vocabulary), D (embed), N (heads), K (key/value heads), G (N / K), H (head
+  dimension), F (MLP).
+
+  Attributes:
+    key: the checkpoint's name; ``{layer}`` stands for the layer's number.
+    parts: each parameter's path in the layer layout, and the pattern from the checkpoint's axes to ours. Several parts
+      lie behind each other along the first axis.
+    view: a pattern applied before that axis is divided, where P is the sum of the parts along it; none when empty.
+    when: the field of `ModelConfig` on which the tensor's presence depends, with ``!`` for its negation; always when
+      empty.
+  """
+
+  key: str
+  parts: tuple[tuple[str, str], ...]
+  view: str = ""
+  when: str = ""
+
+
+ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""By transformers' names."""
+
+KeyKind = Literal["flag", "number", "inverse", "inverse_root", "over_root_depth", "over_width"]
+
+
+class Key(NamedTuple):
+  """A config key that is a field of `ModelConfig`, or several.
+
+  Attributes:
+    name: Hugging Face's.
+    fields: ours.
+    kind: ``flag`` for true or false; otherwise a positive number or null, and how it becomes our number: as it is, 1
+      over it, 1 over its square root, it over the square root of the number of layers, or it over the width.
+  """
+
+  name: str
+  fields: tuple[str, ...]
+  kind: KeyKind
+
+
+class Family(NamedTuple):
+  """What sets a family apart.
+
+  Attributes:
+    architecture: the class that transformers, or the checkpoint's own code, loads it with.
+    table: its checkpoint's tensors.
+    fields: fields of `ModelConfig` that are the same in all its models.
+    keys: config keys that only some families have.
+    aliases: its own names of config keys, and the usual ones.
+    fixed: config keys of which only some values are implemented.
+    required: config keys that must be there, and why.
+    defaults: what transformers assumes when a key is absent, where that is not Llama's.
+    inert: config keys that change nothing that we compute.
+    dropped: patterns of the names of tensors that a language model does not need, and why not.
+    activation: the config key of the MLP's activation.
+    activations: by the names that its config may give.
+    window: whose ``sliding_window`` is: ``all`` layers', or those that ``layer_types`` says; ``optional`` when so does
+      ``use_sliding_window``; ``none`` when ``layer_types`` must name none.
+    is_local: whether a layer is local when there is no ``layer_types``, from the config's values.
+    local_rope: the rotary embedding of local layers: the ``same`` as of others, their ``own``, the others'
+      ``unscaled``, the only one there is (``alone``), or none (``without``).
+    ropes: the rotary scalings that its code has.
+    interleaved: whether neighbouring numbers are rotated together; see `sa_jax.ops.RopeConfig`.
+    fixed_stretch: whether ``alpha`` makes the dynamic scaling a fixed one (Hunyuan).
+    grows_queries: whether queries grow with their position (Llama 4's, in Ministral 3).
+  """
+
+  architecture: str
+  table: tuple[Rule, ...]
+  fields: Config = {}
+  keys: tuple[Key, ...] = ()
+  aliases: Mapping[str, str] = {}
+  fixed: Mapping[str, Fixed] = {}
+  required: Mapping[str, str] = {}
+  defaults: Config = {}
+  inert: frozenset[str] = frozenset()
+  dropped: Mapping[str, str] = {}
+  activation: str = "hidden_act"
+  activations: Mapping[str, Activation] = ACTIVATIONS
+  window: Literal["", "none", "all", "layers", "optional"] = ""
+  is_local: Callable[[Config, int], bool] | None = None
+  local_rope: Literal["same", "own", "unscaled", "alone", "without"] = "same"
+  ropes: tuple[RopeScaling, ...] = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+  interleaved: bool = False
+  fixed_stretch: bool = False
+  grows_queries: bool = False

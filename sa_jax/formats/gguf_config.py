@@ -1,0 +1,231 @@
+"""The metadata of a GGUF file as the contents of a ``config.json``: strictly, for what is not read is not computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sa_jax.errors import UserError
+from sa_jax.formats.families import FAMILIES
+from sa_jax.formats.gguf_architectures import ARCHITECTURES, GgufArchitecture, Metadata
+from sa_jax.formats.reader import Config, Fields
+from sa_jax.ops import RopeConfig, rope_frequencies
+
+# What values mean that change the result, and that are not read for every architecture.
+_MEANINGS = {
+  "attention.scale": "attention scores are scaled by it",
+  "logit_scale": "logits are scaled by it",
+  "residual_scale": "what layers add is scaled by it",
+  "embedding_scale": "embeddings are scaled by it",
+  "attention.sliding_window": "tokens see so many before them",
+  "rope.scaling.attn_factor": "queries and keys are scaled by it",
+  "rope.scaling.yarn_ext_factor": "how much of the stretching is YaRN's",
+  "attention.causal": "tokens see those behind them",
+  "attention.clamp_kqv": "queries, keys and values are clipped to it",
+  "attention.max_alibi_bias": "scores are lowered with distance, by ALiBi",
+  "final_logit_softcapping": "logits are capped at it",
+  "attn_logit_softcapping": "attention scores are capped at it",
+  "expert_count": "the model is a mixture of experts",
+  "nextn_predict_layers": "the last layers predict further tokens",
+}
+# Values that change nothing, whatever they are.
+_INERT = frozenset(
+  """
+  vocab_size tensor_data_layout rope.scaling.finetuned attention.layer_norm_epsilon expert_used_count
+  rope.scaling.original_context_length
+  """.split()
+)
+# And those that say what is the case anyway.
+_NEUTRAL = {
+  "attention.causal": True, "expert_count": 0, "rope.scaling.attn_factor": 1.0, "nextn_predict_layers": 0,
+  "logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 1.0, "attention.clamp_kqv": 0.0,
+  "attention.max_alibi_bias": 0.0, "use_parallel_residual": False, "rope.scaling.yarn_ext_factor": 1.0,
+}  # fmt: skip
+
+
+class Values:
+  """The metadata of a file, of which it is known what has been read."""
+
+  def __init__(self, path: Path, fields: Config):
+    self.path, self._fields = path, fields
+    self._read: set[str] = set()
+
+  def take(self, name: str, kind: type, default: Any = None) -> Any:
+    """A value.
+
+    Raises:
+      UserError: if it is absent and there is no default, or is not of the kind.
+    """
+    if name not in self._fields:
+      if default is None:
+        raise UserError(f"{self.path} has no metadata value {name}")
+      return default
+    value = self.optional(name)
+    if not isinstance(value, kind):
+      raise UserError(f"{self.path}: metadata value {name} is {value!r}, not a {kind.__name__}")
+    return value
+
+  def optional(self, name: str) -> Any:
+    """A value, or None."""
+    self._read.add(name)
+    if name not in self._fields:
+      return None
+    value = self._fields[name].contents()
+    # Stored as float32: the shortest decimal that rounds to it is the value that was meant.
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+  def check_all_read(self, prefix: str) -> None:
+    """Checks that nothing was left out that changes what the model computes.
+
+    Raises:
+      UserError: names each such value.
+    """
+    faults = []
+    for name in self._fields:
+      key = name.removeprefix(prefix)
+      if not name.startswith(prefix) or name in self._read or key in _INERT:
+        continue
+      value = self._fields[name].contents()
+      if key in _NEUTRAL and value == _NEUTRAL[key]:
+        continue
+      meaning = _MEANINGS.get(key, "what it does is not known")
+      faults.append(f"{name} = {value!r}: {meaning}, which is not implemented for this architecture")
+    if faults:
+      raise UserError.of(f"{self.path} cannot be used", faults)
+
+
+def config_of(values: Values, shapes: Mapping[str, tuple[int, ...]], factors: Mapping[str, np.ndarray]) -> Fields:
+  """The contents of the ``config.json`` that says what the metadata says.
+
+  Args:
+    values: the metadata.
+    shapes: of the tensors, by llama.cpp's names.
+    factors: of rotary frequencies, by the names of `ROPE_FACTORS`, where there are any.
+
+  Raises:
+    UserError: if the architecture is not supported, a value is missing or malformed, or one is not implemented.
+  """
+  architecture = architecture_of(values)
+  prefix = values.take("general.architecture", str) + "."
+  config = _sizes(values, prefix, shapes) | _head_dim(values, prefix, architecture) | _tokens(values)
+  config |= {"model_type": architecture.family, "architectures": [FAMILIES[architecture.family].architecture]}
+  for theirs, ours in architecture.keys.items():
+    if (value := values.optional(prefix + theirs)) is not None:
+      config[ours] = value
+  config["rope_scaling"] = _rope_scaling(values, prefix, config, factors)
+  config |= architecture.rest(Metadata(config, frozenset(shapes)))
+  config.pop("llama_4_scaling_beta", None)
+  values.check_all_read(prefix)
+  return config
+
+
+def architecture_of(values: Values) -> GgufArchitecture:
+  """How the file is read.
+
+  Raises:
+    UserError: if its architecture is not supported.
+  """
+  name = values.take("general.architecture", str)
+  if name not in ARCHITECTURES:
+    raise UserError(f"{values.path} holds the architecture {name!r}; supported in GGUF are: {', '.join(ARCHITECTURES)}")
+  return ARCHITECTURES[name]
+
+
+def _sizes(values: Values, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Fields:
+  heads = values.take(f"{prefix}attention.head_count", int)
+  return {
+    "vocab_size": shapes["token_embd.weight"][0] if "token_embd.weight" in shapes else 0,
+    "hidden_size": values.take(f"{prefix}embedding_length", int),
+    "num_hidden_layers": values.take(f"{prefix}block_count", int),
+    "num_attention_heads": heads,
+    "num_key_value_heads": values.take(f"{prefix}attention.head_count_kv", int, heads),
+    "intermediate_size": values.take(f"{prefix}feed_forward_length", int),
+    "max_position_embeddings": values.take(f"{prefix}context_length", int),
+    "rms_norm_eps": values.take(f"{prefix}attention.layer_norm_rms_epsilon", float),
+    "rope_theta": values.take(f"{prefix}rope.freq_base", float, 10_000.0),
+    "tie_word_embeddings": "output.weight" not in shapes,
+    "dtype": "float32",
+  }
+
+
+def _head_dim(values: Values, prefix: str, architecture: GgufArchitecture) -> Fields:
+  """The length of a head, and how much of it is rotated."""
+  width = values.take(f"{prefix}embedding_length", int) // max(values.take(f"{prefix}attention.head_count", int), 1)
+  length = values.optional(f"{prefix}attention.key_length")
+  rotated = values.optional(f"{prefix}rope.dimension_count")
+  in_part = "partial_rotary_factor" in FAMILIES[architecture.family].defaults
+  head_dim = length or (width if in_part else rotated or width)
+  if not in_part and rotated not in (None, head_dim):
+    raise UserError(f"{values.path}: heads of {head_dim} with rotary embedding on {rotated} of it are not implemented")
+  if (of_values := values.optional(f"{prefix}attention.value_length")) not in (None, head_dim):
+    raise UserError(f"{values.path}: values of {of_values} numbers beside keys of {head_dim} are not implemented")
+  return {"head_dim": head_dim} | ({"partial_rotary_factor": (rotated or head_dim) / head_dim} if in_part else {})
+
+
+def _tokens(values: Values) -> Fields:
+  # A chat model ends its turn with a token of its own.
+  ends = [values.optional(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+  return {
+    "bos_token_id": values.optional("tokenizer.ggml.bos_token_id"),
+    "eos_token_id": [token for token in ends if token is not None] or None,
+    "pad_token_id": values.optional("tokenizer.ggml.padding_token_id"),
+  }
+
+
+ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+"""Tensors that are part of the rotary embedding: what each frequency is divided by."""
+
+
+def _rope_scaling(values: Values, prefix: str, config: Fields, factors: Mapping[str, np.ndarray]) -> Fields | None:
+  prefix = f"{prefix}rope.scaling."
+  kind = values.optional(f"{prefix}type")
+  # A factor without a type is llama.cpp's default, which is linear.
+  factor = values.optional(f"{prefix}factor") or values.optional(prefix.replace("scaling.", "scale_linear")) or 1.0
+  original = values.optional(f"{prefix}original_context_length") or config["max_position_embeddings"]
+  fixed, short, long = (factors.get(name) for name in ROPE_FACTORS)
+  if kind not in (None, "none", "linear", "yarn", "longrope"):
+    raise UserError(f"{values.path}: rope scaling {kind!r} in a GGUF file is not implemented")
+  if short is not None and long is not None:
+    config["original_max_position_embeddings"] = original
+    return {
+      "rope_type": "longrope",
+      "short_factor": short.tolist(),
+      "long_factor": long.tolist(),
+      "attention_factor": values.optional(f"{prefix}attn_factor") or 1.0,
+    }
+  if kind == "yarn":
+    return _yarn(values, prefix, factor, original)
+  if factor != 1.0 and kind != "none":
+    if fixed is not None:
+      raise UserError(f"{values.path}: linear rope scaling together with {ROPE_FACTORS[0]} is not implemented")
+    return {"rope_type": "linear", "factor": float(factor)}
+  return None if fixed is None else _llama3(values, config, fixed)
+
+
+def _yarn(values: Values, prefix: str, factor: float, original: int) -> Fields:
+  scaling = {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": original}
+  for theirs, ours in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
+    if (beta := values.optional(prefix + theirs)) is not None:
+      scaling[ours] = beta
+  if (scale := values.optional(f"{prefix}attn_factor")) not in (None, 1.0):
+    scaling["attention_factor"] = scale * (0.1 * math.log(factor) + 1.0)
+  if log_multiplier := values.optional(f"{prefix}yarn_log_multiplier"):
+    scaling |= {"mscale": 1.0, "mscale_all_dim": log_multiplier}
+  return scaling
+
+
+def _llama3(values: Values, config: Config, found: np.ndarray) -> Fields:
+  """Llama 3.1's scaling, of which llama.cpp stores what it divides each frequency by."""
+  # Of all Llama 3 models; only the factor differs among them.
+  theta, factor, low, high, length = config["rope_theta"], float(found.max()), 1.0, 4.0, 8192
+  scaled = RopeConfig(theta, "llama3", factor, low_freq_factor=low, high_freq_factor=high, original_max_length=length)
+  plain = rope_frequencies(RopeConfig(theta), config["head_dim"])
+  divided = np.asarray(plain / rope_frequencies(scaled, config["head_dim"]))
+  if found.shape != divided.shape or not np.allclose(found, divided, rtol=1e-4):
+    raise UserError(f"{values.path}: rotary frequencies are divided by {ROPE_FACTORS[0]}, which are not Llama 3's")
+  names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+  return {"rope_type": "llama3"} | dict(zip(names, (factor, low, high, length), strict=True))

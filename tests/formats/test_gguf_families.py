@@ -1,0 +1,252 @@
+"""GGUF files of every architecture, against the Hugging Face folder of the same weights."""
+
+import gguf
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import sa_jax
+from sa_jax.formats import load
+from sa_jax.formats.gguf_architectures import ARCHITECTURES
+from sa_jax.formats.gguf_file import GgufFile
+from tests.formats import hf_models
+
+OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+GEMMA = {
+  "input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm",
+  "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
+}  # fmt: skip
+NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+ATTENTION = {f"self_attn.{name}": f"attn_{name.removesuffix('_proj')}" for name in ("q_proj", "k_proj", "v_proj")} | {
+  "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+  "self_attn.qkv_proj": "attn_qkv",
+}  # fmt: skip
+MLP = {f"mlp.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")} | {"mlp.gate_up_proj": "ffn_up"}
+SANDWICH = {
+  "input_layernorm": "attn_norm", "post_self_attn_layernorm": "post_attention_norm",
+  "post_attention_layernorm": "ffn_norm", "post_mlp_layernorm": "post_ffw_norm",
+}  # fmt: skip
+
+# By architecture: the family, what its folder's config says otherwise than the tests', and what llama.cpp's converter
+# does with it. A default that a file does not hold must be the model's.
+CASES = {
+  "llama": ("llama", {"head_dim": 16}, NORMS, True, {}),
+  "qwen2": ("qwen2", {"use_sliding_window": False}, NORMS, False, {}),
+  "qwen3": ("qwen3", {}, NORMS, False, {}),
+  "gemma": ("gemma", {}, NORMS, False, {}),
+  "gemma2": (
+    "gemma2",
+    {"query_pre_attn_scalar": 16},
+    GEMMA,
+    False,
+    {"attention.sliding_window": 8, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+  ),
+  "gemma3": (
+    "gemma3_text",
+    {
+      "query_pre_attn_scalar": 16, "num_hidden_layers": 6, "layer_types": None,
+      "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+      },
+    },
+    GEMMA,
+    False,
+    {"attention.sliding_window": 8, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+  ),
+  "phi3": ("phi3", {}, NORMS, False, {"attention.sliding_window": 10}),
+  "seed_oss": ("seed_oss", {}, NORMS | {"post_attention_layernorm": "post_attention_norm"}, False, {}),
+  "ernie4_5": ("ernie4_5", {}, NORMS, False, {}),
+  "glm4": ("glm4", {}, SANDWICH, False, {"rope.dimension_count": 8}),
+  "mistral3": (
+    "ministral3",
+    {},
+    NORMS,
+    True,
+    {
+      "attention.temperature_scale": 0.5, "rope.scaling.type": "yarn", "rope.scaling.factor": 16.0,
+      "rope.scaling.original_context_length": 8, "rope.scaling.yarn_log_multiplier": 1.0,
+    },
+  ),
+}  # fmt: skip
+
+
+def swap(weight: np.ndarray, heads: int) -> np.ndarray:
+  """Each head's rows from halves to neighbours, one row at a time."""
+  size = weight.shape[0] // heads
+  return weight[[h * size + side * size // 2 + i for h in range(heads) for i in range(size // 2) for side in (0, 1)]]
+
+
+def metadata(writer: gguf.GGUFWriter, config: sa_jax.ModelConfig, more: dict) -> None:
+  prefix = writer.arch
+  writer.add_block_count(config.num_layers)
+  writer.add_context_length(config.max_length)
+  writer.add_embedding_length(config.embed_dim)
+  writer.add_feed_forward_length(config.mlp_dim)
+  writer.add_head_count(config.num_heads)
+  writer.add_head_count_kv(config.num_kv_heads)
+  writer.add_key_length(config.head_dim)
+  writer.add_value_length(config.head_dim)
+  writer.add_layer_norm_rms_eps(config.norm_eps)
+  writer.add_rope_freq_base(config.rope.theta)
+  writer.add_bos_token_id(1)
+  writer.add_pad_token_id(0)
+  for token in config.eos_token_ids:
+    writer.add_eos_token_id(token)
+  kinds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+  for key, value in more.items():
+    kinds[type(value)](f"{prefix}.{key}", value)
+
+
+def convert(folder, path, architecture, parts=1):
+  """The folder as llama.cpp's converter writes it, in one file or in several."""
+  _, _, norms, swapped, more = CASES[architecture]
+  config = load.describe(folder).config
+  writer = gguf.GGUFWriter(
+    path, architecture, split_max_tensors=-(-len(load_file(folder / "model.safetensors")) // parts)
+  )
+  metadata(writer, config, more)
+  blocks = norms | ATTENTION | MLP
+  for key, tensor in load_file(folder / "model.safetensors").items():
+    name, kind = key.rsplit(".", 1)
+    if name.startswith("model.layers."):
+      _, _, layer, rest = name.split(".", 3)
+      name = f"blk.{layer}.{blocks[rest]}"
+    else:
+      name = OUTER[name]
+    for letter, heads in (("q", config.num_heads), ("k", config.num_kv_heads)):
+      if swapped and name.endswith(f"attn_{letter}"):
+        tensor = swap(tensor, heads)
+    if architecture.startswith("gemma") and name.endswith("norm"):
+      tensor = tensor + 1
+    writer.add_tensor(f"{name}.{kind}", tensor)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+
+
+def build(architecture, tmp_path):
+  family, changes, *_ = CASES[architecture]
+  hf_models.build(family, tmp_path / "hf", **changes)
+  return tmp_path / "hf"
+
+
+def assert_same_model(path, folder, atol=0.0):
+  """The same config and parameters, and so the same logits."""
+  ours, found = sa_jax.from_pretrained(path, layout="layers")
+  theirs, expected = sa_jax.from_pretrained(folder, layout="layers")
+  assert ours.config.architecture == theirs.config.architecture
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", CASES)
+def test_the_model_of_the_folder(architecture, tmp_path):
+  folder = build(architecture, tmp_path)
+  convert(folder, tmp_path / "model.gguf", architecture)
+  # Norms with one added have lost their last bits.
+  assert_same_model(tmp_path / "model.gguf", folder, 1e-6 if architecture.startswith("gemma") else 0.0)
+
+
+def test_every_architecture_has_a_test():
+  assert ARCHITECTURES.keys() - {"baichuan", "internlm2", "smollm3"} == CASES.keys()
+
+
+def test_parts(tmp_path):
+  folder = build("qwen3", tmp_path)
+  convert(folder, tmp_path / "model.gguf", "qwen3", parts=3)
+  paths = sorted(tmp_path.glob("*.gguf"))
+  assert len(paths) >= 3
+  assert_same_model(paths[0], folder)
+  with pytest.raises(ValueError, match=f"one of {len(paths)} parts; open the first, {paths[0].name}"):
+    GgufFile(paths[1])
+  paths[-1].rename(tmp_path / "away")
+  with pytest.raises(ValueError, match=f"parts are missing .*{paths[-1].name}"):
+    GgufFile(paths[0])
+  paths[0].with_name(paths[1].name).rename(paths[-1])
+  paths[1].write_bytes(paths[-1].read_bytes())
+  with pytest.raises(ValueError, match=r"says that it is part \[1, "):
+    GgufFile(paths[0])
+
+
+@pytest.mark.parametrize(
+  ("values", "rope"),
+  [
+    ({"type": "yarn", "factor": 4.0, "original_context_length": 16}, {"attention_factor": None}),
+    ({"type": "yarn", "factor": 4.0, "original_context_length": 16, "yarn_beta_fast": 16.0}, {"beta_fast": 16.0}),
+    (
+      {"type": "yarn", "factor": 4.0, "original_context_length": 16, "attn_factor": 0.5},
+      {"attention_factor": 0.5 * (0.1 * np.log(4) + 1)},
+    ),
+  ],
+)
+def test_yarn(values, rope, tmp_path):
+  writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen2")
+  metadata(writer, sa_jax.ModelConfig.preset("smollm2-135m"), {f"rope.scaling.{key}": values[key] for key in values})
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  found = sa_jax.ModelConfig.from_hf(GgufFile(tmp_path / "model.gguf").config | {"vocab_size": 8}).rope
+  assert (found.scaling, found.factor, found.original_max_length) == ("yarn", 4.0, 16)
+  for name, value in rope.items():
+    assert getattr(found, name) == (value if value is None else pytest.approx(value))
+
+
+def test_longrope_and_a_part_of_each_head(tmp_path):
+  """Phi-4-mini."""
+  short, long = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5], [2.0, 4.0, 6.0, 8.0, 10.0, 12.0]
+  rope = {"type": "longrope", "short_factor": short, "long_factor": long}
+  changes = dict(
+    hidden_size=64, sliding_window=None, original_max_position_embeddings=16,
+    rope_parameters=rope | {"partial_rotary_factor": 0.75, "rope_theta": 1e4},
+  )  # fmt: skip
+  hf_models.build("phi3", tmp_path / "hf", **changes)
+  model = load.describe(tmp_path / "hf")
+  assert (model.config.rope.factor, model.config.rope.fraction) == (4.0, 0.75)
+  writer = gguf.GGUFWriter(tmp_path / "model.gguf", "phi3")
+  metadata(writer, model.config, {})
+  writer.add_rope_dimension_count(12)
+  writer.add_rope_scaling_orig_ctx_len(16)
+  writer.add_sliding_window(0)
+  writer.add_rope_scaling_attn_factors(model.config.rope.magnitude)
+  writer.add_tensor("rope_factors_short.weight", np.array(short, np.float32))
+  writer.add_tensor("rope_factors_long.weight", np.array(long, np.float32))
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  found = sa_jax.ModelConfig.from_hf(GgufFile(tmp_path / "model.gguf").config | {"vocab_size": 96})
+  assert found.rope.magnitude == pytest.approx(model.config.rope.magnitude, rel=1e-6)
+  assert (found.rope.short_factors, found.rope.long_factors) == (tuple(short), tuple(long))
+  assert (found.rope.fraction, found.head_dim, found.window) == (0.75, 16, None)
+
+
+QUANTISED = [kind for kind in gguf.GGMLQuantizationType if kind.name not in ("F64", "I8", "I16", "I32", "I64")]
+
+
+@pytest.mark.parametrize("kind", QUANTISED, ids=lambda kind: kind.name)
+def test_every_type_that_the_package_dequantises(kind, tmp_path):
+  size, length = gguf.GGML_QUANT_SIZES[kind]
+  data = np.random.default_rng(0).integers(0, 256, (192, 512 // size * length), np.uint8)
+  stored = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}.get(kind, np.uint8)
+  writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen2")
+  metadata(writer, sa_jax.ModelConfig.preset("smollm2-135m"), {})
+  writer.add_tensor("blk.0.attn_v.weight", data.view(stored), raw_dtype=kind)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  with np.errstate(all="ignore"):
+    try:
+      expected = gguf.quants.dequantize(data.view(stored), kind)
+    except NotImplementedError:
+      with pytest.raises(ValueError, match=f"blk.0.attn_v.weight is {kind.name} .* cannot dequantise"):
+        GgufFile(tmp_path / "model.gguf")
+      return
+    np.testing.assert_array_equal(
+      GgufFile(tmp_path / "model.gguf").read("model.layers.0.self_attn.v_proj.weight"), expected
+    )
