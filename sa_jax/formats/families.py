@@ -191,8 +191,13 @@ FAMILIES: dict[str, Family] = {
     rows.GEMMA,
     fields=_GEMMA_FIELDS | {"post_norms": True, "qk_norm": True},
     keys=(_ATTENTION_BIAS, _LOGITS_SOFTCAP, _QUERY_SCALE),
+    # A multimodal config.json leaves out what Gemma 3's class has for its default.
     defaults=_GEMMA_2_DEFAULTS
-    | {"max_position_embeddings": 131_072, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
+    | {
+      "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+      "num_attention_heads": 8, "max_position_embeddings": 131_072, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+      "sliding_window_pattern": 6,
+    },
     inert=_GEMMA_INERT | {"attn_logit_softcapping"},
     activation="hidden_activation",
     window="layers",

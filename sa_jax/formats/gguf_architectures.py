@@ -148,6 +148,5 @@ ARCHITECTURES: dict[str, GgufArchitecture] = {
     },
     rest=_biases(attention_bias="attn_q"),
   ),
-  "smollm3": GgufArchitecture("smollm3", rest=_biases(attention_bias="attn_q"), swapped=True),
 }  # fmt: skip
 """By ``general.architecture``."""

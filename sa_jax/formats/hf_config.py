@@ -14,6 +14,7 @@ from sa_jax.formats import hf_rope
 from sa_jax.formats.families import FAMILIES
 from sa_jax.formats.family import Family, KeyKind
 from sa_jax.formats.hf_keys import FIXED, INERT
+from sa_jax.formats.hf_text import REFUSED, text_part
 from sa_jax.formats.reader import Config, ConfigReader, Fields
 from sa_jax.plan import SharingPlan, as_plan
 
@@ -51,8 +52,15 @@ def read(values: Config, strict: bool = False) -> ModelConfig:
   Raises:
     UserError: names, all at once, each value that is missing, malformed or not implemented.
   """
-  values = _of_family(values)
-  family = _family(values)
+  part = text_part(values)
+  if part is not values:
+    _LOG.warning(
+      "a %s has other parts than its language model, which alone is read, as a %s",
+      values.get("model_type"),
+      part.get("model_type"),
+    )
+  values = _of_family(part)
+  family = family_of(values)
   reader = _reader(values, family)
   sizes = _read_sizes(reader)
   eos = reader.take("eos_token_id", () if "eos_token_id" in reader.values else 2)
@@ -108,10 +116,18 @@ def _report(reader: ConfigReader, strict: bool) -> None:
     _LOG.warning("config.json has keys that are not known, and are taken to do nothing: %s", ", ".join(reader.unknown))
 
 
-def _family(values: Config) -> Family:
+def family_of(values: Config) -> Family:
+  """The family of a model.
+
+  Raises:
+    UserError: if there is none, saying why.
+  """
+  values = _of_family(text_part(values))
   model_type = values.get("model_type")
   if isinstance(model_type, str) and model_type in FAMILIES:
     return FAMILIES[model_type]
+  if isinstance(model_type, str) and model_type in REFUSED:
+    raise UserError(f"model_type {model_type!r} is not supported: {REFUSED[model_type]}")
   supported = ", ".join(FAMILIES)
   if any("experts" in key for key in values):
     raise UserError(

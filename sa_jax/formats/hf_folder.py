@@ -13,6 +13,8 @@ from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
 from sa_jax.files import check_regular
 from sa_jax.formats.extras import copy_extras, read_json
+from sa_jax.formats.hf_config import family_of
+from sa_jax.formats.hf_names import usual_names
 from sa_jax.formats.shards import BinFile, SafetensorsFile, Shard
 from sa_jax.formats.table import Account, Entry, Index, account
 from sa_jax.formats.tokenizer import Tokenizer, read_tokenizer
@@ -45,12 +47,17 @@ class HfFolder:
   @property
   def shapes(self) -> dict[str, tuple[int, ...]]:
     """See `Source.shapes`."""
-    return {key: shard.shapes[key] for key, shard in self._shard_of.items()}
+    return {key: self._shard_of[own].shapes[own] for key, own in self._stored.items()}
 
   @property
   def dtypes(self) -> dict[str, str]:
     """See `Source.dtypes`."""
-    return {key: shard.dtypes[key] for key, shard in self._shard_of.items()}
+    return {key: self._shard_of[own].dtypes[own] for key, own in self._stored.items()}
+
+  @functools.cached_property
+  def _stored(self) -> dict[str, str]:
+    """The names that the files have, by those that the model's family has."""
+    return usual_names(self._shard_of, family_of(self.config))
 
   @functools.cached_property
   def _shard_of(self) -> dict[str, Shard]:
@@ -95,7 +102,8 @@ class HfFolder:
 
   def read(self, key: str) -> np.ndarray:
     """See `Source.read`."""
-    return self._shard_of[key].read(key)
+    own = self._stored[key]
+    return self._shard_of[own].read(own)
 
   def parameter(self, entry: Entry, index: Index | None = None) -> np.ndarray:
     """See `Source.parameter`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from sa_jax.formats.families import FAMILIES
+from sa_jax.formats.family import Family
 
 _WRAPPERS = ("_orig_mod.", "module.")
 """What `torch.compile` and `DistributedDataParallel` put before every name."""
@@ -21,13 +21,13 @@ _HOLDERS: tuple[Mapping[str, str], ...] = (
 )
 
 
-def usual_names(stored: Iterable[str], family: str) -> dict[str, str]:
+def usual_names(stored: Iterable[str], family: Family) -> dict[str, str]:
   """The names that a family's table has, where a file has them otherwise: from usual names to the stored ones.
 
   A name that belongs to no language model stays as it is.
   """
   bare = {_unwrapped(name): name for name in stored}
-  probe = next(rule.key for rule in FAMILIES[family].table if "{layer}" in rule.key and not rule.when).format(layer=0)
+  probe = next(rule.key for rule in family.table if "{layer}" in rule.key and not rule.when).format(layer=0)
   for holder in _HOLDERS:
     if any(_usual(name, holder) == probe for name in bare):
       return {_usual(name, holder): own for name, own in bare.items()}

@@ -20,6 +20,10 @@ from sa_jax.plan import SharingPlan
 _ANCHOR_ONLY = re.compile(rf"layers/\d+/attention/({'|'.join(ANCHOR_ONLY)})/")
 _UNNEEDED = {
   r"(.*\.)?rotary_emb\.(original_inv_freq|inv_freq|cos_cached|sin_cached)": "recomputed from rope_theta",
+  r"(model\.)?(visual|vision_\w+|vit|audio_\w+|mm_projector|multi_modal_projector|mlp1|embed_vision)\..*": (
+    "of another part than the language model"
+  ),
+  r"(model\.)?(value_head|v_head|score)\..*": "a head of another task",
 }
 
 Index = tuple[slice, ...]
@@ -143,9 +147,9 @@ def head_keys(config: ModelConfig) -> list[str]:
   return [rule.key for rule in FAMILIES[config.family].table if rule.when == "!tie_embeddings"]
 
 
-def _unneeded(key: str, family: str) -> str | None:
+def _unneeded(key: str, config: ModelConfig) -> str | None:
   """Why a tensor that no row of the table has is not needed, or None when nobody knows what it is."""
-  for pattern, reason in {**_UNNEEDED, **FAMILIES[family].dropped}.items():
+  for pattern, reason in {**_UNNEEDED, **FAMILIES[config.family].dropped}.items():
     if re.fullmatch(pattern, key):
       return reason
   return None
@@ -166,7 +170,11 @@ def account(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, plan: Sh
   used, dropped = [], {}
   errors: dict[str, None] = {}  # an ordered set: the parts of one tensor share its faults
   known = set()
+  heads = head_keys(config)
   for entry in entries(config):
+    if entry.path[0] == "embed" and config.tie_embeddings and entry.key not in shapes:
+      # Some files keep the tied pair under the head's name.
+      entry = entry._replace(key=next((head for head in heads if head in shapes), entry.key))
     known.add(entry.key)
     found = shapes.get(entry.key)
     if found is not None and tuple(found) != entry.shape:
@@ -181,13 +189,12 @@ def account(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, plan: Sh
       errors[f"missing: {entry.key} {list(entry.shape)}"] = None
     else:
       used.append(entry)
-  heads = head_keys(config)
   for key in shapes:
     if key in known:
       continue
     if key in heads and config.tie_embeddings:
       dropped[key] = "the output head is tied to the embedding"
-    elif reason := _unneeded(key, config.family):
+    elif reason := _unneeded(key, config):
       dropped[key] = reason
     else:
       errors[f"unknown: {key} {list(shapes[key])}"] = None

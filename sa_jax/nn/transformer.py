@@ -315,8 +315,8 @@ def check_segments(config: ModelConfig, tokens: jax.Array, segments: jax.Array |
     )
   if config.rope_depends_on_row:
     raise UserError(
-      f"the {config.rope.scaling} rotary embedding depends on where a document begins or ends: give each document a "
-      "row of its own, not segments"
+      "the model's rotary embedding depends on a document's length, or on where it lies in its row: "
+      "give each document a row of its own, not segments"
     )
 
 

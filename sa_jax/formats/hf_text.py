@@ -1,0 +1,42 @@
+"""The language model in a multimodal model's ``config.json``, and models of which a plan cannot be made."""
+
+from __future__ import annotations
+
+from sa_jax.formats.reader import Config
+
+_TEXT_KEYS = ("text_config", "llm_config")
+# The text parts that are a family's under another name.
+_TEXT_TYPES = {
+  "qwen2_vl": "qwen2", "qwen2_vl_text": "qwen2", "qwen2_5_vl": "qwen2", "qwen2_5_vl_text": "qwen2",
+  "qwen3_vl": "qwen3", "qwen3_vl_text": "qwen3",
+}  # fmt: skip
+# What a multimodal model's own object says of its text part, where that does not say it itself.
+_OUTER = (
+  "architectures", "dtype", "torch_dtype", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+  "quantization_config", "shared_attention", "transformers_version",
+)  # fmt: skip
+# Numbers of tokens, and objects, that say how pictures and films come into the text.
+_OF_PICTURES = ("vision_", "image_", "video_", "audio_", "mm_", "boi_", "eoi_", "boa_", "eoa_")
+
+_SHARING = (
+  "its last layers use the keys and values of earlier ones (num_kv_shared_layers): it shares attention already, and "
+  "a follower, which has values of its own, does not fit"
+)
+REFUSED = dict.fromkeys(("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified"), _SHARING)
+"""Why no plan can be made for models of these types."""
+
+
+def text_part(values: Config) -> Config:
+  """The config of the language model inside a multimodal one; any other config as it is."""
+  found = next((key for key in _TEXT_KEYS if isinstance(values.get(key), dict)), None)
+  model_type = values.get("model_type")
+  if not isinstance(model_type, str) or (found is None and model_type not in _TEXT_TYPES):
+    return values
+  if found is None:
+    inner = {key: value for key, value in values.items() if not key.startswith(_OF_PICTURES)}
+  else:
+    inner = {key: values[key] for key in _OUTER if values.get(key) is not None}
+    inner |= {key: value for key, value in values[found].items() if value is not None or key not in inner}
+  text_type = inner.get("model_type", model_type)
+  text_type = _TEXT_TYPES.get(text_type, text_type) if isinstance(text_type, str) else text_type
+  return {**inner, "model_type": text_type}
