@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +20,9 @@ from sa_jax.trees import Params, Tree
 
 Progress = Callable[[int, int], None]
 
+_LOG = logging.getLogger("sa_jax")
 _CACHE_LINE = 64
+_NAMED = 5  # names that a warning lists
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,12 +35,14 @@ class LazyTensor:
     layer_shape: the shape without the leading axes.
     leading: those axes' lengths; empty when there are none.
     dtype: that it is wanted in.
+    names: what the files call each reader's tensor.
   """
 
   readers: tuple[Callable[[Index | None], np.ndarray], ...]
   layer_shape: tuple[int, ...]
   leading: tuple[int, ...]
   dtype: np.dtype
+  names: tuple[str, ...]
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -66,7 +71,8 @@ class LazyTensor:
   def stacked(self, others: Sequence[LazyTensor], leading: tuple[int, ...]) -> LazyTensor:
     """The stack of this tensor and others of its shape."""
     readers = tuple(reader for tensor in (self, *others) for reader in tensor.readers)
-    return dataclasses.replace(self, readers=readers, leading=leading)
+    names = tuple(name for tensor in (self, *others) for name in tensor.names)
+    return dataclasses.replace(self, readers=readers, names=names, leading=leading)
 
 
 def _copy(array: np.ndarray) -> np.ndarray:
@@ -86,7 +92,8 @@ def lazy_tree(source: Source, used: Sequence[Entry], dtype: str) -> dict[str, Tr
     node = tree
     for name in parents:
       node = node.setdefault(name, {})
-    node[leaf] = LazyTensor((functools.partial(source.parameter, entry),), entry.our_shape(), (), jnp.dtype(dtype))
+    reader = functools.partial(source.parameter, entry)
+    node[leaf] = LazyTensor((reader,), entry.our_shape(), (), jnp.dtype(dtype), (entry.key,))
   return tree
 
 
@@ -98,6 +105,8 @@ def stack_lazily(leaves: Sequence[LazyTensor], leading: tuple[int, ...]) -> Lazy
 def place(tree: Params, shardings: Tree, progress: Progress | None) -> dict[str, Tree]:
   """Reads every parameter onto its devices, a layer at a time; each device is given its own slice and no more.
 
+  Tensors that hold NaN or infinite numbers are named in a warning: a model with such weights computes nothing else.
+
   Args:
     tree: of `LazyTensor`.
     shardings: a tree like it, or one sharding for all.
@@ -106,6 +115,7 @@ def place(tree: Params, shardings: Tree, progress: Progress | None) -> dict[str,
   leaves, structure = jax.tree.flatten(tree)
   each = [shardings] * len(leaves) if isinstance(shardings, Sharding) else jax.tree.leaves(shardings)
   placed: list[jax.Array | None] = [None] * len(leaves)
+  finite: list[tuple[str, jax.Array]] = []
   done, total = 0, sum(len(leaf.readers) for leaf in leaves)
   # The largest first: the memory in flight is then least when the most is placed.
   for number in sorted(range(len(leaves)), key=lambda number: -leaves[number].nbytes):
@@ -113,6 +123,7 @@ def place(tree: Params, shardings: Tree, progress: Progress | None) -> dict[str,
     array = None
     for layer in range(len(leaf.readers)):
       piece = _put(leaf, layer, _of_layer(sharding, len(leaf.leading)))
+      finite.append((leaf.names[layer], _is_finite(piece)))
       if not leaf.leading:
         array = piece
       else:
@@ -123,7 +134,16 @@ def place(tree: Params, shardings: Tree, progress: Progress | None) -> dict[str,
       if progress is not None:
         progress(done, total)
     placed[number] = array
+  # A tensor of the file may hold several parameters.
+  if wrong := list(dict.fromkeys(name for name, is_finite in finite if not is_finite)):
+    others = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+    _LOG.warning("there are NaN or infinite numbers in %s%s", ", ".join(wrong[:_NAMED]), others)
   return jax.tree.unflatten(structure, placed)
+
+
+@jax.jit
+def _is_finite(array: jax.Array) -> jax.Array:
+  return jnp.isfinite(array).all()
 
 
 def _put(leaf: LazyTensor, layer: int, sharding: Sharding) -> jax.Array:

@@ -120,6 +120,39 @@ class TestHfFolder:
     assert seen == [(n + 1, count) for n in range(count)]
 
 
+class TestNumbersThatAreNotFinite:
+  @pytest.mark.parametrize("layout", ["runs", "layers"])
+  @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+  def test_are_named_by_their_tensors(self, folder, caplog, layout, wrong):
+    def change(tensors):
+      tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = wrong
+      tensors["model.norm.weight"][-1] = wrong
+
+    edit_tensors(folder, change)
+    sa_jax.from_pretrained(folder, layout=layout)
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert said.startswith("there are NaN or infinite numbers in ")
+    assert set(said.split(" in ")[1].split(", ")) == {"model.layers.1.mlp.up_proj.weight", "model.norm.weight"}
+
+  def test_what_the_dtype_cannot_hold(self, folder, caplog):
+    edit_tensors(folder, lambda tensors: tensors["model.norm.weight"].__setitem__(0, 1e6))
+    sa_jax.from_pretrained(folder, dtype="bfloat16")
+    assert caplog.records == []
+    with np.errstate(over="ignore"):
+      sa_jax.from_pretrained(folder, dtype="float16")
+    assert [record.getMessage() for record in caplog.records] == [
+      "there are NaN or infinite numbers in model.norm.weight"
+    ]
+
+  def test_many_are_not_all_listed(self, folder, caplog):
+    edit_tensors(folder, lambda tensors: [tensor.fill(np.nan) for tensor in tensors.values()])
+    sa_jax.from_pretrained(folder)
+    (record,) = caplog.records
+    count = len(load_file(folder / "model.safetensors"))
+    assert record.getMessage().endswith(f" and {count - 5} more")
+
+
 class TestAccount:
   def test_dropped(self, folder):
     edit_config(folder, tie_word_embeddings=True)
