@@ -114,7 +114,7 @@ _MOST_FEATURES = 16_384
 
 
 @program(static_argnames="config")
-def _pair_sums(config: ModelConfig, block: walk.Block, chunk: walk.Chunk, y: jax.Array) -> Sums:
+def _sums_by_pair(config: ModelConfig, block: walk.Block, chunk: walk.Chunk, y: jax.Array) -> Sums:
   """Ridge sums over all pairs of a KV head and an anchor head: features ``[K N H]``, the dense output as target."""
   kv_heads, size = config.num_kv_heads, config.num_heads // config.num_kv_heads
   by_pair: dict[tuple[int, int], jax.Array] = {}
@@ -182,7 +182,7 @@ def map_by_refit(
     ridge: of the refit.
     sweeps: how often each head is reconsidered.
   """
-  sums = total(_pair_sums(config, block, chunk, target.y) for chunk, target in fitted)
+  sums = total(_sums_by_pair(config, block, chunk, target.y) for chunk, target in fitted)
   similarity = head_similarity([target.state for _, target in fitted], [chunk.state for chunk, _ in fitted])
   starts = [
     start or tuple(range(config.num_heads)),

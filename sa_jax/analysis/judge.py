@@ -279,7 +279,7 @@ class Judge:
     ]
     prior = block["attention"]["o_proj"]["kernel"]
     if self.how is not None:
-      sums = total(_pair_sums(self.config, block, chunk, target, head_map) for chunk, target, _ in parts)
+      sums = total(_output_sums(self.config, block, chunk, target, head_map) for chunk, target, _ in parts)
       prior = solve(sums, prior, self.how.ridge)[0]
     squares = [_weighed_error(self.config, block, part, head_map, prior) for part in parts]
     return float(sum(fetch(squares))) / sum(chunk.x.shape[0] * chunk.x.shape[1] for chunk, *_ in parts) / 2
@@ -307,7 +307,7 @@ def _gradient(
 
 
 @program(static_argnames="config")
-def _pair_sums(config: ModelConfig, block: Block, chunk: Chunk, target: Targets, head_map: jax.Array) -> Sums:
+def _output_sums(config: ModelConfig, block: Block, chunk: Chunk, target: Targets, head_map: jax.Array) -> Sums:
   heads = walk.call(config, block, PlannedBlock.heads, chunk.x, chunk.state, head_map)
   return Sums.of(heads.reshape(*heads.shape[:2], -1), walk.without_bias(block, "attention", "o_proj", target.y))
 
