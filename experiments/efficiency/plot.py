@@ -2,7 +2,7 @@
 
     python plot.py gpu/h200/decode-llama-3-8b-b16.json --out gpu/h200/decode-context.png
 
-`sa-jax bench decode --seq-len 4096 8192 --plot …` measures and draws in one run; this joins runs of the same batch and
+`sa-jax bench decode --length 4096 8192 --plot …` measures and draws in one run; this joins runs of the same batch and
 card.
 """
 

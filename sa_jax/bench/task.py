@@ -77,15 +77,15 @@ class Task:
       takes = f"takes {', '.join(allowed)}" if allowed else "runs on one device"
       wrong.append(f"{' and '.join(refused)} ({what} {takes})")
     if not wrong and self.batch % (self.data * self.fsdp):
-      wrong.append(f"batch {self.batch} (a multiple of data × fsdp = {self.data * self.fsdp} is needed)")
+      wrong.append(f"batch_size {self.batch} (a multiple of data × fsdp = {self.data * self.fsdp} is needed)")
     if not wrong and self.seq_len % self.sequence:
-      wrong.append(f"seq_len {self.seq_len} (a multiple of sequence = {self.sequence} is needed)")
+      wrong.append(f"`length` {self.seq_len} (a multiple of sequence = {self.sequence} is needed)")
     if self.kind == "decode" and not STEPS <= self.tokens <= self.seq_len:
       wrong.append(f"{self.tokens} filled slots of {self.seq_len} (from {STEPS}, the steps of a call, to all)")
     if self.kind == "decode" and self.who != "sa_jax" and self.seq_len < 6 * STEPS:
-      wrong.append(f"seq_len {self.seq_len} (peers need {6 * STEPS} slots)")
+      wrong.append(f"`length` {self.seq_len} (peers need {6 * STEPS} slots)")
     if self.kind == "batching" and self.requests % self.batch:
-      wrong.append(f"{self.requests} requests (a multiple of batch {self.batch} is needed, for static batches)")
+      wrong.append(f"{self.requests} requests (a multiple of batch_size {self.batch} is needed, for static batches)")
     wrong += [
       f"{field.name} ({self.kind} takes none: it is for {', '.join(_ONLY[field.name])})"
       for field in dataclasses.fields(self)

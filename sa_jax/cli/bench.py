@@ -31,9 +31,9 @@ class Bench:
   """A preset: llama-2-7b, llama-2-13b, llama-3-8b or smollm2-135m."""
   plan: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PLAN ...")] = ("dense",)
   """One or more plans."""
-  batch: int = 1
+  batch_size: int = 1
   """Rows; in batching, slots."""
-  seq_len: tuple[int, ...] = (1024,)
+  length: tuple[int, ...] = (1024,)
   """Tokens a row, one or more; in decode and batching, cache slots."""
   filled: int | None = None
   """decode: how many of the slots have tokens at the end; all when None."""
@@ -62,7 +62,7 @@ class Bench:
   sequence: int = 1
   """step: devices over which the tokens of a row are split."""
   plot: Path | None = None
-  """decode: draw time and cache size against seq-len to this PNG."""
+  """decode: draw time and cache size against the length to this PNG."""
   json: Path | None = None
   """Also write the numbers to this file."""
 
@@ -70,7 +70,7 @@ class Bench:
     """Measures each combination in a process of its own, and prints a table."""
     tasks = self._tasks()
     if self.plot is not None and (self.filled is not None or self.task != "decode"):
-      raise UserError("--plot draws decode against --seq-len, of caches that are full: leave out --filled")
+      raise UserError("`plot` draws decode against `length`, of caches that are full: leave out `filled`")
     if self.plot is not None:
       from sa_jax.analysis import plots
 
@@ -106,8 +106,8 @@ class Bench:
     base = Task(
       self.task,
       self.model,
-      batch=self.batch,
-      seq_len=max(self.seq_len),
+      batch=self.batch_size,
+      seq_len=max(self.length),
       filled=self.filled,
       layers=self.layers,
       remat=self.remat,
@@ -122,12 +122,12 @@ class Bench:
     plans = [str(as_plan(plan, base.config.num_layers)) for plan in self.plan]
     tasks = [
       dataclasses.replace(base, plan=plan, seq_len=length, attention_state=state, attention=attention)
-      for length, state, attention, plan in itertools.product(self.seq_len, self.attention_state, self.attention, plans)
+      for length, state, attention, plan in itertools.product(self.length, self.attention_state, self.attention, plans)
     ]
     if self.peers and self.task not in ("decode", "train", "step"):
       raise UserError(f"peers are timed in decode, train and step, not in {self.task}")
     tasks += [
-      dataclasses.replace(base, seq_len=length, who=who) for who, length in itertools.product(self.peers, self.seq_len)
+      dataclasses.replace(base, seq_len=length, who=who) for who, length in itertools.product(self.peers, self.length)
     ]
     return tasks
 

@@ -42,9 +42,9 @@ class CostOf:
   """A preset (llama-2-7b, llama-2-13b, llama-3-8b, smollm2-135m), a folder, a GGUF file, a checkpoint or a hub id."""
   plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None
   """Which layers share, such as 22:23-26; None for the model's own plan, dense for a preset."""
-  batch: int = 1
+  batch_size: int = 1
   """Rows."""
-  seq_len: int = 4096
+  length: int = 4096
   """Tokens a row."""
   revision: str | None = None
   """Of a hub id: a branch, tag or commit."""
@@ -55,8 +55,8 @@ class CostOf:
     """Prints the table."""
     config, own = model_of(self.model, self.revision)
     plan = own if self.plan is None else as_plan(self.plan, config.num_layers)
-    dense, shared = cost(config, None, self.batch, self.seq_len), cost(config, plan, self.batch, self.seq_len)
-    title = f"{self.model}, {self.batch} × {self.seq_len} tokens, {config.dtype}"
+    dense, shared = cost(config, None, self.batch_size, self.length), cost(config, plan, self.batch_size, self.length)
+    title = f"{self.model}, {self.batch_size} × {self.length} tokens, {config.dtype}"
     show_table(title, ["", "dense", str(plan), "change"], rows_of_cost(dense, shared))
     write_json(self.json, {"model": self.model, "plan": str(plan), "dense": dense, "shared": shared})
 

@@ -75,7 +75,7 @@ class FitOf:
   """Mesh: ways to split heads, MLP and vocabulary."""
   sequence: int = 1
   """Mesh: ways to split the tokens of a row."""
-  batch: int | None = None
+  batch_size: int | None = None
   """Rows in all; one for each way to split them when not given."""
   length: int = 4096
   """Tokens a row; of the cache when decoding."""
@@ -90,7 +90,7 @@ class FitOf:
     config, own = model_of(self.model)
     config = dataclasses.replace(config, dtype=self.dtype, param_dtype=self.dtype)
     plan = own if self.plan is None else as_plan(self.plan, config.num_layers)
-    batch = self.data * self.fsdp if self.batch is None else self.batch
+    batch = self.data * self.fsdp if self.batch_size is None else self.batch_size
     plans = dict.fromkeys((as_plan(None, config.num_layers), plan))
     sizes = {name: getattr(self, name) for name in MESH_AXES}
     jobs = [Job(config, plan, self.kind, self.topology, batch, self.length, *sizes.values()) for plan in plans]

@@ -10,15 +10,20 @@ import typing
 from collections.abc import Callable, Collection
 from typing import Any
 
+import tyro
+
 
 def fields_of(command: Callable[..., Any]) -> frozenset[str]:
   """The names of a command's flags as fields: of its dataclass or function, and of dataclasses in it."""
   if isinstance(command, functools.partial):
     command = command.func
   names: set[str] = set()
-  hints = typing.get_type_hints(command)
+  hints = typing.get_type_hints(command, include_extras=True)
   for name in inspect.signature(command).parameters:
     hint = hints[name]
+    if tyro.conf.Suppress in getattr(hint, "__metadata__", ()):
+      continue
+    hint = hint.__origin__ if hasattr(hint, "__metadata__") else hint
     kinds = filter(inspect.isclass, (hint, *typing.get_args(hint)))
     inner = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
     names |= set().union(*map(fields_of, inner)) if inner else {name}

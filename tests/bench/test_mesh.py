@@ -104,9 +104,12 @@ def test_ceilings_are_of_all_devices_together(monkeypatch):
   [
     (["prefill", "--tensor", "2"], "tensor (prefill runs on one device)"),
     (["decode", "--fsdp", "2", "--sequence", "2"], "fsdp and sequence (decode takes tensor)"),
-    (["step", "--fsdp", "2", "--batch", "2", "--peers", "hf-eager"], "fsdp (the peer hf-eager runs on one device)"),
-    (["step", "--fsdp", "2", "--batch", "3"], "batch 3 (a multiple of data × fsdp = 2 is needed)"),
-    (["step", "--sequence", "3"], "seq_len 1024 (a multiple of sequence = 3 is needed)"),
+    (
+      ["step", "--fsdp", "2", "--batch-size", "2", "--peers", "hf-eager"],
+      "(the peer hf-eager runs on one device)",
+    ),
+    (["step", "--fsdp", "2", "--batch-size", "3"], "--batch-size 3 (a multiple of data × fsdp = 2 is needed)"),
+    (["step", "--sequence", "3"], "--length 1024 (a multiple of sequence = 3 is needed)"),
     (["step", "--tensor", "0"], "tensor 0 (at least 1 is needed)"),
   ],
 )

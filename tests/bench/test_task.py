@@ -36,9 +36,9 @@ def test_a_task_that_fails_says_why():
   [
     (["decode", "--attention", "flash"], "attention (decode takes none: it is for prefill, train, step)"),
     (["train", "--cache-dtype", "int8"], "--cache-dtype (train takes none: it is for decode, batching)"),
-    (["prefill", "--remat", "dots"], "remat (prefill takes none: it is for step)"),
-    (["batching", "--requests", "3", "--batch", "2"], "3 requests (a multiple of batch 2 is needed"),
-    (["decode", "--seq-len", "128", "--peers", "hf-eager"], "--seq-len 128 (peers need 192 slots)"),
+    (["prefill", "--remat", "dots"], "remat (prefill takes none: it is for step, train)"),
+    (["batching", "--requests", "3", "--batch-size", "2"], "3 requests (a multiple of --batch-size 2 is needed"),
+    (["decode", "--length", "128", "--peers", "hf-eager"], "--length 128 (peers need 192 slots)"),
     (["decode", "--layers", "0"], "num_layers=0 (a positive integer is needed)"),
     (["decode", "--plan", "31:32"], "goes past the model"),
   ],
@@ -55,7 +55,7 @@ def test_what_was_measured_is_told_though_the_next_fails(monkeypatch, capsys, tm
     return Result(task, 0.5, 0.4, 0.6, work=8e9, ceiling=20e9, device="a card")
 
   monkeypatch.setattr("sa_jax.cli.bench.run_task", measured)
-  assert main(["bench", "decode", "--seq-len", "32", "64", "--json", str(tmp_path / "out.json")]) == 2
+  assert main(["bench", "decode", "--length", "32", "64", "--json", str(tmp_path / "out.json")]) == 2
   said = capsys.readouterr()
   assert "500.00" in said.out
   assert "out of memory" in said.err
@@ -113,7 +113,7 @@ def test_slots_that_cannot_be_filled_are_refused(capsys, kind, filled, why):
 
 def test_a_plot_is_of_full_caches(capsys):
   assert main(["bench", "decode", "--filled", "64", "--plot", "x.png"]) == 2
-  assert "--plot draws decode against --seq-len, of caches that are full" in capsys.readouterr().err
+  assert "--plot draws decode against --length, of caches that are full" in capsys.readouterr().err
 
 
 def test_a_cache_may_have_more_slots_than_tokens(monkeypatch):

@@ -169,7 +169,7 @@ def test_convert_and_cost(folder, expected, tmp_path, capsys):
   assert str(model.plan) == PLAN
   logits = model.apply({"params": params}, expected["input_ids"])
   np.testing.assert_allclose(logits, expected["logits_unpadded"], atol=1e-4)
-  assert main(["cost", str(checkpoint), "--plan", PLAN, "--batch", "2", "--seq-len", "64", "--json", str(out)]) == 0
+  assert main(["cost", str(checkpoint), "--plan", PLAN, "--batch-size", "2", "--length", "64", "--json", str(out)]) == 0
   costs = json.loads(out.read_text())
   assert costs["shared"]["kv_cache_bytes"] == 2 * 64 * (8 + 4) * 2 * 8 * 4
   assert "-25.0 %" in capsys.readouterr().out
@@ -180,7 +180,7 @@ def test_convert_and_cost(folder, expected, tmp_path, capsys):
   [
     (["cost", "no-such-model"], "is not a preset"),
     (["cost", "llama-2-7b", "--plan", "0:2-3"], "the followers of 0 start at 1"),
-    (["cost", "llama-2-7b", "--batch", "0"], "must be at least 1"),
+    (["cost", "llama-2-7b", "--batch-size", "0"], "must be at least 1"),
     (["generate", "no-such-folder", "hello"], "no-such-folder"),
     (["perplexity", "FOLDER", "no-such-text"], "cannot read no-such-text"),
     (["convert", "FOLDER", "FOLDER"], "exists already"),
