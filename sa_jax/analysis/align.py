@@ -20,6 +20,7 @@ from sa_jax import ops
 from sa_jax.analysis import walk
 from sa_jax.analysis.ridge import Sums, gain, total
 from sa_jax.config import ModelConfig
+from sa_jax.distributed import check_same_rows
 from sa_jax.errors import UserError
 from sa_jax.nn import PlanArrays, PlannedBlock, PlannedTransformer, Transformer
 from sa_jax.nn.state import QueryKey, State
@@ -243,6 +244,7 @@ def align(
   config = walk.walking(model.config, params)
   tokens = np.asarray(tokens, np.int32)
   check_tokens(tokens, None, config.vocab_size)
+  check_same_rows(params, "tokens", tokens)
   trace = walk.dense_trace(config, params, walk.start(config, params, tokens, chunk))
   stacked = stack(params, SharingPlan.dense(config.num_layers))
 

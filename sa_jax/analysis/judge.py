@@ -23,6 +23,7 @@ from sa_jax.analysis.refit import Passage, Refit, recover_layer
 from sa_jax.analysis.ridge import Sums, solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
+from sa_jax.distributed import check_same_rows, of_first
 from sa_jax.errors import UserError
 from sa_jax.files import read_text, write_text
 from sa_jax.nn import PlanArrays, PlannedBlock, Transformer
@@ -112,6 +113,8 @@ class Judge:
         check_tokens(np.asarray(tokens), None, self.config.vocab_size)
     if how is not None:
       how.check(self.config)
+    for text in texts:
+      check_same_rows(params, f"rows of {text.name}", np.concatenate([text.calibration, text.judging]))
     self.params, self.texts, self.how, self.maps, self.chunk = params, tuple(texts), how, maps, chunk
     self._maps: dict[tuple[int, int], HeadMap | None] = {}
     self._read_texts(progress)
@@ -342,9 +345,11 @@ class Record:
   def __init__(self, path: Path | None, settings: dict[str, Any]):
     self._path, self._settings = path, json.loads(json.dumps(settings))
     self.plans: dict[str, list[float]] = {}
-    if path is not None and path.exists():
+    # Of several processes the first one reads and writes: plans that only one of them knew would part them.
+    read = lambda: read_text(path) if path is not None and path.exists() else ""
+    if text := of_first("the record", read):
       try:
-        stored = json.loads(read_text(path))
+        stored = json.loads(text)
         settings, self.plans = stored["settings"], stored["plans"]
       except (json.JSONDecodeError, KeyError, TypeError):
         raise UserError(f"{path} is not the record of a search; name another file, or remove it") from None
@@ -359,5 +364,5 @@ class Record:
   def add(self, plan: SharingPlan, losses: np.ndarray) -> None:
     """Records a plan's losses."""
     self.plans[str(plan)] = [float(loss) for loss in losses]
-    if self._path is not None:
+    if self._path is not None and jax.process_index() == 0:
       write_text(self._path, json.dumps({"settings": self._settings, "plans": self.plans}, indent=1))

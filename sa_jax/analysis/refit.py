@@ -27,6 +27,7 @@ from sa_jax.analysis.align import can_map_by_refit, map_by_refit, shared_model, 
 from sa_jax.analysis.ridge import Sums, relative_error, solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
+from sa_jax.distributed import check_same_rows
 from sa_jax.errors import UserError
 from sa_jax.nn import PlanArrays, PlannedBlock, Transformer
 from sa_jax.nn.state import State
@@ -312,6 +313,7 @@ def refit(
   tokens = np.asarray(tokens, np.int32)
   check_tokens(tokens, None, config.vocab_size)
   check_plan(config, plan)
+  check_same_rows(params, "tokens", tokens)
   how.check(config)
   keep = walk.on_device if on_device else walk.on_host
   shared = dense = walk.start(config, params, tokens, chunk, keep)

@@ -17,6 +17,7 @@ import numpy as np
 from jax.scipy.special import entr
 from numpy.typing import ArrayLike
 
+from sa_jax.distributed import check_same_rows
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.nn.state import QueryKey, State
@@ -84,6 +85,7 @@ def layer_similarity(
   check_tokens(tokens, None, model.config.vocab_size)
   if not 1 <= top_k <= tokens.shape[1]:
     raise UserError(f"top_k must be in 1 to {tokens.shape[1]}, the tokens of a row, not {top_k}")
+  check_same_rows(params, "tokens", tokens)
   model = Transformer(dataclasses.replace(model.config, attention_state="query_key"), model.plan)
   layers = as_layers(params, model.plan)
   block = min(block, tokens.shape[1])

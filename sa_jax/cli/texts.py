@@ -141,16 +141,12 @@ def save(path: Path, source: Path, model: Transformer, params: Params, dtype: st
   import jax
   import jax.numpy as jnp
 
-  from sa_jax.formats.checkpoint import save_checkpoint
+  from sa_jax.formats.save import write
   from sa_jax.formats.source import open_source
 
-  save_checkpoint(
-    path,
-    dataclasses.replace(model.config, dtype=dtype, param_dtype=dtype),
-    model.plan,
-    jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params),
-    open_source(source).save_extras,
-  )
+  model = model.clone(config=dataclasses.replace(model.config, dtype=dtype, param_dtype=dtype))
+  params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
+  write(path, model, params, open_source(source).save_extras)
 
 
 @contextlib.contextmanager

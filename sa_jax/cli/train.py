@@ -11,9 +11,9 @@ from typing import Annotated
 
 import tyro
 
+from sa_jax.distributed import Hosts
 from sa_jax.errors import UserError
 from sa_jax.train.config import TrainConfig, load_config
-from sa_jax.train.distributed import Hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Train:
   def run(self) -> None:
     """Trains; ends with code 143, as a process that SIGTERM ends, if a signal ended it with steps to go."""
     from sa_jax.cli.common import console
-    from sa_jax.train.distributed import start
+    from sa_jax.distributed import start
 
     start(self.hosts)
     from sa_jax.train.loop import train

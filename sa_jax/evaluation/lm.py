@@ -194,7 +194,9 @@ class SharedAttentionLM(TemplateLM):
     self._encode_ahead(contexts)
     prompts = [self.tok_encode(context)[-(self.max_length - longest) :] or [self._start] for context in contexts]
     self._encoded = {}
-    mine = part(range(len(prompts)), jax.process_index(), jax.process_count())
+    # Where the model is spread over processes, all of them run it together.
+    spread = self._scorer.is_spread
+    mine = range(len(prompts)) if spread else part(range(len(prompts)), jax.process_index(), jax.process_count())
     # The capacity is that of all prompts, so that every process compiles the same programs.
     needed = max(map(len, prompts)) + longest - 1
     batcher = Batcher(
@@ -216,7 +218,8 @@ class SharedAttentionLM(TemplateLM):
     for number, request in running.items():
       tokens[number, : len(request.tokens)] = request.tokens
       tokens[number, longest] = len(request.tokens)
-    (tokens,) = together((tokens,))
+    if not spread:
+      (tokens,) = together((tokens,))
     decoded = (self.tokenizer.decode(row[: row[longest]]) for row in tokens.tolist())
     return [postprocess_generated_text(text, stops, None) for text in decoded]
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sa_jax import ops
+from sa_jax.distributed import check_same_rows
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_tokens
@@ -105,6 +106,7 @@ def perplexity(
     raise UserError(f"rows need at least 2 tokens, one to predict from and one to predict, not {tokens.shape[1]}")
   if batch_size < 1:
     raise UserError(f"batch_size must be at least 1, not {batch_size}")
+  check_same_rows(params, "tokens", tokens)
   total = 0.0
   for start in range(0, len(tokens), batch_size):
     batch = tokens[start : start + batch_size]

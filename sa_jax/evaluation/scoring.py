@@ -14,6 +14,7 @@ import numpy as np
 from sa_jax import ops
 from sa_jax.costs import cost
 from sa_jax.decode.padding import right_pad
+from sa_jax.distributed import check_same_rows
 from sa_jax.errors import UserError
 from sa_jax.evaluation.prefixes import Family, Row, bucket, families, rows_of_requests
 from sa_jax.nn import Cache, Transformer
@@ -182,11 +183,12 @@ class Scorer:
         )
       read.append((tokens[:-1], len(context) - 1))
       targets.append(tokens[len(context) :])
+    check_same_rows(self._params, "requests", np.concatenate([tokens for tokens, _ in read] or [np.zeros(0, np.int32)]))
     rows = rows_of_requests(read, merge=self._share)
     grouped = families(rows) if self._share else [Family((row,), 0) for row in rows]
     scores = np.zeros(len(requests)), np.zeros(len(requests), np.int64)
     with_targets = _Requests([first for _, first in read], targets)
-    mine = grouped if self._spread() else part(grouped, jax.process_index(), jax.process_count())
+    mine = grouped if self.is_spread else part(grouped, jax.process_index(), jax.process_count())
     total, done = sum(len(family.rows) for family in mine), 0
     # One batch behind, so that the device computes while the host prepares the next.
     waiting: list[tuple[list[int], Any, int]] = []
@@ -197,13 +199,14 @@ class Scorer:
         if progress is not None:
           progress(done, total)
       waiting = [] if batch is None else [batch]
-    log_likelihoods, hits = scores if self._spread() else together(scores)
+    log_likelihoods, hits = scores if self.is_spread else together(scores)
     return [
       Scored(float(value), int(hit) == len(target))
       for value, hit, target in zip(log_likelihoods, hits, targets, strict=True)
     ]
 
-  def _spread(self) -> bool:
+  @property
+  def is_spread(self) -> bool:
     """Whether the parameters are on devices of several processes."""
     mesh = mesh_of(self._params)
     return mesh is not None and mesh.is_multi_process

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from sa_jax.config import ModelConfig
+from sa_jax.distributed import done_by_first
 from sa_jax.errors import UserError
 from sa_jax.files import new_folder
 from sa_jax.formats import hf_config
@@ -29,6 +30,7 @@ _SHARED_CLASSES = {"llama": "SharedLlama", "mistral": "SharedMistral", "qwen2": 
 _SHARD_BYTES = 500_000_000
 
 
+@done_by_first("the export")
 def export(
   src: str | Path,
   dst: str | Path,

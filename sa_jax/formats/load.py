@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -9,10 +10,11 @@ from typing import Literal
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from sa_jax.distributed import done_by_first, on_all
 from sa_jax.errors import UserError
 from sa_jax.formats import checkpoint
 from sa_jax.formats.lazy import Progress, place, stack_lazily
-from sa_jax.formats.opened import open_model
+from sa_jax.formats.opened import Opened, open_model
 from sa_jax.formats.table import Account
 from sa_jax.nn import Transformer
 from sa_jax.params import stack
@@ -61,7 +63,11 @@ def from_pretrained(
   """
   if layout not in ("runs", "layers"):
     raise UserError(f"there is no layout {layout!r}; there are 'runs' and 'layers'")
-  opened = open_model(path, plan, dtype, revision)
+  read = functools.partial(open_model, path, plan, dtype, revision)
+  # Where all processes open one model together, a file that one of them lacks must not leave the others waiting.
+  opened = (
+    on_all("the files of the model", read, _fingerprint) if mesh is not None and mesh.is_multi_process else read()
+  )
   model = Transformer(opened.config, opened.plan)
   tree = opened.tree()
   if layout == "runs":
@@ -69,6 +75,12 @@ def from_pretrained(
   if mesh is None:
     return model, place(tree, SingleDeviceSharding(jax.local_devices()[0]), progress)
   return model, place(tree, param_shardings(model, mesh, rules, layout=layout), progress)
+
+
+def _fingerprint(opened: Opened) -> object:
+  """What two hosts have in common that read the same model; reading the weights themselves would take too long."""
+  shapes = sorted((name, tuple(shape)) for name, shape in opened.source.shapes.items())
+  return opened.config, opened.plan, shapes
 
 
 def describe(
@@ -83,6 +95,7 @@ def describe(
   return Transformer(opened.config, opened.plan)
 
 
+@done_by_first("the conversion")
 def convert(
   src: str | Path,
   dst: str | Path,

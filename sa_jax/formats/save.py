@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sa_jax.config import Compute
+from sa_jax.distributed import by_first
 from sa_jax.errors import UserError
 from sa_jax.formats.checkpoint import save_checkpoint
 from sa_jax.formats.extras import read_json
@@ -21,6 +22,7 @@ from sa_jax.formats.load import Layout, from_pretrained
 from sa_jax.formats.tokenizer import Tokenizer
 from sa_jax.nn import Transformer
 from sa_jax.params import as_layers
+from sa_jax.programs import fetch
 from sa_jax.sharding import abstract_params
 from sa_jax.trees import Params
 
@@ -85,21 +87,14 @@ def load(path: str | Path, mesh: Mesh | None = None) -> tuple[Transformer, Param
 
 def write(path: Path, model: Transformer, params: Params, save_extras: Callable[[Path], None]) -> None:
   """Gathers the parameters, in either layout, and lets the first process write them; arguments as of `save`."""
-  from jax.experimental import multihost_utils
-
-  held = jax.tree.map(_gathered, params)
-  if jax.process_index() == 0:
-    save_checkpoint(path, model.config, model.plan, as_layers(held, model.plan), save_extras)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f"saved {path}")
+  # One parameter after the other is whole on every host, and stays so on the first.
+  held = jax.tree.map(lambda leaf: _only_if(jax.process_index() == 0, fetch(leaf)), params)
+  layers = lambda: as_layers(held, model.plan)
+  by_first("the checkpoint", lambda: save_checkpoint(path, model.config, model.plan, layers(), save_extras))
 
 
-def _gathered(array: jax.Array | np.ndarray) -> np.ndarray:
-  if not isinstance(array, jax.Array) or array.is_fully_addressable:
-    return np.asarray(array)
-  from jax.experimental import multihost_utils
-
-  return multihost_utils.process_allgather(array, tiled=True)
+def _only_if(wanted: bool, array: np.ndarray) -> np.ndarray | None:
+  return array if wanted else None
 
 
 def _check(model: Transformer, params: Params, layout: Layout) -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from sa_jax.distributed import of_first_process, wait_for_all
 from sa_jax.errors import UserError
 from sa_jax.files import make_folder, write_text
 from sa_jax.formats.extras import read_json
@@ -22,7 +23,6 @@ from sa_jax.train import config as configs
 from sa_jax.train.checkpoints import Checkpoints
 from sa_jax.train.config import TrainConfig
 from sa_jax.train.data import in_order, shuffled, to_devices
-from sa_jax.train.distributed import of_first_process, wait_for_all
 from sa_jax.train.interruption import Interruption
 from sa_jax.train.metrics import Clock, Recorder, Window, peak_tflops, train_flops
 from sa_jax.train.setup import Run, prepare

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from sa_jax.distributed import wait_for_all
 from sa_jax.errors import UserError
 from sa_jax.formats import Tokenizer, load_tokenizer
 from sa_jax.nn import Transformer
@@ -19,7 +20,6 @@ from sa_jax.sharding import make_mesh, named_sharding
 from sa_jax.train.batch import Batch
 from sa_jax.train.config import MeshConfig, TrainConfig
 from sa_jax.train.data import Report, Rows, byte_tokenizer, host_rows, make_rows, open_corpus
-from sa_jax.train.distributed import wait_for_all
 from sa_jax.train.export import export
 from sa_jax.train.learner import make_learner, model_of
 from sa_jax.train.optimizer import make_optimizer

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import sa_jax
-from sa_jax.train.distributed import Hosts, start
+from sa_jax.distributed import Hosts, start
 from tests import FAST_COMPILATION
 from tests.train.test_resume import ROOT, curve
 from tests.train.tiny_run import SAVE_EVERY, STEPS, TEXT

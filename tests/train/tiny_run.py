@@ -17,9 +17,9 @@ from pathlib import Path
 import jax
 
 from sa_jax import ModelConfig
+from sa_jax.distributed import Hosts, start
 from sa_jax.train.config import DataConfig, LogConfig, MeshConfig, TrainConfig
 from sa_jax.train.data import Reading
-from sa_jax.train.distributed import Hosts, start
 from sa_jax.train.optimizer import OptimizerConfig
 
 STEPS, SAVE_EVERY = 20, 4

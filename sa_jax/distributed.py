@@ -1,0 +1,251 @@
+"""Several hosts as one machine."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import json
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar, cast
+
+import jax
+import numpy as np
+
+from sa_jax.errors import UserError
+from sa_jax.sharding import mesh_of
+from sa_jax.trees import Params
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+  """How this process finds the others that train with it."""
+
+  multihost: bool = False
+  """Join the other processes: on a TPU pod, under SLURM, Open MPI or Kubernetes the environment says all."""
+  coordinator: str | None = None
+  """Elsewhere: ADDRESS:PORT of the first process."""
+  processes: int | None = None
+  """Elsewhere: how many processes there are."""
+  process: int | None = None
+  """Elsewhere: which of them this is, from 0."""
+
+
+def start(hosts: Hosts) -> None:
+  """Joins the other processes, if there are any; must come before anything asks for devices.
+
+  Raises:
+    UserError: if only some of the flags are given, or the others cannot be reached.
+  """
+  given = [value for value in (hosts.coordinator, hosts.processes, hosts.process) if value is not None]
+  if given and len(given) < 3:
+    raise UserError("`coordinator`, `processes` and `process` belong together; on a cluster `multihost` is enough")
+  if not (given or hosts.multihost) or jax.distributed.is_initialized():
+    return
+  if jax.config.jax_platforms == "cpu":  # type: ignore[attr-defined]
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  try:
+    jax.distributed.initialize(hosts.coordinator, hosts.processes, hosts.process)
+  except (RuntimeError, ValueError) as error:
+    raise UserError(f"the other processes cannot be reached: {error}") from None
+
+
+_PATIENCE = 50.0
+"""Seconds that processes wait for each other where all of them have little to do: nobody waits longer than a minute."""
+_FOREVER = 24 * 3600.0
+_asked: collections.Counter[str] = collections.Counter()
+
+
+def exchange(what: str, mine: str, seconds: float = _PATIENCE) -> list[str]:
+  """What every process says to a question, in the order of processes. All of them have to ask it.
+
+  It passes by the coordinator, not over the devices: processes that have stopped, or ask other things, are named.
+
+  Raises:
+    UserError: if one does not answer in time.
+  """
+  if jax.process_count() == 1:
+    return [mine]
+  key = _key(what)
+  _client().key_value_set(f"{key}/{jax.process_index()}", mine)
+  return [_answer(key, process, what, seconds) for process in range(jax.process_count())]
+
+
+def _key(what: str) -> str:
+  """A name for this question: the same that other processes have for theirs if they have asked as often."""
+  _asked[what] += 1
+  return f"sa_jax/{what}/{_asked[what]}"
+
+
+def _client() -> Any:
+  from jax._src import distributed  # JAX has no public way to it; Orbax and others take this one
+
+  return distributed.global_state.client
+
+
+def _answer(key: str, process: int, what: str, seconds: float) -> str:
+  try:
+    return _client().blocking_key_value_get(f"{key}/{process}", int(1000 * seconds))
+  except jax.errors.JaxRuntimeError:
+    raise UserError(
+      f"process {process} has not come to {what} within {seconds:.0f} s of process {jax.process_index()}: it has "
+      "stopped, or was started with another command or config; its own output says why"
+    ) from None
+
+
+def check_same(what: str, value: object) -> None:
+  """Checks that all processes have the same of something: rows of tokens, a config, a model's files.
+
+  Args:
+    what: its name, for people.
+    value: an array, bytes, or anything whose `repr` says all.
+
+  Raises:
+    UserError: on every process, with the checksum that each has.
+  """
+  if jax.process_count() == 1:
+    return
+  _raise_unless_equal(what, exchange(what, f"{checksum(value)} on {socket.gethostname()}"))
+
+
+def check_same_rows(params: Params, what: str, value: object) -> None:
+  """`check_same` of what is computed with parameters that are spread over processes; errors as there."""
+  mesh = mesh_of(params)
+  if mesh is not None and mesh.is_multi_process:
+    check_same(what, value)
+
+
+def _raise_unless_equal(what: str, answers: Sequence[str]) -> None:
+  by_checksum: dict[str, list[str]] = {}
+  for process, answer in enumerate(answers):
+    found, _, host = answer.partition(" on ")
+    by_checksum.setdefault(found, []).append(f"{process} ({host})")
+  if len(by_checksum) > 1:
+    said = "; ".join(f"{found} on process {', '.join(who)}" for found, who in by_checksum.items())
+    raise UserError(f"processes have different {what}: {said}; give all of them the same")
+
+
+def checksum(value: object) -> str:
+  """Eight digits that tell values apart."""
+  if isinstance(value, np.ndarray):
+    data = repr((value.shape, str(value.dtype))).encode() + np.ascontiguousarray(value).tobytes()
+  else:
+    data = value if isinstance(value, bytes) else repr(value).encode()
+  return hashlib.sha256(data).hexdigest()[:8]
+
+
+def on_all(what: str, work: Callable[[], T], value_of: Callable[[T], object]) -> T:
+  """Work that every process does by itself, such as reading files: what fails on one fails on all.
+
+  Args:
+    what: its result's name, for people.
+    work: what to do.
+    value_of: what has to be the same everywhere; see `check_same`.
+
+  Raises:
+    UserError: if the work raises one on any process, which is named, or the results differ.
+  """
+  if jax.process_count() == 1:
+    return work()
+  fault, result = None, None
+  try:
+    result = work()
+    mine = {"checksum": f"{checksum(value_of(result))} on {socket.gethostname()}"}
+  except UserError as error:
+    fault, mine = error, {"fault": str(error)}
+  answers = [json.loads(answer) for answer in exchange(what, json.dumps(mine))]
+  if fault is not None:
+    raise fault
+  if faults := [f"process {process}: {each['fault']}" for process, each in enumerate(answers) if "fault" in each]:
+    raise UserError(f"{what} cannot be read everywhere: " + "; ".join(faults))
+  _raise_unless_equal(what, [each["checksum"] for each in answers])
+  return cast(T, result)
+
+
+def by_first(what: str, work: Callable[[], None]) -> None:
+  """Work that the first process does for all, such as writing files; the others wait for its end.
+
+  Raises:
+    UserError: on every process, if the work raises one.
+  """
+
+  def done() -> str:
+    work()
+    return ""
+
+  of_first(what, done, _FOREVER)
+
+
+def done_by_first(what: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
+  """A function of files that the first process runs for all; see `by_first`."""
+
+  def decorate(function: Callable[P, None]) -> Callable[P, None]:
+    @functools.wraps(function)
+    def call(*arguments: P.args, **named: P.kwargs) -> None:
+      by_first(what, lambda: function(*arguments, **named))
+
+    return call
+
+  return decorate
+
+
+def of_first(what: str, work: Callable[[], str], seconds: float = _PATIENCE) -> str:
+  """What the first process finds, on every process: a text that all have to have from one place.
+
+  Raises:
+    UserError: on every process, if the work raises one; if it takes longer.
+  """
+  if jax.process_count() == 1:
+    return work()
+  key = _key(what)
+  if jax.process_index() > 0:
+    answer = json.loads(_answer(key, 0, what, seconds))
+    if "fault" in answer:
+      raise UserError(f"process 0: {answer['fault']}")
+    return answer["found"]
+  say = lambda **answer: _client().key_value_set(f"{key}/0", json.dumps(answer))
+  try:
+    found = work()
+  except BaseException as error:
+    say(fault=str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+    raise
+  say(found=found)
+  return found
+
+
+def rows_of_all(rows: np.ndarray) -> np.ndarray:
+  """Each host's own rows ``[rows, T]``, put together in the order of hosts: what functions of this library take.
+
+  They expect the same rows on every process; this makes them of rows that are not. Hosts may have different numbers of
+  rows, of the same length.
+  """
+  if jax.process_count() == 1:
+    return rows
+  from jax.experimental import multihost_utils
+
+  counts = [int(count) for count in exchange("numbers of rows", str(len(rows)))]
+  padded = np.pad(rows, ((0, max(counts) - len(rows)), (0, 0)))
+  gathered = multihost_utils.process_allgather(padded)
+  return np.concatenate([each[:count] for each, count in zip(gathered, counts, strict=True)])
+
+
+def wait_for_all(what: str) -> None:
+  """Waits until every process has come here."""
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(what)
+
+
+def of_first_process(number: int) -> int:
+  """The first process's number, on every process."""
+  if jax.process_count() == 1:
+    return number
+  from jax.experimental import multihost_utils
+
+  return int(multihost_utils.broadcast_one_to_all(np.asarray(number)))

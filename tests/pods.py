@@ -1,0 +1,84 @@
+"""What is done on a pod, small. As a program: one process of several, which writes what it found.
+
+python -m tests.pods FOLDER PORT PROCESSES RANK
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import sa_jax
+from sa_jax import UserError, distributed
+from sa_jax.analysis import Text
+from sa_jax.analysis.align import align
+from sa_jax.analysis.judge import Judge
+from sa_jax.analysis.refit import Refit
+from sa_jax.analysis.share import share
+from sa_jax.analysis.similarity import layer_similarity
+from sa_jax.evaluation import Scorer
+from sa_jax.sharding import make_mesh
+from tests import tiny
+
+PLAN = "1:2"
+
+
+def model():
+  return tiny.model("dense", num_layers=4, vocab_size=64, eos_token_ids=(2,))
+
+
+def work(folder: Path, out: Path, sizes: dict[str, int]) -> dict[str, object]:
+  """Everything that takes parameters, on a mesh; files go to ``out``."""
+  mesh = make_mesh(**sizes)
+  shared, params = sa_jax.from_pretrained(folder / "model", PLAN, "float32", mesh=mesh)
+  tokens = tiny.tokens(4, 16, 64)
+  found: dict[str, object] = {"loss": sa_jax.perplexity(shared, params, tokens, batch_size=4).loss}
+  requests = [(tiny.tokens(1, 5 + number, 64, number)[0], [number + 3, 7]) for number in range(6)]
+  found["scores"] = [score.log_likelihood for score in Scorer(shared, params, batch_tokens=64)(requests)]
+  found["cosine"] = layer_similarity(shared, params, tokens[:1], block=16).cosine.tolist()
+  dense, params = sa_jax.from_pretrained(folder / "model", "dense", "float32", mesh=mesh, layout="layers")
+  texts = [Text("text", tokens[:2], tokens[2:])]
+  made = share(dense, params, texts, 1, recovery=Refit(mlp=True), chunk=2)
+  found["plan"] = str(made.model.plan)
+  found["shared"] = made.shared["text"].loss
+  found["aligned"] = align(dense, params, sa_jax.SharingPlan.parse(PLAN, 4), tokens, chunk=4).loss
+  sa_jax.save(out / "shared", made.model, made.params)
+  sa_jax.convert(folder / "model", out / "converted", dtype="float32")
+  sa_jax.export(out / "converted", out / "exported")
+  Judge(dense, params, texts, None, chunk=2, record=out / "record.json").losses(made.model.plan)
+  return found
+
+
+def faults(folder: Path, rank: int) -> list[str]:
+  """What is said where processes differ."""
+
+  def said(call) -> str:
+    try:
+      call()
+    except UserError as error:
+      return str(error)
+    return "nothing"
+
+  shared, params = sa_jax.from_pretrained(folder / "model", PLAN, "float32", mesh=make_mesh(fsdp=jax.device_count()))
+  mine = folder / ("model" if rank == 0 else "nowhere")
+  return [
+    said(lambda: sa_jax.perplexity(shared, params, tiny.tokens(4, 16, 64, seed=rank))),
+    said(lambda: sa_jax.from_pretrained(mine, mesh=make_mesh(fsdp=jax.device_count()))),
+    said(lambda: sa_jax.convert(folder / "nowhere", folder / "converted")),
+    said(lambda: distributed.exchange("a step that process 1 leaves out", "", 1.0)) if rank == 0 else "",
+  ]
+
+
+def main(folder: str, port: str, processes: str, rank: str) -> None:
+  distributed.start(distributed.Hosts(True, f"127.0.0.1:{port}", int(processes), int(rank)))
+  top = Path(folder)
+  found = work(top, top / "two", {"slice": 2, "fsdp": 2, "tensor": 2})
+  rows = distributed.rows_of_all(np.full((1 + int(rank), 3), int(rank)))
+  found |= {"faults": faults(top, int(rank)), "rows": rows.tolist()}
+  (top / f"found-{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])
