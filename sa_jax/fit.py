@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -31,9 +32,9 @@ from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.typed import apply
 from sa_jax.plan import SharingPlan
 from sa_jax.sharding import (
-  MESH_AXES,
   abstract_params,
   cache_shardings,
+  make_mesh,
   named_sharding,
   on_mesh,
   param_shardings,
@@ -202,23 +203,31 @@ def topology_mesh(job: Job) -> Mesh:
   Raises:
     UserError: if libtpu does not know the topology, or its devices are not as many as the mesh needs.
   """
-  from jax.experimental import mesh_utils, topologies
-
   try:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=job.topology).devices
+    return make_mesh(job.data, job.fsdp, job.tensor, job.sequence, devices=tpu_devices(job.topology))
+  except UserError as error:
+    raise UserError(f"{job.topology}: {error}") from None
+
+
+def tpu_devices(topology: str, slices: int = 1) -> Sequence[jax.Device]:
+  """The devices of TPU slices that are not here, to make a mesh of and to compile for.
+
+  In a process of its own, as `fit` starts one, or in one that has not used libtpu yet.
+
+  Raises:
+    UserError: if libtpu does not know the topology.
+  """
+  from jax.experimental import topologies
+
+  for name, value in _ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+  try:
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices).devices
   except Exception as error:
     raise UserError(
-      f"libtpu does not know the topology {job.topology!r} ({str(error).splitlines()[0]}); "
+      f"libtpu does not know the topology {topology!r} ({str(error).splitlines()[0]}); "
       "there are, for example, v5e:2x4, v5e:16x16, v6e:4x4, v5p:2x2x1, v5p:4x4x4"
     ) from error
-  shape = (job.data, job.fsdp, job.tensor, job.sequence)
-  if math.prod(shape) != len(devices):
-    raise UserError(
-      f"{job.topology} has {len(devices)} devices; data {job.data} × fsdp {job.fsdp} × tensor {job.tensor}"
-      f"{f' × sequence {job.sequence}' if job.sequence != 1 else ''} makes {math.prod(shape)}"
-    )
-  arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-  return Mesh(arranged, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
 
 
 def program(job: Job, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[Tree, ...]]:

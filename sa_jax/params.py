@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sa_jax.errors import UserError
 from sa_jax.plan import Run, SharingPlan
@@ -226,10 +227,17 @@ def _unstack_into(layers: dict[str, Tree], stacked: Any, numbers: Sequence[int],
     layers[str(layer)] = jax.tree.unflatten(structure, [column[position] for column in columns])
 
 
+def _without_leading(leaf: jax.ShapeDtypeStruct, axes: int) -> jax.ShapeDtypeStruct:
+  sharding = leaf.sharding
+  if isinstance(sharding, NamedSharding):
+    sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[axes:]))
+  return jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype, sharding=sharding)
+
+
 def _split(leaf: Any, axes: int, donate: bool) -> list[Tree]:
   indices = list(np.ndindex(leaf.shape[:axes]))
   if isinstance(leaf, jax.ShapeDtypeStruct):
-    return [jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype)] * len(indices)
+    return [_without_leading(leaf, axes)] * len(indices)
   rows = [leaf[index] for index in indices]
   if donate and isinstance(leaf, jax.Array):
     jax.block_until_ready(rows)

@@ -49,6 +49,10 @@ class Program(Generic[T]):
     functools.update_wrapper(self, function)
     self.name, self.jitted = function.__name__, jitted
 
+  def __get__(self, instance: object, owner: type | None = None) -> Callable[..., T]:
+    """The program as a method, whose ``self`` is an argument like others."""
+    return self if instance is None else functools.partial(self, instance)
+
   def __call__(self, *arguments: Any, **named: Any) -> T:
     """Runs it; under `compiling`, with shapes among the arguments, compiles it and returns shapes."""
     compiled = _compiled.get()

@@ -83,7 +83,7 @@ def make_mesh(
   _check_sizes(sizes, slice, devices)
   axis_types = (AxisType.Auto,) * len(sizes)
   if slice == 1:
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=axis_types, devices=devices)
+    return Mesh(_arranged(tuple(sizes.values()), devices), MESH_AXES, axis_types=axis_types)
   return Mesh(
     _in_slices(tuple(sizes.values()), slice, devices), ("slice", *MESH_AXES), axis_types=(AxisType.Auto, *axis_types)
   )
@@ -106,14 +106,21 @@ def _slices(devices: Sequence[jax.Device]) -> int:
 
 def _in_slices(shape: tuple[int, ...], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
   """Devices ``[slices, *shape]``: of each slice by itself, or of equal stretches where devices do not say theirs."""
-  from jax.experimental import mesh_utils
-
   if _slices(devices) > 1:
+    from jax.experimental import mesh_utils
+
     ones = (1,) * len(shape)
     return mesh_utils.create_hybrid_device_mesh((1, *shape), (slices, *ones), devices, allow_split_physical_axes=True)
   size = len(devices) // slices
   parts = [devices[start : start + size] for start in range(0, len(devices), size)]
-  return np.stack([mesh_utils.create_device_mesh(shape, part, allow_split_physical_axes=True) for part in parts])
+  return np.stack([_arranged(shape, part) for part in parts])
+
+
+def _arranged(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+  """Devices of one slice as near to each other as their network has them."""
+  from jax.experimental import mesh_utils
+
+  return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def parse_mesh(text: str, *, devices: Sequence[jax.Device] | None = None) -> Mesh:

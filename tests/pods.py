@@ -35,6 +35,8 @@ def work(folder: Path, out: Path, sizes: dict[str, int]) -> dict[str, object]:
   shared, params = sa_jax.from_pretrained(folder / "model", PLAN, "float32", mesh=mesh)
   tokens = tiny.tokens(4, 16, 64)
   found: dict[str, object] = {"loss": sa_jax.perplexity(shared, params, tokens, batch_size=4).loss}
+  for name, slots in (("tokens", 64), ("batched", 2)):
+    found[name] = sa_jax.generate(shared, params, tokens, max_new_tokens=5, slots=slots).tokens.tolist()
   requests = [(tiny.tokens(1, 5 + number, 64, number)[0], [number + 3, 7]) for number in range(6)]
   found["scores"] = [score.log_likelihood for score in Scorer(shared, params, batch_tokens=64)(requests)]
   found["cosine"] = layer_similarity(shared, params, tokens[:1], block=16).cosine.tolist()

@@ -73,7 +73,7 @@ def test_too_big_is_an_answer():
   ("changes", "message"),
   [
     ({"topology": "v99:2x2"}, "v99:2x2.*there are, for example, v5e:2x4"),
-    ({"fsdp": 4}, "v5e:2x2 has 4 devices; data 1 × fsdp 4 × tensor 2 makes 8"),
+    ({"fsdp": 4}, "v5e:2x2: a mesh of data 1 × fsdp 4 × tensor 2 needs 8 devices; there are 4"),
     ({"tensor": 4, "fsdp": 1}, "not divisible"),
   ],
 )

@@ -15,6 +15,8 @@ import pytest
 import sa_jax
 from tests import FAST_COMPILATION, pods, tiny
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -47,7 +49,8 @@ def found(tmp_path_factory):
 def test_numbers(found):
   _, one, two = found
   for each in two:
-    assert each["plan"] == one["plan"]
+    for name in ("plan", "tokens", "batched"):
+      assert each[name] == one[name]
     for name in ("loss", "scores", "cosine", "shared", "aligned"):
       np.testing.assert_allclose(each[name], one[name], rtol=1e-5, atol=1e-6)
   assert {name: two[0][name] for name in one} == {name: two[1][name] for name in one}

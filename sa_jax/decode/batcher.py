@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sa_jax.decode.engine import Engine, Prompts, check_seed, pad_to, retire
@@ -20,6 +19,7 @@ from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_tokens
 from sa_jax.params import as_layers
+from sa_jax.programs import fetch
 from sa_jax.trees import Params
 
 _UNWATCHED = 128
@@ -76,7 +76,8 @@ class Batcher:
     if slots < 1 or capacity < 1 or chunk < 1:
       raise UserError(f"slots, capacity and chunk must be at least 1, not {slots}, {capacity} and {chunk}")
     self.slots, self.capacity, self.chunk, self.longest_first = slots, capacity, chunk, longest_first
-    self._engine, self._params, self._sampler = Engine(model), as_layers(params, model.plan), sampler
+    self._params, self._sampler = as_layers(params, model.plan), sampler
+    self._engine = Engine.of(model, self._params)
     self._state = self._engine.empty(slots, capacity)
     self._waiting: collections.deque[Request] = collections.deque()
     # Any thread may submit and cancel; one steps at a time.
@@ -153,7 +154,7 @@ class Batcher:
       enough=enough,
     )
     # One transfer a chunk: for a small model the host's work is most of the time.
-    out, done, first = jax.device_get((out, self._state.done, first))
+    out, done, first = fetch((out, self._state.done, first))
     firsts = {slot: int(token) for slots, tokens in first for slot, token in zip(slots, tokens, strict=True)}
     news = {}
     for slot, request in list(self._running.items()):
@@ -169,7 +170,7 @@ class Batcher:
   def _drop_cancelled(self) -> None:
     cancelled = [slot for slot, request in self._running.items() if request.status == "cancelled"]
     if cancelled:
-      self._state = retire(self._state, jnp.zeros(self.slots, bool).at[np.array(cancelled)].set(True))
+      self._state = retire(self._state, np.isin(np.arange(self.slots), cancelled))
     for slot in cancelled:
       del self._running[slot]
 

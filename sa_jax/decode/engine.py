@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +17,8 @@ from sa_jax.decode.sampling import Sampler
 from sa_jax.errors import UserError
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.typed import apply
-from sa_jax.sharding import DEFAULT_RULES, Rules, cache_shardings, named_sharding, traced_on
+from sa_jax.programs import program
+from sa_jax.sharding import DEFAULT_RULES, Rules, cache_shardings, mesh_of, named_sharding, rules_of, traced_on
 from sa_jax.trees import Params, Tree
 
 _LOG = logging.getLogger("sa_jax")
@@ -125,6 +125,12 @@ class Engine:
   mesh: Mesh | None = None
   rules: Rules = DEFAULT_RULES
 
+  @classmethod
+  def of(cls, model: Transformer, params: Params) -> Engine:
+    """The engine of a model where its parameters are."""
+    mesh = mesh_of(params)
+    return cls(model) if mesh is None else cls(model, mesh, rules_of(model.config, params, mesh))
+
   def empty(self, slots: int, capacity: int) -> DecodeState:
     """A batch of rows that have all ended, for `admit` to fill; made in parts where it lies on a mesh."""
     config, plan = self.model.config, self.model.plan
@@ -145,7 +151,7 @@ class Engine:
     rows: Any = named_sharding(self.mesh, ("batch",), self.rules)
     return DecodeState(cache_shardings(self.model, self.mesh, self.rules), rows, rows, rows, rows, rows)
 
-  @functools.partial(jax.jit, static_argnames=("self", "capacity"))
+  @program(static_argnames=("self", "capacity"))
   def prefill(self, params: Params, prompts: Prompts, *, sampler: Sampler, capacity: int) -> DecodeState:
     """Reads prompts into a cache of ``capacity`` slots a row, at least T, and draws the first token of each."""
     _LOG.info("compiling prefill of %s × %s tokens into %s slots", *prompts.tokens.shape, capacity)
@@ -155,7 +161,7 @@ class Engine:
     first, done = self._choose(sampler, logits, prompts.lengths, remaining, keys)
     return self._in_place(DecodeState(cache.grow(capacity), first, prompts.lengths, remaining, done, keys))
 
-  @functools.partial(jax.jit, static_argnames="self", donate_argnames="state")
+  @program(static_argnames="self", donate_argnames="state")
   def admit(
     self, params: Params, state: DecodeState, slots: jax.Array, prompts: Prompts, *, sampler: Sampler
   ) -> tuple[DecodeState, jax.Array]:
@@ -167,7 +173,7 @@ class Engine:
     rows = self.prefill(params, prompts, sampler=sampler, capacity=prompts.tokens.shape[1])
     return self._in_place(insert(state, rows, slots)), rows.tokens
 
-  @functools.partial(jax.jit, static_argnames=("self", "width"), donate_argnames="state")
+  @program(static_argnames=("self", "width"), donate_argnames="state")
   def decode(
     self,
     params: Params,
@@ -229,7 +235,7 @@ class Engine:
     return tokens, (tokens[:, None] == ends[None, :]).any(axis=-1) | (remaining <= 0)
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@program(donate_argnames="state")
 def insert(state: DecodeState, rows: DecodeState, slots: jax.Array) -> DecodeState:
   """Puts rows, prefilled into at most as many cache slots, at places int32 ``slots [rows]`` of a batch (donated)."""
 
@@ -243,7 +249,7 @@ def insert(state: DecodeState, rows: DecodeState, slots: jax.Array) -> DecodeSta
   return jax.tree.map(put, state, rows)
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@program(donate_argnames="state")
 def retire(state: DecodeState, rows: jax.Array) -> DecodeState:
   """Ends the rows that bool ``rows [B]`` names, whatever they were doing."""
   return dataclasses.replace(state, done=state.done | rows)

@@ -12,10 +12,12 @@ from sa_jax.decode.batcher import Batcher
 from sa_jax.decode.engine import Engine, Prompts, capacity_for, check_seed, pad_to
 from sa_jax.decode.padding import to_right_padded
 from sa_jax.decode.sampling import Sampler
+from sa_jax.distributed import check_same_rows
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_tokens
 from sa_jax.params import as_layers
+from sa_jax.programs import fetch
 from sa_jax.trees import Params
 
 
@@ -89,6 +91,7 @@ def generate(
       f"prompts of up to {int(lengths.max())} tokens (rows of {tokens.shape[1]}) with {max_new_tokens} new ones do not "
       f"fit a cache of {capacity} slots; {max(needed, tokens.shape[1])} are needed"
     )
+  check_same_rows(params, "prompts", tokens)
   prompts = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
   if len(prompts) > slots:
     batcher = Batcher(model, params, slots=slots, capacity=capacity, sampler=sampler)
@@ -145,12 +148,13 @@ def _slots_for(prompt: int, new: int) -> int:
 
 def _static(model: Transformer, params: Params, prompts: Prompts, sampler: Sampler, capacity: int) -> np.ndarray:
   """All rows in one batch; int32 ``[B, most new tokens]``, -1 after a row's end."""
-  engine, layers, new = Engine(model), as_layers(params, model.plan), int(prompts.new.max())
+  layers, new = as_layers(params, model.plan), int(prompts.new.max())
+  engine = Engine.of(model, layers)
   state = engine.prefill(layers, prompts, sampler=sampler, capacity=capacity)
-  first = np.asarray(state.tokens)[:, None]
   width = pad_to(new - 1, capacity)
+  first = fetch(state.tokens)[:, None]  # the state is given away
   _, rest = engine.decode(layers, state, sampler=sampler, steps=np.int32(new - 1), width=width)
-  return np.concatenate([first, np.asarray(rest)[:, : new - 1]], axis=1)
+  return np.concatenate([first, fetch(rest)[:, : new - 1]], axis=1)
 
 
 def _continuous(batcher: Batcher, prompts: Sequence[np.ndarray], max_new_tokens: int, seed: int) -> np.ndarray:

@@ -63,19 +63,23 @@ def attend(
   """`sa_jax.ops.attend`, of each device's queries, rows and heads by itself where XLA cannot split it over the mesh.
 
   Rows, heads and queries do not see each other, and what each needs is where `split_for_attention` has brought it, so
-  this adds no communication. Inside a `jax.shard_map` of the caller's there is nothing left to split.
+  this adds no communication. Inside a `jax.shard_map` of the caller's there is nothing left to split. Rows that do not
+  divide (one row over two devices) are not split: every device attends in all of them.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.manual_axes:
+  ambient = jax.sharding.get_abstract_mesh()
+  # Outside any context, arrays know what they are spread over, also under `jax.jit`.
+  mesh = jax.typeof(q).sharding.mesh if ambient.empty else ambient
+  if mesh.empty or mesh.size == 1 or mesh.manual_axes:
     return ops.attend(q, k, v, rows, spec, backend)
   ops.check_shapes(q, k, v, rows)
   along = query_axis(mesh, k.shape[2])
   part = rows if along is None else dataclasses.replace(rows, offset=jnp.int32(0))
-  name = ops.choose_backend(backend, q, k, part, spec)
+  platform = mesh.abstract_device.platform if ambient.empty and mesh.abstract_device else None
+  name = ops.choose_backend(backend, q, k, part, spec, platform)
   chosen = ops.backends[name]
   if along is None and chosen.partitions:
     return split_for_attention(chosen.attend(q, k, v, rows, spec), "heads", k.shape[2])
-  if not nn.get_logical_axis_rules():
+  if ambient.empty or not nn.get_logical_axis_rules():
     raise UserError(
       f"the attention backend {name!r} runs on a mesh only where the rules say how it is split: "
       "use `with sa_jax.sharding.on_mesh(mesh):`"
@@ -92,6 +96,8 @@ def attend(
     return chosen.attend(q, k, v, rows, spec)
 
   queries, keys = (attention_axes(mesh, heads, k.shape[2]) for heads in ("heads", "kv_heads"))
+  if not _divides(mesh, PartitionSpec(queries[0]), q.shape):
+    queries, keys = (PartitionSpec(None, *axes[1:]) for axes in (queries, keys))
   in_specs = (queries, keys, keys, _rows_axes(rows, queries))
   return jax.shard_map(of_a_device, in_specs=in_specs, out_specs=queries, check_vma=False)(q, k, v, rows)
 

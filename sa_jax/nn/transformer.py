@@ -40,7 +40,9 @@ class Embed(nn.Module):
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """int32 ``[B, T]`` → ``[B, T, D]``; a token outside the vocabulary gives NaN, never another token's vector."""
-    x = jnp.asarray(self.embedding).at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    # Gathered over FSDP first, as all weights are: rows of a table whose columns are split would have to move instead.
+    table = nn.with_logical_constraint(jnp.asarray(self.embedding), ("vocab", None))
+    x = table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     x = x.astype(self.config.dtype)
     if self.config.scale_embeddings:
       x = x * jnp.asarray(math.sqrt(self.config.embed_dim), x.dtype)

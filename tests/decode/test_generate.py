@@ -252,7 +252,7 @@ class TestPadding:
 
 def test_programs_are_few(model, params):
   """Any number of new tokens is one program, and so is any temperature and any p."""
-  counts = lambda: (Engine.prefill._cache_size(), Engine.decode._cache_size())
+  counts = lambda: (Engine.prefill.jitted._cache_size(), Engine.decode.jitted._cache_size())
   fresh = Transformer(dataclasses.replace(model.config, max_length=999), model.plan)
   run = lambda **how: sa_jax.generate(fresh, params, np.ones((1, 8), np.int32), **how)
   before = counts()
