@@ -8,6 +8,7 @@ import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers
 
 from sa_jax.errors import UserError
+from sa_jax.formats.sentencepiece_model import Pieces, add_whole, backend_of, put_around
 from sa_jax.formats.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -17,16 +18,24 @@ _GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 _LLAMA3_SPLIT = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# As Llama 3's, but for digits, which stand alone.
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 # How a GGUF's `tokenizer.ggml.pre` splits text before byte-level BPE, as llama.cpp defines the names.
 _PRE_TOKENIZERS = {
   "smollm": (r"\p{N}", _GPT2_SPLIT),
   "gpt-2": (_GPT2_SPLIT,),
   "llama-bpe": (_LLAMA3_SPLIT,),
+  "llama3": (_LLAMA3_SPLIT,),
+  "llama-v3": (_LLAMA3_SPLIT,),
+  "glm4": (_LLAMA3_SPLIT,),
+  "chatglm-bpe": (_LLAMA3_SPLIT,),
+  "qwen2": (_QWEN2_SPLIT,),
+  "deepseek-r1-qwen": (_QWEN2_SPLIT,),
 }
-# The values of `tokenizer.ggml.token_type` that matter here. The last two are found in a text whole.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
-_SPACE = "▁"
-"""How SentencePiece writes a space."""
+_OF_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3")
+"""Whose texts start with the start token, and whose tokens are taken whole before merges are tried."""
+_COMPOSED = ("qwen2",)
+"""Whose original composes characters first (NFC)."""
 
 
 def unsupported(file: GgufFile) -> str | None:
@@ -50,15 +59,7 @@ def from_gguf(file: GgufFile) -> Tokenizer:
     raise UserError(reason)
   kind, pre = file.optional("tokenizer.ggml.model"), file.optional("tokenizer.ggml.pre")
   backend = _sentencepiece(file) if kind == "llama" else _byte_level(file, pre)
-  tokens, types = _columns(file, "tokens", "token_type")
-  whole = {_CONTROL: True, _USER_DEFINED: False}
-  backend.add_tokens(
-    [
-      tokenizers.AddedToken(token, special=whole[each], normalized=False)
-      for token, each in zip(tokens, types, strict=True)
-      if each in whole
-    ]
-  )
+  tokens = file.field("tokenizer.ggml.tokens", list)
   names = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
   special = [
     (name, _token(file, tokens, key))
@@ -68,13 +69,10 @@ def from_gguf(file: GgufFile) -> Tokenizer:
   # llama.cpp starts SentencePiece's texts and Llama 3's with the start token unless the file says otherwise.
   starts = file.optional("tokenizer.ggml.add_bos_token")
   if starts is None:
-    starts = kind == "llama" or file.optional("tokenizer.ggml.pre") == "llama-bpe"
+    starts = kind == "llama" or pre in _OF_LLAMA_3
   before = [_token(file, tokens, "bos")] if starts else []
   after = [_token(file, tokens, "eos")] if file.optional("tokenizer.ggml.add_eos_token") else []
-  if before or after:
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-      single=" ".join([*before, "$A", *after]), special_tokens=[(each, tokens.index(each)) for each in before + after]
-    )
+  put_around(backend, before, after)
   return Tokenizer(backend, file.optional("tokenizer.chat_template"), tuple(special))
 
 
@@ -102,49 +100,20 @@ def _columns(file: GgufFile, *names: str) -> list[list[Any]]:
 
 def _byte_level(file: GgufFile, pre: str) -> tokenizers.Tokenizer:
   """BPE over bytes, as GPT-2's, with the merges that the file names."""
-  vocabulary = {token: index for index, token in enumerate(file.field("tokenizer.ggml.tokens", list))}
+  tokens, kinds = _columns(file, "tokens", "token_type")
+  vocabulary = {token: index for index, token in enumerate(tokens)}
   merges = [tuple(merge.split(" ", 1)) for merge in file.field("tokenizer.ggml.merges", list)]
-  backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, ignore_merges=pre in _OF_LLAMA_3))
   splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in _PRE_TOKENIZERS[pre]]
   byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
   backend.decoder = decoders.ByteLevel()
+  if pre in _COMPOSED:
+    backend.normalizer = normalizers.NFC()
+  add_whole(backend, tokens, kinds)
   return backend
 
 
 def _sentencepiece(file: GgufFile) -> tokenizers.Tokenizer:
-  """BPE over characters, with bytes for those that are no piece: SentencePiece's, as of Llama 2 and Mistral.
-
-  SentencePiece joins the neighbours whose piece has the highest score (Kudo & Richardson, arXiv 1808.06226), so that
-  merges are all ways to make a piece of two, by the piece's score.
-  """
-  tokens, scores, types = _columns(file, "tokens", "scores", "token_type")
-  vocabulary = {token: index for index, token in enumerate(tokens)}
-  pieces = {token: score for token, score, kind in zip(tokens, scores, types, strict=True) if kind == _NORMAL}
-  lengths = set(map(len, pieces))
-  merges = [
-    (left, right)
-    for piece in sorted(pieces, key=lambda piece: -pieces[piece])
-    for left, right in _halves(piece, lengths)
-    if left in pieces and right in pieces
-  ]
-  unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None)
-  backend = tokenizers.Tokenizer(
-    tokenizers.models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-  )
-  prefix = file.optional("tokenizer.ggml.add_space_prefix") in (None, True)
-  spaces = [normalizers.Prepend(_SPACE)] * prefix + [normalizers.Replace(" ", _SPACE)]
-  backend.normalizer = normalizers.Sequence(spaces)
-  strip = [decoders.Strip(" ", 1, 0)] * prefix
-  backend.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
-  return backend
-
-
-def _halves(piece: str, lengths: set[int]) -> list[tuple[str, str]]:
-  """The ways to cut a piece in two that have the lengths of pieces, the shorter left first.
-
-  Of a piece of 100,000 characters all ways would be 10 GB of text; others as long as its halves there are hardly any.
-  """
-  size = len(piece)
-  cuts = range(1, size) if size <= len(lengths) else sorted(cut for cut in lengths if cut < size)
-  return [(piece[:cut], piece[cut:]) for cut in cuts if size - cut in lengths]
+  tokens, scores, kinds = _columns(file, "tokens", "scores", "token_type")
+  return backend_of(Pieces(tokens, scores, kinds, file.optional("tokenizer.ggml.add_space_prefix") in (None, True)))

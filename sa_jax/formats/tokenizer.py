@@ -235,28 +235,52 @@ def _chat_template(value: object, path: Path) -> str | None:
   return value
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
-  """The tokenizer in a folder, from ``tokenizer.json`` and the settings beside it.
-
-  Raises:
-    UserError: if there is none, or it is damaged.
-  """
-  file = path / "tokenizer.json"
-  if not file.exists():
-    raise UserError(f"there is no tokenizer.json in {path}")
+def _from_json(file: Path) -> tokenizers.Tokenizer:
   check_small(file)
   try:
     backend = tokenizers.Tokenizer.from_file(str(file))
   except Exception as error:  # the tokenizers package raises bare Exception
     raise UserError(f"{file} is not a tokenizer: {error}") from None
   _check_growth(backend, file)
-  # Whatever a tokenizer was last called with is saved with it, and is no property of the model.
-  backend.no_truncation()
-  backend.no_padding()
+  return backend
+
+
+def _from_pieces(file: Path, values: Mapping[str, object]) -> tokenizers.Tokenizer:
+  """From SentencePiece's own file, with what Llama's settings put around a text."""
+  from sa_jax.formats.sentencepiece_model import backend_of, put_around, read_pieces
+
+  check_small(file)
+  backend = backend_of(read_pieces(file))
+  around = dict(_special(values, file.parent))
+  before = [around["bos_token"]] if values.get("add_bos_token", True) and "bos_token" in around else []
+  after = [around["eos_token"]] if values.get("add_eos_token", False) and "eos_token" in around else []
+  if lacking := [token for token in before + after if backend.token_to_id(token) is None]:
+    raise UserError(f"{file} has no {' and no '.join(map(repr, lacking))}, which the settings put around texts")
+  put_around(backend, before, after)
+  return backend
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+  """The tokenizer in a folder, from ``tokenizer.json`` or ``tokenizer.model``, and the settings beside it.
+
+  Raises:
+    UserError: if there is none, or it is damaged.
+  """
   values: dict[str, Any] = {}
   for name in ("special_tokens_map.json", "tokenizer_config.json"):
     if (path / name).exists():
       values |= {key: value for key, value in read_json(path / name).items() if value is not None}
+  file = path / "tokenizer.json"
+  if file.exists():
+    backend = _from_json(file)
+  elif (pieces := path / "tokenizer.model").exists():
+    values = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | values
+    backend = _from_pieces(pieces, values)
+  else:
+    raise UserError(f"there is no tokenizer.json in {path}, and no tokenizer.model")
+  # Whatever a tokenizer was last called with is saved with it, and is no property of the model.
+  backend.no_truncation()
+  backend.no_padding()
   _add_tokens(backend, values.get("added_tokens_decoder", {}), path)
   template = _chat_template(values.get("chat_template"), path)
   if (separate := path / "chat_template.jinja").exists():

@@ -129,6 +129,45 @@ def test_damage(write, changes, message):
     sa_jax.load_tokenizer(path)
 
 
+class TestTokenizerModel:
+  """A folder whose only tokenizer is SentencePiece's own file."""
+
+  @pytest.fixture
+  def folder(self, spm, tmp_path):
+    pytest.importorskip("google.protobuf")
+    (tmp_path / "tokenizer.model").write_bytes(spm.serialized_model_proto())
+    return tmp_path
+
+  @pytest.mark.parametrize("text", [*FIXED, TEXT], ids=range(len(FIXED) + 1))
+  def test_tokens_and_text_are_sentencepiece_s(self, spm, folder, text):
+    tokenizer = sa_jax.load_tokenizer(folder)
+    assert tokenizer.encode(text) == [spm.bos_id(), *spm.encode(text)]
+    assert tokenizer.decode(spm.encode(text)) == text
+    assert dict(tokenizer.special)["eos_token"] == "</s>"
+
+  def test_settings(self, spm, folder):
+    (folder / "tokenizer_config.json").write_text('{"add_bos_token": false, "add_eos_token": true}')
+    assert sa_jax.load_tokenizer(folder).encode("self") == [*spm.encode("self"), spm.eos_id()]
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<start>"}')
+    with pytest.raises(ValueError, match="has no '<start>', which the settings put around texts"):
+      sa_jax.load_tokenizer(folder)
+
+  def test_another_model(self, folder):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(TEXT.splitlines()), model_writer=model, model_type="unigram", vocab_size=200, minloglevel=2
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    with pytest.raises(ValueError, match="it is not of BPE") as caught:
+      sa_jax.load_tokenizer(folder)
+    assert "it rewrites characters (nmt_nfkc)" in str(caught.value)
+
+  def test_damage(self, folder):
+    (folder / "tokenizer.model").write_bytes(b"\xff" * 100)
+    with pytest.raises(ValueError, match="is not a SentencePiece model"):
+      sa_jax.load_tokenizer(folder)
+
+
 @pytest.mark.parametrize(("changes", "start"), [({}, [256]), ({"add_add_bos_token": False}, [])])
 def test_llama_3_s_texts_start_with_the_start_token(tmp_path, changes, start):
   """As in llama.cpp, where the file does not say otherwise."""
