@@ -15,7 +15,7 @@ from sa_jax import cli
 from tests import pages
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", *sorted(ROOT.glob("experiments/*/README.md"))]
 PUBLIC = sorted(
   ".".join(path.parent.relative_to(ROOT).parts)
   for path in (ROOT / "sa_jax").rglob("__init__.py")

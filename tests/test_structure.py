@@ -15,7 +15,7 @@ CEILINGS = {
   "depth: train step": 20,
   "functions of 7 or more parameters": 12,
   "kernels of 7 or more parameters": 5,
-  "Any": 200,
+  "Any": 185,
   "import circles": 0,
   "upward imports": 0,
   "modules over 400 lines": 0,
