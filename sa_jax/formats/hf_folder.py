@@ -37,6 +37,8 @@ class HfFolder:
   @functools.cached_property
   def config(self) -> dict[str, Any]:
     """See `Source.config`."""
+    if not (self.path / "config.json").exists() and (self.path / "adapter_config.json").exists():
+      raise UserError(f"{self.path} is an adapter, not a model; merge it into its base model and open the result")
     config = read_json(self.path / "config.json")
     # Chat models name further end tokens here, which generation must know.
     file = self.path / "generation_config.json"

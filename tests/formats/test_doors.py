@@ -92,3 +92,9 @@ def test_a_tokenizer_or_a_config_alone(models, tmp_path):
 def test_a_missing_model_is_named_as_such(door, tmp_path):
   with pytest.raises(sa_jax.UserError, match=r"there is no file or folder .*absent"):
     door(str(tmp_path / "absent"))
+
+
+def test_an_adapter_is_no_model(tmp_path):
+  (tmp_path / "adapter_config.json").write_text("{}")
+  with pytest.raises(sa_jax.UserError, match="is an adapter, not a model; merge it into its base model"):
+    sa_jax.from_pretrained(tmp_path)
