@@ -230,7 +230,7 @@ class TestModelConfig:
       "mlp_dim=1.5 (a positive integer is needed)",
       "norm_eps=0.0 (a positive number is needed)",
       "attention='fast' (one of auto, reference, blockwise, cudnn, flash, splash is needed)",
-      "remat='some' (one of none, full, dots is needed)",
+      "remat='some' (one of none, full, attention, dots is needed)",
     ):
       assert message in str(caught.value)
 
