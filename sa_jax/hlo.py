@@ -7,6 +7,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
@@ -35,7 +37,7 @@ class Collective:
   bytes: int
 
 
-def collectives(text: str) -> tuple[Collective, ...]:
+def collectives(text: str, slice_size: int | None = None) -> tuple[Collective, ...]:
   """The collectives of a compiled program, by kind.
 
   Two disguises of the TPU compiler are seen through: a reduce-scatter is an all-reduce inside a fusion of that name,
@@ -43,6 +45,7 @@ def collectives(text: str) -> tuple[Collective, ...]:
 
   Args:
     text: HLO after optimisation, ``compiled.as_text()``.
+    slice_size: count those only that join devices of different slices, each of so many devices in the mesh's order.
   """
   computations = _computations(text)
   callers = {callee: name for name, lines in computations.items() for callee in _callees(lines)}
@@ -60,7 +63,7 @@ def collectives(text: str) -> tuple[Collective, ...]:
   found: dict[tuple[str, str], tuple[str, int, int]] = {}
   for name, lines in computations.items():
     for line in lines:
-      if match := _OPERATION.search(line):
+      if (match := _OPERATION.search(line)) and (slice_size is None or _crosses(line, slice_size)):
         instruction, shape, kind, start = match.groups()
         channel = _CHANNEL.search(line)
         if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
@@ -76,6 +79,19 @@ def collectives(text: str) -> tuple[Collective, ...]:
     for kind in KINDS
     if any(other == kind for other, _, _ in found.values())
   )
+
+
+def _crosses(line: str, slice_size: int) -> bool:
+  """Whether a collective joins devices of different slices."""
+  if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", line):
+    groups = [[int(device) for device in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", listed[1])]
+  elif iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+    shape, dims, order = ([int(number) for number in part.split(",")] if part else None for part in iota.groups())
+    devices = np.arange(math.prod(dims or ())).reshape(dims)
+    groups = (devices if order is None else devices.transpose(order)).reshape(shape).tolist()
+  else:
+    return True  # of all devices
+  return any(len({device // slice_size for device in group}) > 1 for group in groups)
 
 
 def _computations(text: str) -> dict[str, list[str]]:

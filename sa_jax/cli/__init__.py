@@ -91,6 +91,7 @@ def _commands() -> dict[str, Callable[..., Command]]:
     convert,
     cost,
     demo,
+    doctor,
     eval,
     export,
     fit,
@@ -118,6 +119,7 @@ def _commands() -> dict[str, Callable[..., Command]]:
     "share": share.Share,
     "train": train.command,
     "fit": fit.FitOf,
+    "doctor": doctor.Doctor,
     "bench": bench.Bench,
   }
 

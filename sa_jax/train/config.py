@@ -50,6 +50,8 @@ class MeshConfig:
   """Over how many heads, MLP and vocabulary are split."""
   sequence: int = 1
   """Over how many the tokens of a row are split."""
+  slice: int = 1
+  """Of how many slices the devices are, which gradients pass between once a step; the sizes above are inside one."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,9 +111,9 @@ def mesh_of(config: MeshConfig) -> Mesh:
   Raises:
     UserError: if the sizes do not fit the devices.
   """
-  rest = config.fsdp * config.tensor * config.sequence
+  rest = config.slice * config.fsdp * config.tensor * config.sequence
   data = config.data if config.data is not None else max(jax.device_count() // rest, 1)
-  return make_mesh(data, config.fsdp, config.tensor, config.sequence)
+  return make_mesh(data, config.fsdp, config.tensor, config.sequence, slice=config.slice)
 
 
 def tokenizer_of(config: TrainConfig) -> Tokenizer:

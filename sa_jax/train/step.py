@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -114,7 +116,8 @@ def make_step(
     optimizer: as for `make_state`.
     shardings: of the state, from `state_shardings`, whose mesh the step runs on; of one device when None.
     rules: how activations are sharded on that mesh.
-    accumulate: in how many parts, one after the other, the batch is computed; it must divide the rows.
+    accumulate: in how many parts, one after the other, the batch is computed; it must divide the rows, on a mesh of
+      several slices those of each.
 
   Raises:
     UserError: if ``accumulate`` is not positive; and by the step, before it compiles, if it does not divide the rows.
@@ -125,7 +128,11 @@ def make_step(
 
   def step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
     with traced_on(mesh, rules):
-      gradients, total, weight = _gradients(objective, state, frozen, batch, accumulate)
+      of_rows = lambda batch: _gradients(objective, state, frozen, batch, accumulate)
+      if shardings is None or shardings.step.mesh.shape.get("slice", 1) == 1:
+        gradients, total, weight = of_rows(batch)
+      else:
+        gradients, total, weight = _over_slices(of_rows, batch, shardings)
       # A batch with nothing to predict teaches nothing, but there is nothing wrong with it.
       divisor = jnp.where(weight > 0, weight, 1.0)
       gradients = jax.tree.map(lambda gradient: gradient / divisor, gradients)
@@ -159,6 +166,29 @@ def make_eval(objective: Objective, *, mesh: Mesh | None = None, rules: Rules = 
       return objective(params, frozen, batch, jnp.int32(0))
 
   return jax.jit(evaluate)
+
+
+def _over_slices(
+  of_rows: Callable[[Batch], tuple[Tree, jax.Array, jax.Array]], batch: Batch, shardings: TrainState
+) -> tuple[Tree, jax.Array, jax.Array]:
+  """`_gradients` of a batch over several slices: of each slice's rows by itself, and the sums of these.
+
+  So the network between slices is used once a step and for gradients that are split inside a slice. XLA would reduce
+  each layer's over all devices at once, and again for every part that is accumulated.
+  """
+  mesh: Mesh = shardings.step.mesh
+  slices = mesh.shape["slice"]
+  if batch.tokens.shape[0] % slices:
+    raise UserError(f"a batch of {batch.tokens.shape[0]} rows does not divide over {slices} slices")
+  parts = jax.tree.map(lambda x: x.reshape(slices, -1, *x.shape[1:]), batch)
+  without = lambda entry: tuple(axis for axis in entry if axis != "slice") if isinstance(entry, tuple) else entry
+  with nn.logical_axis_rules(tuple((name, without(entry)) for name, entry in nn.get_logical_axis_rules())):
+    gradients, totals, weights = jax.vmap(of_rows, spmd_axis_name="slice")(parts)
+  apart = lambda x, sharding: jax.lax.with_sharding_constraint(
+    x, NamedSharding(mesh, PartitionSpec("slice", *sharding.spec))
+  )
+  gradients = jax.tree.map(lambda x: x.sum(axis=0), jax.tree.map(apart, gradients, shardings.params))
+  return gradients, totals.sum(), weights.sum()
 
 
 def _gradients(

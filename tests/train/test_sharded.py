@@ -81,6 +81,7 @@ MESHES = {
   "1x8x1": {"fsdp": 8},
   "1x1x8": {"tensor": 8},
   "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
+  "2 slices of 1x2x2": {"slice": 2, "fsdp": 2, "tensor": 2},
   "sequence 8": {"sequence": 8},
   "2x1x2, sequence 2": {"data": 2, "tensor": 2, "sequence": 2},
 }
@@ -113,6 +114,23 @@ def test_sharing_adds_no_collective(sizes):
   for kind, found in shared.items():
     assert found.count <= dense[kind].count
     assert found.bytes <= dense[kind].bytes
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_between_slices_gradients_pass_once(accumulate):
+  """Each device's part of them, in float32, however many parts a batch is computed in.
+
+  Besides, sums, and what a batch says of its tokens.
+  """
+  made, mesh = model("0:1"), make_mesh(slice=2, fsdp=2, tensor=2)
+  shardings = state_shardings(optimizer(), tiny.params(made, "runs"), param_shardings(made, mesh))
+  step = make_step(next_token(made), optimizer(), shardings=shardings, accumulate=accumulate)
+  _, state, place = parts(made, mesh)
+  compiled = step.lower(state, None, jax.tree.map(place, next(batches()))).compile()
+  held = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state.params))
+  between = {found.kind: found.bytes for found in collectives(compiled.as_text(), slice_size=4)}
+  assert 4 * held < between.pop("all-reduce") < 1.05 * 4 * held
+  assert sum(between.values()) <= 3 * 8 * LENGTH * 4
 
 
 @pytest.mark.parametrize("kv_heads", [8, 2])

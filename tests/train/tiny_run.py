@@ -84,7 +84,10 @@ def main(out: str, event: str = "", step: str = "0", *more: str) -> None:
   elif event == "shard":
     Interruption.requested = lambda self, done: done == at
   try:
-    outcome = train(config(Path(out), mesh=MeshConfig(fsdp=jax.device_count() if event == "shard" else 1)), print)
+    outcome = train(
+      config(Path(out), mesh=MeshConfig(slice=2, fsdp=jax.device_count() // 2) if event == "shard" else MeshConfig()),
+      print,
+    )
   except ValueError as error:
     sys.exit(str(error))
   sys.exit(143 if outcome.interrupted else 0)

@@ -1,0 +1,40 @@
+"""``sa-jax doctor``: devices, processes, mesh, backends, storage and versions, before a run needs them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from sa_jax.distributed import Hosts
+from sa_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+  """Tell what a run would find here: on every host of a pod, all of them together."""
+
+  paths: tyro.conf.Positional[tuple[Path, ...]] = ()
+  """Folders that a run would read from and write to."""
+  mesh: str | None = None
+  """A mesh to make, such as data=2,fsdp=4; all devices over data when None."""
+  hosts: Hosts = dataclasses.field(default_factory=Hosts)
+  """Where the other processes are."""
+
+  def run(self) -> None:
+    """Prints what was found, on the first process; faults of storage on each."""
+    from sa_jax.distributed import start
+
+    start(self.hosts)
+    import jax
+
+    from sa_jax.cli.common import console
+    from sa_jax.doctor import examine
+
+    found = examine(self.mesh, self.paths)
+    if jax.process_index() == 0:
+      for each in found:
+        console.print(f"[bold]{each.about}[/bold]: {each.found}", soft_wrap=True)
+    if faults := [f"{each.about}: {each.found}" for each in found if each.is_fault]:
+      raise UserError.of(f"process {jax.process_index()}", faults)
