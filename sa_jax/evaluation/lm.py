@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import json
+import logging
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -25,6 +27,18 @@ from sa_jax.trees import Params
 
 _ENCODED_AT_ONCE = 4096
 """Texts: enough for all threads of the tokenizer."""
+
+
+_WITHOUT_EFFECT = {
+  "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+  "diversity_penalty": 0.0, "encoder_repetition_penalty": 1.0, "typical_p": 1.0, "min_p": 0.0, "epsilon_cutoff": 0.0,
+  "eta_cutoff": 0.0, "min_length": 0, "min_new_tokens": 0, "penalty_alpha": 0.0,
+}  # fmt: skip
+"""Values of transformers' settings that change nothing."""
+_OF_SAMPLING = ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_OF_BEAMS = ("length_penalty", "early_stopping", "use_cache")
+"""Of no effect on one beam, whatever their values."""
+_LOG = logging.getLogger(__name__)
 
 
 class SharedAttentionLM(TemplateLM):
@@ -115,11 +129,16 @@ class SharedAttentionLM(TemplateLM):
 
   def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
     """Messages as text; without ``add_generation_prompt`` the last message is left open, to be continued."""
-    text = self.tokenizer.chat(chat_history, prompt=add_generation_prompt)
-    if add_generation_prompt:
-      return text
-    last = chat_history[-1]["content"].strip()
-    return text[: text.rindex(last) + len(last)]
+    template = self.tokenizer.template
+    write = template.continued if not add_generation_prompt else self.tokenizer.chat
+    try:
+      return write(chat_history)
+    except UserError as error:
+      others = [message for message in chat_history if message["role"] != "system"]
+      if len(others) == len(chat_history):
+        raise
+      _LOG.warning("%s; it is asked without the system's message", error)
+      return write(others)
 
   def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
     """Log-likelihood of each request's continuation given its context, and whether it is what greedy decoding gives."""
@@ -136,14 +155,19 @@ class SharedAttentionLM(TemplateLM):
     if context:
       return self._encode_pair(context, continuation)
     tokens = self.tok_encode(continuation, add_special_tokens=False)
-    return (tokens[:1], tokens[1:]) if tokens[0] == self._start else ([self._start], tokens)
+    return (tokens[:1], tokens[1:]) if tokens[:1] == [self._start] else ([self._start], tokens)
 
   def _loglikelihood_tokens(
     self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], disable_tqdm: bool = False, **_: Any
   ) -> list[tuple[float, bool]]:
-    pairs = [self._truncated(context, continuation) for _, context, continuation in requests]
+    # Nothing is certain, and all that greedy decoding gives before it begins.
+    answers = [(0.0, True)] * len(requests)
+    asked = [number for number, (_, _, continuation) in enumerate(requests) if continuation]
+    pairs = [self._truncated(*requests[number][1:]) for number in asked]
     with _bar("scoring", disable_tqdm) as bar:
-      return [(scored.log_likelihood, scored.greedy) for scored in self._scorer(pairs, bar.reach)]
+      for number, scored in zip(asked, self._scorer(pairs, bar.reach), strict=True):
+        answers[number] = scored.log_likelihood, scored.greedy
+    return answers
 
   def _truncated(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
     """A request without its beginning where the model cannot read it all; what is scored stays whole."""
@@ -220,8 +244,17 @@ class SharedAttentionLM(TemplateLM):
       tokens[number, longest] = len(request.tokens)
     if not spread:
       (tokens,) = together((tokens,))
-    decoded = (self.tokenizer.decode(row[: row[longest]]) for row in tokens.tolist())
-    return [postprocess_generated_text(text, stops, None) for text in decoded]
+    rows = (self._until(row[: row[longest]], stops) for row in tokens.tolist())
+    return [postprocess_generated_text(self.tokenizer.decode(row), stops, None) for row in rows]
+
+  def _until(self, tokens: Sequence[int], stops: Sequence[str]) -> Sequence[int]:
+    """The tokens up to the one with which a stop string is complete; special tokens are text there, and none later."""
+
+    def stopped(count: int) -> bool:
+      text = self.tokenizer.decode(tokens[:count], special=True)
+      return any(stop in text for stop in stops)
+
+    return tokens[: bisect.bisect_left(range(len(tokens)), True, key=stopped)]
 
   def _stopped(self, tokens: Sequence[int], new: int, stops: Sequence[str]) -> bool:
     """Whether a stop string ends among the last ``new`` tokens; it has at most as many tokens as it has bytes."""
@@ -234,14 +267,21 @@ class SharedAttentionLM(TemplateLM):
     end = self.tokenizer.decode([self._end], special=True)
     stops = [stop for stop in handle_stop_sequences(known.pop("until", None), end) if stop]
     longest = int(known.pop("max_gen_toks"))
-    sampling, temperature = known.pop("do_sample", False), float(known.pop("temperature", 0.0))
+    temperature = float(known.pop("temperature", 0.0))
+    sampling = bool(known.pop("do_sample", False)) and temperature > 0
     filters = {name: known.pop(name, None) for name in ("top_k", "top_p")}
-    if known:
+    unknown = [
+      name
+      for name, value in known.items()
+      if not (value is None or name in _OF_BEAMS or _WITHOUT_EFFECT.get(name) == value)
+      and not (name in _OF_SAMPLING and not sampling)
+    ]
+    if unknown:
       raise UserError(
-        f"the task asks for generation settings that there are not here: {', '.join(sorted(known))}; there are until, "
-        "max_gen_toks, do_sample, temperature, top_k and top_p"
+        f"the task asks for generation settings that there are not here: {', '.join(sorted(unknown))}; there are "
+        "until, max_gen_toks, do_sample, temperature, top_k and top_p"
       )
-    return stops, longest, Sampler(temperature, **filters) if sampling and temperature > 0 else Sampler()
+    return stops, longest, Sampler(temperature, **filters) if sampling else Sampler()
 
 
 class _bar(tqdm):

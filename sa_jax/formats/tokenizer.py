@@ -286,4 +286,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
   if (separate := path / "chat_template.jinja").exists():
     check_small(separate)
     template = read_text(separate)
-  return Tokenizer(backend, template, _special(values, path))
+  special = _special(values, path)
+  # As transformers does: what has a role is found whole in a text, and is no text to read.
+  known = {token.content for token in backend.get_added_tokens_decoder().values()}
+  named = [token for _, token in special if token not in known and backend.token_to_id(token) is not None]
+  backend.add_special_tokens(list(dict.fromkeys(named)))
+  return Tokenizer(backend, template, special)
