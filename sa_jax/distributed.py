@@ -249,3 +249,17 @@ def of_first_process(number: int) -> int:
   from jax.experimental import multihost_utils
 
   return int(multihost_utils.broadcast_one_to_all(np.asarray(number)))
+
+
+def gathered(values: dict[str, object]) -> list[dict[str, object]]:
+  """JSON values of every process, on every process."""
+  if jax.process_count() == 1:
+    return [values]
+  from jax.experimental import multihost_utils
+
+  mine = np.frombuffer(json.dumps(values).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.asarray(mine.size))
+  padded = np.zeros(int(sizes.max()), np.uint8)
+  padded[: mine.size] = mine
+  texts = multihost_utils.process_allgather(padded)
+  return [json.loads(text[:size].tobytes()) for text, size in zip(texts, sizes, strict=True)]

@@ -204,7 +204,7 @@ def trained(flags: argparse.Namespace, name: str, variant: str, texts: dict[str,
     ),
   )
   console.rule(f"{name} {variant}")
-  outcome = train(config, console.print)
+  outcome = train(config, say=console.print, console=console)
   if outcome.model is None:
     return None
   return {

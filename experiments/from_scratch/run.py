@@ -98,7 +98,7 @@ def run(flags: argparse.Namespace, name: str, size: int) -> dict[str, Any]:
     ),
   )
   console.rule(name)
-  outcome = train(config, console.print)
+  outcome = train(config, say=console.print, console=console)
   if outcome.model is None:
     raise SystemExit("interrupted; the same command goes on")
   lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]

@@ -31,7 +31,7 @@ class Train:
     start(self.hosts)
     from sa_jax.train.loop import train
 
-    outcome = train(self.config, lambda text: console.print(text))
+    outcome = train(self.config, say=lambda text: console.print(text), console=console)
     if outcome.interrupted:
       console.print(f"stopped after step {outcome.step}, which is saved; the same command goes on from there")
       sys.exit(143)

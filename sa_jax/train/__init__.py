@@ -8,7 +8,9 @@ from sa_jax.train.loop import Outcome, train
 from sa_jax.train.lora import LoraConfig, abstract_adapters, adapted, attach, init_adapters, merge
 from sa_jax.train.objective import distill, next_token
 from sa_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
+from sa_jax.train.peft_format import load_adapters, save_adapters
 from sa_jax.train.step import Metrics, Objective, TrainState, make_eval, make_state, make_step, state_shardings
+from sa_jax.train.writers import Writer
 
 __all__ = [
   # A run.
@@ -19,6 +21,7 @@ __all__ = [
   "Outcome",
   "Reading",
   "TrainConfig",
+  "Writer",
   "train",
   # What a step reads, changes and tells.
   "Batch",
@@ -43,5 +46,7 @@ __all__ = [
   "adapted",
   "attach",
   "init_adapters",
+  "load_adapters",
   "merge",
+  "save_adapters",
 ]

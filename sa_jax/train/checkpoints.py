@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import jax
 
+from sa_jax.distributed import wait_for_all
 from sa_jax.errors import UserError
 from sa_jax.trees import Tree
 
@@ -37,9 +39,11 @@ class Checkpoints:
     import orbax.checkpoint as ocp
 
     self._folder = folder.resolve()
+    self._aside = self._folder.with_name(f"{self._folder.name}-damaged")
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
     with self._clear_errors("cannot be opened"):
       self._folder.mkdir(parents=True, exist_ok=True)
+      self._set_aside([step for step in self._found() if not self._is_whole(step)])
       self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "extra"))
 
   def __enter__(self) -> Self:
@@ -62,25 +66,59 @@ class Checkpoints:
     """The step of the newest whole checkpoint, or None."""
     return self._manager.latest_step()
 
-  def restore(self, like: Tree) -> tuple[Any, dict[str, Any]]:
-    """The newest checkpoint.
+  def restore(
+    self, like: Tree, check: Callable[[dict[str, Any]], None] = lambda extra: None
+  ) -> tuple[int, Any, dict[str, Any]]:
+    """The newest checkpoint that can be read; those that cannot are set aside, beside the folder, and told in the log.
 
     Args:
       like: the state as `jax.ShapeDtypeStruct`s with the shardings that it is to have.
+      check: raises UserError if the JSON values are not what they should be.
 
     Returns:
-      The state, and the JSON values beside it.
+      Its step, the state, and the JSON values beside it.
 
     Raises:
-      UserError: if it is damaged, or holds another tree.
+      UserError: if none can be read, or they hold another tree: what is wrong with the newest.
     """
     import orbax.checkpoint as ocp
 
-    with self._clear_errors(f"of step {self.latest} cannot be read"):
-      read = self._manager.restore(
-        self.latest, args=ocp.args.Composite(state=ocp.args.StandardRestore(like), extra=ocp.args.JsonRestore())
-      )
-    return read.state, read.extra
+    wanted = ocp.args.Composite(state=ocp.args.StandardRestore(like), extra=ocp.args.JsonRestore())
+    damaged: dict[int, UserError] = {}
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        with self._clear_errors(f"of step {step} cannot be read", step):
+          read = self._manager.restore(step, args=wanted)
+          check(read.extra)
+      except UserError as error:
+        damaged[step] = error
+        continue
+      for fault in damaged.values():
+        _logger.warning("%s; that of step %s is used, the damaged one is now in %s", fault, step, self._aside)
+      if damaged:
+        self._set_aside(list(damaged))
+        self._manager.reload()
+      return step, read.state, read.extra
+    raise next(iter(damaged.values()))
+
+  def _found(self) -> list[int]:
+    return [int(path.name) for path in self._folder.glob("*") if path.name.isdigit()]
+
+  def _is_whole(self, step: int) -> bool:
+    """Whether all parts of a checkpoint are there; what is in them is another question."""
+    return all((self._folder / str(step) / part).is_dir() for part in ("state", "extra"))
+
+  def _set_aside(self, steps: list[int]) -> None:
+    """Moves checkpoints that are none out of the way; empty folders go."""
+    if jax.process_index() == 0:
+      for path in (self._folder / str(step) for step in steps):
+        if not any(path.iterdir()):
+          path.rmdir()
+          continue
+        self._aside.mkdir(exist_ok=True)
+        shutil.rmtree(self._aside / path.name, ignore_errors=True)
+        path.rename(self._aside / path.name)
+    wait_for_all("set aside")
 
   def save(self, step: int, state: Tree, extra: dict[str, Any]) -> None:
     """Starts to write a checkpoint, if there is none of that step; the state may be donated as soon as this returns.
@@ -113,11 +151,11 @@ class Checkpoints:
       self._manager.check_for_errors()
 
   @contextlib.contextmanager
-  def _clear_errors(self, what: str) -> Iterator[None]:
+  def _clear_errors(self, what: str, of: int | None = None) -> Iterator[None]:
     try:
       yield
     except Exception as error:  # Orbax and TensorStore raise many kinds; all mean that the file system refused
-      whole = sorted(int(path.name) for path in self._folder.glob("*") if path.name.isdigit())
+      whole = sorted(step for step in self._found() if self._is_whole(step) and (of is None or step < of))
       last = f"the last whole one is of step {whole[-1]}" if whole else "there is no earlier one"
       system = re.search(r"([^:]+) \[os_error_code", str(error))
       lines = [system[1].strip()] if system else [line for line in str(error).splitlines() if line.strip()]

@@ -7,6 +7,7 @@ import datetime
 import importlib.util
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +26,13 @@ class DataConfig:
   """What is read, and how rows are made of it."""
 
   train: tuple[Path, ...] = ()
-  """Text files, .jsonl or .json (text, prompt and completion, Alpaca, chats) to train on."""
+  """Text, .jsonl, .json, .parquet, .arrow or .array_record files (text, prompt and completion, Alpaca, chats)."""
+  dataset: str | None = None
+  """Or a dataset of the Hugging Face hub, or a folder of that form, read while training."""
+  subset: str | None = None
+  """Of the dataset: its configuration, if it has several."""
+  split: str = "train"
+  """Of the dataset."""
   eval: tuple[Path, ...] = ()
   """Files to evaluate on during training."""
   length: int = 1024
@@ -90,6 +97,8 @@ class LogConfig:
   """A device's peak rate, which MFU is stated against; None for the known rate of the device, if it is known."""
   tensorboard: bool = True
   """Also write TensorBoard's files."""
+  wandb: str | None = None
+  """Also log to this project of Weights & Biases."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,23 +238,30 @@ def recorded(config: TrainConfig) -> dict[str, Any]:
   return {name: value for name, value in values.items() if name not in free}
 
 
-def check_same(config: TrainConfig, before: dict[str, Any], folder: Path) -> None:
-  """Checks that a run is the one that its folder holds.
+def check_same(config: TrainConfig, before: Mapping[str, object], folder: Path) -> None:
+  """Checks that a run is the one that its folder holds, or that one with more steps where its schedule allows this.
 
   Raises:
     UserError: names what differs.
   """
-  now, then = _flat(recorded(config)), _flat(before)
+  now, then = _flat(recorded(config)), {"optimizer.schedule": "cosine", "data.split": "train"} | _flat(before)
   if config.date is None:
     now["date"] = then.get("date")
   different = [name for name in {**now, **then} if now.get(name) != then.get(name)]
+  if different == ["steps"]:
+    if config.optimizer.schedule == "constant":
+      return
+    raise UserError(
+      f"{folder} holds a run of {then['steps']} steps, over which its learning rate falls, so that it cannot have "
+      f"{config.steps}; train a new run from its model ({folder / 'model'}), or begin with `schedule=constant`"
+    )
   if different:
     listed = [f"{name} is {now.get(name)}, there it is {then.get(name)}" for name in different]
     raise UserError.of(f"{folder} holds another run; name a new folder (`out`), or remove this one", listed)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  out: dict[str, Any] = {}
+def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+  out: dict[str, object] = {}
   for name, value in values.items():
     out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
   return out

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 import math
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from rich.console import Console
 
-from sa_jax.distributed import of_first_process, wait_for_all
 from sa_jax.errors import UserError
-from sa_jax.files import make_folder, write_text
-from sa_jax.formats.extras import read_json
-from sa_jax.formats.orbax_folder import is_checkpoint
-from sa_jax.train import config as configs
 from sa_jax.train.checkpoints import Checkpoints
-from sa_jax.train.config import TrainConfig
-from sa_jax.train.data import in_order, shuffled, to_devices
+from sa_jax.train.config import TrainConfig, recorded
+from sa_jax.train.data import Examples, in_order, to_devices
+from sa_jax.train.folder import checked, claim, describe, is_missing, locked, make_room
 from sa_jax.train.interruption import Interruption
-from sa_jax.train.metrics import Clock, Recorder, Window, peak_tflops, train_flops
-from sa_jax.train.setup import Run, prepare
+from sa_jax.train.metrics import Clock, Window, peak_tflops, train_flops
+from sa_jax.train.optimizer import schedule
+from sa_jax.train.setup import Run, echo, prepare
 from sa_jax.train.step import Metrics
+from sa_jax.train.writers import JsonLines, Screen, TensorBoard, WeightsAndBiases, Writer, closing
 
 
 class Outcome(NamedTuple):
@@ -45,75 +43,71 @@ class Outcome(NamedTuple):
   model: Path | None
 
 
-def train(config: TrainConfig, say: Callable[[str], None] = lambda text: None) -> Outcome:
+def train(
+  config: TrainConfig,
+  source: Examples | None = None,
+  *,
+  say: Callable[[str], None] = lambda text: None,
+  writers: Sequence[Writer] = (),
+  console: Console | None = None,
+) -> Outcome:
   """Trains, from the newest checkpoint in the run's folder if it has one.
 
   Losses and parameters do not depend on how often a run is interrupted, nor by what.
 
   Args:
     config: the run.
+    source: what is read instead of the config's training files; see `sa_jax.train.data.Stream`.
     say: is told, in sentences, what was read and from where the run goes on.
+    writers: take the metrics too, besides the files that the config names.
+    console: shows them; standard output when None.
 
   Raises:
     UserError: if something in the config, the data or the file system does not work, before anything is compiled
       where it can be known then; or if too many steps in a row are not finite.
   """
-  config = _dated(config, _check_folder(config))
-  run = prepare(config, say)
-  _claim_folder(config)
-  with Checkpoints(config.out / "checkpoints", config.log.keep) as checkpoints:
-    done = checkpoints.latest or 0
-    with Recorder(config.out, config.steps, done, tensorboard=config.log.tensorboard) as recorder:
-      if done:
-        say(f"goes on after step {done}, from {config.out}")
+  with locked(config.out):
+    config = checked(config)
+    run = prepare(config, say, source)
+    say(describe(echo(config, run)))
+    claim(config)
+    with Checkpoints(config.out / "checkpoints", config.log.keep) as checkpoints:
       loop = Loop(config, run, checkpoints)
-      interrupted = loop.run(recorder)
-  model = None
-  if not interrupted:
-    model = config.out / "model"
-    if _is_missing(model):
-      run.export(loop.state.params, model)
+      if loop.done:
+        say(f"goes on after step {loop.done}, from {config.out}")
+      if loop.done < config.steps and jax.process_index() == 0 and (moved := make_room(config.out, loop.done)):
+        say(moved)
+      all_writers = [*_writers(config, loop.done, say), *writers] if jax.process_index() == 0 else []
+      screen = Screen(console or Console(highlight=False), config.steps, loop.done) if all_writers else None
+      with closing([*all_writers, *([screen] if screen else [])]) as write:
+        interrupted = loop.run(write, screen.advance if screen else lambda step: None)
+    model = None
+    if not interrupted:
+      model = config.out / "model"
+      if is_missing(model):
+        run.export(loop.state.params, model)
+      _write_adapters(run, loop, config.out / "adapter", say)
   return Outcome(loop.done, interrupted, loop.window.skipped, loop.eval_loss, model)
 
 
-def _is_missing(model: Path) -> bool:
-  """Whether a model has not been written yet; an empty folder of its name is none, and is removed."""
-  if model.is_dir() and not any(model.iterdir()) and jax.process_index() == 0:
-    model.rmdir()
-  return not is_checkpoint(model)
-
-
-def _check_folder(config: TrainConfig) -> dict[str, object]:
-  """Checks that the run's folder, if it is there, is this run's; returns what it says of it."""
-  path = config.out / "config.json"
-  if path.exists():
-    before = read_json(path)
-    configs.check_same(config, before, config.out)
-    return before
-  if any((config.out / "checkpoints").glob("[0-9]*")):
-    raise UserError(
-      f"{config.out} has checkpoints but no config.json that says of which run; name a new folder (`out`), or remove "
-      "this one"
-    )
-  return {}
-
-
-def _dated(config: TrainConfig, before: dict[str, object]) -> TrainConfig:
-  """The run with its date: its own, that of the day on which it began, or today, as the first process sees it."""
-  if config.date is None and isinstance(begun := before.get("date"), str):
-    return dataclasses.replace(config, date=begun)
-  if config.date is None:
-    today = datetime.datetime.now().date().toordinal()
-    return dataclasses.replace(config, date=datetime.date.fromordinal(of_first_process(today)).isoformat())
-  return config
-
-
-def _claim_folder(config: TrainConfig) -> None:
-  """Makes the run's folder, and writes into it which run it is."""
-  wait_for_all("checked")
+def _write_adapters(run: Run, loop: Loop, path: Path, say: Callable[[str], None]) -> None:
+  """Writes the run's adapters anew, if it has any that PEFT's format can hold."""
+  if run.adapters is None:
+    return
   if jax.process_index() == 0:
-    make_folder(config.out)
-    write_text(config.out / "config.json", json.dumps(configs.recorded(config), indent=2) + "\n")
+    shutil.rmtree(path, ignore_errors=True)
+  try:
+    run.adapters(loop.state.params, path)
+  except UserError as error:
+    say(f"the adapters are in the model, and not in PEFT's format: {error}")
+
+
+def _writers(config: TrainConfig, start: int, say: Callable[[str], None]) -> Iterator[Writer]:
+  yield JsonLines(config.out, start, say)
+  if config.log.tensorboard:
+    yield TensorBoard(config.out, start)
+  if config.log.wandb is not None:
+    yield WeightsAndBiases(config.out, config.log.wandb, recorded(config))
 
 
 class Loop:
@@ -127,61 +121,83 @@ class Loop:
   """
 
   def __init__(self, config: TrainConfig, run: Run, checkpoints: Checkpoints) -> None:
-    """Takes up the newest checkpoint, or makes the state of step 0."""
+    """Takes up the newest checkpoint that can be read, or makes the state of step 0.
+
+    Raises:
+      UserError: if the data are others than the checkpoint's, or more steps are done than the run is to have.
+    """
     self._config, self._run, self._checkpoints = config, run, checkpoints
-    self._data = shuffled(run.rows, config.batch_size, config.seed, run.mine)
+    self._data = run.batches()
     self.done, self.window = 0, Window()
     self.eval_loss: float | None = None
     if checkpoints.latest is None:
       self.state = run.make_state()
     else:
-      self.state, extra = checkpoints.restore(run.abstract_state())
-      self.done, self.window = checkpoints.latest, Window(**extra["window"])
-      self.eval_loss = extra["eval_loss"]
-      if (extra["rows"], extra["checksum"]) != (len(run.rows), run.rows.corpus.checksum):
+      self.done, self.state, extra = checkpoints.restore(run.abstract_state(), _check_extra)
+      self.window, self.eval_loss = Window(**extra["window"]), extra["eval_loss"]
+      if (extra["rows"], extra["checksum"]) != run.identity:
         raise UserError(
-          f"the training data have changed since {config.out} was begun ({extra['rows']} rows then, {len(run.rows)} "
+          f"the training data have changed since {config.out} was begun ({extra['rows']} rows then, {run.identity[0]} "
           "now); name a new folder (`out`), or bring the data back"
         )
+      if self.done > config.steps:
+        raise UserError(f"{config.out} has done {self.done} steps already; it cannot end at step {config.steps}")
       self._data.set_state(extra["data"])
+    self._write: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
     self._unseen: tuple[int, Metrics] | None = None
     self._profiling = False
+    self._first = self.done + 1
     self._clock = Clock()
+    self._rate = schedule(config.optimizer, config.steps)
     flops = train_flops(run.model.config, run.model.plan, config.batch_size, config.data.length)
     peak = peak_tflops(config.log.peak_tflops)
     self._mfu_seconds = flops / (peak * 1e12 * jax.device_count()) if peak else None
 
-  def run(self, recorder: Recorder) -> bool:
-    """Trains to the last step; returns whether a signal ended that early. Either way the state is on disk then."""
+  def run(self, write: Callable[[int, Mapping[str, float]], None], advance: Callable[[int], None]) -> bool:
+    """Trains to the last step; returns whether a signal ended that early. Either way the state is on disk then.
+
+    Args:
+      write: takes a step's metrics.
+      advance: is told each step that is done.
+    """
+    self._write = write
     config, log = self._config, self._config.log
     with Interruption(log.minutes) as interruption:
       self._export()
       while self.done < config.steps:
         self._profile(starting=True)
-        self._step(recorder)
+        self._step()
         last = self.done == config.steps
         stop = interruption.requested(self.done) and not last
         self._profile(starting=False, stopping=stop)
         if self._run.eval_rows is not None and (last or self.done % log.eval_every == 0):
-          self._evaluate(recorder)
+          self._evaluate()
         if last or stop or self.done % log.save_every == 0:
-          self._save(recorder)
+          self._save()
         self._export()
         self._checkpoints.check()
-        recorder.advance(self.done)
+        advance(self.done)
         if stop:
           return True
     return False
 
-  def _step(self, recorder: Recorder) -> None:
-    """Starts a step, and looks at the one before it while the device computes."""
+  def _step(self) -> None:
+    """Starts a step, and looks at the one before it while the device computes.
+
+    Before a line of metrics nothing is left under way, so that the line counts just the time of its own steps.
+    """
     batch = to_devices(next(self._data), self._run.batch_sharding, self._config.batch_size)
     self.state, metrics = self._run.step(self.state, self._run.frozen, batch)
     self.done += 1
-    self._look(recorder)
+    self._look()
     self._unseen = self.done, metrics
+    if self.done == self._first or self._is_due(self.done):
+      self._look()
 
-  def _look(self, recorder: Recorder) -> None:
+  def _is_due(self, step: int) -> bool:
+    return step % self._config.log.log_every == 0 or step == self._config.steps
+
+  def _look(self) -> None:
     """Waits for the last step that was not looked at, counts it, and writes a line if it is time for one.
 
     Raises:
@@ -202,24 +218,34 @@ class Loop:
         + ("There is no checkpoint yet" if latest is None else f"The last checkpoint is of step {latest}")
         + ". Look at the data, or lower `learning_rate`"
       )
-    if step % self._config.log.log_every == 0 or step == self._config.steps:
-      recorder.write(step, self._line(norm))
+    if self._is_due(step):
+      self._write(step, self._line(step, norm))
 
-  def _line(self, norm: float) -> dict[str, float]:
+  def _line(self, step: int, norm: float) -> dict[str, float]:
+    """The metrics of a step; tokens read are all slots of the rows, those learnt are what the loss is over."""
     seconds = self._clock.lap()
-    rows, length = self._config.batch_size, self._config.data.length
-    values = {"loss": self.window.close(), "grad_norm": norm, "tokens": self.window.seen}
+    slots = self._config.batch_size * self._config.data.length
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes types, which the caller may have forbidden
+      rate = float(self._rate(max(step - 1 - self.window.skipped, 0)))
+    values = {
+      "loss": self.window.close(),
+      "grad_norm": norm,
+      "learning_rate": rate,
+      "tokens_learnt": self.window.seen,
+      "tokens_read": float(step * slots),
+    }
     if self.window.skipped:
       values["skipped"] = self.window.skipped
     if seconds is not None:
-      values["tokens_per_second"] = rows * length / seconds
+      values["tokens_per_second"] = slots / seconds
       if self._mfu_seconds is not None:
         values["mfu"] = self._mfu_seconds / seconds
+      values["seconds_left"] = (self._config.steps - step) * seconds
     return values
 
-  def _evaluate(self, recorder: Recorder) -> None:
+  def _evaluate(self) -> None:
     """Loss and perplexity on the evaluation data."""
-    self._look(recorder)
+    self._look()
     began = time.perf_counter()
     run, config = self._run, self._config
     assert run.eval_rows is not None
@@ -230,24 +256,24 @@ class Loop:
     total, weight = np.asarray(sums, np.float64).sum(axis=0)
     self.eval_loss = float(total / weight)
     perplexity = math.exp(min(self.eval_loss, 700.0))
-    recorder.write(self.done, {"eval_loss": self.eval_loss, "eval_perplexity": perplexity})
+    self._write(self.done, {"eval_loss": self.eval_loss, "eval_perplexity": perplexity})
     self._clock.pause(time.perf_counter() - began)
 
   def _export(self) -> None:
     """Writes the model of this step, if it is time for one and a run before has not done so."""
     every, path = self._config.log.export_every, self._config.out / "models" / str(self.done)
-    if every is not None and self.done % every == 0 and _is_missing(path):
+    if every is not None and self.done % every == 0 and is_missing(path):
       began = time.perf_counter()
       self._run.export(self.state.params, path)
       self._clock.pause(time.perf_counter() - began)
 
-  def _save(self, recorder: Recorder) -> None:
-    self._look(recorder)
+  def _save(self) -> None:
+    self._look()
     began = time.perf_counter()
     extra = {
       "data": self._data.get_state(),
-      "rows": len(self._run.rows),
-      "checksum": self._run.rows.corpus.checksum,
+      "rows": self._run.identity[0],
+      "checksum": self._run.identity[1],
       "window": dataclasses.asdict(self.window),
       "eval_loss": self.eval_loss,
     }
@@ -264,3 +290,16 @@ class Loop:
       jax.block_until_ready(self.state)
       jax.profiler.stop_trace()
       self._profiling = False
+
+
+def _check_extra(extra: dict[str, Any]) -> None:
+  """Checks what lies beside a checkpoint's state.
+
+  Raises:
+    UserError: if it is not what `Loop` saves.
+  """
+  kinds: dict[str, type] = {"data": dict, "rows": int, "checksum": int, "window": dict}
+  wrong = [name for name, kind in kinds.items() if not isinstance(extra.get(name), kind)]
+  known = {field.name for field in dataclasses.fields(Window)}
+  if wrong or not set(extra["window"]) <= known or not isinstance(extra.get("eval_loss", 0), float | int | None):
+    raise UserError(f"what lies beside its state is damaged ({', '.join(wrong) or 'window, eval_loss'})")

@@ -23,7 +23,7 @@ from sa_jax.train.step import Objective
 from sa_jax.trees import Tree
 
 # How many axes of a projection's kernel are inputs.
-_INPUT_AXES = {"q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 2, "gate_proj": 1, "up_proj": 1, "down_proj": 1}
+INPUT_AXES = {"q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 2, "gate_proj": 1, "up_proj": 1, "down_proj": 1}
 _STACKED = ("groups", "followers")
 
 
@@ -43,14 +43,14 @@ class LoraConfig:
 
   rank: int = 16
   alpha: float = 32.0
-  targets: tuple[str, ...] = tuple(_INPUT_AXES)
+  targets: tuple[str, ...] = tuple(INPUT_AXES)
 
   def __post_init__(self) -> None:
     if self.rank < 1 or not self.alpha > 0:
       raise UserError(f"LoRA: rank and alpha are positive, not {self.rank} and {self.alpha}")
-    if not self.targets or (unknown := sorted(set(self.targets) - set(_INPUT_AXES))):
+    if not self.targets or (unknown := sorted(set(self.targets) - set(INPUT_AXES))):
       named = f"not {unknown}" if self.targets else "at least one"
-      raise UserError(f"LoRA: targets are of {', '.join(_INPUT_AXES)}; {named}")
+      raise UserError(f"LoRA: targets are of {', '.join(INPUT_AXES)}; {named}")
 
   @property
   def scale(self) -> float:
@@ -65,7 +65,7 @@ def abstract_adapters(model: Transformer, config: LoraConfig, *, layout: str = "
     found = {}
     for name, child in node.items():
       if name in config.targets:
-        found[name] = _pair(child["kernel"], _INPUT_AXES[name], config.rank)
+        found[name] = _pair(child["kernel"], INPUT_AXES[name], config.rank)
       elif isinstance(child, dict) and (inner := of(child)):
         found[name] = inner
     return found
@@ -81,7 +81,7 @@ def init_adapters(model: Transformer, config: LoraConfig, key: jax.Array, *, lay
   def init(path: Any, leaf: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
     if path[-1].key == "lora_b":
       return jnp.zeros(leaf.shape, leaf.dtype)
-    inputs = math.prod(leaf.shape[-1 - _INPUT_AXES[path[-2].key] : -1])
+    inputs = math.prod(leaf.shape[-1 - INPUT_AXES[path[-2].key] : -1])
     return jax.random.normal(key, leaf.shape, leaf.dtype) / math.sqrt(inputs)
 
   keys = jax.random.split(key, len(leaves))
@@ -100,7 +100,7 @@ def merge(params: Tree, adapters: Tree, config: LoraConfig) -> Tree:
 
   def merged(params: Tree, adapters: Tree, name: str) -> Tree:
     if "lora_a" in adapters:
-      return {**params, "kernel": _merged(params["kernel"], adapters, _INPUT_AXES[name], config.scale)}
+      return {**params, "kernel": _merged(params["kernel"], adapters, INPUT_AXES[name], config.scale)}
     return {**params, **{name: merged(params[name], child, name) for name, child in adapters.items()}}
 
   return merged(params, adapters, "")

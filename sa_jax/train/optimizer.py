@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
@@ -22,6 +22,7 @@ class OptimizerConfig:
   Attributes:
     learning_rate: after warm-up.
     warmup_steps: over which it rises linearly from 0.
+    schedule: after warm-up: ``cosine`` falls over the whole run; ``constant`` stays, so that a run can be extended.
     final_fraction: of the learning rate, where the cosine ends.
     b1: decay of the mean of gradients.
     b2: decay of the mean of their squares.
@@ -35,6 +36,7 @@ class OptimizerConfig:
 
   learning_rate: float = 3e-4
   warmup_steps: int = 100
+  schedule: Literal["cosine", "constant"] = "cosine"
   final_fraction: float = 0.1
   b1: float = 0.9
   b2: float = 0.95
@@ -48,6 +50,7 @@ class OptimizerConfig:
       for name, fine, needed in (
         ("learning_rate", self.learning_rate > 0, "a positive number"),
         ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
+        ("schedule", self.schedule in ("cosine", "constant"), "cosine or constant"),
         ("final_fraction", 0 <= self.final_fraction <= 1, "0 to 1"),
         ("b1", 0 <= self.b1 < 1, "0 to below 1"),
         ("b2", 0 <= self.b2 < 1, "0 to below 1"),
@@ -72,15 +75,18 @@ PRESETS: dict[str, OptimizerConfig] = {
 
 
 def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-  """The learning rate of each update, counted from 0; warm-up is cut to a run that is shorter than it.
+  """The learning rate of each update, counted from 0; before a cosine, warm-up is cut to a run shorter than it.
 
   Raises:
     UserError: if ``total_steps`` is not positive.
   """
   if total_steps < 1:
     raise UserError(f"training takes at least 1 step, not {total_steps}")
+  start = 0.0 if config.warmup_steps else config.learning_rate
+  if config.schedule == "constant":
+    return optax.warmup_constant_schedule(start, config.learning_rate, config.warmup_steps)
   return optax.warmup_cosine_decay_schedule(
-    init_value=0.0 if config.warmup_steps else config.learning_rate,
+    init_value=start,
     peak_value=config.learning_rate,
     warmup_steps=min(config.warmup_steps, total_steps - 1),
     decay_steps=total_steps,

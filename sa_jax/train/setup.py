@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from sa_jax.distributed import wait_for_all
 from sa_jax.errors import UserError
-from sa_jax.formats import Tokenizer, load_tokenizer
 from sa_jax.nn import Transformer
-from sa_jax.sharding import make_mesh, named_sharding
+from sa_jax.programs import fetch
+from sa_jax.sharding import abstract_params, make_mesh, named_sharding
 from sa_jax.train.batch import Batch
 from sa_jax.train.config import MeshConfig, TrainConfig
-from sa_jax.train.data import Report, Rows, byte_tokenizer, host_rows, make_rows, open_corpus
+from sa_jax.train.data import BatchIterator, Examples, Rows, host_rows
 from sa_jax.train.export import export
 from sa_jax.train.learner import make_learner, model_of
 from sa_jax.train.optimizer import make_optimizer
+from sa_jax.train.peft_format import save_adapters
+from sa_jax.train.reading import rows_of, tokenizer_of, training_data
 from sa_jax.train.step import Metrics, TrainState, make_eval, make_state, make_step, state_shardings
 from sa_jax.trees import Tree
 
@@ -33,7 +34,8 @@ class Run:
 
   Attributes:
     model: what comes out.
-    rows: of the training data.
+    batches: of the training data, from the beginning.
+    identity: by which the data are known again: how many rows, and a checksum; zeros for a source.
     eval_rows: of the evaluation data, if there are any.
     mine: which of a batch's rows this host reads.
     batch_sharding: of a batch's arrays, ``[B, T]``.
@@ -43,10 +45,12 @@ class Run:
     make_state: the state before the first step.
     abstract_state: its shapes, dtypes and shardings.
     export: writes the model with trained parameters as a checkpoint.
+    adapters: writes trained adapters in PEFT's format; None where there are none, or they are of a model between plans.
   """
 
   model: Transformer
-  rows: Rows
+  batches: Callable[[], BatchIterator]
+  identity: tuple[int, int]
   eval_rows: Rows | None
   mine: list[int]
   batch_sharding: NamedSharding
@@ -56,14 +60,16 @@ class Run:
   make_state: Callable[[], TrainState]
   abstract_state: Callable[[], TrainState]
   export: Callable[[Tree, Path], None]
+  adapters: Callable[[Tree, Path], None] | None
 
 
-def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None) -> Run:
+def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None, source: Examples | None = None) -> Run:
   """Reads data and model, and checks that they, the mesh and the config fit each other.
 
   Args:
     config: the run.
     say: is told what was read, and what was left out.
+    source: what is read instead of files.
 
   Raises:
     UserError: if something does not fit.
@@ -77,7 +83,8 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     raise UserError(f"rows of {config.data.length} tokens do not divide over `sequence={config.mesh.sequence}`")
   tokenizer = tokenizer_of(config)
   model = model_of(config, tokenizer)
-  rows = rows_of(config, model, tokenizer, config.data.train, say)
+  mine = host_rows(batch_sharding, config.batch_size)
+  data = training_data(config, model, tokenizer, mine, source, say)
   eval_rows = rows_of(config, model, tokenizer, config.data.eval, say) if config.data.eval else None
   learner = make_learner(config, model, mesh)
   optimizer = make_optimizer(config.optimizer, config.steps)
@@ -90,9 +97,10 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
 
   return Run(
     model=model,
-    rows=rows,
+    batches=data.batches,
+    identity=data.identity,
     eval_rows=eval_rows,
-    mine=host_rows(batch_sharding, config.batch_size),
+    mine=mine,
     batch_sharding=batch_sharding,
     frozen=learner.frozen,
     step=make_step(learner.objective, optimizer, shardings=shardings, accumulate=config.accumulate),
@@ -102,7 +110,24 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     export=lambda params, path: export(
       path, model, learner.finish(params, learner.frozen), config.dtype, tokenizer.save
     ),
+    adapters=adapters_of(config, model),
   )
+
+
+def adapters_of(config: TrainConfig, model: Transformer) -> Callable[[Tree, Path], None] | None:
+  """What writes a run's adapters, if the model that they are of is the one that training ends with."""
+  if config.method != "lora" or config.gradual_steps:
+    return None
+
+  def write(params: Tree, path: Path) -> None:
+    held = jax.tree.map(fetch, params)
+    try:
+      if jax.process_index() == 0:
+        save_adapters(path, model, held, config.lora, str(config.model))
+    finally:  # the others wait here whatever happens to the first
+      wait_for_all("adapters written")
+
+  return write
 
 
 def mesh_of(config: MeshConfig) -> Mesh:
@@ -116,57 +141,20 @@ def mesh_of(config: MeshConfig) -> Mesh:
   return make_mesh(data, config.fsdp, config.tensor, config.sequence, slice=config.slice)
 
 
-def tokenizer_of(config: TrainConfig) -> Tokenizer:
-  """The tokenizer that the config names, the model's own, or bytes for a model from scratch.
-
-  Raises:
-    UserError: if it cannot be read.
-  """
-  source = config.tokenizer or config.model or "bytes"
-  tokenizer = byte_tokenizer() if source == "bytes" else load_tokenizer(source)
-  return tokenizer if config.date is None else dataclasses.replace(tokenizer, now=_moment(config.date))
-
-
-def _moment(day: str) -> datetime.datetime:
-  """Midday of a day, which no time zone makes another day."""
-  return datetime.datetime.combine(datetime.date.fromisoformat(day), datetime.time(12))
-
-
-def rows_of(
-  config: TrainConfig, model: Transformer, tokenizer: Tokenizer, paths: Sequence[Path], say: Callable[[str], None]
-) -> Rows:
-  """The rows of files, for a model.
-
-  Raises:
-    UserError: if the data cannot be used, or have tokens that the model does not know.
-  """
-  # The first host fills the cache, the others find it filled; those without a common disk fill their own.
-  read = functools.partial(open_corpus, paths, tokenizer, config.data.reading)
-  if jax.process_index() == 0:
-    corpus = read()
-  wait_for_all("tokenised")
-  if jax.process_index() != 0:
-    corpus = read()
-  if config.mode != "sft":
-    corpus = dataclasses.replace(corpus, trained=np.ones_like(corpus.trained))
-  largest = int(corpus.tokens.max())
-  if largest >= model.config.vocab_size:
-    raise UserError(
-      f"the tokenizer makes token {largest} of the data, but the model's vocabulary has {model.config.vocab_size} "
-      "tokens; name the tokenizer that belongs to the model (`tokenizer`)"
-    )
-  rows = make_rows(corpus, config.data.length, config.data.packing, config.data.too_long)
-  opening = tokenizer.decode(corpus.start, special=True)
-  say(_describe(corpus.report, rows, len(corpus.tokens), paths) + (f", start token {opening}" if opening else ""))
-  return rows
-
-
-def _describe(report: Report, rows: Rows, tokens: int, paths: Sequence[Path]) -> str:
-  names = ", ".join(path.name for path in paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-  left_out = {
-    "bad lines left out": report.bad,
-    "samples cut": rows.spans.cut,
-    "pieces with nothing to learn left out": rows.spans.barren,
+def echo(config: TrainConfig, run: Run) -> dict[str, str]:
+  """What a run is, for people: what it runs on, what is trained on what, and where it is saved."""
+  device, mesh = jax.devices()[0], run.batch_sharding.mesh.shape
+  count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+  whole, trained = count(abstract_params(run.model)), count(run.abstract_state().params)
+  tokens = config.batch_size * config.data.length
+  epochs = "" if not run.identity[0] else f", {config.steps * config.batch_size / run.identity[0]:.3g} epochs"
+  hosts = f" of {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+  return {
+    "devices": f"{jax.device_count()} × {device.device_kind}{hosts}",
+    "mesh": " × ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device",
+    "parameters": f"{whole / 1e6:,.2f} M; {trained / 1e6:,.2f} M are trained ({config.method}), {config.mode}",
+    "plan": f"{run.model.plan}: {len(run.model.plan.followers)} of {run.model.config.num_layers} layers follow",
+    "a step": f"{config.batch_size} rows of {config.data.length} tokens, {tokens:,} tokens",
+    "steps": f"{config.steps:,}{epochs}, {config.steps * tokens / 1e6:,.1f} M tokens",
+    "saved in": str(config.out),
   }
-  said = "".join(f", {count} {what}" for what, count in left_out.items() if count)
-  return f"{names}: {report.documents} documents, {tokens:,} tokens, {len(rows)} rows{said}"

@@ -415,6 +415,14 @@ def test_epochs_and_position():
   np.testing.assert_array_equal(firsts(resumed, 3), following)
 
 
+def test_batches_of_one_row():
+  """Every row once an epoch."""
+  rows = data.make_rows(corpus_of(*[3] * 5), 3)
+  iterator = data.shuffled(rows, 1, 0, range(1))
+  for _ in range(2):
+    assert sorted(int(next(iterator).tokens[0, 0]) for _ in range(5)) == [0, 3, 6, 9, 12]
+
+
 def test_hosts_partition_each_batch():
   """What each host reads, put together, is what one host would have read."""
   rows = data.make_rows(corpus_of(*[3] * 11), 3)

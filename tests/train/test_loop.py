@@ -139,7 +139,7 @@ def test_steps_that_are_not_finite(dense, tmp_path):
     train(dataclasses.replace(made, log=dataclasses.replace(made.log, save_every=2)))
   kept = prepare(made)
   with Checkpoints(tmp_path / "run" / "checkpoints", 2) as checkpoints:
-    state, _ = checkpoints.restore(kept.abstract_state())
+    _, state, _ = checkpoints.restore(kept.abstract_state())
   assert int(state.skipped) == int(state.step)
   np.testing.assert_array_equal(state.params["embed"]["embedding"], params["embed"]["embedding"])
 
@@ -194,7 +194,7 @@ def test_a_run_keeps_its_date(dense, tmp_path, monkeypatch):
       def now(cls, tz=None):
         return cls(2025, 1, day, 12)
 
-    monkeypatch.setattr("sa_jax.train.loop.datetime.datetime", Clock)
+    monkeypatch.setattr("sa_jax.train.folder.datetime.datetime", Clock)
     return train(dataclasses.replace(made, log=dataclasses.replace(made.log, **changes))).interrupted
 
   assert on(1, minutes=0.0)

@@ -1,53 +1,10 @@
-"""What a run says of itself."""
+"""What a run counts."""
 
-import json
 import math
-
-import pytest
 
 from sa_jax import ModelConfig, SharingPlan
 from sa_jax.train import metrics
-from sa_jax.train.metrics import Clock, Recorder, Window
-
-
-def read(folder):
-  return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_lines_after_the_checkpoint_come_again(tmp_path):
-  """On resuming, later lines go, and one that a kill left unfinished; numbers that are not finite are null."""
-  with Recorder(tmp_path, 9, 0, tensorboard=False) as recorder:
-    for step in range(1, 5):
-      recorder.write(step, {"loss": float(step)})
-  with (tmp_path / "metrics.jsonl").open("a") as file:
-    file.write('{"step": 5, "lo')
-  with Recorder(tmp_path, 9, 2, tensorboard=False) as recorder:
-    recorder.write(3, {"loss": math.nan})
-  assert read(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": None}]
-
-
-def test_tensorboard(tmp_path):
-  """The values, as TensorBoard's own record format holds them."""
-  from tensorboardX.proto.event_pb2 import Event
-  from tensorboardX.record_writer import masked_crc32c
-
-  with Recorder(tmp_path, 9, 0) as recorder:
-    recorder.write(3, {"loss": 1.5})
-  (file,) = (tmp_path / "tensorboard").iterdir()
-  found, contents = [], file.read_bytes()
-  while contents:
-    size = int.from_bytes(contents[:8], "little")
-    assert masked_crc32c(contents[:8]) == int.from_bytes(contents[8:12], "little")
-    event = Event.FromString(contents[12 : 12 + size])
-    found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-    contents = contents[16 + size :]
-  assert found == [(3, "loss", 1.5)]
-
-
-def test_a_folder_that_cannot_be_written(tmp_path):
-  (tmp_path / "metrics.jsonl").mkdir()
-  with pytest.raises(ValueError, match=r"cannot write .*metrics.jsonl"):
-    Recorder(tmp_path, 9, 0, tensorboard=False)
+from sa_jax.train.metrics import Clock, Window
 
 
 def test_window():

@@ -37,7 +37,7 @@ def test_from_8_devices_to_2_to_1(tmp_path):
     with Checkpoints(tmp_path / str(count), keep=1) as checkpoints:
       checkpoints.save(step, moved, {"step": step})
       checkpoints.wait()
-      moved, extra = checkpoints.restore(on(count))
+      _, moved, extra = checkpoints.restore(on(count))
     assert extra == {"step": step}
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(moved)} == {count}
     embedding = moved.params["embed"]["embedding"]

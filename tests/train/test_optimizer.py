@@ -55,5 +55,5 @@ def test_the_papers_fine_tuning():
 
 
 def test_what_makes_no_sense():
-  with pytest.raises(ValueError, match=r"learning_rate=0 \(a positive number is needed\); b2=1.0 \(0 to below 1"):
+  with pytest.raises(ValueError, match=r"learning_rate=0 \(a positive number is needed\)\n  b2=1.0 \(0 to below 1"):
     OptimizerConfig(learning_rate=0, b2=1.0)

@@ -61,8 +61,8 @@ def main(out: str, event: str = "", step: str = "0", *more: str) -> None:
   end = lambda: os.kill(os.getpid(), signal.SIGKILL)
   run_step, save = Loop._step, Checkpoints.save
 
-  def step_then(self, recorder):
-    run_step(self, recorder)
+  def step_then(self):
+    run_step(self)
     if self.done == at:
       os.kill(os.getpid(), signal.SIGKILL if event == "kill" else signal.SIGTERM)
 
@@ -86,7 +86,7 @@ def main(out: str, event: str = "", step: str = "0", *more: str) -> None:
   try:
     outcome = train(
       config(Path(out), mesh=MeshConfig(slice=2, fsdp=jax.device_count() // 2) if event == "shard" else MeshConfig()),
-      print,
+      say=print,
     )
   except ValueError as error:
     sys.exit(str(error))

@@ -5,18 +5,26 @@ from sa_jax.train.data.corpus import Corpus, Reading, open_corpus
 from sa_jax.train.data.packing import Rows, make_rows, pack
 from sa_jax.train.data.pipeline import BatchIterator, host_rows, in_order, shuffled, to_devices
 from sa_jax.train.data.sources import Document, Piece, Report, read_documents
+from sa_jax.train.data.stream import Cursor, Examples, Gathered, Part, Shape, Stream, hub_dataset
 
 __all__ = [
   "BYTE_VOCABULARY",
   "BatchIterator",
   "Corpus",
+  "Cursor",
   "Document",
+  "Examples",
+  "Gathered",
+  "Part",
   "Piece",
   "Reading",
   "Report",
   "Rows",
+  "Shape",
+  "Stream",
   "byte_tokenizer",
   "host_rows",
+  "hub_dataset",
   "in_order",
   "make_rows",
   "open_corpus",

@@ -107,14 +107,14 @@ def _key(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> str:
     digest.update(hashlib.sha256(part.encode()).digest())
   for path in paths:
     with named(path), path.open("rb") as file:
-      digest.update(hashlib.file_digest(file, "sha256").digest() + path.suffix.encode())
+      digest.update(hashlib.file_digest(file, "sha256").digest() + "".join(path.suffixes).encode())
   return digest.hexdigest()[:32]
 
 
 def _tokenise(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> Corpus:
   report = Report()
   start = tokenizer.opening(reading.start_token)
-  parts = list(_encoded(_documents(paths, tokenizer, report, reading), tokenizer, start))
+  parts = list(encoded(_documents(paths, tokenizer, report, reading), tokenizer, start))
   tokens, trained = (np.concatenate(column) for column in zip(*parts, strict=True))
   lengths = [len(part[0]) for part in parts]
   return Corpus(tokens, trained, np.cumsum([0, *lengths], dtype=np.int64), report, tuple(start))
@@ -126,7 +126,7 @@ def _write(folder: Path, paths: Sequence[Path], tokenizer: Tokenizer, reading: R
   lengths = [0]
   with (folder / "tokens.bin").open("wb") as tokens, (folder / "trained.bin").open("wb") as trained:
     documents = _documents(paths, tokenizer, report, reading)
-    for ids, mask in _encoded(documents, tokenizer, tokenizer.opening(reading.start_token)):
+    for ids, mask in encoded(documents, tokenizer, tokenizer.opening(reading.start_token)):
       tokens.write(ids.tobytes())
       trained.write(mask.tobytes())
       lengths.append(len(ids))
@@ -151,7 +151,7 @@ def _documents(paths: Sequence[Path], tokenizer: Tokenizer, report: Report, read
   return read_documents(paths, tokenizer, report, **options)
 
 
-def _encoded(
+def encoded(
   documents: Iterable[Document], tokenizer: Tokenizer, start: Sequence[int]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Each document's tokens, and which of them are learnt: ``start``, put before a text, is not, its end is."""

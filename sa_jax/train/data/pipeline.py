@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any, Protocol
 
 import jax
@@ -45,13 +46,24 @@ def shuffled(rows: Rows, batch_size: int, seed: int, mine: Sequence[int], thread
   Raises:
     UserError: if grain, or something that it needs, is not installed.
   """
-  try:
-    grain = importlib.import_module("grain")
-  except ImportError as error:
-    raise UserError(f"training reads data with grain ({error}): pip install 'sa-jax[train]'") from None
-  numbers = grain.MapDataset.range(len(rows)).shuffle(seed=seed).repeat().batch(batch_size)
+  grain = grain_package()
+  # As good as without end: grain counts rows, batches and what it reads ahead in 64 bits.
+  epochs = (1 << 60) // len(rows)
+  numbers = grain.MapDataset.range(len(rows)).shuffle(seed=seed).repeat(epochs).batch(batch_size)
   batches = numbers.map(lambda batch: rows.read(batch[list(mine)]))
   return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
+
+
+def grain_package() -> ModuleType:
+  """The package grain, which is in the extra ``train``.
+
+  Raises:
+    UserError: if it, or something that it needs, is not installed.
+  """
+  try:
+    return importlib.import_module("grain")
+  except ImportError as error:
+    raise UserError(f"training reads data with grain ({error}): pip install 'sa-jax[train]'") from None
 
 
 def in_order(rows: Rows, batch_size: int, mine: Sequence[int], limit: int | None = None) -> Iterator[Batch]:

@@ -7,16 +7,17 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from sa_jax.errors import UserError
-from sa_jax.files import named
 from sa_jax.formats import Tokenizer
 from sa_jax.formats.chat_template import Call
 from sa_jax.formats.tokenizer import encodable
+from sa_jax.train.data import files
 
 Documents = Literal["file", "blank_lines", "endoftext"]
 
+_KEYS = ("messages", "instruction", "input", "output", "prompt", "completion")
 END_OF_TEXT = "<|endoftext|>"
 _ALPACA = (
   "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
@@ -67,9 +68,10 @@ def read_documents(
 ) -> Iterator[Document]:
   """The documents of files, in order.
 
-  ``.jsonl`` holds one JSON object a line, ``.json`` a list of objects; every other file is text. Objects are understood
-  by their keys: ``messages`` (a chat; the assistant's turns are learnt), ``instruction`` with ``output`` and perhaps
-  ``input`` (Alpaca), ``prompt`` with ``completion``, or the text key.
+  ``.jsonl`` holds one JSON object a line, ``.json`` a list of objects, ``.parquet`` and ``.arrow`` rows,
+  ``.array_record`` the JSON of an object a record; every other file is text. ``.gz`` and ``.zst`` after that are
+  unpacked. Objects are understood by their keys: ``messages`` (a chat; the assistant's turns are learnt),
+  ``instruction`` with ``output`` and perhaps ``input`` (Alpaca), ``prompt`` with ``completion``, or the text key.
 
   Args:
     paths: the files.
@@ -95,16 +97,14 @@ def read_documents(
 def _read(
   path: Path, tokenizer: Tokenizer, report: Report, documents: Documents, text_key: str, skip_bad: bool
 ) -> Iterator[Document]:
-  if path.suffix not in (".json", ".jsonl"):
+  if files.kind(path) not in (".json", ".jsonl", *files.TABLES):
     for text in _texts(path, documents):
       if text.strip():
         yield Document((Piece(text, True),))
     return
-  for place, entry in _objects(path):
+  for place, entry in files.objects(path, {*_KEYS, text_key}):
     try:
-      found = _documents(json.loads(entry) if isinstance(entry, bytes) else entry, tokenizer, text_key)
-      for document in found:
-        encodable("".join(piece.text for piece in document.pieces))
+      found = documents_of(json.loads(entry) if isinstance(entry, bytes) else entry, tokenizer, text_key)
       yield from found
     except (ValueError, RecursionError) as error:
       reason = f"not JSON ({error})" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)
@@ -113,33 +113,11 @@ def _read(
       report.bad += 1
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-  with named(path), path.open("rb") as file:
-    yield from file
-
-
-def _objects(path: Path) -> Iterator[tuple[str, Any]]:
-  """Each object of a file: undecoded lines of ``.jsonl``, values of ``.json``; with its place for messages."""
-  if path.suffix == ".jsonl":
-    for number, line in enumerate(_lines(path), 1):
-      if line.strip():
-        yield f"line {number}", line
-    return
-  try:
-    values = json.loads(b"".join(_lines(path)) or b"[]")
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise UserError(f"{path} is not JSON: {error}") from None
-  if not isinstance(values, list):
-    raise UserError(f"{path} holds a JSON {type(values).__name__}; a list of objects is needed")
-  for index, value in enumerate(values):
-    yield f"entry {index}", value
-
-
 def _texts(path: Path, documents: Documents) -> Iterator[str]:
   """The documents of a text file, read line by line; some may be blank."""
   held: list[str] = []
   try:
-    for line in _lines(path):
+    for line in files.lines(path):
       text = line.decode()
       if documents == "endoftext":
         *ended, text = text.split(END_OF_TEXT)
@@ -153,6 +131,18 @@ def _texts(path: Path, documents: Documents) -> Iterator[str]:
   except UnicodeDecodeError as error:
     raise UserError(f"{path} is not UTF-8 text: {error}") from None
   yield "".join(held)
+
+
+def documents_of(values: object, tokenizer: Tokenizer, text_key: str) -> list[Document]:
+  """The documents of an object, which its keys say how to understand; see `read_documents`.
+
+  Raises:
+    UserError: if it cannot be used.
+  """
+  found = _documents(values, tokenizer, text_key)
+  for document in found:
+    encodable("".join(piece.text for piece in document.pieces))
+  return found
 
 
 def _documents(values: object, tokenizer: Tokenizer, text_key: str) -> list[Document]:

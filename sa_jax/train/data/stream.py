@@ -1,0 +1,293 @@
+"""Rows made while training goes on, of examples that a source gives: grain's, Hugging Face's, any iterable.
+
+What a source gives is text, an object as a line of ``.jsonl`` has it, or ``{"tokens": [...]}``, with ``"trained"``
+beside it where not every token is learnt.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import importlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from sa_jax.errors import UserError
+from sa_jax.formats import Tokenizer
+from sa_jax.train.batch import Batch
+from sa_jax.train.data.corpus import Corpus, Reading, encoded
+from sa_jax.train.data.packing import Packing, TooLong, make_rows
+from sa_jax.train.data.pipeline import grain_package
+from sa_jax.train.data.sources import Document, Piece, Report, documents_of
+
+Example = str | Mapping[str, object]
+_AT_ONCE = 64
+
+
+class RandomAccess(Protocol):
+  """Examples by number, as grain's sources and lists are."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> Example: ...
+
+
+Examples = Iterable[Example] | RandomAccess
+"""What a source is: anything that can be iterated over, or read by number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """Which examples a host reads: every ``count``-th, from the ``index``-th on."""
+
+  index: int = 0
+  count: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """What rows are made.
+
+  Attributes:
+    rows: of this host, in a batch.
+    length: tokens a row.
+    packing: see `make_rows`.
+    too_long: see `make_rows`.
+    vocabulary: how many tokens the model knows.
+    learn_all: whether prompts are learnt too.
+  """
+
+  rows: int
+  length: int
+  packing: Packing = "rows"
+  too_long: TooLong = "error"
+  vocabulary: int = 1 << 31
+  learn_all: bool = False
+
+
+class Encoded(NamedTuple):
+  """A document: uint32 tokens, and bool which of them are learnt."""
+
+  tokens: np.ndarray
+  trained: np.ndarray
+
+
+class Cursor:
+  """Examples without end, and where in them one is.
+
+  What can be read by number is read in a new order each epoch. An iterable is read from its start each epoch, with its
+  own position where it knows one (``state_dict`` of Hugging Face's, ``get_state`` of grain's iterators). Of any other
+  what was seen is read again and dropped, an iterator's too, which has but one epoch.
+  """
+
+  def __init__(self, source: Examples, seed: int, part: Part) -> None:
+    """Makes a cursor at the start; see `Stream`."""
+    self._source: Any = source
+    self._part = part
+    self._by_number = hasattr(source, "__len__") and hasattr(source, "__getitem__")
+    if self._by_number:
+      grain = grain_package()
+      examples = source if isinstance(source, grain.MapDataset) else grain.MapDataset.source(source)
+      if len(examples) < part.count:
+        raise UserError(f"the source has {len(examples)} examples, for {part.count} hosts")
+      mine = examples[part.index :: part.count]
+      self._source = mine.shuffle(seed=seed % (1 << 32)).repeat((1 << 60) // len(mine)).to_iter_dataset()
+    self._epoch = self._seen = 0
+    self._iterator: Any = iter(self._source)
+
+  def __next__(self) -> Example:
+    if self._by_number:
+      self._seen += 1
+      return next(self._iterator)
+    for _ in range(2):
+      for example in self._iterator:
+        self._seen += 1
+        if (self._seen - 1) % self._part.count == self._part.index:
+          return example
+      if not self._seen or self._iterator is self._source:
+        break
+      self._begin(self._epoch + 1)
+    seen = f"has ended after {self._seen} examples" if self._seen else "has no example"
+    raise UserError(f"the source {seen}, with steps to go")
+
+  def _begin(self, epoch: int) -> None:
+    self._epoch, self._seen = epoch, 0
+    self._iterator = iter(self._source)
+
+  def get_state(self) -> dict[str, Any]:
+    """The position, as JSON values."""
+    own = next((at for at in (self._iterator, self._source) for name in _STATES if hasattr(at, name)), None)
+    inner = None if own is None else next(getattr(own, name)() for name in _STATES if hasattr(own, name))
+    return {"epoch": self._epoch, "seen": self._seen, "inner": inner}
+
+  def set_state(self, state: Mapping[str, Any]) -> None:
+    """Goes to a position."""
+    inner = state["inner"]
+    if state["epoch"]:
+      self._begin(state["epoch"])
+    self._seen = state["seen"]
+    if inner is None:
+      for _ in itertools.islice(self._iterator, self._seen):
+        pass
+    elif hasattr(self._iterator, "set_state"):
+      self._iterator.set_state(inner)
+    else:
+      self._source.load_state_dict(inner)
+      self._iterator = iter(self._source)
+
+
+_STATES = ("get_state", "state_dict")
+
+
+class Stream:
+  """Batches of this host's rows, made while the one before is computed; the state has what is left.
+
+  Documents are packed as `make_rows` does, those of one batch and what is left of the one before together.
+  """
+
+  def __init__(self, examples: Cursor, tokenizer: Tokenizer, shape: Shape, reading: Reading = Reading()) -> None:
+    """Begins to read.
+
+    Args:
+      examples: what is read.
+      tokenizer: of the model.
+      shape: of the rows.
+      reading: the key of texts, what they begin with, and whether bad examples are left out.
+    """
+    self._examples, self._tokenizer, self._shape, self._reading = examples, tokenizer, shape, reading
+    self._start = tokenizer.opening(reading.start_token)
+    self.report = Report()
+    self._held: list[Encoded] = []
+    self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="rows")
+    self._state: tuple[dict[str, Any], list[Encoded]] = examples.get_state(), []
+    self._next: concurrent.futures.Future[tuple[Batch, tuple[dict[str, Any], list[Encoded]]]] | None = None
+
+  def __next__(self) -> Batch:
+    coming = self._next or self._worker.submit(self._make)
+    batch, self._state = coming.result()
+    self._next = self._worker.submit(self._make)
+    return batch
+
+  def get_state(self) -> dict[str, Any]:
+    """The position after the last batch that was taken, as JSON values."""
+    at, held = self._state
+    return {"examples": at, "held": [[each.tokens.tolist(), each.trained.astype(int).tolist()] for each in held]}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes to a position."""
+    if self._next is not None:
+      self._next.result()
+    self._examples.set_state(state["examples"])
+    self._held = [Encoded(np.asarray(ids, np.uint32), np.asarray(mask, np.bool_)) for ids, mask in state["held"]]
+    self._state, self._next = (state["examples"], self._held), None
+
+  def _make(self) -> tuple[Batch, tuple[dict[str, Any], list[Encoded]]]:
+    """The next batch, and the position after it."""
+    shape, held = self._shape, self._held
+    # Two batches' worth: what follows fills the rows of what comes first.
+    while sum(len(each.tokens) for each in held) < 2 * shape.rows * shape.length:
+      held = held + self._more()
+    offsets = np.cumsum([0, *(len(each.tokens) for each in held)], dtype=np.int64)
+    tokens, trained = (np.concatenate(column) for column in zip(*held, strict=True))
+    if (largest := int(tokens.max())) >= shape.vocabulary:
+      raise UserError(f"the source has token {largest}, but the model's vocabulary has {shape.vocabulary} tokens")
+    rows = make_rows(Corpus(tokens, trained, offsets, self.report), shape.length, shape.packing, shape.too_long)
+    # The oldest document is in the first row, so that none waits for ever.
+    batch = rows.read([row if row < len(rows) else -1 for row in range(shape.rows)])
+    if batch.segments is None and shape.packing == "rows":
+      # One program serves all batches.
+      batch = dataclasses.replace(batch, segments=(np.cumsum(batch.weights[:, ::-1], 1)[:, ::-1] > 0).astype(np.int32))
+    left = sorted(piece for row in rows.members[shape.rows :] for piece in row)
+    self._held = [Encoded(tokens[start:stop], trained[start:stop]) for start, stop in rows.spans.bounds[left]]
+    return batch, (self._examples.get_state(), self._held)
+
+  def _more(self) -> list[Encoded]:
+    """The next examples' documents."""
+    found: list[Encoded] = []
+    documents: list[Document] = []
+    for _ in range(_AT_ONCE):
+      example = next(self._examples)
+      try:
+        if isinstance(example, Mapping) and "tokens" in example:
+          found.append(_of_tokens(example))
+        elif isinstance(example, str):
+          documents.append(Document((Piece(example, True),)))
+        else:
+          documents += documents_of(dict(example), self._tokenizer, self._reading.text_key)
+      except (ValueError, TypeError) as error:
+        if not self._reading.skip_bad:
+          raise UserError(f"example {self._examples.get_state()['seen']} of the source: {error}") from None
+        self.report.bad += 1
+    found += [Encoded(*each) for each in encoded(documents, self._tokenizer, self._start)]
+    self.report.documents += len(found)
+    if self._shape.learn_all:
+      found = [Encoded(each.tokens, np.ones_like(each.trained)) for each in found]
+    return [each for each in found if len(each.tokens)]
+
+
+def _of_tokens(example: Mapping[str, object]) -> Encoded:
+  tokens: np.ndarray = np.asarray(example["tokens"])
+  trained = np.asarray(example.get("trained", np.ones(tokens.shape)), np.bool_)
+  if tokens.ndim != 1 or tokens.shape != trained.shape or not np.issubdtype(tokens.dtype, np.integer):
+    raise UserError(f"'tokens' and 'trained' are lists of one length, not {tokens.shape} and {trained.shape}")
+  if tokens.size and not 0 <= tokens.min() <= tokens.max() < 1 << 31:
+    raise UserError("'tokens' has numbers that are no tokens")
+  return Encoded(tokens.astype(np.uint32), trained)
+
+
+def hub_dataset(name: str, subset: str | None, split: str, part: Part) -> Examples:
+  """A dataset of the Hugging Face hub, or a folder in its form, read as a stream, this host's part of it.
+
+  Raises:
+    UserError: if datasets is not installed, or has no such dataset.
+  """
+  try:
+    datasets = importlib.import_module("datasets")
+    nodes = importlib.import_module("datasets.distributed")
+  except ImportError as error:
+    raise UserError(f"a dataset is read with datasets ({error}): pip install 'sa-jax[data]'") from None
+  try:
+    found = datasets.load_dataset(name, subset, split=split, streaming=True)
+  except Exception as error:  # datasets raises many kinds: no such name, split or subset, no network
+    raise UserError(f"the dataset {name} cannot be read: {str(error).strip().splitlines()[0]}") from None
+  split_up: Examples = nodes.split_dataset_by_node(found, part.index, part.count) if part.count > 1 else found
+  return split_up
+
+
+class Gathered:
+  """A stream of this host's, whose position is that of all hosts' streams."""
+
+  def __init__(self, stream: Stream, part: Part, gather: Callable[[dict[str, Any]], Sequence[dict[str, Any]]]) -> None:
+    """Wraps a stream.
+
+    Args:
+      stream: this host's.
+      part: which part of the examples it reads.
+      gather: from this host's value to all hosts'.
+    """
+    self._stream, self._part, self._gather = stream, part, gather
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self
+
+  def __next__(self) -> Batch:
+    return next(self._stream)
+
+  def get_state(self) -> dict[str, Any]:
+    """The positions, by part."""
+    mine = {"part": self._part.index, "state": self._stream.get_state()}
+    return {"parts": {str(each["part"]): each["state"] for each in self._gather(mine)}}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes to this host's position.
+
+    Raises:
+      UserError: if the examples were split over another number of hosts.
+    """
+    parts = state.get("parts", {})
+    if len(parts) != self._part.count:
+      raise UserError(f"the source was read in {len(parts)} parts, and cannot go on in {self._part.count}")
+    self._stream.set_state(parts[str(self._part.index)])

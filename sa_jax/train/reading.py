@@ -1,0 +1,150 @@
+"""From a config to the data of a run: its tokenizer, rows of files, or a stream of somebody's examples."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from sa_jax.distributed import gathered, wait_for_all
+from sa_jax.errors import UserError
+from sa_jax.formats import Tokenizer, load_tokenizer
+from sa_jax.nn import Transformer
+from sa_jax.train.config import TrainConfig
+from sa_jax.train.data import (
+  BatchIterator,
+  Cursor,
+  Examples,
+  Gathered,
+  Part,
+  Report,
+  Rows,
+  Shape,
+  Stream,
+  byte_tokenizer,
+  hub_dataset,
+  make_rows,
+  open_corpus,
+  shuffled,
+)
+
+
+class TrainingData(NamedTuple):
+  """Attributes:
+  batches: makes the iterator over this host's rows, at its beginning.
+  identity: how many rows, and a checksum, by which the data are known again; zeros where that cannot be.
+  """
+
+  batches: Callable[[], BatchIterator]
+  identity: tuple[int, int]
+
+
+def training_data(
+  config: TrainConfig,
+  model: Transformer,
+  tokenizer: Tokenizer,
+  mine: Sequence[int],
+  source: Examples | None,
+  say: Callable[[str], None],
+) -> TrainingData:
+  """What a run is trained on: a source, the config's dataset, or its files.
+
+  Args:
+    config: the run.
+    model: that is trained.
+    tokenizer: the model's.
+    mine: which of a batch's rows this host reads.
+    source: examples that take the place of files.
+    say: is told what was read.
+
+  Raises:
+    UserError: if there is nothing or more than one, or it cannot be used.
+  """
+  data = config.data
+  names = {"train": data.train, "dataset": data.dataset, "source": source}
+  if len(given := [name for name, value in names.items() if value is not None and value != ()]) > 1:
+    raise UserError(f"training data come from one place: train, dataset or a source, not {' and '.join(given)}")
+  if source is None and data.dataset is None:
+    rows = rows_of(config, model, tokenizer, data.train, say)
+    make = functools.partial(shuffled, rows, config.batch_size, config.seed, mine)
+    return TrainingData(make, (len(rows), rows.corpus.checksum))
+  # Hosts that hold the same rows read the same examples.
+  part = Part(mine[0] // len(mine), config.batch_size // len(mine))
+  if part.count * len(mine) != config.batch_size or list(mine) != list(range(mine[0], mine[0] + len(mine))):
+    raise UserError("a source needs a mesh on which each host holds rows next to each other; name another mesh")
+  shape = Shape(
+    len(mine), data.length, data.packing, data.too_long, model.config.vocab_size, learn_all=config.mode != "sft"
+  )
+  hub = data.dataset is not None
+  say(f"{data.dataset}, {data.split}: read while training" if hub else "a source of examples, read while training")
+
+  def batches() -> BatchIterator:
+    # A dataset gives each host its shards; any other source is read by all of them.
+    examples = source if data.dataset is None else hub_dataset(data.dataset, data.subset, data.split, part)
+    assert examples is not None
+    cursor = Cursor(examples, config.seed, Part() if hub else part)
+    return Gathered(Stream(cursor, tokenizer, shape, data.reading), part, gathered)
+
+  return TrainingData(batches, (0, 0))
+
+
+def tokenizer_of(config: TrainConfig) -> Tokenizer:
+  """The tokenizer that the config names, the model's own, or bytes for a model from scratch.
+
+  Raises:
+    UserError: if it cannot be read.
+  """
+  source = config.tokenizer or config.model or "bytes"
+  tokenizer = byte_tokenizer() if source == "bytes" else load_tokenizer(source)
+  return tokenizer if config.date is None else dataclasses.replace(tokenizer, now=_moment(config.date))
+
+
+def _moment(day: str) -> datetime.datetime:
+  """Midday of a day, which no time zone makes another day."""
+  return datetime.datetime.combine(datetime.date.fromisoformat(day), datetime.time(12))
+
+
+def rows_of(
+  config: TrainConfig, model: Transformer, tokenizer: Tokenizer, paths: Sequence[Path], say: Callable[[str], None]
+) -> Rows:
+  """The rows of files, for a model.
+
+  Raises:
+    UserError: if the data cannot be used, or have tokens that the model does not know.
+  """
+  # The first host fills the cache, the others find it filled; those without a common disk fill their own.
+  read = functools.partial(open_corpus, paths, tokenizer, config.data.reading)
+  if jax.process_index() == 0:
+    corpus = read()
+  wait_for_all("tokenised")
+  if jax.process_index() != 0:
+    corpus = read()
+  if config.mode != "sft":
+    corpus = dataclasses.replace(corpus, trained=np.ones_like(corpus.trained))
+  largest = int(corpus.tokens.max())
+  if largest >= model.config.vocab_size:
+    raise UserError(
+      f"the tokenizer makes token {largest} of the data, but the model's vocabulary has {model.config.vocab_size} "
+      "tokens; name the tokenizer that belongs to the model (`tokenizer`)"
+    )
+  rows = make_rows(corpus, config.data.length, config.data.packing, config.data.too_long)
+  opening = tokenizer.decode(corpus.start, special=True)
+  say(_describe(corpus.report, rows, len(corpus.tokens), paths) + (f", start token {opening}" if opening else ""))
+  return rows
+
+
+def _describe(report: Report, rows: Rows, tokens: int, paths: Sequence[Path]) -> str:
+  names = ", ".join(path.name for path in paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+  left_out = {
+    "bad lines left out": report.bad,
+    "samples cut": rows.spans.cut,
+    "pieces with nothing to learn left out": rows.spans.barren,
+  }
+  said = "".join(f", {count} {what}" for what, count in left_out.items() if count)
+  return f"{names}: {report.documents} documents, {tokens:,} tokens, {len(rows)} rows{said}"
