@@ -10,12 +10,12 @@ import pytest
 from tests import structure
 
 CEILINGS = {
-  "depth: logits": 16,
+  "depth: logits": 15,
   "depth: decode step": 11,
-  "depth: train step": 20,
+  "depth: train step": 19,
   "functions of 7 or more parameters": 12,
   "kernels of 7 or more parameters": 5,
-  "Any": 185,
+  "Any": 186,
   "import circles": 0,
   "upward imports": 0,
   "modules over 400 lines": 0,

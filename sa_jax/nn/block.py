@@ -136,7 +136,8 @@ class FollowerBlock(Block):
 
   def __call__(self, x: jax.Array, state: State) -> jax.Array:
     """``[B, T, D]`` → the same, with the anchor's state."""
-    return self.rest(x, self.attention(self.attention_norm(x), state))
+    y, _ = self.attention.prefill(self.attention_norm(x), state)
+    return self.rest(x, y)
 
   def prefill(self, x: jax.Array, state: State) -> tuple[jax.Array, LayerCache]:
     """`__call__` that also returns the cache of these tokens."""
