@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
+from sa_jax import ops
 from sa_jax.errors import UserError, near
 from sa_jax.ops import AttentionSpec, RopeConfig
 
@@ -138,7 +139,7 @@ class Architecture:
         wrong.append(f"{name}={large[0]} (tokens are numbers of 32 bits)")
     if self.normalize_head and self.tie_embeddings:
       wrong.append("normalize_head=True (a head that is tied to the embedding cannot be normalised)")
-    return wrong + _not_among(self, {"activation": Activation})
+    return wrong + _not_among(self, {"activation": get_args(Activation)})
 
   @property
   def kinds(self) -> tuple[LayerKind, ...]:
@@ -170,7 +171,7 @@ class Compute:
     param_dtype: what parameters are stored in, a NumPy dtype name.
     cache_dtype: what keys and values are cached in: ``int8``, with a float32 scale for each head of each token, or None
       for ``dtype``.
-    attention: the attention backend; see `sa_jax.ops.attend`.
+    attention: the attention backend, ours or one of `sa_jax.ops.register_backend`; see `sa_jax.ops.attend`.
     attention_state: what an anchor hands its followers: ``query_key`` (its rotary-encoded q and k, O(T) memory, any
       fused kernel) or ``attention_weights`` (the softmaxed weights, O(T S) memory, the paper's literal algorithm).
     remat: what the backward pass recomputes in each group: ``none``, ``full`` (all of it), ``attention`` (all but what
@@ -181,28 +182,28 @@ class Compute:
   dtype: str = "float32"
   param_dtype: str = "float32"
   cache_dtype: CacheDtype = None
-  attention: AttentionBackend = "auto"
+  attention: str = "auto"
   attention_state: AttentionState = "query_key"
   remat: RematPolicy = "none"
 
   def faults(self) -> list[str]:
     """What is wrong with the values, one line each."""
     choices = {
-      "attention": AttentionBackend,
-      "attention_state": AttentionState,
-      "remat": RematPolicy,
-      "cache_dtype": CacheDtype,
-      "dtype": FloatDtype,
-      "param_dtype": FloatDtype,
+      "attention": ("auto", *ops.backends),
+      "attention_state": get_args(AttentionState),
+      "remat": get_args(RematPolicy),
+      "cache_dtype": get_args(CacheDtype),
+      "dtype": get_args(FloatDtype),
+      "param_dtype": get_args(FloatDtype),
     }
     return _not_among(self, choices)
 
 
-def _not_among(value: Architecture | Compute, choices: Mapping[str, Any]) -> list[str]:
+def _not_among(value: Architecture | Compute, choices: Mapping[str, tuple[str | None, ...]]) -> list[str]:
   return [
-    f"{name}={getattr(value, name)!r} (one of {', '.join(map(str, get_args(kind)))} is needed)"
-    for name, kind in choices.items()
-    if getattr(value, name) not in get_args(kind)
+    f"{name}={getattr(value, name)!r} (one of {', '.join(map(str, allowed))} is needed)"
+    for name, allowed in choices.items()
+    if getattr(value, name) not in allowed
   ]
 
 

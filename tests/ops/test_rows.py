@@ -7,6 +7,7 @@ import pytest
 
 from sa_jax import ops
 from sa_jax.ops.attention import blockwise
+from tests import tiny
 
 B, T, S, N, K, H = 2, 9, 13, 4, 2, 8
 
@@ -83,17 +84,22 @@ def test_shapes_that_do_not_fit_are_named_together():
 
 
 def test_a_backend_of_ones_own(monkeypatch):
-  monkeypatch.setattr(ops.attention.dispatch, "backends", dict(ops.backends))
   seen = []
 
   def mine(q, k, v, rows, spec):
     seen.append(rows)
     return ops.backends["reference"].attend(q, k, v, rows, spec)
 
+  monkeypatch.setitem(ops.backends, "mine", None)  # so that it is taken away when the test ends
+  del ops.backends["mine"]
   ops.register_backend("mine", ops.Backend(mine))
   q, k, v, _ = arrays(T, T)
   np.testing.assert_array_equal(ops.attend(q, k, v, backend="mine"), ops.attend(q, k, v, backend="reference"))
   assert len(seen) == 1
+  model = tiny.model("0:1", num_layers=2, attention="mine")
+  tokens, params = tiny.tokens(1, 5), tiny.params(model, "runs")
+  same = tiny.model("0:1", num_layers=2, attention="reference").apply({"params": params}, tokens)
+  np.testing.assert_array_equal(model.apply({"params": params}, tokens), same)
   with pytest.raises(ValueError, match="'mine' cannot compute this: it has no mask"):
     ops.attend(q, k, v, ops.Rows(mask=jnp.ones((1, 1, T, T), bool)), backend="mine")
   with pytest.raises(ValueError, match="there is an attention backend 'mine' already"):
