@@ -109,7 +109,7 @@ def test_stopped_and_out_of_disk(child, whole, tmp_path):
 
 def test_unwritable_folder(tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(ValueError, match="cannot make the folder .*file/run: Not a directory"):
+  with pytest.raises(ValueError, match="cannot write to .*file/run: Not a directory"):
     train(dataclasses.replace(config(tmp_path / "run"), out=tmp_path / "file" / "run"))
   out = tmp_path / "run"
   out.mkdir()
