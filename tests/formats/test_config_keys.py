@@ -4,12 +4,14 @@ import copy
 import logging
 
 import pytest
-import torch
-import transformers
 
 import sa_jax
 from sa_jax.formats.families import FAMILIES
-from tests.formats.hf_models import CONFIGS, SIZES, STAND_INS
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from tests.formats.hf_models import CONFIGS, SIZES, STAND_INS  # noqa: E402
 
 LLAMA = {
   "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 96, "hidden_size": 32,

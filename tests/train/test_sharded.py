@@ -116,6 +116,7 @@ def test_sharing_adds_no_collective(sizes):
     assert found.bytes <= dense[kind].bytes
 
 
+@pytest.mark.slow  # and of XLA as the oldest JAX has it: later ones combine other sums with the gradients'
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_between_slices_gradients_pass_once(accumulate):
   """Each device's part of them, in float32, however many parts a batch is computed in.
