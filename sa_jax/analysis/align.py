@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sa_jax import ops
-from sa_jax.analysis import walk
+from sa_jax.analysis import problems, walk
 from sa_jax.analysis.ridge import Sums, gain, total
 from sa_jax.config import ModelConfig
 from sa_jax.distributed import check_same_rows
@@ -125,8 +125,7 @@ def _sums_by_pair(config: ModelConfig, block: walk.Block, chunk: walk.Chunk, y: 
     heads = walk.call(config, block, PlannedBlock.heads, chunk.x, chunk.state, jnp.asarray(head_map, jnp.int32))
     by_pair |= {(n // size, anchor_head): heads[:, :, n] for n, anchor_head in enumerate(head_map)}
   features = jnp.stack([by_pair[pair] for pair in sorted(by_pair)], axis=2)
-  target = walk.without_bias(block, "attention", "o_proj", y)
-  return Sums.of(features.reshape(*features.shape[:2], -1), target)
+  return Sums.of(*problems.of_attention(config, block, features, y))
 
 
 @program(static_argnames=("config", "sweeps"))

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sa_jax.analysis import walk
+from sa_jax.analysis import problems, walk
 from sa_jax.analysis.align import best_map, head_similarity
-from sa_jax.analysis.refit import Passage, Refit, recover_layer
-from sa_jax.analysis.ridge import Sums, solve, total
+from sa_jax.analysis.refit import Passage, Refit, head_sums, recover_layer
+from sa_jax.analysis.ridge import solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
 from sa_jax.distributed import check_same_rows, of_first
@@ -282,7 +282,7 @@ class Judge:
     ]
     prior = block["attention"]["o_proj"]["kernel"]
     if self.how is not None:
-      sums = total(_output_sums(self.config, block, chunk, target, head_map) for chunk, target, _ in parts)
+      sums = total(head_sums(self.config, block, chunk, target.y, head_map) for chunk, target, _ in parts)
       prior = solve(sums, prior, self.how.ridge)[0]
     squares = [_weighed_error(self.config, block, part, head_map, prior) for part in parts]
     return float(sum(fetch(squares))) / sum(chunk.x.shape[0] * chunk.x.shape[1] for chunk, *_ in parts) / 2
@@ -310,12 +310,6 @@ def _gradient(
 
 
 @program(static_argnames="config")
-def _output_sums(config: ModelConfig, block: Block, chunk: Chunk, target: Targets, head_map: jax.Array) -> Sums:
-  heads = walk.call(config, block, PlannedBlock.heads, chunk.x, chunk.state, head_map)
-  return Sums.of(heads.reshape(*heads.shape[:2], -1), walk.without_bias(block, "attention", "o_proj", target.y))
-
-
-@program(static_argnames="config")
 def _weighed_error(
   config: ModelConfig,
   block: Block,
@@ -326,7 +320,7 @@ def _weighed_error(
   """Sum over tokens of (g·δ)², of a chunk, what it should become, and the gradient g."""
   chunk, target, gradient = part
   heads = walk.call(config, block, PlannedBlock.heads, chunk.x, chunk.state, head_map).astype(jnp.float32)
-  y = walk.without_bias(block, "attention", "o_proj", target.y).astype(jnp.float32)
+  y = problems.without_bias(block["attention"]["o_proj"], target.y)
   error = heads.reshape(*heads.shape[:2], -1) @ kernel.astype(jnp.float32).reshape(-1, config.embed_dim) - y
   return jnp.square((error * gradient.astype(jnp.float32)).sum(axis=-1)).sum()
 

@@ -5,7 +5,8 @@ replaced by the ridge solution that maps its head outputs ``O`` onto what the de
 
     W = W_O + (OᵀO + λI)⁻¹ Oᵀ(Y − O W_O),    λ = ridge × the mean diagonal of OᵀO,
 
-which is never farther from ``Y`` than W_O is. Then W_V, by conjugate gradients on the same error (in which it is linear
+which is never farther from ``Y`` than W_O is; `sa_jax.analysis.problems` says how errors are measured where a norm
+follows. Then W_V, by conjugate gradients on the same error (in which it is linear
 too), and W_O again. From the first follower on, the last projection of each MLP may be refitted in the same way, onto
 what the dense layer's output lacks: it sees the error that attention left and that of the layers before.
 Only sums over tokens are kept, so text streams through batch by batch; on a mesh the sums reduce over devices.
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sa_jax.analysis import walk
+from sa_jax.analysis import problems, walk
 from sa_jax.analysis.align import can_map_by_refit, map_by_refit, shared_model, with_map
 from sa_jax.analysis.ridge import Sums, relative_error, solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
@@ -70,16 +71,13 @@ class Refit:
     """Checks that the model can be refitted so.
 
     Raises:
-      UserError: if an MLP's output is normalised before it is added (no linear map leads from its last projection to
-        what the dense block's output lacks), or the model has too many pairs of heads to choose maps by refit error.
+      UserError: if it has too many pairs of heads to choose maps by refit error.
     """
     if self.maps and not can_map_by_refit(config):
       raise UserError(
         f"{config.num_heads} heads × {config.num_kv_heads} KV heads × {config.head_dim} are too many features to "
         "choose head maps by refit error: choose them by similarity and loss, with align, and refit without maps"
       )
-    if self.mlp and config.post_norms:
-      raise UserError("the MLPs of this model are normalised at their output and cannot be refitted: leave them out")
 
 
 class Report(NamedTuple):
@@ -101,10 +99,10 @@ class Report(NamedTuple):
 
 
 @program(static_argnames="config")
-def _head_sums(config: ModelConfig, block: Block, chunk: Chunk, y: jax.Array, head_map: jax.Array) -> Sums:
-  """Sums of a follower's head outputs ``[N H]`` with the dense attention's output."""
+def head_sums(config: ModelConfig, block: Block, chunk: Chunk, y: jax.Array, head_map: jax.Array) -> Sums:
+  """Sums of a follower's head outputs ``[N H]`` with the dense attention's output ``[B, T, D]``."""
   heads = walk.call(config, block, PlannedBlock.heads, chunk.x, chunk.state, head_map)
-  return Sums.of(heads.reshape(*heads.shape[:2], -1), y)
+  return Sums.of(*problems.of_attention(config, block, heads, y))
 
 
 @program(static_argnames="config")
@@ -119,7 +117,7 @@ def _attend(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) 
 @program(static_argnames="config")
 def _mlp_sums(config: ModelConfig, block: Block, x: jax.Array, target: jax.Array) -> Sums:
   """Sums of the MLP's hidden activations ``[F]`` with what the dense block's output lacks before the MLP is added."""
-  return Sums.of(walk.call(config, block, PlannedBlock.mlp_hidden, x), target - x)
+  return Sums.of(*problems.of_mlp(config, block, x, target - x))
 
 
 @program(static_argnames="config")
@@ -183,9 +181,7 @@ def recover_layer(
   middle = [keep(_attend(config, block, chunk, layer)) for chunk in stream]
   if refit.mlp:
     pairs = zip(middle[:calibration], targets, strict=False)
-    sums = total(
-      _mlp_sums(config, block, x, walk.without_bias(block, "mlp", "down_proj", target.x)) for (x, _), target in pairs
-    )
+    sums = total(_mlp_sums(config, block, x, target.x) for (x, _), target in pairs)
     prior = block["mlp"]["down_proj"]["kernel"]
     kernel, condition = solve(sums, prior, refit.mlp_ridge)
     done.append(("mlp", relative_error(sums, prior), relative_error(sums, kernel), condition))
@@ -203,10 +199,7 @@ def refit_attention(
   """
 
   def sums_of(block: Block) -> Sums:
-    return total(
-      _head_sums(config, block, chunk, walk.without_bias(block, "attention", "o_proj", target.y), head_map)
-      for chunk, target in fitted
-    )
+    return total(head_sums(config, block, chunk, target.y, head_map) for chunk, target in fitted)
 
   sums = sums_of(block)
   prior = block["attention"]["o_proj"]["kernel"]
@@ -221,11 +214,20 @@ def refit_attention(
   return block, before, relative_error(sums, kernel), condition
 
 
-@program(static_argnames="config")
+@program(static_argnames=("config", "with_target"))
 def _value_product(
-  config: ModelConfig, block: Block, chunk: Chunk, head_map: jax.Array, kernel: jax.Array, target: jax.Array | None
+  config: ModelConfig,
+  block: Block,
+  part: tuple[Chunk, jax.Array],
+  head_map: jax.Array,
+  kernel: jax.Array,
+  with_target: bool,
 ) -> jax.Array:
-  """``Aᵀ(target − A kernel)``, or without target ``AᵀA kernel``; A maps W_V to the attention's output."""
+  """``Aᵀ(target − A kernel)``, or without target ``AᵀA kernel``; A maps W_V to the attention's output.
+
+  ``part`` is a chunk before the layer and the dense attention's output; see `sa_jax.analysis.problems.weight`.
+  """
+  chunk, target = part
 
   def output(kernel: jax.Array) -> jax.Array:
     changed = with_kernel(block, "attention", "v_proj", kernel)
@@ -234,8 +236,8 @@ def _value_product(
 
   offset = output(jnp.zeros_like(kernel))
   out, transpose = jax.vjp(output, kernel)
-  difference = out - offset if target is None else target - out
-  return transpose(difference)[0]
+  difference = target - out if with_target else out - offset
+  return transpose((difference * problems.weight(config, target) ** 2).astype(out.dtype))[0]
 
 
 def _refit_values(
@@ -245,8 +247,7 @@ def _refit_values(
 
   def product(kernel: jax.Array, with_target: bool) -> jax.Array:
     parts = [
-      _value_product(config, block, chunk, head_map, kernel, target.y if with_target else None)
-      for chunk, target in fitted
+      _value_product(config, block, (chunk, target.y), head_map, kernel, with_target) for chunk, target in fitted
     ]
     return jax.tree.reduce(jnp.add, parts)
 

@@ -74,7 +74,7 @@ class Effort:
     search: for its plan.
     calibration_rows: most rows of each text to fit to.
     judging_rows: most further rows of each text to judge by.
-    mlp: whether MLPs are refitted, where the model allows it.
+    mlp: whether MLPs are refitted.
   """
 
   search: Search
@@ -84,7 +84,7 @@ class Effort:
 
   def recovery(self, config: ModelConfig) -> Refit:
     """The refit of the plan that is found."""
-    return Refit(maps=can_map_by_refit(config), mlp=self.mlp and not config.post_norms)
+    return Refit(maps=can_map_by_refit(config), mlp=self.mlp)
 
 
 EFFORTS = {

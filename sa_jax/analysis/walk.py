@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
@@ -168,14 +167,3 @@ def dense_trace(
     if report is not None:
       report(layer + 1, config.num_layers)
   return trace
-
-
-def without_bias(block: Block, part: str, projection: str, target: jax.Array) -> jax.Array:
-  """The target that the kernel alone must reach: what a bias adds is left as it is."""
-  bias = block[part][projection].get("bias")
-  return target if bias is None else _without(target, bias)
-
-
-@program()
-def _without(target: jax.Array, bias: jax.Array) -> jax.Array:
-  return target - jnp.broadcast_to(bias, target.shape)

@@ -109,6 +109,10 @@ class PlannedBlock(Block):
     """What the MLP's last projection reads, ``[B, T, F]``, of what `add_attention` gave."""
     return self.mlp.hidden(self.mlp_norm(x))
 
+  def mlp_output(self, hidden: jax.Array) -> jax.Array:
+    """The MLP's last projection: ``[B, T, F]`` → ``[B, T, D]``."""
+    return self.mlp.down_proj(hidden)
+
 
 class _PlannedGroup(nn.Module):
   """Gives the block the name that the dense run layout has for it."""

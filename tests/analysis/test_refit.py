@@ -9,8 +9,10 @@ import pytest
 
 import sa_jax
 from sa_jax.analysis import align, ridge, walk
+from sa_jax.analysis import refit as refit_module
 from sa_jax.analysis.refit import Refit, refit
 from sa_jax.config import ModelConfig
+from sa_jax.nn import PlanArrays, PlannedBlock
 from tests import tiny
 
 CONFIG = ModelConfig(
@@ -158,10 +160,77 @@ def test_other_families(params):
   assert result.reports[0].before < 1e-5
   got = jax.jit(result.model.apply)({"params": result.params}, TOKENS)
   np.testing.assert_allclose(got, jax.jit(dense.apply)({"params": made}, TOKENS), atol=1e-4)
-  with pytest.raises(ValueError, match="normalised at their output"):
-    refit(dense, made, plan, TOKENS, Refit(mlp=True))
   with pytest.raises(ValueError, match="different keys"):
     refit(dense, made, sa_jax.SharingPlan.parse("1:2", 5), TOKENS)
+
+
+def post_normed(**changes):
+  config = dataclasses.replace(CONFIG, post_norms=True, norm_about_one=True, **changes)
+  dense = sa_jax.Transformer(config, DENSE.plan)
+  made = jax.tree.map(jnp.asarray, tiny.params(dense))
+  return config, dense, made
+
+
+def rms(x):
+  return np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + CONFIG.norm_eps)
+
+
+def test_output_projections_before_a_norm_against_numpy():
+  """W_O minimises the error after the norm's division; the MLP's projection that of the direction which is lacking."""
+  config, dense, params = post_normed(output_bias=True, mlp_bias=True)
+  trace = walk.dense_trace(config, params, walk.start(config, params, TOKENS, 16))
+  before, (target,), block = walk.Chunk(trace[0][0].x, trace[0][0].state), trace[1], params["layers"]["1"]
+  call = lambda method, *arguments: walk.call(config, block, method, *arguments)
+  heads = call(PlannedBlock.heads, before.x, before.state, jnp.arange(4, dtype=jnp.int32))
+  flat = lambda x: np.asarray(x, np.float64).reshape(-1, *np.shape(x)[2:])
+
+  def want(x, y, prior, ridge):
+    gram = x.T @ x
+    penalty = ridge * np.trace(gram) / len(gram) * np.eye(len(gram))
+    return np.linalg.solve(gram + penalty, x.T @ y + penalty @ prior)
+
+  result = refit(dense, params, sa_jax.SharingPlan.parse("0:1", 5), TOKENS, Refit(mlp=True), chunk=16)
+  y, x = flat(target.y), flat(heads).reshape(-1, 24)
+  bias, prior = (np.asarray(block["attention"]["o_proj"][name], np.float64) for name in ("bias", "kernel"))
+  kernel = want(x / rms(y), (y - bias) / rms(y), prior.reshape(24, 24), 0.01)
+  got = result.params["layers"]["1"]
+  np.testing.assert_allclose(got["attention"]["o_proj"]["kernel"].reshape(24, 24), kernel, atol=2e-5)
+
+  scale = lambda name: 1 + np.asarray(block[name]["scale"], np.float64)
+  y = x @ kernel + bias
+  middle = flat(before.x) + y / rms(y) * scale("attention_post_norm")
+  hidden = flat(call(PlannedBlock.mlp_hidden, jnp.float32(middle)[None]))[:]
+  bias, prior = (np.asarray(block["mlp"]["down_proj"][name], np.float64) for name in ("bias", "kernel"))
+  y, gain = hidden @ prior + bias, scale("mlp_post_norm")
+  error = flat(target.x) - middle - gain * y / rms(y)
+  wanted = y / rms(y) + gain / (gain**2 + 0.01 * np.mean(gain**2)) * error
+  wanted = wanted / rms(wanted)
+  kernel = want(hidden / rms(y), wanted - bias / rms(y), prior, 0.3)
+  np.testing.assert_allclose(got["mlp"]["down_proj"]["kernel"], kernel, atol=2e-4)
+
+
+def test_refits_before_a_norm_lower_the_block_error_on_other_text():
+  config, dense, params = post_normed()
+  plan = sa_jax.SharingPlan.parse("0:1", 5)
+  text, other = (np.random.default_rng(seed).integers(0, 47, (64, 16), np.int32) for seed in (4, 5))
+  trace = walk.dense_trace(config, params, walk.start(config, params, other, 64))
+  before, want = walk.Chunk(trace[0][0].x, trace[0][0].state), np.asarray(trace[1][0].x)
+  as_follower = PlanArrays.of_layer(1, config, False)
+
+  def distance(attention, mlp=None):
+    """Of the block's output on the other text, with the refitted projections that are named."""
+    block = refit_module.with_kernel(params["layers"]["1"], "attention", "o_proj", attention)
+    if mlp is not None:
+      block = refit_module.with_kernel(block, "mlp", "down_proj", mlp)
+    return np.mean((np.asarray(walk.advance(config, block, before, as_follower).x) - want) ** 2)
+
+  made = refit(dense, params, plan, text, Refit(mlp=True), chunk=64)
+  assert all(report.after < report.before for report in made.reports)
+  found = made.params["layers"]["1"]
+  attention, mlp = found["attention"]["o_proj"]["kernel"], found["mlp"]["down_proj"]["kernel"]
+  plain = distance(params["layers"]["1"]["attention"]["o_proj"]["kernel"])
+  assert distance(attention) < 0.9 * plain
+  assert distance(attention, mlp) < 0.95 * distance(attention)
 
 
 def test_head_maps_by_refit_error_need_few_heads():
