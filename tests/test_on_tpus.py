@@ -75,7 +75,7 @@ def test_scoring(sizes):
 def test_share(sizes):
   opened = model("dense", tuple(sizes.items()), "layers")
   found = compiled(lambda: share(*opened, [Text("text", TOKENS[:2], TOKENS[2:4])], 1, chunk=2))
-  assert {name for name, kernel in found.items() if kernel} >= {"dense_layer", "_head_sums", "_attend", "_gradient"}
+  assert {name for name, kernel in found.items() if kernel} >= {"dense_layer", "head_sums", "_attend", "_gradient"}
   assert {"_begin", "row_losses", "_products", "_descend", "solve", "_log_likelihood"} <= set(found)
 
 
