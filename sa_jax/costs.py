@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
-from sa_jax.plan import SharingPlan, as_plan
+from sa_jax.plan import PlanLike, as_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Cost:
   decode_bytes: int
 
 
-def cost(config: ModelConfig, plan: SharingPlan | str | None, batch: int = 1, seq_len: int = 1) -> Cost:
+def cost(config: ModelConfig, plan: PlanLike, batch: int = 1, seq_len: int = 1) -> Cost:
   """Counts what a model costs under a plan.
 
   Args:

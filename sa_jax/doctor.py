@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from sa_jax import ops
 from sa_jax.distributed import exchange
 from sa_jax.errors import UserError
-from sa_jax.sharding import make_mesh, parse_mesh
+from sa_jax.mesh import MeshSizes
 
 _PACKAGES = ("sa-jax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -35,11 +35,11 @@ class Finding:
   is_fault: bool = False
 
 
-def examine(mesh: str | None = None, paths: Sequence[Path] = ()) -> list[Finding]:
+def examine(mesh: MeshSizes = MeshSizes(), paths: Sequence[Path] = ()) -> list[Finding]:
   """Looks at what a run would need. All processes call it together, and find the same but for their own storage.
 
   Args:
-    mesh: one to make, as `sa_jax.sharding.parse_mesh` reads it; all devices over ``data`` when None.
+    mesh: the sizes of one to make; all devices over ``data`` when none is given.
     paths: folders that a run would read from and write to.
   """
   found = [Finding("versions", _versions()), *_processes(), _mesh(mesh)]
@@ -69,9 +69,9 @@ def _processes() -> list[Finding]:
   return found
 
 
-def _mesh(mesh: str | None) -> Finding:
+def _mesh(mesh: MeshSizes) -> Finding:
   try:
-    made = make_mesh(jax.device_count()) if mesh is None else parse_mesh(mesh)
+    made = mesh.mesh()
   except UserError as error:
     return Finding("mesh", str(error), is_fault=True)
   sizes = ", ".join(f"{name} {size}" for name, size in made.shape.items() if size > 1)

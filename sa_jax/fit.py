@@ -12,6 +12,7 @@ import importlib.util
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,13 +29,13 @@ from sa_jax.config import ModelConfig
 from sa_jax.costs import cost
 from sa_jax.errors import UserError
 from sa_jax.hlo import Collective, collectives
+from sa_jax.mesh import MeshSizes
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.typed import apply
 from sa_jax.plan import SharingPlan
 from sa_jax.sharding import (
   abstract_params,
   cache_shardings,
-  make_mesh,
   named_sharding,
   on_mesh,
   param_shardings,
@@ -66,10 +67,7 @@ class Job:
     topology: a slice as libtpu names it, for example ``v5e:16x16``, ``v6e:4x4``, ``v5p:4x4x4``.
     batch: rows in all, ``B``.
     length: tokens a row; when decoding, the slots of the cache.
-    data: mesh size over which rows are split and parameters are not.
-    fsdp: mesh size over which rows and parameters are split.
-    tensor: mesh size over which heads, MLP and vocabulary are split.
-    sequence: mesh size over which the tokens of a row are split; to train and to prefill.
+    mesh: its sizes; of ``data``, when not given, what the topology's name leaves.
   """
 
   config: ModelConfig
@@ -78,25 +76,26 @@ class Job:
   topology: str
   batch: int
   length: int
-  data: int = 1
-  fsdp: int = 1
-  tensor: int = 1
-  sequence: int = 1
+  mesh: MeshSizes = MeshSizes()
 
   def __post_init__(self) -> None:
-    wrong = [
-      f"{name}={getattr(self, name)} (at least 1 is needed)"
-      for name in ("batch", "length", "data", "fsdp", "tensor", "sequence")
-      if getattr(self, name) < 1
-    ]
-    if not wrong and self.batch % (self.data * self.fsdp):
-      wrong.append(f"batch={self.batch} (a multiple of data × fsdp = {self.data * self.fsdp} is needed)")
-    if not wrong and self.length % self.sequence:
-      wrong.append(f"length={self.length} (a multiple of sequence = {self.sequence} is needed)")
+    least = {"batch": self.batch, "length": self.length}
+    wrong = [f"{name}={value} (at least 1 is needed)" for name, value in least.items() if value < 1]
+    ways, sequence = mesh_on(self.topology, self.mesh).ways, self.mesh.sequence
+    if not wrong and self.batch % ways:
+      wrong.append(f"batch={self.batch} (a multiple of data × fsdp = {ways} is needed)")
+    if not wrong and self.length % sequence:
+      wrong.append(f"length={self.length} (a multiple of sequence = {sequence} is needed)")
     if self.plan.num_layers != self.config.num_layers:
       wrong.append(f"a plan for {self.plan.num_layers} layers (the model has {self.config.num_layers})")
     if wrong:
       raise UserError.of("fit", wrong)
+
+
+def mesh_on(topology: str, mesh: MeshSizes) -> MeshSizes:
+  """The sizes over the chips that a topology's name, such as ``v5e:2x4``, counts: ``data`` is a number."""
+  counts = map(int, re.findall(r"\d+", topology.partition(":")[2]))
+  return mesh.over(math.prod(counts) * mesh.slice)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +203,7 @@ def topology_mesh(job: Job) -> Mesh:
     UserError: if libtpu does not know the topology, or its devices are not as many as the mesh needs.
   """
   try:
-    return make_mesh(job.data, job.fsdp, job.tensor, job.sequence, devices=tpu_devices(job.topology))
+    return job.mesh.mesh(tpu_devices(job.topology, job.mesh.slice))
   except UserError as error:
     raise UserError(f"{job.topology}: {error}") from None
 
@@ -289,12 +288,12 @@ def _tokens(job: Job, mesh: Mesh, *axes: str) -> jax.ShapeDtypeStruct:
 def _roofline(job: Job, arguments: tuple[Tree, ...]) -> tuple[float, float]:
   """FLOPs and bytes of one execution on one device, from `sa_jax.cost`, padding and re-reading left out."""
   counted = cost(job.config, job.plan, job.batch, job.length)
-  devices = job.data * job.fsdp * job.tensor * job.sequence
+  devices, tensor = mesh_on(job.topology, job.mesh).size, job.mesh.tensor
   # What a device reads of the parameters is what it multiplies with: its part of `tensor`, gathered over `fsdp`.
-  params = counted.param_bytes / job.tensor
+  params = counted.param_bytes / tensor
   cache = counted.kv_cache_bytes / devices
   if job.kind == "decode":
-    read = (counted.decode_bytes - counted.kv_cache_bytes) / job.tensor
+    read = (counted.decode_bytes - counted.kv_cache_bytes) / tensor
     return counted.decode_flops / devices, read + cache
   if job.kind == "prefill":
     skipped = 2 * job.config.vocab_size * job.config.embed_dim * job.batch * (job.length - 1)

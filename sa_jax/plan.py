@@ -246,7 +246,11 @@ def _normal_head_map(
   return None if all(entry is None for entry in entries) else tuple(entries)
 
 
-def as_plan(plan: SharingPlan | str | Sequence[int] | None, num_layers: int) -> SharingPlan:
+PlanLike = SharingPlan | str | Sequence[int] | None
+"""A plan, a plan string, a ``source`` list, or None."""
+
+
+def as_plan(plan: PlanLike, num_layers: int) -> SharingPlan:
   """A plan given in any accepted form: a plan, a plan string, a ``source`` list, or None for dense.
 
   Raises:

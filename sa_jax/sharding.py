@@ -6,19 +6,18 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Concatenate, ParamSpec, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
+from sa_jax.mesh import make_mesh as make_mesh  # what the rules are for
 from sa_jax.nn import Cache, Transformer
 from sa_jax.plan import SharingPlan
 from sa_jax.trees import Params, Tree
@@ -45,98 +44,9 @@ DEFAULT_RULES: Rules = (
 )
 """Logical axis → mesh axis, for the axes of `make_mesh`. An axis that a mesh lacks splits nothing on it."""
 
-MESH_AXES = ("data", "fsdp", "tensor", "sequence")
-
 _RULES = jax.make_user_context(())  # part of what `jax.jit` knows a trace by, which Flax's own context is not
 _OF_ALL_ROWS = ("heads", "kv_heads", "head_dim", "mlp", "vocab")
 """What every device with the same part of it needs all rows of its mesh axes for, unlike ``embed``'s (FSDP)."""
-
-
-def make_mesh(
-  data: int = 1,
-  fsdp: int = 1,
-  tensor: int = 1,
-  sequence: int = 1,
-  *,
-  slice: int = 1,
-  devices: Sequence[jax.Device] | None = None,
-) -> Mesh:
-  """A mesh over all devices, or over some.
-
-  Args:
-    data: over how many rows are split, and parameters are not.
-    fsdp: over how many rows and parameters are split.
-    tensor: over how many heads, MLP and vocabulary are split.
-    sequence: over how many the tokens of a row are split. For attention they are exchanged for heads, where there are
-      key heads for ``tensor * sequence`` devices; otherwise keys and values are gathered. Queries and keys are sent
-      once a group, values once a layer.
-    slice: how many slices the devices are of, each a network of its own. Rows are split over slices and nothing else
-      is, so that a train step sends gradients between them, once; the other axes stay inside a slice. A mesh of one
-      slice has no such axis.
-    devices: which; all when None.
-
-  Raises:
-    UserError: if the sizes do not multiply to the number of devices, or the devices are of another number of slices.
-  """
-  sizes = dict(zip(MESH_AXES, (data, fsdp, tensor, sequence), strict=True))
-  devices = jax.devices() if devices is None else devices
-  _check_sizes(sizes, slice, devices)
-  axis_types = (AxisType.Auto,) * len(sizes)
-  if slice == 1:
-    return Mesh(_arranged(tuple(sizes.values()), devices), MESH_AXES, axis_types=axis_types)
-  return Mesh(
-    _in_slices(tuple(sizes.values()), slice, devices), ("slice", *MESH_AXES), axis_types=(AxisType.Auto, *axis_types)
-  )
-
-
-def _check_sizes(sizes: Mapping[str, int], slices: int, devices: Sequence[jax.Device]) -> None:
-  shown = {name: size for name, size in (("slice", slices), *sizes.items()) if name in MESH_AXES[:3] or size != 1}
-  product = slices * math.prod(sizes.values())
-  if product != len(devices):
-    spelt = " × ".join(f"{name} {size}" for name, size in shown.items())
-    raise UserError(f"a mesh of {spelt} needs {product} devices; there are {len(devices)}")
-  found = _slices(devices)
-  if found != slices and (slices > 1 or devices[0].platform == "tpu") and found > 1:
-    raise UserError(f"slice={slices}, but the devices are of {found} slices; slice={found} is what they need")
-
-
-def _slices(devices: Sequence[jax.Device]) -> int:
-  return len({getattr(device, "slice_index", 0) for device in devices})
-
-
-def _in_slices(shape: tuple[int, ...], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
-  """Devices ``[slices, *shape]``: of each slice by itself, or of equal stretches where devices do not say theirs."""
-  if _slices(devices) > 1:
-    from jax.experimental import mesh_utils
-
-    ones = (1,) * len(shape)
-    return mesh_utils.create_hybrid_device_mesh((1, *shape), (slices, *ones), devices, allow_split_physical_axes=True)
-  size = len(devices) // slices
-  parts = [devices[start : start + size] for start in range(0, len(devices), size)]
-  return np.stack([_arranged(shape, part) for part in parts])
-
-
-def _arranged(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
-  """Devices of one slice as near to each other as their network has them."""
-  from jax.experimental import mesh_utils
-
-  return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-
-
-def parse_mesh(text: str, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh from its spelling on the command line, such as ``data=2,fsdp=4`` or ``slice=2,fsdp=256``; see `make_mesh`.
-
-  Raises:
-    UserError: if it is spelt otherwise, or as `make_mesh`.
-  """
-  sizes: dict[str, int] = {}
-  for part in text.split(","):
-    name, _, size = part.strip().partition("=")
-    if name not in ("slice", *MESH_AXES) or name in sizes or not size.isdecimal() or not int(size):
-      axes = ", ".join(("slice", *MESH_AXES))
-      raise UserError(f"the mesh {text!r} is not spelt like 'data=2,fsdp=4': sizes of {axes}, each at most once")
-    sizes[name] = int(size)
-  return make_mesh(**sizes, devices=devices)
 
 
 def check_mesh(mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> None:

@@ -8,6 +8,7 @@ import pytest
 from sa_jax import ModelConfig, SharingPlan, cost
 from sa_jax.cli import main
 from sa_jax.fit import Job, fit
+from sa_jax.mesh import MeshSizes
 
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'sa-jax[tpu]'"
@@ -20,7 +21,7 @@ SMALL = ModelConfig(
 
 
 def job(plan, kind, **changes):
-  sizes = {"topology": "v5e:2x2", "batch": 4, "length": 256, "fsdp": 2, "tensor": 2}
+  sizes = {"topology": "v5e:2x2", "batch": 4, "length": 256, "mesh": MeshSizes(fsdp=2, tensor=2)}
   return Job(SMALL, SharingPlan.parse(plan, 4), kind, **(sizes | changes))
 
 
@@ -73,8 +74,11 @@ def test_too_big_is_an_answer():
   ("changes", "message"),
   [
     ({"topology": "v99:2x2"}, "v99:2x2.*there are, for example, v5e:2x4"),
-    ({"fsdp": 4}, "v5e:2x2: a mesh of data 1 × fsdp 4 × tensor 2 needs 8 devices; there are 4"),
-    ({"tensor": 4, "fsdp": 1}, "not divisible"),
+    (
+      {"mesh": MeshSizes(fsdp=4, tensor=2)},
+      "v5e:2x2: a mesh of data 1 × fsdp 4 × tensor 2 needs 8 devices; there are 4",
+    ),
+    ({"mesh": MeshSizes(tensor=4)}, "not divisible"),
   ],
 )
 def test_what_cannot_be_is_said(changes, message):
@@ -84,7 +88,7 @@ def test_what_cannot_be_is_said(changes, message):
 
 def test_sizes_are_checked_before_anything_is_compiled():
   with pytest.raises(ValueError, match=r"batch=3 \(a multiple of data × fsdp = 2 is needed\)\n  a plan for 3 layers"):
-    Job(SMALL, SharingPlan.dense(3), "train", "v5e:2x2", batch=3, length=8, fsdp=2)
+    Job(SMALL, SharingPlan.dense(3), "train", "v5e:2x2", batch=3, length=8, mesh=MeshSizes(1, fsdp=2))
   with pytest.raises(ValueError, match=r"length=0 \(at least 1 is needed\)"):
     job("dense", "train", length=0)
 
@@ -92,7 +96,7 @@ def test_sizes_are_checked_before_anything_is_compiled():
 def test_without_libtpu_one_line_says_what_to_install(monkeypatch, capsys):
   found = importlib.util.find_spec
   monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "libtpu" else found(name, *rest))
-  assert main(["fit", "llama-2-7b", "--topology", "v5e:2x2", "--fsdp", "4"]) == 2
+  assert main(["fit", "llama-2-7b", "--topology", "v5e:2x2", "--mesh", "fsdp=2"]) == 2
   error = capsys.readouterr().err.strip()
   assert error.count("\n") == 0
   assert "pip install 'sa-jax[tpu]'" in error

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import sa_jax
 from sa_jax import UserError
+from sa_jax.mesh import MeshSizes
 from sa_jax.sharding import (
   DEFAULT_RULES,
   abstract_params,
@@ -17,7 +18,6 @@ from sa_jax.sharding import (
   named_sharding,
   on_mesh,
   param_shardings,
-  parse_mesh,
   rules_of,
   rules_on,
 )
@@ -177,13 +177,25 @@ def test_an_axis_that_no_rule_names_is_told(caplog):
 
 
 def test_a_mesh_is_spelt():
-  assert dict(parse_mesh("data=2, fsdp=4").shape) == {"data": 2, "fsdp": 4, "tensor": 1, "sequence": 1}
-  assert dict(parse_mesh("slice=2,tensor=4").shape)["slice"] == 2
-  for text in ("data=2,fsdp", "dat=8", "data=0,fsdp=8", "data=2,data=4", ""):
+  assert dict(MeshSizes.parse("data=2, fsdp=4").mesh().shape) == {"data": 2, "fsdp": 4, "tensor": 1, "sequence": 1}
+  assert dict(MeshSizes.parse("slice=2,tensor=4").mesh().shape)["slice"] == 2
+  for text in ("data=2,fsdp", "dat=8", "data=2,data=4", ""):
     with pytest.raises(UserError, match="is not spelt like 'data=2,fsdp=4'"):
-      parse_mesh(text)
+      MeshSizes.parse(text).mesh()
+  with pytest.raises(UserError, match=r"data=0 \(at least 1 is needed\)"):
+    MeshSizes.parse("data=0,fsdp=8")
   with pytest.raises(UserError, match="needs 6 devices; there are 8"):
-    parse_mesh("slice=3,fsdp=2")
+    MeshSizes.parse("slice=3,fsdp=2").mesh()
+
+
+@pytest.mark.parametrize(
+  ("text", "data"), [("fsdp=2", 4), ("tensor=8", 1), ("slice=2,fsdp=2", 2), ("data=2,tensor=4", 2), ("data=8", 8)]
+)
+def test_data_is_what_is_left(text, data):
+  sizes = MeshSizes.parse(text)
+  assert sizes.over(8).data == sizes.mesh().shape["data"] == data
+  assert MeshSizes.parse(str(sizes)) == sizes
+  assert sizes.over(8).size == 8
 
 
 def test_devices_of_a_slice_stay_together():

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from sa_jax.bench.plot import decode_curves
-from sa_jax.bench.task import Result, Task
+from sa_jax.bench.task import Result, task_of
 
 
 def main() -> None:
@@ -21,13 +21,13 @@ def main() -> None:
   parser.add_argument("--out", type=Path, required=True)
   arguments = parser.parse_args()
   results = [
-    Result(**values | {"task": Task(**values["task"])})
+    Result(**values | {"task": task_of(values["task"])})
     for file in arguments.files
     for values in json.loads(file.read_text(encoding="utf-8"))
   ]
-  if len({(result.task.model, result.task.batch, result.device) for result in results}) > 1:
+  if len({(result.task.model, result.task.batch_size, result.device) for result in results}) > 1:
     raise SystemExit("the results are of several models, batches or cards; give those of one")
-  decode_curves(sorted(results, key=lambda result: result.task.seq_len), arguments.out)
+  decode_curves(sorted(results, key=lambda result: result.task.length), arguments.out)
 
 
 if __name__ == "__main__":

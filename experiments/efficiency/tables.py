@@ -27,13 +27,13 @@ def read() -> dict[str, list[dict]]:
 
 def conditions(task: dict) -> tuple[str, ...]:
   """What besides the plan and the program sets measurements apart."""
-  tokens = f"{task['filled']} of {task['seq_len']}" if task.get("filled") else str(task["seq_len"])
-  split = [f"`{axis}` {task[axis]}" for axis in ("data", "fsdp", "tensor", "sequence") if task.get(axis, 1) > 1]
+  tokens = f"{task['filled']} of {task['length']}" if task.get("filled") else str(task["length"])
+  split = [f"`{axis}` {size}" for axis, size in task["mesh"].items() if size > 1]
   more = [task["cache_dtype"] + " cache"] if task.get("cache_dtype") else []
   if task["kind"] in ("step", "train"):
     more.append(f"remat {task.get('remat', 'full')}")
   layers = f", {task['layers']} layers" if task.get("layers") else ""
-  return (f"{task['model']}{layers}", f"{task['batch']} × {tokens}", ", ".join(split + more))
+  return (f"{task['model']}{layers}", f"{task['batch_size']} × {tokens}", ", ".join(split + more))
 
 
 def what(task: dict) -> str:

@@ -8,4 +8,4 @@
 # SIGTERM comes two minutes before the end: the run saves a step and ends with 143; the same job goes on from there.
 set -euo pipefail
 srun sa-jax doctor --multihost --mesh fsdp=16 "$PWD"
-srun sa-jax train config.py --multihost --fsdp 16 --out "$PWD/run"
+srun sa-jax train config.py --multihost --mesh fsdp=16 --out "$PWD/run"

@@ -43,23 +43,21 @@ from sa_jax.trees import Params, Tree
 class Refit:
   """What is refitted and how.
 
-  Attributes:
-    ridge: of W_O, relative to the mean energy of its inputs; greater values stay nearer to the old weights.
-    values: conjugate-gradient steps on a follower's W_V between two solutions for W_O; 0 leaves W_V.
-    mlp: whether MLPs are refitted too, from the first follower on: many more weights, which little text overfits.
-    mlp_ridge: as ``ridge``, of the MLPs' last projection.
-    maps: whether each follower's head map is chosen by the error that refitting it would leave, starting from the
-      plan's. Needs a sum over all (anchor head, KV head) pairs of features, ``[N K H, N K H]``.
-
   Raises:
     UserError: if a ridge is not positive or a number of steps negative.
   """
 
   ridge: float = 0.01
+  """How strongly W_O is held to the old weights, relative to the mean energy of its inputs."""
   values: int = 0
+  """Conjugate-gradient steps on a follower's W_V between two solutions for W_O; 0 leaves W_V."""
   mlp: bool = False
+  """Whether MLPs are refitted too, from the first follower on: many more weights, which little text overfits."""
   mlp_ridge: float = 0.3
+  """How strongly the MLPs' last projection is held to the old weights."""
   maps: bool = False
+  """Whether each follower's head map is chosen by the error that refitting it would leave, starting from the plan's.
+  Needs a sum over all (anchor head, KV head) pairs of features."""
 
   def __post_init__(self) -> None:
     if not (self.ridge > 0 and self.mlp_ridge > 0):

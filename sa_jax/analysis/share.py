@@ -29,34 +29,30 @@ Stage = Callable[[str], Callable[[int, int], None]]
 class Search:
   """How a plan is searched for.
 
-  Attributes:
-    strategy: ``dp`` (the plan whose pair costs have the least sum, then swaps that lower its measured loss), ``greedy``
-      and ``beam`` (one follower more at each step, by measured loss), or ``spans`` (the paper's baseline: the best
-      contiguous late span).
-    reach: dp and shortlists: farthest anchor considered, in layers before the follower.
-    swaps: dp: plans to measure in search of an improvement.
-    width: beam: plans kept at each step.
-    shortlist: greedy and beam: candidates measured at each step, those of least pair cost; None measures all.
-    excluded: layers that stay anchors.
-    rows: `share`: how many of each text's calibration rows candidates are fitted to; all of them when None. The plan
-      that is found is refitted on all.
-
   Raises:
     UserError: if there is no such strategy or a number is out of range.
   """
 
   strategy: Strategy = "dp"
+  """dp: the plan whose pair costs have the least sum, then swaps that lower its measured loss; greedy and beam: one
+  follower more at each step, by measured loss; spans: the paper's baseline, the best contiguous late span."""
   reach: int = 5
+  """dp and shortlists: farthest anchor considered, in layers before the follower."""
   swaps: int = 0
+  """dp: plans to measure in search of an improvement."""
   width: int = 4
+  """beam: plans kept at each step."""
   shortlist: int | None = None
+  """greedy and beam: candidates measured at each step, those of least pair cost; None measures all."""
   excluded: tuple[int, ...] = ()
-  rows: int | None = None
+  """Layers that stay anchors."""
+  search_rows: int | None = None
+  """Rows of each text that candidates are fitted to, all when None; the plan found is refitted on all."""
 
   def __post_init__(self) -> None:
     if self.strategy not in Strategy.__args__:  # type: ignore[attr-defined]
       raise UserError(f"no search strategy {self.strategy!r}; there are {', '.join(Strategy.__args__)}")  # type: ignore[attr-defined]
-    least = {"reach": 1, "width": 1, "swaps": 0, "shortlist": 1, "rows": 1}
+    least = {"reach": 1, "width": 1, "swaps": 0, "shortlist": 1, "search_rows": 1}
     faults = [
       f"{name} is {value}, and at least {least[name]} is needed"
       for name in least
@@ -68,29 +64,27 @@ class Search:
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-  """How much work goes into a shared model.
-
-  Attributes:
-    search: for its plan.
-    calibration_rows: most rows of each text to fit to.
-    judging_rows: most further rows of each text to judge by.
-    mlp: whether MLPs are refitted.
-  """
+  """How much work goes into a shared model."""
 
   search: Search
+  """Search."""
   calibration_rows: int
+  """Most rows of each text to fit to."""
   judging_rows: int
+  """Most further rows of each text to judge by."""
   mlp: bool
+  """Whether MLPs are refitted."""
 
   def recovery(self, config: ModelConfig) -> Refit:
     """The refit of the plan that is found."""
     return Refit(maps=can_map_by_refit(config), mlp=self.mlp)
 
 
-EFFORTS = {
-  "quick": Effort(Search(), calibration_rows=8, judging_rows=4, mlp=False),
-  "good": Effort(Search("greedy", shortlist=8, rows=16), calibration_rows=176, judging_rows=16, mlp=True),
-  "best": Effort(Search("beam", width=3, shortlist=16, rows=32), calibration_rows=176, judging_rows=16, mlp=True),
+EffortName = Literal["quick", "good", "best"]
+EFFORTS: dict[EffortName, Effort] = {
+  "quick": Effort(Search(), 8, 4, mlp=False),
+  "good": Effort(Search("greedy", shortlist=8, search_rows=16), 176, 16, mlp=True),
+  "best": Effort(Search("beam", width=3, shortlist=16, search_rows=32), 176, 16, mlp=True),
 }
 """By name. ``good`` is what `experiments/search` measures."""
 
@@ -176,7 +170,7 @@ def share(
     UserError: as `Judge`, `search_plan` and `refit`.
   """
   recovery, how = recovery or Refit(maps=can_map_by_refit(model.config)), how or Search()
-  judged = [text._replace(calibration=text.calibration[: how.rows]) for text in texts]
+  judged = [text._replace(calibration=text.calibration[: how.search_rows]) for text in texts]
   by_heads = dataclasses.replace(recovery, mlp=False, values=0)
   judge = Judge(model, params, judged, by_heads, chunk=chunk, progress=stage("reading the texts"))
   plan = judge.with_maps(search_plan(judge, followers, how, stage).plan)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +25,7 @@ from sa_jax.nn import Runs, Transformer
 from sa_jax.nn.split import query_axis
 from sa_jax.nn.typed import apply
 from sa_jax.plan import SharingPlan
-from sa_jax.sharding import abstract_params, make_mesh, named_sharding, on_mesh, param_shardings
+from sa_jax.sharding import abstract_params, named_sharding, on_mesh, param_shardings
 from sa_jax.train import (
   Batch,
   OptimizerConfig,
@@ -45,8 +44,8 @@ def mesh_of(task: Task) -> Mesh | None:
   Raises:
     UserError: if there are fewer devices.
   """
-  count = math.prod(task.mesh.values())
-  return make_mesh(**task.mesh, devices=jax.devices()[:count]) if count > 1 else None
+  count = task.mesh.size
+  return task.mesh.mesh(jax.devices()[:count]) if count > 1 else None
 
 
 def random_tree(tree: Tree, shardings: Tree = None) -> Tree:
@@ -76,22 +75,22 @@ def decode(task: Task) -> Result:
   params = random_tree(abstract_params(model, layout="layers"), shardings)
   start = task.tokens - STEPS
   engine = Engine(model, mesh)
-  state = engine.empty(task.batch, task.seq_len)
+  state = engine.empty(task.batch_size, task.length)
 
   def call() -> jax.Array:
     nonlocal state
     fresh = dataclasses.replace(
       state,
-      positions=jnp.full(task.batch, start, jnp.int32),
-      remaining=jnp.full(task.batch, STEPS + 1, jnp.int32),
-      done=jnp.zeros(task.batch, bool),
+      positions=jnp.full(task.batch_size, start, jnp.int32),
+      remaining=jnp.full(task.batch_size, STEPS + 1, jnp.int32),
+      done=jnp.zeros(task.batch_size, bool),
     )
     state, out = engine.decode(params, fresh, sampler=Sampler(), steps=STEPS, width=STEPS)
     return out
 
   timing = timed(call, task.repeats).scaled(1 / STEPS)
   # What the steps read on average: the cache grows from `start + 1` tokens on.
-  work = cost(config, plan, task.batch, task.tokens - (STEPS - 1) // 2).decode_bytes
+  work = cost(config, plan, task.batch_size, task.tokens - (STEPS - 1) // 2).decode_bytes
   detail = f"cache {state.cache.nbytes / 1e9:.2f} GB{_split(task)}"
   return Result(task, *timing, work, ceiling, device_name(mesh), detail=detail)
 
@@ -117,7 +116,7 @@ def step(task: Task) -> Result:
   shardings = None if mesh is None else state_shardings(optimizer, params, param_shardings(model, mesh))
   ceiling = _matrix_rate(mesh)
   state = make_state(optimizer, random_tree(params, shardings and shardings.params), shardings, donate=True)
-  tokens = jax.random.randint(jax.random.key(0), (task.batch, task.seq_len), 0, config.vocab_size)
+  tokens = jax.random.randint(jax.random.key(0), (task.batch_size, task.length), 0, config.vocab_size)
   batch = Batch(tokens, jnp.ones(tokens.shape, jnp.float32))
   if mesh is not None:
     batch = jax.device_put(batch, named_sharding(mesh, ("batch", "length")))
@@ -132,9 +131,9 @@ def step(task: Task) -> Result:
   if not np.isfinite(float(call())):
     raise UserError("the loss is not finite: what was timed is no training")
   memory = compiled.memory_analysis()
-  flops = 3 * cost(config, plan, task.batch, task.seq_len).flops
+  flops = 3 * cost(config, plan, task.batch_size, task.length).flops
   rate = training_rate(tokens.size, flops, timing.median, 1 if mesh is None else mesh.size)
-  backend = _backend(config, task.seq_len, mesh)
+  backend = _backend(config, task.length, mesh)
   temporaries = memory.temp_size_in_bytes if memory else None
   detail = f"{rate}, remat {task.remat}, {backend}{_split(task)}"
   return Result(task, *timing, flops, ceiling, device_name(mesh), temporaries, detail)
@@ -147,7 +146,7 @@ def _matrix_rate(mesh: Mesh | None = None) -> float:
 
 def _split(task: Task) -> str:
   """Over what the task is split, as text."""
-  sizes = [f"{name} {size}" for name, size in task.mesh.items() if size > 1]
+  sizes = [f"{name} {size}" for name, size in task.mesh.axes().items() if size > 1]
   return f", {' × '.join(sizes)}" if sizes else ""
 
 
@@ -170,7 +169,7 @@ def _stack_of_layers(task: Task, gradient: bool) -> Result:
   plan = SharingPlan.parse(task.plan, config.num_layers)
   ceiling = _matrix_rate()
   layers = Runs(config, plan)
-  shape = (task.batch, task.seq_len, config.embed_dim)
+  shape = (task.batch_size, task.length, config.embed_dim)
   abstract = jax.eval_shape(lambda: layers.init(jax.random.key(0), jnp.zeros(shape, config.dtype)))
   params = random_tree(nn.meta.unbox(abstract))
   x = jax.random.normal(jax.random.key(0), shape, config.dtype)
@@ -185,9 +184,9 @@ def _stack_of_layers(task: Task, gradient: bool) -> Result:
   memory = compiled.memory_analysis()
   timing = timed(lambda: compiled(params, x), task.repeats)
   temporaries = memory.temp_size_in_bytes if memory else None
-  head = 2 * task.batch * task.seq_len * config.vocab_size * config.embed_dim
-  flops = (cost(config, plan, task.batch, task.seq_len).flops - head) * (3 if gradient else 1)
-  return Result(task, *timing, flops, ceiling, device_name(), temporaries, _backend(config, task.seq_len))
+  head = 2 * task.batch_size * task.length * config.vocab_size * config.embed_dim
+  flops = (cost(config, plan, task.batch_size, task.length).flops - head) * (3 if gradient else 1)
+  return Result(task, *timing, flops, ceiling, device_name(), temporaries, _backend(config, task.length))
 
 
 def batching(task: Task) -> Result:
@@ -204,7 +203,7 @@ def batching(task: Task) -> Result:
   lengths = rng.integers(16, 513, task.requests)
 
   def continuous(count: int, longest_first: bool = False) -> None:
-    batcher = Batcher(model, params, slots=task.batch, capacity=task.seq_len, longest_first=longest_first)
+    batcher = Batcher(model, params, slots=task.batch_size, capacity=task.length, longest_first=longest_first)
     requests = [
       batcher.submit(prompt, int(length)) for prompt, length in zip(prompts[:count], lengths[:count], strict=True)
     ]
@@ -212,17 +211,17 @@ def batching(task: Task) -> Result:
     assert [len(request.tokens) for request in requests] == lengths[:count].tolist()
 
   def static(count: int) -> None:
-    for start in range(0, count, task.batch):
-      rows = slice(start, start + task.batch)
-      batch = Prompts.of(list(prompts[rows]), 64, lengths[rows].tolist(), 0, range(task.batch))
-      state = engine.prefill(params, batch, sampler=Sampler(), capacity=task.seq_len)
+    for start in range(0, count, task.batch_size):
+      rows = slice(start, start + task.batch_size)
+      batch = Prompts.of(list(prompts[rows]), 64, lengths[rows].tolist(), 0, range(task.batch_size))
+      state = engine.prefill(params, batch, sampler=Sampler(), capacity=task.length)
       jax.block_until_ready(engine.decode(params, state, sampler=Sampler(), steps=511, width=511))
 
   # As many requests as are ever admitted in one program, in each size that there is.
-  sizes = [1 << power for power in range(task.batch.bit_length()) if 1 << power <= task.batch]
+  sizes = [1 << power for power in range(task.batch_size.bit_length()) if 1 << power <= task.batch_size]
   for size in sizes:
     continuous(size)
-  static(task.batch)
+  static(task.batch_size)
   ours, arrival, static_batches = (
     _wall(functools.partial(run, task.requests), task.repeats)
     for run in (functools.partial(continuous, longest_first=True), continuous, static)

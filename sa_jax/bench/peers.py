@@ -53,13 +53,13 @@ def _timed(call: Callable[[], Any], repeats: int, warmup: int = 3) -> Timing:
 
 
 def decode(task: Task) -> Result:
-  """Greedy decode steps against a static cache of ``seq_len`` slots, the forward pass compiled with CUDA graphs."""
+  """Greedy decode steps against a static cache of ``length`` slots, the forward pass compiled with CUDA graphs."""
   import torch
   import transformers
 
   model, config = _build(task, head=True)
   model.eval()
-  cache = transformers.StaticCache(config=model.config, max_cache_len=task.seq_len)
+  cache = transformers.StaticCache(config=model.config, max_cache_len=task.length)
 
   # transformers renamed it in 5.24.
   name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
@@ -69,11 +69,11 @@ def decode(task: Task) -> Result:
     return out.logits[:, -1:].argmax(-1)
 
   with torch.no_grad():
-    prompt = torch.randint(2, config.vocab_size, (task.batch, 16), device="cuda")
+    prompt = torch.randint(2, config.vocab_size, (task.batch_size, 16), device="cuda")
     token = model(prompt, use_cache=True, **{name: cache}).logits[:, -1:].argmax(-1)
     if task.who == "hf-compiled":
       step = torch.compile(step, mode="reduce-overhead", dynamic=False)
-    positions = [torch.full((task.batch, 1), 16 + index, device="cuda") for index in range(STEPS)]
+    positions = [torch.full((task.batch_size, 1), 16 + index, device="cuda") for index in range(STEPS)]
 
     def call() -> None:
       nonlocal token
@@ -82,9 +82,9 @@ def decode(task: Task) -> Result:
         token = step(token, position).clone()
 
     # The attention reads all slots of a static cache, whatever the position, so a short run stands for a long one.
-    calls = min(task.repeats, (task.seq_len - 16) // STEPS - 4)
+    calls = min(task.repeats, (task.length - 16) // STEPS - 4)
     timing = _timed(call, calls).scaled(1 / STEPS)
-  work = cost(config, None, task.batch, task.tokens).decode_bytes
+  work = cost(config, None, task.batch_size, task.tokens).decode_bytes
   return Result(
     task, *timing, work, 0.0, torch.cuda.get_device_name(), detail=f"transformers {transformers.__version__}"
   )
@@ -100,7 +100,7 @@ def train(task: Task) -> Result:
   model.gradient_checkpointing_enable()
   if task.who == "hf-compiled":
     model.compile()
-  x = torch.randn(task.batch, task.seq_len, config.embed_dim, device="cuda", requires_grad=True)
+  x = torch.randn(task.batch_size, task.length, config.embed_dim, device="cuda", requires_grad=True)
 
   def call() -> None:
     model.zero_grad(set_to_none=True)
@@ -109,8 +109,8 @@ def train(task: Task) -> Result:
     out.float().square().mean().backward()
 
   timing = _timed(call, task.repeats)
-  head = 2 * task.batch * task.seq_len * config.vocab_size * config.embed_dim
-  flops = (cost(config, None, task.batch, task.seq_len).flops - head) * 3
+  head = 2 * task.batch_size * task.length * config.vocab_size * config.embed_dim
+  flops = (cost(config, None, task.batch_size, task.length).flops - head) * 3
   peak = torch.cuda.max_memory_allocated()
   detail = f"transformers {transformers.__version__}, peak {peak / 1e9:.1f} GB"
   return Result(task, *timing, flops, 0.0, torch.cuda.get_device_name(), detail=detail)
@@ -128,7 +128,7 @@ def step(task: Task) -> Result:
   if task.who == "hf-compiled":
     model.compile()
   optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-  tokens = torch.randint(0, config.vocab_size, (task.batch, task.seq_len), device="cuda")
+  tokens = torch.randint(0, config.vocab_size, (task.batch_size, task.length), device="cuda")
 
   def call() -> None:
     with torch.autocast("cuda", torch.bfloat16):
@@ -139,8 +139,8 @@ def step(task: Task) -> Result:
     optimizer.zero_grad(set_to_none=True)
 
   timing = _timed(call, task.repeats)
-  flops = 3 * cost(config, None, task.batch, task.seq_len).flops
-  rate = training_rate(task.batch * task.seq_len, flops, timing.median)
+  flops = 3 * cost(config, None, task.batch_size, task.length).flops
+  rate = training_rate(task.batch_size * task.length, flops, timing.median)
   peak = torch.cuda.max_memory_allocated()
   detail = f"{rate}, transformers {transformers.__version__}, torch {torch.__version__}, peak {peak / 1e9:.1f} GB"
   return Result(task, *timing, flops, 0.0, torch.cuda.get_device_name(), detail=detail)

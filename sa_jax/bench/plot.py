@@ -28,12 +28,12 @@ def decode_curves(results: Sequence[Result], path: Path) -> None:
   time_axes, cache_axes = figure.subplots(1, 2)
   for plan in dict.fromkeys(result.task.plan for result in results):
     chosen = [result for result in results if result.task.plan == plan]
-    lengths = [result.task.seq_len for result in chosen]
-    cache = [cost(r.task.config, plan, r.task.batch, r.task.seq_len).kv_cache_bytes for r in chosen]
+    lengths = [result.task.length for result in chosen]
+    cache = [cost(r.task.config, plan, r.task.batch_size, r.task.length).kv_cache_bytes for r in chosen]
     time_axes.plot(lengths, [result.seconds * 1e3 for result in chosen], marker="o", label=plan)
     cache_axes.plot(lengths, [size / 1e9 for size in cache], marker="o", label=plan)
   task, device = results[0].task, results[0].device
-  batch, title = task.batch, f"{task.model}, a decode step of {task.batch} rows, {device}"
+  batch, title = task.batch_size, f"{task.model}, a decode step of {task.batch_size} rows, {device}"
   time_axes.set(title=title, xlabel="context, tokens", ylabel="ms", ylim=(0, None))
   cache_axes.set(title=f"KV cache of {batch} rows", xlabel="context, tokens", ylabel="GB", ylim=(0, None))
   for axes in (time_axes, cache_axes):

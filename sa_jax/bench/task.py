@@ -6,21 +6,45 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from sa_jax.config import AttentionBackend, AttentionState, CacheDtype, ModelConfig, RematPolicy
 from sa_jax.errors import UserError
-from sa_jax.sharding import MESH_AXES
+from sa_jax.mesh import MESH_AXES, MeshSizes
 
 Kind = Literal["decode", "prefill", "train", "step", "batching"]
-Who = Literal["sa_jax", "hf-compiled", "hf-eager"]
+Peer = Literal["hf-compiled", "hf-eager"]
+Who = Literal["sa_jax"] | Peer
 
 STEPS = 32
 """Decode steps of one timed call."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+  """What a measurement is made with, whatever it is compared with."""
+
+  batch_size: int = 1
+  """Rows; in batching, slots."""
+  filled: int | None = None
+  """decode: how many of the slots have tokens at the end; all when None."""
+  layers: int | None = None
+  """Depth; the preset's when None."""
+  remat: RematPolicy = "full"
+  """step and train: what the backward pass computes again; peers checkpoint gradients unless it is none."""
+  cache_dtype: CacheDtype = None
+  """int8 instead of bfloat16, in decode and batching."""
+  requests: int = 256
+  """How many, in batching."""
+  repeats: int = 10
+  """Timed calls of each."""
+  mesh: MeshSizes = MeshSizes(data=1)
+  """step: the devices, such as fsdp=2,tensor=2; decode: tensor alone. The first devices are used, as many as needed."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Task:
+class Task(Setting):
   """What to measure.
 
   Attributes:
@@ -29,21 +53,10 @@ class Task:
       unequal length.
     model: a preset.
     plan: a plan string.
-    batch: rows, or slots.
-    seq_len: tokens a row: cache slots in decode.
-    filled: decode: how many of the slots have tokens at the end; all when None.
-    layers: depth; the preset's when None.
+    length: tokens a row: cache slots in decode.
     who: whose code: ours, or transformers' on torch, compiled or not.
     attention_state: as in `ModelConfig`.
     attention: as in `ModelConfig`.
-    remat: step and train: as in `ModelConfig`; of peers, gradient checkpointing unless ``none``.
-    cache_dtype: as in `ModelConfig`.
-    requests: batching: how many.
-    repeats: timed calls.
-    data: step: mesh size over which rows are split; see `sa_jax.sharding.make_mesh`.
-    fsdp: step: over which rows and parameters are split.
-    tensor: step and decode: over which heads, MLP and vocabulary are split.
-    sequence: step: over which the tokens of a row are split.
 
   Raises:
     UserError: if the kind or who runs it knows no such mesh or setting, or rows, tokens or requests do not divide; if
@@ -53,39 +66,29 @@ class Task:
   kind: Kind
   model: str
   plan: str = "dense"
-  batch: int = 1
-  seq_len: int = 1024
-  filled: int | None = None
-  layers: int | None = None
+  length: int = 1024
   who: Who = "sa_jax"
   attention_state: AttentionState = "query_key"
   attention: AttentionBackend = "auto"
-  remat: RematPolicy = "full"
-  cache_dtype: CacheDtype = None
-  requests: int = 256
-  repeats: int = 10
-  data: int = 1
-  fsdp: int = 1
-  tensor: int = 1
-  sequence: int = 1
 
   def __post_init__(self) -> None:
-    sizes, allowed = self.mesh, _MESHES.get(self.kind, ()) if self.who == "sa_jax" else ()
-    wrong = [f"{name} {size} (at least 1 is needed)" for name, size in sizes.items() if size < 1]
-    if refused := [name for name, size in sizes.items() if size > 1 and name not in allowed]:
+    allowed = _MESHES.get(self.kind, ()) if self.who == "sa_jax" else ()
+    least = {"batch_size": self.batch_size, "`length`": self.length, "requests": self.requests, "repeats": self.repeats}
+    wrong = [f"{name} {value} (at least 1 is needed)" for name, value in least.items() if value < 1]
+    if refused := [name for name, size in self.mesh.axes().items() if size > 1 and name not in allowed]:
       what = self.kind if self.who == "sa_jax" else f"the peer {self.who}"
       takes = f"takes {', '.join(allowed)}" if allowed else "runs on one device"
       wrong.append(f"{' and '.join(refused)} ({what} {takes})")
-    if not wrong and self.batch % (self.data * self.fsdp):
-      wrong.append(f"batch_size {self.batch} (a multiple of data × fsdp = {self.data * self.fsdp} is needed)")
-    if not wrong and self.seq_len % self.sequence:
-      wrong.append(f"`length` {self.seq_len} (a multiple of sequence = {self.sequence} is needed)")
-    if self.kind == "decode" and not STEPS <= self.tokens <= self.seq_len:
-      wrong.append(f"{self.tokens} filled slots of {self.seq_len} (from {STEPS}, the steps of a call, to all)")
-    if self.kind == "decode" and self.who != "sa_jax" and self.seq_len < 6 * STEPS:
-      wrong.append(f"`length` {self.seq_len} (peers need {6 * STEPS} slots)")
-    if self.kind == "batching" and self.requests % self.batch:
-      wrong.append(f"{self.requests} requests (a multiple of batch_size {self.batch} is needed, for static batches)")
+    if not wrong and self.batch_size % self.mesh.ways:
+      wrong.append(f"batch_size {self.batch_size} (a multiple of data × fsdp = {self.mesh.ways} is needed)")
+    if not wrong and self.length % self.mesh.sequence:
+      wrong.append(f"`length` {self.length} (a multiple of sequence = {self.mesh.sequence} is needed)")
+    if self.kind == "decode" and not STEPS <= self.tokens <= self.length:
+      wrong.append(f"{self.tokens} filled slots of {self.length} (from {STEPS}, the steps of a call, to all)")
+    if self.kind == "decode" and self.who != "sa_jax" and self.length < 6 * STEPS:
+      wrong.append(f"`length` {self.length} (peers need {6 * STEPS} slots)")
+    if not wrong and self.kind == "batching" and self.requests % self.batch_size:
+      wrong.append(f"{self.requests} requests (a multiple of batch_size {self.batch_size} is needed, for batches)")
     wrong += [
       f"{field.name} ({self.kind} takes none: it is for {', '.join(_ONLY[field.name])})"
       for field in dataclasses.fields(self)
@@ -114,12 +117,7 @@ class Task:
   @property
   def tokens(self) -> int:
     """Tokens a row."""
-    return self.seq_len if self.filled is None else self.filled
-
-  @property
-  def mesh(self) -> dict[str, int]:
-    """The sizes of the mesh, by axis."""
-    return {name: getattr(self, name) for name in MESH_AXES}
+    return self.length if self.filled is None else self.filled
 
 
 _MESHES = {"step": MESH_AXES, "decode": ("tensor",)}
@@ -176,6 +174,11 @@ class Result:
     return self.rate / self.ceiling if self.ceiling else None
 
 
+def task_of(values: Mapping[str, Any]) -> Task:
+  """A task from its JSON values."""
+  return Task(**{**values, "mesh": MeshSizes(**values["mesh"])})
+
+
 def run_task(task: Task) -> Result:
   """Measures in a new process.
 
@@ -188,6 +191,6 @@ def run_task(task: Task) -> Result:
   lines = done.stdout.strip().splitlines()
   if done.returncode or not lines:
     reason = (done.stderr or done.stdout).strip()[-2000:]
-    raise UserError(f"bench {task.kind}, {task.who}, {task.model}, {task.plan}, S {task.seq_len}: {reason}")
+    raise UserError(f"bench {task.kind}, {task.who}, {task.model}, {task.plan}, S {task.length}: {reason}")
   values: dict[str, Any] = json.loads(lines[-1])
-  return Result(**values | {"task": Task(**values["task"])})
+  return Result(**values | {"task": task_of(values["task"])})

@@ -8,12 +8,12 @@ import json
 import os
 import sys
 
-from sa_jax.bench.task import Task
+from sa_jax.bench.task import task_of
 
 
 def main(text: str) -> None:
   """Measures one task."""
-  task = Task(**json.loads(text))
+  task = task_of(json.loads(text))
   # Peers share the card; taking memory as it is needed leaves them theirs.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   whose = importlib.import_module("sa_jax.bench." + ("ours" if task.who == "sa_jax" else "peers"))

@@ -133,12 +133,15 @@ def _parse(commands: dict[str, Callable[..., Command]], given: Sequence[str]) ->
   """
   import tyro
 
-  from sa_jax.cli import train
+  from sa_jax.cli import search, searching, share, train
+  from sa_jax.cli.flags import registry
 
   if given and not given[0].startswith("-") and given[0] not in commands:
     raise UserError(f"there is no command {given[0]!r}; there are {', '.join(commands)}{near(given[0], commands)}")
 
   commands["train"], given = train.with_file(given)
+  commands["search"] = searching.with_effort(search.SearchPlan, given)
+  commands["share"] = searching.with_effort(share.Share, given)
   said = _Said()
   try:
     with contextlib.redirect_stderr(said):
@@ -148,6 +151,7 @@ def _parse(commands: dict[str, Callable[..., Command]], given: Sequence[str]) ->
         description=_DESCRIPTION,
         args=given,
         config=(tyro.conf.OmitArgPrefixes,),
+        registry=registry,
       )
   except SystemExit as stop:
     # What a dataclass of ours refuses, tyro frames as a fault of parsing; it is told as everywhere else instead.

@@ -10,7 +10,9 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from sa_jax.cli.common import console, exact_float32, write_json
+from sa_jax.cli.opening import Opening
 from sa_jax.cli.texts import RowLength
+from sa_jax.config import FloatDtype
 from sa_jax.files import check_absent, check_writable
 
 
@@ -26,13 +28,15 @@ class Align:
   """Text files (or .jsonl with a "text" a line) to calibrate on."""
   kinds: tuple[Literal["group", "permutation", "free"], ...] = ("group", "permutation", "free")
   """Maps to consider; group alone is free at run time, folded into the weights."""
+  opening: Opening = Opening()
+  """Model."""
   cutting: RowLength = dataclasses.field(default_factory=RowLength)
   """Rows."""
   rows: int = 4
   """Rows of each text."""
   out: Path | None = None
   """Save the shared model as this checkpoint, which must not exist."""
-  dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+  dtype: FloatDtype = "bfloat16"
   """Type of the stored parameters."""
   json: Path | None = None
   """Also write the maps to this file."""
@@ -44,16 +48,17 @@ class Align:
     """Prints each follower's map and what the maps gain."""
     import numpy as np
 
-    from sa_jax import SharingPlan, load_tokenizer
+    from sa_jax import SharingPlan
     from sa_jax.analysis.align import align, shared_model
-    from sa_jax.cli.texts import open_dense, rows_of_texts, save, stages
+    from sa_jax.cli.texts import rows_of_texts, stages
     from sa_jax.formats.hf_config import write_plan
 
     check_absent(self.out)
     check_writable(self.json)
-    tokenizer = load_tokenizer(self.model)
+    self.opening.begin()
+    tokenizer = self.opening.tokenizer(self.model)
     tokens = np.concatenate(rows_of_texts(tokenizer, self.texts, self.cutting, self.rows))
-    model, params = open_dense(self.model)
+    model, params = self.opening.open_dense(self.model)
     plan = SharingPlan.parse(self.plan, model.config.num_layers)
     with stages() as stage:
       result = align(model, params, plan, tokens, kinds=self.kinds, progress=stage("aligning heads"))
@@ -65,7 +70,7 @@ class Align:
       f"calibration perplexity {math.exp(result.identity_loss):.3f} → [bold]{math.exp(result.loss):.3f}[/bold]"
     )
     if self.out is not None:
-      save(self.out, self.model, *shared_model(model.config, params, result.plan), self.dtype)
+      self.opening.save(self.out, self.model, *shared_model(model.config, params, result.plan), self.dtype)
     write_json(
       self.json,
       {"shared_attention": write_plan(result.plan), "loss": result.loss, "identity_loss": result.identity_loss},

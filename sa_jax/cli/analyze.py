@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar
 
 import tyro
 
-from sa_jax.cli.common import console, exact_float32, progress, show_table, write_json
+from sa_jax.cli.common import console, exact_float32, is_first, progress, show_table, write_json
+from sa_jax.cli.opening import Opening
 from sa_jax.cli.texts import RowLength
 from sa_jax.errors import UserError
 from sa_jax.files import check_writable, make_folder
@@ -22,6 +23,8 @@ class Analyze:
   """A UTF-8 text file, or a .jsonl file with a "text" a line."""
   models: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL ...")]
   """One or more checkpoints of one model, in order."""
+  opening: Opening = Opening()
+  """Model."""
   cutting: RowLength = dataclasses.field(default_factory=RowLength)
   """Rows."""
   rows: int = 4
@@ -40,7 +43,6 @@ class Analyze:
   @exact_float32()
   def run(self) -> None:
     """Prints a row a layer and draws the maps."""
-    from sa_jax import from_pretrained, load_tokenizer
     from sa_jax.analysis import drift, layer_similarity, plots
     from sa_jax.cli.texts import rows_of_texts
 
@@ -49,12 +51,12 @@ class Analyze:
     plots.check_installed()
     make_folder(self.out)
     check_writable(self.json)
+    self.opening.begin()
     found = {}
     for path in self.models:
-      tokenizer = load_tokenizer(path)
+      tokenizer = self.opening.tokenizer(path)
       (tokens,) = rows_of_texts(tokenizer, [self.text], self.cutting, self.rows)
-      with progress(f"opening {path.name}") as report:
-        model, params = from_pretrained(path, dtype="float32", layout="layers", progress=report)
+      model, params = self.opening.open(path, dtype="float32")
       with progress(f"comparing layers, {path.name}") as report:
         found[str(path)] = layer_similarity(model, params, tokens, top_k=self.top_k, block=self.block, progress=report)
     name, similarity = list(found.items())[-1]
@@ -71,7 +73,8 @@ class Analyze:
       ("top_k_overlap", f"overlap of the {self.top_k} heaviest keys", 1.0),
     ):
       file = self.out / f"{field}.png"
-      plots.similarity_map(getattr(mean, field), file, title=Path(name).stem, label=label, highest=highest)
+      if is_first():
+        plots.similarity_map(getattr(mean, field), file, title=Path(name).stem, label=label, highest=highest)
       console.print(f"{label}: [bold]{file}[/bold]")
     values: dict[str, Any] = {
       each: {"per_head": _lists(result), "mean": _lists(result.mean())} for each, result in found.items()
@@ -79,7 +82,10 @@ class Analyze:
     if len(found) > 1:
       distances = drift(list(found.values()))
       show_table("drift", ["checkpoint", "distance to the last"], [[n, f"{d:.4f}"] for n, d in zip(found, distances)])
-      plots.similarity_animation({each: result.mean().cosine for each, result in found.items()}, self.out / "drift.gif")
+      if is_first():
+        plots.similarity_animation(
+          {each: result.mean().cosine for each, result in found.items()}, self.out / "drift.gif"
+        )
       console.print(f"over checkpoints: [bold]{self.out / 'drift.gif'}[/bold]")
       values["drift"] = dict(zip(found, distances.tolist(), strict=True))
     write_json(self.json, values)

@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 
 from sa_jax.cli.common import console
-from sa_jax.cli.sampling import Opening, Sampling, say
+from sa_jax.cli.sampling import Sampling, Speaker, say_tokens
 from sa_jax.errors import UserError
 
 
@@ -22,20 +22,19 @@ class Chat:
   """A Hugging Face folder, a GGUF file or an sa_jax checkpoint."""
   system: str | None = None
   """What the model is told before the conversation."""
-  opening: Opening = dataclasses.field(default_factory=Opening)
+  opening: Speaker = Speaker()
   """Model."""
   sampling: Sampling = dataclasses.field(default_factory=lambda: Sampling(max_new_tokens=512))
   """Tokens."""
 
   def run(self) -> None:
     """Answers line after line."""
-    from sa_jax import load_tokenizer
-
     self.sampling.check()
-    tokenizer = load_tokenizer(self.model)
+    self.opening.begin()
+    tokenizer = self.opening.tokenizer(self.model)
     begin = [] if self.system is None else [{"role": "system", "content": self.system}]
     tokenizer.chat([*begin, {"role": "user", "content": "Hello"}])  # a model without a template says so at once
-    model, params = self.opening.open(self.model)
+    model, params = self.opening.ready(self.model)
     console.print(f"[dim]{self.model.stem}, plan {model.plan}; /new begins again, /exit ends[/dim]")
     messages = list(begin)
     while (line := _asked()) is not None:
@@ -46,7 +45,7 @@ class Chat:
       asked = [*messages, {"role": "user", "content": line}]
       try:
         prompt = tokenizer.encode(tokenizer.chat(asked), special=False)
-        answer = say(tokenizer, _until_stopped(self.sampling.stream(model, params, prompt)))
+        answer = say_tokens(tokenizer, _until_stopped(self.sampling.stream(model, params, prompt)))
       except UserError as error:  # too long, or refused by the template: the conversation is as it was
         console.print(f"{error}; /new begins again", style="red", markup=False)
         continue

@@ -21,6 +21,24 @@ if not console.is_terminal and "COLUMNS" not in os.environ:
   console.width = 160  # a file or a pipe has no width, and rich would fold tables to 80 columns
 
 
+def silence() -> None:
+  """Keeps every process but the first from printing and writing."""
+  import jax
+
+  console.quiet = jax.process_index() > 0
+
+
+def is_first() -> bool:
+  """Whether this process prints and writes."""
+  return not console.quiet
+
+
+def say(text: str, end: str = "\n") -> None:
+  """Prints a model's text as it is: rich would expand tabs and what looks like emoji names."""
+  if is_first():
+    print(text, end=end, flush=True)
+
+
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
   """Prints a table: the first column names the row, the others are numbers."""
   console.print(title, style="bold", markup=False, emoji=False)  # not the table's own, which is folded to its width
@@ -37,18 +55,18 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
   """A progress bar on stderr, where that is a terminal; yields a function that takes (done, in all)."""
   columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
   screen = Console(stderr=True)
-  with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+  with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal or not is_first()) as bar:
     task = bar.add_task(label, total=None)
     yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def write_json(path: Path | None, values: Any) -> None:
-  """Writes values, dataclasses among them, to a JSON file if one was asked for.
+  """Writes values, dataclasses among them, to a JSON file if one was asked for; the first process does.
 
   Raises:
     UserError: if the file cannot be written.
   """
-  if path is None:
+  if path is None or not is_first():
     return
   write_text(path, json.dumps(values, indent=2, default=_plain) + "\n")
 

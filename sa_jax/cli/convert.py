@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from sa_jax.cli.common import console, progress, show_table
+from sa_jax.config import FloatDtype
 from sa_jax.errors import UserError
 
 
@@ -22,7 +23,7 @@ class Convert:
   """The folder to write; it must not exist. Not needed with --inspect."""
   plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None
   """Which layers share, such as 22:23-26; queries and keys of followers are dropped. None keeps the model dense."""
-  dtype: Literal["float32", "bfloat16", "float16"] | None = "bfloat16"
+  dtype: FloatDtype | None = "bfloat16"
   """Type of the stored parameters; None keeps the source's."""
   revision: str | None = None
   """Of a hub id: a branch, tag or commit."""

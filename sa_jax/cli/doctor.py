@@ -9,6 +9,7 @@ import tyro
 
 from sa_jax.distributed import Hosts
 from sa_jax.errors import UserError
+from sa_jax.mesh import MeshSizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +18,8 @@ class Doctor:
 
   paths: tyro.conf.Positional[tuple[Path, ...]] = ()
   """Folders that a run would read from and write to."""
-  mesh: str | None = None
-  """A mesh to make, such as data=2,fsdp=4; all devices over data when None."""
+  mesh: MeshSizes = MeshSizes()
+  """A mesh to make, such as data=2,fsdp=4; what is left is data."""
   hosts: Hosts = dataclasses.field(default_factory=Hosts)
   """Where the other processes are."""
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from sa_jax.cli.common import console, exact_float32, progress, show_table, write_json
+from sa_jax.cli.common import console, exact_float32, is_first, show_table, write_json
+from sa_jax.cli.opening import Opening
+from sa_jax.config import FloatDtype
 from sa_jax.errors import UserError
 from sa_jax.files import check_writable, make_folder
 
@@ -40,8 +42,10 @@ class Eval:
   """Generations at once."""
   max_length: int | None = None
   """Most tokens that the model reads; the checkpoint's own context when None."""
-  dtype: Literal["float32", "bfloat16", "float16"] | None = None
+  dtype: FloatDtype | None = None
   """Type of parameters and activations; None for the checkpoint's."""
+  opening: Opening = Opening()
+  """Model."""
   log_samples: bool = False
   """Keep every request and answer in the results."""
   output_path: Path | None = None
@@ -60,9 +64,6 @@ class Eval:
       import lm_eval  # noqa: F401
     except ImportError as error:
       raise UserError(f"lm-eval is not installed ({error}): pip install 'sa-jax[eval]'") from None
-    import jax
-
-    from sa_jax import from_pretrained, load_tokenizer
     from sa_jax.evaluation.harness import find_tasks, metrics, run_tasks
     from sa_jax.evaluation.lm import SharedAttentionLM
 
@@ -74,13 +75,13 @@ class Eval:
     check_writable(self.json)
     if self.output_path is not None:
       make_folder(self.output_path)
+    self.opening.begin()
     find_tasks(self.tasks, self.include_path)
-    with progress("opening") as report:
-      model, params = from_pretrained(self.model, self.plan, self.dtype, layout="layers", progress=report)
+    model, params = self.opening.open(self.model, self.plan, self.dtype)
     lm = SharedAttentionLM(
       model,
       params,
-      load_tokenizer(self.model),
+      self.opening.tokenizer(self.model),
       name=str(self.model),
       batch_tokens=self.batch_tokens,
       slots=self.slots,
@@ -98,17 +99,18 @@ class Eval:
         bootstrap_iters=self.bootstrap_iters,
         model_args={"pretrained": str(self.model), "plan": str(model.plan), "dtype": model.config.dtype},
         log_samples=self.log_samples,
-        output_path=self.output_path if jax.process_index() == 0 else None,
+        output_path=self.output_path if is_first() else None,
       )
-    if jax.process_index() == 0:
-      show_table(
-        f"{self.model.name}, plan {model.plan}, {time.perf_counter() - start:.1f} s",
-        ["task", "documents", "metric", "value", "± standard error"],
-        [
-          [each.task, str(each.samples), each.metric, f"{each.value:.4f}", f"{each.stderr:.4f}" if each.stderr else ""]
-          for each in metrics(results)
-        ],
-      )
-      write_json(self.json, results)
-      if self.output_path is not None:
-        console.print(f"results in lm-eval's format: {self.output_path}")
+    if not is_first():  # the first process has the results
+      return
+    show_table(
+      f"{self.model.name}, plan {model.plan}, {time.perf_counter() - start:.1f} s",
+      ["task", "documents", "metric", "value", "± standard error"],
+      [
+        [each.task, str(each.samples), each.metric, f"{each.value:.4f}", f"{each.stderr:.4f}" if each.stderr else ""]
+        for each in metrics(results)
+      ],
+    )
+    write_json(self.json, results)
+    if self.output_path is not None:
+      console.print(f"results in lm-eval's format: {self.output_path}")

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from sa_jax.cli.common import change, console, progress, quantity, show_table, write_json
 from sa_jax.cli.cost import model_of
+from sa_jax.config import FloatDtype
 from sa_jax.files import check_writable
-from sa_jax.fit import Fit, Job, Kind, fit
+from sa_jax.fit import Fit, Job, Kind, fit, mesh_on
 from sa_jax.hlo import KINDS, Collective
+from sa_jax.mesh import MeshSizes
 from sa_jax.plan import as_plan
-from sa_jax.sharding import MESH_AXES
 
 
 def rows_of_fit(fits: list[Fit]) -> list[list[str]]:
@@ -67,19 +68,13 @@ class FitOf:
   """Which layers share, such as 22:23-26; None for the folder's own plan, dense for a preset."""
   kind: Kind = "train"
   """A training step, reading prompts, or decoding a token a row."""
-  data: int = 1
-  """Mesh: ways to split rows alone."""
-  fsdp: int = 1
-  """Mesh: ways to split rows and parameters."""
-  tensor: int = 1
-  """Mesh: ways to split heads, MLP and vocabulary."""
-  sequence: int = 1
-  """Mesh: ways to split the tokens of a row."""
+  mesh: MeshSizes = MeshSizes()
+  """How the slice's chips are arranged, such as fsdp=64,tensor=4; what is left is data."""
   batch_size: int | None = None
   """Rows in all; one for each way to split them when not given."""
   length: int = 4096
   """Tokens a row; of the cache when decoding."""
-  dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+  dtype: FloatDtype = "bfloat16"
   """Of parameters and activations."""
   json: Path | None = None
   """Also write the numbers to this file."""
@@ -90,21 +85,20 @@ class FitOf:
     config, own = model_of(self.model)
     config = dataclasses.replace(config, dtype=self.dtype, param_dtype=self.dtype)
     plan = own if self.plan is None else as_plan(self.plan, config.num_layers)
-    batch = self.data * self.fsdp if self.batch_size is None else self.batch_size
     plans = dict.fromkeys((as_plan(None, config.num_layers), plan))
-    sizes = {name: getattr(self, name) for name in MESH_AXES}
-    jobs = [Job(config, plan, self.kind, self.topology, batch, self.length, *sizes.values()) for plan in plans]
+    sizes = mesh_on(self.topology, self.mesh)
+    batch = sizes.ways if self.batch_size is None else self.batch_size
+    jobs = [Job(config, plan, self.kind, self.topology, batch, self.length, sizes) for plan in plans]
     fits: list[Fit] = []
     with progress("compiling") as update:
       for job in jobs:
         update(len(fits), len(jobs))
         fits.append(fit(job))
     names = [str(plan) for plan in plans]
-    mesh = " × ".join(f"{name} {size}" for name, size in sizes.items())
-    title = f"{self.model}, {self.kind}, {batch} × {self.length} tokens, {self.dtype}, {self.topology} as {mesh}"
+    title = f"{self.model}, {self.kind}, {batch} × {self.length} tokens, {self.dtype}, {self.topology} as {sizes}"
     show_table(title, ["a step", *names, *(["change"] if len(fits) == 2 else [])], rows_of_fit(fits))
     for name, result in zip(names, fits, strict=True):
       verdict = "fits" if result.fits else f"does not fit: {result.problem}"
       console.print(f"{name}: {verdict} ({result.devices} × {result.device})")
     values = {"model": self.model, "kind": self.kind, "topology": self.topology, "batch": batch, "length": self.length}
-    write_json(self.json, values | {"mesh": sizes, "dtype": self.dtype, "fits": dict(zip(names, fits))})
+    write_json(self.json, values | {"mesh": str(sizes), "dtype": self.dtype, "fits": dict(zip(names, fits))})

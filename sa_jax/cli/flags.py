@@ -1,4 +1,4 @@
-"""The library's error texts, which name fields and arguments, for people who type flags."""
+"""Flags: values that are spelt in one word, and the library's error texts, which name fields, for who types flags."""
 
 from __future__ import annotations
 
@@ -11,6 +11,28 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import tyro
+
+from sa_jax.mesh import MeshSizes
+
+SPELT = {MeshSizes: "data=2,fsdp=4"}
+"""Types of flags that one word spells, each with an example: ``parse`` reads it, ``str`` writes it."""
+
+registry = tyro.constructors.ConstructorRegistry()
+"""Tells tyro of them."""
+
+
+@registry.primitive_rule
+def _spelt(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[MeshSizes] | None:
+  kind = next((kind for kind in SPELT if kind is info.type), None)
+  if kind is None:
+    return None
+  return tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar=SPELT[kind],
+    instance_from_str=lambda words: kind.parse(words[0]),
+    is_instance=lambda value: isinstance(value, kind),
+    str_from_instance=lambda value: [str(value)],
+  )
 
 
 def fields_of(command: Callable[..., Any]) -> frozenset[str]:
@@ -25,7 +47,7 @@ def fields_of(command: Callable[..., Any]) -> frozenset[str]:
       continue
     hint = hint.__origin__ if hasattr(hint, "__metadata__") else hint
     kinds = filter(inspect.isclass, (hint, *typing.get_args(hint)))
-    inner = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+    inner = [kind for kind in kinds if dataclasses.is_dataclass(kind) and kind not in SPELT]
     names |= set().union(*map(fields_of, inner)) if inner else {name}
   return frozenset(names)
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from sa_jax.cli.common import console, write_json
-from sa_jax.cli.sampling import Opening, Sampling, say
+from sa_jax.cli.common import console, say, write_json
+from sa_jax.cli.sampling import Sampling, Speaker, say_tokens
 from sa_jax.errors import UserError
 from sa_jax.files import check_writable, read_text
 from sa_jax.trees import Params
@@ -34,7 +34,7 @@ class Generate:
   """A .jsonl file with a "prompt" a line, or a text file that is one prompt."""
   chat: bool = False
   """Put each prompt into the model's chat template, as a user's message."""
-  opening: Opening = dataclasses.field(default_factory=Opening)
+  opening: Speaker = Speaker()
   """Model."""
   sampling: Sampling = dataclasses.field(default_factory=Sampling)
   """Tokens."""
@@ -43,20 +43,19 @@ class Generate:
 
   def run(self) -> None:
     """Prints each prompt's continuation."""
-    from sa_jax import load_tokenizer
-
     self.sampling.check()
     check_writable(self.json)
     asked = [sys.stdin.read() if text == "-" else text for text in self.prompt]
     asked += [] if self.prompts is None else read_prompts(self.prompts)
     if not asked:
       raise UserError("at least one prompt is needed: sa-jax generate MODEL PROMPT ..., or a file of them (`prompts`)")
-    tokenizer = load_tokenizer(self.model)
+    self.opening.begin()
+    tokenizer = self.opening.tokenizer(self.model)
     encoded = [tokenizer.encode(self._prompt(tokenizer, text), special=not self.chat) for text in asked]
-    model, params = self.opening.open(self.model)
+    model, params = self.opening.ready(self.model)
     start = time.perf_counter()
     if len(encoded) == 1:
-      tokens = [say(tokenizer, self.sampling.stream(model, params, encoded[0]))]
+      tokens = [say_tokens(tokenizer, self.sampling.stream(model, params, encoded[0]))]
     else:
       tokens = self._say_all(model, params, tokenizer, asked, encoded)
     seconds = time.perf_counter() - start
@@ -89,7 +88,7 @@ class Generate:
     tokens: list[list[int]] = [row[:length].tolist() for row, length in zip(out.tokens, out.lengths, strict=True)]
     for prompt, row in zip(asked, tokens, strict=True):
       console.print(prompt, style="bold", markup=False, emoji=False)
-      print(tokenizer.decode(row), flush=True)
+      say(tokenizer.decode(row))
     return tokens
 
   def _prompt(self, tokenizer: Tokenizer, text: str) -> str:

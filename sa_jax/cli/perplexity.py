@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from sa_jax.cli.common import exact_float32, progress, show_table, write_json
+from sa_jax.cli.opening import Opening
 from sa_jax.cli.texts import RowLength, rows_of_texts
+from sa_jax.config import FloatDtype
 from sa_jax.files import check_writable
 
 
@@ -23,13 +25,15 @@ class PerplexityOf:
   """A UTF-8 text file, or a .jsonl file with a "text" a line."""
   plan: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PLAN ...")] = ()
   """One or more plans, such as: dense 26:27-28 3:4; none for the checkpoint's own."""
+  opening: Opening = Opening()
+  """Model."""
   cutting: RowLength = dataclasses.field(default_factory=RowLength)
   """Rows, each scored on its own."""
   rows: int | None = None
   """Score only the first rows of the text; None scores all."""
   batch_size: int = 1
   """Rows scored at once."""
-  dtype: Literal["float32", "bfloat16", "float16"] | None = "float32"
+  dtype: FloatDtype | None = "float32"
   """Type of parameters and activations; None for the checkpoint's."""
   json: Path | None = None
   """Also write the numbers to this file."""
@@ -41,15 +45,15 @@ class PerplexityOf:
 
   def run(self) -> None:
     """Prints a row a plan."""
-    from sa_jax import from_pretrained, load_tokenizer, perplexity
+    from sa_jax import perplexity
 
     check_writable(self.json)
-    tokenizer = load_tokenizer(self.model)
+    self.opening.begin()
+    tokenizer = self.opening.tokenizer(self.model)
     (tokens,) = rows_of_texts(tokenizer, [self.text], self.cutting, self.rows)
     results = {}
     for asked in self.plan or (None,):
-      with progress(f"opening, {asked or 'its own plan'}") as report:
-        model, params = from_pretrained(self.model, asked, self.dtype, progress=report)
+      model, params = self.opening.open(self.model, asked, self.dtype, "runs")
       plan = asked or str(model.plan)
       with progress(f"scoring, {plan}") as report, exact_float32(model.config.dtype):
         results[plan] = perplexity(model, params, tokens, batch_size=self.batch_size, progress=report)

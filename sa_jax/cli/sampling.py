@@ -5,35 +5,36 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from sa_jax.cli.common import progress
+from sa_jax.cli.common import say
+from sa_jax.cli.opening import Opening
+from sa_jax.config import CacheDtype, FloatDtype
 from sa_jax.trees import Params
 
 if TYPE_CHECKING:
   from sa_jax import Tokenizer, Transformer
 
 
-@dataclasses.dataclass(frozen=True)
-class Opening:
-  """How the model is opened."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speaker(Opening):
+  """How the model that generates is opened."""
 
   plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None
   """Which layers share, such as 22:23-26; None for the checkpoint's own plan."""
-  dtype: Literal["float32", "bfloat16", "float16"] | None = None
+  dtype: FloatDtype | None = None
   """Type of parameters and activations; None for the checkpoint's."""
-  cache_dtype: Literal["int8"] | None = None
+  cache_dtype: CacheDtype = None
   """int8 caches keys and values in about half of bfloat16's bytes; None in the type of activations."""
 
-  def open(self, path: Path) -> tuple[Transformer, Params]:
+  def ready(self, model: Path) -> tuple[Transformer, Params]:
     """The model, and its parameters in the layer layout."""
-    from sa_jax import Transformer, from_pretrained
+    from sa_jax import Transformer
 
-    with progress("opening") as report:
-      model, params = from_pretrained(path, self.plan, self.dtype, layout="layers", progress=report)
-    return Transformer(dataclasses.replace(model.config, cache_dtype=self.cache_dtype), model.plan), params
+    opened, params = self.open(model, self.plan, self.dtype)
+    return Transformer(dataclasses.replace(opened.config, cache_dtype=self.cache_dtype), opened.plan), params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Sampling:
     return stream(model, params, prompt, self.max_new_tokens, self.temperature, self.seed, **filters)  # type: ignore[arg-type]
 
 
-def say(tokenizer: Tokenizer, coming: Iterator[list[int]]) -> list[int]:
+def say_tokens(tokenizer: Tokenizer, coming: Iterator[list[int]]) -> list[int]:
   """Prints a text as its tokens come, and returns them."""
   tokens: list[int] = []
   said = ""
@@ -83,8 +84,7 @@ def say(tokenizer: Tokenizer, coming: Iterator[list[int]]) -> list[int]:
     text = tokenizer.decode(tokens)
     # A character of several tokens is not complete yet.
     if not text.endswith("\ufffd"):
-      # Not by rich, which would expand tabs and what looks like emoji names.
-      print(text[len(said) :], end="", flush=True)
+      say(text[len(said) :], end="")
       said = text
-  print(tokenizer.decode(tokens)[len(said) :], flush=True)
+  say(tokenizer.decode(tokens)[len(said) :])
   return tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from sa_jax.cli.common import console, exact_float32, show_table, write_json
+from sa_jax.cli.common import console, exact_float32, is_first, show_table, write_json
 from sa_jax.cli.searching import Searching
 from sa_jax.files import check_writable, make_folder
 
@@ -40,8 +40,8 @@ class SearchPlan(Searching):
     for file in (self.record, self.json):
       check_writable(file)
     model, params, texts, followers = self.prepare()
-    how = self.settings().search
-    texts = [text._replace(calibration=text.calibration[: how.rows]) for text in texts]
+    how = self.settings.search
+    texts = [text._replace(calibration=text.calibration[: how.search_rows]) for text in texts]
     with stages() as stage:
       judge = Judge(
         model,
@@ -85,5 +85,6 @@ class SearchPlan(Searching):
     )
     file = self.out / "pareto.png"
     points = [(saved(each.plan), each.increase) for each in front]
-    plots.pareto_front({how.strategy: points}, file, title=f"{self.model.stem}: what sharing costs")
+    if is_first():
+      plots.pareto_front({how.strategy: points}, file, title=f"{self.model.stem}: what sharing costs")
     console.print(f"\nThe front: [bold]{file}[/bold]")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from sa_jax.cli.common import change, console, exact_float32, show_table, write_json
 from sa_jax.cli.cost import rows_of_cost
 from sa_jax.cli.searching import Searching
+from sa_jax.config import FloatDtype
 from sa_jax.files import check_absent, check_writable
 
 
@@ -21,7 +22,7 @@ class Share(Searching):
 
   out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
   """The checkpoint to write, which must not exist."""
-  dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+  dtype: FloatDtype = "bfloat16"
   """Type of the stored parameters."""
   json: Path | None = None
   """Also write the numbers to this file."""
@@ -31,14 +32,14 @@ class Share(Searching):
     """Prints dense against shared, and saves."""
     from sa_jax import cost
     from sa_jax.analysis.share import share
-    from sa_jax.cli.texts import rows_at_once, save, stages
+    from sa_jax.cli.texts import rows_at_once, stages
     from sa_jax.formats.hf_config import write_plan
 
     begun = time.perf_counter()
     check_absent(self.out)
     check_writable(self.json)
     model, params, texts, followers = self.prepare()
-    effort, chunk = self.settings(), rows_at_once(model.config, self.cutting.length)
+    effort, chunk = self.settings, rows_at_once(model.config, self.cutting.length)
     recovery = effort.recovery(model.config)
     with stages() as stage:
       made = share(model, params, texts, followers, how=effort.search, recovery=recovery, chunk=chunk, stage=stage)
@@ -49,7 +50,7 @@ class Share(Searching):
       dense, shared = made.dense[text.name].perplexity, made.shared[text.name].perplexity
       table.append([f"perplexity, {text.name}", f"{dense:.3f}", f"{shared:.3f}", change(shared, dense)])
     show_table(f"{followers} followers; {self.cutting.length} tokens", ["", "dense", "shared", "change"], table)
-    save(self.out, self.model, made.model, made.params, self.dtype)
+    self.opening.save(self.out, self.model, made.model, made.params, self.dtype)
     seconds = time.perf_counter() - begun
     console.print(f"\n[bold]{plan}[/bold]\n\nsaved in {seconds:.0f} s: [bold]{self.out}[/bold]")
     write_json(

@@ -7,17 +7,16 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sa_jax.cli.common import progress
 from sa_jax.errors import UserError
 from sa_jax.files import read_text
-from sa_jax.trees import Params
 
 if TYPE_CHECKING:
-  from sa_jax import Tokenizer, Transformer
+  from sa_jax import Tokenizer
   from sa_jax.analysis import Text
   from sa_jax.config import ModelConfig
 
@@ -68,14 +67,6 @@ def read_documents(path: Path) -> str:
   return "\n\n".join(documents)
 
 
-def open_dense(path: Path) -> tuple[Transformer, dict[str, Any]]:
-  """The dense model in float32, in the layer layout."""
-  from sa_jax import from_pretrained
-
-  with progress(f"opening {path.name}") as report:
-    return from_pretrained(path, "dense", "float32", layout="layers", progress=report)
-
-
 def rows_of_texts(
   tokenizer: Tokenizer, files: Sequence[Path], cutting: RowLength, rows: int | None
 ) -> list[np.ndarray]:
@@ -101,11 +92,10 @@ def split_texts(
   cutting: RowLength,
   calibration: int,
   judging: int,
-  at_most: bool = False,
 ) -> list[Text]:
   """The first rows of each file to calibrate on, the next ones to judge by.
 
-  With ``at_most``, a shorter file gives what it has, a fifth of it to judge by.
+  A shorter file gives what it has, a fifth of it to judge by.
 
   Raises:
     UserError: if a file is too short, or two have one name.
@@ -116,7 +106,7 @@ def split_texts(
   if len(set(names)) < len(names):
     raise UserError(f"texts need different file names, not {', '.join(names)}")
   cut = []
-  for rows in rows_of_texts(tokenizer, files, cutting, None if at_most else calibration + judging):
+  for rows in rows_of_texts(tokenizer, files, cutting, None):
     used = rows[: calibration + judging]
     held_out = judging if len(used) == calibration + judging else min(judging, max(1, len(used) // 5))
     cut.append((used[:-held_out], used[-held_out:]))
@@ -130,23 +120,6 @@ def rows_at_once(config: ModelConfig, length: int) -> int:
   import jax
 
   return 4 if jax.default_backend() == "cpu" else max(1, min(32, 2**31 // (4 * length * config.vocab_size)))
-
-
-def save(path: Path, source: Path, model: Transformer, params: Params, dtype: str) -> None:
-  """Writes a checkpoint in a dtype, with the source's tokenizer and what else travels with a model.
-
-  Raises:
-    UserError: if the folder exists.
-  """
-  import jax
-  import jax.numpy as jnp
-
-  from sa_jax.formats.save import write
-  from sa_jax.formats.source import open_source
-
-  model = model.clone(config=dataclasses.replace(model.config, dtype=dtype, param_dtype=dtype))
-  params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
-  write(path, model, params, open_source(source).save_extras)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from sa_jax.formats.lazy import LazyTensor, Progress, in_order
 from sa_jax.formats.model_card import model_card
 from sa_jax.formats.opened import open_model
 from sa_jax.formats.table import Entry, entries, pack
-from sa_jax.plan import SharingPlan
+from sa_jax.plan import PlanLike, SharingPlan
 from sa_jax.trees import Params, Tree
 
 _CODE = Path(__file__).parent / "pytorch" / "modeling_shared_attention.py"
@@ -35,7 +35,7 @@ def export(
   src: str | Path,
   dst: str | Path,
   *,
-  plan: SharingPlan | str | Sequence[int] | None = None,
+  plan: PlanLike = None,
   revision: str | None = None,
   shard_bytes: int = _SHARD_BYTES,
   progress: Progress | None = None,

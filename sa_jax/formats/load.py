@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +17,7 @@ from sa_jax.formats.opened import Opened, open_model
 from sa_jax.formats.table import Account
 from sa_jax.nn import Transformer
 from sa_jax.params import stack
-from sa_jax.plan import SharingPlan
+from sa_jax.plan import PlanLike
 from sa_jax.sharding import DEFAULT_RULES, Rules, param_shardings
 from sa_jax.trees import Tree
 
@@ -27,7 +26,7 @@ Layout = Literal["runs", "layers"]
 
 def from_pretrained(
   path: str | Path,
-  plan: SharingPlan | str | Sequence[int] | None = None,
+  plan: PlanLike = None,
   dtype: str | None = None,
   mesh: Mesh | None = None,
   *,
@@ -85,7 +84,7 @@ def _fingerprint(opened: Opened) -> object:
 
 def describe(
   path: str | Path,
-  plan: SharingPlan | str | Sequence[int] | None = None,
+  plan: PlanLike = None,
   dtype: str | None = None,
   *,
   revision: str | None = None,
@@ -99,7 +98,7 @@ def describe(
 def convert(
   src: str | Path,
   dst: str | Path,
-  plan: SharingPlan | str | Sequence[int] | None = None,
+  plan: PlanLike = None,
   dtype: str | None = "bfloat16",
   *,
   revision: str | None = None,
@@ -128,9 +127,7 @@ def convert(
   checkpoint.save_checkpoint(dst, opened.config, opened.plan, opened.tree(), extras, progress)
 
 
-def inspect(
-  path: str | Path, plan: SharingPlan | str | Sequence[int] | None = None, *, revision: str | None = None
-) -> Account:
+def inspect(path: str | Path, plan: PlanLike = None, *, revision: str | None = None) -> Account:
   """What a model's files hold and what the plan drops, without reading the weights; arguments as `from_pretrained`.
 
   Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from sa_jax.formats.lazy import lazy_tree
 from sa_jax.formats.source import Source, model_of, open_source
 from sa_jax.formats.table import Account, entries, head_keys
 from sa_jax.nn.transformer import check_plan
-from sa_jax.plan import SharingPlan, as_plan
+from sa_jax.plan import PlanLike, SharingPlan, as_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Opened:
 
 def open_model(
   name: str | Path,
-  plan: SharingPlan | str | Sequence[int] | None = None,
+  plan: PlanLike = None,
   dtype: str | None = None,
   revision: str | None = None,
 ) -> Opened:
@@ -89,7 +88,7 @@ def _check_tied(source: Source, config: ModelConfig) -> None:
       )
 
 
-def _asked(plan: SharingPlan | str | Sequence[int] | None, stored: SharingPlan) -> SharingPlan:
+def _asked(plan: PlanLike, stored: SharingPlan) -> SharingPlan:
   """The plan asked for. A string or list says nothing of head maps: followers that keep their anchor keep their map."""
   if plan is None:
     return stored

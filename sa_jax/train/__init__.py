@@ -1,7 +1,7 @@
 """Training: what is minimised, how, and over what."""
 
 from sa_jax.train.batch import Batch
-from sa_jax.train.config import DataConfig, DistillConfig, LogConfig, MeshConfig, TrainConfig
+from sa_jax.train.config import DataConfig, DistillConfig, LogConfig, TrainConfig
 from sa_jax.train.data import Reading
 from sa_jax.train.gradual import rising
 from sa_jax.train.loop import Outcome, train
@@ -17,7 +17,6 @@ __all__ = [
   "DataConfig",
   "DistillConfig",
   "LogConfig",
-  "MeshConfig",
   "Outcome",
   "Reading",
   "TrainConfig",

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sa_jax.config import ModelConfig, RematPolicy
+from sa_jax.config import FloatDtype, ModelConfig, RematPolicy
 from sa_jax.errors import UserError
+from sa_jax.mesh import MeshSizes
 from sa_jax.train.data import Reading
 from sa_jax.train.data.packing import Packing, TooLong
 from sa_jax.train.lora import LoraConfig
@@ -43,22 +44,6 @@ class DataConfig:
   """What becomes of samples with a prompt that are longer than a row: an error, or cut and counted."""
   reading: Reading = dataclasses.field(default_factory=Reading)
   """How files are read."""
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-  """How many devices each kind of parallelism has."""
-
-  data: int | None = None
-  """Over how many devices only the batch is split; None for all that are left."""
-  fsdp: int = 1
-  """Over how many the batch, parameters and optimiser state are split."""
-  tensor: int = 1
-  """Over how many heads, MLP and vocabulary are split."""
-  sequence: int = 1
-  """Over how many the tokens of a row are split."""
-  slice: int = 1
-  """Of how many slices the devices are, which gradients pass between once a step; the sizes above are inside one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +124,7 @@ class TrainConfig:
   """How many steps to train."""
   remat: RematPolicy = "none"
   """What the backward pass recomputes."""
-  dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+  dtype: FloatDtype = "bfloat16"
   """What is computed in, and what the model is saved in at the end; trained parameters are float32."""
   z_loss: float = 0.0
   """Weight of the squared logarithm of the softmax's denominator."""
@@ -157,8 +142,8 @@ class TrainConfig:
   """Adapters."""
   distill: DistillConfig = DistillConfig()
   """Distillation."""
-  mesh: MeshConfig = MeshConfig()
-  """Parallelism."""
+  mesh: MeshSizes = MeshSizes()
+  """All devices, as sizes of data, fsdp, tensor, sequence and slice; 1 if not named, and of data what is left."""
   log: LogConfig = LogConfig()
   """Logs and checkpoints."""
 
@@ -193,7 +178,6 @@ class TrainConfig:
       "save_every": self.log.save_every,
       "keep": self.log.keep,
       "export_every": self.log.export_every,
-      **dataclasses.asdict(self.mesh),
     }
     wrong += [
       f"{name}={value} (at least 1 is needed)" for name, value in positive.items() if value is not None and value < 1

@@ -9,15 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from sa_jax.distributed import wait_for_all
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.programs import fetch
-from sa_jax.sharding import abstract_params, make_mesh, named_sharding
+from sa_jax.sharding import abstract_params, named_sharding
 from sa_jax.train.batch import Batch
-from sa_jax.train.config import MeshConfig, TrainConfig
+from sa_jax.train.config import TrainConfig
 from sa_jax.train.data import BatchIterator, Examples, Rows, host_rows
 from sa_jax.train.export import export
 from sa_jax.train.learner import make_learner, model_of
@@ -74,7 +74,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None,
   Raises:
     UserError: if something does not fit.
   """
-  mesh = mesh_of(config.mesh)
+  mesh = config.mesh.mesh()
   batch_sharding = named_sharding(mesh, ("batch", "length"))
   if config.batch_size % config.accumulate:
     raise UserError(f"a batch of {config.batch_size} rows does not divide into {config.accumulate} parts")
@@ -128,17 +128,6 @@ def adapters_of(config: TrainConfig, model: Transformer) -> Callable[[Tree, Path
       wait_for_all("adapters written")
 
   return write
-
-
-def mesh_of(config: MeshConfig) -> Mesh:
-  """The mesh over all devices, what is left of them being data-parallel.
-
-  Raises:
-    UserError: if the sizes do not fit the devices.
-  """
-  rest = config.slice * config.fsdp * config.tensor * config.sequence
-  data = config.data if config.data is not None else max(jax.device_count() // rest, 1)
-  return make_mesh(data, config.fsdp, config.tensor, config.sequence, slice=config.slice)
 
 
 def echo(config: TrainConfig, run: Run) -> dict[str, str]:

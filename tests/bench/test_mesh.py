@@ -11,6 +11,7 @@ from sa_jax.bench import Task, measure, ours
 from sa_jax.cli import main
 from sa_jax.config import PRESETS
 from sa_jax.decode import Engine
+from sa_jax.mesh import MeshSizes
 from sa_jax.sharding import abstract_params, make_mesh, param_shardings
 from tests import tiny
 
@@ -48,7 +49,9 @@ def watched(monkeypatch, module, name):
 def test_decode(preset, monkeypatch, caplog, tensor):
   params, states = watched(monkeypatch, ours, "random_tree"), watched(monkeypatch, Engine, "empty")
   caplog.set_level("INFO", "sa_jax")
-  result = ours.decode(Task("decode", "tiny", "0:1", batch=2, seq_len=64, layers=3, repeats=1, tensor=tensor))
+  result = ours.decode(
+    Task("decode", "tiny", "0:1", batch_size=2, length=64, layers=3, repeats=1, mesh=MeshSizes(1, tensor=tensor))
+  )
   assert params == states == {tensor}
   # Once: the cache comes back split as it was given.
   assert sum("decode steps" in message for message in caplog.messages) == 1
@@ -61,7 +64,9 @@ def test_step(preset, monkeypatch):
   params, states = watched(monkeypatch, ours, "random_tree"), watched(monkeypatch, ours, "make_state")
   batches = watched(monkeypatch, jax, "device_put")
   sizes = {"fsdp": 2, "tensor": 2, "sequence": 2}
-  result = ours.step(Task("step", "tiny", "0:1", batch=2, seq_len=8, layers=2, repeats=1, **sizes))
+  result = ours.step(
+    Task("step", "tiny", "0:1", batch_size=2, length=8, layers=2, repeats=1, mesh=MeshSizes(**{"data": 1} | sizes))
+  )
   # Stacked norms are matrices too; over tensor, every device has them whole.
   assert params == states == {2, 4}
   assert batches == {4}
@@ -102,15 +107,18 @@ def test_ceilings_are_of_all_devices_together(monkeypatch):
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
-    (["prefill", "--tensor", "2"], "tensor (prefill runs on one device)"),
-    (["decode", "--fsdp", "2", "--sequence", "2"], "fsdp and sequence (decode takes tensor)"),
+    (["prefill", "--mesh", "tensor=2"], "tensor (prefill runs on one device)"),
+    (["decode", "--mesh", "fsdp=2,sequence=2"], "fsdp and sequence (decode takes tensor)"),
     (
-      ["step", "--fsdp", "2", "--batch-size", "2", "--peers", "hf-eager"],
+      ["step", "--mesh", "fsdp=2", "--batch-size", "2", "--peers", "hf-eager"],
       "(the peer hf-eager runs on one device)",
     ),
-    (["step", "--fsdp", "2", "--batch-size", "3"], "--batch-size 3 (a multiple of data × fsdp = 2 is needed)"),
-    (["step", "--sequence", "3"], "--length 1024 (a multiple of sequence = 3 is needed)"),
-    (["step", "--tensor", "0"], "tensor 0 (at least 1 is needed)"),
+    (
+      ["step", "--mesh", "fsdp=2", "--batch-size", "3"],
+      "--batch-size 3 (a multiple of data × fsdp = 2 is needed)",
+    ),
+    (["step", "--mesh", "sequence=3"], "--length 1024 (a multiple of sequence = 3 is needed)"),
+    (["step", "--mesh", "tensor=0"], "tensor=0 (at least 1 is needed)"),
   ],
 )
 def test_meshes_that_cannot_be(capsys, flags, message):
@@ -120,4 +128,4 @@ def test_meshes_that_cannot_be(capsys, flags, message):
 
 def test_more_devices_than_there_are():
   with pytest.raises(ValueError, match="fsdp 1 × tensor 16 needs 16 devices; there are 8"):
-    ours.mesh_of(Task("decode", "tiny", tensor=16))
+    ours.mesh_of(Task("decode", "tiny", mesh=MeshSizes(1, tensor=16)))

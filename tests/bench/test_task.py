@@ -50,7 +50,7 @@ def test_what_means_nothing_is_refused(capsys, arguments, why):
 
 def test_what_was_measured_is_told_though_the_next_fails(monkeypatch, capsys, tmp_path):
   def measured(task):
-    if task.seq_len == 64:
+    if task.length == 64:
       raise UserError("out of memory")
     return Result(task, 0.5, 0.4, 0.6, work=8e9, ceiling=20e9, device="a card")
 
@@ -59,7 +59,7 @@ def test_what_was_measured_is_told_though_the_next_fails(monkeypatch, capsys, tm
   said = capsys.readouterr()
   assert "500.00" in said.out
   assert "out of memory" in said.err
-  assert json.loads((tmp_path / "out.json").read_text())[0]["task"]["seq_len"] == 32
+  assert json.loads((tmp_path / "out.json").read_text())[0]["task"]["length"] == 32
 
 
 def test_curves_are_of_decode_and_of_the_model_that_was_measured(tmp_path, monkeypatch):
@@ -68,10 +68,10 @@ def test_curves_are_of_decode_and_of_the_model_that_was_measured(tmp_path, monke
 
   drawn = []
   monkeypatch.setattr(plot, "new_figure", lambda *_: Canvas(drawn))
-  task = Task("decode", "llama-2-7b", layers=4, seq_len=64, cache_dtype="int8")
+  task = Task("decode", "llama-2-7b", layers=4, length=64, cache_dtype="int8")
   results = [
     Result(each, 0.5, 0.4, 0.6, 1, 1, "a card")
-    for each in (task, dataclasses.replace(task, who="hf-eager", seq_len=256))
+    for each in (task, dataclasses.replace(task, who="hf-eager", length=256))
   ]
   plot.decode_curves(results, tmp_path / "curves.png")
   assert drawn == [([64], [500.0]), ([64], [cost(task.config, SharingPlan.dense(4), 1, 64).kv_cache_bytes / 1e9])]
@@ -123,7 +123,7 @@ def test_a_cache_may_have_more_slots_than_tokens(monkeypatch):
   from tests import tiny
 
   monkeypatch.setitem(PRESETS, "tiny", tiny.config())
-  result = ours.decode(Task("decode", "tiny", "0:1", batch=2, seq_len=96, filled=48, layers=2, repeats=1))
+  result = ours.decode(Task("decode", "tiny", "0:1", batch_size=2, length=96, filled=48, layers=2, repeats=1))
   assert result.work == cost(tiny.config(num_layers=2), "0:1", 2, 48 - 31 // 2).decode_bytes
   assert (
     result.detail == f"cache {2 * 3 * 96 * 2 * tiny.config().num_kv_heads * tiny.config().head_dim * 4 / 1e9:.2f} GB"
@@ -142,7 +142,7 @@ def test_a_train_step_is_measured(monkeypatch):
   from tests import tiny
 
   monkeypatch.setitem(PRESETS, "tiny", tiny.config())
-  result = ours.step(Task("step", "tiny", "0:1", batch=2, seq_len=8, layers=2, repeats=2))
+  result = ours.step(Task("step", "tiny", "0:1", batch_size=2, length=8, layers=2, repeats=2))
   assert result.work == 3 * cost(ModelConfig.preset("tiny", num_layers=2), "0:1", 2, 8).flops
   assert result.low <= result.seconds <= result.high
   assert "tokens/s, MFU" in result.detail
@@ -158,7 +158,7 @@ def test_a_stack_of_layers_is_measured(monkeypatch, state):
 
   config = tiny.config()
   monkeypatch.setitem(PRESETS, "tiny", config)
-  task = Task("train", "tiny", "0:1", batch=2, seq_len=8, layers=2, repeats=2, attention_state=state)
+  task = Task("train", "tiny", "0:1", batch_size=2, length=8, layers=2, repeats=2, attention_state=state)
   result = ours.train(task)
   queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
   followers = config.embed_dim * (keys + queries + 3 * config.mlp_dim)

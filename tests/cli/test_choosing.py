@@ -12,7 +12,6 @@ from tokenizers.pre_tokenizers import Whitespace
 
 import sa_jax
 from sa_jax.cli import main
-from sa_jax.cli.share import Share
 from sa_jax.cli.texts import RowLength, read_documents, split_texts
 
 pytestmark = pytest.mark.slow
@@ -130,7 +129,7 @@ def test_lines_end_where_json_lines_end(tmp_path):
 
 
 def test_what_would_fail_in_the_end_fails_at_once(folder, capsys, monkeypatch):
-  monkeypatch.setattr("sa_jax.cli.texts.open_dense", lambda *_: pytest.fail("the work began"))
+  monkeypatch.setattr("sa_jax.cli.opening.Opening.open", lambda *_: pytest.fail("the work began"))
   model, text = str(folder / "model"), str(folder / "one.txt")
   for arguments, message in (
     (["align", model, "1:2", text, "--out", model], "exists already; name a new folder"),
@@ -150,25 +149,32 @@ def test_lines_without_text_are_named(tmp_path):
 
 
 class TestEffort:
-  def test_flags_that_are_given_come_before_it(self):
-    quick = Share(
-      model=Path("m"), texts=(Path("t"),), out=Path("o"), effort="quick", reach=3, judging_rows=2
-    ).settings()
-    assert (quick.search.strategy, quick.search.reach, quick.calibration_rows, quick.judging_rows) == ("dp", 3, 8, 2)
-    good = Share(model=Path("m"), texts=(Path("t"),), out=Path("o"), exclude=(1,)).settings()
-    assert (good.search.strategy, good.search.shortlist, good.search.excluded) == ("greedy", 8, (1,))
-    assert (good.calibration_rows, good.judging_rows) == (176, 16)
+  @pytest.mark.parametrize(
+    ("flags", "strategy", "reach", "rows", "excluded"),
+    [
+      (["--effort", "quick", "--reach", "3", "--judging-rows", "2"], "dp", 3, (8, 2), ()),
+      (["--effort=quick"], "dp", 5, (8, 4), ()),
+      (["--excluded", "1"], "greedy", 5, (176, 16), (1,)),
+      (["--effort", "best", "--calibration-rows", "9"], "beam", 5, (9, 16), ()),
+    ],
+  )
+  def test_flags_that_are_given_come_before_it(self, flags, strategy, reach, rows, excluded):
+    from sa_jax.cli import _commands, _parse
+
+    settings = _parse(_commands(), ["share", "m", "t", "--out", "o", *flags]).settings
+    assert (settings.search.strategy, settings.search.reach, settings.search.excluded) == (strategy, reach, excluded)
+    assert (settings.calibration_rows, settings.judging_rows) == rows
 
   def test_a_text_gives_what_it_has(self, folder):
     tokenizer = sa_jax.load_tokenizer(folder / "model")
-    split = lambda *rows, **how: split_texts(tokenizer, [folder / "one.txt"], RowLength(12), *rows, **how)[0]
-    few = split(176, 16, at_most=True)
+    split = lambda *rows: split_texts(tokenizer, [folder / "one.txt"], RowLength(12), *rows)[0]
+    few = split(176, 16)
     assert (len(few.calibration), len(few.judging)) == (13, 3)  # of 16 rows
     assert not (few.calibration[:, None] == few.judging[None]).all(-1).any()
-    enough = split(8, 4, at_most=True)
+    enough = split(8, 4)
     assert (len(enough.calibration), len(enough.judging)) == (8, 4)
     with pytest.raises(sa_jax.UserError, match="two rows or more are needed"):
-      split_texts(tokenizer, [folder / "one.txt"], RowLength(150), 8, 4, at_most=True)
+      split_texts(tokenizer, [folder / "one.txt"], RowLength(150), 8, 4)
 
   @pytest.mark.parametrize("effort", ["quick", "good"])
   def test_share_takes_it(self, folder, effort):

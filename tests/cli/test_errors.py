@@ -34,10 +34,10 @@ def test_fields_are_told_as_flags(text, shown):
 
 
 def test_faults_stand_one_a_line(capsys):
-  assert cli.main(["bench", "step", "--batch-size", "0", "--fsdp", "0", "--model", "smollm2-135m"]) == 2
+  assert cli.main(["bench", "step", "--batch-size", "0", "--length", "0", "--model", "smollm2-135m"]) == 2
   error = capsys.readouterr().err.splitlines()
   assert error[0].startswith("sa-jax: error: bench")
-  assert all(word in "\n".join(error) for word in ("fsdp",))
+  assert all(word in "\n".join(error) for word in ("--batch-size 0 (at least 1", "--length 0 (at least 1"))
 
 
 def test_contradicting_settings_are_told_as_flags(capsys):

@@ -12,8 +12,9 @@ import pytest
 import sa_jax
 from sa_jax import SharingPlan, cli
 from sa_jax.formats.checkpoint import save_checkpoint
+from sa_jax.mesh import MeshSizes
 from sa_jax.train.checkpoints import Checkpoints
-from sa_jax.train.config import DataConfig, DistillConfig, LogConfig, LoraConfig, MeshConfig, load_config
+from sa_jax.train.config import DataConfig, DistillConfig, LogConfig, LoraConfig, load_config
 from sa_jax.train.data import byte_tokenizer
 from sa_jax.train.learner import model_of
 from sa_jax.train.loop import train
@@ -89,7 +90,6 @@ def test_every_mode_ends_as_an_ordinary_checkpoint(dense, tmp_path, how):
     ({"distill": DistillConfig(temperature=2.0)}, "`hidden_weight` are of use in `mode=distill` only"),
     ({"lora": LoraConfig(rank=2)}, "`rank`, `alpha` and `targets` are of use with `method=lora` only"),
     ({"log": LogConfig(eval_batches=0)}, r"eval_batches=0 \(at least 1 is needed\)"),
-    ({"mesh": MeshConfig(fsdp=0)}, r"fsdp=0 \(at least 1 is needed\)"),
     ({"gradual_steps": 2}, "`gradual_steps` needs a checkpoint"),
     ({"steps": 0, "batch_size": 0}, r"batch_size=0 \(at least 1 is needed\)\n  steps=0"),
     ({"data": DataConfig(length=1)}, "length=1"),
@@ -106,8 +106,8 @@ def test_contradictions(tmp_path, changes, message):
     ({"batch_size": 12}, "a batch of 12 rows does not divide over 8 shards"),
     ({"batch_size": 16, "accumulate": 4}, "a batch of 4 rows does not divide over 8 shards"),
     ({"accumulate": 3}, "a batch of 8 rows does not divide into 3 parts"),
-    ({"mesh": MeshConfig(tensor=3)}, "data 2 × fsdp 1 × tensor 3 needs 6 devices; there are 8"),
-    ({"mesh": MeshConfig(sequence=8), "data": "length 30"}, "rows of 30 tokens do not divide over `sequence=8`"),
+    ({"mesh": MeshSizes(tensor=3)}, "data 2 × fsdp 1 × tensor 3 needs 6 devices; there are 8"),
+    ({"mesh": MeshSizes(sequence=8), "data": "length 30"}, "rows of 30 tokens do not divide over `sequence=8`"),
     ({"shape": dataclasses.replace(SHAPE, vocab_size=100)}, "the tokenizer makes token 256 .* vocabulary has 100"),
     ({"plan": "2:3"}, "goes past the model"),
     ({"data": "no file"}, "name at least one file of training data"),

@@ -18,7 +18,8 @@ import jax
 
 from sa_jax import ModelConfig
 from sa_jax.distributed import Hosts, start
-from sa_jax.train.config import DataConfig, LogConfig, MeshConfig, TrainConfig
+from sa_jax.mesh import MeshSizes
+from sa_jax.train.config import DataConfig, LogConfig, TrainConfig
 from sa_jax.train.data import Reading
 from sa_jax.train.optimizer import OptimizerConfig
 
@@ -85,7 +86,7 @@ def main(out: str, event: str = "", step: str = "0", *more: str) -> None:
     Interruption.requested = lambda self, done: done == at
   try:
     outcome = train(
-      config(Path(out), mesh=MeshConfig(slice=2, fsdp=jax.device_count() // 2) if event == "shard" else MeshConfig()),
+      config(Path(out), mesh=MeshSizes(slice=2, fsdp=jax.device_count() // 2) if event == "shard" else MeshSizes()),
       say=print,
     )
   except ValueError as error:

@@ -1,0 +1,82 @@
+"""How commands open a model: which version of it, over which devices, beside which processes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sa_jax.cli.common import progress, silence
+from sa_jax.config import FloatDtype
+from sa_jax.distributed import Hosts, start
+from sa_jax.mesh import MeshSizes
+from sa_jax.plan import PlanLike
+from sa_jax.trees import Params
+
+if TYPE_CHECKING:
+  from sa_jax import Tokenizer, Transformer
+  from sa_jax.formats.load import Layout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opening:
+  """How the model is opened."""
+
+  revision: str | None = None
+  """Of a hub id: a branch, tag or commit."""
+  mesh: MeshSizes = MeshSizes(data=1)
+  """All devices, such as fsdp=4,tensor=2, what is left being data; data=1 is one device."""
+  hosts: Hosts = Hosts()
+  """Where the other processes are."""
+
+  def begin(self) -> None:
+    """Joins the other processes, of which the first alone prints and writes; comes before anything asks for devices."""
+    start(self.hosts)
+    silence()
+
+  def tokenizer(self, model: Path) -> Tokenizer:
+    """The model's tokenizer."""
+    from sa_jax import load_tokenizer
+
+    return load_tokenizer(model, revision=self.revision)
+
+  def open(
+    self,
+    model: Path,
+    plan: PlanLike = None,
+    dtype: FloatDtype | None = None,
+    layout: Layout = "layers",
+  ) -> tuple[Transformer, Params]:
+    """The model and its parameters; see `sa_jax.from_pretrained`."""
+    from sa_jax import from_pretrained
+
+    with progress(f"opening {model.name}") as report:
+      return from_pretrained(
+        model,
+        plan,
+        dtype,
+        mesh=None if self.mesh.size == 1 and self.mesh.data else self.mesh.mesh(),
+        layout=layout,
+        revision=self.revision,
+        progress=report,
+      )
+
+  def open_dense(self, model: Path) -> tuple[Transformer, Params]:
+    """The dense model in float32."""
+    return self.open(model, "dense", "float32")
+
+  def save(self, path: Path, source: Path, model: Transformer, params: Params, dtype: FloatDtype) -> None:
+    """Writes a checkpoint in a dtype, with the source's tokenizer and what else travels with a model.
+
+    Raises:
+      UserError: if the folder exists.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from sa_jax.formats.save import write
+    from sa_jax.formats.source import open_source
+
+    model = model.clone(config=dataclasses.replace(model.config, dtype=dtype, param_dtype=dtype))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
+    write(path, model, params, open_source(source, self.revision).save_extras)

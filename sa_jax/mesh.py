@@ -1,0 +1,159 @@
+"""Devices arranged in a mesh, and the one spelling of its sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from sa_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSizes:
+  """The sizes of a mesh, spelt ``data=2,fsdp=4``; see `make_mesh` for what each axis splits.
+
+  Attributes:
+    data: None for what the other axes leave of the devices.
+    fsdp: as in `make_mesh`.
+    tensor: as in `make_mesh`.
+    sequence: as in `make_mesh`.
+    slice: as in `make_mesh`.
+
+  Raises:
+    UserError: if a size is below 1.
+  """
+
+  data: int | None = None
+  fsdp: int = 1
+  tensor: int = 1
+  sequence: int = 1
+  slice: int = 1
+
+  def __post_init__(self) -> None:
+    wrong = [f"{name}={size} (at least 1 is needed)" for name, size in self._given().items() if size < 1]
+    if wrong:
+      raise UserError.of("mesh", wrong)
+
+  @classmethod
+  def parse(cls, text: str) -> MeshSizes:
+    """The sizes from their spelling; an axis that is not named has size 1, and ``data`` what is left.
+
+    Raises:
+      UserError: if it is spelt otherwise.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+      name, _, size = part.strip().partition("=")
+      if name not in ("slice", *MESH_AXES) or name in sizes or not size.isdecimal():
+        axes = ", ".join(("slice", *MESH_AXES))
+        raise UserError(f"the mesh {text!r} is not spelt like 'data=2,fsdp=4': sizes of {axes}, each at most once")
+      sizes[name] = int(size)
+    return cls(**sizes)
+
+  def __str__(self) -> str:
+    return ",".join(f"{name}={size}" for name, size in self._given().items() if name == "data" or size > 1) or "data=1"
+
+  def over(self, devices: int) -> MeshSizes:
+    """The sizes over so many devices: ``data`` is a number."""
+    rest = self.slice * self.fsdp * self.tensor * self.sequence
+    return self if self.data is not None else dataclasses.replace(self, data=max(devices // rest, 1))
+
+  def axes(self) -> dict[str, int]:
+    """The sizes inside a slice, by axis, a ``data`` that is not given as 1."""
+    return {name: getattr(self, name) or 1 for name in MESH_AXES}
+
+  @property
+  def size(self) -> int:
+    """How many devices the mesh has, a ``data`` that is not given as 1."""
+    return self.slice * math.prod(self.axes().values())
+
+  @property
+  def ways(self) -> int:
+    """Over how many devices rows are split."""
+    return self.slice * (self.data or 1) * self.fsdp
+
+  def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over all devices, or over some; errors as `make_mesh`."""
+    devices = jax.devices() if devices is None else devices
+    return make_mesh(**dataclasses.asdict(self.over(len(devices))), devices=devices)
+
+  def _given(self) -> dict[str, int]:
+    return {name: size for name in ("slice", *MESH_AXES) if (size := getattr(self, name)) is not None}
+
+
+def make_mesh(
+  data: int = 1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  sequence: int = 1,
+  *,
+  slice: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+  """A mesh over all devices, or over some.
+
+  Args:
+    data: over how many rows are split, and parameters are not.
+    fsdp: over how many rows and parameters are split.
+    tensor: over how many heads, MLP and vocabulary are split.
+    sequence: over how many the tokens of a row are split. For attention they are exchanged for heads, where there are
+      key heads for ``tensor * sequence`` devices; otherwise keys and values are gathered. Queries and keys are sent
+      once a group, values once a layer.
+    slice: how many slices the devices are of, each a network of its own. Rows are split over slices and nothing else
+      is, so that a train step sends gradients between them, once; the other axes stay inside a slice. A mesh of one
+      slice has no such axis.
+    devices: which; all when None.
+
+  Raises:
+    UserError: if the sizes do not multiply to the number of devices, or the devices are of another number of slices.
+  """
+  sizes = dict(zip(MESH_AXES, (data, fsdp, tensor, sequence), strict=True))
+  devices = jax.devices() if devices is None else devices
+  _check_sizes(sizes, slice, devices)
+  axis_types = (AxisType.Auto,) * len(sizes)
+  if slice == 1:
+    return Mesh(_arranged(tuple(sizes.values()), devices), MESH_AXES, axis_types=axis_types)
+  return Mesh(
+    _in_slices(tuple(sizes.values()), slice, devices), ("slice", *MESH_AXES), axis_types=(AxisType.Auto, *axis_types)
+  )
+
+
+def _check_sizes(sizes: Mapping[str, int], slices: int, devices: Sequence[jax.Device]) -> None:
+  shown = {name: size for name, size in (("slice", slices), *sizes.items()) if name in MESH_AXES[:3] or size != 1}
+  product = slices * math.prod(sizes.values())
+  if product != len(devices):
+    spelt = " × ".join(f"{name} {size}" for name, size in shown.items())
+    raise UserError(f"a mesh of {spelt} needs {product} devices; there are {len(devices)}")
+  found = _slices(devices)
+  if found != slices and (slices > 1 or devices[0].platform == "tpu") and found > 1:
+    raise UserError(f"slice={slices}, but the devices are of {found} slices; slice={found} is what they need")
+
+
+def _slices(devices: Sequence[jax.Device]) -> int:
+  return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _in_slices(shape: tuple[int, ...], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
+  """Devices ``[slices, *shape]``: of each slice by itself, or of equal stretches where devices do not say theirs."""
+  if _slices(devices) > 1:
+    from jax.experimental import mesh_utils
+
+    ones = (1,) * len(shape)
+    return mesh_utils.create_hybrid_device_mesh((1, *shape), (slices, *ones), devices, allow_split_physical_axes=True)
+  size = len(devices) // slices
+  parts = [devices[start : start + size] for start in range(0, len(devices), size)]
+  return np.stack([_arranged(shape, part) for part in parts])
+
+
+def _arranged(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+  """Devices of one slice as near to each other as their network has them."""
+  from jax.experimental import mesh_utils
+
+  return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
