@@ -40,7 +40,7 @@ class Family:
   shared: int
 
 
-def bucket(size: int, smallest: int = 16) -> int:
+def padded_size(size: int, smallest: int = 16) -> int:
   """The size that something is padded to, so that few programs are compiled: a power of two, or one and a half."""
   if size <= smallest:
     return smallest
@@ -88,7 +88,7 @@ def families(rows: Sequence[Row]) -> list[Family]:
     return []
   common = np.array([_common(left.tokens, right.tokens) for left, right in itertools.pairwise(rows)], np.int64)
   # Rows part at buckets of common length, of which there are few, so that the recursion is shallow.
-  levels = np.array([bucket(length + 1, 1) for length in common.tolist()], np.int64)
+  levels = np.array([padded_size(length + 1, 1) for length in common.tolist()], np.int64)
 
   def best(low: int, high: int) -> tuple[int, list[Family]]:
     """How many tokens the best grouping of some rows saves, and the grouping."""

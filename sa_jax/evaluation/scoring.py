@@ -16,7 +16,7 @@ from sa_jax.costs import cost
 from sa_jax.decode.padding import right_pad
 from sa_jax.distributed import check_same_rows
 from sa_jax.errors import UserError
-from sa_jax.evaluation.prefixes import Family, Row, bucket, families, rows_of_requests
+from sa_jax.evaluation.prefixes import Family, Row, families, padded_size, rows_of_requests
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.typed import apply
 from sa_jax.params import as_layers
@@ -252,18 +252,18 @@ class Scorer:
     items = sorted(items, key=length, reverse=True)
     size, full, left = 0, 0, sum(map(readers, items))
     while items:
-      smaller = bucket(length(items[0]))
+      smaller = padded_size(length(items[0]))
       if not size or (size - smaller) * left > self._program:
         size = smaller
       # Each row has a copy of the keys and values before it.
       count = max(1, int(self.batch_tokens / (before + size * max(1.0, (before + size) / _KEYS))))
-      while bucket(count, 1) > count:
+      while padded_size(count, 1) > count:
         count -= 1
       taken, items = items[:count], items[count:]
       left -= sum(map(readers, taken))
       # The last rows of a size take the program of those before them, unless that is mostly padding.
       room = count - len(taken)
-      yield _Batch(taken, count if size == full and room * size < self._program else bucket(len(taken), 1), size)
+      yield _Batch(taken, count if size == full and room * size < self._program else padded_size(len(taken), 1), size)
       full = size
 
   def _scored(
@@ -304,7 +304,7 @@ class _Requests(NamedTuple):
 
 def _padding(count: int) -> int:
   """How many positions fill up a number of them to whole chunks."""
-  size = bucket(count)
+  size = padded_size(count)
   return (size if size <= _CHUNK else -(-size // _CHUNK) * _CHUNK) - count
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from sa_jax.config import ModelConfig
 from sa_jax.files import new_folder
 from sa_jax.formats import hf_config
-from sa_jax.formats.lazy import LazyTensor, Progress, in_order
+from sa_jax.formats.lazy import LazyTensor, Progress, contiguous
 from sa_jax.formats.orbax_folder import PARAMS
 from sa_jax.plan import SharingPlan
 from sa_jax.trees import Params
@@ -71,7 +71,7 @@ def _handler(progress: Progress | None) -> Any:
       writing: collections.deque[tuple[int, Any]] = collections.deque()
       for done, (value, info, arg) in enumerate(zip(values, infos, args, strict=True)):
         # Reading may itself run an event loop, as Orbax does: not in this one's thread.
-        array = in_order(await asyncio.to_thread(value.read))
+        array = contiguous(await asyncio.to_thread(value.read))
         for future in await super().serialize([array], [info], [arg]):
           writing.append((array.nbytes, future))
         del array

@@ -17,7 +17,7 @@ from sa_jax.distributed import done_by_first
 from sa_jax.errors import UserError
 from sa_jax.files import new_folder
 from sa_jax.formats import hf_config
-from sa_jax.formats.lazy import LazyTensor, Progress, in_order
+from sa_jax.formats.lazy import LazyTensor, Progress, contiguous
 from sa_jax.formats.model_card import model_card
 from sa_jax.formats.opened import open_model
 from sa_jax.formats.table import Entry, entries, pack
@@ -143,7 +143,7 @@ def _write_shards(
   for number, shard in enumerate(shards, start=1):
     alone = len(shards) == 1
     name = "model.safetensors" if alone else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-    made = {parts[0].key: in_order(pack([(entry, read(entry)) for entry in parts])) for parts in shard}
+    made = {parts[0].key: contiguous(pack([(entry, read(entry)) for entry in parts])) for parts in shard}
     save_file(made, folder / name, metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", folder / name)  # safetensors lets nobody else read its files
     weight_map |= dict.fromkeys(made, name)

@@ -174,7 +174,7 @@ def _insert(stack: jax.Array, layer: jax.Array, position: tuple[jax.Array, ...])
   return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(as_kind(stack), layer, start), stack.dtype)
 
 
-def in_order(array: np.ndarray) -> np.ndarray:
+def contiguous(array: np.ndarray) -> np.ndarray:
   """The array with its elements in the order of its axes; JAX's copy is several times faster than NumPy's."""
   if array.flags.c_contiguous:
     return array

@@ -18,7 +18,7 @@ from sa_jax.nn.cache import Cache
 from sa_jax.nn.state import STATE, Kind, State
 from sa_jax.plan import HeadMap, Run, SharingPlan
 
-Share = jax.Array | float | None
+Portion = jax.Array | float | None
 """How much of its anchor's weights a follower uses that has its own too, 0 to 1; None where followers have none."""
 
 
@@ -87,7 +87,7 @@ class Group(nn.Module):
     rows: ops.Rows = ops.Rows(),
     kind: Kind = 0,
     head_maps: jax.Array | None = None,
-    share: Share = None,
+    share: Portion = None,
   ) -> jax.Array:
     """The group's layers.
 
@@ -96,7 +96,7 @@ class Group(nn.Module):
       rows: which tokens the tokens may see.
       kind: which of the config's ``kinds`` the layers are.
       head_maps: int32 ``[followers, N]``, or None where no follower has one.
-      share: see `Share`.
+      share: see `Portion`.
 
     Returns:
       ``[B, T, D]``.
@@ -140,7 +140,7 @@ class Runs(nn.Module):
   blocks: Blocks = Blocks()
 
   @nn.compact
-  def __call__(self, x: jax.Array, rows: ops.Rows = ops.Rows(), share: Share = None) -> jax.Array:
+  def __call__(self, x: jax.Array, rows: ops.Rows = ops.Rows(), share: Portion = None) -> jax.Array:
     """``[B, T, D]`` → the same."""
     for index, run in enumerate(self.plan.runs):
       # Where the run's groups differ in kind, each tells its own: one program, whatever the pattern and the depth.
@@ -176,7 +176,7 @@ class Runs(nn.Module):
 
 def _group_step(
   kind: int,
-  share: Share,
+  share: Portion,
   group: Group,
   x: jax.Array,
   rows: ops.Rows,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from sa_jax.errors import UserError
 from sa_jax.trees import Tree
 
-Head = Callable[[jax.Array], jax.Array]
+ToLogits = Callable[[jax.Array], jax.Array]
 """From hidden states ``[B, chunk, D]`` to logits ``[B, chunk, V]``."""
 
 # Logits that exist at once on a device when the caller does not say: 2 GiB in float32. Each chunk reads the head's
@@ -36,7 +36,7 @@ def token_log_likelihoods(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def next_token_loss(
-  head: Head,
+  head: ToLogits,
   hidden: jax.Array,
   tokens: jax.Array,
   weights: jax.Array | None = None,
@@ -74,9 +74,9 @@ def next_token_loss(
 
 
 def distillation_loss(
-  head: Head,
+  head: ToLogits,
   hidden: jax.Array,
-  teacher_head: Head,
+  teacher_head: ToLogits,
   teacher_hidden: jax.Array,
   tokens: jax.Array,
   weights: jax.Array | None = None,
@@ -145,7 +145,7 @@ def _predicted(hidden: jax.Array, tokens: jax.Array, weights: jax.Array | None) 
   return jnp.where(weights != 0, jnp.roll(tokens, -1, axis=1), 0), weights
 
 
-def _chunk(chunk: int | None, head: Head, hidden: jax.Array) -> int:
+def _chunk(chunk: int | None, head: ToLogits, hidden: jax.Array) -> int:
   """Positions a row whose logits exist at once."""
   if chunk is not None:
     if chunk < 1:

@@ -13,7 +13,9 @@ from sa_jax.nn import Transformer
 from sa_jax.trees import Tree
 
 
-def export(path: Path, model: Transformer, params: Tree, dtype: str, save_extras: Callable[[Path], None]) -> None:
+def write_trained(
+  path: Path, model: Transformer, params: Tree, dtype: str, save_extras: Callable[[Path], None]
+) -> None:
   """Writes a checkpoint that `sa_jax.from_pretrained` opens.
 
   All hosts take part in gathering the parameters, the first one writes.

@@ -17,12 +17,12 @@ from rich.console import Console
 from sa_jax.errors import UserError
 from sa_jax.train.checkpoints import Checkpoints
 from sa_jax.train.config import TrainConfig, recorded
-from sa_jax.train.data import Examples, in_order, to_devices
+from sa_jax.train.data import Examples, every_row_once, to_devices
 from sa_jax.train.folder import checked, claim, describe, is_missing, locked, make_room
 from sa_jax.train.interruption import Interruption
 from sa_jax.train.metrics import Clock, Window, peak_tflops, train_flops
 from sa_jax.train.optimizer import schedule
-from sa_jax.train.setup import Run, echo, prepare
+from sa_jax.train.setup import Setup, echo, prepare
 from sa_jax.train.step import Metrics
 from sa_jax.train.writers import JsonLines, Screen, TensorBoard, WeightsAndBiases, Writer, closing
 
@@ -90,7 +90,7 @@ def train(
   return Outcome(loop.done, interrupted, loop.window.skipped, loop.eval_loss, model)
 
 
-def _write_adapters(run: Run, loop: Loop, path: Path, say: Callable[[str], None]) -> None:
+def _write_adapters(run: Setup, loop: Loop, path: Path, say: Callable[[str], None]) -> None:
   """Writes the run's adapters anew, if it has any that PEFT's format can hold."""
   if run.adapters is None:
     return
@@ -120,7 +120,7 @@ class Loop:
     eval_loss: of the last evaluation.
   """
 
-  def __init__(self, config: TrainConfig, run: Run, checkpoints: Checkpoints) -> None:
+  def __init__(self, config: TrainConfig, run: Setup, checkpoints: Checkpoints) -> None:
     """Takes up the newest checkpoint that can be read, or makes the state of step 0.
 
     Raises:
@@ -249,7 +249,7 @@ class Loop:
     began = time.perf_counter()
     run, config = self._run, self._config
     assert run.eval_rows is not None
-    batches = in_order(run.eval_rows, config.batch_size, run.mine, config.log.eval_batches)
+    batches = every_row_once(run.eval_rows, config.batch_size, run.mine, config.log.eval_batches)
     placed = (to_devices(batch, run.batch_sharding, config.batch_size) for batch in batches)
     # One batch on the devices at a time.
     sums = [jax.device_get(run.evaluate(self.state.params, run.frozen, batch)) for batch in placed]

@@ -16,11 +16,11 @@ from sa_jax.train.batch import Batch
 from sa_jax.train.step import Objective
 from sa_jax.trees import Tree
 
-Share = Callable[[jax.Array], jax.Array]
+SharingSchedule = Callable[[jax.Array], jax.Array]
 """From the step, how much followers share with their anchors: `sa_jax.train.rising`."""
 
 
-def next_token(model: Transformer, *, z_loss: float = 0.0, share: Share | None = None) -> Objective:
+def next_token(model: Transformer, *, z_loss: float = 0.0, share: SharingSchedule | None = None) -> Objective:
   """Cross-entropy of each token given those before it in its document.
 
   Args:
@@ -44,7 +44,7 @@ def distill(
   temperature: float = 1.0,
   alpha: float = 0.5,
   hidden_weight: float = 0.0,
-  share: Share | None = None,
+  share: SharingSchedule | None = None,
 ) -> Objective:
   """Cross-entropy, and the divergence from a teacher that sees the same tokens.
 
@@ -95,7 +95,7 @@ def _hidden(model: Transformer, params: Tree, batch: Batch, sharing: dict[str, A
   return model.apply({"params": params}, batch.tokens, rows, method=method, **sharing, **how)
 
 
-def _head(model: Transformer, params: Tree) -> ops.Head:
+def _head(model: Transformer, params: Tree) -> ops.ToLogits:
   return lambda hidden: apply(model, params, Transformer.logits, hidden)
 
 

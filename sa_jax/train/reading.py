@@ -22,9 +22,9 @@ from sa_jax.train.data import (
   Cursor,
   Examples,
   Gathered,
+  PackedRows,
   Part,
   Report,
-  Rows,
   Shape,
   Stream,
   byte_tokenizer,
@@ -71,7 +71,7 @@ def training_data(
   if len(given := [name for name, value in names.items() if value is not None and value != ()]) > 1:
     raise UserError(f"training data come from one place: train, dataset or a source, not {' and '.join(given)}")
   if source is None and data.dataset is None:
-    rows = rows_of(config, model, tokenizer, data.train, say)
+    rows = corpus_rows(config, model, tokenizer, data.train, say)
     make = functools.partial(shuffled, rows, config.batch_size, config.seed, mine)
     return TrainingData(make, (len(rows), rows.corpus.checksum))
   # Hosts that hold the same rows read the same examples.
@@ -110,9 +110,9 @@ def _moment(day: str) -> datetime.datetime:
   return datetime.datetime.combine(datetime.date.fromisoformat(day), datetime.time(12))
 
 
-def rows_of(
+def corpus_rows(
   config: TrainConfig, model: Transformer, tokenizer: Tokenizer, paths: Sequence[Path], say: Callable[[str], None]
-) -> Rows:
+) -> PackedRows:
   """The rows of files, for a model.
 
   Raises:
@@ -139,7 +139,7 @@ def rows_of(
   return rows
 
 
-def _describe(report: Report, rows: Rows, tokens: int, paths: Sequence[Path]) -> str:
+def _describe(report: Report, rows: PackedRows, tokens: int, paths: Sequence[Path]) -> str:
   names = ", ".join(path.name for path in paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
   left_out = {
     "bad lines left out": report.bad,

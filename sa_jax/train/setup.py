@@ -18,18 +18,18 @@ from sa_jax.programs import fetch
 from sa_jax.sharding import abstract_params, named_sharding
 from sa_jax.train.batch import Batch
 from sa_jax.train.config import TrainConfig
-from sa_jax.train.data import BatchIterator, Examples, Rows, host_rows
-from sa_jax.train.export import export
+from sa_jax.train.data import BatchIterator, Examples, PackedRows, host_rows
+from sa_jax.train.export import write_trained
 from sa_jax.train.learner import make_learner, model_of
 from sa_jax.train.optimizer import make_optimizer
 from sa_jax.train.peft_format import save_adapters
-from sa_jax.train.reading import rows_of, tokenizer_of, training_data
+from sa_jax.train.reading import corpus_rows, tokenizer_of, training_data
 from sa_jax.train.step import Metrics, TrainState, make_eval, make_state, make_step, state_shardings
 from sa_jax.trees import Tree
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Setup:
   """What the loop runs.
 
   Attributes:
@@ -51,7 +51,7 @@ class Run:
   model: Transformer
   batches: Callable[[], BatchIterator]
   identity: tuple[int, int]
-  eval_rows: Rows | None
+  eval_rows: PackedRows | None
   mine: list[int]
   batch_sharding: NamedSharding
   frozen: Tree
@@ -63,7 +63,9 @@ class Run:
   adapters: Callable[[Tree, Path], None] | None
 
 
-def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None, source: Examples | None = None) -> Run:
+def prepare(
+  config: TrainConfig, say: Callable[[str], None] = lambda text: None, source: Examples | None = None
+) -> Setup:
   """Reads data and model, and checks that they, the mesh and the config fit each other.
 
   Args:
@@ -85,7 +87,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None,
   model = model_of(config, tokenizer)
   mine = host_rows(batch_sharding, config.batch_size)
   data = training_data(config, model, tokenizer, mine, source, say)
-  eval_rows = rows_of(config, model, tokenizer, config.data.eval, say) if config.data.eval else None
+  eval_rows = corpus_rows(config, model, tokenizer, config.data.eval, say) if config.data.eval else None
   learner = make_learner(config, model, mesh)
   optimizer = make_optimizer(config.optimizer, config.steps)
   shardings = state_shardings(optimizer, learner.abstract, learner.shardings)
@@ -95,7 +97,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None,
     like = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return jax.tree.map(like, shapes, shardings)
 
-  return Run(
+  return Setup(
     model=model,
     batches=data.batches,
     identity=data.identity,
@@ -107,7 +109,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None,
     evaluate=make_eval(learner.judge, mesh=mesh),
     make_state=lambda: make_state(optimizer, learner.start(), shardings),
     abstract_state=abstract_state,
-    export=lambda params, path: export(
+    export=lambda params, path: write_trained(
       path, model, learner.finish(params, learner.frozen), config.dtype, tokenizer.save
     ),
     adapters=adapters_of(config, model),
@@ -130,7 +132,7 @@ def adapters_of(config: TrainConfig, model: Transformer) -> Callable[[Tree, Path
   return write
 
 
-def echo(config: TrainConfig, run: Run) -> dict[str, str]:
+def echo(config: TrainConfig, run: Setup) -> dict[str, str]:
   """What a run is, for people: what it runs on, what is trained on what, and where it is saved."""
   device, mesh = jax.devices()[0], run.batch_sharding.mesh.shape
   count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

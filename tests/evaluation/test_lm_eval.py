@@ -13,7 +13,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 import sa_jax
 from sa_jax import cli
-from sa_jax.cli.texts import save
+from sa_jax.cli.opening import Opening
 from sa_jax.formats.tokenizer import Tokenizer
 from tests import tiny
 
@@ -274,7 +274,7 @@ def test_requests_of_a_real_models_layers_equal_hflm(shallow, smollm2, tmp_path)
   HFLM = pytest.importorskip("lm_eval.models.huggingface", exc_type=ImportError).HFLM
 
   model, params = shallow
-  save(tmp_path / "checkpoint", smollm2, model, params, "float32")
+  Opening().save(tmp_path / "checkpoint", smollm2, model, params, "float32")
   sa_jax.export(tmp_path / "checkpoint", tmp_path / "hf")
   transformers.utils.logging.disable_progress_bar()
   theirs = HFLM(str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=1)

@@ -13,7 +13,7 @@ from scipy.special import log_softmax
 
 import sa_jax
 from sa_jax.evaluation import Scorer, scoring
-from sa_jax.evaluation.prefixes import Row, bucket, families, rows_of_requests
+from sa_jax.evaluation.prefixes import Row, families, padded_size, rows_of_requests
 from tests import FAST_COMPILATION, tiny
 
 
@@ -103,7 +103,7 @@ def test_compilations_are_bounded(model, params, requests):
   before = count()
   again = scorer([(context[::-1], continuation) for context, continuation in requests])
   assert len(again) == len(first)
-  # Reversed contexts share no beginning but their options': sizes differ by a bucket here and there at most.
+  # Reversed contexts share no beginning but their options': sizes differ by a padded_size here and there at most.
   assert count() - before <= 8
   settled = count()
   np.testing.assert_allclose(
@@ -130,9 +130,9 @@ def test_another_size_saves_more_than_its_program_costs(model, params):
 
 
 def test_buckets_are_few():
-  sizes = {bucket(size) for size in range(1, 4097)}
+  sizes = {padded_size(size) for size in range(1, 4097)}
   assert len(sizes) == 17
-  assert all(size <= bucket(size) <= max(16, 1.5 * size) for size in range(1, 4097))
+  assert all(size <= padded_size(size) <= max(16, 1.5 * size) for size in range(1, 4097))
 
 
 def rows(*texts, first=None):

@@ -436,10 +436,10 @@ def test_hosts_partition_each_batch():
 
 def test_evaluation_reads_every_row_once():
   rows = data.make_rows(corpus_of(*[3] * 5), 3)
-  batches = list(data.in_order(rows, 4, range(4)))
+  batches = list(data.every_row_once(rows, 4, range(4)))
   assert [batch.tokens[:, 0].tolist() for batch in batches] == [[0, 3, 6, 9], [12, 0, 0, 0]]
   assert batches[1].weights.sum(axis=1).tolist() == [2, 0, 0, 0]
-  assert len(list(data.in_order(rows, 4, range(4), limit=1))) == 1
+  assert len(list(data.every_row_once(rows, 4, range(4), limit=1))) == 1
 
 
 def test_rows_on_devices():

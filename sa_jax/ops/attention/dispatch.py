@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from sa_jax.errors import UserError
 from sa_jax.ops import kernels
@@ -18,41 +17,42 @@ from sa_jax.ops.attention.spec import AttentionSpec
 _LOG = logging.getLogger("sa_jax")
 
 
+_MACHINES = {"gpu": "NVIDIA GPUs", "tpu": "TPUs", "cpu": "CPUs"}
+
+
 class Backend(NamedTuple):
   """A way to compute attention.
 
   Attributes:
     attend: the function; of q, k, v, rows and spec.
     serves: which demands of `Rows` it meets.
-    unsupported: from platform, q and spec, why it cannot compute the call, or None when it can.
+    platforms: those that it runs on; any when None.
+    dtypes: those that it computes in; any when None.
+    unsupported: from q and spec, why else it cannot compute the call, or None when it can.
     partitions: whether XLA can split it over a mesh; what it cannot split runs under `jax.shard_map`, as
       `sa_jax.nn.QueryKey` does.
   """
 
   attend: Callable[[jax.Array, jax.Array, jax.Array, Rows, AttentionSpec], jax.Array]
   serves: frozenset[str] = frozenset()
-  unsupported: Callable[[str, jax.Array, AttentionSpec], str | None] = lambda *_: None
+  platforms: tuple[str, ...] | None = None
+  dtypes: tuple[str, ...] | None = None
+  unsupported: Callable[[jax.Array, AttentionSpec], str | None] = lambda *_: None
   partitions: bool = True
 
   def refusal(self, platform: str, q: jax.Array, rows: Rows, spec: AttentionSpec) -> str | None:
     """Why it cannot compute the call, or None when it can."""
-    if reason := self.unsupported(platform, q, spec):
+    if self.platforms is not None and platform not in self.platforms:
+      return f"it runs on {_MACHINES.get(self.platforms[0], self.platforms[0])}, and this is {platform}"
+    if self.dtypes is not None and str(q.dtype) not in self.dtypes:
+      return f"it computes in {' or '.join(self.dtypes)}, and q is {q.dtype}"
+    if reason := self.unsupported(q, spec):
       return reason
     lacking = [demand for demand in rows.demands if demand not in self.serves]
     return f"it has no {' and no '.join(lacking)}, which these rows need" if lacking else None
 
 
-def _on_gpu_in_half_precision(platform: str, q: jax.Array) -> str | None:
-  if platform not in ("gpu", "cuda"):
-    return f"it runs on NVIDIA GPUs, and this is {platform}"
-  if q.dtype not in (jnp.bfloat16, jnp.float16):
-    return f"it computes in bfloat16 or float16, and q is {q.dtype}"
-  return None
-
-
-def _cudnn_unsupported(platform: str, q: jax.Array, spec: AttentionSpec) -> str | None:
-  if reason := _on_gpu_in_half_precision(platform, q):
-    return reason
+def _cudnn_unsupported(q: jax.Array, spec: AttentionSpec) -> str | None:
   if q.shape[-1] % 8 or q.shape[-1] > 128:
     return f"it takes head dimensions that are multiples of 8 up to 128, and q has {q.shape[-1]}"
   if spec.softcap is not None:
@@ -60,9 +60,7 @@ def _cudnn_unsupported(platform: str, q: jax.Array, spec: AttentionSpec) -> str 
   return None
 
 
-def _flash_unsupported(platform: str, q: jax.Array, spec: AttentionSpec) -> str | None:  # noqa: ARG001
-  if reason := _on_gpu_in_half_precision(platform, q):
-    return reason
+def _flash_unsupported(q: jax.Array, spec: AttentionSpec) -> str | None:  # noqa: ARG001
   if kernels.triton is None:
     return "it is written in Pallas Triton, which this version of JAX does not have"
   if q.shape[-1] not in (16, 32, 64, 128):
@@ -70,14 +68,12 @@ def _flash_unsupported(platform: str, q: jax.Array, spec: AttentionSpec) -> str 
   return None
 
 
-def _splash_unsupported(platform: str, q: jax.Array, spec: AttentionSpec) -> str | None:  # noqa: ARG001
-  return None if platform == "tpu" else f"it runs on TPUs, and this is {platform}"
-
+_GPU, _HALF = ("gpu", "cuda"), ("bfloat16", "float16")
 
 backends: dict[str, Backend] = {
-  "cudnn": Backend(cudnn.attend, frozenset({BIAS, MASK, NOT_CAUSAL}), _cudnn_unsupported),
-  "flash": Backend(flash.attend, frozenset({SEGMENTS, OFFSET}), _flash_unsupported, partitions=False),
-  "splash": Backend(splash.attend, frozenset({SEGMENTS}), _splash_unsupported, partitions=False),
+  "cudnn": Backend(cudnn.attend, frozenset({BIAS, MASK, NOT_CAUSAL}), _GPU, _HALF, _cudnn_unsupported),
+  "flash": Backend(flash.attend, frozenset({SEGMENTS, OFFSET}), _GPU, _HALF, _flash_unsupported, partitions=False),
+  "splash": Backend(splash.attend, frozenset({SEGMENTS}), ("tpu",), partitions=False),
   "blockwise": Backend(blockwise.attend, frozenset({SEGMENTS, OFFSET, NOT_CAUSAL})),
   "reference": Backend(reference.attend, frozenset({SEGMENTS, OFFSET, OFFSETS, BIAS, MASK, NOT_CAUSAL})),
 }

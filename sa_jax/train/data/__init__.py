@@ -2,8 +2,8 @@
 
 from sa_jax.train.data.bytes import BYTE_VOCABULARY, byte_tokenizer
 from sa_jax.train.data.corpus import Corpus, Reading, open_corpus
-from sa_jax.train.data.packing import Rows, make_rows, pack
-from sa_jax.train.data.pipeline import BatchIterator, host_rows, in_order, shuffled, to_devices
+from sa_jax.train.data.packing import PackedRows, make_rows, pack
+from sa_jax.train.data.pipeline import BatchIterator, every_row_once, host_rows, shuffled, to_devices
 from sa_jax.train.data.sources import Document, Piece, Report, read_documents
 from sa_jax.train.data.stream import Cursor, Examples, Gathered, Part, Shape, Stream, hub_dataset
 
@@ -19,13 +19,13 @@ __all__ = [
   "Piece",
   "Reading",
   "Report",
-  "Rows",
+  "PackedRows",
   "Shape",
   "Stream",
   "byte_tokenizer",
   "host_rows",
   "hub_dataset",
-  "in_order",
+  "every_row_once",
   "make_rows",
   "open_corpus",
   "pack",

@@ -104,7 +104,7 @@ def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Rows:
+class PackedRows:
   """The rows of a corpus, read one by one.
 
   Attributes:
@@ -149,7 +149,7 @@ class Rows:
     return Batch(tokens, weights, segments if self.has_segments else None)
 
 
-def make_rows(corpus: Corpus, length: int, packing: Packing = "rows", too_long: TooLong = "error") -> Rows:
+def make_rows(corpus: Corpus, length: int, packing: Packing = "rows", too_long: TooLong = "error") -> PackedRows:
   """The rows of a corpus.
 
   Args:
@@ -165,4 +165,4 @@ def make_rows(corpus: Corpus, length: int, packing: Packing = "rows", too_long: 
   spans = spans_of(corpus, length, too_long)
   sizes = (spans.bounds[:, 1] - spans.bounds[:, 0] + len(corpus.start) * spans.continued).tolist()
   members = pack(sizes, length) if packing == "rows" else [[piece] for piece in range(len(sizes))]
-  return Rows(corpus, length, spans, members)
+  return PackedRows(corpus, length, spans, members)

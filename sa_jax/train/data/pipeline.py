@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from sa_jax.errors import UserError
 from sa_jax.train.batch import Batch
-from sa_jax.train.data.packing import Rows
+from sa_jax.train.data.packing import PackedRows
 
 
 class BatchIterator(Protocol):
@@ -30,7 +30,7 @@ class BatchIterator(Protocol):
     ...
 
 
-def shuffled(rows: Rows, batch_size: int, seed: int, mine: Sequence[int], threads: int = 2) -> BatchIterator:
+def shuffled(rows: PackedRows, batch_size: int, seed: int, mine: Sequence[int], threads: int = 2) -> BatchIterator:
   """Batches without end; every row comes once an epoch, in an order that seed and epoch decide.
 
   The order is that of whole batches, so the position means the same on any number of hosts; a host reads only the rows
@@ -66,7 +66,7 @@ def grain_package() -> ModuleType:
     raise UserError(f"training reads data with grain ({error}): pip install 'sa-jax[train]'") from None
 
 
-def in_order(rows: Rows, batch_size: int, mine: Sequence[int], limit: int | None = None) -> Iterator[Batch]:
+def every_row_once(rows: PackedRows, batch_size: int, mine: Sequence[int], limit: int | None = None) -> Iterator[Batch]:
   """Every row once, for evaluation; the last batch is filled with padding.
 
   Args:
