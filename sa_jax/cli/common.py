@@ -22,10 +22,11 @@ if not console.is_terminal and "COLUMNS" not in os.environ:
 
 
 def silence() -> None:
-  """Keeps every process but the first from printing and writing."""
+  """Keeps every process but the first of those that have joined from printing and writing."""
   import jax
 
-  console.quiet = jax.process_index() > 0
+  # Asking which process this is would start JAX's devices, which nothing needs yet where nobody has joined.
+  console.quiet = jax.distributed.is_initialized() and jax.process_index() > 0
 
 
 def is_first() -> bool:

@@ -128,6 +128,22 @@ def test_lines_end_where_json_lines_end(tmp_path):
   assert read_documents(file) == "one\u2028two\n\nthree"
 
 
+def test_a_mesh_changes_no_number(folder, capsys):
+  model, text = str(folder / "model"), str(folder / "one.txt")
+  found, said = [], []
+  for mesh in ("data=1", "fsdp=4"):
+    file = folder / f"{len(found)}.json"
+    assert main(["perplexity", model, text, "--length", "12", "--rows", "4", "--mesh", mesh, "--json", str(file)]) == 0
+    found.append(json.loads(file.read_text())["dense"]["loss"])
+    capsys.readouterr()
+    assert main(["generate", model, "3 1 4", "--max-new-tokens", "4", "--mesh", mesh]) == 0
+    said.append(capsys.readouterr().out.splitlines()[0])
+  assert found[0] == pytest.approx(found[1], rel=1e-5)
+  assert said[0] == said[1] != ""
+  assert main(["generate", model, "3 1 4", "--mesh", "tensor=3"]) == 2
+  assert "needs 6 devices; there are 8" in capsys.readouterr().err
+
+
 def test_what_would_fail_in_the_end_fails_at_once(folder, capsys, monkeypatch):
   monkeypatch.setattr("sa_jax.cli.opening.Opening.open", lambda *_: pytest.fail("the work began"))
   model, text = str(folder / "model"), str(folder / "one.txt")
