@@ -15,7 +15,10 @@ AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn", "flash", "
 RematPolicy = Literal["none", "full", "attention", "dots"]
 FloatDtype = Literal["float32", "bfloat16", "float16"]
 CacheDtype = Literal["int8", None]
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"]
+NormKind = Literal["rms", "layer"]
+MlpKind = Literal["gated", "plain"]
+QkNorm = Literal["head", "heads", None]
 
 _SIZES = (
   "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_length",
@@ -47,17 +50,29 @@ class Architecture:
     head_dim: ``H``.
     mlp_dim: ``F``.
     max_length: the context length the model was trained for, in tokens.
-    norm_eps: added to the mean square in RMSNorm.
+    norm: ``rms``, or ``layer``, which also subtracts the mean.
+    norm_eps: added to the mean square, or to the variance.
+    norm_bias: whether norms add a bias.
     rope: the rotary position embedding; None where queries and keys are not rotated.
     tie_embeddings: whether the output head is the embedding.
     qkv_bias: whether queries, keys and values have biases.
     output_bias: whether attention's output projection has one.
     mlp_bias: whether the MLP's projections have biases.
-    qk_norm: whether each query and key head is normalised before its rotation (Qwen 3, Gemma 3).
+    head_bias: whether the output head has one.
+    qk_norm: what of queries and keys is normalised: each ``head`` by itself (Qwen 3, Gemma 3), all ``heads`` of a token
+      together (OLMo 2), or None.
+    norm_rotated: whether that is done after their rotation (Hunyuan), not before.
     norm_about_one: whether norms multiply by one plus their scale (Gemma).
-    post_norms: whether the outputs of attention and MLP are normalised too, before they are added (Gemma 2, 3).
-    activation: of the MLP's gate: ``silu``, or ``gelu_tanh``, the GELU by its tanh formula.
-    scale_embeddings: whether embeddings are multiplied by ``sqrt(D)`` (Gemma).
+    pre_norms: whether what attention and MLP read is normalised.
+    post_norms: whether the outputs of attention and MLP are normalised before they are added: too (Gemma 2, 3), or
+      alone (OLMo 2).
+    parallel: whether the MLP reads what attention reads, and not the sum of that and its output (GPT-NeoX, Cohere).
+    shared_norm: whether they then read it through one norm (Cohere, Phi-2).
+    mlp: ``gated``: ``down(f(gate(x)) * up(x))``; ``plain``: ``down(f(up(x)))``.
+    activation: the MLP's ``f``; of the two GELUs, ``gelu_tanh`` is by its tanh formula.
+    embedding_scale: what embeddings are multiplied by.
+    residual_scale: what the outputs of attention and MLP are multiplied by before they are added (Granite, MiniCPM).
+    logits_scale: what logits are multiplied by.
     normalize_head: whether the output head's rows are normalised to length one (Baichuan 2's NormHead).
     attention_scale: what attention scores are multiplied by; ``1 / sqrt(H)`` when None.
     attention_softcap: attention scores ``s`` become ``cap * tanh(s / cap)`` (Gemma 2); None for no cap.
@@ -79,17 +94,27 @@ class Architecture:
   head_dim: int
   mlp_dim: int
   max_length: int = 2048
+  norm: NormKind = "rms"
   norm_eps: float = 1e-5
+  norm_bias: bool = False
   rope: RopeConfig | None = dataclasses.field(default_factory=RopeConfig)
   tie_embeddings: bool = False
   qkv_bias: bool = False
   output_bias: bool = False
   mlp_bias: bool = False
-  qk_norm: bool = False
+  head_bias: bool = False
+  qk_norm: QkNorm = None
+  norm_rotated: bool = False
   norm_about_one: bool = False
+  pre_norms: bool = True
   post_norms: bool = False
+  parallel: bool = False
+  shared_norm: bool = False
+  mlp: MlpKind = "gated"
   activation: Activation = "silu"
-  scale_embeddings: bool = False
+  embedding_scale: float = 1.0
+  residual_scale: float = 1.0
+  logits_scale: float = 1.0
   normalize_head: bool = False
   attention_scale: float | None = None
   attention_softcap: float | None = None
@@ -120,8 +145,9 @@ class Architecture:
     both = [(rope.fraction, rope.interleaved) for rope in (self.rope, self.local_rope) if rope is not None]
     if len(set(both)) > 1:
       wrong.append("local_rope has another fraction or order than rope (the same are needed)")
-    if not self.norm_eps > 0:
-      wrong.append(f"norm_eps={self.norm_eps!r} (a positive number is needed)")
+    for name in ("norm_eps", "embedding_scale", "residual_scale", "logits_scale"):
+      if not getattr(self, name) > 0:
+        wrong.append(f"{name}={getattr(self, name)!r} (a positive number is needed)")
     for name in ("attention_scale", "attention_softcap", "logits_softcap", "window"):
       if (value := getattr(self, name)) is not None and not value > 0:
         wrong.append(f"{name}={value!r} (a positive number or None is needed)")
@@ -139,7 +165,14 @@ class Architecture:
         wrong.append(f"{name}={large[0]} (tokens are numbers of 32 bits)")
     if self.normalize_head and self.tie_embeddings:
       wrong.append("normalize_head=True (a head that is tied to the embedding cannot be normalised)")
-    return wrong + _not_among(self, {"activation": get_args(Activation)})
+    if self.head_bias and self.tie_embeddings:
+      wrong.append("head_bias=True (a head that is tied to the embedding has none)")
+    if self.shared_norm and not (self.parallel and self.pre_norms):
+      wrong.append("shared_norm=True (only parallel blocks with pre_norms read through one norm)")
+    if not (self.pre_norms or self.post_norms):
+      wrong.append("pre_norms=False (without post_norms nothing would be normalised)")
+    choices = {"norm": NormKind, "mlp": MlpKind, "qk_norm": QkNorm, "activation": Activation}
+    return wrong + _not_among(self, {name: get_args(kind) for name, kind in choices.items()})
 
   @property
   def kinds(self) -> tuple[LayerKind, ...]:

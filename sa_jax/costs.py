@@ -59,9 +59,10 @@ def cost(config: ModelConfig, plan: PlanLike, batch: int = 1, seq_len: int = 1) 
 
   query_key = embed * (heads + kv_heads) * head_dim
   value_output = embed * (kv_heads + heads) * head_dim
-  mlp = 3 * embed * config.mlp_dim
+  mlp = (3 if config.mlp == "gated" else 2) * embed * config.mlp_dim
   matrices = anchors * query_key + layers * (value_output + mlp)
-  vectors = embed + layers * _vectors(config) + anchors * _anchor_vectors(config)
+  outside = _norm(config) + (config.vocab_size if config.head_bias else 0)
+  vectors = outside + layers * _vectors(config) + anchors * _anchor_vectors(config)
   table = config.vocab_size * embed
   params = matrices + vectors + table * (1 if config.tie_embeddings else 2)
 
@@ -91,16 +92,24 @@ def cost(config: ModelConfig, plan: PlanLike, batch: int = 1, seq_len: int = 1) 
   )
 
 
+def _norm(config: ModelConfig) -> int:
+  """Parameters of a norm over the width."""
+  return config.embed_dim * (2 if config.norm == "layer" and config.norm_bias else 1)
+
+
 def _vectors(config: ModelConfig) -> int:
   """Parameters of a layer, anchor or follower, that are not in matrices: norms and biases."""
-  norms = (4 if config.post_norms else 2) * config.embed_dim
+  norms = (2 - config.shared_norm) * config.pre_norms + 2 * config.post_norms
   value_bias = config.num_kv_heads * config.head_dim if config.qkv_bias else 0
   output_bias = config.embed_dim if config.output_bias else 0
-  mlp_bias = 2 * config.mlp_dim + config.embed_dim if config.mlp_bias else 0
-  return norms + value_bias + output_bias + mlp_bias
+  hidden = 2 if config.mlp == "gated" else 1
+  mlp_bias = hidden * config.mlp_dim + config.embed_dim if config.mlp_bias else 0
+  return norms * _norm(config) + value_bias + output_bias + mlp_bias
 
 
 def _anchor_vectors(config: ModelConfig) -> int:
   """What an anchor has besides: biases and norms of queries and keys."""
-  biases = (config.num_heads + config.num_kv_heads) * config.head_dim if config.qkv_bias else 0
-  return biases + (2 * config.head_dim if config.qk_norm else 0)
+  heads = config.num_heads + config.num_kv_heads
+  biases = heads * config.head_dim if config.qkv_bias else 0
+  normalised = {None: 0, "head": 2, "heads": heads}[config.qk_norm] * config.head_dim
+  return biases + normalised * (2 if config.norm == "layer" and config.norm_bias else 1)

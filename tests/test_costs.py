@@ -150,8 +150,12 @@ def test_refused():
   [
     {"qkv_bias": True},
     {"output_bias": True, "mlp_bias": True},
-    {"qk_norm": True},
-    {"qkv_bias": True, "output_bias": True, "mlp_bias": True, "qk_norm": True, "post_norms": True},
+    {"qk_norm": "head"},
+    {"qk_norm": "heads", "pre_norms": False, "post_norms": True},
+    {"norm": "layer", "norm_bias": True, "mlp": "plain", "mlp_bias": True, "head_bias": True},
+    {"norm": "layer", "parallel": True, "shared_norm": True},
+    {"norm": "layer", "norm_bias": True, "parallel": True, "qk_norm": "head"},
+    {"qkv_bias": True, "output_bias": True, "mlp_bias": True, "qk_norm": "head", "post_norms": True},
   ],
 )
 def test_parameters_of_other_families(changes):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from sa_jax.analysis.walk import Block, call
 from sa_jax.config import ModelConfig
-from sa_jax.nn import PlannedBlock
+from sa_jax.nn import Middle, PlannedBlock
 
 _SMALL_SCALE = 0.01
 """Channels whose squared scale after the MLP is below this part of the mean are left nearly as they are."""
@@ -40,20 +40,20 @@ def of_attention(config: ModelConfig, block: Block, heads: jax.Array, y: jax.Arr
   return flat * by, without_bias(block["attention"]["o_proj"], y) * by
 
 
-def of_mlp(config: ModelConfig, block: Block, x: jax.Array, lacking: jax.Array) -> tuple[jax.Array, jax.Array]:
+def of_mlp(config: ModelConfig, block: Block, middle: Middle, lacking: jax.Array) -> tuple[jax.Array, jax.Array]:
   """What the MLP's last projection maps to what: inputs ``[B, T, F]`` and targets ``[B, T, D]``.
 
   Args:
     config: the model.
     block: the layer's parameters; what the projection's bias adds is left as it is.
-    x: what the MLP is added to, ``[B, T, D]``.
-    lacking: what it should add, ``[B, T, D]``.
+    middle: what the MLP reads and is added to.
+    lacking: what it should add before the residual scale, ``[B, T, D]``.
   """
-  hidden = call(config, block, PlannedBlock.mlp_hidden, x).astype(jnp.float32)
+  hidden = call(config, block, PlannedBlock.mlp_hidden, middle).astype(jnp.float32)
   projection, lacking = block["mlp"]["down_proj"], lacking.astype(jnp.float32)
   if not config.post_norms:
     return hidden, without_bias(projection, lacking)
-  y = call(config, block, PlannedBlock.mlp_output, hidden.astype(x.dtype)).astype(jnp.float32)
+  y = call(config, block, PlannedBlock.mlp_output, hidden.astype(middle.x.dtype)).astype(jnp.float32)
   by = weight(config, y)
   scale = _over_tokens(block["mlp_post_norm"]["scale"].astype(jnp.float32) + float(config.norm_about_one))
   square = jnp.square(scale)

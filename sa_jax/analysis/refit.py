@@ -30,7 +30,7 @@ from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
 from sa_jax.distributed import check_same_rows
 from sa_jax.errors import UserError
-from sa_jax.nn import PlanArrays, PlannedBlock, Transformer
+from sa_jax.nn import Middle, PlanArrays, PlannedBlock, Transformer
 from sa_jax.nn.state import State
 from sa_jax.nn.transformer import check_plan, check_tokens
 from sa_jax.plan import SharingPlan
@@ -104,7 +104,7 @@ def head_sums(config: ModelConfig, block: Block, chunk: Chunk, y: jax.Array, hea
 
 
 @program(static_argnames="config")
-def _attend(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) -> tuple[jax.Array, State]:
+def _attend(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) -> tuple[Middle, State]:
   """The block's input with its attention added, and the state it carries on."""
   state = walk.call(config, block, PlannedBlock.state, chunk.x, chunk.state, layer)
   heads = walk.call(config, block, PlannedBlock.heads, chunk.x, state, layer.head_map)
@@ -113,14 +113,14 @@ def _attend(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) 
 
 
 @program(static_argnames="config")
-def _mlp_sums(config: ModelConfig, block: Block, x: jax.Array, target: jax.Array) -> Sums:
+def _mlp_sums(config: ModelConfig, block: Block, middle: Middle, target: jax.Array) -> Sums:
   """Sums of the MLP's hidden activations ``[F]`` with what the dense block's output lacks before the MLP is added."""
-  return Sums.of(*problems.of_mlp(config, block, x, target - x))
+  return Sums.of(*problems.of_mlp(config, block, middle, (target - middle.x) / config.residual_scale))
 
 
 @program(static_argnames="config")
-def _mlp(config: ModelConfig, block: Block, x: jax.Array) -> jax.Array:
-  return walk.call(config, block, PlannedBlock.add_mlp, x)
+def _mlp(config: ModelConfig, block: Block, middle: Middle) -> jax.Array:
+  return walk.call(config, block, PlannedBlock.add_mlp, middle)
 
 
 @program(static_argnames=("shape", "dtype"))
@@ -179,12 +179,12 @@ def recover_layer(
   middle = [keep(_attend(config, block, chunk, layer)) for chunk in stream]
   if refit.mlp:
     pairs = zip(middle[:calibration], targets, strict=False)
-    sums = total(_mlp_sums(config, block, x, target.x) for (x, _), target in pairs)
+    sums = total(_mlp_sums(config, block, between, target.x) for (between, _), target in pairs)
     prior = block["mlp"]["down_proj"]["kernel"]
     kernel, condition = solve(sums, prior, refit.mlp_ridge)
     done.append(("mlp", relative_error(sums, prior), relative_error(sums, kernel), condition))
     block = with_kernel(block, "mlp", "down_proj", kernel)
-  return block, tuple(Chunk(keep(_mlp(config, block, x)), state) for x, state in middle), done
+  return block, tuple(Chunk(keep(_mlp(config, block, between)), state) for between, state in middle), done
 
 
 def refit_attention(

@@ -132,8 +132,8 @@ def dense_layer(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArra
   state = call(config, block, PlannedBlock.state, chunk.x, chunk.state, layer)
   heads = call(config, block, PlannedBlock.heads, chunk.x, state, layer.head_map)
   y = call(config, block, PlannedBlock.attention_output, heads)
-  x = call(config, block, PlannedBlock.add_attention, chunk.x, y)
-  return Targets(y, call(config, block, PlannedBlock.add_mlp, x), state)
+  middle = call(config, block, PlannedBlock.add_attention, chunk.x, y)
+  return Targets(y, call(config, block, PlannedBlock.add_mlp, middle), state)
 
 
 @program(static_argnames="config")

@@ -6,8 +6,11 @@ transformers assumes when its keys are absent.
 
 from __future__ import annotations
 
+import math
+
 from sa_jax.formats import rows
-from sa_jax.formats.family import Family, Key
+from sa_jax.formats.families_layer_norm import LAYER_NORM_FAMILIES
+from sa_jax.formats.family import Family, Key, Spelling
 from sa_jax.formats.reader import Config, Fixed
 
 _ATTENTION_BIAS = Key("attention_bias", ("qkv_bias", "output_bias"), "flag")
@@ -16,7 +19,7 @@ _MLP_BIAS = Key("mlp_bias", ("mlp_bias",), "flag")
 _LOGITS_SOFTCAP = Key("final_logit_softcapping", ("logits_softcap",), "number")
 _SCORES_SOFTCAP = Key("attn_logit_softcapping", ("attention_softcap",), "number")
 _QUERY_SCALE = Key("query_pre_attn_scalar", ("attention_scale",), "inverse_root")
-_GEMMA_FIELDS = {"norm_about_one": True, "scale_embeddings": True}
+_GEMMA_FIELDS = {"norm_about_one": True, "embedding_scale": lambda sizes: math.sqrt(sizes["embed_dim"])}
 _GEMMA_DEFAULTS = {
   "tie_word_embeddings": True, "head_dim": 256, "max_position_embeddings": 8192, "bos_token_id": 2, "eos_token_id": 1,
   "pad_token_id": 0,
@@ -36,6 +39,30 @@ _GLM_DEFAULTS = {
   "pad_token_id": 151_329, "eos_token_id": [151_329, 151_336, 151_338], "bos_token_id": None, "attention_bias": True,
   "partial_rotary_factor": 0.5,
 }  # fmt: skip
+_GRANITE_KEYS = (
+  _ATTENTION_BIAS,
+  Key("embedding_multiplier", ("embedding_scale",), "number"),
+  Key("residual_multiplier", ("residual_scale",), "number"),
+  Key("attention_multiplier", ("attention_scale",), "number"),
+  Key("logits_scaling", ("logits_scale",), "inverse"),
+)
+_GRANITE_DEFAULTS = dict.fromkeys([key.name for key in _GRANITE_KEYS if key.kind != "flag"], 1.0)
+_GRANITE_4 = Spelling(
+  usual=lambda values: {**values, "intermediate_size": values.get("shared_intermediate_size", 1024)},
+  own=lambda values: {
+    **values, "shared_intermediate_size": values["intermediate_size"], "num_local_experts": 0,
+    "position_embedding_type": "rope", "mamba_n_heads": 1,  # which transformers checks all the same
+  },
+)  # fmt: skip
+_GRANITE_4_INERT = frozenset(
+  """
+  shared_intermediate_size num_experts_per_tok router_aux_loss_coef mamba_n_heads mamba_n_groups mamba_d_state
+  mamba_d_head mamba_d_conv mamba_expand mamba_chunk_size mamba_conv_bias mamba_proj_bias time_step_limit init_method
+  layers_block_type
+  """.split()
+)
+_OLMO_FIELDS = {"pre_norms": False, "post_norms": True, "qk_norm": "heads"}
+_OLMO_DEFAULTS = {"rms_norm_eps": 1e-5, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 50_279}
 
 
 def _from_max_window_layers(values: Config, layer: int) -> bool:
@@ -76,7 +103,7 @@ FAMILIES: dict[str, Family] = {
   "qwen3": Family(
     "Qwen3ForCausalLM",
     rows.LLAMA,
-    fields={"qk_norm": True},
+    fields={"qk_norm": "head"},
     keys=(_ATTENTION_BIAS,),
     defaults=_QWEN_DEFAULTS | {"head_dim": 128},
     window="optional",
@@ -165,6 +192,92 @@ FAMILIES: dict[str, Family] = {
     keys=(Key("bias", ("qkv_bias", "output_bias"), "flag"),),
     ropes=("default", "linear", "dynamic"),
   ),
+  "granite": Family("GraniteForCausalLM", rows.LLAMA, keys=(*_GRANITE_KEYS, _MLP_BIAS), defaults=_GRANITE_DEFAULTS),
+  "granitemoehybrid": Family(
+    "GraniteMoeHybridForCausalLM",
+    rows.GRANITE_4,
+    keys=_GRANITE_KEYS,
+    spelling=_GRANITE_4,
+    fixed={
+      "num_local_experts": Fixed((0,), "the model is a mixture of experts"),
+      "position_embedding_type": Fixed(("rope",), "another position embedding"),
+      "normalization_function": Fixed(("rmsnorm",), "another norm"),
+    },
+    required={
+      "layer_types": "without it all layers are of another kind than attention (Mamba)",
+      "position_embedding_type": "without it nothing is rotated, as beside Mamba",
+    },
+    defaults=_GRANITE_DEFAULTS | {"num_local_experts": 8},
+    inert=_GRANITE_4_INERT,
+    window="none",
+  ),
+  "minicpm": Family(
+    "MiniCPMForCausalLM",
+    rows.LLAMA,
+    keys=(
+      _ATTENTION_BIAS,
+      Key("scale_emb", ("embedding_scale",), "number"),
+      Key("scale_depth", ("residual_scale",), "over_root_depth"),
+      Key("dim_model_base", ("logits_scale",), "over_width"),
+    ),
+    fixed={"sparse_config": Fixed((None,), "tokens see only a part of those before them")},
+    defaults={"scale_emb": 1, "scale_depth": 1, "dim_model_base": 1, "tie_word_embeddings": True},
+    inert=frozenset({"mup_denominator"}),
+    ropes=("default", "linear", "dynamic", "longrope"),
+  ),
+  "olmo2": Family(
+    "Olmo2ForCausalLM", rows.OLMO, fields=_OLMO_FIELDS, keys=(_ATTENTION_BIAS,), defaults=_OLMO_DEFAULTS
+  ),
+  "olmo3": Family(
+    "Olmo3ForCausalLM",
+    rows.OLMO,
+    fields=_OLMO_FIELDS,
+    keys=(_ATTENTION_BIAS,),
+    defaults=_OLMO_DEFAULTS | {"rope_theta": 500_000.0, "sliding_window": 4096},
+    window="layers",
+    is_local=lambda values, layer: (layer + 1) % 4 != 0,
+    local_rope="unscaled",
+  ),
+  "smollm3": Family(
+    "SmolLM3ForCausalLM",
+    rows.LLAMA,
+    keys=(_ATTENTION_BIAS, _MLP_BIAS),
+    fixed={"use_sliding_window": Fixed((False,), "layers without rotary embedding see so many tokens")},
+    defaults={
+      "num_key_value_heads": 4, "max_position_embeddings": 32_768, "rope_theta": 2e6, "bos_token_id": 128_000,
+      "eos_token_id": 128_001, "pad_token_id": 128_004, "tie_word_embeddings": True,
+    },
+    inert=frozenset({"sliding_window", "layer_types"}),
+    local_rope="without",
+  ),
+  "exaone4": Family(
+    "Exaone4ForCausalLM",
+    rows.EXAONE4,
+    fields={"pre_norms": False, "post_norms": True, "qk_norm": "head"},
+    defaults={
+      "num_key_value_heads": 32, "rms_norm_eps": 1e-5, "bos_token_id": 0, "sliding_window": 4096,
+      "sliding_window_pattern": 4,
+    },
+    window="layers",
+    is_local=lambda values, layer: (
+      values["sliding_window"] is not None and (layer + 1) % values["sliding_window_pattern"] != 0
+    ),
+    local_rope="alone",
+  ),
+  "hunyuan_v1_dense": Family(
+    "HunYuanDenseV1ForCausalLM",
+    rows.HUNYUAN,
+    fields={"qk_norm": "head", "norm_rotated": True},
+    keys=(_ATTENTION_BIAS,),
+    fixed={
+      "use_qk_norm": Fixed((True,), "queries and keys are not normalised"),
+      "use_cla": Fixed((False,), "layers share keys and values already, so that a plan does not fit"),
+      "use_mla": Fixed((False,), "queries, keys and values are of low rank"),
+    },
+    defaults={"rms_norm_eps": 1e-5, "pad_token_id": 0},
+    inert=frozenset({"eod_token_id", "cla_share_factor"}),
+    fixed_stretch=True,
+  ),
   "gemma": Family(
     "GemmaForCausalLM",
     rows.LLAMA,
@@ -189,7 +302,7 @@ FAMILIES: dict[str, Family] = {
   "gemma3_text": Family(
     "Gemma3ForCausalLM",
     rows.GEMMA,
-    fields=_GEMMA_FIELDS | {"post_norms": True, "qk_norm": True},
+    fields=_GEMMA_FIELDS | {"post_norms": True, "qk_norm": "head"},
     keys=(_ATTENTION_BIAS, _LOGITS_SOFTCAP, _QUERY_SCALE),
     # A multimodal config.json leaves out what Gemma 3's class has for its default.
     defaults=_GEMMA_2_DEFAULTS
@@ -204,5 +317,6 @@ FAMILIES: dict[str, Family] = {
     is_local=lambda values, layer: (layer + 1) % values["sliding_window_pattern"] != 0,
     local_rope="own",
   ),
+  **LAYER_NORM_FAMILIES,
 }  # fmt: skip
 """By ``model_type``."""

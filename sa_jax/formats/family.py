@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 from sa_jax.config import Activation
-from sa_jax.formats.reader import Config, Fixed
+from sa_jax.formats.reader import Config, Fields, Fixed
 from sa_jax.ops.rope import RopeScaling
 
 
@@ -21,8 +21,7 @@ class Rule(NamedTuple):
     parts: each parameter's path in the layer layout, and the pattern from the checkpoint's axes to ours. Several parts
       lie behind each other along the first axis.
     view: a pattern applied before that axis is divided, where P is the sum of the parts along it; none when empty.
-    when: the field of `ModelConfig` on which the tensor's presence depends, with ``!`` for its negation; always when
-      empty.
+    when: the fields of `ModelConfig` that must be set for the tensor to be there, or with ``!`` must not be.
   """
 
   key: str
@@ -52,15 +51,28 @@ class Key(NamedTuple):
   kind: KeyKind
 
 
+class Spelling(NamedTuple):
+  """How a family says with keys of its own what others say with the usual ones.
+
+  Attributes:
+    usual: from the contents of its ``config.json``, of which nothing has been checked yet, to the usual keys.
+    own: back.
+  """
+
+  usual: Callable[[Config], Config]
+  own: Callable[[Fields], Fields]
+
+
 class Family(NamedTuple):
   """What sets a family apart.
 
   Attributes:
     architecture: the class that transformers, or the checkpoint's own code, loads it with.
     table: its checkpoint's tensors.
-    fields: fields of `ModelConfig` that are the same in all its models.
+    fields: fields of `ModelConfig` that are the same in all its models, or functions of their sizes.
     keys: config keys that only some families have.
     aliases: its own names of config keys, and the usual ones.
+    spelling: what more it says otherwise; None where names are all.
     fixed: config keys of which only some values are implemented.
     required: config keys that must be there, and why.
     defaults: what transformers assumes when a key is absent, where that is not Llama's.
@@ -84,6 +96,7 @@ class Family(NamedTuple):
   fields: Config = {}
   keys: tuple[Key, ...] = ()
   aliases: Mapping[str, str] = {}
+  spelling: Spelling | None = None
   fixed: Mapping[str, Fixed] = {}
   required: Mapping[str, str] = {}
   defaults: Config = {}

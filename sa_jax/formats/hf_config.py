@@ -79,7 +79,7 @@ def read(values: Config, strict: bool = False) -> ModelConfig:
   rope, local_rope = hf_rope.read(reader, family, sizes["head_dim"], sizes["max_length"])
   config = {
     **sizes,
-    **family.fields,
+    **{name: value(sizes) if callable(value) else value for name, value in family.fields.items()},
     **_read_keys(reader, family, sizes),
     **_read_window(reader, family, sizes["num_layers"]),
     "norm_eps": reader.number("rms_norm_eps", 1e-6),
@@ -158,6 +158,8 @@ def _read_sizes(reader: ConfigReader) -> dict[str, int]:
 
 def _reader(values: Config, family: Family) -> ConfigReader:
   """A reader of the usual keys, whichever names the family has for them."""
+  if family.spelling is not None:
+    values = family.spelling.usual(values)
   spelled = {usual: own for own, usual in family.aliases.items() if own in values}
   reader = ConfigReader({**family.defaults, **{family.aliases.get(key, key): values[key] for key in values}}, spelled)
   for usual, own in spelled.items():
@@ -174,6 +176,8 @@ def _read_keys(reader: ConfigReader, family: Family, sizes: Mapping[str, int]) -
       value: bool | float | None = reader.flag(key.name, False)
     elif (value := reader.optional_number(key.name)) is not None:
       value = _to_ours(value, key.kind, sizes)
+    else:
+      continue
     fields |= dict.fromkeys(key.fields, value)
   return fields
 
@@ -214,10 +218,10 @@ def _read_window(reader: ConfigReader, family: Family, num_layers: int) -> Field
   window = None if reader.take("sliding_window") is None else reader.integer("sliding_window")
   if family.window == "all":
     return {"window": window, "local_layers": () if window is None else tuple(range(num_layers))}
-  for key in ("max_window_layers", "sliding_window_pattern"):
-    if key in family.defaults and not isinstance(reader.values[key], str):
-      reader.integer(key)
   types = reader.take("layer_types")
+  for key in ("max_window_layers", "sliding_window_pattern"):
+    if key in family.defaults and types is None and window is not None:
+      reader.integer(key)
   if types is None:
     local = family.is_local or (lambda values, layer: False)
     pattern = [bool(not reader.errors and local(reader.values, layer)) for layer in range(num_layers)]
@@ -285,6 +289,8 @@ def write(config: ModelConfig, spelling: Literal["v4", "v5"] = "v5") -> Fields:
     "dtype" if spelling == "v5" else "torch_dtype": config.param_dtype,
   }
   own = {usual: own for own, usual in family.aliases.items()}
+  if family.spelling is not None:
+    values = family.spelling.own(values)
   values = {own.get(key, key): value for key, value in values.items()}
   _check_written(config, values)
   return values

@@ -42,7 +42,11 @@ def read(reader: ConfigReader, family: Family, head_dim: int, max_length: int) -
     if not isinstance(value, Mapping):
       reader.fail(key, "an object or null is needed")
       return RopeConfig(), None
-  if "rope_theta" in parameters and reader.take("rope_theta", parameters["rope_theta"]) != parameters["rope_theta"]:
+  if "rope_theta" in parameters and reader.take("rope_theta") not in (
+    None,
+    parameters["rope_theta"],
+    family.defaults.get("rope_theta"),
+  ):
     reader.fail("rope_theta", f"rope_parameters.rope_theta says {parameters['rope_theta']!r}; keep one of them")
   # Two values may lie beside the scaling instead of in it.
   outer = {"rope_theta": theta} | {

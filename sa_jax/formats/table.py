@@ -112,7 +112,7 @@ def entries(config: ModelConfig) -> Iterator[Entry]:
     "F": config.mlp_dim,
   }
   for rule in FAMILIES[config.family].table:
-    if rule.when and bool(getattr(config, rule.when.lstrip("!"))) == rule.when.startswith("!"):
+    if any(bool(getattr(config, field.lstrip("!"))) == field.startswith("!") for field in rule.when.split()):
       continue
     lengths = [_extents(axes.split(" -> ")[0], sizes)[0] for _, axes in rule.parts]
     whole = sum(lengths)

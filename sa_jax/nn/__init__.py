@@ -1,10 +1,10 @@
 """Flax modules: parameters, names and scan around the mathematics of `sa_jax.ops`."""
 
 from sa_jax.nn.attention import AnchorAttention, FollowerAttention, MixedAttention
-from sa_jax.nn.block import BLOCK_OUTPUTS, AnchorBlock, Blocks, FollowerBlock, MixedBlock, Mlp
+from sa_jax.nn.block import BLOCK_OUTPUTS, AnchorBlock, Blocks, FollowerBlock, Middle, MixedBlock, Mlp, PlainMlp
 from sa_jax.nn.cache import Cache, LayerCache
 from sa_jax.nn.layers import Group, Layers, Runs
-from sa_jax.nn.norm import RMSNorm
+from sa_jax.nn.norm import Norm
 from sa_jax.nn.planned import PlanArrays, PlannedBlock, PlannedTransformer
 from sa_jax.nn.state import AttentionWeights, QueryKey
 from sa_jax.nn.transformer import GradualTransformer, Transformer
@@ -22,14 +22,16 @@ __all__ = [
   "Group",
   "LayerCache",
   "Layers",
+  "Middle",
   "MixedAttention",
   "MixedBlock",
   "Mlp",
+  "Norm",
+  "PlainMlp",
   "PlanArrays",
   "PlannedBlock",
   "PlannedTransformer",
   "QueryKey",
-  "RMSNorm",
   "Runs",
   "Transformer",
 ]

@@ -18,7 +18,7 @@ from sa_jax import ops
 from sa_jax.config import ModelConfig
 from sa_jax.nn.axes import with_axes
 from sa_jax.nn.cache import LayerCache
-from sa_jax.nn.norm import RMSNorm
+from sa_jax.nn.norm import Norm
 from sa_jax.nn.split import on_each_device, split_for_attention
 from sa_jax.nn.state import AttentionWeights, Kind, QueryKey, State, make_state
 
@@ -135,8 +135,8 @@ class AnchorAttention(_Attention):
       config, (config.num_kv_heads, config.head_dim), ("embed",), ("kv_heads", "head_dim"), name="k_proj", bias=bias
     )
     if config.qk_norm:
-      self.q_norm = RMSNorm(config, axis="head_dim")
-      self.k_norm = RMSNorm(config, axis="head_dim")
+      together = lambda heads: (heads, "head_dim") if config.qk_norm == "heads" else ("head_dim",)
+      self.q_norm, self.k_norm = (Norm(config, together(heads)) for heads in ("heads", "kv_heads"))
 
   def query_key(self, x: jax.Array, rows: ops.Rows, kind: Kind) -> tuple[jax.Array, jax.Array]:
     """Rotary-encoded queries ``[B, T, N, H]`` and keys ``[B, T, K, H]`` of ``[B, T, D]``."""
@@ -144,17 +144,25 @@ class AnchorAttention(_Attention):
 
   def encoded(self, q: jax.Array, k: jax.Array, rows: ops.Rows, kind: Kind) -> tuple[jax.Array, jax.Array]:
     """`query_key` from what the projections give."""
-    if self.config.qk_norm:
-      q, k = self.q_norm(q), self.k_norm(k)
+    if self.config.norm_rotated:
+      q, k = self._normalised(*self._rotated(q, k, rows, kind))
+    else:
+      q, k = self._rotated(*self._normalised(q, k), rows, kind)
+    return self._for_attention(q, "heads"), self._for_attention(k, "kv_heads")
+
+  def _normalised(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return (self.q_norm(q), self.k_norm(k)) if self.config.qk_norm else (q, k)
+
+  def _rotated(self, q: jax.Array, k: jax.Array, rows: ops.Rows, kind: Kind) -> tuple[jax.Array, jax.Array]:
     # A document's positions need not begin at 0: the rotary embedding only tells how far apart two tokens are.
     rotation = _rotation(self.config, kind, q.shape[1] if rows.lengths is None else rows.lengths)
-    if rotation is not None:
-      positions = rows.positions(q.shape[1])
-      # The layers that rotate at all do so in the same order, and their queries grow alike.
-      rope = next(kind.rope for kind in self.config.kinds if kind.rope is not None)
-      q, k = (ops.apply_rope(x, positions, *rotation, rope.interleaved) for x in (q, k))
-      q = ops.grow_queries(q, positions, rope)
-    return self._for_attention(q, "heads"), self._for_attention(k, "kv_heads")
+    if rotation is None:
+      return q, k
+    positions = rows.positions(q.shape[1])
+    # The layers that rotate at all do so in the same order, and their queries grow alike.
+    rope = next(kind.rope for kind in self.config.kinds if kind.rope is not None)
+    q, k = (ops.apply_rope(x, positions, *rotation, rope.interleaved) for x in (q, k))
+    return ops.grow_queries(q, positions, rope), k
 
   def __call__(self, x: jax.Array, rows: ops.Rows = ops.Rows(), kind: Kind = 0) -> tuple[jax.Array, State]:
     """Attention over whole sequences.

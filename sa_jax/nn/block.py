@@ -1,24 +1,34 @@
-"""Transformer blocks: attention and MLP, each normalised before (in some families also after) and added to x."""
+"""Transformer blocks: attention and MLP, each normalised before or after, or both, and added to x."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from flax import struct
 
 from sa_jax import ops
-from sa_jax.config import ModelConfig
+from sa_jax.config import Activation, MlpKind, ModelConfig
 from sa_jax.nn.attention import AnchorAttention, FollowerAttention, MixedAttention, projection
 from sa_jax.nn.cache import LayerCache
-from sa_jax.nn.norm import RMSNorm
+from sa_jax.nn.norm import norm_if
 from sa_jax.nn.split import on_each_device
 from sa_jax.nn.state import AttentionWeights, Kind, QueryKey, State
 
 BLOCK_OUTPUTS = "block_outputs"
 """The collection that every block leaves its output ``x [B, T, D]`` in, stacked as its parameters are."""
 
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+_ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
+  "silu": jax.nn.silu,
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+  "relu": jax.nn.relu,
+  "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
+}
 
 
 class Mlp(nn.Module):
@@ -58,23 +68,64 @@ class Mlp(nn.Module):
     return self(x) if gated is None else self.down_proj(gated[:, None])
 
 
+class PlainMlp(Mlp):
+  """``down(f(up(x)))``."""
+
+  def setup(self) -> None:
+    config = self.config
+    bias = config.mlp_bias
+    self.up_proj = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="up_proj", bias=bias)
+    self.down_proj = projection(config, config.embed_dim, ("mlp",), ("embed",), name="down_proj", bias=bias)
+
+  def hidden(self, x: jax.Array) -> jax.Array:
+    """What the last projection reads: ``[B, T, D]`` → ``[B, T, F]``."""
+    hidden = _ACTIVATIONS[self.config.activation](self.up_proj(x))
+    return nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
+
+  def step(self, x: jax.Array) -> jax.Array:
+    """`__call__`: no kernel computes it."""
+    return self(x)
+
+
+MLPS: dict[MlpKind, type[Mlp]] = {"gated": Mlp, "plain": PlainMlp}
+"""By the config's ``mlp``."""
+
+
+@struct.dataclass
+class Middle:
+  """A block between its attention and its MLP.
+
+  Attributes:
+    x: ``[B, T, D]``, the block's input with its attention added.
+    before: the block's input, where that is what the MLP reads; None where it reads x.
+  """
+
+  x: jax.Array
+  before: jax.Array | None = None
+
+  @property
+  def read(self) -> jax.Array:
+    """What the MLP reads."""
+    return self.x if self.before is None else self.before
+
+
 class Block(nn.Module):
   """A block around some attention.
 
-  Subclasses may name other types of MLP and attention, with the same methods.
+  Subclasses may name other types of MLP and attention, with the same methods; the config names the MLP otherwise.
   """
 
   config: ModelConfig
 
-  mlp_type: ClassVar[type[Mlp]] = Mlp
+  mlp_type: ClassVar[type[Mlp] | None] = None
 
   def setup(self) -> None:
-    self.attention_norm = RMSNorm(self.config)
-    self.mlp_norm = RMSNorm(self.config)
-    self.mlp = self.mlp_type(self.config)
-    if self.config.post_norms:
-      self.attention_post_norm = RMSNorm(self.config)
-      self.mlp_post_norm = RMSNorm(self.config)
+    config = self.config
+    self.attention_norm = norm_if(config.pre_norms, config)
+    self.mlp_norm = self.attention_norm if config.shared_norm else norm_if(config.pre_norms, config)
+    self.mlp = (self.mlp_type or MLPS[config.mlp])(config)
+    self.attention_post_norm = norm_if(config.post_norms, config)
+    self.mlp_post_norm = norm_if(config.post_norms, config)
 
   def rest(self, x: jax.Array, y: jax.Array, cached: bool = False) -> jax.Array:
     """The block's output, from its input and its attention's output, ``[B, T, D]`` each.
@@ -83,19 +134,25 @@ class Block(nn.Module):
     """
     return self.add_mlp(self.add_attention(x, y), cached)
 
-  def add_attention(self, x: jax.Array, y: jax.Array) -> jax.Array:
+  def add_attention(self, x: jax.Array, y: jax.Array) -> Middle:
     """The block's input ``[B, T, D]`` and its attention's output, added up."""
-    return x + (self.attention_post_norm(y) if self.config.post_norms else y)
+    added = x + _scaled(self.attention_post_norm(y), self.config.residual_scale)
+    return Middle(added, x if self.config.parallel else None)
 
-  def add_mlp(self, x: jax.Array, cached: bool = False) -> jax.Array:
-    """What `add_attention` gave, and the MLP's output of it; ``cached`` as in `rest`."""
-    y = (self.mlp.step if cached else self.mlp)(self.mlp_norm(x))
-    x = x + (self.mlp_post_norm(y) if self.config.post_norms else y)
+  def add_mlp(self, middle: Middle, cached: bool = False) -> jax.Array:
+    """The block's output ``[B, T, D]``; ``cached`` as in `rest`."""
+    y = (self.mlp.step if cached else self.mlp)(self.mlp_norm(middle.read))
+    x = middle.x + _scaled(self.mlp_post_norm(y), self.config.residual_scale)
     x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
     # Kept by those who apply the model with this collection mutable.
     if not self.is_initializing():
       self.sow(BLOCK_OUTPUTS, "x", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
     return x
+
+
+def _scaled(x: jax.Array, scale: float) -> jax.Array:
+  # The scale is not rounded to the dtype of x.
+  return x if scale == 1 else (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 class AnchorBlock(Block):

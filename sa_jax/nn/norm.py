@@ -1,4 +1,4 @@
-"""Normalisation with a learned scale."""
+"""Normalisation with a learned scale, and its absence."""
 
 from __future__ import annotations
 
@@ -11,20 +11,43 @@ from sa_jax.config import ModelConfig
 from sa_jax.nn.axes import with_axes
 
 
-class RMSNorm(nn.Module):
-  """Root mean square normalisation over the last axis; see `sa_jax.ops.rms_norm` and `sa_jax.ops.rms_norm_about_one`.
+class Norm(nn.Module):
+  """Normalisation over the last axis or axes; see `sa_jax.ops.rms_norm` and its neighbours.
 
   Attributes:
-    config: its ``norm_about_one`` says which of the two.
-    axis: the logical axis that is normalised over.
+    config: its ``norm``, ``norm_bias`` and ``norm_about_one`` say which.
+    axes: the logical axes that are normalised over, together.
   """
 
   config: ModelConfig
-  axis: str = "embed"
+  axes: tuple[str, ...] = ("embed",)
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     config = self.config
+    shape = x.shape[-len(self.axes) :]
     init = nn.initializers.zeros if config.norm_about_one else nn.initializers.ones
-    scale = self.param("scale", with_axes(init, (self.axis,)), (x.shape[-1],), config.param_dtype)
-    return (ops.rms_norm_about_one if config.norm_about_one else ops.rms_norm)(x, jnp.asarray(scale), config.norm_eps)
+    vector = lambda name, init: jnp.asarray(
+      self.param(name, with_axes(init, self.axes), shape, config.param_dtype)
+    ).reshape(-1)
+    scale = vector("scale", init)
+    flat = x.reshape(*x.shape[: -len(self.axes)], -1)
+    if config.norm == "rms":
+      y = (ops.rms_norm_about_one if config.norm_about_one else ops.rms_norm)(flat, scale, config.norm_eps)
+    else:
+      bias = vector("bias", nn.initializers.zeros) if config.norm_bias else None
+      y = ops.layer_norm(flat, scale.astype(jnp.float32) + float(config.norm_about_one), config.norm_eps, bias)
+    return y.reshape(x.shape)
+
+
+class Unchanged(nn.Module):
+  """What stands in the place of a norm that a model does not have."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return x
+
+
+def norm_if(present: bool, config: ModelConfig) -> Norm | Unchanged:
+  """A norm over ``embed``, where the model has one."""
+  return Norm(config) if present else Unchanged()

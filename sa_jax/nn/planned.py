@@ -17,7 +17,7 @@ from flax import struct
 from sa_jax import ops
 from sa_jax.config import ModelConfig
 from sa_jax.nn.attention import AnchorAttention
-from sa_jax.nn.block import Block
+from sa_jax.nn.block import Block, Middle
 from sa_jax.nn.state import State, make_state
 from sa_jax.nn.transformer import Frame, check_plan
 from sa_jax.plan import HeadMap, SharingPlan
@@ -105,9 +105,9 @@ class PlannedBlock(Block):
     """The output projection: ``[B, T, N, H]`` → ``[B, T, D]``."""
     return self.attention.output(heads)
 
-  def mlp_hidden(self, x: jax.Array) -> jax.Array:
-    """What the MLP's last projection reads, ``[B, T, F]``, of what `add_attention` gave."""
-    return self.mlp.hidden(self.mlp_norm(x))
+  def mlp_hidden(self, middle: Middle) -> jax.Array:
+    """What the MLP's last projection reads, ``[B, T, F]``."""
+    return self.mlp.hidden(self.mlp_norm(middle.read))
 
   def mlp_output(self, hidden: jax.Array) -> jax.Array:
     """The MLP's last projection: ``[B, T, F]`` → ``[B, T, D]``."""

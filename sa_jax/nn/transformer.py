@@ -8,7 +8,6 @@ one subtree a layer and is unrolled: decoding needs it, because a scan copies ea
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -23,7 +22,7 @@ from sa_jax.nn.axes import with_axes
 from sa_jax.nn.block import Blocks
 from sa_jax.nn.cache import Cache
 from sa_jax.nn.layers import Layers, Runs
-from sa_jax.nn.norm import RMSNorm
+from sa_jax.nn.norm import Norm
 from sa_jax.nn.state import State
 from sa_jax.plan import SharingPlan
 
@@ -44,8 +43,8 @@ class Embed(nn.Module):
     table = nn.with_logical_constraint(jnp.asarray(self.embedding), ("vocab", None))
     x = table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     x = x.astype(self.config.dtype)
-    if self.config.scale_embeddings:
-      x = x * jnp.asarray(math.sqrt(self.config.embed_dim), x.dtype)
+    if self.config.embedding_scale != 1:
+      x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
     return nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
   def logits(self, x: jax.Array) -> jax.Array:
@@ -67,7 +66,11 @@ class Head(nn.Module):
     if self.config.normalize_head:
       norms = jnp.linalg.norm(kernel.astype(jnp.float32), axis=0, keepdims=True)
       kernel = (kernel / jnp.maximum(norms, 1e-12).astype(kernel.dtype)).astype(kernel.dtype)
-    return ops.logits(x, kernel, "DV")
+    logits = ops.logits(x, kernel, "DV")
+    if not self.config.head_bias:
+      return logits
+    bias = self.param("bias", with_axes(nn.initializers.zeros, ("vocab",)), shape[1:], self.config.param_dtype)
+    return logits + jnp.expand_dims(jnp.asarray(bias).astype(jnp.float32), range(logits.ndim - 1))
 
 
 class Frame(nn.Module):
@@ -81,13 +84,14 @@ class Frame(nn.Module):
 
   def setup(self) -> None:
     self.embed = Embed(self.config)
-    self.final_norm = RMSNorm(self.config)
+    self.final_norm = Norm(self.config)
     if not self.config.tie_embeddings:
       self.lm_head = Head(self.config)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """The head: ``[B, T, D]`` → float32 ``[B, T, V]``."""
     logits = self.embed.logits(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
+    logits = logits * self.config.logits_scale
     if (cap := self.config.logits_softcap) is not None:
       logits = cap * jnp.tanh(logits / cap)
     return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))

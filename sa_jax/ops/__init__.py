@@ -21,7 +21,7 @@ from sa_jax.ops.attention import (
 from sa_jax.ops.head import logits
 from sa_jax.ops.linear import gated_linear, has_linear_kernels, linears
 from sa_jax.ops.loss import ToLogits, distillation_loss, next_token_loss, token_log_likelihoods
-from sa_jax.ops.norm import rms_norm, rms_norm_about_one
+from sa_jax.ops.norm import layer_norm, rms_norm, rms_norm_about_one
 from sa_jax.ops.quantize import Int8, Stored
 from sa_jax.ops.rope import RopeConfig, apply_rope, grow_queries, rope_frequencies
 
@@ -49,6 +49,7 @@ __all__ = [
   "gated_linear",
   "grow_queries",
   "has_linear_kernels",
+  "layer_norm",
   "linears",
   "logits",
   "next_token_loss",

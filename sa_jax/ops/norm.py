@@ -1,4 +1,4 @@
-"""Root mean square normalisation."""
+"""Normalisation over the last axis."""
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,23 @@ def rms_norm_about_one(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   Arguments and result as in `rms_norm`.
   """
   return (_normalised(x, eps) * _over_last(1.0 + scale.astype(jnp.float32), x)).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, eps: float, bias: jax.Array | None = None) -> jax.Array:
+  """``(x - mean(x)) / sqrt(var(x) + eps) * scale + bias``, all in float32 and then cast (Ba et al., arXiv 1607.06450).
+
+  Args:
+    x: ``[..., D]``.
+    scale: ``[D]``.
+    eps: added to the variance.
+    bias: ``[D]``, or None.
+
+  Returns:
+    ``[..., D]`` in x's dtype.
+  """
+  x32 = x.astype(jnp.float32)
+  y = _normalised(x32 - jnp.mean(x32, axis=-1, keepdims=True), eps) * _over_last(scale.astype(jnp.float32), x)
+  return (y if bias is None else y + _over_last(bias.astype(jnp.float32), x)).astype(x.dtype)
 
 
 def _normalised(x: jax.Array, eps: float) -> jax.Array:

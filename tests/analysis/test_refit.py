@@ -12,7 +12,7 @@ from sa_jax.analysis import align, ridge, walk
 from sa_jax.analysis import refit as refit_module
 from sa_jax.analysis.refit import Refit, refit
 from sa_jax.config import ModelConfig
-from sa_jax.nn import PlanArrays, PlannedBlock
+from sa_jax.nn import Middle, PlanArrays, PlannedBlock
 from tests import tiny
 
 CONFIG = ModelConfig(
@@ -199,7 +199,7 @@ def test_output_projections_before_a_norm_against_numpy():
   scale = lambda name: 1 + np.asarray(block[name]["scale"], np.float64)
   y = x @ kernel + bias
   middle = flat(before.x) + y / rms(y) * scale("attention_post_norm")
-  hidden = flat(call(PlannedBlock.mlp_hidden, jnp.float32(middle)[None]))[:]
+  hidden = flat(call(PlannedBlock.mlp_hidden, Middle(jnp.float32(middle)[None])))[:]
   bias, prior = (np.asarray(block["mlp"]["down_proj"][name], np.float64) for name in ("bias", "kernel"))
   y, gain = hidden @ prior + bias, scale("mlp_post_norm")
   error = flat(target.x) - middle - gain * y / rms(y)
@@ -231,6 +231,37 @@ def test_refits_before_a_norm_lower_the_block_error_on_other_text():
   plain = distance(params["layers"]["1"]["attention"]["o_proj"]["kernel"])
   assert distance(attention) < 0.9 * plain
   assert distance(attention, mlp) < 0.95 * distance(attention)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_mlp_of_a_parallel_block_against_numpy(shared):
+  """It reads the block's input, and what it should add is what the dense output lacks, over the residual scale."""
+  config = dataclasses.replace(
+    CONFIG, norm="layer", norm_bias=True, mlp="plain", mlp_bias=True, parallel=True, shared_norm=shared,
+    residual_scale=0.5,
+  )  # fmt: skip
+  dense = sa_jax.Transformer(config, DENSE.plan)
+  made = tiny.params(dense)
+  plan = sa_jax.SharingPlan.parse("0:1", 5)
+  trace = walk.dense_trace(config, made, walk.start(config, made, TOKENS, 16))
+  before, (target,), block = trace[0][0].x, trace[1], made["layers"]["1"]
+  result = refit(dense, made, plan, TOKENS, Refit(mlp=True), chunk=16)
+  refitted = result.params["layers"]["1"]
+  apply = lambda weights, method, *args: walk.call(config, weights, method, *args)
+  state = trace[0][0].state
+  heads = apply(refitted | {"attention": block["attention"]}, PlannedBlock.heads, before, state, jnp.arange(4))
+  y = np.einsum("btnh,nhd->btd", heads, refitted["attention"]["o_proj"]["kernel"])
+  x = np.asarray(before, np.float64)
+  norm = block["attention_norm" if shared else "mlp_norm"]
+  normal = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + config.norm_eps)
+  up = block["mlp"]["up_proj"]
+  z = (normal * norm["scale"] + norm["bias"]) @ up["kernel"] + up["bias"]
+  hidden = (z / (1 + np.exp(-z))).reshape(-1, z.shape[-1])
+  lacking = (np.asarray(target.x, np.float64) - x - 0.5 * y) / 0.5 - np.asarray(block["mlp"]["down_proj"]["bias"])
+  prior, gram = np.asarray(block["mlp"]["down_proj"]["kernel"], np.float64), hidden.T @ hidden
+  penalty = 0.3 * np.trace(gram) / len(gram) * np.eye(len(gram))
+  wanted = np.linalg.solve(gram + penalty, hidden.T @ lacking.reshape(-1, lacking.shape[-1]) + penalty @ prior)
+  np.testing.assert_allclose(refitted["mlp"]["down_proj"]["kernel"], wanted, atol=2e-4)
 
 
 def test_head_maps_by_refit_error_need_few_heads():

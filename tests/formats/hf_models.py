@@ -1,6 +1,8 @@
 """Tiny models of every family, and torch forwards to compare ours with."""
 
+import inspect
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -61,11 +63,56 @@ CONFIGS = {
   "helium": dict(head_dim=8, attention_bias=True),
   "glm": dict(head_dim=16, eos_token_id=[95]),
   "glm4": dict(head_dim=16, eos_token_id=[95], rms_norm_eps=1e-5),
+  "granite": dict(
+    attention_bias=True, embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.2,
+    logits_scaling=4.0,
+  ),
+  "granitemoehybrid": dict(
+    embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.2, logits_scaling=4.0,
+    num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=48, position_embedding_type="rope",
+    layer_types=["full_attention"] * 4, mamba_n_heads=8, mamba_d_head=8,
+  ),
+  "olmo2": dict(),
+  "olmo3": dict(
+    sliding_window=8,
+    layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    rope_parameters={
+      "full_attention": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 5e5,
+        "attention_factor": 1.2, "beta_fast": 32.0, "beta_slow": 1.0,
+      },
+      "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+    },
+  ),
+  "smollm3": dict(no_rope_layers=[1, 0, 1, 1], attention_bias=True),
+  "exaone4": dict(
+    head_dim=16, sliding_window=8,
+    layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+  ),
+  "cohere": dict(attention_bias=True, logit_scale=0.3),
+  "cohere2": dict(
+    sliding_window=8, logit_scale=0.3,
+    layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+  ),
+  "hunyuan_v1_dense": dict(
+    head_dim=16, attention_bias=True,
+    rope_parameters={"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 1e4},
+  ),
+  "stablelm": dict(use_qkv_bias=True, partial_rotary_factor=0.5),
+  "phi": dict(partial_rotary_factor=0.5),
+  "gpt_neox": dict(rotary_pct=0.5, num_key_value_heads=None),
+  "falcon": dict(new_decoder_architecture=True, num_kv_heads=2, ffn_hidden_size=48, bias=True),
+  "starcoder2": dict(sliding_window=8),
+  "nemotron": dict(attention_bias=True, mlp_bias=True),
 }  # fmt: skip
 # Families whose code is another's, which transformers has.
 STAND_INS = {"mimo": "qwen2"}
 # A plan that each family's pattern of local and global layers allows.
-PLANS = dict.fromkeys(CONFIGS, "1:2-3") | {"qwen2": "2:3", "gemma2": None, "gemma3_text": "0:1"}
+PLANS = (
+  dict.fromkeys(CONFIGS, "1:2-3")
+  | {"qwen2": "2:3", "gemma2": None, "gemma3_text": "0:1"}
+  | dict.fromkeys(("olmo3", "exaone4", "cohere2"), "0:1")
+)
 
 
 def build(family, folder, dtype=torch.float32, **changes):
@@ -113,8 +160,26 @@ def shared_attention(source):
   return attend
 
 
+class Softmax:
+  """The softmax of a model whose code attends by itself: a follower's is its anchor's."""
+
+  dropout = staticmethod(torch.nn.functional.dropout)
+
+  def __init__(self, source):
+    self.source, self.weights = source, []
+
+  def softmax(self, scores, dim, dtype):
+    layer = len(self.weights)
+    anchor = self.source[layer]
+    self.weights.append(torch.softmax(scores, dim) if anchor == layer else self.weights[anchor])
+    return self.weights[layer]
+
+
 def logits_under_plan(model, tokens, source):
   """The model's logits when followers use their anchor's attention weights, by the definition."""
+  if model.config.model_type == "falcon":
+    with torch.no_grad(), mock.patch.object(inspect.getmodule(type(model)), "F", Softmax(source)):
+      return model(torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()
   transformers.AttentionInterface.register("shared", shared_attention(source))
   transformers.AttentionMaskInterface.register("shared", transformers.masking_utils.eager_mask)
   model.set_attn_implementation("shared")
@@ -124,16 +189,30 @@ def logits_under_plan(model, tokens, source):
   return logits
 
 
-# Baichuan 2 and InternLM 2 are not in transformers: from their published architectures, in torch.
+# Baichuan 2, InternLM 2 and MiniCPM are not in transformers: from their published architectures, in torch.
 
 PUBLISHED = {
   "baichuan": dict(num_key_value_heads=None, architectures=["BaichuanForCausalLM"], hidden_act="silu"),
   "internlm2": dict(bias=True, rope_theta=1e4, rope_scaling={"type": "dynamic", "factor": 2.0}, hidden_act="silu"),
+  "minicpm": dict(
+    scale_emb=3,
+    scale_depth=1.4,
+    dim_model_base=8,
+    tie_word_embeddings=False,
+    hidden_act="silu",
+    rope_scaling={
+      "type": "longrope",
+      "short_factor": [1.0, 1.5, 2.0, 2.5],
+      "long_factor": [4.0] * 4,
+      "original_max_position_embeddings": 8,
+    },
+  ),
 }
 
 
 class Published:
-  """Baichuan 2 (arXiv 2309.10305: W_pack, NormHead) or InternLM 2 (arXiv 2403.17297: wqkv interleaved by group)."""
+  """Baichuan 2 (arXiv 2309.10305: W_pack, NormHead), InternLM 2 (arXiv 2403.17297: wqkv interleaved by group), or
+  MiniCPM (arXiv 2404.06395, table 7: scaled embeddings, residuals and head)."""
 
   def __init__(self, family, folder):
     torch.manual_seed(0)
@@ -152,13 +231,16 @@ class Published:
     d, f, v = (self.config[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
     heads = self.config["num_attention_heads"]
     rows = (heads + 2 * self.config.get("num_key_value_heads", heads)) * (d // heads)
-    if self.family == "baichuan":
+    if self.family != "internlm2":
       outer = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,), "lm_head.weight": (v, d)}
       inner = {
-        "input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,), "self_attn.W_pack.weight": (rows, d),
+        "input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,),
         "self_attn.o_proj.weight": (d, d), "mlp.gate_proj.weight": (f, d), "mlp.up_proj.weight": (f, d),
         "mlp.down_proj.weight": (d, f),
       }  # fmt: skip
+      parts = {"W_pack": rows} if self.family == "baichuan" else {"q_proj": d, "k_proj": (rows - d) // 2}
+      parts |= {} if self.family == "baichuan" else {"v_proj": (rows - d) // 2}
+      inner |= {f"self_attn.{name}.weight": (size, d) for name, size in parts.items()}
     else:
       outer = {"model.tok_embeddings.weight": (v, d), "model.norm.weight": (d,), "output.weight": (v, d)}
       inner = {
@@ -179,6 +261,9 @@ class Published:
       packed = x @ self.weights[f"model.layers.{layer}.self_attn.W_pack.weight"].T
       parts = packed.unflatten(-1, (3, width)).unbind(-2)
       return [part.view(batch, length, heads, head_dim).transpose(1, 2) for part in parts]
+    if self.family == "minicpm":
+      weights = (self.weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"] for name in "qkv")
+      return [(x @ weight.T).unflatten(-1, (-1, head_dim)).transpose(1, 2) for weight in weights]
     name = f"model.layers.{layer}.attention.wqkv"
     packed = x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
     packed = packed.view(batch, length, kv_heads, heads // kv_heads + 2, head_dim)
@@ -190,13 +275,21 @@ class Published:
     theta = 1e4
     if self.family == "internlm2" and length > (limit := self.config["max_position_embeddings"]):
       theta *= (2.0 * length / limit - 1.0) ** (dim / (dim - 2))
-    angles = torch.arange(x.shape[2])[:, None] * (1.0 / theta ** (torch.arange(0, dim, 2).float() / dim))
+    stretch = 1.0
+    if self.family == "minicpm":
+      rope = self.config["rope_scaling"]
+      limit = rope["original_max_position_embeddings"]
+      stretch = torch.tensor(rope["long_factor" if length > limit else "short_factor"])
+    angles = torch.arange(x.shape[2])[:, None] * (1.0 / (stretch * theta ** (torch.arange(0, dim, 2).float() / dim)))
     angles = torch.cat([angles, angles], -1)
     turned = torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], -1)
-    return x * angles.cos() + turned * angles.sin()
+    magnitude = (1 + np.log(64 / limit) / np.log(limit)) ** 0.5 if self.family == "minicpm" else 1.0
+    return (x * angles.cos() + turned * angles.sin()) * magnitude
 
   def logits(self, tokens, source):
-    weights, baichuan = self.weights, self.family == "baichuan"
+    weights, baichuan = self.weights, self.family != "internlm2"
+    scaled = self.family == "minicpm"
+    residual = self.config["scale_depth"] / len(source) ** 0.5 if scaled else 1.0
     names = (
       (
         "input_layernorm",
@@ -213,6 +306,7 @@ class Published:
     x = weights["model.embed_tokens.weight" if baichuan else "model.tok_embeddings.weight"][
       torch.from_numpy(tokens).long()
     ]
+    x = x * self.config["scale_emb"] if scaled else x
     length = tokens.shape[1]
     mask = torch.full((length, length), float("-inf")).triu(1)
     probs = {}
@@ -224,11 +318,13 @@ class Published:
         scores = self.rotate(q, length) @ self.rotate(k, length).repeat_interleave(repeats, 1).mT / q.shape[-1] ** 0.5
         probs[layer] = torch.softmax(scores + mask, -1)
       y = (probs[anchor] @ v.repeat_interleave(repeats, 1)).transpose(1, 2).flatten(2)
-      x = x + y @ weights[f"{out}.weight"].T + weights.get(f"{out}.bias", 0.0)
+      x = x + residual * (y @ weights[f"{out}.weight"].T + weights.get(f"{out}.bias", 0.0))
       h = norm(x, after)
       hidden = torch.nn.functional.silu(h @ weights[f"{gate}.weight"].T) * (h @ weights[f"{up}.weight"].T)
-      x = x + hidden @ weights[f"{down}.weight"].T
+      x = x + residual * (hidden @ weights[f"{down}.weight"].T)
     x = norm(x, "model.norm")
+    if scaled:
+      return (x / (x.shape[-1] / self.config["dim_model_base"]) @ weights["lm_head.weight"].T).numpy()
     head = torch.nn.functional.normalize(weights["lm_head.weight"]) if baichuan else weights["output.weight"]
     return (x @ head.T).numpy()
 

@@ -1,9 +1,12 @@
 """Every family against transformers, or against its published architecture."""
 
+import jax
 import numpy as np
 import pytest
 
 import sa_jax
+from sa_jax.formats.load import describe
+from sa_jax.sharding import abstract_params
 from tests.formats import hf_models
 
 torch = pytest.importorskip("torch")
@@ -36,6 +39,16 @@ def test_greedy(family):
   expected = theirs.generate(prompt, max_new_tokens=32, do_sample=False)[:, 12:].numpy()
   found = sa_jax.generate(model, params, TOKENS[:, :12], max_new_tokens=32)
   np.testing.assert_array_equal(found.tokens, expected)
+
+
+def test_every_parameter_is_counted_and_has_its_axes(family):
+  _, folder, theirs = family
+  model = describe(folder)
+  assert sa_jax.cost(model.config, None).params == sum(leaf.numel() for leaf in theirs.parameters())
+  is_leaf = lambda leaf: hasattr(leaf, "names")
+  for leaf in jax.tree.leaves(abstract_params(model, boxed=True), is_leaf=is_leaf):
+    assert len(leaf.names) == leaf.value.ndim
+    assert {*leaf.names} <= dict(sa_jax.sharding.DEFAULT_RULES).keys()
 
 
 @pytest.mark.parametrize("state", ["query_key", "attention_weights"])

@@ -18,7 +18,7 @@ from sa_jax.formats.table import entries
 COUNT = 500
 CONFIG = sa_jax.ModelConfig(
   vocab_size=40, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24, family="qwen3",
-  qk_norm=True, window=8, local_layers=(1,),
+  qk_norm="head", window=8, local_layers=(1,),
 )  # fmt: skip
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")

@@ -10,9 +10,9 @@ import sa_jax
 from sa_jax import ModelConfig, SharingPlan, Transformer, unstack
 
 CONFIG = ModelConfig(
-  vocab_size=31, embed_dim=16, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24, qk_norm=True,
+  vocab_size=31, embed_dim=16, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24, qk_norm="head",
   window=3, local_layers=(0, 1, 3), local_rope=sa_jax.ops.RopeConfig(theta=100.0), attention_softcap=5.0,
-  post_norms=True, norm_about_one=True, activation="gelu_tanh", scale_embeddings=True, logits_softcap=9.0,
+  post_norms=True, norm_about_one=True, activation="gelu_tanh", embedding_scale=4.0, logits_softcap=9.0,
 )  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, 31, (2, 11)).astype(np.int32)
 LENGTHS = np.array([11, 6], np.int32)

@@ -76,11 +76,21 @@ def test_plans_can_be_vmapped(params):
     np.testing.assert_allclose(logits, alone(nn.PlanArrays.of(plan, CONFIG)), atol=1e-5)
 
 
-def test_layers_of_two_kinds_and_everything_else_that_families_add():
-  config = dataclasses.replace(
-    CONFIG, window=4, local_layers=(0, 1, 3), qk_norm=True, qkv_bias=True, mlp_bias=True, post_norms=True,
-    norm_about_one=True, scale_embeddings=True, attention_softcap=5.0, logits_softcap=3.0, tie_embeddings=True,
-  )  # fmt: skip
+LAYER_NORM = {"norm": "layer", "norm_bias": True, "mlp": "plain", "parallel": True, "activation": "gelu"}
+FURTHER = {
+  "gemma": {
+    "qk_norm": "head", "qkv_bias": True, "mlp_bias": True, "post_norms": True, "norm_about_one": True,
+    "embedding_scale": 4.0, "attention_softcap": 5.0, "logits_softcap": 3.0, "tie_embeddings": True,
+  },
+  "olmo": {"qk_norm": "heads", "post_norms": True, "pre_norms": False, "residual_scale": 0.3, "logits_scale": 0.5},
+  "phi": LAYER_NORM | {"shared_norm": True, "head_bias": True, "mlp_bias": True, "qk_norm": "head"},
+  "neox": LAYER_NORM | {"norm_about_one": True, "qk_norm": "head", "norm_rotated": True, "residual_scale": 0.3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", FURTHER.values(), ids=FURTHER)
+def test_layers_of_two_kinds_and_everything_else_that_families_add(changes):
+  config = dataclasses.replace(CONFIG, window=4, local_layers=(0, 1, 3), **changes)
   plan = sa_jax.SharingPlan.parse("0:1,4:5", 6).with_head_maps({5: (1, 1, 3, 0)})
   dense = tiny.params(sa_jax.Transformer(config, DENSE))
   apply = lambda params, plan: nn.PlannedTransformer(config).apply({"params": params}, TOKENS, plan)
