@@ -53,6 +53,7 @@ def test_every_public_name_is_documented(module):
   assert not missing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["docs/quick-start.md", "docs/how-to/blocks.md"])
 @pytest.mark.real_model
 def test_examples_print_what_the_page_says(page, smollm2):

@@ -71,6 +71,7 @@ def test_shapes_stack_like_arrays(plan):
   assert unstack(shapes(stacked), plan) == shapes(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["dense", "0:1-5", "1:2,3:4", "0:1,2:3,4:5"])
 @pytest.mark.parametrize("donate", [False, True])
 def test_jax_arrays_stack_like_numpys(text, donate):

@@ -34,6 +34,7 @@ def test_init_makes_parameters_and_nothing_else(model):
   assert set(jax.eval_shape(model.init, jax.random.key(0), tiny.tokens(1, 4))) == {"params"}
 
 
+@pytest.mark.slow
 def test_forward_mode_is_the_slope(model, params):
   """Directional derivatives against differences, and a Hessian-vector product against differences of gradients."""
   tokens = tiny.tokens(2, 6)
@@ -54,6 +55,7 @@ def test_forward_mode_is_the_slope(model, params):
     np.testing.assert_allclose(ours, theirs, rtol=0.02, atol=0.01 * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 def test_vmap_over_models_and_gradients_of_each_example(model, params):
   tokens = tiny.tokens(3, 5)
   two = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
@@ -73,6 +75,7 @@ def test_parameters_in_the_wrong_layout_are_told_of(model, params, method):
     model.apply({"params": params}, tiny.tokens(1, 4), *more, method=getattr(model, method))
 
 
+@pytest.mark.slow
 class TestNnx:
   def test_bridge(self, model, params):
     tokens = tiny.tokens(2, 5)

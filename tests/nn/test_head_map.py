@@ -39,6 +39,7 @@ def test_follower_uses_the_mapped_heads(params):
   np.testing.assert_allclose(got, want, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_both_state_forms_and_both_layouts_agree(params):
   want = sa_jax.Transformer(CONFIG, PLAN).apply({"params": params}, TOKENS)
   weights = dataclasses.replace(CONFIG, attention_state="attention_weights")
@@ -56,6 +57,7 @@ def test_states_are_what_each_layer_used(params):
   np.testing.assert_array_equal(weights[2], weights[0])
 
 
+@pytest.mark.slow
 def test_decoding_agrees_with_scoring(params):
   model = sa_jax.Transformer(CONFIG, PLAN)
   out = sa_jax.generate(model, params, TOKENS[:, :5], max_new_tokens=4)

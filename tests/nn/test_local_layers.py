@@ -29,6 +29,7 @@ def unboxed(params):
   return nn.unbox(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("state", "remat"), [("query_key", "full"), ("attention_weights", "none")])
 def test_scan_equals_unrolled(state, remat):
   model, params = made("0:1", attention_state=state, remat=remat)

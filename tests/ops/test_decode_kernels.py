@@ -48,6 +48,7 @@ def test_flash_decode_equals_its_parts(heads, kv_heads):
       np.testing.assert_allclose(followed[row, head], 2 * expected @ v, atol=4e-6)
 
 
+@pytest.mark.slow
 def test_flash_decode_of_an_int8_cache_is_that_of_the_vectors_it_stands_for():
   """Over several splits, and a new token that is rounded as it is stored."""
   slots, head_dim, positions = 256, 32, jnp.asarray([5, 200], jnp.int32)
@@ -113,6 +114,7 @@ def close(found: jax.Array, expected: jax.Array, atol: float) -> None:
   np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), rtol=0.01, atol=atol)
 
 
+@pytest.mark.slow
 class TestOnTheDevice:
   """In half precision, as a model calls the kernels: compiled where there is a GPU, against plain JAX there."""
 
@@ -178,6 +180,7 @@ def test_what_attention_s_kernels_take(monkeypatch, tokens, dtype, stored, takes
   assert decode._has_kernel(tokens, jnp.zeros(1, dtype).dtype, cache) == takes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
 def test_a_model_that_decodes_with_the_kernels_is_the_same_model(monkeypatch, cache_dtype):
   """A step against a cache, with all kernels interpreted: an anchor alone, and an anchor with a follower."""
@@ -187,7 +190,10 @@ def test_a_model_that_decodes_with_the_kernels_is_the_same_model(monkeypatch, ca
   tokens = tiny.tokens(2, 10)
   _, cache = model.apply({"params": params}, tokens, jnp.asarray([10, 7]), method="prefill")
   cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 54), (0, 0))), cache)
-  step = lambda: model.apply({"params": params}, tokens[:, 0], cache, jnp.asarray([10, 7]), method="step")
+  arguments = tokens[:, 0], cache, jnp.asarray([10, 7])
+  step = lambda: jax.jit(lambda params, *rest: model.apply({"params": params}, *rest, method="step"))(
+    params, *arguments
+  )
   expected, expected_cache = step()
   used = dict.fromkeys(("linears", "gated_linear", "attend", "follow"), 0)
 

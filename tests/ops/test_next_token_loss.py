@@ -60,6 +60,7 @@ def test_padding_may_be_no_token():
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [3, None])
 def test_z_loss(chunk):
   """Against optax, value and gradient: the squared log-normaliser, weighted."""

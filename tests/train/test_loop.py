@@ -43,6 +43,7 @@ def from_dense(dense, out, **changes):
   return config(out, **(small | changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "how",
   [
@@ -160,6 +161,7 @@ def test_an_empty_folder_is_no_finished_model(tmp_path):
   assert sa_jax.from_pretrained(done.model)[0].config.num_layers == SHAPE.num_layers
 
 
+@pytest.mark.slow
 def test_a_profile_is_written_where_the_run_stops(tmp_path):
   """Inside the window; the run that goes on records the rest of it."""
   made = config(tmp_path / "run", steps=3)

@@ -87,6 +87,7 @@ MESHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 def test_losses_and_bytes(sizes):
   found, state = losses(model("0:1"), make_mesh(**sizes))
@@ -101,6 +102,7 @@ def test_losses_and_bytes(sizes):
       assert leaf.addressable_shards[0].data.nbytes * split == leaf.nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [MESHES["2x2x2"], MESHES["2x1x2, sequence 2"]], ids=["2x2x2", "sequence"])
 def test_sharing_adds_no_collective(sizes):
   def compiled(plan):
