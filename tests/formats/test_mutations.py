@@ -184,7 +184,7 @@ def config_other(rng, folder):
     {"shared_attention": {"source": [0, 0]}}, {"model_type": "bert"}, {"model_type": 3},
     {"num_experts": 8, "model_type": "m"},
     {"quantization_config": {"bits": 4}}, {"is_encoder_decoder": True}, {"num_hidden_layers": 10_000},
-    {"num_hidden_layers": 1}, {"vocab_size": 41}, {"use_sliding_window": "yes"}, {"max_window_layers": -1},
+    {"num_hidden_layers": 1}, {"vocab_size": 41}, {"use_sliding_window": "yes"},
   ]  # fmt: skip
   edit_json(folder / "config.json", lambda values: values.update(rng.choice(changes)))
 
