@@ -86,7 +86,7 @@ def decode(task: Task) -> Result:
       done=jnp.zeros(task.batch_size, bool),
     )
     state, out = engine.decode(params, fresh, sampler=Sampler(), steps=STEPS, width=STEPS)
-    return out
+    return out.tokens
 
   timing = timed(call, task.repeats).scaled(1 / STEPS)
   # What the steps read on average: the cache grows from `start + 1` tokens on.

@@ -1,28 +1,83 @@
 """Generation: cache, prefill, the token loop on device, sampling."""
 
 from sa_jax.decode.batcher import Batcher, Request
-from sa_jax.decode.engine import DecodeState, Engine, Prompts, capacity_for, insert, pad_to, retire
+from sa_jax.decode.beams import Beams, Found, beam_search
+from sa_jax.decode.detokenizer import Detokenizer
+from sa_jax.decode.engine import Begun, DecodeState, Drawn, Engine, Prompts, capacity_for, insert, pad_to, retire
 from sa_jax.decode.generate import Generated, generate, stream
 from sa_jax.decode.padding import right_pad, to_right_padded
+from sa_jax.decode.prefix import PromptCache
+from sa_jax.decode.processors import (
+  Allow,
+  Automaton,
+  Ban,
+  Bias,
+  CountPenalty,
+  HostMask,
+  NotBefore,
+  Processor,
+  RepetitionPenalty,
+  Start,
+)
 from sa_jax.decode.sampling import Sampler
+from sa_jax.decode.settings import Settings, TextSettings
+from sa_jax.decode.speculative import Draft, Speculated, SpeculativeEngine, SpeculativeState, accept, speculate
+from sa_jax.decode.text import Text, continue_texts, stream_text
 from sa_jax.nn.cache import Cache, LayerCache
 
 __all__ = [
+  # Prompts in, tokens out.
+  "Generated",
+  "generate",
+  "stream",
+  # Texts in, texts out.
+  "Detokenizer",
+  "Text",
+  "TextSettings",
+  "continue_texts",
+  "stream_text",
+  # A draft proposes.
+  "Draft",
+  "Settings",
+  "Speculated",
+  "SpeculativeEngine",
+  "SpeculativeState",
+  "accept",
+  "speculate",
+  # The likeliest continuations.
+  "Beams",
+  "Found",
+  "beam_search",
+  # How tokens are drawn.
+  "Sampler",
+  "Processor",
+  "Start",
+  "Allow",
+  "Automaton",
+  "Ban",
+  "Bias",
+  "CountPenalty",
+  "HostMask",
+  "NotBefore",
+  "RepetitionPenalty",
+  # A beginning, read once.
+  "PromptCache",
+  # Requests that come and go.
   "Batcher",
+  "Request",
+  # The compiled parts.
+  "Begun",
   "Cache",
   "DecodeState",
+  "Drawn",
   "Engine",
-  "Generated",
   "LayerCache",
   "Prompts",
-  "Request",
-  "Sampler",
-  "capacity_for",
-  "generate",
   "insert",
-  "pad_to",
   "retire",
+  # Rows.
+  "capacity_for",
+  "pad_to",
   "right_pad",
-  "stream",
   "to_right_padded",
 ]

@@ -10,10 +10,10 @@ import threading
 from collections.abc import Sequence
 from typing import Literal
 
-import jax
 import numpy as np
 
-from sa_jax.decode.engine import Engine, Prompts, check_seed, pad_to, retire
+from sa_jax.decode.engine import Drawn, Engine, Prompts, check_seed, pad_to, retire
+from sa_jax.decode.prefix import PromptCache
 from sa_jax.decode.sampling import Sampler
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
@@ -36,6 +36,7 @@ class Request:
     seed: with ``row``, chooses its samples as in `sa_jax.generate`.
     row: a number that tells it from others with the same seed.
     tokens: what it has generated so far.
+    log_probs: of these tokens, where the sampler tells them.
     status: where it is.
   """
 
@@ -44,6 +45,7 @@ class Request:
   seed: int
   row: int
   tokens: list[int] = dataclasses.field(default_factory=list)
+  log_probs: list[float] = dataclasses.field(default_factory=list)
   status: Literal["waiting", "running", "done", "cancelled"] = "waiting"
 
 
@@ -60,6 +62,8 @@ class Batcher:
       slot that becomes free while a request waits for it ends them early.
     longest_first: whether the waiting request with the most tokens to add goes first, so that the batch stays full to
       the end, where all requests are known from the start; otherwise they go in the order of their arrival.
+    sampler: how tokens are drawn.
+    prefix: a beginning that prompts may share, which is not read again; see `PromptCache`.
   """
 
   def __init__(
@@ -72,13 +76,16 @@ class Batcher:
     sampler: Sampler = Sampler(),
     chunk: int = 16,
     longest_first: bool = False,
+    prefix: PromptCache | None = None,
   ):
+    sampler.check(model.config.vocab_size)
     if slots < 1 or capacity < 1 or chunk < 1:
       raise UserError(f"slots, capacity and chunk must be at least 1, not {slots}, {capacity} and {chunk}")
     self.slots, self.capacity, self.chunk, self.longest_first = slots, capacity, chunk, longest_first
-    self._params, self._sampler = as_layers(params, model.plan), sampler
+    self.prefix = prefix
+    self._params, self.sampler = as_layers(params, model.plan), sampler
     self._engine = Engine.of(model, self._params)
-    self._state = self._engine.empty(slots, capacity)
+    self._state = self._engine.empty(slots, capacity, sampler)
     self._waiting: collections.deque[Request] = collections.deque()
     # Any thread may submit and cancel; one steps at a time.
     self._queue, self._stepping = threading.Lock(), threading.Lock()
@@ -148,19 +155,21 @@ class Batcher:
     self._state, out = self._engine.decode(
       self._params,
       self._state,
-      sampler=self._sampler,
+      sampler=self.sampler,
       steps=np.int32(chunk),
       width=max(self.chunk, _UNWATCHED),  # one program, whoever watches
       enough=enough,
     )
     # One transfer a chunk: for a small model the host's work is most of the time.
     out, done, first = fetch((out, self._state.done, first))
-    firsts = {slot: int(token) for slots, tokens in first for slot, token in zip(slots, tokens, strict=True)}
+    drawn = [(slot, _row(each, at)) for slots, each in first for at, slot in enumerate(slots.tolist())]
+    firsts = dict(drawn)
     news = {}
     for slot, request in list(self._running.items()):
-      new = [firsts[slot]] if slot in firsts else []
-      new += [int(token) for token in out[slot] if token >= 0]
+      parts = [*([firsts[slot]] if slot in firsts else []), _row(out, slot)]
+      new = [token for tokens, _ in parts for token in tokens]
       request.tokens += new
+      request.log_probs += [value for _, values in parts for value in values]
       news[id(request)] = new
       if done[slot]:
         request.status = "done"
@@ -174,7 +183,7 @@ class Batcher:
     for slot in cancelled:
       del self._running[slot]
 
-  def _fill_slots(self) -> list[tuple[np.ndarray, jax.Array]]:
+  def _fill_slots(self) -> list[tuple[np.ndarray, Drawn]]:
     """Prefills waiting requests into free slots; returns slots and first tokens, on device."""
     free = [slot for slot in range(self.slots) if slot not in self._running]
     by_length: dict[int, dict[int, Request]] = collections.defaultdict(dict)
@@ -197,11 +206,14 @@ class Batcher:
         return heapq.nlargest(count, self._waiting, key=lambda request: request.max_new_tokens)
       return list(itertools.islice(self._waiting, count))
 
-  def _admit(self, slots: np.ndarray, requests: Sequence[Request], length: int) -> tuple[np.ndarray, jax.Array]:
+  def _admit(self, slots: np.ndarray, requests: Sequence[Request], length: int) -> tuple[np.ndarray, Drawn]:
     """Prefills requests into slots, padded to a length. Only then do they run: an interruption loses none."""
     rows, new, seeds, numbers = zip(*((each.prompt, each.max_new_tokens, each.seed, each.row) for each in requests))
     prompts = Prompts.of(rows, length, new, seeds, numbers)
-    self._state, first = self._engine.admit(self._params, self._state, slots, prompts, sampler=self._sampler)
+    begun = None if self.prefix is None else self.prefix.begun(prompts)
+    self._state, first = self._engine.admit(
+      self._params, self._state, slots, prompts, sampler=self.sampler, begun=begun
+    )
     with self._queue:
       for slot, request in zip(slots.tolist(), requests, strict=True):
         self._running[slot] = request
@@ -209,3 +221,9 @@ class Batcher:
           request.status = "running"
       self._waiting = collections.deque(request for request in self._waiting if request.status == "waiting")
     return slots, first
+
+
+def _row(drawn: Drawn, row: int) -> tuple[list[int], list[float]]:
+  """A row's tokens, and their log-probabilities where they are told."""
+  there = drawn.tokens[row] >= 0
+  return drawn.tokens[row][there].tolist(), [] if drawn.log_probs is None else drawn.log_probs[row][there].tolist()

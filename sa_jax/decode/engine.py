@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
+from sa_jax import ops
+from sa_jax.decode.processors import Start
 from sa_jax.decode.sampling import Sampler
 from sa_jax.errors import UserError
 from sa_jax.nn import Cache, Transformer
@@ -56,6 +58,13 @@ class Prompts:
     seeds = np.broadcast_to(np.asarray(seeds, np.uint32), len(rows))
     return cls(tokens, lengths, np.asarray(new, np.int32), seeds, np.asarray(numbers, np.int32))
 
+  def repeated(self, samples: int) -> Prompts:
+    """Each row so many times, one after the other, with numbers of their own: as many answers to each prompt."""
+    tokens, lengths, new, seeds, numbers = (
+      jnp.repeat(jnp.asarray(x), samples, axis=0) for x in dataclasses.astuple(self)
+    )
+    return Prompts(tokens, lengths, new, seeds, numbers * samples + jnp.arange(numbers.shape[0]) % samples)
+
   @property
   def keys(self) -> jax.Array:
     """``[B]`` PRNG keys of the rows."""
@@ -73,6 +82,8 @@ class DecodeState:
     remaining: int32 ``[B]``, how many tokens the row may still add.
     done: bool ``[B]``, whether the row has ended: by an end token, or with none remaining.
     keys: ``[B]`` PRNG keys of the rows.
+    log_probs: float32 ``[B]``, of the newest tokens, where the sampler tells them; otherwise zeros.
+    history: the states of the sampler's rules.
   """
 
   cache: Cache
@@ -81,6 +92,35 @@ class DecodeState:
   remaining: jax.Array
   done: jax.Array
   keys: jax.Array
+  log_probs: jax.Array
+  history: tuple[Tree, ...] = ()
+
+
+class Drawn(NamedTuple):
+  """Tokens that were drawn, and what is told of them.
+
+  Attributes:
+    tokens: int32 ``[B, width]``, -1 where there is none.
+    log_probs: float32 ``[B, width]``, or None where the sampler does not tell them.
+  """
+
+  tokens: Tree
+  log_probs: Tree
+
+
+@struct.dataclass
+class Begun:
+  """Beginnings of prompts that have been read already.
+
+  Attributes:
+    cache: of one row, which the prompts begin as.
+    shared: int32 ``[B]``, how many of each prompt's tokens are read from it; fewer than it has.
+    rest: most tokens that a prompt has after them.
+  """
+
+  cache: Cache
+  shared: Tree
+  rest: int = struct.field(pytree_node=False)
 
 
 def check_seed(seed: int) -> None:
@@ -131,16 +171,22 @@ class Engine:
     mesh = mesh_of(params)
     return cls(model) if mesh is None else cls(model, mesh, rules_of(model.config, params, mesh))
 
-  def empty(self, slots: int, capacity: int) -> DecodeState:
+  def empty(self, slots: int, capacity: int, sampler: Sampler = Sampler()) -> DecodeState:
     """A batch of rows that have all ended, for `admit` to fill; made in parts where it lies on a mesh."""
     config, plan = self.model.config, self.model.plan
 
     def make() -> DecodeState:
-      # Three arrays, not one three times: the state is donated, and a buffer can be donated only once.
-      tokens, positions, remaining = (jnp.zeros(slots, jnp.int32) for _ in range(3))
-      keys = jax.random.split(jax.random.key(0), slots)
+      # Not one array several times: the state is donated, and a buffer can be donated only once.
+      tokens, positions, remaining, lengths = (jnp.zeros(slots, jnp.int32) for _ in range(4))
       return DecodeState(
-        Cache.empty(config, plan, slots, capacity), tokens, positions, remaining, jnp.ones(slots, bool), keys
+        Cache.empty(config, plan, slots, capacity),
+        tokens,
+        positions,
+        remaining,
+        jnp.ones(slots, bool),
+        jax.random.split(jax.random.key(0), slots),
+        jnp.zeros(slots, jnp.float32),
+        sampler.begin(Start(tokens[:, None], lengths, capacity + 1, config.vocab_size)),
       )
 
     return make() if self.mesh is None else jax.jit(lambda: self._in_place(make()))()
@@ -149,29 +195,91 @@ class Engine:
     """A `NamedSharding` for every array of a `DecodeState` on the mesh: rows like the batch."""
     assert self.mesh is not None, "only a mesh has shardings"
     rows: Any = named_sharding(self.mesh, ("batch",), self.rules)
-    return DecodeState(cache_shardings(self.model, self.mesh, self.rules), rows, rows, rows, rows, rows)
+    return DecodeState(cache_shardings(self.model, self.mesh, self.rules), *[rows] * 7)
 
-  @program(static_argnames=("self", "capacity"))
-  def prefill(self, params: Params, prompts: Prompts, *, sampler: Sampler, capacity: int) -> DecodeState:
-    """Reads prompts into a cache of ``capacity`` slots a row, at least T, and draws the first token of each."""
-    _LOG.info("compiling prefill of %s × %s tokens into %s slots", *prompts.tokens.shape, capacity)
-    with traced_on(self.mesh, self.rules):
-      logits, cache = apply(self.model, params, Transformer.prefill, prompts.tokens, prompts.lengths)
-    keys, remaining = prompts.keys, prompts.new - 1
-    first, done = self._choose(sampler, logits, prompts.lengths, remaining, keys)
-    return self._in_place(DecodeState(cache.grow(capacity), first, prompts.lengths, remaining, done, keys))
+  @program(static_argnames=("self", "capacity", "samples"))
+  def prefill(
+    self,
+    params: Params,
+    prompts: Prompts,
+    *,
+    sampler: Sampler,
+    capacity: int,
+    begun: Begun | None = None,
+    samples: int = 1,
+  ) -> DecodeState:
+    """Reads prompts into a cache of ``capacity`` slots a row, at least T, and draws the first token of each.
+
+    Args:
+      params: in the layer layout.
+      prompts: what to read.
+      sampler: how tokens are drawn.
+      capacity: cache slots a row.
+      begun: what need not be read again, if anything.
+      samples: how many rows continue each prompt, which is read once; see `Prompts.repeated`.
+    """
+    logits, cache = self._read(params, prompts, begun, capacity)
+    if samples > 1:
+      prompts = prompts.repeated(samples)
+      logits, cache = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (logits, cache))
+    return self._first(sampler, prompts, logits, cache, capacity + 1)
 
   @program(static_argnames="self", donate_argnames="state")
   def admit(
-    self, params: Params, state: DecodeState, slots: jax.Array, prompts: Prompts, *, sampler: Sampler
-  ) -> tuple[DecodeState, jax.Array]:
+    self,
+    params: Params,
+    state: DecodeState,
+    slots: jax.Array,
+    prompts: Prompts,
+    *,
+    sampler: Sampler,
+    begun: Begun | None = None,
+  ) -> tuple[DecodeState, Drawn]:
     """`prefill` of rows and their `insert` at int32 ``slots [rows]``, in one program.
 
     Returns:
-      The batch, and the rows' first tokens ``[rows]``.
+      The batch, and the rows' first tokens ``[rows, 1]``.
     """
-    rows = self.prefill(params, prompts, sampler=sampler, capacity=prompts.tokens.shape[1])
-    return self._in_place(insert(state, rows, slots)), rows.tokens
+    capacity = prompts.tokens.shape[1] if begun is None else state.cache.capacity
+    logits, cache = self._read(params, prompts, begun, capacity)
+    rows = self._first(sampler, prompts, logits, cache, state.cache.capacity + 1)
+    return self._in_place(insert(state, rows, slots)), newest(rows.tokens, rows.log_probs, sampler)
+
+  def _read(self, params: Params, prompts: Prompts, begun: Begun | None, capacity: int) -> tuple[jax.Array, Cache]:
+    """Logits ``[B, V]`` after prompts, and their cache of ``capacity`` slots."""
+    _LOG.info("compiling prefill of %s × %s tokens into %s slots", *prompts.tokens.shape, capacity)
+    with traced_on(self.mesh, self.rules):
+      if begun is not None:
+        return self._read_on(params, prompts, begun, capacity)
+      logits, cache = apply(self.model, params, Transformer.prefill, prompts.tokens, prompts.lengths)
+      return logits, cache.grow(capacity)
+
+  def _first(self, sampler: Sampler, prompts: Prompts, logits: jax.Array, cache: Cache, room: int) -> DecodeState:
+    """The state after the first token of each row; rules that keep a row's tokens have room for so many."""
+    rows, lengths = prompts.tokens.shape[0], jnp.asarray(prompts.lengths)
+    start = Start(jnp.asarray(prompts.tokens), lengths, room, self.model.config.vocab_size)
+    state = DecodeState(
+      cache,
+      jnp.zeros(rows, jnp.int32),
+      lengths,
+      prompts.new - 1,
+      jnp.zeros(rows, bool),
+      prompts.keys,
+      jnp.zeros(rows, jnp.float32),
+      sampler.begin(start),
+    )
+    return self._in_place(self.drawn(sampler, logits, state))
+
+  def _read_on(self, params: Params, prompts: Prompts, begun: Begun, capacity: int) -> tuple[jax.Array, Cache]:
+    """What `Transformer.prefill` gives, of prompts whose beginnings are cached; the cache has ``capacity`` slots."""
+    rows = prompts.tokens.shape[0]
+    cache = jax.tree.map(lambda x: jnp.broadcast_to(x[:, :, :capacity], (rows, *x[0, :, :capacity].shape)), begun.cache)
+    places = begun.shared[:, None] + jnp.arange(begun.rest)[None]
+    tokens = jnp.take_along_axis(prompts.tokens, places, axis=1, mode="clip")
+    sight = ops.Rows(jnp.asarray(prompts.lengths), offset=jnp.asarray(begun.shared))
+    hidden, cache = apply(self.model, params, Transformer.extend, tokens, cache.grow(capacity), sight)
+    last = jnp.take_along_axis(hidden, (prompts.lengths - begun.shared - 1)[:, None, None], axis=1)
+    return apply(self.model, params, Transformer.logits, last)[:, 0], cache
 
   @program(static_argnames=("self", "width"), donate_argnames="state")
   def decode(
@@ -183,56 +291,80 @@ class Engine:
     steps: jax.Array | int,
     width: int,
     enough: jax.Array | int | None = None,
-  ) -> tuple[DecodeState, jax.Array]:
+  ) -> tuple[DecodeState, Drawn]:
     """Generates further tokens, stopping early when enough rows have ended.
 
     Args:
       params: in the layer layout.
       state: donated; the cache needs room for the tokens of rows that have not ended.
-      sampler: how tokens are drawn.
+      sampler: how tokens are drawn; that of `prefill`.
       steps: most tokens a row; any number up to ``width`` is the same program.
       width: columns of what is returned.
       enough: how many ended rows are enough to stop; all of them when None.
 
     Returns:
-      The state, and int32 ``[B, width]`` tokens, -1 after a row's end and from ``steps`` on.
+      The state, and what was drawn, ``width`` columns: nothing after a row's end and from ``steps`` on.
     """
     rows = state.tokens.shape[0]
     _LOG.info("compiling up to %s decode steps of %s rows, %s slots each", width, rows, state.cache.capacity)
     enough = rows if enough is None else enough
 
-    def unfinished(carry: tuple[jax.Array, DecodeState, jax.Array]) -> jax.Array:
+    def unfinished(carry: tuple[jax.Array, DecodeState, Drawn]) -> jax.Array:
       step, state, _ = carry
       return (step < steps) & (state.done.sum() < enough)
 
-    def one(carry: tuple[jax.Array, DecodeState, jax.Array]) -> tuple[jax.Array, DecodeState, jax.Array]:
+    def one(carry: tuple[jax.Array, DecodeState, Drawn]) -> tuple[jax.Array, DecodeState, Drawn]:
       step, state, out = carry
       logits, cache = apply(self.model, params, Transformer.step, state.tokens, state.cache, state.positions)
       # A row that has ended stays where it is: it rewrites one slot of its own, and its tokens are not recorded.
       stay = lambda old, new: jnp.where(state.done, old, new)
-      positions = stay(state.positions, state.positions + 1)
-      remaining = stay(state.remaining, state.remaining - 1)
-      tokens, ends = self._choose(sampler, logits, positions, remaining, state.keys)
-      out = out.at[:, step].set(stay(jnp.full_like(tokens, -1), tokens))
-      tokens = stay(state.tokens, tokens)
-      return step + 1, DecodeState(cache, tokens, positions, remaining, state.done | ends, state.keys), out
+      moved = dataclasses.replace(
+        state,
+        cache=cache,
+        positions=stay(state.positions, state.positions + 1),
+        remaining=stay(state.remaining, state.remaining - 1),
+      )
+      new = self.drawn(sampler, logits, moved)
+      record = lambda to, newest, nothing: to.at[:, step].set(jnp.where(state.done, nothing, newest))
+      log_probs = None if out.log_probs is None else record(out.log_probs, new.log_probs, jnp.float32(0))
+      return step + 1, new, Drawn(record(out.tokens, new.tokens, jnp.int32(-1)), log_probs)
 
-    out = jnp.full((rows, width), -1, jnp.int32)
+    out = Drawn(
+      jnp.full((rows, width), -1, jnp.int32), jnp.zeros((rows, width), jnp.float32) if sampler.log_probs else None
+    )
     with traced_on(self.mesh, self.rules):
       _, state, out = jax.lax.while_loop(unfinished, one, (jnp.int32(0), state, out))
     return self._in_place(state), out
+
+  def is_end(self, tokens: jax.Array) -> jax.Array:
+    """Which tokens end a row, bool in their shape."""
+    return jnp.isin(tokens, jnp.asarray(self.model.config.eos_token_ids, jnp.int32))
+
+  def drawn(self, sampler: Sampler, logits: jax.Array, state: DecodeState) -> DecodeState:
+    """The state with each row's next token, of logits ``[B, V]`` at its positions; rows that have ended keep theirs."""
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.positions)
+    tokens = sampler(sampler.processed(logits, state.history), keys)
+    ended = self.is_end(tokens) | (state.remaining <= 0)
+    stay = lambda old, new: jnp.where(state.done, old, new)
+    log_probs = state.log_probs
+    if sampler.log_probs:
+      log_probs = stay(log_probs, ops.token_log_likelihoods(logits, tokens))
+    return dataclasses.replace(
+      state,
+      tokens=stay(state.tokens, tokens),
+      done=state.done | ended,
+      log_probs=log_probs,
+      history=sampler.after(state.history, tokens),
+    )
 
   def _in_place(self, state: DecodeState) -> DecodeState:
     """The state where the mesh has it: it comes back as it was given, or the next call would compile again."""
     return state if self.mesh is None else jax.lax.with_sharding_constraint(state, self.shardings())
 
-  def _choose(
-    self, sampler: Sampler, logits: jax.Array, positions: jax.Array, remaining: jax.Array, keys: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
-    """The next token of each row, and whether it ends the row."""
-    tokens = sampler(logits, jax.vmap(jax.random.fold_in)(keys, positions))
-    ends = jnp.asarray(self.model.config.eos_token_ids, jnp.int32)
-    return tokens, (tokens[:, None] == ends[None, :]).any(axis=-1) | (remaining <= 0)
+
+def newest(tokens: Tree, log_probs: Tree, sampler: Sampler) -> Drawn:
+  """The newest token of each row, ``[B, 1]``, of a state's ``tokens`` and ``log_probs``."""
+  return Drawn(tokens[:, None], log_probs[:, None] if sampler.log_probs else None)
 
 
 @program(donate_argnames="state")
@@ -240,13 +372,16 @@ def insert(state: DecodeState, rows: DecodeState, slots: jax.Array) -> DecodeSta
   """Puts rows, prefilled into at most as many cache slots, at places int32 ``slots [rows]`` of a batch (donated)."""
 
   def put(into: jax.Array, new: jax.Array) -> jax.Array:
-    if new.ndim == 4:
-      # What the row before has left would be multiplied by zero, and it may have left NaN.
-      into = into.at[slots, :, new.shape[2] :].set(0, unique_indices=True)
-      return into.at[slots, :, : new.shape[2]].set(new, unique_indices=True)
     return into.at[slots].set(new, unique_indices=True)
 
-  return jax.tree.map(put, state, rows)
+  def put_slots(into: jax.Array, new: jax.Array) -> jax.Array:
+    # What the row before has left would be multiplied by zero, and it may have left NaN.
+    into = into.at[slots, :, new.shape[2] :].set(0, unique_indices=True)
+    return into.at[slots, :, : new.shape[2]].set(new, unique_indices=True)
+
+  names = {field.name for field in dataclasses.fields(state)} - {"cache"}
+  others = {name: jax.tree.map(put, getattr(state, name), getattr(rows, name)) for name in names}
+  return dataclasses.replace(state, cache=jax.tree.map(put_slots, state.cache, rows.cache), **others)
 
 
 @program(donate_argnames="state")

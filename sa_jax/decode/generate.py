@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
 from sa_jax.decode.batcher import Batcher
-from sa_jax.decode.engine import Engine, Prompts, capacity_for, check_seed, pad_to
+from sa_jax.decode.engine import DecodeState, Drawn, Engine, Prompts, capacity_for, check_seed, newest, pad_to
 from sa_jax.decode.padding import to_right_padded
+from sa_jax.decode.prefix import PromptCache
 from sa_jax.decode.sampling import Sampler
 from sa_jax.distributed import check_same_rows
 from sa_jax.errors import UserError
@@ -27,10 +30,20 @@ class Generated(NamedTuple):
   Attributes:
     tokens: int32 ``[B, max_new_tokens]``, padding after a row's end.
     lengths: int32 ``[B]``, new tokens of each row, its end token included.
+    log_probs: float32 ``[B, max_new_tokens]``, of each token by the model's own logits, zero after a row's end; None
+      unless ``Sampler(log_probs=True)`` asks for them.
   """
 
   tokens: np.ndarray
   lengths: np.ndarray
+  log_probs: np.ndarray | None = None
+
+  @classmethod
+  def of(cls, model: Transformer, drawn: Drawn) -> Generated:
+    """What was drawn, with the model's padding after each row's end."""
+    there = drawn.tokens >= 0
+    tokens = np.where(there, drawn.tokens, pad_token(model)).astype(np.int32)
+    return cls(tokens, there.sum(axis=1).astype(np.int32), drawn.log_probs)
 
 
 def generate(
@@ -42,6 +55,9 @@ def generate(
   temperature: float = 0.0,
   seed: int = 0,
   *,
+  sampler: Sampler | None = None,
+  samples: int = 1,
+  prefix: PromptCache | None = None,
   top_k: int | None = None,
   top_p: float | None = None,
   attention_mask: ArrayLike | None = None,
@@ -61,29 +77,32 @@ def generate(
     max_new_tokens: most tokens to add to a row.
     temperature: 0 takes the likeliest token; otherwise see `Sampler`.
     seed: of the samples.
+    sampler: how tokens are drawn, with all that a `Sampler` can say; instead of temperature, top_k and top_p.
+    samples: how many rows continue each prompt, which is read once. They follow one another in what is returned, as if
+      each row of ``tokens`` were repeated.
+    prefix: a beginning that has been read already; see `PromptCache`.
     top_k: see `Sampler`.
     top_p: see `Sampler`.
     attention_mask: ``[B, T]``, 1 at tokens and 0 at padding, in Hugging Face's manner; instead of ``lengths``.
     cache_length: slots a row of the cache; enough, rounded up, when None.
-    slots: rows in the batch at once; more prompts than that go through continuous batching (see `Batcher`).
+    slots: rows in the batch at once; more rows than that go through continuous batching (see `Batcher`).
 
   Raises:
     UserError: if a token is not in the vocabulary, a length does not fit, or the prompts and their continuations do
       not fit the cache.
   """
-  sampler = Sampler(temperature, top_k, top_p)
+  sampler = _one_sampler(sampler, temperature, top_k, top_p)
   tokens = np.asarray(tokens)
   if attention_mask is not None:
     if lengths is not None:
       raise UserError("give lengths or attention_mask, not both")
     tokens, lengths = to_right_padded(tokens, np.asarray(attention_mask))
-  if tokens.ndim == 2 and lengths is None:
-    lengths = np.full(tokens.shape[0], tokens.shape[1], np.int32)
-  lengths = np.asarray(lengths)
-  check_tokens(tokens, lengths, model.config.vocab_size)
+  prompts, lengths = checked_prompts(model, tokens, lengths)
   check_seed(seed)
-  if max_new_tokens < 1:
-    raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+  sampler.check(model.config.vocab_size)
+  for name, count in (("max_new_tokens", max_new_tokens), ("samples", samples)):
+    if count < 1:
+      raise UserError(f"{name} must be at least 1, not {count}")
   needed = _slots_for(int(lengths.max()), max_new_tokens)
   capacity = capacity_for(max(needed, tokens.shape[1])) if cache_length is None else cache_length
   if needed > capacity or tokens.shape[1] > capacity:
@@ -92,16 +111,48 @@ def generate(
       f"fit a cache of {capacity} slots; {max(needed, tokens.shape[1])} are needed"
     )
   check_same_rows(params, "prompts", tokens)
-  prompts = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
-  if len(prompts) > slots:
-    batcher = Batcher(model, params, slots=slots, capacity=capacity, sampler=sampler)
-    rows = _continuous(batcher, prompts, max_new_tokens, seed)
+  if len(prompts) * samples > slots:
+    batcher = Batcher(model, params, slots=slots, capacity=capacity, sampler=sampler, prefix=prefix)
+    drawn = _continuous(batcher, [row for row in prompts for _ in range(samples)], max_new_tokens, seed)
   else:
     length, new, numbers = pad_to(tokens.shape[1], capacity), [max_new_tokens] * len(prompts), range(len(prompts))
-    rows = _static(model, params, Prompts.of(prompts, length, new, seed, numbers), sampler, capacity)
+    batch = Prompts.of(prompts, length, new, seed, numbers)
+    layers = as_layers(params, model.plan)
+    begun = None if prefix is None else prefix.begun(batch)
+    engine = Engine.of(model, layers)
+    read = functools.partial(engine.prefill, layers, batch, capacity=capacity, begun=begun, samples=samples)
+    drawn = _static(engine, layers, read(sampler=sampler), sampler, max_new_tokens)
+  return Generated.of(model, drawn)
+
+
+def _one_sampler(sampler: Sampler | None, temperature: float, top_k: int | None, top_p: float | None) -> Sampler:
+  """The sampler, or one of what is given instead of it."""
+  if sampler is None:
+    return Sampler(temperature, top_k, top_p)
+  if temperature or top_k is not None or top_p is not None:
+    raise UserError("give a sampler, or temperature, top_k and top_p, not both")
+  return sampler
+
+
+def checked_prompts(
+  model: Transformer, tokens: np.ndarray, lengths: ArrayLike | None
+) -> tuple[list[np.ndarray], np.ndarray]:
+  """The rows of a right-padded batch, each without its padding, and their lengths.
+
+  Raises:
+    UserError: see `check_tokens`.
+  """
+  if tokens.ndim == 2 and lengths is None:
+    lengths = np.full(tokens.shape[0], tokens.shape[1], np.int32)
+  lengths = np.asarray(lengths)
+  check_tokens(tokens, lengths, model.config.vocab_size)
+  return [row[:length] for row, length in zip(tokens, lengths, strict=True)], lengths
+
+
+def pad_token(model: Transformer) -> int:
+  """What fills rows after their end: the config's padding, or else its end token, or 0."""
   config = model.config
-  pad = config.pad_token_id if config.pad_token_id is not None else (*config.eos_token_ids, 0)[0]
-  return Generated(np.where(rows < 0, pad, rows).astype(np.int32), (rows >= 0).sum(axis=1).astype(np.int32))
+  return config.pad_token_id if config.pad_token_id is not None else (*config.eos_token_ids, 0)[0]
 
 
 def stream(
@@ -112,6 +163,7 @@ def stream(
   temperature: float = 0.0,
   seed: int = 0,
   *,
+  sampler: Sampler | None = None,
   top_k: int | None = None,
   top_p: float | None = None,
   chunk: int = 8,
@@ -125,6 +177,7 @@ def stream(
     max_new_tokens: most tokens to add.
     temperature: 0 takes the likeliest token; otherwise see `Sampler`.
     seed: of the samples.
+    sampler: instead of temperature, top_k and top_p.
     top_k: see `Sampler`.
     top_p: see `Sampler`.
     chunk: tokens that the device generates between two yields.
@@ -134,8 +187,8 @@ def stream(
   """
   prompt = np.asarray(prompt)
   capacity = capacity_for(max(1, _slots_for(prompt.size, max_new_tokens)))
-  sampler = Sampler(temperature, top_k, top_p)
-  batcher = Batcher(model, params, slots=1, capacity=capacity, sampler=sampler, chunk=chunk)
+  chosen = _one_sampler(sampler, temperature, top_k, top_p)
+  batcher = Batcher(model, params, slots=1, capacity=capacity, sampler=chosen, chunk=chunk)
   request = batcher.submit(prompt, max_new_tokens, seed=seed)
   while batcher.busy:
     yield batcher.step()[id(request)]
@@ -146,22 +199,21 @@ def _slots_for(prompt: int, new: int) -> int:
   return prompt + new - 1
 
 
-def _static(model: Transformer, params: Params, prompts: Prompts, sampler: Sampler, capacity: int) -> np.ndarray:
-  """All rows in one batch; int32 ``[B, most new tokens]``, -1 after a row's end."""
-  layers, new = as_layers(params, model.plan), int(prompts.new.max())
-  engine = Engine.of(model, layers)
-  state = engine.prefill(layers, prompts, sampler=sampler, capacity=capacity)
-  width = pad_to(new - 1, capacity)
-  first = fetch(state.tokens)[:, None]  # the state is given away
+def _static(engine: Engine, layers: Params, state: DecodeState, sampler: Sampler, new: int) -> Drawn:
+  """All that rows generate whose first tokens have been drawn, at most so many tokens a row."""
+  width = pad_to(new - 1, state.cache.capacity)
+  first = newest(*fetch((state.tokens, state.log_probs)), sampler)  # the state is given away
   _, rest = engine.decode(layers, state, sampler=sampler, steps=np.int32(new - 1), width=width)
-  return np.concatenate([first, fetch(rest)[:, : new - 1]], axis=1)
+  return Drawn(*jax.tree.map(lambda one, more: np.concatenate([one, more[:, : new - 1]], axis=1), first, fetch(rest)))
 
 
-def _continuous(batcher: Batcher, prompts: Sequence[np.ndarray], max_new_tokens: int, seed: int) -> np.ndarray:
-  """More rows than slots: as `_static`, by continuous batching."""
+def _continuous(batcher: Batcher, prompts: Sequence[np.ndarray], max_new_tokens: int, seed: int) -> Drawn:
+  """More rows than slots: the same by continuous batching."""
   requests = [batcher.submit(row, max_new_tokens, seed=seed, row=number) for number, row in enumerate(prompts)]
   batcher.run()
   rows = np.full((len(prompts), max_new_tokens), -1, np.int32)
-  for row, request in zip(rows, requests, strict=True):
+  log_probs = np.zeros((len(prompts), max_new_tokens), np.float32)
+  for row, values, request in zip(rows, log_probs, requests, strict=True):
     row[: len(request.tokens)] = request.tokens
-  return rows
+    values[: len(request.log_probs)] = request.log_probs
+  return Drawn(rows, log_probs if batcher.sampler.log_probs else None)

@@ -8,16 +8,22 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from sa_jax.decode.processors import Processor, Start
 from sa_jax.errors import UserError
+from sa_jax.trees import Tree
 
 _COLDEST = 1e-6
 """Below it, logits over the temperature come near the largest float32."""
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["temperature", "top_p"], meta_fields=["top_k"])
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["temperature", "top_p", "min_p", "processors"],
+  meta_fields=["top_k", "log_probs"],
+)
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """How the next token is drawn. Filters apply in the order of Hugging Face: temperature, top-k, top-p.
+  """How the next token is drawn. The order is that of Hugging Face: processors, temperature, top-k, top-p, min-p.
 
   A value for `jax.jit` to take: one program serves all temperatures, and all p.
 
@@ -26,6 +32,10 @@ class Sampler:
     top_k: keep the k likeliest tokens; None keeps all.
     top_p: keep the fewest likeliest tokens whose probabilities reach p (Holtzman et al., arXiv 1904.09751); None keeps
       all.
+    min_p: keep the tokens that are at least this times as likely as the likeliest (arXiv 2407.01082); None keeps all.
+    processors: rules that change the logits first, one after the other (`Processor`): penalties, bans, grammars.
+    log_probs: whether to tell the log-probability of each token that is drawn, by the model's own logits, before any
+      rule.
 
   Raises:
     UserError: if a value is out of range.
@@ -34,21 +44,52 @@ class Sampler:
   temperature: float | None = None
   top_k: int | None = None
   top_p: float | None = None
+  min_p: float | None = None
+  processors: tuple[Processor, ...] = ()
+  log_probs: bool = False
 
   def __post_init__(self) -> None:
-    if not all(isinstance(value, int | float | None) for value in (self.temperature, self.top_p)):
+    if not all(isinstance(value, int | float | None) for value in (self.temperature, self.top_p, self.min_p)):
       return  # inside `jax.jit`, where the values that were checked outside are not known
     # One type, so that 1 and 1.0 are one program.
     object.__setattr__(self, "temperature", float(self.temperature) if self.temperature else None)
-    object.__setattr__(self, "top_p", None if self.top_p is None else float(self.top_p))
+    for name in ("top_p", "min_p"):
+      value = getattr(self, name)
+      object.__setattr__(self, name, None if value is None else float(value))
+    object.__setattr__(self, "processors", tuple(self.processors))
     if self.temperature is not None and not _COLDEST <= self.temperature < float("inf"):
       raise UserError(f"temperature must be 0 (greedy) or at least {_COLDEST}, not {self.temperature}")
     if self.top_k is not None and self.top_k < 1:
       raise UserError(f"top_k must be at least 1, not {self.top_k}")
     if self.top_p is not None and not 0 < self.top_p <= 1:
       raise UserError(f"top_p must be in (0, 1], not {self.top_p}")
-    if self.temperature is None and (self.top_k is not None or self.top_p is not None):
-      raise UserError("top_k and top_p choose among samples: set a temperature above 0, or leave them out")
+    if self.min_p is not None and not 0 <= self.min_p <= 1:
+      raise UserError(f"min_p must be in [0, 1], not {self.min_p}")
+    if self.temperature is None and any(value is not None for value in (self.top_k, self.top_p, self.min_p)):
+      raise UserError("top_k, top_p and min_p choose among samples: set a temperature above 0, or leave them out")
+
+  def check(self, vocab_size: int) -> None:
+    """Checks the rules against a vocabulary, outside `jax.jit`.
+
+    Raises:
+      UserError: if one does not fit it.
+    """
+    for processor in self.processors:
+      processor.check(vocab_size)
+
+  def begin(self, start: Start) -> tuple[Tree, ...]:
+    """The states of the rules before the first new token."""
+    return tuple(processor.begin(start) for processor in self.processors)
+
+  def processed(self, logits: jax.Array, history: tuple[Tree, ...]) -> jax.Array:
+    """Logits float32 ``[B, V]`` as the rules change them, in their states."""
+    for processor, state in zip(self.processors, history, strict=True):
+      logits = processor(logits, state)
+    return logits
+
+  def after(self, history: tuple[Tree, ...], tokens: jax.Array) -> tuple[Tree, ...]:
+    """The states of the rules after the rows' next tokens, int32 ``[B]``."""
+    return tuple(processor.after(state, tokens) for processor, state in zip(self.processors, history, strict=True))
 
   def filter(self, logits: jax.Array) -> jax.Array:
     """Scaled logits ``[B, V]``, with -inf at the tokens that are not kept."""
@@ -64,13 +105,21 @@ class Sampler:
       kept_sorted = (jnp.cumsum(probs, axis=-1) - probs < self.top_p) | (self.top_p >= 1)
       kept = jnp.put_along_axis(jnp.zeros_like(kept_sorted), order, kept_sorted, axis=-1, inplace=False)
       logits = jnp.where(kept, logits, -jnp.inf)
+    if self.min_p is not None:
+      logits = jnp.where(logits < logits.max(axis=-1, keepdims=True) + jnp.log(self.min_p), -jnp.inf, logits)
     return logits
+
+  def probabilities(self, logits: jax.Array) -> jax.Array:
+    """What tokens are drawn by: processed logits float32 ``[B, V]`` → probabilities, of one token if it is greedy."""
+    if self.temperature is None:
+      return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=logits.dtype)
+    return jax.nn.softmax(self.filter(logits), axis=-1)
 
   def __call__(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
     """Draws a token a row.
 
     Args:
-      logits: float32 ``[B, V]``.
+      logits: float32 ``[B, V]``, processed.
       keys: ``[B]`` PRNG keys, one a row, so that a row's tokens do not depend on what else is in the batch.
 
     Returns:

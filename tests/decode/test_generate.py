@@ -133,7 +133,7 @@ def test_loop_stops_when_every_row_has_ended(model, params, greedy):
   ending = Transformer(dataclasses.replace(model.config, eos_token_ids=(stop,)), model.plan)
   engine, prompts = Engine(ending), Prompts.of([np.array(PROMPTS[1][:2])], 4, [31], 0, [0])
   state = engine.prefill(params, prompts, sampler=Sampler(), capacity=40)
-  state, out = engine.decode(params, state, sampler=Sampler(), steps=30, width=30)
+  state, (out, _) = engine.decode(params, state, sampler=Sampler(), steps=30, width=30)
   assert state.done.tolist() == [True]
   assert out[0, :2].tolist() == greedy.tokens[1, 1:3].tolist()
   assert (out[0, 2:] == -1).all()

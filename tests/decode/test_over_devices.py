@@ -25,7 +25,7 @@ def test_decoding_over_heads(cache_dtype, tolerance):
   def run(params, mesh=None):
     engine = Engine(model, mesh)
     state = insert(engine.empty(3, 16), read, slots)
-    state, tokens = engine.decode(params, state, sampler=Sampler(), steps=6, width=6)
+    state, (tokens, _) = engine.decode(params, state, sampler=Sampler(), steps=6, width=6)
     return state.cache, tokens
 
   expected_cache, expected = run(params)

@@ -1,0 +1,68 @@
+"""A prompt that others begin with, read once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from sa_jax.decode.engine import Begun, Engine, Prompts, pad_to
+from sa_jax.errors import UserError
+from sa_jax.nn import Cache, Transformer
+from sa_jax.nn.transformer import check_tokens
+from sa_jax.nn.typed import apply
+from sa_jax.params import as_layers
+from sa_jax.programs import program
+from sa_jax.sharding import traced_on
+from sa_jax.trees import Params
+
+
+@program(static_argnames="engine")
+def _read(engine: Engine, params: Params, tokens: jax.Array) -> Cache:
+  with traced_on(engine.mesh, engine.rules):
+    return apply(engine.model, params, Transformer.prefill, tokens, jnp.full(1, tokens.shape[1], jnp.int32))[1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptCache:
+  """A beginning that has been read, for `sa_jax.generate` and `Batcher`: a system prompt, or a conversation so far.
+
+  Each prompt reuses as many tokens as it has in common with it, whatever they are, and reads the rest; none of them has
+  to begin with all of it.
+
+  Attributes:
+    tokens: int32 ``[P]``.
+    cache: of one row of these tokens, with the parameters that they were read with.
+  """
+
+  tokens: np.ndarray
+  cache: Cache
+
+  @classmethod
+  def read(cls, model: Transformer, params: Params, tokens: ArrayLike) -> PromptCache:
+    """Reads tokens, int ``[P]``; parameters in either layout, as `sa_jax.generate` takes them.
+
+    Raises:
+      UserError: if they are no tokens of the model, or its attention depends on a row's length, so that a beginning is
+        not the same in rows of several lengths.
+    """
+    row = np.asarray(tokens)[None]
+    check_tokens(row, None, model.config.vocab_size)
+    if any(rope is not None and rope.depends_on_length for _, rope in model.config.kinds):
+      raise UserError(
+        "the model's rotary embedding depends on a row's length, so that a cached beginning fits no longer row: "
+        "give whole prompts, without a prefix"
+      )
+    layers = as_layers(params, model.plan)
+    return cls(row[0].astype(np.int32), _read(Engine.of(model, layers), layers, row.astype(np.int32)))
+
+  def begun(self, prompts: Prompts) -> Begun:
+    """What of some prompts need not be read again; at least the last token of each is."""
+    tokens, lengths = np.asarray(prompts.tokens), np.asarray(prompts.lengths)
+    width = min(tokens.shape[1], len(self.tokens))
+    same = np.cumprod(tokens[:, :width] == self.tokens[:width], axis=1).sum(axis=1)
+    shared = np.minimum(same, lengths - 1).astype(np.int32)
+    return Begun(self.cache, shared, pad_to(int((lengths - shared).max()), tokens.shape[1]))

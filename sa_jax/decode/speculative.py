@@ -1,0 +1,388 @@
+"""Speculative decoding: a cheap draft proposes tokens; the model reads them all at once and keeps what it agrees to.
+
+The draft may be the model's own arrays, under a plan with more followers or with its first layers alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from numpy.typing import ArrayLike
+
+from sa_jax import ops
+from sa_jax.decode.engine import DecodeState, Drawn, Engine, Prompts, capacity_for, newest, pad_to
+from sa_jax.decode.generate import Generated, checked_prompts
+from sa_jax.decode.sampling import Sampler
+from sa_jax.decode.settings import Settings
+from sa_jax.errors import UserError
+from sa_jax.nn import Cache, Transformer
+from sa_jax.nn.typed import apply
+from sa_jax.params import as_layers, prune
+from sa_jax.plan import SharingPlan
+from sa_jax.programs import fetch, program
+from sa_jax.sharding import cache_shardings, traced_on
+from sa_jax.trees import Params, Tree
+
+_LOG = logging.getLogger("sa_jax")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Draft:
+  """What proposes tokens: any model of the same vocabulary.
+
+  Attributes:
+    model: how it is computed.
+    params: its own, in the layer layout; they may be arrays of the model that it proposes to.
+    ahead: how many tokens it proposes at a time.
+    is_beginning: whether it is the first layers of the model that it proposes to, so that one cache serves both.
+  """
+
+  model: Transformer
+  params: Params
+  ahead: int = 4
+  is_beginning: bool = False
+
+  def __post_init__(self) -> None:
+    if self.ahead < 1:
+      raise UserError(f"ahead must be at least 1, not {self.ahead}")
+
+  @classmethod
+  def sharing(cls, model: Transformer, params: Params, plan: SharingPlan | str, ahead: int = 4) -> Draft:
+    """The model itself under a plan with more followers, out of the same arrays.
+
+    Raises:
+      UserError: if the model has no weights for an anchor of the plan.
+    """
+    if isinstance(plan, str):
+      plan = SharingPlan.parse(plan, model.config.num_layers)
+    return cls(model.clone(plan=plan), prune(as_layers(params, model.plan), plan), ahead)
+
+  @classmethod
+  def early_exit(cls, model: Transformer, params: Params, layers: int, ahead: int = 4) -> Draft:
+    """The model's first layers with its last norm and head, out of the same arrays.
+
+    Raises:
+      UserError: if there are not more layers than that.
+    """
+    if not 0 < layers < model.plan.num_layers:
+      raise UserError(f"an early exit is after 1 to {model.plan.num_layers - 1} layers, not {layers}")
+    whole = as_layers(params, model.plan)
+    own = {name: value for name, value in whole["layers"].items() if int(name) < layers}
+    config = dataclasses.replace(
+      model.config, num_layers=layers, local_layers=tuple(each for each in model.config.local_layers if each < layers)
+    )
+    maps = model.plan.head_map
+    plan = SharingPlan(model.plan.source[:layers], None if maps is None else maps[:layers])
+    return cls(model.clone(config=config, plan=plan), {**whole, "layers": own}, ahead, is_beginning=True)
+
+
+@struct.dataclass
+class SpeculativeState:
+  """A batch in the middle of speculative generation.
+
+  Attributes:
+    rows: of the model.
+    cache: the draft's, of everything before the two newest tokens; None where the model's serves both.
+    before: int32 ``[B]``, the token before the newest.
+    rounds: int32 ``[B]``, how often the model has read proposals.
+  """
+
+  rows: DecodeState
+  cache: Cache | None
+  before: jax.Array
+  rounds: jax.Array
+
+
+class _Proposed(NamedTuple):
+  """Tokens ``[B, k]``; what they were drawn by, ``[B, k, V]``; states of the rules before each and after the last."""
+
+  tokens: jax.Array
+  probabilities: jax.Array
+  histories: list[tuple[Tree, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeculativeEngine:
+  """An `Engine` whose rows advance by several tokens a step of the model; ``params`` are the model's and the draft's.
+
+  Attributes:
+    engine: the model.
+    draft: what proposes, where the model is.
+    ahead: see `Draft`.
+    is_beginning: see `Draft`.
+  """
+
+  engine: Engine
+  draft: Engine
+  ahead: int
+  is_beginning: bool = False
+
+  @classmethod
+  def of(cls, model: Transformer, params: Params, draft: Draft) -> SpeculativeEngine:
+    """The engine of a model and its draft where the model's parameters are.
+
+    Raises:
+      UserError: if they are of different vocabularies.
+    """
+    sizes = model.config.vocab_size, draft.model.config.vocab_size
+    if sizes[0] != sizes[1]:
+      raise UserError(f"a draft has its model's vocabulary: the model has {sizes[0]} tokens, the draft {sizes[1]}")
+    engine = Engine.of(model, params)
+    return cls(engine, dataclasses.replace(engine, model=draft.model), draft.ahead, draft.is_beginning)
+
+  @program(static_argnames=("self", "capacity"))
+  def prefill(
+    self, params: tuple[Params, Params], prompts: Prompts, *, sampler: Sampler, capacity: int
+  ) -> SpeculativeState:
+    """Reads prompts and draws the first token of each; as `Engine.prefill`, with room for what is proposed."""
+    rows = self.engine.prefill(params[0], prompts, sampler=sampler, capacity=capacity)
+    cache = None
+    if not self.is_beginning:
+      with traced_on(self.draft.mesh, self.draft.rules):
+        _, cache = apply(self.draft.model, params[1], Transformer.prefill, prompts.tokens, prompts.lengths)
+      cache = cache.grow(capacity)
+    last = jnp.take_along_axis(jnp.asarray(prompts.tokens), (prompts.lengths - 1)[:, None], axis=1)[:, 0]
+    return self._in_place(SpeculativeState(rows, cache, last, jnp.zeros_like(last)))
+
+  @program(static_argnames=("self", "width"), donate_argnames="state")
+  def decode(
+    self,
+    params: tuple[Params, Params],
+    state: SpeculativeState,
+    *,
+    sampler: Sampler,
+    width: int,
+    rounds: jax.Array | int | None = None,
+  ) -> tuple[SpeculativeState, Drawn]:
+    """Generates until all rows have ended, or for so many rounds.
+
+    Args:
+      params: the model's and the draft's, in the layer layout.
+      state: donated; the cache needs room for the tokens of rows that have not ended, and ``ahead`` more.
+      sampler: how tokens are drawn; that of `prefill`.
+      width: columns of what is returned: at least ``ahead + 1`` a round, or as many as rows may still add.
+      rounds: most rounds; no limit when None.
+
+    Returns:
+      The state, and what was drawn: each row's tokens at its beginning.
+    """
+    batch = state.before.shape[0]
+    _LOG.info("compiling speculative steps of %s rows, %s tokens ahead", batch, self.ahead)
+    Carry = tuple[jax.Array, SpeculativeState, jax.Array, Drawn]
+
+    def unfinished(carry: Carry) -> jax.Array:
+      return ~carry[1].rows.done.all() & (True if rounds is None else carry[0] < rounds)
+
+    def one(carry: Carry) -> Carry:
+      number, state, written, out = carry
+      state, new = self._round(params, state, sampler)
+      columns = written[:, None] + jnp.arange(self.ahead + 1)[None]
+      columns = jnp.where(new.tokens < 0, width, columns)  # past the end, where nothing is written
+      write = lambda to, x: to.at[jnp.arange(batch)[:, None], columns].set(x, mode="drop")
+      return number + 1, state, written + (new.tokens >= 0).sum(axis=1), jax.tree.map(write, out, new)
+
+    empty = Drawn(
+      jnp.full((batch, width), -1, jnp.int32), jnp.zeros((batch, width), jnp.float32) if sampler.log_probs else None
+    )
+    with traced_on(self.engine.mesh, self.engine.rules):
+      start = (jnp.int32(0), state, jnp.zeros(batch, jnp.int32), empty)
+      _, state, _, out = jax.lax.while_loop(unfinished, one, start)
+    return self._in_place(state), out
+
+  def _round(
+    self, params: tuple[Params, Params], state: SpeculativeState, sampler: Sampler
+  ) -> tuple[SpeculativeState, Drawn]:
+    """Proposes, reads, and keeps; the tokens kept ``[B, ahead + 1]``, each row's at its beginning."""
+    rows = state.rows
+    keys = jax.vmap(lambda key, at: jax.random.split(jax.random.fold_in(key, at), self.ahead + 1))(
+      rows.keys, rows.positions
+    )
+    proposed, state = self._propose(params[1], state, sampler, keys[:, :-1])
+    read = jnp.concatenate([rows.tokens[:, None], proposed.tokens], axis=1)
+    sight = ops.Rows(rows.positions + self.ahead + 1, offset=rows.positions)
+    hidden, cache = apply(self.engine.model, params[0], Transformer.extend, read, state.rows.cache, sight)
+    logits = apply(self.engine.model, params[0], Transformer.logits, hidden)
+    ruled = [sampler.processed(logits[:, at], history) for at, history in enumerate(proposed.histories)]
+    wanted = sampler.probabilities(jnp.concatenate(ruled)).reshape(len(ruled), *ruled[0].shape)
+    agreed, own = accept(jnp.moveaxis(wanted, 0, 1), proposed.probabilities, proposed.tokens, keys[:, -1])
+    places = jnp.arange(self.ahead + 1)[None]
+    tokens = jnp.where(places < agreed[:, None], jnp.pad(proposed.tokens, ((0, 0), (0, 1))), own[:, None])
+    ends = self.engine.is_end(tokens)
+    ended_before = jnp.cumsum(ends, axis=1) > ends.astype(jnp.int32)
+    kept = (places <= agreed[:, None]) & ~ended_before & (places < rows.remaining[:, None]) & ~rows.done[:, None]
+    told = jnp.where(kept, ops.token_log_likelihoods(logits, tokens), 0.0) if sampler.log_probs else None
+    new = Drawn(jnp.where(kept, tokens, -1), told)
+    read_on = dataclasses.replace(state, rows=dataclasses.replace(rows, cache=cache))
+    return self._advanced(read_on, proposed.histories, new, (ends & kept).any(axis=1), sampler), new
+
+  def _propose(
+    self, params: Params, state: SpeculativeState, sampler: Sampler, keys: jax.Array
+  ) -> tuple[_Proposed, SpeculativeState]:
+    """The draft's next tokens, drawn with keys ``[B, k]``, and the state with what it has cached of them."""
+    rows, model = state.rows, self.draft.model
+    if state.cache is None:
+      cache = Cache(rows.cache.layers[: model.plan.num_layers])
+      logits, cache = apply(model, params, Transformer.step, rows.tokens, cache, rows.positions)
+    else:
+      # The draft may not have read the token before: it was its own last proposal.
+      pair = jnp.stack([state.before, rows.tokens], axis=1)
+      sight = ops.Rows(rows.positions + 1, offset=rows.positions - 1)
+      hidden, cache = apply(model, params, Transformer.extend, pair, state.cache, sight)
+      logits = apply(model, params, Transformer.logits, hidden[:, 1:])[:, 0]
+
+    def draw(logits: jax.Array, history: tuple[Tree, ...], keys: jax.Array) -> tuple[jax.Array, jax.Array, Tree]:
+      logits = sampler.processed(logits, history)
+      tokens = sampler(logits, keys)
+      return tokens, sampler.probabilities(logits), sampler.after(history, tokens)
+
+    def further(carry: Tree, number_and_keys: tuple[jax.Array, jax.Array]) -> tuple[Tree, Tree]:
+      (tokens, cache, history), (number, keys) = carry, number_and_keys
+      logits, cache = apply(model, params, Transformer.step, tokens, cache, rows.positions + number)
+      tokens, probabilities, history = draw(logits, history, keys)
+      return (tokens, cache, history), (tokens, probabilities, history)
+
+    first = draw(logits, rows.history, keys[:, 0])
+    numbers = jnp.arange(1, self.ahead)
+    (_, cache, _), others = jax.lax.scan(
+      further, (first[0], cache, first[2]), (numbers, jnp.moveaxis(keys[:, 1:], 1, 0))
+    )
+    tokens, probabilities, histories = jax.tree.map(lambda one, more: jnp.concatenate([one[None], more]), first, others)
+    if state.cache is None:
+      whole = Cache((*cache.layers, *rows.cache.layers[model.plan.num_layers :]))
+      state = dataclasses.replace(state, rows=dataclasses.replace(rows, cache=whole))
+    else:
+      state = dataclasses.replace(state, cache=cache)
+    at = lambda number: jax.tree.map(lambda x: x[number], histories)
+    after = [at(number) for number in range(self.ahead)]
+    return _Proposed(jnp.moveaxis(tokens, 0, 1), jnp.moveaxis(probabilities, 0, 1), [rows.history, *after]), state
+
+  def _advanced(
+    self,
+    state: SpeculativeState,
+    histories: list[tuple[Tree, ...]],
+    new: Drawn,
+    ended: jax.Array,
+    sampler: Sampler,
+  ) -> SpeculativeState:
+    """The state after the tokens that a round has kept, and the states of the rules among its proposals."""
+    rows, batch = state.rows, jnp.arange(state.before.shape[0])
+    count = (new.tokens >= 0).sum(axis=1, dtype=jnp.int32)
+    last = jnp.maximum(count - 1, 0)
+    tokens = jnp.where(count > 0, new.tokens[batch, last], rows.tokens)
+    before = jnp.where(count > 0, rows.tokens, state.before)
+    before = jnp.where(count > 1, new.tokens[batch, jnp.maximum(count - 2, 0)], before)
+    history = jax.tree.map(lambda *each: jnp.stack(each)[last, batch], *histories)
+    remaining = rows.remaining - count
+    rows = dataclasses.replace(
+      rows,
+      tokens=tokens,
+      positions=rows.positions + count,
+      remaining=remaining,
+      done=rows.done | ended | (remaining <= 0),
+      log_probs=rows.log_probs if new.log_probs is None else new.log_probs[batch, last],
+      history=sampler.after(history, tokens),
+    )
+    return SpeculativeState(rows, state.cache, before, state.rounds + (count > 0).astype(jnp.int32))
+
+  def _in_place(self, state: SpeculativeState) -> SpeculativeState:
+    """The state where the mesh has it; see `Engine`."""
+    mesh, rules = self.engine.mesh, self.engine.rules
+    if mesh is None:
+      return state
+    rows = self.engine.shardings()
+    cache = None if state.cache is None else cache_shardings(self.draft.model, mesh, rules)
+    return jax.lax.with_sharding_constraint(state, SpeculativeState(rows, cache, rows.tokens, rows.tokens))
+
+
+def accept(wanted: jax.Array, proposed: jax.Array, tokens: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """How many proposals to keep, so that all tokens are drawn as the model draws them (Leviathan, arXiv 2211.17192).
+
+  A proposal is kept with the probability ``min(1, wanted / proposed)`` of its token. After the last one that is kept
+  comes a token of the model's own: drawn by what is wanted more than it was proposed, or, if all are kept, by what is
+  wanted.
+
+  Args:
+    wanted: float32 ``[B, k + 1, V]``, probabilities of the model at each proposal and after the last.
+    proposed: float32 ``[B, k, V]``, what the proposals were drawn by.
+    tokens: int32 ``[B, k]``, the proposals.
+    keys: ``[B]``.
+
+  Returns:
+    int32 ``[B]``, how many are kept, and ``[B]``, the token after them.
+  """
+  of_tokens = lambda each: jnp.take_along_axis(each, tokens[:, :, None], axis=2)[:, :, 0]
+  draws = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), tokens.shape[1:]))(keys)
+  agrees = draws * of_tokens(proposed) < of_tokens(wanted[:, :-1])
+  kept = jnp.cumprod(agrees.astype(jnp.int32), axis=1).sum(axis=1)
+  there = lambda each: jnp.take_along_axis(each, kept[:, None, None], axis=1)[:, 0]
+  whole = there(wanted)
+  left = jnp.maximum(whole - there(jnp.pad(proposed, ((0, 0), (0, 1), (0, 0)))), 0.0)
+  # Nothing may be left where the two differ by rounding alone.
+  left = jnp.where(left.sum(axis=-1, keepdims=True) > 0, left, whole)
+  own = jax.vmap(lambda key, each: jax.random.categorical(jax.random.fold_in(key, 1), jnp.log(each)))(keys, left)
+  return kept, own.astype(jnp.int32)
+
+
+class Speculated(NamedTuple):
+  """What `speculate` returns.
+
+  Attributes:
+    tokens: int32 ``[B, max_new_tokens]``, padding after a row's end.
+    lengths: int32 ``[B]``, new tokens of each row, its end token included.
+    log_probs: as in `sa_jax.decode.Generated`.
+    rounds: int32 ``[B]``, how often the model has read proposals; all tokens but the first came of them.
+  """
+
+  tokens: np.ndarray
+  lengths: np.ndarray
+  log_probs: np.ndarray | None
+  rounds: np.ndarray
+
+
+def speculate(
+  model: Transformer,
+  params: Params,
+  draft: Draft,
+  tokens: ArrayLike,
+  lengths: ArrayLike | None = None,
+  how: Settings = Settings(),
+) -> Speculated:
+  """Continues prompts as `sa_jax.generate` does, several tokens a step of the model.
+
+  Greedy tokens are those of `sa_jax.generate`, but for rounding: products of several tokens may be summed in another
+  order than those of one, which tells where two tokens are about equally likely. Samples are drawn by the same
+  distribution; they are other samples.
+
+  Args:
+    model: what decides.
+    params: in the layer layout; the run layout takes a second copy of the weights.
+    draft: what proposes.
+    tokens: int ``[B, T]``, right-padded.
+    lengths: int ``[B]``; None when rows are full.
+    how: how many tokens, and how they are drawn.
+
+  Raises:
+    UserError: as `sa_jax.generate`.
+  """
+  prompts, counts = checked_prompts(model, np.asarray(tokens), lengths)
+  how.check(model.config.vocab_size)
+  layers = as_layers(params, model.plan)
+  engine = SpeculativeEngine.of(model, layers, draft)
+  capacity = capacity_for(int(counts.max()) + how.max_new_tokens + draft.ahead)
+  new = [how.max_new_tokens] * len(prompts)
+  batch = Prompts.of(prompts, pad_to(int(counts.max()), capacity), new, how.seed, range(len(prompts)))
+  both = layers, draft.params
+  state = engine.prefill(both, batch, sampler=how.sampler, capacity=capacity)
+  first = newest(*fetch((state.rows.tokens, state.rows.log_probs)), how.sampler)  # the state is given away
+  state, rest = engine.decode(both, state, sampler=how.sampler, width=pad_to(how.max_new_tokens, capacity))
+  rest, rounds = fetch((rest, state.rounds))
+  join = lambda one, more: np.concatenate([one, more], axis=1)[:, : how.max_new_tokens]
+  drawn = Drawn(*jax.tree.map(join, first, rest))
+  out = Generated.of(model, drawn)
+  return Speculated(*out, rounds)

@@ -1,0 +1,126 @@
+"""Text in, text out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from sa_jax.decode.batcher import Batcher, Request
+from sa_jax.decode.detokenizer import Detokenizer
+from sa_jax.decode.engine import capacity_for
+from sa_jax.decode.settings import TextSettings
+from sa_jax.nn import Transformer
+from sa_jax.trees import Params
+
+if TYPE_CHECKING:
+  from sa_jax.formats.tokenizer import Tokenizer
+
+
+class Text(NamedTuple):
+  """What continues a prompt.
+
+  Attributes:
+    text: before the stop, without special tokens.
+    tokens: up to the one with which the stop is complete, or the end token, or the last.
+    stop: which stop has come, or None.
+    log_probs: of the tokens, where the sampler tells them; otherwise empty.
+  """
+
+  text: str
+  tokens: list[int]
+  stop: str | None
+  log_probs: list[float]
+
+
+Prompt = str | Sequence[int]
+"""A text, which is encoded as the tokenizer does by itself, or tokens."""
+
+
+def stream_text(
+  model: Transformer, params: Params, tokenizer: Tokenizer, prompt: Prompt, how: TextSettings = TextSettings()
+) -> Iterator[str]:
+  """Continues a prompt, and yields its text as it comes: joined, that of `continue_texts` for it alone.
+
+  Args:
+    model: from `sa_jax.from_pretrained`.
+    params: in the layer layout; the run layout takes a second copy of the weights.
+    tokenizer: from `sa_jax.load_tokenizer`.
+    prompt: a text or tokens.
+    how: how to continue it.
+
+  Raises:
+    UserError: as `sa_jax.generate`.
+  """
+  work = _Work(model, params, tokenizer, [prompt], dataclasses.replace(how, slots=1))
+  (detokenizer,) = work.detokenizers
+  for _ in work:
+    if work.new[0]:
+      yield work.new[0]
+    if detokenizer.stopped is not None:
+      return
+  if rest := detokenizer.finish():
+    yield rest
+
+
+def continue_texts(
+  model: Transformer,
+  params: Params,
+  tokenizer: Tokenizer,
+  prompts: Sequence[Prompt],
+  how: TextSettings = TextSettings(),
+) -> list[Text]:
+  """Continues prompts; arguments as in `stream_text`. A text that has stopped makes room for the next prompt."""
+  work = _Work(model, params, tokenizer, prompts, how)
+  texts = [""] * len(prompts)
+  for _ in work:
+    texts = [text + new for text, new in zip(texts, work.new, strict=True)]
+  return [
+    Text(text + each.finish(), request.tokens, each.stopped, request.log_probs)
+    for text, each, request in zip(texts, work.detokenizers, work.requests, strict=True)
+  ]
+
+
+class _Work:
+  """Prompts on their way through a batch. Iterating decodes chunk after chunk; ``new`` has the text of each."""
+
+  def __init__(
+    self, model: Transformer, params: Params, tokenizer: Tokenizer, prompts: Sequence[Prompt], how: TextSettings
+  ):
+    encoded = [tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    longest = max(map(len, encoded), default=1)
+    self._batcher = Batcher(
+      model,
+      params,
+      slots=max(1, min(how.slots, len(encoded))),
+      capacity=capacity_for(max(1, longest + how.max_new_tokens - 1)),
+      sampler=how.sampler,
+      chunk=how.chunk,
+    )
+    self.requests: list[Request] = [
+      self._batcher.submit(np.asarray(row), how.max_new_tokens, seed=how.seed, row=number)
+      for number, row in enumerate(encoded)
+    ]
+    self.detokenizers = [Detokenizer(tokenizer, how.stops) for _ in encoded]
+    self.new = [""] * len(encoded)
+
+  def __iter__(self) -> Iterator[None]:
+    while self._batcher.busy:
+      news = self._batcher.step()
+      self.new = [self._read(number, news.get(id(request), [])) for number, request in enumerate(self.requests)]
+      yield
+
+  def _read(self, number: int, tokens: Sequence[int]) -> str:
+    """A request's new text; one that stops is cancelled, and has no tokens after its stop."""
+    request, detokenizer = self.requests[number], self.detokenizers[number]
+    said = ""
+    for at, token in enumerate(tokens):
+      said += detokenizer.push([token])
+      if detokenizer.stopped is not None:
+        kept = len(request.tokens) - len(tokens) + at + 1
+        del request.tokens[kept:], request.log_probs[kept:]
+        self._batcher.cancel(request)
+        break
+    return said
