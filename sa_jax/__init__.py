@@ -3,6 +3,10 @@
 Liao & Vargas, "Beyond KV Caching: Shared Attention for Efficient LLMs", arXiv 2407.12866.
 """
 
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from sa_jax import nn, ops
 from sa_jax.config import ModelConfig
 from sa_jax.costs import Cost, cost
@@ -14,7 +18,25 @@ from sa_jax.nn import Transformer
 from sa_jax.params import prune, stack, stack_unpruned, unstack
 from sa_jax.plan import SharingPlan
 
+if TYPE_CHECKING:
+  from sa_jax import analysis as analysis
+  from sa_jax import train as train
+
 __version__ = "0.1.0"
+
+_LATER = ("analysis", "train")
+"""Modules that are attributes from the start, and loaded when they are first asked for."""
+
+
+def __getattr__(name: str) -> ModuleType:
+  if name not in _LATER:
+    raise AttributeError(f"module 'sa_jax' has no attribute {name!r}")
+  return importlib.import_module(f"sa_jax.{name}")
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *_LATER})
+
 
 __all__ = [
   # What a model is, and which layers share.

@@ -19,6 +19,7 @@ from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
 from sa_jax.mesh import make_mesh as make_mesh  # what the rules are for
 from sa_jax.nn import Cache, Transformer
+from sa_jax.nn.axes import bare
 from sa_jax.plan import SharingPlan
 from sa_jax.trees import Params, Tree
 
@@ -282,7 +283,7 @@ def tree_shardings(boxed: Tree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Tre
       errors.append(f"{name}: shape {list(leaf.shape)} is not divisible by {spec} on {dict(mesh.shape)}")
     return made
 
-  shardings = jax.tree_util.tree_map_with_path(sharding, nn.unbox(boxed), nn.get_partition_spec(boxed))
+  shardings = jax.tree_util.tree_map_with_path(sharding, bare(boxed), nn.get_partition_spec(boxed))
   if errors:
     raise UserError("the parameters do not fit the mesh:\n  " + "\n  ".join(errors))
   return shardings
@@ -301,4 +302,4 @@ def abstract_params(model: Transformer, *, layout: str = "runs", boxed: bool = F
     return model.init(key, jnp.zeros((1, 1), jnp.int32), method=Transformer.init_layers if layout == "layers" else None)
 
   tree = jax.eval_shape(init, jax.random.key(0))["params"]
-  return tree if boxed else nn.unbox(tree)
+  return tree if boxed else bare(tree)

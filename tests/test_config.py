@@ -229,7 +229,7 @@ class TestModelConfig:
       "vocab_size=0 (a positive integer is needed)",
       "mlp_dim=1.5 (a positive integer is needed)",
       "norm_eps=0.0 (a positive number is needed)",
-      "attention='fast' (one of auto, cudnn, flash, splash, blockwise, reference is needed)",
+      "attention='fast' (one of auto, cudnn, flash, splash, blockwise, reference, chunked is needed)",
       "remat='some' (one of none, full, attention, dots is needed)",
     ):
       assert message in str(caught.value)

@@ -54,7 +54,7 @@ def test_every_public_name_is_documented(module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["docs/quick-start.md", "docs/how-to/blocks.md"])
+@pytest.mark.parametrize("page", ["docs/quick-start.md", "docs/how-to/composing.md"])
 @pytest.mark.real_model
 def test_examples_print_what_the_page_says(page, smollm2):
   assert pages.failures(ROOT / page) == ""

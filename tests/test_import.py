@@ -18,6 +18,11 @@ HEAVY = (
   "hypothesis",
   "grain",
   "tensorboardX",
+  "lm_eval",
+  "datasets",
+  "wandb",
+  "sa_jax.train",
+  "sa_jax.analysis",
 )
 
 
@@ -27,6 +32,21 @@ def test_importing_loads_nothing_heavy():
   loaded = set(json.loads(done.stdout))
   assert "sa_jax.nn.transformer" in loaded
   assert not loaded & set(HEAVY)
+
+
+def test_training_and_analysis_are_there_from_the_start():
+  program = """if True:
+    import sys, sa_jax
+    assert {"analysis", "train"} <= set(dir(sa_jax))
+    assert "sa_jax.train" not in sys.modules
+    print(sa_jax.train.make_step.__name__, sa_jax.analysis.look.__name__)
+    try:
+      sa_jax.trian
+    except AttributeError as error:
+      print(error)
+  """
+  done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True)
+  assert done.stdout == "make_step look\nmodule 'sa_jax' has no attribute 'trian'\n"
 
 
 def test_without_pallas_triton_there_are_no_gpu_kernels_and_everything_else():

@@ -181,8 +181,12 @@ class AnchorAttention(_Attention):
     """`__call__` that also returns the cache of the T tokens, ``[B, K, T, H]`` each for keys and values."""
     q, k = self.query_key(x, rows, kind)
     v = self.values(x)
-    state = make_state(self.config, q, k, rows, kind)
+    state = self.new_state(q, k, rows, kind)
     return self.output(state.attend(v)), state, LayerCache.of(self.config, v, k)
+
+  def new_state(self, q: jax.Array, k: jax.Array, rows: ops.Rows, kind: Kind) -> State:
+    """The state for this layer and its followers, of what `query_key` gives."""
+    return make_state(self.config, q, k, rows, kind)
 
   def new_token(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What the projections give of one token a row, ``[B, 1, D]``: reading their weights is the cost."""

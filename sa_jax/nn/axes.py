@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 from flax.core import meta
 
+from sa_jax.trees import Tree
+
 Axes = tuple[str | None, ...]
 """An array's logical axes."""
 
@@ -43,3 +45,12 @@ class WithAxes(nn.LogicallyPartitioned):
 def with_axes(init: Callable[..., jax.Array], names: Axes) -> Callable[..., Any]:
   """An initialiser of parameters `WithAxes`, which `nn.Module.param` unboxes."""
   return lambda *args: WithAxes(init(*args), names)
+
+
+def bare(boxed: Tree) -> Tree:
+  """A tree without the boxes around its leaves.
+
+  Not by Flax's ``unbox``, which under a mesh and its rules constrains what it takes out, be it a shape and no array.
+  """
+  is_box = lambda x: isinstance(x, nn.Partitioned)
+  return jax.tree.map(lambda x: x.value if is_box(x) else x, boxed, is_leaf=is_box)

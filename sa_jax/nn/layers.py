@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -102,14 +101,15 @@ class Group(nn.Module):
       ``[B, T, D]``.
     """
     config = self.config
-    first = functools.partial(self.blocks.anchor.__call__, kind=kind)
+    # No `functools.partial`: `nn.tabulate` asks what it traces for its name.
+    first = lambda block, x, rows: block(x, rows, kind)
     anchor = _remat(config, first, self.groups, *((STATE,) if self.followers else ()))
     x, state = anchor(self.blocks.anchor(config, name="anchor"), x, rows)
     if self.followers:
       block: type[FollowerBlock] | type[MixedBlock] = self.blocks.follower if share is None else MixedBlock
       follow: Callable[..., Any] = self.blocks.follower.__call__
       if share is not None:
-        follow = functools.partial(MixedBlock.__call__, share=share, kind=kind)
+        follow = lambda block, x, state: block(x, state, share, kind)
       unroll = min(_UNROLL, self.followers) if config.remat == "dots" else 1
       follower = _remat(config, follow, self.groups * -(-self.followers // unroll))
 
@@ -146,7 +146,7 @@ class Runs(nn.Module):
       # Where the run's groups differ in kind, each tells its own: one program, whatever the pattern and the depth.
       kinds = [self.config.kind_of(layer) for layer in run.layers if self.plan.is_anchor(layer)]
       own = jnp.asarray(kinds, jnp.int32) if len(set(kinds)) > 1 else None
-      step: Callable[..., Any] = functools.partial(_group_step, kinds[0], share)
+      step = _group_step(kinds[0], share)
       # Under `dots` the products that queries and keys are made of are kept anyway; under `attention` a group's queries
       # and keys are little beside its layers' outputs.
       keeps_state = self.config.remat in ("dots", "attention") and self.config.attention_state == "query_key"
@@ -174,17 +174,16 @@ class Runs(nn.Module):
     return jnp.asarray(filled, jnp.int32).reshape(run.groups, run.followers, self.config.num_heads)
 
 
-def _group_step(
-  kind: int,
-  share: Portion,
-  group: Group,
-  x: jax.Array,
-  rows: ops.Rows,
-  own: tuple[jax.Array | None, jax.Array | None],
-) -> tuple[jax.Array, None]:
+def _group_step(kind: int, share: Portion) -> Callable[..., Any]:
   """One step of the scan over a run's groups: of its own kind or of the first's, with its head maps."""
-  own_kind, head_maps = own
-  return group(x, rows, kind if own_kind is None else own_kind, head_maps, share), None
+
+  def step(
+    group: Group, x: jax.Array, rows: ops.Rows, own: tuple[jax.Array | None, jax.Array | None]
+  ) -> tuple[jax.Array, None]:
+    own_kind, head_maps = own
+    return group(x, rows, kind if own_kind is None else own_kind, head_maps, share), None
+
+  return step
 
 
 class Layers(nn.Module):

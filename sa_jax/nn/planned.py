@@ -70,7 +70,7 @@ class PlannedAttention(AnchorAttention):
     """The state of the layer's group: its own if it is an anchor, otherwise the one carried to it."""
     rows = ops.Rows()
     kind = jnp.asarray(layer.kind) if len(self.config.kinds) > 1 else 0
-    own = make_state(self.config, *self.query_key(x, rows, kind), rows, kind)
+    own = self.new_state(*self.query_key(x, rows, kind), rows, kind)
     return jax.tree.map(lambda mine, theirs: jnp.where(layer.is_anchor, mine, theirs), own, carried)
 
   def heads(self, x: jax.Array, state: State, head_map: jax.Array) -> jax.Array:
@@ -156,10 +156,6 @@ class PlannedTransformer(Frame):
   def embedded(self, tokens: jax.Array) -> jax.Array:
     """The first block's input: int32 ``[B, T]`` → ``[B, T, D]``."""
     return self.embed(tokens)
-
-  def read(self, x: jax.Array) -> jax.Array:
-    """The last block's output ``[B, T, D]`` → logits float32 ``[B, T, V]``."""
-    return self.logits(self.final_norm(x))
 
 
 def empty_state(config: ModelConfig, batch: int, length: int) -> State:

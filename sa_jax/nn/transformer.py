@@ -24,6 +24,7 @@ from sa_jax.nn.cache import Cache
 from sa_jax.nn.layers import Layers, Runs
 from sa_jax.nn.norm import Norm
 from sa_jax.nn.state import State
+from sa_jax.params import unstack
 from sa_jax.plan import SharingPlan
 
 
@@ -96,6 +97,10 @@ class Frame(nn.Module):
       logits = cap * jnp.tanh(logits / cap)
     return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
 
+  def read(self, x: jax.Array) -> jax.Array:
+    """The last block's output ``[B, T, D]``, or another's → logits float32 ``[B, T, V]``."""
+    return self.logits(self.final_norm(x))
+
 
 class Transformer(Frame):
   """A decoder-only transformer whose layers share attention weights by a plan.
@@ -167,12 +172,16 @@ class Transformer(Frame):
     return self.logits(self.final_norm(self.layers(self.embed(tokens))))
 
   def states(self, tokens: jax.Array, rows: ops.Rows = ops.Rows()) -> tuple[State, ...]:
-    """The attention state that each layer used; parameters in the layer layout.
+    """The attention state that each layer used, by layer number; parameters in either layout.
 
     ``state.weights()`` gives a layer's attention weights ``[B, N, T, T]``; a follower's are its anchor's.
     """
-    rows = self.checked(tokens, rows)
-    return self._unstacked().prefill(self.embed(jnp.asarray(tokens)), rows)[2]
+    rows, x = self.checked(tokens, rows), self.embed(jnp.asarray(tokens))
+    if self.has_variable("params", "layers"):
+      return self.layers.prefill(x, rows)[2]
+    layers = unstack(self.variables["params"], self.plan)["layers"]
+    apart = Layers(self.config, self.plan, self.blocks, parent=None)
+    return nn.apply(lambda bound: bound.prefill(x, rows)[2], apart)({"params": layers})
 
   def _unstacked(self) -> Layers:
     if self.has_variable("params", "runs"):
@@ -335,7 +344,7 @@ def check_tokens(tokens: Any, lengths: Any, vocab_size: int) -> None:
   """
   if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
     raise UserError(f"tokens are integers of shape [batch, length], not {tokens.dtype} of shape {tokens.shape}")
-  if not tokens.size:
+  if 0 in tokens.shape:
     raise UserError(f"a batch needs at least one row of at least one token, not shape {tokens.shape}")
   if lengths is not None and (lengths.shape != tokens.shape[:1] or not jnp.issubdtype(lengths.dtype, jnp.integer)):
     raise UserError(

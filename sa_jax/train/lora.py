@@ -10,13 +10,12 @@ import dataclasses
 import math
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
-from sa_jax.nn.axes import WithAxes
+from sa_jax.nn.axes import WithAxes, bare
 from sa_jax.sharding import abstract_params
 from sa_jax.train.batch import Batch
 from sa_jax.train.step import Objective
@@ -71,7 +70,7 @@ def abstract_adapters(model: Transformer, config: LoraConfig, *, layout: str = "
     return found
 
   tree = of(abstract_params(model, layout=layout, boxed=True))
-  return tree if boxed else nn.unbox(tree)
+  return tree if boxed else bare(tree)
 
 
 def init_adapters(model: Transformer, config: LoraConfig, key: jax.Array, *, layout: str = "runs") -> Tree:

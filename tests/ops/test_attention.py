@@ -11,7 +11,7 @@ import pytest
 
 from sa_jax import ops
 from sa_jax.ops import AttentionSpec
-from sa_jax.ops.attention import blockwise, flash
+from sa_jax.ops.attention import blockwise, chunked, flash
 from sa_jax.ops.attention.reference import visible
 
 
@@ -25,6 +25,7 @@ class Implementation(NamedTuple):
 def implementations() -> list[Implementation]:
   """Every backend that this machine has, flash interpreted; blockwise also in blocks that do not divide lengths."""
   found = [
+    Implementation("chunked-5", _in_chunks, "float32", 2e-6),
     Implementation("blockwise-5", functools.partial(_with_block, block=5), "float32", 2e-6),
     Implementation("flash-interpreted", _interpreted, "float32", 2e-6),
   ]
@@ -39,6 +40,10 @@ def implementations() -> list[Implementation]:
 
 def _with_block(q, k, v, lengths, block):
   return blockwise.attend(q, k, v, ops.Rows(lengths), AttentionSpec(), block=block)
+
+
+def _in_chunks(q, k, v, lengths):
+  return chunked.attend(q, k, v, ops.Rows(lengths), AttentionSpec(), chunk=5)
 
 
 def _interpreted(q, k, v, lengths):
@@ -228,14 +233,14 @@ class TestChoice:
         "cpu",
         "float32",
         64,
-        "no attention backend 'fast'; there are auto, cudnn, flash, splash, blockwise, reference",
+        "no attention backend 'fast'; there are auto, cudnn, flash, splash, blockwise, reference, chunked",
       ),
       (
         "cudnn",
         "cpu",
         "bfloat16",
         64,
-        "'cudnn' cannot compute this: it runs on NVIDIA GPUs, and this is cpu; blockwise, reference can, and 'auto'",
+        "this: it runs on NVIDIA GPUs, and this is cpu; blockwise, reference, chunked can, and 'auto'",
       ),
       ("cudnn", "gpu", "float32", 64, "it computes in bfloat16 or float16, and q is float32"),
       ("cudnn", "gpu", "bfloat16", 60, "head dimensions that are multiples of 8 up to 128, and q has 60"),

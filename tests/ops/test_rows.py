@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sa_jax import ops
-from sa_jax.ops.attention import blockwise
+from sa_jax.ops.attention import blockwise, chunked
 from tests import tiny
 
 B, T, S, N, K, H = 2, 9, 13, 4, 2, 8
@@ -31,7 +31,11 @@ def by_blocks(q, k, v, rows, spec):
   return blockwise.attend(q, k, v, rows, spec, block=4)
 
 
-@pytest.mark.parametrize("attend", [ops.backends["reference"].attend, by_blocks])
+def by_chunks(q, k, v, rows, spec):
+  return chunked.attend(q, k, v, rows, spec, chunk=4)
+
+
+@pytest.mark.parametrize("attend", [ops.backends["reference"].attend, by_blocks, by_chunks])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("lengths", [None, (13, 6)])
 def test_cross_attention(attend, window, lengths):
@@ -62,14 +66,15 @@ def test_bias_and_mask(heads):
   bias = (2.0 ** -np.arange(1, heads + 1))[:, None, None] * distance
   mask = (np.arange(T) % 3 != 2)[None] | (distance == 0)
   rows = ops.Rows(bias=jnp.asarray(bias, jnp.float32)[None], mask=jnp.asarray(mask)[None, None])
-  out = ops.attend(q, k, v, rows)
-  np.testing.assert_allclose(out, formula(q, k, v, mask & (distance <= 0), bias), atol=2e-6)
+  for attend in (ops.backends["reference"].attend, by_chunks):
+    out = attend(q, k, v, rows, ops.AttentionSpec())
+    np.testing.assert_allclose(out, formula(q, k, v, mask & (distance <= 0), bias), atol=2e-6)
 
 
 def test_a_call_that_a_backend_cannot_compute_names_those_that_can():
   q, k, v, _ = arrays(T, T)
   rows = ops.Rows(bias=jnp.zeros((1, 1, T, T)))
-  with pytest.raises(ValueError, match="'blockwise' cannot compute this: it has no bias .*; reference can"):
+  with pytest.raises(ValueError, match="'blockwise' cannot compute this: it has no bias .*; reference, chunked can"):
     ops.attend(q, k, v, rows, backend="blockwise")
   shape = jax.ShapeDtypeStruct((1, 4096, 4, 64), jnp.bfloat16)
   assert ops.choose_backend("auto", shape, shape, ops.Rows(causal=False), platform="gpu") == "cudnn"

@@ -10,7 +10,7 @@ import jax
 
 from sa_jax.errors import UserError
 from sa_jax.ops import kernels
-from sa_jax.ops.attention import blockwise, cudnn, flash, reference, splash
+from sa_jax.ops.attention import blockwise, chunked, cudnn, flash, reference, splash
 from sa_jax.ops.attention.rows import BIAS, MASK, NOT_CAUSAL, OFFSET, OFFSETS, SEGMENTS, Rows
 from sa_jax.ops.attention.spec import AttentionSpec
 
@@ -76,6 +76,7 @@ backends: dict[str, Backend] = {
   "splash": Backend(splash.attend, frozenset({SEGMENTS}), ("tpu",), partitions=False),
   "blockwise": Backend(blockwise.attend, frozenset({SEGMENTS, OFFSET, NOT_CAUSAL})),
   "reference": Backend(reference.attend, frozenset({SEGMENTS, OFFSET, OFFSETS, BIAS, MASK, NOT_CAUSAL})),
+  "chunked": Backend(chunked.attend, frozenset({SEGMENTS, OFFSET, OFFSETS, BIAS, MASK, NOT_CAUSAL})),
 }
 """By name: the fused ones first, the fastest of those that a platform has before the others."""
 
@@ -107,7 +108,9 @@ def choose_backend(
   platform = platform or kernels.platform()
   able = [each for each, backend in backends.items() if backend.refusal(platform, q, rows, spec) is None]
   if name == "auto":
-    chosen = "reference" if able[0] == "blockwise" and k.shape[1] <= _SHORT else able[0]
+    # A length that `jax.export` leaves open cannot be cut into blocks.
+    short = not isinstance(k.shape[1], int) or k.shape[1] <= _SHORT
+    chosen = "reference" if able[0] == "blockwise" and short else able[0]
     _LOG.debug("attention of q %s, k %s, %s on %s: %s", q.shape, k.shape, q.dtype, platform, chosen)
     return chosen
   if name not in backends:
@@ -154,8 +157,9 @@ def attend(
     rows: which keys the queries may see. Outputs at or past a row's length are finite and meaningless.
     spec: window, soft cap and scale.
     backend: ``auto``, ``reference`` (O(T S) memory), ``blockwise`` (O(T) memory, any device), ``cudnn``, ``flash``
-      (NVIDIA), ``splash`` (TPU), or one of `register_backend`. On a mesh, call ``flash`` and ``splash`` under
-      `jax.shard_map`.
+      (NVIDIA), ``splash`` (TPU), ``chunked``, or one of `register_backend`. On a mesh, call ``flash`` and ``splash``
+      under `jax.shard_map`. Derivatives of every order and mode are those of ``reference``, and in long rows of
+      ``chunked``; the others have a gradient of their own, without a forward mode (`jax.jvp`).
 
   Returns:
     ``[B, T, N, H]`` in v's dtype.
