@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from sa_jax.formats.reader import Config, Fields
+from sa_jax.formats.reader import Fields
 
 _NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _ATTENTION = {
@@ -13,11 +13,20 @@ _ATTENTION = {
   "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
 }  # fmt: skip
 _MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_UP_DOWN = {"ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 _PACKED_MLP = {"ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"}
 _GEMMA_NORMS = {
   "attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm",
   "ffn_norm": "pre_feedforward_layernorm", "post_ffw_norm": "post_feedforward_layernorm",
 }  # fmt: skip
+_POST_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+_SCALES = {
+  "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",
+  "attention.scale": "attention_multiplier", "logit_scale": "logits_scaling",
+}  # fmt: skip
+_WINDOW = {"attention.sliding_window": "sliding_window", "attention.sliding_window_pattern": "window_pattern"}
+_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_OF_4H = {"ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h"}
 
 
 class Metadata(NamedTuple):
@@ -28,7 +37,7 @@ class Metadata(NamedTuple):
     tensors: the names of its tensors, under llama.cpp's.
   """
 
-  config: Config
+  config: Fields
   tensors: frozenset[str]
 
   def has(self, name: str) -> bool:
@@ -42,7 +51,11 @@ class GgufArchitecture(NamedTuple):
   Attributes:
     family: the ``model_type`` that its tensors and config are read as.
     blocks: its layers' tensors, and Hugging Face's names of them.
+    outer: the other tensors, and Hugging Face's names of them.
+    layers: what Hugging Face's names of a layer's tensors begin with.
+    variants: names that change where a layer has the tensor before them.
     packed: Hugging Face's tensors that are several of its own, one behind the other.
+    grouped: whether Hugging Face's code has the rows of ``attn_qkv`` by group, where llama.cpp has all queries first.
     keys: further metadata, without the architecture's name before it, and the config key that it is.
     rest: what else the config says, from what is known of the file.
     swapped: whether the rows of queries and keys lie so that llama.cpp rotates neighbours, where Hugging Face's code
@@ -52,7 +65,11 @@ class GgufArchitecture(NamedTuple):
 
   family: str
   blocks: Mapping[str, str] = {**_NORMS, **_ATTENTION, **_MLP}
+  outer: Mapping[str, str] = _OUTER
+  layers: str = "model.layers"
+  variants: Mapping[str, Mapping[str, str]] = {}
   packed: Mapping[str, tuple[str, ...]] = {}
+  grouped: bool = False
   keys: Mapping[str, str] = {}
   rest: Callable[[Metadata], Fields] = lambda metadata: {}
   swapped: bool = False
@@ -84,6 +101,51 @@ def _baichuan(metadata: Metadata) -> Fields:
   if metadata.config["vocab_size"] == 64_000:
     return {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
   return {"architectures": ["BaichuanForCausalLM"]}
+
+
+def _granite(metadata: Metadata) -> Fields:
+  """Without a scale of its own, attention has the usual one."""
+  scale = metadata.config.get("attention_multiplier") or metadata.config["head_dim"] ** -0.5
+  return {"attention_multiplier": scale} | _biases(attention_bias="attn_q", mlp_bias="ffn_up")(metadata)
+
+
+def _minicpm(metadata: Metadata) -> Fields:
+  """What files of its first models do not say is what these have."""
+  config = metadata.config
+  depth = config.pop("residual_scale", None)
+  logits = config.pop("logit_scale", None)
+  return {
+    "scale_emb": config.get("scale_emb", 12.0),
+    "scale_depth": 1.4 if depth is None else depth * config["num_hidden_layers"] ** 0.5,
+    "dim_model_base": 256 if logits is None else config["hidden_size"] / logits,
+    "attention_bias": metadata.has("attn_q.bias"),
+  }
+
+
+def _windowed(model_type: str) -> Callable[[Metadata], Fields]:
+  """Every fourth layer is global, unless a list says which are; of this type where there is a window."""
+
+  def rest(metadata: Metadata) -> Fields:
+    config = metadata.config
+    pattern = config.pop("window_pattern", None)
+    if not config.get("sliding_window"):
+      return {"sliding_window": None, "attention_bias": metadata.has("attn_q.bias")}
+    layers = config["num_hidden_layers"]
+    if not isinstance(pattern, list):
+      pattern = [(layer + 1) % 4 != 0 for layer in range(layers)]
+    types = [("full_attention", "sliding_attention")[bool(local)] for local in pattern]
+    return {"model_type": model_type, "layer_types": types, "attention_bias": metadata.has("attn_q.bias")}
+
+  return rest
+
+
+def _falcon(metadata: Metadata) -> Fields:
+  norms = 2 if metadata.has("attn_norm_2.weight") else 1
+  config = metadata.config
+  return {
+    "new_decoder_architecture": True, "num_ln_in_parallel_attn": norms, "num_kv_heads": config["num_key_value_heads"],
+    "ffn_hidden_size": config["intermediate_size"], "bias": metadata.has("attn_qkv.bias"),
+  }  # fmt: skip
 
 
 def _mistral3(metadata: Metadata) -> Fields:
@@ -138,6 +200,75 @@ ARCHITECTURES: dict[str, GgufArchitecture] = {
     "seed_oss",
     {**_NORMS, **_ATTENTION, **_MLP, "post_attention_norm": "post_attention_layernorm"},
     rest=_biases(attention_bias="attn_q", attention_out_bias="attn_output", mlp_bias="ffn_up"),
+  ),
+  "granite": GgufArchitecture("granite", keys=_SCALES, rest=_granite, swapped=True),
+  "minicpm": GgufArchitecture(
+    "minicpm",
+    keys={"embedding_scale": "scale_emb", "residual_scale": "residual_scale", "logit_scale": "logit_scale"},
+    rest=_minicpm,
+    swapped=True,
+  ),
+  "olmo2": GgufArchitecture("olmo2", {**_POST_NORMS, **_ATTENTION, **_MLP}, keys=_WINDOW, rest=_windowed("olmo3")),
+  "smollm3": GgufArchitecture("smollm3", rest=_biases(attention_bias="attn_q", mlp_bias="ffn_up"), swapped=True),
+  "exaone4": GgufArchitecture(
+    "exaone4", {**_POST_NORMS, **_ATTENTION, **_MLP}, keys=_WINDOW, rest=_windowed("exaone4")
+  ),
+  "hunyuan-dense": GgufArchitecture(
+    "hunyuan_v1_dense",
+    {
+      **_NORMS, **_ATTENTION, **_MLP, "attn_q_norm": "self_attn.query_layernorm",
+      "attn_k_norm": "self_attn.key_layernorm",
+    },
+    rest=_biases(attention_bias="attn_q"),
+  ),
+  "command-r": GgufArchitecture("cohere", keys={"logit_scale": "logit_scale"}, rest=_biases(attention_bias="attn_q")),
+  "cohere2": GgufArchitecture("cohere2", keys=_WINDOW | {"logit_scale": "logit_scale"}, rest=_windowed("cohere2")),
+  "stablelm": GgufArchitecture(
+    "stablelm",
+    keys={"use_parallel_residual": "stated_residual"},  # what the tensors say is what llama.cpp does
+    rest=lambda metadata: {
+      "use_qkv_bias": metadata.has("attn_q.bias"), "use_parallel_residual": not metadata.has("ffn_norm.weight"),
+    },
+  ),
+  "phi2": GgufArchitecture(
+    "phi",
+    {
+      "attn_norm": "input_layernorm", **_ATTENTION, "attn_output": "self_attn.dense", "ffn_up": "mlp.fc1",
+      "ffn_down": "mlp.fc2",
+    },
+    outer=_OUTER | {"output_norm": "model.final_layernorm"},
+  ),
+  "gptneox": GgufArchitecture(
+    "gpt_neox",
+    {**_NORMS, "attn_qkv": "attention.query_key_value", "attn_output": "attention.dense", **_OF_4H},
+    outer={"token_embd": "gpt_neox.embed_in", "output_norm": "gpt_neox.final_layer_norm", "output": "embed_out"},
+    layers="gpt_neox.layers",
+    keys={"use_parallel_residual": "use_parallel_residual"},
+    rest=_biases(attention_bias="attn_qkv"),
+    grouped=True,
+  ),
+  "falcon": GgufArchitecture(
+    "falcon",
+    {
+      "attn_norm": "input_layernorm", "attn_qkv": "self_attention.query_key_value",
+      "attn_output": "self_attention.dense", **_OF_4H,
+    },
+    outer={"token_embd": "transformer.word_embeddings", "output_norm": "transformer.ln_f", "output": "lm_head"},
+    layers="transformer.h",
+    variants={"attn_norm_2": {"attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"}},
+    rest=_falcon,
+    grouped=True,
+  ),
+  "starcoder2": GgufArchitecture(
+    "starcoder2",
+    {**_NORMS, **_ATTENTION, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+    rest=_biases(use_bias="attn_q"),
+  ),
+  "nemotron": GgufArchitecture(
+    "nemotron",
+    {**_NORMS, **_ATTENTION, **_UP_DOWN},
+    rest=_biases(attention_bias="attn_q", mlp_bias="ffn_up"),
+    norm_offset=1.0,
   ),
   "ernie4_5": GgufArchitecture("ernie4_5", rest=_biases(use_bias="attn_q")),
   "glm4": GgufArchitecture(

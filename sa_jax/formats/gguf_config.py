@@ -118,7 +118,8 @@ def config_of(values: Values, shapes: Mapping[str, tuple[int, ...]], factors: Ma
       config[ours] = value
   config["rope_scaling"] = _rope_scaling(values, prefix, config, factors)
   config |= architecture.rest(Metadata(config, frozenset(shapes)))
-  config.pop("llama_4_scaling_beta", None)
+  for key in ("llama_4_scaling_beta", "window_pattern", "stated_residual"):
+    config.pop(key, None)
   values.check_all_read(prefix)
   return config
 
@@ -137,6 +138,7 @@ def architecture_of(values: Values) -> GgufArchitecture:
 
 def _sizes(values: Values, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Fields:
   heads = values.take(f"{prefix}attention.head_count", int)
+  kind = "rms_" if FAMILIES[architecture_of(values).family].fields.get("norm", "rms") == "rms" else ""
   return {
     "vocab_size": shapes["token_embd.weight"][0] if "token_embd.weight" in shapes else 0,
     "hidden_size": values.take(f"{prefix}embedding_length", int),
@@ -145,7 +147,7 @@ def _sizes(values: Values, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -
     "num_key_value_heads": values.take(f"{prefix}attention.head_count_kv", int, heads),
     "intermediate_size": values.take(f"{prefix}feed_forward_length", int),
     "max_position_embeddings": values.take(f"{prefix}context_length", int),
-    "rms_norm_eps": values.take(f"{prefix}attention.layer_norm_rms_epsilon", float),
+    "rms_norm_eps": values.take(f"{prefix}attention.layer_norm_{kind}epsilon", float),
     "rope_theta": values.take(f"{prefix}rope.freq_base", float, 10_000.0),
     "tie_word_embeddings": "output.weight" not in shapes,
     "dtype": "float32",

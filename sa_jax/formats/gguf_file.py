@@ -23,11 +23,6 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("sa_jax")
 
-_OUTER = {
-  "token_embd.weight": "model.embed_tokens.weight",
-  "output_norm.weight": "model.norm.weight",
-  "output.weight": "lm_head.weight",
-}
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _CHUNK = 1 << 16
@@ -47,7 +42,7 @@ class GgufFile:
     self.path = path
     self._values = Values(path, readers[0].fields)
     architecture = architecture_of(self._values)
-    self._swapped, self._norm_offset = architecture.swapped, architecture.norm_offset
+    self._architecture = architecture
     stored = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
     self._check_types(stored)
     factors = {name: self._dequantized(stored.pop(name)).reshape(-1) for name in ROPE_FACTORS if name in stored}
@@ -101,20 +96,16 @@ class GgufFile:
       rows = _shape(part)[0]
       self._dequantized(part, out[start : start + rows])
       start += rows
-    if self._norm_offset and key.endswith("norm.weight"):
-      out -= np.float32(self._norm_offset)
+    if self._architecture.norm_offset and key.endswith("norm.weight"):
+      out -= np.float32(self._architecture.norm_offset)
     return out
 
   def _dequantized(self, tensor: gguf.ReaderTensor, out: np.ndarray | None = None) -> np.ndarray:
     """A tensor's numbers, a chunk of rows at a time."""
     out = np.empty(_shape(tensor), np.float32) if out is None else out
-    data = tensor.data if tensor.data.ndim > 1 else tensor.data[None]
+    data = self._in_their_order(tensor)
+    data = data if data.ndim > 1 else data[None]
     rows = out.reshape(len(data), -1)
-    if self._swapped and (match := _BLOCK.fullmatch(tensor.name)) and match[2] in ("attn_q", "attn_k"):
-      heads = self.config["num_attention_heads" if match[2] == "attn_q" else "num_key_value_heads"]
-      # Each head's rows go from neighbours to halves, in the file's own bytes.
-      data = tensor.data.reshape(heads, -1, 2, *tensor.data.shape[1:]).swapaxes(1, 2).reshape(tensor.data.shape)
-      data = data if data.ndim > 1 else data[None]
     step = max(1, _CHUNK // max(rows.shape[-1], 1))
     for start in range(0, len(data), step):
       chunk = data[start : start + step]
@@ -123,6 +114,22 @@ class GgufFile:
       else:
         rows[start : start + step] = self._dequantize(chunk, tensor.tensor_type)
     return out
+
+  def _in_their_order(self, tensor: gguf.ReaderTensor) -> np.ndarray:
+    """The file's own bytes, with rows in the order that Hugging Face's code has them in."""
+    match = _BLOCK.fullmatch(tensor.name)
+    block = match[2] if match else ""
+    if self._architecture.swapped and block in ("attn_q", "attn_k"):
+      heads = self.config["num_attention_heads" if block == "attn_q" else "num_key_value_heads"]
+      # Each head's rows go from neighbours to halves.
+      return tensor.data.reshape(heads, -1, 2, *tensor.data.shape[1:]).swapaxes(1, 2).reshape(tensor.data.shape)
+    if self._architecture.grouped and block == "attn_qkv":
+      heads, groups = self.config["num_attention_heads"], self.config["num_key_value_heads"]
+      by_head = np.arange(len(tensor.data)).reshape(heads + 2 * groups, -1)
+      query, key, value = np.split(by_head, [heads, heads + groups])
+      parts = (query.reshape(groups, heads // groups, -1), key[:, None], value[:, None])
+      return tensor.data[np.concatenate(parts, axis=1).reshape(-1)]
+    return tensor.data
 
   def parameter(self, entry: Entry, index: Index | None = None) -> np.ndarray:
     """See `Source.parameter`."""
@@ -192,18 +199,22 @@ def _named(
   """Hugging Face's tensors, and the file's that each is; unknown names stay, for the account to report."""
   whole = {part: (name, parts) for name, parts in architecture.packed.items() for part in parts}
   named: dict[str, tuple[gguf.ReaderTensor, ...]] = {}
+  blocks = dict(architecture.blocks)
+  for present, others in architecture.variants.items():
+    blocks |= others if f"blk.0.{present}.weight" in stored else {}
   for name, tensor in stored.items():
     match = _BLOCK.fullmatch(name)
     if match is None:
-      named[_OUTER.get(name, name)] = (tensor,)
+      outer, _, kind = name.rpartition(".")
+      named[f"{architecture.outer[outer]}.{kind}" if outer in architecture.outer else name] = (tensor,)
       continue
     layer, block, kind = match.groups()
     packed, parts = whole.get(block, ("", ()))
     beside = [stored.get(f"blk.{layer}.{part}.{kind}") for part in parts]
     if packed and all(each is not None for each in beside):
-      named[f"model.layers.{layer}.{packed}.{kind}"] = tuple(each for each in beside if each is not None)
-    elif block in architecture.blocks:
-      named[f"model.layers.{layer}.{architecture.blocks[block]}.{kind}"] = (tensor,)
+      named[f"{architecture.layers}.{layer}.{packed}.{kind}"] = tuple(each for each in beside if each is not None)
+    elif block in blocks:
+      named[f"{architecture.layers}.{layer}.{blocks[block]}.{kind}"] = (tensor,)
     else:
       named[name] = (tensor,)
   return named

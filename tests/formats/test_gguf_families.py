@@ -1,5 +1,7 @@
 """GGUF files of every architecture, against the Hugging Face folder of the same weights."""
 
+import re
+
 import gguf
 import jax
 import numpy as np
@@ -12,7 +14,12 @@ from sa_jax.formats.gguf_file import GgufFile
 from sa_jax.formats.load import describe
 from tests.formats import hf_models
 
-OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+OUTER = {
+  "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+  "model.final_layernorm": "output_norm", "gpt_neox.embed_in": "token_embd",
+  "gpt_neox.final_layer_norm": "output_norm", "embed_out": "output", "transformer.word_embeddings": "token_embd",
+  "transformer.ln_f": "output_norm",
+}  # fmt: skip
 GEMMA = {
   "input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm",
   "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
@@ -27,6 +34,9 @@ SANDWICH = {
   "input_layernorm": "attn_norm", "post_self_attn_layernorm": "post_attention_norm",
   "post_attention_layernorm": "ffn_norm", "post_mlp_layernorm": "post_ffw_norm",
 }  # fmt: skip
+POST = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+OF_4H = {"mlp.dense_h_to_4h": "ffn_up", "mlp.dense_4h_to_h": "ffn_down"}
+LOCAL = {"attention.sliding_window": 8, "attention.sliding_window_pattern": [True, True, False, True]}
 
 # By architecture: the family, what its folder's config says otherwise than the tests', and what llama.cpp's converter
 # does with it. A default that a file does not hold must be the model's.
@@ -59,6 +69,80 @@ CASES = {
   "seed_oss": ("seed_oss", {}, NORMS | {"post_attention_layernorm": "post_attention_norm"}, False, {}),
   "ernie4_5": ("ernie4_5", {}, NORMS, False, {}),
   "glm4": ("glm4", {}, SANDWICH, False, {"rope.dimension_count": 8}),
+  "granite": (
+    "granite",
+    {},
+    NORMS,
+    True,
+    {"embedding_scale": 3.0, "residual_scale": 0.5, "attention.scale": 0.2, "logit_scale": 4.0},
+  ),
+  "olmo2": ("olmo2", {}, POST, False, {}),
+  "olmo2 with a window": (
+    "olmo3",
+    {"rope_parameters": {"full_attention": {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 5e5}}},
+    POST,
+    False,
+    LOCAL,
+  ),
+  "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 1, 0]}, NORMS, True, {}),
+  "exaone4": ("exaone4", {}, POST, False, LOCAL),
+  "hunyuan-dense": (
+    "hunyuan_v1_dense",
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    NORMS | {"self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"},
+    False,
+    {},
+  ),
+  "command-r": ("cohere", {}, NORMS, False, {"logit_scale": 0.3}),
+  "cohere2": ("cohere2", {}, NORMS, False, LOCAL | {"logit_scale": 0.3}),
+  "stablelm": ("stablelm", {}, NORMS, False, {"rope.dimension_count": 4, "use_parallel_residual": False}),
+  "stablelm in parallel": (
+    "stablelm",
+    {"use_parallel_residual": True},
+    NORMS,
+    False,
+    {"rope.dimension_count": 4, "use_parallel_residual": True},
+  ),
+  "phi2": (
+    "phi",
+    {},
+    NORMS | {"self_attn.dense": "attn_output", "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"},
+    False,
+    {"rope.dimension_count": 4},
+  ),
+  "gptneox": (
+    "gpt_neox",
+    {},
+    NORMS | OF_4H | {"attention.dense": "attn_output", "attention.query_key_value": "attn_qkv"},
+    False,
+    {"rope.dimension_count": 4, "use_parallel_residual": True},
+  ),
+  "falcon": (
+    "falcon",
+    {},
+    OF_4H
+    | {
+      "ln_mlp": "attn_norm", "ln_attn": "attn_norm_2", "self_attention.dense": "attn_output",
+      "self_attention.query_key_value": "attn_qkv",
+    },
+    False,
+    {},
+  ),
+  "falcon with one norm": (
+    "falcon",
+    {"new_decoder_architecture": False, "multi_query": True},
+    NORMS | OF_4H | {"self_attention.dense": "attn_output", "self_attention.query_key_value": "attn_qkv"},
+    False,
+    {},
+  ),
+  "starcoder2": (
+    "starcoder2",
+    {"sliding_window": None},
+    NORMS | {"mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
+    False,
+    {},
+  ),
+  "nemotron": ("nemotron", {}, NORMS, False, {"rope.dimension_count": 4}),
   "mistral3": (
     "ministral3",
     {},
@@ -70,6 +154,9 @@ CASES = {
     },
   ),
 }  # fmt: skip
+
+
+ABOUT_ONE = ("gemma", "nemotron")  # norms to whose scales one is added
 
 
 def swap(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -88,37 +175,49 @@ def metadata(writer: gguf.GGUFWriter, config: sa_jax.ModelConfig, more: dict) ->
   writer.add_head_count_kv(config.num_kv_heads)
   writer.add_key_length(config.head_dim)
   writer.add_value_length(config.head_dim)
-  writer.add_layer_norm_rms_eps(config.norm_eps)
+  (writer.add_layer_norm_rms_eps if config.norm == "rms" else writer.add_layer_norm_eps)(config.norm_eps)
   writer.add_rope_freq_base(config.rope.theta)
   writer.add_bos_token_id(1)
   writer.add_pad_token_id(0)
   for token in config.eos_token_ids:
     writer.add_eos_token_id(token)
-  kinds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+  kinds = {
+    int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, bool: writer.add_bool,
+    list: writer.add_array,
+  }  # fmt: skip
   for key, value in more.items():
     kinds[type(value)](f"{prefix}.{key}", value)
 
 
-def convert(folder, path, architecture, parts=1):
+def by_kind(weight: np.ndarray, config: sa_jax.ModelConfig) -> np.ndarray:
+  """Rows by group, its queries, key and value, to all queries, then all keys, then all values."""
+  size, group = config.head_dim, config.num_heads // config.num_kv_heads + 2
+  heads = [weight[start : start + size] for start in range(0, len(weight), size)]
+  kinds = [min(head % group - (group - 3), 2) if head % group >= group - 2 else 0 for head in range(len(heads))]
+  return np.concatenate([head for kind in range(3) for head, own in zip(heads, kinds, strict=True) if own == kind])
+
+
+def convert(folder, path, case, parts=1):
   """The folder as llama.cpp's converter writes it, in one file or in several."""
-  _, _, norms, swapped, more = CASES[architecture]
+  _, _, norms, swapped, more = CASES[case]
   config = describe(folder).config
   writer = gguf.GGUFWriter(
-    path, architecture, split_max_tensors=-(-len(load_file(folder / "model.safetensors")) // parts)
+    path, case.split()[0], split_max_tensors=-(-len(load_file(folder / "model.safetensors")) // parts)
   )
   metadata(writer, config, more)
-  blocks = norms | ATTENTION | MLP
+  blocks = ATTENTION | MLP | norms
   for key, tensor in load_file(folder / "model.safetensors").items():
     name, kind = key.rsplit(".", 1)
-    if name.startswith("model.layers."):
-      _, _, layer, rest = name.split(".", 3)
-      name = f"blk.{layer}.{blocks[rest]}"
+    if match := re.fullmatch(r"(?:model\.layers|gpt_neox\.layers|transformer\.h)\.(\d+)\.(.*)", name):
+      name = f"blk.{match[1]}.{blocks[match[2]]}"
     else:
       name = OUTER[name]
     for letter, heads in (("q", config.num_heads), ("k", config.num_kv_heads)):
       if swapped and name.endswith(f"attn_{letter}"):
         tensor = swap(tensor, heads)
-    if architecture.startswith("gemma") and name.endswith("norm"):
+    if name.endswith("attn_qkv") and case.startswith(("gptneox", "falcon")):
+      tensor = by_kind(tensor, config)
+    if case.startswith(ABOUT_ONE) and name.endswith("norm") and kind == "weight":
       tensor = tensor + 1
     writer.add_tensor(f"{name}.{kind}", tensor)
   writer.write_header_to_file()
@@ -148,11 +247,58 @@ def test_the_model_of_the_folder(architecture, tmp_path):
   folder = build(architecture, tmp_path)
   convert(folder, tmp_path / "model.gguf", architecture)
   # Norms with one added have lost their last bits.
-  assert_same_model(tmp_path / "model.gguf", folder, 1e-6 if architecture.startswith("gemma") else 0.0)
+  assert_same_model(tmp_path / "model.gguf", folder, 1e-6 if architecture.startswith(ABOUT_ONE) else 0.0)
 
 
 def test_every_architecture_has_a_test():
-  assert ARCHITECTURES.keys() - {"baichuan", "internlm2"} == CASES.keys()
+  assert ARCHITECTURES.keys() == {case.split()[0] for case in CASES} | hf_models.PUBLISHED.keys()
+
+
+INTERNLM2 = {
+  "attention_norm": "attn_norm", "ffn_norm": "ffn_norm", "attention.wo": "attn_output", "feed_forward.w1": "ffn_gate",
+  "feed_forward.w3": "ffn_up", "feed_forward.w2": "ffn_down",
+}  # fmt: skip
+SCALED = {"embedding_scale": 3.0, "residual_scale": 0.7, "logit_scale": 4.0, "rope.scaling.original_context_length": 8}
+
+
+@pytest.mark.parametrize("family", hf_models.PUBLISHED)
+def test_the_published_models(family, tmp_path):
+  """Packed rows come apart, and those of queries and keys are swapped."""
+  theirs = hf_models.Published(family, tmp_path / "hf")
+  model, params = sa_jax.from_pretrained(tmp_path / "hf")
+  config = model.config
+  writer = gguf.GGUFWriter(tmp_path / "model.gguf", family)
+  more = SCALED | {"rope.scaling.attn_factor": config.rope.magnitude} if family == "minicpm" else {}
+  metadata(writer, config, more)
+  if family == "minicpm":
+    for name in ("short", "long"):
+      factors = np.array(theirs.config["rope_scaling"][f"{name}_factor"], np.float32)
+      writer.add_tensor(f"rope_factors_{name}.weight", factors)
+  names = INTERNLM2 if family == "internlm2" else NORMS | ATTENTION | MLP
+  outer = OUTER | {"model.tok_embeddings": "token_embd", "output": "output"}
+  for key, tensor in theirs.weights.items():
+    name, kind = key.rsplit(".", 1)
+    parts = {outer.get(name): tensor.numpy()}
+    if match := re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name):
+      parts = {names.get(match[2]): tensor.numpy()}
+      if match[2] == "self_attn.W_pack":
+        parts = dict(zip(("attn_q", "attn_k", "attn_v"), np.split(tensor.numpy(), 3), strict=True))
+      if match[2] == "attention.wqkv":
+        cuts = [config.num_heads * config.head_dim, (config.num_heads + config.num_kv_heads) * config.head_dim]
+        packed = np.split(by_kind(tensor.numpy(), config), cuts)
+        parts = dict(zip(("attn_q", "attn_k", "attn_v"), packed, strict=True))
+    for part, array in parts.items():
+      heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(part)
+      array = array if heads is None else swap(array, heads)
+      writer.add_tensor(f"blk.{match[1]}.{part}.{kind}" if match else f"{part}.{kind}", array)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  tokens = np.random.default_rng(0).integers(2, 90, (2, 24)).astype(np.int32)
+  opened, found = sa_jax.from_pretrained(tmp_path / "model.gguf")
+  got, wanted = (each.apply({"params": own}, tokens) for each, own in ((opened, found), (model, params)))
+  np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
 def test_parts(tmp_path):
