@@ -7,7 +7,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from sa_jax import nn, ops
+from sa_jax import nn, ops, plans
 from sa_jax.config import ModelConfig
 from sa_jax.costs import Cost, cost
 from sa_jax.decode import Generated, generate
@@ -70,4 +70,6 @@ __all__ = [
   # Building blocks.
   "nn",
   "ops",
+  # Plans of known models.
+  "plans",
 ]

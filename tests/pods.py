@@ -15,8 +15,7 @@ from sa_jax import UserError, distributed
 from sa_jax.analysis import Text
 from sa_jax.analysis.align import align
 from sa_jax.analysis.judge import Judge
-from sa_jax.analysis.refit import Refit
-from sa_jax.analysis.share import share
+from sa_jax.analysis.share import Effort, share
 from sa_jax.analysis.similarity import layer_similarity
 from sa_jax.evaluation import Scorer
 from sa_jax.sharding import make_mesh
@@ -42,7 +41,7 @@ def work(folder: Path, out: Path, sizes: dict[str, int]) -> dict[str, object]:
   found["cosine"] = layer_similarity(shared, params, tokens[:1], block=16).cosine.tolist()
   dense, params = sa_jax.from_pretrained(folder / "model", "dense", "float32", mesh=mesh, layout="layers")
   texts = [Text("text", tokens[:2], tokens[2:])]
-  made = share(dense, params, texts, 1, recovery=Refit(mlp=True), chunk=2)
+  made = share(dense, params, texts, 1, Effort(mlp=True), chunk=2)
   found["plan"] = str(made.model.plan)
   found["shared"] = made.shared["text"].loss
   found["aligned"] = align(dense, params, sa_jax.SharingPlan.parse(PLAN, 4), tokens, chunk=4).loss

@@ -128,7 +128,7 @@ class Experiment:
     if how is None:
       model, params = shared_model(self.model.config, self.params, plan)
     else:
-      model, params, _ = refit(self.model, self.params, plan, fitting, how, chunk=self.chunk, on_device=True)
+      model, params, *_ = refit(self.model, self.params, plan, fitting, how, chunk=self.chunk, on_device=True)
     found = self.perplexities(model, params, texts)
     times = {name: found[name] / dense[name] for name in found}
     return {

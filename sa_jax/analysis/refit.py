@@ -1,4 +1,4 @@
-"""Refit: closed-form recovery of what sharing costs, without training and at no run-time cost.
+"""Refit: recovery of what sharing costs, layer by layer, at no run-time cost.
 
 Calibration text is walked through the dense model and the shared one side by side. A follower's output projection is
 replaced by the ridge solution that maps its head outputs ``O`` onto what the dense layer's attention added, ``Y``,
@@ -8,7 +8,8 @@ replaced by the ridge solution that maps its head outputs ``O`` onto what the de
 which is never farther from ``Y`` than W_O is; `sa_jax.analysis.problems` says how errors are measured where a norm
 follows. Then W_V, by conjugate gradients on the same error (in which it is linear
 too), and W_O again. From the first follower on, the last projection of each MLP may be refitted in the same way, onto
-what the dense layer's output lacks: it sees the error that attention left and that of the layers before.
+what the dense layer's output lacks: it sees the error that attention left and that of the layers before. At last, a few
+steps of training may bring each group nearer (`sa_jax.analysis.reconstruct`).
 Only sums over tokens are kept, so text streams through batch by batch; on a mesh the sums reduce over devices.
 """
 
@@ -25,6 +26,7 @@ from numpy.typing import ArrayLike
 
 from sa_jax.analysis import problems, walk
 from sa_jax.analysis.align import can_map_by_refit, map_by_refit, shared_model, with_map
+from sa_jax.analysis.reconstruct import Reconstructing, Reconstruction
 from sa_jax.analysis.ridge import Sums, relative_error, solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
@@ -58,12 +60,25 @@ class Refit:
   maps: bool = False
   """Whether each follower's head map is chosen by the error that refitting it would leave, starting from the plan's.
   Needs a sum over all (anchor head, KV head) pairs of features."""
+  local_epochs: int = 0
+  """Passes over the text that train each group, from the first with a follower on, towards the dense model's blocks."""
+  local_rate: float = 2.5e-3
+  """Learning rate of that training, relative to the size of each array of weights."""
 
   def __post_init__(self) -> None:
     if not (self.ridge > 0 and self.mlp_ridge > 0):
       raise UserError(f"ridge and mlp_ridge must be positive, not {self.ridge} and {self.mlp_ridge}")
     if self.values < 0:
       raise UserError(f"values, a number of steps, must not be negative, and is {self.values}")
+    if self.local_epochs < 0 or not self.local_rate > 0:
+      raise UserError(
+        f"local_epochs must not be negative and local_rate positive, not {self.local_epochs} and {self.local_rate}"
+      )
+
+  @property
+  def local(self) -> Reconstruction | None:
+    """How groups are trained after the solutions in closed form, if they are."""
+    return Reconstruction(self.local_epochs, self.local_rate) if self.local_epochs else None
 
   def check(self, config: ModelConfig) -> None:
     """Checks that the model can be refitted so.
@@ -83,10 +98,10 @@ class Report(NamedTuple):
 
   Attributes:
     layer: which.
-    part: ``attention`` or ``mlp``.
+    part: ``attention`` or ``mlp``; ``group``, of all from this anchor to the next one.
     before: squared error before, relative to the energy of the target.
     after: the same after.
-    condition: estimated reciprocal condition number of the last solution.
+    condition: estimated reciprocal condition number of the last solution; 1 where nothing was solved.
   """
 
   layer: int
@@ -271,11 +286,13 @@ class Refitted(NamedTuple):
     model: of the plan, its foldable head maps folded.
     params: in the layer layout, pruned: an ordinary checkpoint.
     reports: what was refitted, in order.
+    plan: with every head map, those that were folded too: what to begin from when refitting anew.
   """
 
   model: Transformer
   params: Params
   reports: list[Report]
+  plan: SharingPlan
 
 
 @traced_where_parameters_are
@@ -319,15 +336,17 @@ def refit(
   layers = dict(params["layers"])
   reports = []
   first = min(plan.followers, default=config.num_layers)
+  local = how.local
+  group = None if local is None else Reconstructing(config, plan, local, keep)
   for layer in range(config.num_layers):
-    block = layers[str(layer)]
+    block, before = layers[str(layer)], shared
     as_dense = PlanArrays.of_layer(layer, config, is_anchor=True)
     targets = tuple(keep(walk.dense_layer(config, block, part, as_dense)) for part in dense)
     dense = tuple(Chunk(target.x, target.state) for target in targets)
+    is_anchor, head_map = plan.is_anchor(layer), plan.head_map_of(layer)
     if layer < first:
-      shared = dense
+      arrays, shared = as_dense, dense
     else:
-      is_anchor, head_map = plan.is_anchor(layer), plan.head_map_of(layer)
       if how.maps and not is_anchor:
         head_map = map_by_refit(config, block, list(zip(shared, targets, strict=True)), head_map, how.ridge)
         plan = with_map(plan, layer, head_map)
@@ -336,10 +355,14 @@ def refit(
       layers[str(layer)], shared, done = recover_layer(config, block, arrays, text, how, keep)
       reports += [Report(layer, part, *map(float, fetch(numbers))) for part, *numbers in done]
       check_conditions(reports)
+    if group is not None and group.add(layer, arrays, before, targets):
+      found, shared, error, left = group.finish(layers)
+      layers |= found
+      reports.append(Report(plan.source[layer], "group", error, left, condition=1.0))
     if progress is not None:
       progress(layer + 1, config.num_layers)
   shared_config = dataclasses.replace(config, attention_state=model.config.attention_state)
-  return Refitted(*shared_model(shared_config, dict(params) | {"layers": layers}, plan), reports)
+  return Refitted(*shared_model(shared_config, dict(params) | {"layers": layers}, plan), reports, plan)
 
 
 def check_conditions(reports: list[Report]) -> None:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
+from sa_jax.analysis.budget import Budget
 from sa_jax.analysis.judge import Judge
 from sa_jax.config import ModelConfig
-from sa_jax.costs import cost
 from sa_jax.errors import UserError
 from sa_jax.nn.transformer import check_plan
 from sa_jax.plan import SharingPlan
 
 Progress = Callable[[int, int], None]
+Stage = Callable[[str], Progress]
+"""Called with the name of a stage of the work; returns what is called with (done, in all) during it."""
+
+
+def no_stage(_: str) -> Progress:
+  """The stage of those who are not told."""
+  return lambda *_: None
 
 
 class Found(NamedTuple):
@@ -32,39 +39,6 @@ class Found(NamedTuple):
   increase: float
 
 
-def followers_for(config: ModelConfig, budget: str, seq_len: int = 1024) -> int:
-  """How many followers a budget asks for.
-
-  Args:
-    config: the model.
-    budget: a number of followers, such as ``8``; or the share of the dense model's cost that may remain: ``kv=80%`` of
-      the KV cache, ``flops=95%`` of a forward pass over ``seq_len`` tokens.
-    seq_len: tokens, for FLOPs.
-
-  Raises:
-    UserError: if the budget has another form, or no plan can meet it.
-  """
-  most = config.num_layers - 1
-  kind, _, amount = budget.strip().partition("=")
-  if not amount and kind.isdecimal():
-    if not 1 <= int(kind) <= most:
-      raise UserError(f"{kind} followers are impossible: a model of {config.num_layers} layers can have 1 to {most}")
-    return int(kind)
-  measure = {"kv": "kv_cache_bytes", "flops": "flops"}.get(kind)
-  if measure is None or not amount.endswith("%") or not amount[:-1].replace(".", "", 1).isdecimal():
-    raise UserError(f"the budget {budget!r} is none of: a number of followers, 'kv=80%', 'flops=95%'")
-  of = lambda count: getattr(
-    cost(config, SharingPlan.from_followers(config.num_layers, range(1, count + 1)), 1, seq_len), measure
-  )
-  share = float(amount[:-1]) / 100
-  for count in range(most + 1):
-    if of(count) <= share * of(0) * (1 + 1e-9):
-      return max(count, 1)
-  raise UserError(
-    f"no plan brings {kind} to {share:.1%} of the dense model's: with {most} followers it is {of(most) / of(0):.1%}"
-  )
-
-
 class Shortlist(NamedTuple):
   """Which candidates of a step are measured: those of least summed pair cost.
 
@@ -79,36 +53,38 @@ class Shortlist(NamedTuple):
 
 def beam(
   judge: Judge,
-  followers: int,
+  budget: Budget | int,
   *,
   width: int = 1,
   shortlist: Shortlist | None = None,
   excluded: Sequence[int] = (),
-  progress: Progress | None = None,
+  stage: Stage = no_stage,
 ) -> list[Found]:
   """Adds one follower at a time, keeping the plans that raise the loss least; with ``width`` 1, greedy search.
 
   Args:
     judge: measures plans.
-    followers: how many to reach.
+    budget: how many followers to reach, or how far the loss may rise.
     width: plans kept at each step.
     shortlist: which of each step's candidates are measured; all of them when None.
     excluded: layers that stay anchors.
-    progress: called with (plans measured, plans to measure) at every step.
+    stage: told of every step, with the loss so far.
 
   Returns:
-    The best plan found for each number of followers from 1 up.
+    The best plan found for each number of followers from 1 up; none, if the first already exceeds the budget.
 
   Raises:
     UserError: if there are too few layers.
   """
+  budget = Budget("followers", budget) if isinstance(budget, int) else budget
   layers = judge.config.num_layers
   free = sorted(set(range(1, layers)) - set(excluded))
-  if followers > len(free):
+  followers = budget.most(judge.config)
+  if followers > len(free) and math.isinf(budget.nats):
     raise UserError(f"{followers} followers are impossible: only {len(free)} layers may follow")
   kept = [judge.walk(SharingPlan.dense(layers), keep=True)]
   best: list[Found] = []
-  for _ in range(followers):
+  while len(best) < min(followers, len(free)):
     parents = {
       SharingPlan.from_followers(layers, (*base.plan.followers, layer)): base
       for base in kept
@@ -116,19 +92,22 @@ def beam(
       if base.plan.is_anchor(layer)
     }
     parents = {plan: base for plan, base in parents.items() if fits(judge.config, plan)}
-    if not parents:
+    if not parents and math.isinf(budget.nats):
       raise UserError(f"no layer can follow any more with {len(best)} followers: layers of different kinds alternate")
     candidates = list(parents)
     if shortlist is not None:
       costs = shortlist.costs
       candidates = sorted(candidates, key=lambda plan: plan_cost(plan, costs))[: shortlist.size]
+    so_far = f", {math.exp(best[-1].increase):.3f} × with {len(best)}" if best else ""
+    progress = stage(f"follower {len(best) + 1}{so_far}")
     found = []
     for index, plan in enumerate(candidates):
       losses = judge.losses(plan, parents[plan])
       found.append(Found(plan, losses, judge.increase(losses)))
-      if progress is not None:
-        progress(index + 1, len(candidates))
+      progress(index + 1, len(candidates))
     found.sort(key=lambda each: (each.increase, each.plan.source))
+    if not found or found[0].increase > budget.nats:
+      break
     best.append(found[0])
     if len(best) < followers:
       kept = [judge.walk(each.plan, parents[each.plan], keep=True) for each in found[:width]]
@@ -190,6 +169,40 @@ def fits(config: ModelConfig, plan: SharingPlan) -> bool:
   except ValueError:
     return False
   return True
+
+
+def most_within(budget: Budget, followers: int, find: Callable[[int], Found]) -> Found:
+  """What is found for this many followers; or, if it is the loss that is limited, for the most that stay within it.
+
+  Args:
+    budget: what is limited.
+    followers: how many there may be.
+    find: from a number of followers, the plan to take.
+
+  Raises:
+    UserError: if one follower is too much already.
+  """
+  if math.isinf(budget.nats):
+    return find(followers)
+  last: Found | None = None
+  for count in range(1, followers + 1):
+    try:
+      found = find(count)
+    except UserError:  # no plan has so many
+      break
+    if found.increase > budget.nats:
+      break
+    last = found
+  return last or too_much(budget)
+
+
+def too_much(budget: Budget) -> NoReturn:
+  """Says that a budget allows no follower.
+
+  Raises:
+    UserError: always.
+  """
+  raise UserError(f"with one follower the judged loss already exceeds the budget of {budget}")
 
 
 def late_spans(num_layers: int, followers: int) -> Iterator[SharingPlan]:

@@ -1,15 +1,19 @@
-"""From a dense model and a budget to a shared model: search, head maps, refit, and what it cost."""
+"""From a dense model and a budget to a shared model: search, head maps, refit, distillation, and what it cost."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
+import jax
 import numpy as np
 
 from sa_jax.analysis import search
 from sa_jax.analysis.align import can_map_by_refit
+from sa_jax.analysis.budget import Budget
+from sa_jax.analysis.distilling import Distillation, distill_rows
 from sa_jax.analysis.judge import Judge, Text
 from sa_jax.analysis.refit import Refit, Report, refit
 from sa_jax.config import ModelConfig
@@ -17,12 +21,11 @@ from sa_jax.errors import UserError
 from sa_jax.evaluation import Perplexity, perplexity
 from sa_jax.nn import Transformer
 from sa_jax.params import as_runs
+from sa_jax.plan import SharingPlan
 from sa_jax.sharding import traced_where_parameters_are
 from sa_jax.trees import Params
 
 Strategy = Literal["dp", "greedy", "beam", "spans"]
-Stage = Callable[[str], Callable[[int, int], None]]
-"""Called with the name of a stage of the work; returns what is called with (done, in all) during it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,63 +67,73 @@ class Search:
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-  """How much work goes into a shared model."""
+  """How much work goes into a shared model.
 
-  search: Search
+  Head maps are chosen by refit error where the model is small enough for that, and else by similarity; candidates are
+  judged after a refit of W_O.
+  """
+
+  search: Search = Search()
   """Search."""
-  calibration_rows: int
+  calibration_rows: int = 176
   """Most rows of each text to fit to."""
-  judging_rows: int
+  judging_rows: int = 16
   """Most further rows of each text to judge by."""
-  mlp: bool
+  mlp: bool = False
   """Whether MLPs are refitted."""
+  local_epochs: int = 0
+  """Passes over the text that train each group towards the dense model's blocks, kept if judged better with them."""
 
   def recovery(self, config: ModelConfig) -> Refit:
     """The refit of the plan that is found."""
-    return Refit(maps=can_map_by_refit(config), mlp=self.mlp)
+    return Refit(maps=can_map_by_refit(config), mlp=self.mlp, local_epochs=self.local_epochs)
 
 
 EffortName = Literal["quick", "good", "best"]
 EFFORTS: dict[EffortName, Effort] = {
-  "quick": Effort(Search(), 8, 4, mlp=False),
-  "good": Effort(Search("greedy", shortlist=8, search_rows=16), 176, 16, mlp=True),
-  "best": Effort(Search("beam", width=3, shortlist=16, search_rows=32), 176, 16, mlp=True),
+  "quick": Effort(calibration_rows=8, judging_rows=4),
+  "good": Effort(Search("greedy", shortlist=8, search_rows=16), mlp=True, local_epochs=8),
+  "best": Effort(Search("beam", width=3, shortlist=16, search_rows=32), mlp=True, local_epochs=16),
 }
 """By name. ``good`` is what `experiments/search` measures."""
 
 
-def search_plan(judge: Judge, followers: int, how: Search, stage: Stage = lambda _: lambda *_: None) -> search.Found:
-  """The plan with this many followers that a search proposes.
+_ROWS_OF_A_STEP = 32
+"""Of local reconstruction on an accelerator."""
+
+
+def search_plan(judge: Judge, budget: Budget, how: Search, stage: search.Stage = search.no_stage) -> search.Found:
+  """The plan within a budget that a search proposes.
 
   Args:
     judge: measures plans.
-    followers: how many.
+    budget: how many followers it shall have, or how far the loss may rise.
     how: the strategy.
     stage: told what is being done.
 
   Raises:
-    UserError: if no plan has so many followers under the search's limits.
+    UserError: if no plan has so many followers under the search's limits, or none is within the budget.
   """
-  excluded = how.excluded
+  excluded, followers = how.excluded, budget.most(judge.config)
   if how.strategy == "spans":
-    spans = search.late_spans(judge.config.num_layers, followers)
-    allowed = [plan for plan in spans if not set(excluded) & set(plan.followers) and search.fits(judge.config, plan)]
-    return search.best_of(judge, allowed, stage("measuring spans"))
+
+    def best_span(count: int) -> search.Found:
+      spans = search.late_spans(judge.config.num_layers, count)
+      allowed = [plan for plan in spans if not set(excluded) & set(plan.followers) and search.fits(judge.config, plan)]
+      return search.best_of(judge, allowed, stage(f"measuring spans of {count}"))
+
+    return search.most_within(budget, followers, best_span)
   if how.strategy == "dp":
     costs = judge.costs(how.reach, stage("estimating pairs"))
-    found = search.best_of(judge, [search.cheapest(costs, followers, excluded)], stage("measuring the plan"))
+    cheapest = lambda count: search.best_of(judge, [search.cheapest(costs, count, excluded)])
+    found = search.most_within(budget, followers, cheapest)
     return search.improve(judge, found, costs, tries=how.swaps, excluded=excluded, progress=stage("trying swaps"))
   shortlist: search.Shortlist | None = None
   if how.shortlist is not None:
     shortlist = search.Shortlist(how.shortlist, judge.costs(how.reach, stage("estimating pairs")))
-  return search.beam(
-    judge,
-    followers,
-    width=how.width if how.strategy == "beam" else 1,
-    shortlist=shortlist,
-    excluded=excluded,
-    progress=stage("measuring candidates"),
-  )[-1]
+  width = how.width if how.strategy == "beam" else 1
+  best = search.beam(judge, budget, width=width, shortlist=shortlist, excluded=excluded, stage=stage)
+  return best[-1] if best else search.too_much(budget)
 
 
 class Shared(NamedTuple):
@@ -132,6 +145,9 @@ class Shared(NamedTuple):
     dense: the dense model's perplexity of each text's judging rows.
     shared: the shared model's.
     reports: what was refitted.
+    plan: with every head map.
+    undistilled: the shared model's perplexity before distillation; None if there was none. Where distillation has not
+      lowered it, the model is the one before.
   """
 
   model: Transformer
@@ -139,6 +155,8 @@ class Shared(NamedTuple):
   dense: dict[str, Perplexity]
   shared: dict[str, Perplexity]
   reports: list[Report]
+  plan: SharingPlan
+  undistilled: dict[str, Perplexity] | None = None
 
 
 @traced_where_parameters_are
@@ -146,41 +164,80 @@ def share(
   model: Transformer,
   params: Params,
   texts: Sequence[Text],
-  followers: int,
+  wanted: Budget | SharingPlan | int,
+  effort: Effort | None = None,
   *,
-  how: Search | None = None,
-  recovery: Refit | None = None,
   chunk: int = 4,
-  stage: Stage = lambda _: lambda *_: None,
+  distillation: Distillation | None = None,
+  record: Path | None = None,
+  stage: search.Stage = search.no_stage,
 ) -> Shared:
-  """Finds a plan, aligns heads, refits, and measures: everything without training.
+  """Finds a plan, aligns heads, refits, distils if that is asked for, and measures.
 
   Args:
     model: the dense model.
     params: in the layer layout, queries and keys of every layer included.
     texts: to calibrate on and, by their other rows, to judge by.
-    followers: how many layers shall share; see `sa_jax.analysis.search.followers_for`.
-    how: the search.
-    recovery: the refit of the plan; when None, of W_O, with head maps by refit error where the model is small enough
-      for them, and else by similarity. Candidates are judged after a refit of W_O.
+    wanted: how much is shared: a budget, a number of followers, or the plan itself, with head maps or without, when
+      nothing is searched.
+    effort: how much work; without it, what `Effort` is by default.
     chunk: rows computed at once.
+    distillation: at last, on all calibration rows, those beyond what the effort fits to included; none when None.
+    record: a file of the plans measured so far, so that a search that is run again does not measure them again.
     stage: told what is being done.
 
   Raises:
-    UserError: as `Judge`, `search_plan` and `refit`.
+    UserError: as `Judge`, `search_plan`, `refit` and `distill_rows`.
   """
-  recovery, how = recovery or Refit(maps=can_map_by_refit(model.config)), how or Search()
-  judged = [text._replace(calibration=text.calibration[: how.search_rows]) for text in texts]
-  by_heads = dataclasses.replace(recovery, mlp=False, values=0)
-  judge = Judge(model, params, judged, by_heads, chunk=chunk, progress=stage("reading the texts"))
-  plan = judge.with_maps(search_plan(judge, followers, how, stage).plan)
-  del judge
-  calibration = np.concatenate([text.calibration for text in texts])
-  made = refit(model, params, plan, calibration, recovery, chunk=chunk, progress=stage("refitting"))
-  results = []
-  for label, each, weights in (("dense", model, params), ("shared", made.model, made.params)):
-    runs = as_runs(weights, each.plan)
-    report = stage(f"scoring, {label}")
-    results.append({text.name: perplexity(each, runs, text.judging, batch_size=1, progress=report) for text in texts})
-  dense, shared = results
-  return Shared(made.model, made.params, dense, shared, made.reports)
+  effort = effort or Effort()
+  wanted = Budget("followers", wanted) if isinstance(wanted, int) else wanted
+  recovery = effort.recovery(model.config)
+  fitted = [text._replace(calibration=text.calibration[: effort.calibration_rows]) for text in texts]
+  if isinstance(wanted, SharingPlan):
+    plan = wanted
+  else:
+    judged = [text._replace(calibration=text.calibration[: effort.search.search_rows]) for text in fitted]
+    judge = Judge(
+      model,
+      params,
+      judged,
+      dataclasses.replace(recovery, mlp=False, local_epochs=0),
+      chunk=chunk,
+      record=record,
+      progress=stage("reading the texts"),
+    )
+    budget = wanted.counted(model.config, texts[0].judging.shape[1])
+    plan = judge.with_maps(search_plan(judge, budget, effort.search, stage).plan)
+    del judge
+  rows = np.concatenate([text.calibration for text in fitted])
+  # No logits are needed for this, which is what limits the rows elsewhere.
+  at_once = chunk if jax.default_backend() == "cpu" else max(chunk, _ROWS_OF_A_STEP)
+  score = lambda label, each, weights: _perplexities(each, weights, texts, stage(f"scoring, {label}"))
+  dense, refitted = score("dense", model, params), None
+  for how in dict.fromkeys([dataclasses.replace(recovery, local_epochs=0), recovery]):
+    made = refit(model, params, plan, rows, how, chunk=at_once, progress=stage("refitting"))
+    found = Shared(*made[:2], dense, score("shared", made.model, made.params), made.reports, made.plan)
+    refitted = found if refitted is None or _loss(found.shared) < _loss(refitted.shared) else refitted
+  assert refitted is not None
+  if distillation is None:
+    return refitted
+  student, shared = (refitted.model, refitted.params), refitted.shared
+  rows = np.concatenate([text.calibration for text in texts])
+  done = distill_rows(student, (model, params), rows, distillation, stage("distilling"))
+  distilled = score("distilled", refitted.model, done.params)
+  if _loss(distilled) > _loss(shared):
+    return refitted._replace(undistilled=shared)
+  return refitted._replace(params=done.params, shared=distilled, undistilled=shared)
+
+
+def _loss(found: dict[str, Perplexity]) -> float:
+  """Mean over texts."""
+  return float(np.mean([each.loss for each in found.values()]))
+
+
+def _perplexities(
+  model: Transformer, params: Params, texts: Sequence[Text], progress: search.Progress
+) -> dict[str, Perplexity]:
+  """Of each text's judging rows."""
+  runs = as_runs(params, model.plan)
+  return {text.name: perplexity(model, runs, text.judging, batch_size=1, progress=progress) for text in texts}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sa_jax.files import write_text
@@ -54,7 +54,8 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 @contextlib.contextmanager
 def progress(label: str) -> Iterator[Callable[[int, int], None]]:
   """A progress bar on stderr, where that is a terminal; yields a function that takes (done, in all)."""
-  columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+  times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+  columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), *times)
   screen = Console(stderr=True)
   with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal or not is_first()) as bar:
     task = bar.add_task(label, total=None)

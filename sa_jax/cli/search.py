@@ -18,8 +18,6 @@ class SearchPlan(Searching):
   """Whether plans are judged after refitting."""
   maps: bool = True
   """Whether plans are judged with head maps."""
-  record: Path | None = None
-  """Every measured plan is kept in this file, and not measured again when the search is resumed."""
   out: Path = Path("search")
   """Folder for the picture."""
   json: Path | None = None
@@ -30,6 +28,7 @@ class SearchPlan(Searching):
     """Prints the plan and the Pareto front."""
     from sa_jax import cost
     from sa_jax.analysis import Judge, plots, search
+    from sa_jax.analysis.budget import Budget
     from sa_jax.analysis.refit import Refit
     from sa_jax.analysis.share import search_plan
     from sa_jax.cli.texts import rows_at_once, stages
@@ -39,8 +38,9 @@ class SearchPlan(Searching):
     make_folder(self.out)
     for file in (self.record, self.json):
       check_writable(file)
-    model, params, texts, followers = self.prepare()
-    how = self.settings.search
+    budget = Budget.parse(self.budget)
+    model, params, texts = self.prepare()
+    budget, how = budget.counted(model.config, self.cutting.length), self.settings.search
     texts = [text._replace(calibration=text.calibration[: how.search_rows]) for text in texts]
     with stages() as stage:
       judge = Judge(
@@ -53,7 +53,7 @@ class SearchPlan(Searching):
         record=self.record,
         progress=stage("reading the texts"),
       )
-      found = search_plan(judge, followers, how, stage)
+      found = search_plan(judge, budget, how, stage)
     front = search.pareto(judge)
     dense = cost(model.config, None).kv_bytes_per_token
     saved = lambda plan: 1 - cost(model.config, plan).kv_bytes_per_token / dense

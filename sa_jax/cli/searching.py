@@ -30,7 +30,8 @@ class Searching:
   texts: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT ...")]
   """Text files (or .jsonl with a "text" a line) to calibrate on and judge by; each counts alike."""
   budget: str = "8"
-  """A number of followers, or what may remain of the dense cost: kv=80%, flops=95%."""
+  """A number of followers; what may remain of the dense cost: kv=80%, flops=95%; or ppl=1.05, the most followers with
+  which the judged perplexity stays within so many times the dense one."""
   effort: EffortName = "good"
   """quick: a minute, little text; good: as in the published results; best: a wider search. Sets defaults below."""
   settings: Effort = EFFORTS["good"]
@@ -39,6 +40,8 @@ class Searching:
   """Model."""
   cutting: RowLength = dataclasses.field(default_factory=RowLength)
   """Rows."""
+  record: Path | None = None
+  """Every measured plan is kept in this file, and not measured again when the search is resumed."""
 
   exact: ClassVar[bool] = True
 
@@ -46,19 +49,18 @@ class Searching:
     """What the command does."""
     raise NotImplementedError
 
-  def prepare(self) -> tuple[Transformer, Params, list[Text], int]:
-    """The dense model and its parameters in the layer layout, the texts, and how many layers follow."""
-    from sa_jax.analysis import search
+  def prepare(self, all_rows: bool = False) -> tuple[Transformer, Params, list[Text]]:
+    """The dense model and its parameters in the layer layout, and the texts, to the end if asked for."""
     from sa_jax.cli.texts import split_texts
 
     self.opening.begin()
     tokenizer = self.opening.tokenizer(self.model)
-    texts = split_texts(tokenizer, self.texts, self.cutting, self.settings.calibration_rows, self.settings.judging_rows)
+    rows = self.settings.calibration_rows, self.settings.judging_rows
+    texts = split_texts(tokenizer, self.texts, self.cutting, *rows, all_rows)
     described = self.cutting.describe(tokenizer)
     for text in texts:
       console.print(f"{text.name}: {len(text.calibration)} + {len(text.judging)} {described}")
-    model, params = self.opening.open_dense(self.model)
-    return model, params, texts, search.followers_for(model.config, self.budget, self.cutting.length)
+    return *self.opening.open_dense(self.model), texts
 
 
 def with_effort(command: type[Searching], arguments: Sequence[str]) -> type[Searching]:

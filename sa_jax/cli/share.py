@@ -9,49 +9,68 @@ from typing import Annotated
 
 import tyro
 
-from sa_jax.cli.common import change, console, exact_float32, show_table, write_json
+from sa_jax.cli.common import change, console, exact_float32, is_first, show_table, write_json
 from sa_jax.cli.cost import rows_of_cost
 from sa_jax.cli.searching import Searching
 from sa_jax.config import FloatDtype
-from sa_jax.files import check_absent, check_writable
+from sa_jax.files import check_absent, check_writable, write_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Share(Searching):
-  """Search a plan, align heads, refit, compare with the dense model, save: everything without training."""
+  """Search a plan, align heads, refit, distil for a while if asked to, compare with the dense model, save."""
 
   out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
   """The checkpoint to write, which must not exist."""
   dtype: FloatDtype = "bfloat16"
   """Type of the stored parameters."""
+  plan: str | None = None
+  """A plan instead of a search: such as 5:6-7,14:15, or zoo:8 for the known one with 8 followers, of models that
+  sa_jax.plans knows."""
+  distill_minutes: float | None = None
+  """Minutes of distillation after the refit, on all rows of the texts that are not judged by."""
   json: Path | None = None
   """Also write the numbers to this file."""
 
   @exact_float32()
   def run(self) -> None:
     """Prints dense against shared, and saves."""
-    from sa_jax import cost
+    from sa_jax import SharingPlan, cost, plans
+    from sa_jax.analysis.budget import Budget
+    from sa_jax.analysis.card import card, results
+    from sa_jax.analysis.distilling import Distillation
     from sa_jax.analysis.share import share
     from sa_jax.cli.texts import rows_at_once, stages
     from sa_jax.formats.hf_config import write_plan
 
     begun = time.perf_counter()
     check_absent(self.out)
-    check_writable(self.json)
-    model, params, texts, followers = self.prepare()
-    effort, chunk = self.settings, rows_at_once(model.config, self.cutting.length)
-    recovery = effort.recovery(model.config)
+    for file in (self.json, self.record):
+      check_writable(file)
+    wanted: Budget | SharingPlan = Budget.parse(self.budget)
+    distillation = None if self.distill_minutes is None else Distillation(minutes=self.distill_minutes)
+    model, params, texts = self.prepare(all_rows=distillation is not None)
+    length = self.cutting.length
+    if self.plan is not None and self.plan.startswith("zoo:"):
+      wanted = plans.get(model, Budget.parse(self.plan.removeprefix("zoo:")).most(model.config), params).plan
+    elif self.plan is not None:
+      wanted = SharingPlan.parse(self.plan, model.config.num_layers)
     with stages() as stage:
-      made = share(model, params, texts, followers, how=effort.search, recovery=recovery, chunk=chunk, stage=stage)
-    plan = made.model.plan
-    costs = [cost(model.config, each, 1, self.cutting.length) for each in (None, plan)]
-    table = rows_of_cost(*costs)
-    for text in texts:
-      dense, shared = made.dense[text.name].perplexity, made.shared[text.name].perplexity
-      table.append([f"perplexity, {text.name}", f"{dense:.3f}", f"{shared:.3f}", change(shared, dense)])
-    show_table(f"{followers} followers; {self.cutting.length} tokens", ["", "dense", "shared", "change"], table)
+      made = share(
+        model, params, texts, wanted, self.settings,
+        chunk=rows_at_once(model.config, length), distillation=distillation, record=self.record, stage=stage,
+      )  # fmt: skip
+    plan = made.plan
+    table = rows_of_cost(*(cost(model.config, each, 1, length) for each in (None, plan)))
+    perplexities = results(made)
+    for name, numbers in perplexities.items():
+      old, new = numbers["dense"], numbers["shared"]
+      table.append([f"perplexity, {name}", f"{old:.3f}", f"{new:.3f}", change(new, old)])
+    show_table(f"{len(plan.followers)} followers; {length} tokens", ["", "dense", "shared", "change"], table)
     self.opening.save(self.out, self.model, made.model, made.params, self.dtype)
     seconds = time.perf_counter() - begun
+    if is_first():
+      write_text(self.out / "README.md", card(self.model.name, made, texts, self.settings, seconds))
     console.print(f"\n[bold]{plan}[/bold]\n\nsaved in {seconds:.0f} s: [bold]{self.out}[/bold]")
     write_json(
       self.json,
@@ -59,10 +78,7 @@ class Share(Searching):
         "plan": str(plan),
         "shared_attention": write_plan(plan),
         "seconds": seconds,
-        "perplexity": {
-          text.name: {"dense": made.dense[text.name].perplexity, "shared": made.shared[text.name].perplexity}
-          for text in texts
-        },
+        "perplexity": perplexities,
         "refit": [each._asdict() for each in made.reports],
       },
     )

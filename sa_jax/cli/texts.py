@@ -92,10 +92,12 @@ def split_texts(
   cutting: RowLength,
   calibration: int,
   judging: int,
+  all_rows: bool = False,
 ) -> list[Text]:
   """The first rows of each file to calibrate on, the next ones to judge by.
 
-  A shorter file gives what it has, a fifth of it to judge by.
+  A shorter file gives what it has, a fifth of it to judge by. With ``all_rows``, the other rows of a longer one follow
+  those to calibrate on.
 
   Raises:
     UserError: if a file is too short, or two have one name.
@@ -109,7 +111,8 @@ def split_texts(
   for rows in rows_of_texts(tokenizer, files, cutting, None):
     used = rows[: calibration + judging]
     held_out = judging if len(used) == calibration + judging else min(judging, max(1, len(used) // 5))
-    cut.append((used[:-held_out], used[-held_out:]))
+    further = rows[len(used) :] if all_rows else rows[:0]
+    cut.append((np.concatenate([used[:-held_out], further]), used[-held_out:]))
   if short := [str(file) for file, (fitted, _) in zip(files, cut, strict=True) if not len(fitted)]:
     raise UserError(f"two rows or more are needed, one to fit to and one to judge by: {', '.join(short)} has one")
   return [Text(name, *each) for name, each in zip(names, cut, strict=True)]

@@ -1,6 +1,7 @@
 """Judging and searching plans."""
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,11 @@ import pytest
 
 import sa_jax
 from sa_jax.analysis import align, search
-from sa_jax.analysis.judge import Judge, Text
+from sa_jax.analysis.budget import Budget
+from sa_jax.analysis.distilling import Distillation
+from sa_jax.analysis.judge import Judge, Text, Walk
 from sa_jax.analysis.refit import Refit, refit
+from sa_jax.analysis.share import Effort, Search, search_plan, share
 from sa_jax.config import ModelConfig
 from tests import tiny
 
@@ -129,15 +133,64 @@ def test_spans_and_budgets():
   assert spans == ["3:4-5"]
   assert [str(plan) for plan in search.late_spans(8, 2)] == ["4:5-6", "5:6-7"]
   assert [str(plan) for plan in search.late_spans(4, 3)] == ["0:1-3"]
-  config = ModelConfig.preset("llama-2-7b")
-  assert search.followers_for(config, "8") == 8
-  assert search.followers_for(config, "kv=87.5%") == 8
-  assert search.followers_for(config, "flops=95%") == min(
-    count
-    for count in range(32)
-    if sa_jax.cost(config, sa_jax.SharingPlan.from_followers(32, range(1, count + 1)), 1, 1024).flops
-    <= 0.95 * sa_jax.cost(config, None, 1, 1024).flops
-  )
-  for wrong, message in (("32", "1 to 31"), ("kv=40%", "51.6%"), ("half", "none of"), ("0", "1 to 31")):
-    with pytest.raises(ValueError, match=message):
-      search.followers_for(config, wrong)
+
+
+class Priced:
+  """A judge of plans that cost so many nats for each layer that follows."""
+
+  config, nats = CONFIG, np.array([0.0, 0.1, 0.01, 0.02, 0.3])
+
+  def losses(self, plan, base=None):
+    del base
+    return np.array([self.nats[list(plan.followers)].sum()])
+
+  def increase(self, losses):
+    return float(losses.mean())
+
+  def walk(self, plan, base=None, keep=False):
+    del base, keep
+    return Walk(plan, (), self.losses(plan))
+
+  def costs(self, reach, progress=None):
+    del reach, progress
+    return np.where(np.triu(np.ones((5, 5)), 1) > 0, self.nats[None], np.inf)
+
+
+@pytest.mark.parametrize(
+  ("how", "followers"),
+  [(Search("greedy"), (2, 3)), (Search("beam", width=2, shortlist=3), (2, 3)), (Search("dp"), (2, 3)),
+   (Search("spans"), (3,)), (Search("greedy", excluded=(3,)), (2,))],
+)  # fmt: skip
+def test_a_limit_of_perplexity_takes_the_most_followers_within_it(how, followers):
+  found = search_plan(Priced(), Budget("ppl", math.exp(0.05)), how)
+  assert found.plan.followers == followers
+  assert found.increase == pytest.approx(Priced.nats[list(followers)].sum())
+  everything = search_plan(Priced(), Budget("ppl", math.exp(0.5)), how).plan.followers
+  assert everything == tuple(layer for layer in (1, 2, 3, 4) if layer not in how.excluded)
+  with pytest.raises(sa_jax.UserError, match=r"one follower .* exceeds the budget of ppl=1.005"):
+    search_plan(Priced(), Budget("ppl", 1.005), how)
+
+
+def test_share_distils_a_plan_at_last(params):
+  """The plan stays, judged loss falls, and the perplexities are those of the model that is returned."""
+  texts = [Text(name, *np.split(RNG.integers(0, 47, (40, 16), np.int32), [32])) for name in ("one", "two")]
+  seen = []
+
+  def stage(name):
+    seen.append(name)
+    return lambda *_: None
+
+  plan = sa_jax.SharingPlan.parse("0:1-4", 5)
+  distillation = Distillation(steps=40, batch_size=16, learning_rate=5e-3)
+  made = share(DENSE, params, texts, plan, Effort(calibration_rows=8), chunk=8, distillation=distillation, stage=stage)
+  assert made.model.plan.source == made.plan.source == plan.source
+  assert made.undistilled is not None
+  loss = lambda each: sum(of.loss for of in each.values())
+  assert loss(made.shared) < loss(made.undistilled)
+  assert seen[-2:] == ["distilling", "scoring, distilled"]
+  got = sa_jax.perplexity(made.model, made.params, texts[0].judging, batch_size=4).loss
+  assert got == pytest.approx(made.shared["one"].loss, abs=1e-5)
+  # The head maps that were folded are there to begin from.
+  again = refit(DENSE, params, made.plan, np.concatenate([text.calibration[:8] for text in texts]), Refit(), chunk=8)
+  want = sa_jax.perplexity(again.model, again.params, texts[0].judging, batch_size=4).loss
+  assert want == pytest.approx(made.undistilled["one"].loss, rel=1e-3)

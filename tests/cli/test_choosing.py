@@ -42,7 +42,7 @@ def test_share_saves_the_model_that_it_measured(folder):
   texts = [folder / "one.txt", folder / "two.jsonl"]
   (folder / "model" / "generation_config.json").write_text("{}")
   arguments = ["share", str(folder / "model"), *map(str, texts), "--out", str(folder / "shared")]
-  arguments += ["--budget", "3", *SIZES]
+  arguments += ["--budget", "3", "--local-epochs", "0", *SIZES]
   assert main([*arguments, "--dtype", "float32", "--json", str(folder / "share.json")]) == 0
   numbers = json.loads((folder / "share.json").read_text())
   model, params = sa_jax.from_pretrained(folder / "shared")
@@ -52,6 +52,10 @@ def test_share_saves_the_model_that_it_measured(folder):
     want = numbers["perplexity"][text.name]["shared"]
     assert sa_jax.perplexity(model, params, text.judging, batch_size=2).perplexity == pytest.approx(want, rel=1e-4)
   assert main(arguments) == 2  # the folder exists
+  written = (folder / "shared" / "README.md").read_text()
+  assert f"`{numbers['plan']}`" in written
+  for values in numbers["perplexity"].values():
+    assert f"| {values['dense']:.3f} | {values['shared']:.3f} |" in written
   # Commands that only read it take its own plan, and all that travels with a model is there.
   own = folder / "own.json"
   assert main(["perplexity", str(folder / "shared"), str(texts[0]), "--length", "12", "--json", str(own)]) == 0
@@ -59,6 +63,17 @@ def test_share_saves_the_model_that_it_measured(folder):
   assert main(["cost", str(folder / "shared"), "--json", str(own)]) == 0
   assert json.loads(own.read_text())["plan"] == numbers["plan"]
   assert (folder / "shared" / "generation_config.json").read_text() == "{}"
+
+
+def test_share_takes_a_plan_and_distils(folder):
+  arguments = ["share", str(folder / "model"), str(folder / "one.txt"), "--out", str(folder / "shared"), *SIZES]
+  arguments += ["--dtype", "float32", "--json", str(folder / "share.json"), "--effort", "quick"]
+  assert main([*arguments, "--plan", "1:2,4:5-6", "--distill-minutes", "0.02"]) == 0
+  numbers = json.loads((folder / "share.json").read_text())
+  assert numbers["plan"] == "1:2,4:5-6" == str(sa_jax.from_pretrained(folder / "shared")[0].plan)
+  assert numbers["perplexity"]["one"]["shared"] <= numbers["perplexity"]["one"]["undistilled"]
+  assert "distillation" in (folder / "shared" / "README.md").read_text()
+  assert main([*arguments, "--out", str(folder / "other"), "--plan", "zoo:8"]) == 2
 
 
 def test_search_writes_its_front_and_resumes(folder):

@@ -1,0 +1,111 @@
+"""How much shall be shared: a number of followers, or what may remain of the cost, or what quality must remain."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+from sa_jax.config import ModelConfig
+from sa_jax.costs import cost
+from sa_jax.errors import UserError
+from sa_jax.plan import SharingPlan
+
+Measure = Literal["followers", "kv", "flops", "ppl"]
+_FORMS = "a number of followers, 'kv=80%', 'flops=95%', 'ppl=1.05'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+  """A budget by name.
+
+  Attributes:
+    measure: ``followers``; ``kv`` and ``flops``, the share of the dense model's KV cache or of its forward pass that
+      may remain; ``ppl``, how many times the dense model's perplexity the judged one may be, in the geometric mean over
+      texts.
+    amount: of it.
+
+  Raises:
+    UserError: if the amount is out of range.
+  """
+
+  measure: Measure
+  amount: float
+
+  def __post_init__(self) -> None:
+    amount = self.amount
+    if self.measure == "followers" and not (amount >= 1 and amount == int(amount)):
+      raise UserError(f"{amount:g} followers are impossible: a whole number from 1 is needed")
+    if self.measure in ("kv", "flops") and not 0 < amount < 1:
+      raise UserError(f"{self.measure}={amount:.3%} is no share of the dense model's: between 0 % and 100 % is needed")
+    if self.measure == "ppl" and not amount > 1:
+      raise UserError(f"ppl={amount:g} allows nothing: it is times the dense model's perplexity, such as 1.05")
+
+  @classmethod
+  def parse(cls, text: str) -> Budget:
+    """Reads ``8`` or ``followers=8``, ``kv=80%``, ``flops=95%``, ``ppl=1.05``.
+
+    Raises:
+      UserError: if the text has another form.
+    """
+    name, _, value = text.strip().partition("=")
+    if not value:
+      name, value = "followers", name
+    number = value.removesuffix("%")
+    is_share = name in ("kv", "flops")
+    if name not in ("followers", "kv", "flops", "ppl") or is_share != value.endswith("%"):
+      raise UserError(f"the budget {text!r} is none of: {_FORMS}")
+    try:
+      amount = float(number)
+    except ValueError:
+      raise UserError(f"the budget {text!r} is none of: {_FORMS}") from None
+    return cls(name, amount / 100 if is_share else amount)  # type: ignore[arg-type]
+
+  def __str__(self) -> str:
+    if self.measure == "followers":
+      return f"{self.amount:g} followers"
+    return f"{self.measure}={self.amount:g}" if self.measure == "ppl" else f"{self.measure}={100 * self.amount:g}%"
+
+  @property
+  def nats(self) -> float:
+    """By how much the loss may rise; infinite where that is not what the budget limits."""
+    return math.log(self.amount) if self.measure == "ppl" else math.inf
+
+  def counted(self, config: ModelConfig, seq_len: int) -> Budget:
+    """The budget in followers, with FLOPs of so many tokens, if it is not the loss that is limited.
+
+    Raises:
+      UserError: as `most`.
+    """
+    return self if self.measure == "ppl" else Budget("followers", self.most(config, seq_len))
+
+  def most(self, config: ModelConfig, seq_len: int = 1024) -> int:
+    """How many followers a plan may have at most, or shall have if it is not the loss that is limited.
+
+    Args:
+      config: the model.
+      seq_len: tokens, for FLOPs.
+
+    Raises:
+      UserError: if no plan can meet the budget.
+    """
+    most = config.num_layers - 1
+    if self.measure == "ppl":
+      return most
+    if self.measure == "followers":
+      if self.amount > most:
+        raise UserError(
+          f"{self.amount:g} followers are impossible: a model of {config.num_layers} layers can have 1 to {most}"
+        )
+      return int(self.amount)
+    measure = {"kv": "kv_cache_bytes", "flops": "flops"}[self.measure]
+    of = lambda count: getattr(
+      cost(config, SharingPlan.from_followers(config.num_layers, range(1, count + 1)), 1, seq_len), measure
+    )
+    for count in range(most + 1):
+      if of(count) <= self.amount * of(0) * (1 + 1e-9):
+        return max(count, 1)
+    raise UserError(
+      f"no plan brings {self.measure} to {self.amount:.1%} of the dense model's: with {most} followers it is "
+      f"{of(most) / of(0):.1%}"
+    )

@@ -1,0 +1,59 @@
+"""The README of a model that `share` has made: its plan, what it was made of, and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sa_jax.analysis.judge import Text
+from sa_jax.analysis.share import Effort, Shared
+from sa_jax.costs import cost
+
+
+def results(made: Shared) -> dict[str, dict[str, float]]:
+  """Perplexities by text: ``dense``, ``shared``, and ``undistilled`` if there was a distillation."""
+  columns = {"dense": made.dense, "shared": made.shared}
+  if made.undistilled is not None:
+    columns["undistilled"] = made.undistilled
+  return {name: {label: each[name].perplexity for label, each in columns.items()} for name in made.dense}
+
+
+def card(source: str, made: Shared, texts: Sequence[Text], effort: Effort, seconds: float) -> str:
+  """The card, in Markdown.
+
+  Args:
+    source: the dense model's name.
+    made: the shared model.
+    texts: what it was fitted to and judged by.
+    effort: how much work went into it.
+    seconds: how long it took.
+  """
+  config, plan = made.model.config, made.plan
+  dense, shared = cost(config, None), cost(config, plan)
+  saved = lambda old, new: f"| {old:,} | {new:,} | {100 * (new / old - 1):+.1f} % |"
+  rows = [
+    "| parameters " + saved(dense.params, shared.params),
+    "| KV cache, bytes a token " + saved(dense.kv_bytes_per_token, shared.kv_bytes_per_token),
+  ]
+  for name, numbers in results(made).items():
+    old, new = numbers["dense"], numbers["shared"]
+    rows.append(f"| perplexity, {name} | {old:.3f} | {new:.3f} | {new / old:.3f} × |")
+  grouped = any(report.part == "group" for report in made.reports)
+  done = {"W_O": True, "MLPs": effort.mlp, "local reconstruction": grouped, "distillation": made.undistilled}
+  lines = [
+    f"# {source}, {len(plan.followers)} of {plan.num_layers} layers of which share attention weights",
+    "",
+    f"The plan is `{plan}`: each group is an anchor and the layers that use its attention weights",
+    "([Shared Attention](https://arxiv.org/abs/2407.12866)). Open the folder with `sa_jax.from_pretrained`.",
+    "",
+    "| | dense | this model | |",
+    "|---|---|---|---|",
+    *rows,
+    "",
+    f"Made in {seconds:.0f} s by `sa-jax share`; recovery: {', '.join(name for name, value in done.items() if value)}.",
+    "Perplexities are of the judging rows, which nothing was fitted to.",
+    "",
+    "| text | rows to fit to | rows to judge by | tokens a row |",
+    "|---|---|---|---|",
+    *(f"| {text.name} | {len(text.calibration)} | {len(text.judging)} | {text.judging.shape[1]} |" for text in texts),
+  ]
+  return "\n".join(lines) + "\n"

@@ -1,0 +1,205 @@
+"""Distillation as a stage in memory: a shared model learns the dense model's predictions for a while.
+
+It begins from a refitted model and takes rows of tokens; `sa_jax.train` is for runs with files, checkpoints and several
+hosts. Both have one objective and one step. Embedding and head are not trained: student and teacher use the same
+arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sa_jax.analysis.reconstruct import RELATIVE_ADAM
+from sa_jax.errors import UserError
+from sa_jax.nn import Transformer
+from sa_jax.params import stack, unstack
+from sa_jax.plan import SharingPlan
+from sa_jax.programs import fetch
+from sa_jax.sharding import mesh_of
+from sa_jax.train.batch import Batch
+from sa_jax.train.objective import distill
+from sa_jax.train.step import Objective, TrainState, make_state, make_step, state_shardings
+from sa_jax.trees import Params, Tree
+
+_TRAINED = ("runs", "final_norm")
+_TIMED_STEPS = 8
+"""By the time that they take after the first one, which compiles, it is told how many steps there is time for."""
+
+_MANY = 1000
+"""Steps that the learning rate rises as if there were, until it is known how many there are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+  """How long, and how.
+
+  Attributes:
+    minutes: how long it takes, compilation included.
+    steps: ends after so many steps instead, whatever time they take.
+    batch_size: rows a step.
+    learning_rate: of Adam at its highest, relative to the root mean square of each array of weights; it rises over a
+      twentieth of the steps, and falls to 0 as a cosine.
+    teacher_weight: of the divergence from the dense model, against the text's own cross-entropy.
+    dtype: to compute in; bfloat16 on accelerators and float32 on a CPU when None. Parameters stay float32.
+    seed: of the order of rows.
+
+  Raises:
+    UserError: if a value makes no sense.
+  """
+
+  minutes: float = 5.0
+  steps: int | None = None
+  batch_size: int = 32
+  learning_rate: float = 1.2e-3
+  teacher_weight: float = 1.0
+  dtype: str | None = None
+  seed: int = 0
+
+  def __post_init__(self) -> None:
+    fine = {
+      "minutes": self.minutes > 0,
+      "steps": self.steps is None or self.steps > 0,
+      "batch_size": self.batch_size > 0,
+      "learning_rate": self.learning_rate > 0,
+      "teacher_weight": 0 <= self.teacher_weight <= 1,
+    }
+    if wrong := [f"{name} cannot be {getattr(self, name)}" for name, is_fine in fine.items() if not is_fine]:
+      raise UserError.of("distillation", wrong)
+
+  def rate(self, step: int, steps: int) -> float:
+    """The learning rate of a step, counted from 0."""
+    rise = min((step + 1) / max(0.05 * steps, 1.0), 1.0)
+    return self.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
+
+
+class Distilled(NamedTuple):
+  """What `distill_rows` returns.
+
+  Attributes:
+    params: of the shared model, float32, in the layer layout.
+    steps: how many were done.
+    losses: float64 ``[steps]``, of each.
+  """
+
+  params: Params
+  steps: int
+  losses: np.ndarray
+
+
+def distill_rows(
+  student: tuple[Transformer, Params],
+  teacher: tuple[Transformer, Params],
+  rows: np.ndarray,
+  how: Distillation,
+  progress: Callable[[int, int], None] | None = None,
+) -> Distilled:
+  """Trains a shared model to predict what its dense original predicts.
+
+  Args:
+    student: the shared model, and its parameters in the layer layout.
+    teacher: the dense model, and its parameters in the layer layout.
+    rows: int ``[rows, T]`` of text, full rows.
+    how: for how long.
+    progress: called with (steps done, steps in all) once it is known how many there will be.
+
+  Raises:
+    UserError: if there is no text.
+  """
+  if not len(rows):
+    raise UserError("distillation needs at least one row of text")
+  model, params = student
+  dtype = how.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+  computed = lambda model: Transformer(dataclasses.replace(model.config, dtype=dtype), model.plan)
+  runs, frozen = stack(params, model.plan), _frozen(*teacher, jnp.dtype(dtype))
+  trained = {name: runs[name] for name in _TRAINED}
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    RELATIVE_ADAM,
+    optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=how.learning_rate),
+  )
+  shardings = None
+  if mesh_of(trained) is not None:
+    shardings = state_shardings(optimizer, trained, jax.tree.map(lambda leaf: leaf.sharding, trained))
+  objective = _objective(computed(model), computed(teacher[0]), how.teacher_weight)
+  step = make_step(objective, optimizer, shardings=shardings)
+  state = make_state(optimizer, trained, shardings)
+  batches, pace = _batches(rows, how), _Pace(how)
+  losses: list[jax.Array] = []
+  while len(losses) < (pace.steps or math.inf):
+    rate = how.rate(len(losses), pace.steps or _MANY)
+    with jax.default_matmul_precision("default"):  # where the caller asks for exact products
+      state, metrics = step(_at_rate(state, rate), frozen, next(batches))
+    losses.append(metrics.loss)
+    pace.look(len(losses), metrics.loss)
+    if progress is not None and pace.steps is not None:
+      progress(len(losses), pace.steps)
+  found = unstack({**runs, **state.params}, model.plan)
+  return Distilled(found, len(losses), np.asarray(fetch(losses), np.float64))
+
+
+class _Pace:
+  """How many steps there will be: as many as are asked for, or as there is time for from now on.
+
+  Attributes:
+    steps: how many; None while that is not known.
+  """
+
+  def __init__(self, how: Distillation):
+    self.steps = how.steps
+    self._end = time.perf_counter() + 60 * how.minutes
+    self._first = 0.0
+
+  def look(self, done: int, loss: jax.Array) -> None:
+    """Takes notice of a step's end; now and then waits for it, so that not too many steps are under way."""
+    if done in (1, _TIMED_STEPS) or done % 16 == 0:
+      loss.block_until_ready()
+    now = time.perf_counter()
+    if done == 1:
+      self._first = now
+    if self.steps is None and done == _TIMED_STEPS:
+      self.steps = done + max(0, int((self._end - now) / ((now - self._first) / (done - 1))))
+
+
+def _frozen(model: Transformer, params: Params, dtype: np.dtype) -> Params:
+  """The dense model's parameters in the run layout: its blocks in the dtype of computation, the rest as it is."""
+  runs = stack(params, SharingPlan.dense(model.plan.num_layers))
+  return runs | {"runs": jax.tree.map(lambda leaf: leaf.astype(dtype), runs["runs"])}
+
+
+def _objective(student: Transformer, teacher: Transformer, teacher_weight: float) -> Objective:
+  """`sa_jax.train.distill` of what is trained, the rest being the teacher's."""
+  taught = distill(student, teacher, alpha=teacher_weight)
+
+  def objective(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return taught({**frozen, **params}, frozen, batch, step)
+
+  return objective
+
+
+def _at_rate(state: TrainState, rate: float) -> TrainState:
+  """The state with another learning rate."""
+  *others, last = state.opt_state
+  rates = {"learning_rate": jnp.full_like(last.hyperparams["learning_rate"], rate)}
+  return dataclasses.replace(state, opt_state=(*others, last._replace(hyperparams=rates)))
+
+
+def _batches(rows: np.ndarray, how: Distillation) -> Iterator[Batch]:
+  """Rows in random order, all of them before one comes again."""
+  generator, size = np.random.default_rng(how.seed), how.batch_size
+  order = np.zeros(0, int)
+  while True:
+    while len(order) < size:
+      order = np.concatenate([order, generator.permutation(len(rows))])
+    batch, order = rows[order[:size]].astype(np.int32), order[size:]
+    weights = np.ones(batch.shape, np.float32)
+    weights[:, 0] = 0
+    yield Batch(batch, weights)

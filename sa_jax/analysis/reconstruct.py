@@ -1,0 +1,198 @@
+"""Local reconstruction: a group's blocks, trained by a few steps to give what the dense model's blocks give.
+
+A group is an anchor and its followers. All their weights move: the anchor's queries and keys, which the whole group
+attends by, too. What is minimised is the squared distance of every block's output to the dense block's, relative to the
+latter's square, token by token, so that errors which earlier groups have left are made good where that is possible.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sa_jax.analysis import walk
+from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
+from sa_jax.config import ModelConfig
+from sa_jax.errors import UserError
+from sa_jax.nn import PlanArrays, PlannedBlock
+from sa_jax.plan import SharingPlan
+from sa_jax.programs import fetch, program
+from sa_jax.trees import Params, Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+  """How groups are reconstructed.
+
+  Attributes:
+    epochs: times that the calibration text is gone through, for each group.
+    learning_rate: of Adam (Kingma & Ba, arXiv 1412.6980) at its highest, relative to the root mean square of each array
+      of weights, which differs by ten between models; it rises over a tenth of the steps, and falls to 0 as a cosine.
+
+  Raises:
+    UserError: if one is not positive.
+  """
+
+  epochs: int = 8
+  learning_rate: float = 2.5e-3
+
+  def __post_init__(self) -> None:
+    if self.epochs < 1 or not self.learning_rate > 0:
+      raise UserError(f"epochs and learning_rate must be positive, not {self.epochs} and {self.learning_rate}")
+
+  def rate(self, step: int, steps: int) -> float:
+    """The learning rate of a step, counted from 0."""
+    done = (step + 1) / steps
+    return self.learning_rate * min(10 * done, 1.0) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+class Group(NamedTuple):
+  """A group of the shared model and what it should become.
+
+  Attributes:
+    blocks: parameters of its layers, queries and keys of all of them included.
+    layers: the layers' part of the plan.
+    stream: the text before it, in the shared model.
+    targets: by layer, the outputs ``[B, T, D]`` of the dense model's blocks, by chunk.
+  """
+
+  blocks: tuple[Block, ...]
+  layers: tuple[PlanArrays, ...]
+  stream: Stream
+  targets: tuple[tuple[jax.Array, ...], ...]
+
+
+RELATIVE_ADAM = optax.chain(optax.scale_by_adam(b1=0.9, b2=0.99), optax.scale_by_param_block_rms())
+"""Adam whose steps are relative to the weights: without it, a rate that suits one model ruins another."""
+
+
+def _distance(
+  config: ModelConfig,
+  blocks: tuple[Block, ...],
+  layers: tuple[PlanArrays, ...],
+  chunk: Chunk,
+  targets: tuple[jax.Array, ...],
+) -> jax.Array:
+  """Mean over layers and tokens of the squared relative distance."""
+  x, state, total = chunk.x, chunk.state, jnp.float32(0.0)
+  for block, layer, target in zip(blocks, layers, targets, strict=True):
+    x, state = walk.call(config, block, PlannedBlock.__call__, x, state, layer)
+    wide = target.astype(jnp.float32)
+    energy = jnp.maximum(jnp.sum(jnp.square(wide), axis=-1), jnp.finfo(jnp.float32).tiny)
+    total += jnp.mean(jnp.sum(jnp.square(x.astype(jnp.float32) - wide), axis=-1) / energy)
+  return total / len(layers)
+
+
+_measured = program(static_argnames="config")(_distance)
+
+
+@program(static_argnames="config", donate_argnames=("blocks", "moments"))
+def _step(
+  config: ModelConfig,
+  blocks: tuple[Block, ...],
+  moments: Tree,
+  layers: tuple[PlanArrays, ...],
+  part: tuple[Chunk, tuple[jax.Array, ...]],
+  rate: jax.Array,
+) -> tuple[tuple[Block, ...], Tree]:
+  """A step of Adam on a chunk and its targets."""
+  gradients = jax.grad(_distance, argnums=1)(config, blocks, layers, *part)
+  # Optax mixes types and ranks, which the caller may have forbidden.
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    updates, moments = RELATIVE_ADAM.update(gradients, moments, blocks)
+    blocks = jax.tree.map(lambda old, update: (old - rate * update).astype(old.dtype), blocks, updates)
+  return blocks, moments
+
+
+def distance(config: ModelConfig, group: Group) -> float:
+  """How far the group's outputs are from the dense model's: mean squared relative distance over layers and tokens."""
+  parts = zip(group.stream, zip(*group.targets, strict=True), strict=True)
+  found = [_measured(config, group.blocks, group.layers, chunk, targets) for chunk, targets in parts]
+  rows = [chunk.x.shape[0] for chunk in group.stream]
+  return float(np.average(fetch(found), weights=rows))
+
+
+def reconstruct(
+  config: ModelConfig, group: Group, how: Reconstruction, seed: int = 0
+) -> tuple[tuple[Block, ...], float, float]:
+  """Trains a group's blocks on the calibration text.
+
+  Args:
+    config: the model.
+    group: what is trained, and towards what.
+    how: for how long.
+    seed: of the order of chunks.
+
+  Returns:
+    The blocks, and `distance` before and after; blocks that training has not brought nearer are given back as they are.
+  """
+  chunks = list(zip(group.stream, zip(*group.targets, strict=True), strict=True))
+  before = distance(config, group)
+  # The step donates its blocks, and these are still the caller's.
+  blocks = jax.tree.map(jnp.copy, group.blocks)
+  moments = jax.tree.map(jnp.copy, RELATIVE_ADAM.init(blocks))
+  generator, steps = np.random.default_rng(seed), how.epochs * len(chunks)
+  order = np.concatenate([generator.permutation(len(chunks)) for _ in range(how.epochs)])
+  with jax.default_matmul_precision("default"):  # gradients need no exact products, where the caller asks for them
+    for index, number in enumerate(order):
+      rate = np.float32(how.rate(index, steps))
+      blocks, moments = _step(config, blocks, moments, group.layers, chunks[number], rate)
+  after = distance(config, group._replace(blocks=blocks))
+  return (blocks, before, after) if after < before else (group.blocks, before, before)
+
+
+class Reconstructing:
+  """Reconstructs the groups of a plan, one after the other, while text goes through the model layer by layer.
+
+  Args:
+    config: the model.
+    plan: whose groups; the first is that of the first follower.
+    how: each is reconstructed.
+    keep: where chunks wait.
+  """
+
+  def __init__(self, config: ModelConfig, plan: SharingPlan, how: Reconstruction, keep: walk.Keep):
+    self._config, self._plan, self._how, self._keep = config, plan, how, keep
+    self._first = plan.source[min(plan.followers)] if plan.followers else plan.num_layers
+    self._stream: Stream = ()
+    self._members: list[int] = []
+    self._layers: list[PlanArrays] = []
+    self._targets: list[tuple[jax.Array, ...]] = []
+
+  def add(self, layer: int, arrays: PlanArrays, before: Stream, targets: tuple[Targets, ...]) -> bool:
+    """Takes a layer's part of the plan, the text before it, and what the dense model makes of it.
+
+    Returns:
+      Whether a group is complete with it.
+    """
+    if layer < self._first:
+      return False
+    if self._plan.is_anchor(layer):
+      self._stream, self._members, self._layers, self._targets = before, [], [], []
+    self._members.append(layer)
+    self._layers.append(arrays)
+    self._targets.append(tuple(target.x for target in targets))
+    return layer + 1 == self._plan.num_layers or self._plan.is_anchor(layer + 1)
+
+  def finish(self, layers: Params) -> tuple[dict[str, Block], Stream, float, float]:
+    """Reconstructs the group that is complete.
+
+    Args:
+      layers: all layers' parameters.
+
+    Returns:
+      The group's new blocks, by layer, the text after it, and `distance` before and after.
+    """
+    blocks = tuple(layers[str(layer)] for layer in self._members)
+    group = Group(blocks, tuple(self._layers), self._stream, tuple(self._targets))
+    blocks, before, after = reconstruct(self._config, group, self._how, seed=self._members[0])
+    stream = self._stream
+    for block, arrays in zip(blocks, self._layers, strict=True):
+      stream = tuple(self._keep(walk.advance(self._config, block, chunk, arrays)) for chunk in stream)
+    return {str(layer): block for layer, block in zip(self._members, blocks, strict=True)}, stream, before, after

@@ -1,0 +1,51 @@
+"""Budgets by name."""
+
+import math
+
+import pytest
+
+import sa_jax
+from sa_jax.analysis.budget import Budget
+from sa_jax.config import ModelConfig
+
+CONFIG = ModelConfig.preset("llama-2-7b")
+
+
+def test_numbers_and_shares_of_the_cost():
+  assert Budget.parse("8").most(CONFIG) == Budget.parse(" followers=8").most(CONFIG) == 8
+  assert Budget.parse("kv=87.5%").most(CONFIG) == 8
+  assert Budget.parse("flops=95%").most(CONFIG) == min(
+    count
+    for count in range(32)
+    if sa_jax.cost(CONFIG, sa_jax.SharingPlan.from_followers(32, range(1, count + 1)), 1, 1024).flops
+    <= 0.95 * sa_jax.cost(CONFIG, None, 1, 1024).flops
+  )
+  assert math.isinf(Budget.parse("kv=87.5%").nats)
+
+
+def test_what_is_counted_is_followers():
+  assert Budget.parse("flops=95%").counted(CONFIG, 1024) == Budget("followers", Budget.parse("flops=95%").most(CONFIG))
+  assert Budget.parse("ppl=1.05").counted(CONFIG, 1024) == Budget.parse("ppl=1.05")
+
+
+def test_a_limit_of_perplexity():
+  budget = Budget.parse("ppl=1.05")
+  assert (budget.most(CONFIG), budget.nats) == (31, pytest.approx(math.log(1.05)))
+
+
+@pytest.mark.parametrize("text", ["8 followers", "kv=80%", "flops=95%", "ppl=1.05"])
+def test_they_are_spelt_as_they_are_read(text):
+  assert str(Budget.parse(text.removesuffix(" followers"))) == text
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("32", "1 to 31"), ("kv=40%", "51.6%"), ("half", "none of"), ("0", "a whole number from 1"), ("kv=80", "none of"),
+    ("ppl=5%", "none of"), ("2.5", "whole number"), ("ppl=0.9", "allows nothing"), ("kv=120%", "between"),
+    ("cost=5", "none of"),
+  ],
+)  # fmt: skip
+def test_bad_ones(text, message):
+  with pytest.raises(sa_jax.UserError, match=message):
+    Budget.parse(text).most(CONFIG)
