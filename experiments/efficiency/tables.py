@@ -68,6 +68,15 @@ def generation_rows(values: dict) -> Iterator[list[str]]:
     yield [str(row["batch"]), row["who"].replace("plan ", ""), f"{row['tokens_per_second']:,.0f}"]
 
 
+def draft_rows(values: dict) -> Iterator[list[str]]:
+  """Rows of ``speculative*.json``."""
+  greedy = values["greedy"]["tokens_per_second"]
+  yield ["none: plain greedy", "1.00", f"{greedy:,.0f}", "1.00"]
+  for name, row in values["drafts"].items():
+    speed = row["tokens_per_second"]
+    yield [name, f"{row['tokens_per_round']:.2f}", f"{speed:,.0f}", f"{speed / greedy:.2f}"]
+
+
 def fit_rows() -> Iterator[list[str]]:
   """Rows of the programs that were compiled for TPUs."""
   for path in sorted(HERE.glob("tpu/*.json")):
@@ -109,6 +118,11 @@ def results() -> str:
     values = json.loads(path.read_text(encoding="utf-8"))
     parts += [f"## SmolLM2-135M, real weights, {values['device']}", f"`{path.relative_to(HERE)}`"]
     parts.append(table(["rows", "plan", "tokens/s"], generation_rows(values)))
+  for path in sorted(HERE.glob("gpu/**/speculative*.json")):
+    values = json.loads(path.read_text(encoding="utf-8"))
+    title = f"## Speculative decoding of SmolLM2-135M, one row, {values['ahead']} proposals a round, {values['device']}"
+    parts += [title, f"`{path.relative_to(HERE)}`"]
+    parts.append(table(["draft", "tokens a round", "tokens/s", "of greedy's"], draft_rows(values)))
   columns = ["file", "slice", "program", "plan", "peak, GB", "memory, GB", "roofline, ms", "collectives: times / GB"]
   parts += ["## TPU, compiled ahead of time; nothing ran", table(columns, fit_rows())]
   return "\n\n".join(parts) + "\n"

@@ -101,4 +101,6 @@ class FitOf:
       verdict = "fits" if result.fits else f"does not fit: {result.problem}"
       console.print(f"{name}: {verdict} ({result.devices} × {result.device})")
     values = {"model": self.model, "kind": self.kind, "topology": self.topology, "batch": batch, "length": self.length}
-    write_json(self.json, values | {"mesh": str(sizes), "dtype": self.dtype, "fits": dict(zip(names, fits))})
+    write_json(
+      self.json, values | {"mesh": dataclasses.asdict(sizes), "dtype": self.dtype, "fits": dict(zip(names, fits))}
+    )
