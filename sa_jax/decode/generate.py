@@ -202,7 +202,8 @@ def _slots_for(prompt: int, new: int) -> int:
 def _static(engine: Engine, layers: Params, state: DecodeState, sampler: Sampler, new: int) -> Drawn:
   """All that rows generate whose first tokens have been drawn, at most so many tokens a row."""
   width = pad_to(new - 1, state.cache.capacity)
-  first = newest(*fetch((state.tokens, state.log_probs)), sampler)  # the state is given away
+  tokens, log_probs = fetch((state.tokens, state.log_probs))  # the state is given away
+  first = newest(tokens, log_probs, sampler)
   _, rest = engine.decode(layers, state, sampler=sampler, steps=np.int32(new - 1), width=width)
   return Drawn(*jax.tree.map(lambda one, more: np.concatenate([one, more[:, : new - 1]], axis=1), first, fetch(rest)))
 

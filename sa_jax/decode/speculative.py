@@ -379,7 +379,8 @@ def speculate(
   batch = Prompts.of(prompts, pad_to(int(counts.max()), capacity), new, how.seed, range(len(prompts)))
   both = layers, draft.params
   state = engine.prefill(both, batch, sampler=how.sampler, capacity=capacity)
-  first = newest(*fetch((state.rows.tokens, state.rows.log_probs)), how.sampler)  # the state is given away
+  tokens, log_probs = fetch((state.rows.tokens, state.rows.log_probs))  # the state is given away
+  first = newest(tokens, log_probs, how.sampler)
   state, rest = engine.decode(both, state, sampler=how.sampler, width=pad_to(how.max_new_tokens, capacity))
   rest, rounds = fetch((rest, state.rounds))
   join = lambda one, more: np.concatenate([one, more], axis=1)[:, : how.max_new_tokens]
