@@ -53,6 +53,8 @@ class CostOf:
 
   def run(self) -> None:
     """Prints the table."""
+    if wrong := [name for name in ("batch_size", "length") if getattr(self, name) < 1]:
+      raise UserError.of("cost", [f"`{name}` must be at least 1, not {getattr(self, name)}" for name in wrong])
     config, own = model_of(self.model, self.revision)
     plan = own if self.plan is None else as_plan(self.plan, config.num_layers)
     dense, shared = cost(config, None, self.batch_size, self.length), cost(config, plan, self.batch_size, self.length)

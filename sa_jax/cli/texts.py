@@ -82,7 +82,7 @@ def rows_of_texts(
     try:
       out.append(cutting.cut(tokenizer, read_documents(file), rows))
     except UserError as error:
-      raise UserError(f"{file}: {error}") from None
+      raise UserError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
   return out
 
 

@@ -49,7 +49,7 @@ def locate(name: str | Path, revision: str | None = None, need: Need = "weights"
   found = parse_hub_id(name)
   if found is None:
     if revision is not None:
-      raise UserError(f"revision {revision!r} is for models on the hub, and {name} is a path")
+      raise UserError(f"revision {revision!r} is for models on the hub, and {name} is a path: leave `revision` out")
     if not path.exists():
       raise UserError(f"there is no file or folder {path}, and it has not the form of a hub id, org/model")
     return path

@@ -15,6 +15,7 @@ import tyro
 
 from sa_jax.config import FloatDtype, ModelConfig, RematPolicy
 from sa_jax.errors import UserError
+from sa_jax.fields import misfits
 from sa_jax.mesh import MeshSizes
 from sa_jax.train.data import Reading
 from sa_jax.train.data.packing import Packing, TooLong
@@ -148,9 +149,13 @@ class TrainConfig:
   """Logs and checkpoints."""
 
   def __post_init__(self) -> None:
-    wrong = []
-    if sum(source is not None for source in (self.model, self.preset, self.shape)) != 1:
+    if wrong := misfits(self):
+      raise UserError.of("training", wrong)
+    given = [name for name in ("model", "preset", "shape") if getattr(self, name) is not None]
+    if not given:
       wrong.append("either a checkpoint to start from (`model`) or a shape to train from scratch (`preset`) is needed")
+    if len(given) > 1:
+      wrong.append(f"{' and '.join(f'`{name}`' for name in given)} each say what to start from: one is needed")
     if self.model is None and self.mode == "distill":
       wrong.append("`mode=distill` needs a checkpoint (`model`), whose dense model is the teacher")
     if self.model is None and self.method == "lora":
@@ -200,7 +205,7 @@ def load_config(path: Path) -> TrainConfig:
   """
   spec = importlib.util.spec_from_file_location("sa_jax_train_config", path)
   if spec is None or spec.loader is None or not path.is_file():
-    raise UserError(f"{path} is not a Python file")
+    raise UserError(f"{path} is not a Python file" if path.is_file() else f"there is no file {path}")
   module = importlib.util.module_from_spec(spec)
   sys.modules[spec.name] = module  # dataclasses of the file's own look their module up
   try:

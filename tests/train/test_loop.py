@@ -83,7 +83,7 @@ def test_every_mode_ends_as_an_ordinary_checkpoint(dense, tmp_path, how):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"model": "x", "preset": "y"}, "either a checkpoint to start from"),
+    ({"model": "x", "preset": "y"}, "`model` and `preset` and `shape` each say"),
     ({"shape": None}, "either a checkpoint to start from"),
     ({"mode": "distill"}, "`mode=distill` needs a checkpoint"),
     ({"method": "lora"}, "`method=lora` needs a checkpoint"),
