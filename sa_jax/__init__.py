@@ -11,6 +11,7 @@ from sa_jax import nn, ops, plans
 from sa_jax.config import ModelConfig
 from sa_jax.costs import Cost, cost
 from sa_jax.decode import Generated, generate
+from sa_jax.display import progress
 from sa_jax.errors import UserError
 from sa_jax.evaluation import Perplexity, perplexity, rows_of
 from sa_jax.formats import Tokenizer, convert, export, from_pretrained, inspect, load, load_tokenizer, save
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
   from sa_jax import analysis as analysis
   from sa_jax import train as train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LATER = ("analysis", "train")
 """Modules that are attributes from the start, and loaded when they are first asked for."""
@@ -60,6 +61,7 @@ __all__ = [
   "perplexity",
   "Perplexity",
   "rows_of",
+  "progress",
   # Parameter layouts.
   "prune",
   "stack",

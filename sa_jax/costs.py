@@ -7,8 +7,20 @@ import dataclasses
 import jax.numpy as jnp
 
 from sa_jax.config import ModelConfig
+from sa_jax.display import quantity, table
 from sa_jax.errors import UserError
 from sa_jax.plan import PlanLike, as_plan
+
+LABELS = {
+  "params": ("parameters", ""),
+  "param_bytes": ("parameter bytes", "B"),
+  "flops": ("FLOPs of a forward pass", ""),
+  "decode_flops": ("FLOPs of a decode step", ""),
+  "kv_bytes_per_token": ("KV cache bytes a token", "B"),
+  "kv_cache_bytes": ("KV cache bytes", "B"),
+  "decode_bytes": ("bytes read by a decode step", "B"),
+}
+"""What the fields of `Cost` are called in tables, and their units."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +49,10 @@ class Cost:
   kv_cache_bytes: int
   kv_bytes_per_token: int
   decode_bytes: int
+
+  def _repr_html_(self) -> str:
+    """A table, for notebooks."""
+    return table([(label, quantity(getattr(self, name), unit)) for name, (label, unit) in LABELS.items()])
 
 
 def cost(config: ModelConfig, plan: PlanLike, batch: int = 1, seq_len: int = 1) -> Cost:

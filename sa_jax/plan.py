@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from sa_jax.display import layers_picture
 from sa_jax.errors import UserError
 
 HeadMap = tuple[int, ...]
@@ -163,6 +164,12 @@ class SharingPlan:
       if followers
     ]
     return ",".join(parts) or "dense"
+
+  def _repr_html_(self) -> str:
+    """The plan as a picture, for notebooks."""
+    mapped = sum(self.head_map_of(layer) is not None for layer in self.followers)
+    title = f"{self}: {len(self.followers)} of {self.num_layers} layers follow"
+    return layers_picture(self.source, title + (f", {mapped} of them with a head map" if mapped else ""))
 
   @property
   def num_layers(self) -> int:

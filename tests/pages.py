@@ -13,7 +13,7 @@ def failures(page: Path, names: dict[str, object] | None = None) -> str:
   if not example.examples:
     return f"{page} has no examples"
   report: list[str] = []
-  doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example, out=report.append)
+  doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS).run(example, out=report.append)
   return "".join(report)
 
 

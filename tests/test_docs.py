@@ -12,6 +12,8 @@ import pytest
 
 import sa_jax
 from sa_jax import cli
+from sa_jax.formats.families import FAMILIES
+from sa_jax.ops.attention import dispatch
 from tests import pages
 
 ROOT = Path(__file__).parents[1]
@@ -54,17 +56,35 @@ def test_every_public_name_is_documented(module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["docs/quick-start.md", "docs/how-to/composing.md"])
+@pytest.mark.parametrize("page", ["docs/quick-start.md", "docs/how-to/composing.md", "docs/extend/recovery.md"])
 @pytest.mark.real_model
 def test_examples_print_what_the_page_says(page, smollm2):
   assert pages.failures(ROOT / page) == ""
 
 
-def commands(text: str) -> list[list[str]]:
-  """The lines of shell blocks that call sa-jax."""
+@pytest.mark.parametrize("page", ["family", "backend"])
+def test_guides_work_as_they_are_written(page):
+  """They add a family and a backend, which other tests must not see."""
+  try:
+    assert pages.failures(ROOT / "docs" / "extend" / f"{page}.md") == ""
+  finally:
+    FAMILIES.pop("aquila", None)
+    dispatch.backends.pop("jax_nn", None)
+
+
+def shell_lines(text: str) -> list[list[str]]:
+  """The commands of shell blocks, which are fenced or indented."""
   blocks = re.findall(r"```(?:sh|bash)?\n(.*?)```", text, re.DOTALL)
+  prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+  blocks += re.findall(r"^ {4}(?=[^ ])(.*(?:\n {4}.*)*)", prose, re.MULTILINE)
   lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-  return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("sa-jax ")]
+  lines = [line[5:-1] if line.startswith('run="') else line for line in lines]
+  return [shlex.split(line, comments=True) for line in lines if re.match(r"\s*(sa-jax|python) (?!-c)", line)]
+
+
+def commands(text: str) -> list[list[str]]:
+  """What is given to sa-jax in shell blocks."""
+  return [rest for program, *rest in shell_lines(text) if program == "sa-jax"]
 
 
 def test_commands_and_flags_of_the_pages_exist(capsys):
@@ -81,8 +101,25 @@ def test_commands_and_flags_of_the_pages_exist(capsys):
   assert len(flags) >= 8
 
 
+def test_scripts_of_the_pages_exist_with_their_flags():
+  seen = set()
+  for page in [*PAGES, ROOT / "BUILD.md"]:
+    for program, script, *rest in shell_lines(page.read_text(encoding="utf-8")):
+      if program == "python" and script.endswith(".py"):
+        path = next((folder / script for folder in (ROOT, page.parent) if (folder / script).is_file()), None)
+        assert path is not None, f"{page}: there is no {script}"
+        source = path.read_text(encoding="utf-8")
+        flags = {word.split("=")[0] for word in rest if word.startswith("--")} - {"--help"}
+        unknown = {flag for flag in flags if f'"{flag}"' not in source}
+        assert not unknown, f"{page}: {script} has no {unknown}"
+        seen.add(script)
+  assert len(seen) >= 10
+
+
 def test_links_between_pages_lead_somewhere():
   made = {f"reference/{module}.md" for module in PUBLIC} | {"benchmarks.md", "changelog.md"}
+  made |= {f"notebooks/{path.stem}.md" for path in (ROOT / "docs" / "notebooks").glob("*.py")}
+  made |= set(re.findall(r"models/[\w.-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
   for page in (ROOT / "docs").rglob("*.md"):
     for target in re.findall(r"\]\(([^)#:]+\.md)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
       found = (page.parent / target).resolve()

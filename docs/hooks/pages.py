@@ -1,11 +1,14 @@
-"""Pages that are made from other files: the reference of every public module, changelog and benchmarks.
+"""Pages that are made from other files: reference of every public module, changelog, benchmarks and model cards.
 
 A module is public if it has ``__all__``. Its page has its docstring and one section a name; mkdocstrings fills them
 from docstrings and signatures, without an import.
 """
 
 import ast
+import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -61,6 +64,17 @@ def page(module: str, modules: dict[str, ast.Module]) -> str:
   return "\n\n".join(parts) + "\n"
 
 
+def quality() -> ModuleType:
+  """``experiments/quality.py``, which makes tables and model cards of the experiments' results."""
+  spec = importlib.util.spec_from_file_location("quality", ROOT / "experiments" / "quality.py")
+  assert spec is not None
+  assert spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module  # dataclasses look their module up
+  spec.loader.exec_module(module)
+  return module
+
+
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
   """Puts the pages of the reference and of the design into the navigation."""
   design = sorted((ROOT / "docs" / "design").glob("*.md"), key=lambda path: (path.stem != "index", path.stem))
@@ -83,6 +97,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, f"reference/{module}.md", content=page(module, modules)))
   changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
   files.append(File.generated(config, "changelog.md", content=changelog))
+  made = quality()
   results = (ROOT / "experiments" / "efficiency" / "RESULTS.md").read_text(encoding="utf-8")
-  files.append(File.generated(config, "benchmarks.md", content=results))
+  _, results = results.split("\n", 1)  # its title is of a page of its own
+  files.append(File.generated(config, "benchmarks.md", content=f"{made.overview()}\n\n{results}"))
+  for key in made.CARDS:
+    files.append(File.generated(config, f"models/{key}.md", content=made.card_page(key)))
   return files

@@ -30,6 +30,7 @@ from sa_jax.analysis.reconstruct import Reconstructing, Reconstruction
 from sa_jax.analysis.ridge import Sums, relative_error, solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
+from sa_jax.display import table
 from sa_jax.distributed import check_same_rows
 from sa_jax.errors import UserError
 from sa_jax.nn import Middle, PlanArrays, PlannedBlock, Transformer
@@ -293,6 +294,11 @@ class Refitted(NamedTuple):
   params: Params
   reports: list[Report]
   plan: SharingPlan
+
+  def _repr_html_(self) -> str:
+    """The plan as a picture, and what was refitted, for notebooks."""
+    rows = [(f"layer {each.layer}, {each.part}", f"{each.before:.1%}", f"{each.after:.1%}") for each in self.reports]
+    return self.plan._repr_html_() + table(rows, ["error, of the target's energy", "before", "after"])
 
 
 @traced_where_parameters_are

@@ -11,6 +11,7 @@ import numpy as np
 from sa_jax.analysis.budget import Budget
 from sa_jax.analysis.judge import Judge
 from sa_jax.config import ModelConfig
+from sa_jax.display import table
 from sa_jax.errors import UserError
 from sa_jax.nn.transformer import check_plan
 from sa_jax.plan import SharingPlan
@@ -37,6 +38,10 @@ class Found(NamedTuple):
   plan: SharingPlan
   losses: np.ndarray
   increase: float
+
+  def _repr_html_(self) -> str:
+    """The plan as a picture, and what it costs, for notebooks."""
+    return self.plan._repr_html_() + table([("loss over dense, nats a token", f"{self.increase:.4f}")])
 
 
 class Shortlist(NamedTuple):

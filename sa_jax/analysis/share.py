@@ -17,6 +17,7 @@ from sa_jax.analysis.distilling import Distillation, distill_rows
 from sa_jax.analysis.judge import Judge, Text
 from sa_jax.analysis.refit import Refit, Report, refit
 from sa_jax.config import ModelConfig
+from sa_jax.display import table
 from sa_jax.errors import UserError
 from sa_jax.evaluation import Perplexity, perplexity
 from sa_jax.nn import Transformer
@@ -157,6 +158,13 @@ class Shared(NamedTuple):
   reports: list[Report]
   plan: SharingPlan
   undistilled: dict[str, Perplexity] | None = None
+
+  def _repr_html_(self) -> str:
+    """The plan as a picture, and perplexities beside the dense model's, for notebooks."""
+    rows = [
+      (name, f"{dense.perplexity:.2f}", f"{self.shared[name].perplexity:.2f}") for name, dense in self.dense.items()
+    ]
+    return self.plan._repr_html_() + table(rows, ["perplexity", "dense", "shared"])
 
 
 @traced_where_parameters_are

@@ -17,6 +17,7 @@ import numpy as np
 from jax.scipy.special import entr
 from numpy.typing import ArrayLike
 
+from sa_jax.display import maps_picture
 from sa_jax.distributed import check_same_rows
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
@@ -56,6 +57,13 @@ class Similarity(NamedTuple):
   def mean(self) -> Similarity:
     """Averaged over heads: ``[L, L]`` and ``[L]``."""
     return Similarity(*(values.mean(axis=-1) for values in self))
+
+  def _repr_html_(self) -> str:
+    """The maps of cosines as pictures, averaged over heads, for notebooks."""
+    maps = {"cosine": self.cosine, "cosine without the first key": self.cosine_without_sink}
+    return maps_picture(
+      [(title, values.mean(axis=-1) if values.ndim == 3 else values) for title, values in maps.items()]
+    )
 
 
 @traced_where_parameters_are

@@ -10,8 +10,9 @@ from typing import Annotated
 import tyro
 
 from sa_jax.bench.task import Kind, Peer, Result, Setting, Task, run_task
-from sa_jax.cli.common import console, progress, quantity, show_table, write_json
+from sa_jax.cli.common import console, progress, show_table, write_json
 from sa_jax.config import AttentionBackend, AttentionState
+from sa_jax.display import quantity
 from sa_jax.errors import UserError
 from sa_jax.files import check_writable
 from sa_jax.plan import as_plan

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from sa_jax import display
 from sa_jax.files import write_text
 
 console = Console(highlight=False)
@@ -53,13 +53,9 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 @contextlib.contextmanager
 def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-  """A progress bar on stderr, where that is a terminal; yields a function that takes (done, in all)."""
-  times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-  columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), *times)
-  screen = Console(stderr=True)
-  with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal or not is_first()) as bar:
-    task = bar.add_task(label, total=None)
-    yield lambda done, total: bar.update(task, completed=done, total=total)
+  """The library's progress bar, which the first process alone shows; yields a function that takes (done, in all)."""
+  with display.progress(label, shown=is_first()) as report:
+    yield report
 
 
 def write_json(path: Path | None, values: Any) -> None:
@@ -92,17 +88,6 @@ def exact_float32(dtype: str = "float32") -> Iterator[None]:
     return
   with jax.default_matmul_precision("highest"):
     yield
-
-
-def quantity(value: float, unit: str = "") -> str:
-  """A number with three digits and a decimal prefix, such as ``13.5 G`` of a unit."""
-  prefixes = ["", "k", "M", "G", "T", "P"]
-  while abs(value) >= 999.5 and len(prefixes) > 1:
-    value /= 1000
-    prefixes.pop(0)
-  prefix = prefixes[0]
-  digits = 0 if prefix == "" and value == int(value) else 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
-  return f"{value:.{digits}f} {prefix}{unit}".rstrip()
 
 
 def change(new: float, old: float) -> str:

@@ -8,21 +8,12 @@ from typing import Annotated
 
 import tyro
 
-from sa_jax.cli.common import change, quantity, show_table, write_json
+from sa_jax.cli.common import change, show_table, write_json
 from sa_jax.config import PRESETS, ModelConfig
-from sa_jax.costs import Cost, cost
+from sa_jax.costs import LABELS, Cost, cost
+from sa_jax.display import quantity
 from sa_jax.errors import UserError, near
 from sa_jax.plan import SharingPlan, as_plan
-
-LABELS = {
-  "params": ("parameters", ""),
-  "param_bytes": ("parameter bytes", "B"),
-  "flops": ("FLOPs of a forward pass", ""),
-  "decode_flops": ("FLOPs of a decode step", ""),
-  "kv_bytes_per_token": ("KV cache bytes a token", "B"),
-  "kv_cache_bytes": ("KV cache bytes", "B"),
-  "decode_bytes": ("bytes read by a decode step", "B"),
-}
 
 
 def rows_of_cost(dense: Cost, shared: Cost) -> list[list[str]]:

@@ -13,9 +13,10 @@ from typing import Annotated, Any
 import tyro
 from rich.markup import escape
 
-from sa_jax.cli.common import change, console, progress, quantity, show_table, write_json
+from sa_jax.cli.common import change, console, progress, show_table, write_json
 from sa_jax.cli.cost import rows_of_cost
 from sa_jax.cli.texts import RowLength
+from sa_jax.display import quantity
 from sa_jax.errors import UserError
 from sa_jax.files import check_writable, make_folder
 from sa_jax.plan import SharingPlan

@@ -9,9 +9,10 @@ from typing import Annotated
 
 import tyro
 
-from sa_jax.cli.common import change, console, progress, quantity, show_table, write_json
+from sa_jax.cli.common import change, console, progress, show_table, write_json
 from sa_jax.cli.cost import model_of
 from sa_jax.config import FloatDtype
+from sa_jax.display import quantity
 from sa_jax.files import check_writable
 from sa_jax.fit import Fit, Job, Kind, fit, mesh_on
 from sa_jax.hlo import KINDS, Collective

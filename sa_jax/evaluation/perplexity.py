@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sa_jax import ops
+from sa_jax.display import table
 from sa_jax.distributed import check_same_rows
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
@@ -33,6 +34,11 @@ class Perplexity(NamedTuple):
   perplexity: float
   loss: float
   tokens: int
+
+  def _repr_html_(self) -> str:
+    """A table, for notebooks."""
+    loss = ("loss, nats a token", f"{self.loss:.4f}")
+    return table([("perplexity", f"{self.perplexity:.2f}"), loss, ("tokens predicted", f"{self.tokens:,}")])
 
 
 def rows_of(

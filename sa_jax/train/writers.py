@@ -155,7 +155,7 @@ class WeightsAndBiases:
 
 
 class Screen:
-  """A line for each of the metrics' lines, which stays; in a terminal with a bar below it."""
+  """A line for each of the metrics' lines, which stays; in a terminal or a notebook with a bar below it."""
 
   def __init__(self, console: Console, steps: int, start: int) -> None:
     """Starts the bar.
@@ -167,7 +167,9 @@ class Screen:
     """
     self._console, self._steps = console, steps
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    self._bar = Progress(
+      *columns, console=console, transient=True, disable=not (console.is_terminal or console.is_jupyter)
+    )
     self._task = self._bar.add_task("", total=steps, completed=start)
     self._bar.start()
 

@@ -17,10 +17,11 @@ from tokenizers.processors import TemplateProcessing
 
 import sa_jax
 from sa_jax.cli import main
-from sa_jax.cli.common import change, quantity
+from sa_jax.cli.common import change
 from sa_jax.cli.demo import picture
 from sa_jax.cli.generate import read_prompts
 from sa_jax.cli.process import own
+from sa_jax.display import quantity
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference" / "llama-gqa-8l"
 PLAN = "1:2-3,4:5-6"

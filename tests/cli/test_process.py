@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+import sa_jax
 from sa_jax import cli
 from sa_jax.bench import task
 from sa_jax.cli import process
@@ -83,7 +84,7 @@ def test_a_numpy_of_the_current_folder_is_not_run(monkeypatch, tmp_path):
 def test_versions(capsys):
   assert cli.main(["--version"]) == 0
   said = capsys.readouterr().out
-  assert said.startswith("sa-jax 0.1.0 (jax ")
+  assert said.startswith(f"sa-jax {sa_jax.__version__} (jax ")
   assert f"jax {jax.__version__}" in said
 
 
