@@ -187,7 +187,7 @@ def _finish(sums: _Sums[np.ndarray]) -> Similarity:
   squares = np.einsum("LLN->LN", sums.products)
   return Similarity(
     cosine=_cosine(sums.products),
-    cosine_without_sink=_cosine(sums.products - sums.sink_products),
+    cosine_without_sink=_cosine(sums.products - sums.sink_products, 1e-6 * squares),
     js_divergence=sums.divergence / sums.queries,
     top_k_overlap=sums.overlap / np.maximum(sums.long_queries, 1)[..., None],
     entropy=sums.entropy / sums.queries,
@@ -195,10 +195,17 @@ def _finish(sums: _Sums[np.ndarray]) -> Similarity:
   )
 
 
-def _cosine(products: np.ndarray) -> np.ndarray:
-  """Cosines ``[L, L, N]`` from inner products; 0 for a head without weights."""
-  norms = np.sqrt(np.einsum("LLN->LN", products))
-  return products / np.maximum(norms[:, None] * norms[None], np.finfo(np.float64).tiny)
+def _cosine(products: np.ndarray, rounding: np.ndarray | float = 0.0) -> np.ndarray:
+  """Cosines ``[L, L, N]`` from inner products; 0 for a head without weights.
+
+  Args:
+    products: ``[L, L, N]``.
+    rounding: up to which the square of a head's weights, ``[L, N]``, may be what float32 has left of a difference.
+  """
+  squares = np.einsum("LLN->LN", products)
+  norms = np.sqrt(np.where(squares > rounding, squares, 0.0))
+  both = norms[:, None] * norms[None]
+  return np.divide(products, both, out=np.zeros_like(products), where=both > 0)
 
 
 def drift(similarities: Sequence[Similarity]) -> np.ndarray:

@@ -89,3 +89,12 @@ def test_short_rows_are_refused(reference):
   model, params = sa_jax.from_pretrained(reference, layout="layers")
   with pytest.raises(ValueError, match="1 to 4"):
     similarity.layer_similarity(model, params, np.zeros((1, 4), np.int32), top_k=8)
+
+
+def test_a_head_that_sees_the_first_key_only_is_like_no_other_without_it():
+  shape = (1, 8, 1, 4)  # one head
+  ordinary = nn.QueryKey(*(jax.random.normal(jax.random.key(n), shape) for n in range(2)))
+  keys = jnp.full(shape, -100.0).at[:, 0].set(100.0)  # scores apart by more than float32's exponents reach
+  sums = similarity.block_sums((nn.QueryKey(jnp.ones(shape), keys), ordinary), 0, length=8, top_k=2, block=8)
+  cosine = similarity._finish(jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)).cosine_without_sink[..., 0]
+  np.testing.assert_allclose(cosine, [[0, 0], [0, 1]], atol=1e-6)
