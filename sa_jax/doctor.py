@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from sa_jax import ops
 from sa_jax.distributed import exchange
 from sa_jax.errors import UserError
+from sa_jax.files import as_path, check_writable, is_remote
 from sa_jax.mesh import MeshSizes
 
 _PACKAGES = ("sa-jax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -99,6 +100,12 @@ def _backends(packed: bool) -> str:
 
 def _storage(path: Path) -> Finding:
   """Whether a folder, or the nearest one above it that exists, can be written."""
+  if is_remote(path := as_path(path)):
+    try:
+      check_writable(path / "any")
+    except UserError as error:
+      return Finding(f"storage {path}", str(error), is_fault=True)
+    return Finding(f"storage {path}", "can be written")
   above = next((each for each in (path, *path.absolute().parents) if each.exists()), path)
   try:
     with tempfile.NamedTemporaryFile(dir=above):

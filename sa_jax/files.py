@@ -1,4 +1,7 @@
-"""Files that a user names: errors say which file, and what is written appears whole or not at all."""
+"""Files that a user names, on disks and in buckets: errors say which file, and what is written appears whole or not.
+
+`as_path` is the one way from a name to a path. Where buckets differ from disks, the functions here have both forms.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,52 @@ import os
 import re
 import secrets
 import shutil
+import socket
+import tempfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import cast
 
+from sa_jax.buckets import is_of_driver, reason, remote
 from sa_jax.errors import UserError
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
+_UNFINISHED = ".unfinished"
+"""In a bucket, lies in a folder as long as it is being written."""
 
 
-def check_local(path: str | Path) -> None:
-  """Checks that a name is a path on this machine; as one, ``gs://bucket`` would be a folder named ``gs:``.
+def as_path(name: str | os.PathLike[str]) -> Path:
+  """A path on this machine, or of a name such as ``gs://bucket/file`` an `etils.epath` path, which has its methods.
 
   Raises:
-    UserError: if it names other storage.
+    UserError: if the name has a scheme that nobody knows.
   """
-  if match := _SCHEME.match(str(path)):
-    raise UserError(
-      f"{path} is on {match[1]}:// storage, which is not supported; copy it to a disk, or mount the bucket"
-    )
+  text = os.fspath(name)
+  if (match := _URL.match(text)) is None:
+    return Path(text)
+  # pathlib, which may have had the name before us, leaves one slash of two.
+  return cast(Path, remote(f"{match[1]}://{match[2]}"))
+
+
+def is_remote(path: PurePath) -> bool:
+  """Whether a path that `as_path` made is in a bucket."""
+  return not isinstance(path, Path)
+
+
+def check_local(path: Path, what: str) -> None:
+  """Checks that a path is on a disk of this machine.
+
+  Raises:
+    UserError: if it is in a bucket.
+  """
+  if is_remote(path := as_path(path)):
+    raise UserError(f"{what} has to be on a disk of this machine; copy {path} to one")
+
+
+def size_of(file: Path) -> int:
+  """The bytes of a file."""
+  found = file.stat()
+  return int(found.length if is_remote(file) else found.st_size)  # type: ignore[attr-defined]
 
 
 def check_regular(path: Path, most: int | None = None) -> None:
@@ -39,7 +70,7 @@ def check_regular(path: Path, most: int | None = None) -> None:
   """
   if not path.is_file():
     raise UserError(f"{path} is a {'folder' if path.is_dir() else 'pipe or a device'}, not a file")
-  if most is not None and (size := path.stat().st_size) > most:
+  if most is not None and (size := size_of(path)) > most:
     raise UserError(f"{path} has {size:,} bytes; such a file has at most {most:,}")
 
 
@@ -51,14 +82,22 @@ def named(path: Path, what: str = "read") -> Iterator[None]:
     path: the file or folder.
     what: what is done with it: ``read``, ``write``, ``make the folder``.
   """
-  check_local(path)
+  path = as_path(path)
   try:
     yield
   except OSError as error:
     # A temporary name beside the file is not one that the user knows.
-    culprit = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else path
+    culprit = as_path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else path
     other = "" if culprit.parent in (path.parent, path.resolve().parent) else f" ({culprit})"
-    raise UserError(f"cannot {what} {path}: {error.strerror or error}{other}") from error
+    raise UserError(f"cannot {what} {path}: {_reason(error)}{other}") from error
+  except Exception as error:
+    if not is_remote(path) or not is_of_driver(error):
+      raise
+    raise UserError(f"cannot {what} {path}: {reason(error)}") from error
+
+
+def _reason(error: OSError) -> str:
+  return error.strerror or ("No such file or directory" if isinstance(error, FileNotFoundError) else str(error))
 
 
 def read_text(path: Path) -> str:
@@ -67,6 +106,7 @@ def read_text(path: Path) -> str:
   Raises:
     UserError: if it cannot be read, or is not UTF-8 text.
   """
+  path = as_path(path)
   try:
     with named(path):
       return path.read_text(encoding="utf-8")
@@ -76,13 +116,14 @@ def read_text(path: Path) -> str:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-  """A file to write under a temporary name; it replaces the one at ``path`` when the block ends well, or goes.
+  """A file on this machine to write; it replaces the one at ``path`` when the block ends well, or goes.
 
   A device or a pipe, such as ``/dev/stdout``, is written as it is.
 
   Raises:
     UserError: if it cannot be written.
   """
+  path = as_path(path)
   with named(path, "write"):
     if path.exists() and not path.is_file() and not path.is_dir():
       yield path
@@ -90,6 +131,11 @@ def new_file(path: Path) -> Iterator[Path]:
     path = path.resolve()  # the file behind a link is replaced, not the link
     if path.is_dir():
       raise UserError(f"cannot write {path}: it is a folder")
+    if is_remote(path):
+      with tempfile.TemporaryDirectory(prefix="sa_jax-") as folder:
+        yield Path(folder, path.name)
+        copy(Path(folder, path.name), path)
+      return
     unfinished = _unfinished(path)
     try:
       yield unfinished
@@ -114,13 +160,16 @@ def check_writable(path: Path | None) -> None:
   Raises:
     UserError: if it cannot.
   """
-  if path is None or (path.exists() and not path.is_file() and not path.is_dir()):
+  if path is None:
+    return
+  path = as_path(path)
+  if path.exists() and not path.is_file() and not path.is_dir():
     return
   with named(path, "write"):
     if path.is_dir():
       raise UserError(f"cannot write {path}: it is a folder")
     unfinished = _unfinished(path.resolve())
-    unfinished.touch()
+    unfinished.write_bytes(b"")
     unfinished.unlink()
 
 
@@ -130,6 +179,7 @@ def make_folder(path: Path) -> None:
   Raises:
     UserError: if it cannot be made or written to.
   """
+  path = as_path(path)
   with named(path, "make the folder"):
     path.mkdir(parents=True, exist_ok=True)
   check_writable(path / "any")
@@ -143,7 +193,11 @@ def check_absent(path: Path | None) -> None:
   """
   if path is None:
     return
-  check_local(path)
+  path = as_path(path)
+  if is_remote(path):
+    if path.exists() and not (path / _UNFINISHED).exists():
+      raise UserError(f"{path} exists already; name a new folder, or remove it first")
+    return check_writable(path / "any")
   if path.exists() or path.is_symlink():
     raise UserError(f"{path} exists already; name a new folder, or remove it first")
   above = next(parent for parent in path.absolute().parents if parent.exists())
@@ -153,17 +207,33 @@ def check_absent(path: Path | None) -> None:
     raise UserError(f"cannot write {path}: {above} may not be written to")
 
 
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-  """A folder to fill under a temporary name; it gets its own name when the block ends well, and goes when it fails.
-
-  What a killed process left behind under such a name is removed.
+def check_whole(path: Path) -> None:
+  """Checks that a folder in a bucket is not one that is being written, or was left so.
 
   Raises:
-    UserError: if the folder exists already, cannot be written, or another process is writing it.
+    UserError: if it is.
   """
+  if is_remote(path) and (path / _UNFINISHED).exists():
+    raise UserError(f"{path} is unfinished: it is being written, or what wrote it has died; write it again")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+  """A folder to fill; it appears whole, when the block ends well, and goes when that fails.
+
+  On a disk it has a temporary name until then, in a bucket a mark that `check_whole` sees. What a killed process left
+  behind is removed.
+
+  Raises:
+    UserError: if the folder exists already, cannot be written, or on this machine another process is writing it.
+  """
+  path = as_path(path)
   check_absent(path)
   with named(path, "write"):
+    if is_remote(path):
+      with _marked(path):
+        yield path
+      return
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
     unfinished = _unfinished(path)
@@ -174,6 +244,67 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.rename(unfinished, path)
       finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _marked(path: Path) -> Iterator[None]:
+  """Marks a folder in a bucket as unfinished until the block ends well; when it fails the folder goes."""
+  remove(path)
+  mark = path / _UNFINISHED
+  mark.write_text(f"{socket.gethostname()}, process {os.getpid()}\n")
+  try:
+    yield
+  except BaseException:
+    remove(path)
+    raise
+  mark.unlink()
+
+
+def remove(path: Path) -> None:
+  """Removes a file or a folder with all that is in it, if there is one and as far as that can be done."""
+  path = as_path(path)
+  if is_remote(path):
+    with contextlib.suppress(OSError, UserError):
+      path.rmtree(missing_ok=True)  # type: ignore[attr-defined]
+  elif path.is_dir():
+    shutil.rmtree(path, ignore_errors=True)
+  else:
+    with contextlib.suppress(OSError):
+      path.unlink(missing_ok=True)
+
+
+def move(source: Path, target: Path) -> None:
+  """Gives a folder another name, in the same bucket or on the same disk; what has that name goes.
+
+  Raises:
+    OSError: if the system refuses it.
+  """
+  remove(target)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  if not is_remote(source):
+    source.rename(target)
+    return
+  for file in files_in(source):
+    copy(file, target / file.relative_to(source))
+  remove(source)
+
+
+def files_in(folder: Path) -> list[Path]:
+  """All files in a folder and the folders inside it."""
+  found = []
+  for each in folder.iterdir():
+    found += files_in(each) if each.is_dir() else [each]
+  return found
+
+
+def copy(source: Path, target: Path) -> None:
+  """Copies a file, from and to anywhere; modes and times are not copied.
+
+  Raises:
+    OSError: if the system refuses it.
+  """
+  with source.open("rb") as reading, target.open("wb") as writing:
+    shutil.copyfileobj(reading, writing, 2**22)
 
 
 def _unfinished(path: Path) -> Path:

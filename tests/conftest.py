@@ -15,6 +15,7 @@ import jax
 import pytest
 
 import sa_jax
+from tests import bucket
 
 # Tracing makes millions of objects that live on; looking for garbage among them every 700 is a tenth of the time.
 gc.set_threshold(50_000, 10, 10)
@@ -58,3 +59,20 @@ def data() -> Path:
   if not folder:
     pytest.skip("SA_JAX_DATA does not name the folder of evaluation data")
   return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def _buckets():
+  with bucket.buckets():
+    yield
+
+
+@pytest.fixture
+def gs(_buckets, tmp_path, monkeypatch) -> dict[str, bytes]:
+  """What lies in buckets that ``gs://`` names, by ``bucket/name``; and nothing may appear in the working folder."""
+  bucket.OBJECTS.clear()
+  here = tmp_path / "working folder"
+  here.mkdir()
+  monkeypatch.chdir(here)
+  yield bucket.OBJECTS
+  assert list(here.iterdir()) == []

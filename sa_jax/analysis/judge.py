@@ -25,7 +25,7 @@ from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
 from sa_jax.distributed import check_same_rows, of_first
 from sa_jax.errors import UserError
-from sa_jax.files import read_text, write_text
+from sa_jax.files import as_path, read_text, write_text
 from sa_jax.nn import PlanArrays, PlannedBlock, Transformer
 from sa_jax.nn.transformer import check_plan, check_tokens
 from sa_jax.plan import HeadMap, SharingPlan
@@ -337,6 +337,7 @@ class Record:
   """
 
   def __init__(self, path: Path | None, settings: dict[str, Any]):
+    path = None if path is None else as_path(path)
     self._path, self._settings = path, json.loads(json.dumps(settings))
     self.plans: dict[str, list[float]] = {}
     # Of several processes the first one reads and writes: plans that only one of them knew would part them.

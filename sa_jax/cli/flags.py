@@ -8,10 +8,12 @@ import inspect
 import re
 import typing
 from collections.abc import Callable, Collection
+from pathlib import Path, PurePath
 from typing import Any
 
 import tyro
 
+from sa_jax.files import as_path
 from sa_jax.mesh import MeshSizes
 
 SPELT = {MeshSizes: "data=2,fsdp=4"}
@@ -31,6 +33,20 @@ def _spelt(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Primi
     metavar=SPELT[kind],
     instance_from_str=lambda words: kind.parse(words[0]),
     is_instance=lambda value: isinstance(value, kind),
+    str_from_instance=lambda value: [str(value)],
+  )
+
+
+@registry.primitive_rule
+def _path(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+  """A path may be ``gs://bucket/file``, of which pathlib would leave one slash out."""
+  if info.type is not Path:
+    return None
+  return tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="PATH",
+    instance_from_str=lambda words: as_path(words[0]),
+    is_instance=lambda value: isinstance(value, PurePath),
     str_from_instance=lambda value: [str(value)],
   )
 

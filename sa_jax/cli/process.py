@@ -43,16 +43,19 @@ def keep_compiled() -> Path | None:
   """
   import jax
 
+  from sa_jax.files import as_path, is_remote
+
   chosen = os.environ.get(CACHE_VARIABLE, "")
   if chosen.lower() in ("off", "0", "no", "none", "false") or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     return None
   base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-  folder = Path(chosen) if chosen else base / "sa_jax" / "compiled"
+  folder = as_path(chosen) if chosen else base / "sa_jax" / "compiled"
   try:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not is_remote(folder):
+      folder.mkdir(mode=0o700, parents=True, exist_ok=True)
   except OSError:  # without a home, or without room: programs are compiled each time
     return None
-  if not os.access(folder, os.W_OK | os.X_OK):
+  if not is_remote(folder) and not os.access(folder, os.W_OK | os.X_OK):
     return None
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)

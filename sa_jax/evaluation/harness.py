@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sa_jax.errors import UserError
 from sa_jax.evaluation import patches
+from sa_jax.files import as_path, check_local
+from sa_jax.storage import Mirrored
 
 if TYPE_CHECKING:
   from lm_eval.tasks import TaskManager
@@ -52,6 +54,8 @@ def find_tasks(names: Sequence[str], include: Sequence[Path] = ()) -> tuple[Task
 
   if not names:
     raise UserError("at least one task is needed (`tasks`), such as hellaswag")
+  for folder in include:
+    check_local(folder, "a folder of tasks")
   if missing := [str(folder) for folder in include if not folder.is_dir()]:
     raise UserError(f"there is no folder {', '.join(missing)} to read tasks from")
   matches: dict[str, list[str]] = {}
@@ -107,7 +111,8 @@ def run_tasks(
   from lm_eval.loggers import EvaluationTracker
 
   manager, found = find_tasks(names, include)
-  tracker = None if output_path is None else EvaluationTracker(output_path=str(output_path))
+  written = None if output_path is None else Mirrored(as_path(output_path))
+  tracker = None if written is None else EvaluationTracker(output_path=str(written.local))
   # lm-eval warns of each setting that it was told to change.
   logging.getLogger("lm_eval").setLevel(logging.ERROR)
   try:
@@ -129,10 +134,11 @@ def run_tasks(
     raise UserError(f"the data of {', '.join(found)} cannot be read: {error}") from error
   assert results is not None, "every process is the first to lm-eval"
   samples = results.pop("samples", None)
-  if tracker is not None:
+  if tracker is not None and written is not None:
     tracker.save_results_aggregated(results, samples)
     for task in samples or ():
       tracker.save_results_samples(task, samples[task])
+    written.close()
   return dict(results) | ({} if samples is None else {"samples": samples})
 
 

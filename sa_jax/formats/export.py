@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 from sa_jax.config import ModelConfig
 from sa_jax.distributed import done_by_first
 from sa_jax.errors import UserError
-from sa_jax.files import new_folder
+from sa_jax.files import as_path, copy, new_file, new_folder
 from sa_jax.formats import hf_config
 from sa_jax.formats.lazy import LazyTensor, Progress, contiguous
 from sa_jax.formats.model_card import model_card
@@ -62,11 +61,11 @@ def export(
   opened = open_model(src, plan, revision=revision)
   config, made = opened.config, opened.plan
   values = _config(config, made)
-  with new_folder(Path(dst)) as folder:
+  with new_folder(as_path(dst)) as folder:
     (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
     opened.source.save_extras(folder)
     if made.followers:
-      shutil.copyfile(_CODE, folder / _CODE.name)
+      copy(_CODE, folder / _CODE.name)
     generation = folder / "generation_config.json"
     if not generation.exists():
       generation.write_text(json.dumps(_generation(config), indent=2), encoding="utf-8")
@@ -144,8 +143,11 @@ def _write_shards(
     alone = len(shards) == 1
     name = "model.safetensors" if alone else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     made = {parts[0].key: contiguous(pack([(entry, read(entry)) for entry in parts])) for parts in shard}
-    save_file(made, folder / name, metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", folder / name)  # safetensors lets nobody else read its files
+    with new_file(folder / name) as file:
+      file.touch()
+      mode = file.stat().st_mode  # safetensors lets nobody else read its files
+      save_file(made, file, metadata={"format": "pt"})
+      file.chmod(mode)
     weight_map |= dict.fromkeys(made, name)
     done += len(shard)
     if progress is not None:

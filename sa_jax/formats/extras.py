@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from sa_jax.errors import UserError
-from sa_jax.files import check_regular, read_text
+from sa_jax.files import check_regular, copy, named, read_text
 
 EXTRAS = (
   "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -64,4 +63,5 @@ def copy_extras(source: Path, folder: Path) -> None:
     if not any(file.resolve().is_relative_to(each) for each in homes):
       raise UserError(f"{file} is a link to {file.resolve()}, outside its folder; copy that file there, or remove it")
     check_small(file)
-    shutil.copyfile(file, folder / name)
+    with named(file):
+      copy(file, folder / name)

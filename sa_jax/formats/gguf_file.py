@@ -17,6 +17,7 @@ from sa_jax.formats.gguf_config import ROPE_FACTORS, Values, architecture_of, co
 from sa_jax.formats.table import Account, Entry, Index, account
 from sa_jax.formats.tokenizer import Tokenizer
 from sa_jax.plan import SharingPlan
+from sa_jax.storage import local_copy
 
 if TYPE_CHECKING:
   import gguf
@@ -188,7 +189,7 @@ def _open(path: Path) -> gguf.GGUFReader:
   import gguf
 
   try:
-    return gguf.GGUFReader(path)
+    return gguf.GGUFReader(local_copy(path))
   except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError, OverflowError) as error:
     raise UserError(f"{path} is not a whole GGUF file: {error}") from None
 

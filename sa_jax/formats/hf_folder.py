@@ -11,7 +11,7 @@ import numpy as np
 
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
-from sa_jax.files import check_regular
+from sa_jax.files import check_regular, is_remote
 from sa_jax.formats.extras import copy_extras, read_json
 from sa_jax.formats.hf_config import family_of
 from sa_jax.formats.hf_names import usual_names
@@ -102,14 +102,15 @@ class HfFolder:
     """See `Source.account`."""
     return account(self.shapes, config, plan, self.path)
 
-  def read(self, key: str) -> np.ndarray:
-    """See `Source.read`."""
+  def read(self, key: str, rows: slice | None = None) -> np.ndarray:
+    """See `Source.read` and `Shard.read`."""
     own = self._stored[key]
-    return self._shard_of[own].read(own)
+    return self._shard_of[own].read(own, rows)
 
   def parameter(self, entry: Entry, index: Index | None = None) -> np.ndarray:
     """See `Source.parameter`."""
-    return entry.part_of(self.read(entry.key), index)
+    rows = entry.rows_of(index) if is_remote(self.path) else None  # what is mapped is not read until it is used
+    return entry.part_of(self.read(entry.key, rows), index)
 
   def tokenizer(self) -> Tokenizer:
     """See `Source.tokenizer`."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from sa_jax.errors import UserError
-from sa_jax.files import check_local
+from sa_jax.files import as_path, check_whole
 from sa_jax.formats.extras import EXTRAS
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -27,7 +27,7 @@ _PATTERNS: dict[Need, tuple[str, ...]] = {
 def parse_hub_id(name: str | Path) -> tuple[str, str | None] | None:
   """The id and the revision of ``org/model@revision``; None if it has another form, or a path of that name exists."""
   match = _HUB_ID.fullmatch(str(name))
-  return None if match is None or Path(name).exists() else (match[1], match[2])
+  return None if match is None or as_path(name).exists() else (match[1], match[2])
 
 
 def locate(name: str | Path, revision: str | None = None, need: Need = "weights") -> Path:
@@ -44,14 +44,14 @@ def locate(name: str | Path, revision: str | None = None, need: Need = "weights"
   Raises:
     UserError: if there is no such path and no such hub model, or a revision is given for a path, or two are given.
   """
-  check_local(name)
-  path = Path(name)
+  path = as_path(name)
   found = parse_hub_id(name)
   if found is None:
     if revision is not None:
       raise UserError(f"revision {revision!r} is for models on the hub, and {name} is a path: leave `revision` out")
     if not path.exists():
       raise UserError(f"there is no file or folder {path}, and it has not the form of a hub id, org/model")
+    check_whole(path)
     return path
   hub_id, named_revision = found
   if revision is not None and named_revision not in (None, revision):

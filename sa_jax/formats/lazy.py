@@ -149,7 +149,14 @@ def _is_finite(array: jax.Array) -> jax.Array:
 def _put(leaf: LazyTensor, layer: int, sharding: Sharding) -> jax.Array:
   # What is part of a stack lives only until it is copied there, so that it may be the file's memory.
   read = leaf.read if leaf.leading else leaf.read_owned
-  return jax.make_array_from_callback(leaf.layer_shape, sharding, lambda index: read(layer, index))
+  parts: dict[str, np.ndarray] = {}  # devices that hold the same slice read it once
+
+  def part(index: Index | None) -> np.ndarray:
+    if (name := str(index)) not in parts:
+      parts[name] = read(layer, index)
+    return parts[name]
+
+  return jax.make_array_from_callback(leaf.layer_shape, sharding, part)
 
 
 def _of_layer(sharding: Sharding, leading: int) -> Sharding:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from sa_jax.distributed import done_by_first, on_all
 from sa_jax.errors import UserError
+from sa_jax.files import as_path, check_absent
 from sa_jax.formats import checkpoint
 from sa_jax.formats.lazy import Progress, place, stack_lazily
 from sa_jax.formats.opened import Opened, open_model
@@ -42,7 +43,8 @@ def from_pretrained(
 
   Args:
     path: a Hugging Face folder (safetensors or PyTorch's ``.bin``, of a family in `sa_jax.formats.families`), a hub id
-      such as ``org/model``, a GGUF file (Llama architecture) or an sa_jax checkpoint.
+      such as ``org/model``, a GGUF file (Llama architecture) or an sa_jax checkpoint; on a disk, or in a bucket such as
+      ``gs://bucket/model``.
     plan: a `SharingPlan`, a plan string or a ``source`` list; None for the checkpoint's own plan, dense if it has none.
       A string or list says nothing of head maps: followers that keep their stored anchor keep their stored map.
     dtype: of parameters and activations: ``float32``, ``bfloat16`` or ``float16``; the checkpoint's when None.
@@ -119,9 +121,7 @@ def convert(
   Raises:
     UserError: as `from_pretrained`, or if ``dst`` exists.
   """
-  dst = Path(dst)
-  if dst.exists():
-    raise UserError(f"{dst} exists already; name a new folder, or remove it first")
+  check_absent(dst := as_path(dst))
   opened = open_model(src, plan, dtype, revision)
   extras = opened.source.save_extras
   checkpoint.save_checkpoint(dst, opened.config, opened.plan, opened.tree(), extras, progress)

@@ -17,6 +17,7 @@ import numpy as np
 
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
+from sa_jax.files import is_remote
 from sa_jax.formats.extras import copy_extras, read_json
 from sa_jax.formats.table import Account, Entry, Index, entries
 from sa_jax.formats.tokenizer import Tokenizer, read_tokenizer
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
 
 PARAMS = "params"
 _ARRAY = "/.zarray"  # beside an array's chunks: its shape and type
+_RETRIES = {"max_retries": 5, "initial_delay": "0.5s", "max_delay": "8s"}
+_CONTEXT = {
+  "cache_pool#index": {"total_bytes_limit": 100_000_000},  # what says where arrays are is read once
+  "gcs_request_retries": _RETRIES,
+  "s3_request_retries": _RETRIES,
+}
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -59,9 +66,10 @@ class OrbaxFolder:
   def _arrays(self) -> dict[str, tensorstore.TensorStore]:
     import tensorstore as ts
 
-    base = {"driver": "file", "path": f"{self.path.resolve() / PARAMS}/", "file_io_mode": {"mode": "memmap"}}
-    store = {"driver": "ocdbt", "base": base}
-    context = ts.Context()
+    folder = f"{self.path.resolve() / PARAMS}/"
+    mapped = {"driver": "file", "path": folder, "file_io_mode": {"mode": "memmap"}}
+    store = {"driver": "ocdbt", "base": folder if is_remote(self.path) else mapped, "cache_pool": "cache_pool#index"}
+    context = ts.Context(_CONTEXT)
     try:
       keys = [key.decode() for key in ts.KvStore.open(store, context=context).result().list().result()]
       names = [key.removesuffix(_ARRAY) for key in keys if key.endswith(_ARRAY)]

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from sa_jax.config import Compute
 from sa_jax.distributed import by_first
 from sa_jax.errors import UserError
+from sa_jax.files import as_path
 from sa_jax.formats.checkpoint import save_checkpoint
 from sa_jax.formats.extras import read_json
 from sa_jax.formats.load import Layout, from_pretrained
@@ -56,7 +57,7 @@ def save(path: str | Path, model: Transformer, params: Params, tokenizer: Tokeni
     if tokenizer is not None:
       tokenizer.save(folder)
 
-  write(Path(path), model, params, extras)
+  write(as_path(path), model, params, extras)
 
 
 def load(path: str | Path, mesh: Mesh | None = None) -> tuple[Transformer, Params]:
@@ -71,7 +72,7 @@ def load(path: str | Path, mesh: Mesh | None = None) -> tuple[Transformer, Param
   Raises:
     UserError: as `from_pretrained`.
   """
-  file = Path(path) / _MEMORY
+  file = as_path(path) / _MEMORY
   if not file.exists():
     return from_pretrained(path, mesh=mesh)
   values = read_json(file)

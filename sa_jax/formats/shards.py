@@ -12,8 +12,13 @@ import ml_dtypes
 import numpy as np
 
 from sa_jax.errors import UserError
+from sa_jax.files import is_remote, named
+from sa_jax.storage import local_copy, outline, range_of
 
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+_MOST_HEADER = 100_000_000
+"""Bytes; safetensors allows no more."""
 
 
 class Shard(Protocol):
@@ -33,8 +38,11 @@ class Shard(Protocol):
 
   def __init__(self, path: Path): ...
 
-  def read(self, key: str) -> np.ndarray:
-    """One tensor, in its stored dtype; its memory is the file's and goes with the array."""
+  def read(self, key: str, rows: slice | None = None) -> np.ndarray:
+    """One tensor, in its stored dtype; its memory is the file's and goes with the array.
+
+    With ``rows``, others than those along the first axis may hold anything.
+    """
     ...
 
 
@@ -48,11 +56,13 @@ class SafetensorsFile:
 
     self.path = path
     try:
-      with safe_open(str(path), framework="numpy"):
+      with named(path), path.open("rb") as file:
+        begin = file.read(8)
+        size = int.from_bytes(begin, "little")
+        text = file.read(min(size, _MOST_HEADER))
+      with outline(path, begin + text) as whole, safe_open(str(whole), framework="numpy"):
         pass
-      with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(size))
+      header: dict[str, Any] = json.loads(text)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
       raise UserError(f"{path} is not a whole safetensors file: {error}") from None
     header.pop("__metadata__", None)
@@ -64,12 +74,16 @@ class SafetensorsFile:
     self.dtypes = {key: np.dtype(_FLOATS[entry["dtype"]]).name for key, entry in header.items()}
     self._offsets = {key: 8 + size + entry["data_offsets"][0] for key, entry in header.items()}
 
-  def read(self, key: str) -> np.ndarray:
+  def read(self, key: str, rows: slice | None = None) -> np.ndarray:
     """See `Shard.read`."""
     shape, dtype, offset = self.shapes[key], np.dtype(self.dtypes[key]), self._offsets[key]
     count = int(np.prod(shape))
     if not count:
       return np.empty(shape, dtype)
+    if is_remote(self.path):
+      row = count * dtype.itemsize // (shape[0] if shape else 1)
+      wanted = slice(0, count * dtype.itemsize) if rows is None else slice(rows.start * row, rows.stop * row)
+      return range_of(self.path, offset, count * dtype.itemsize, wanted).view(dtype).reshape(shape)
     start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     with self.path.open("rb") as file:
       mapped = mmap.mmap(file.fileno(), offset - start + count * dtype.itemsize, access=mmap.ACCESS_READ, offset=start)
@@ -83,7 +97,8 @@ class BinFile:
 
   def __init__(self, path: Path):
     self.path = path
-    self._mapped = _can_be_mapped(path)
+    self._file = local_copy(path)
+    self._mapped = _can_be_mapped(self._file)
     tensors = self._load()
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
       raise UserError(f"{path} does not hold a dictionary from names to tensors")
@@ -101,13 +116,14 @@ class BinFile:
     import pickle
 
     try:
-      return torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
+      return torch.load(self._file, map_location="cpu", weights_only=True, mmap=self._mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
       first = str(error).strip().split("\n")[0]
       raise UserError(f"{self.path} is not a whole file of PyTorch tensors and nothing else: {first}") from None
 
-  def read(self, key: str) -> np.ndarray:
+  def read(self, key: str, rows: slice | None = None) -> np.ndarray:
     """See `Shard.read`."""
+    del rows
     import torch
 
     # A mapped file is opened anew: memory touched by earlier tensors is given back.

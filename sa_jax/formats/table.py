@@ -63,6 +63,15 @@ class Entry(NamedTuple):
     ours = self.to_ours(tensor)
     return ours if index is None else ours[index]
 
+  def rows_of(self, index: Index | None) -> slice | None:
+    """Along the first axis of the checkpoint's tensor, what a slice of our parameter lies in; all of it if None."""
+    if index is None or len(self.shape) < 1:
+      return None
+    numbers = np.arange(self.shape[0], dtype=np.int32).reshape(-1, *[1] * (len(self.shape) - 1))
+    part = self.part_of(np.broadcast_to(numbers, self.shape), index)
+    # Numbers only grow along our axes.
+    return slice(int(part[(0,) * part.ndim]), int(part[(-1,) * part.ndim]) + 1)
+
   def to_theirs(self, parameter: np.ndarray) -> np.ndarray:
     """Our parameter as the checkpoint's tensor, or as its part of a packed one (see `pack`): undoes `to_ours`."""
     return _rearrange(parameter, _inverse(self.axes), self.sizes)

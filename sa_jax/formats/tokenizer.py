@@ -114,7 +114,7 @@ class Tokenizer:
 
   def save(self, folder: Path) -> None:
     """Writes ``tokenizer.json`` and ``tokenizer_config.json``, which `read_tokenizer` and transformers read."""
-    self.backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
     values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"} | dict(self.special)
     if self.chat_template is not None:
       values["chat_template"] = self.chat_template
@@ -237,8 +237,9 @@ def _chat_template(value: object, path: Path) -> str | None:
 
 def _from_json(file: Path) -> tokenizers.Tokenizer:
   check_small(file)
+  text = read_text(file)
   try:
-    backend = tokenizers.Tokenizer.from_file(str(file))
+    backend = tokenizers.Tokenizer.from_str(text)
   except Exception as error:  # the tokenizers package raises bare Exception
     raise UserError(f"{file} is not a tokenizer: {error}") from None
   _check_growth(backend, file)

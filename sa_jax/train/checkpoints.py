@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +14,7 @@ import jax
 
 from sa_jax.distributed import wait_for_all
 from sa_jax.errors import UserError
+from sa_jax.files import move
 from sa_jax.trees import Tree
 
 _logger = logging.getLogger(__name__)
@@ -115,9 +115,7 @@ class Checkpoints:
         if not any(path.iterdir()):
           path.rmdir()
           continue
-        self._aside.mkdir(exist_ok=True)
-        shutil.rmtree(self._aside / path.name, ignore_errors=True)
-        path.rename(self._aside / path.name)
+        move(path, self._aside / path.name)
     wait_for_all("set aside")
 
   def save(self, step: int, state: Tree, extra: dict[str, Any]) -> None:

@@ -16,7 +16,9 @@ import tyro
 from sa_jax.config import FloatDtype, ModelConfig, RematPolicy
 from sa_jax.errors import UserError
 from sa_jax.fields import misfits
+from sa_jax.files import as_path
 from sa_jax.mesh import MeshSizes
+from sa_jax.storage import local_copy
 from sa_jax.train.data import Reading
 from sa_jax.train.data.packing import Packing, TooLong
 from sa_jax.train.lora import LoraConfig
@@ -149,6 +151,9 @@ class TrainConfig:
   """Logs and checkpoints."""
 
   def __post_init__(self) -> None:
+    for name in ("out", "model", "teacher"):
+      if (path := getattr(self, name)) is not None:
+        object.__setattr__(self, name, as_path(path))
     if wrong := misfits(self):
       raise UserError.of("training", wrong)
     given = [name for name in ("model", "preset", "shape") if getattr(self, name) is not None]
@@ -203,6 +208,7 @@ def load_config(path: Path) -> TrainConfig:
   Raises:
     UserError: if it cannot be run, or defines no `TrainConfig`.
   """
+  path = local_copy(as_path(path))
   spec = importlib.util.spec_from_file_location("sa_jax_train_config", path)
   if spec is None or spec.loader is None or not path.is_file():
     raise UserError(f"{path} is not a Python file" if path.is_file() else f"there is no file {path}")

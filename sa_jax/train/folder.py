@@ -6,16 +6,18 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+import os
+import secrets
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import filelock
 import jax
 
-from sa_jax.distributed import of_first_process, wait_for_all
+from sa_jax.distributed import by_first, of_first_process, wait_for_all
 from sa_jax.errors import UserError
-from sa_jax.files import write_text
+from sa_jax.files import is_remote, move, read_text, remove, write_text
 from sa_jax.formats.extras import read_json
 from sa_jax.formats.orbax_folder import is_checkpoint
 from sa_jax.train import config as configs
@@ -23,12 +25,20 @@ from sa_jax.train.config import TrainConfig
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[Callable[[], None]]:
   """Makes the folder, and keeps others out of it; the lock goes with the process, however that ends.
+
+  In a bucket nothing is kept out: who comes last has the folder, and the run before stops when it finds that out.
+
+  Yields:
+    What to call before something is saved, on all processes; it raises UserError if another run has the folder.
 
   Raises:
     UserError: if the folder cannot be made, or another process trains in it.
   """
+  if is_remote(folder):
+    yield _owned(folder)
+    return
   lock = filelock.FileLock(folder / ".lock", timeout=0)
   fault = ""
   if jax.process_index() == 0:
@@ -44,9 +54,21 @@ def locked(folder: Path) -> Iterator[None]:
   if of_first_process(bool(fault)):
     raise UserError(fault or f"cannot train in {folder}: the first process says why")
   try:
-    yield
+    yield lambda: None
   finally:
     lock.release()
+
+
+def _owned(folder: Path) -> Callable[[], None]:
+  """Writes into a folder in a bucket who has it; see `locked`."""
+  mark, me = folder / "owner.txt", f"{socket.gethostname()}, process {os.getpid()}, {secrets.token_hex(8)}\n"
+  by_first(f"the folder {folder}", lambda: write_text(mark, me))
+
+  def check() -> None:
+    if (found := read_text(mark)) != me:
+      raise UserError(f"another run has taken over {folder}: {found.rsplit(',', 1)[0]}; this one ends here")
+
+  return lambda: by_first(f"the owner of {folder}", check)
 
 
 def begun(folder: Path) -> bool:
@@ -97,7 +119,7 @@ def claim(config: TrainConfig) -> None:
   wait_for_all("checked")
   if jax.process_index() == 0:
     if not begun(config.out):
-      shutil.rmtree(config.out / "models", ignore_errors=True)
+      remove(config.out / "models")
     write_text(config.out / "config.json", json.dumps(configs.recorded(config), indent=2) + "\n")
   wait_for_all("claimed")
 
@@ -116,9 +138,7 @@ def make_room(out: Path, done: int) -> str | None:
     return None
   try:
     if is_checkpoint(path):
-      kept.parent.mkdir(exist_ok=True)
-      shutil.rmtree(kept, ignore_errors=True)
-      path.rename(kept)
+      move(path, kept)
       return f"the model of step {done} is now {kept}"
     path.rmdir()
   except OSError as error:

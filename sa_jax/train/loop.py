@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ import numpy as np
 from rich.console import Console
 
 from sa_jax.errors import UserError
+from sa_jax.files import remove
+from sa_jax.storage import Mirrored
 from sa_jax.train.checkpoints import Checkpoints
 from sa_jax.train.config import TrainConfig, recorded
 from sa_jax.train.data import Examples, every_row_once, to_devices
@@ -66,13 +67,13 @@ def train(
     UserError: if something in the config, the data or the file system does not work, before anything is compiled
       where it can be known then; or if too many steps in a row are not finite.
   """
-  with locked(config.out):
+  with locked(config.out) as check_ours:
     config = checked(config)
     run = prepare(config, say, source)
     say(describe(echo(config, run)))
     claim(config)
     with Checkpoints(config.out / "checkpoints", config.log.keep) as checkpoints:
-      loop = Loop(config, run, checkpoints)
+      loop = Loop(config, run, checkpoints, check_ours)
       if loop.done:
         say(f"goes on after step {loop.done}, from {config.out}")
       if loop.done < config.steps and jax.process_index() == 0 and (moved := make_room(config.out, loop.done)):
@@ -95,7 +96,7 @@ def _write_adapters(run: Setup, loop: Loop, path: Path, say: Callable[[str], Non
   if run.adapters is None:
     return
   if jax.process_index() == 0:
-    shutil.rmtree(path, ignore_errors=True)
+    remove(path)
   try:
     run.adapters(loop.state.params, path)
   except UserError as error:
@@ -120,13 +121,21 @@ class Loop:
     eval_loss: of the last evaluation.
   """
 
-  def __init__(self, config: TrainConfig, run: Setup, checkpoints: Checkpoints) -> None:
+  def __init__(
+    self, config: TrainConfig, run: Setup, checkpoints: Checkpoints, check_ours: Callable[[], None] = lambda: None
+  ) -> None:
     """Takes up the newest checkpoint that can be read, or makes the state of step 0.
+
+    Args:
+      config: the run.
+      run: what it runs.
+      checkpoints: in its folder.
+      check_ours: called before a checkpoint is written; see `sa_jax.train.folder.locked`.
 
     Raises:
       UserError: if the data are others than the checkpoint's, or more steps are done than the run is to have.
     """
-    self._config, self._run, self._checkpoints = config, run, checkpoints
+    self._config, self._run, self._checkpoints, self._check_ours = config, run, checkpoints, check_ours
     self._data = run.batches()
     self.done, self.window = 0, Window()
     self.eval_loss: float | None = None
@@ -145,7 +154,7 @@ class Loop:
       self._data.set_state(extra["data"])
     self._write: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
     self._unseen: tuple[int, Metrics] | None = None
-    self._profiling = False
+    self._profile_folder: Mirrored | None = None
     self._first = self.done + 1
     self._clock = Clock()
     self._rate = schedule(config.optimizer, config.steps)
@@ -269,6 +278,7 @@ class Loop:
 
   def _save(self) -> None:
     self._look()
+    self._check_ours()
     began = time.perf_counter()
     extra = {
       "data": self._data.get_state(),
@@ -283,13 +293,14 @@ class Loop:
   def _profile(self, *, starting: bool, stopping: bool = False) -> None:
     """Opens the profile's window before its first step, and closes it after its last one, or when the run stops."""
     first, last = self._config.log.profile or (0, 0)
-    if starting and not self._profiling and first <= self.done + 1 <= last:
-      jax.profiler.start_trace(str(self._config.out / "profile"))
-      self._profiling = True
-    elif self._profiling and not starting and (stopping or self.done >= min(last, self._config.steps)):
+    if starting and self._profile_folder is None and first <= self.done + 1 <= last:
+      self._profile_folder = Mirrored(self._config.out / "profile")
+      jax.profiler.start_trace(str(self._profile_folder.local))
+    elif self._profile_folder is not None and not starting and (stopping or self.done >= min(last, self._config.steps)):
       jax.block_until_ready(self.state)
       jax.profiler.stop_trace()
-      self._profiling = False
+      self._profile_folder.close()
+      self._profile_folder = None
 
 
 def _check_extra(extra: dict[str, Any]) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
-from sa_jax.files import new_folder
+from sa_jax.files import as_path, new_folder
 from sa_jax.formats.extras import read_json
 from sa_jax.formats.table import Entry, entries
 from sa_jax.nn import Transformer
@@ -66,7 +66,7 @@ def save_adapters(path: Path, model: Transformer, adapters: Tree, config: LoraCo
   }
   with new_folder(path) as folder:
     (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def load_adapters(path: Path, model: Transformer) -> tuple[dict[str, Tree], LoraConfig]:
@@ -79,6 +79,7 @@ def load_adapters(path: Path, model: Transformer) -> tuple[dict[str, Tree], Lora
   Raises:
     UserError: if they are of another kind, or of another model; all that is wrong is named.
   """
+  path = as_path(path)
   settings = read_json(path / CONFIG)
   faults = [f"{name} = {settings[name]!r} is not supported" for name in _REFUSED if settings.get(name)]
   for name, allowed in {"peft_type": "LORA", "bias": "none"}.items():
@@ -92,7 +93,7 @@ def load_adapters(path: Path, model: Transformer) -> tuple[dict[str, Tree], Lora
   assert isinstance(rank, int)
   assert isinstance(alpha, int | float)
   try:
-    tensors = load_file(path / WEIGHTS)
+    tensors = load((path / WEIGHTS).read_bytes())
   except Exception as error:  # safetensors has kinds of its own
     raise UserError(f"{path / WEIGHTS} cannot be read: {error}") from None
   # rsLoRA divides by the root of the rank.

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sa_jax.errors import UserError
 from sa_jax.files import named, new_file
+from sa_jax.storage import Mirrored
 
 
 class Writer(Protocol):
@@ -39,10 +40,12 @@ class JsonLines:
       UserError: if it cannot be written.
     """
     path = folder / "metrics.jsonl"
+    self._mirror = Mirrored(folder)
+    written = self._mirror.local / path.name
     with named(path, "write"):
-      if damaged := _keep_until(path, start):
+      if damaged := _keep_until(path, start, written):
         say(f"{path}: {damaged} damaged {'line' if damaged == 1 else 'lines'} left out")
-      self._file = path.open("a", encoding="utf-8")
+      self._file = written.open("a", encoding="utf-8")
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Writes a line, at once.
@@ -54,14 +57,16 @@ class JsonLines:
     with named(Path(self._file.name), "write"):
       self._file.write(json.dumps(line) + "\n")
       self._file.flush()
+    self._mirror.push()
 
   def close(self) -> None:
     """Closes the file."""
     self._file.close()
+    self._mirror.close()
 
 
-def _keep_until(path: Path, step: int) -> int:
-  """Drops lines of later steps, and damaged ones; the file changes at once or not at all.
+def _keep_until(path: Path, step: int, written: Path) -> int:
+  """Drops lines of later steps, and damaged ones; the file that goes on in ``written`` changes at once or not at all.
 
   Returns:
     How many were damaged, but for the last, which a kill may have left unfinished.
@@ -79,7 +84,7 @@ def _keep_until(path: Path, step: int) -> int:
     if isinstance(at, int) and at <= step:
       kept.append(line + b"\n")
     damaged += not isinstance(at, int) and line is not unfinished
-  with new_file(path) as file:
+  with new_file(written) as file:
     file.write_bytes(b"".join(kept))
   return damaged
 
@@ -105,16 +110,19 @@ class TensorBoard:
       raise UserError(
         f"TensorBoard's files need tensorboardX ({error}): pip install 'sa-jax[train]', or `tensorboard=False`"
       ) from None
-    self._writer: _SummaryWriter = made(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+    self._mirror = Mirrored(folder / "tensorboard")
+    self._writer: _SummaryWriter = made(str(self._mirror.local), purge_step=start + 1 if start else None)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Writes scalars."""
     for name, value in values.items():
       self._writer.add_scalar(name, value, step)
+    self._mirror.push()
 
   def close(self) -> None:
     """Closes the file."""
     self._writer.close()
+    self._mirror.close()
 
 
 class WeightsAndBiases:
@@ -135,11 +143,12 @@ class WeightsAndBiases:
       self._wandb = importlib.import_module("wandb")
     except ImportError as error:
       raise UserError(f"Weights & Biases needs its package ({error}): pip install 'sa-jax[wandb]'") from None
+    self._mirror = Mirrored(folder)
     kept = folder / "wandb.txt"
     known = kept.read_text(encoding="utf-8").strip() if kept.exists() else None
     try:
       self._run = self._wandb.init(
-        project=project, name=folder.name, dir=str(folder), id=known, resume="allow", config=dict(config)
+        project=project, name=folder.name, dir=str(self._mirror.local), id=known, resume="allow", config=dict(config)
       )
     except Exception as error:  # wandb's own kinds: no key, no network
       raise UserError(f"Weights & Biases refuses the run: {error}") from None
@@ -152,6 +161,7 @@ class WeightsAndBiases:
   def close(self) -> None:
     """Ends the run there."""
     self._run.finish()
+    self._mirror.close()
 
 
 class Screen:

@@ -16,9 +16,10 @@ import numpy as np
 import tokenizers
 
 from sa_jax.errors import UserError
-from sa_jax.files import named, new_folder
+from sa_jax.files import as_path, check_whole, named, new_folder
 from sa_jax.formats import Tokenizer
 from sa_jax.formats.tokenizer import encodable
+from sa_jax.storage import local_copy
 from sa_jax.train.data.sources import Document, Documents, Report, read_documents
 
 _TOKEN = np.dtype("<u4")
@@ -75,18 +76,19 @@ def open_corpus(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading = 
   Raises:
     UserError: as `read_documents`, or if the cache cannot be written.
   """
+  paths = [as_path(path) for path in paths]
   missing = [str(path) for path in paths if not path.is_file()]
   if missing or not paths:
     raise UserError(f"there is no file {', '.join(missing)}" if missing else "name at least one file of training data")
   if reading.cache is None:
     return _tokenise(paths, tokenizer, reading)
-  entry = reading.cache / _key(paths, tokenizer, reading)
-  if not entry.exists():
+  entry = as_path(reading.cache) / _key(paths, tokenizer, reading)
+  if not (entry / "report.json").exists():
     try:
       with new_folder(entry) as folder:
         _write(folder, paths, tokenizer, reading)
     except ValueError:
-      if not entry.exists():  # another process may have been faster
+      if not (entry / "report.json").exists():  # another process may have been faster
         raise
   return dataclasses.replace(_load(entry), start=tuple(tokenizer.opening(reading.start_token)))
 
@@ -130,16 +132,18 @@ def _write(folder: Path, paths: Sequence[Path], tokenizer: Tokenizer, reading: R
       tokens.write(ids.tobytes())
       trained.write(mask.tobytes())
       lengths.append(len(ids))
-  np.save(folder / "offsets.npy", np.cumsum(lengths, dtype=np.int64))
+  with (folder / "offsets.npy").open("wb") as offsets:
+    np.save(offsets, np.cumsum(lengths, dtype=np.int64))
   (folder / "report.json").write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
 
 
 def _load(entry: Path) -> Corpus:
   try:
-    offsets = np.load(entry / "offsets.npy")
+    check_whole(entry)
+    offsets = np.load(local_copy(entry / "offsets.npy"))
     shape = (int(offsets[-1]),)
-    tokens = np.memmap(entry / "tokens.bin", _TOKEN, "r", shape=shape)
-    trained = np.memmap(entry / "trained.bin", np.bool_, "r", shape=shape)
+    tokens = np.memmap(local_copy(entry / "tokens.bin"), _TOKEN, "r", shape=shape)
+    trained = np.memmap(local_copy(entry / "trained.bin"), np.bool_, "r", shape=shape)
     report = Report(**json.loads((entry / "report.json").read_text(encoding="utf-8")))
   except (OSError, ValueError, TypeError) as error:
     raise UserError(f"the tokenised corpus {entry} is damaged ({error}); remove it") from None

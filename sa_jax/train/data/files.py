@@ -13,6 +13,8 @@ from types import ModuleType
 from typing import BinaryIO
 
 from sa_jax.errors import UserError
+from sa_jax.files import is_remote, named
+from sa_jax.storage import local_copy
 
 TABLES = (".parquet", ".arrow", ".array_record")
 _PACKED = (".gz", ".zst")
@@ -32,18 +34,18 @@ def lines(path: Path) -> Iterator[bytes]:
     UserError: if it cannot be read.
   """
   try:
-    with _open(path) as file:
+    with named(path), path.open("rb") as packed, _unpacked(packed, path) as file:
       yield from file
-  except (OSError, EOFError, zlib.error) as error:  # pyarrow's are OSErrors too
-    raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+  except (EOFError, zlib.error) as error:
+    raise UserError(f"cannot read {path}: {error}") from None
 
 
-def _open(path: Path) -> BinaryIO | io.BufferedReader | gzip.GzipFile:
+def _unpacked(file: BinaryIO, path: Path) -> BinaryIO | io.BufferedReader | gzip.GzipFile:
   if path.suffix == ".gz":
-    return gzip.open(path, "rb")
+    return gzip.GzipFile(fileobj=file)
   if path.suffix == ".zst":
-    return io.BufferedReader(_pyarrow(path).input_stream(str(path), compression="zstd"))
-  return path.open("rb")
+    return io.BufferedReader(_pyarrow(path).input_stream(file, compression="zstd"))
+  return file
 
 
 def objects(path: Path, keys: Collection[str]) -> Iterator[tuple[str, object]]:
@@ -91,12 +93,12 @@ def _rows(path: Path, keys: Collection[str]) -> Iterator[tuple[str, object]]:
   arrow = _pyarrow(path)
   number = 0
   if path.suffix == ".parquet":
-    file = importlib.import_module("pyarrow.parquet").ParquetFile(path)
+    file = importlib.import_module("pyarrow.parquet").ParquetFile(path.open("rb") if is_remote(path) else path)
     columns = [name for name in file.schema_arrow.names if name in keys]
     batches = file.iter_batches(batch_size=_ROWS, columns=columns or None)
   else:
     ipc = importlib.import_module("pyarrow.ipc")
-    mapped = arrow.memory_map(str(path))
+    mapped = arrow.PythonFile(path.open("rb")) if is_remote(path) else arrow.memory_map(str(path))
     if mapped.read(6) == b"ARROW1":
       reader = ipc.open_file(mapped)
       batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
@@ -117,7 +119,7 @@ def _records(path: Path) -> Iterator[tuple[str, object]]:
     module = importlib.import_module("array_record.python.array_record_module")
   except ImportError as error:
     raise UserError(f"{path} is read with array_record ({error}): pip install 'sa-jax[train]'") from None
-  reader = module.ArrayRecordReader(str(path))
+  reader = module.ArrayRecordReader(str(local_copy(path)))
   try:
     for start in range(0, reader.num_records(), _ROWS):
       records = reader.read([*range(start, min(start + _ROWS, reader.num_records()))])

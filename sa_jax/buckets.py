@@ -1,0 +1,126 @@
+"""Paths such as ``gs://bucket/name``: those of `etils.epath`, which fail in one line and within a minute."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
+
+from etils import epath
+from etils.epath import gpath
+
+from sa_jax.errors import UserError
+
+_PATIENCE = 45.0
+"""Seconds in which a bucket has to answer for the first time; who waits longer is told within the minute."""
+_ORDINARY = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, UserError)
+_EXTRAS = {"gs": "gcs", "s3": "s3"}
+_DRIVERS = ("aiobotocore", "aiohttp", "asyncio", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs", "urllib3")
+_answering: set[str] = set()
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def remote(url: str) -> epath.Path:
+  """The path of a URL.
+
+  Raises:
+    UserError: if nobody knows its scheme.
+  """
+  try:
+    made = epath.Path(url)
+  except KeyError:
+    scheme = url.split("://")[0]
+    raise UserError(f"{url}: there is no storage {scheme}://; gs://, s3:// and disks are known") from None
+  return Remote(url) if isinstance(made, gpath.PosixGPath) else made
+
+
+def _told(method: Callable[P, T]) -> Callable[P, T]:
+  """A method whose errors are one line: drivers have dozens of kinds for a bucket that they cannot use."""
+
+  @functools.wraps(method)
+  def call(*arguments: P.args, **options: P.kwargs) -> T:
+    path = str(arguments[0])
+    root = "/".join(path.split("/")[:3])
+    work = lambda: method(*arguments, **options)
+    try:
+      found = work() if root in _answering else _within(_PATIENCE, work, root)
+    except _ORDINARY as error:
+      if not isinstance(error, UserError):
+        _answering.add(root)
+      raise
+    except Exception as error:
+      raise UserError(f"{path} cannot be used: {reason(error, root)}") from error
+    _answering.add(root)
+    return found
+
+  return call
+
+
+def _listed(method: Callable[P, Iterator[T]]) -> Callable[P, Iterator[T]]:
+  return functools.wraps(method)(lambda *arguments, **options: iter([*method(*arguments, **options)]))
+
+
+class Remote(gpath.PosixGPath):
+  """A path of `etils.epath` that fails in one line."""
+
+  exists = _told(gpath.PosixGPath.exists)
+  is_dir = _told(gpath.PosixGPath.is_dir)
+  iterdir = _told(_listed(gpath.PosixGPath.iterdir))
+  glob = _told(_listed(gpath.PosixGPath.glob))
+  mkdir = _told(gpath.PosixGPath.mkdir)
+  rmdir = _told(gpath.PosixGPath.rmdir)
+  rmtree = _told(gpath.PosixGPath.rmtree)
+  unlink = _told(gpath.PosixGPath.unlink)
+  open = _told(gpath.PosixGPath.open)
+  stat = _told(gpath.PosixGPath.stat)
+
+  def resolve(self, strict: bool = False) -> Remote:
+    """Itself: there are no links."""
+    del strict
+    return self
+
+  def absolute(self) -> Remote:
+    """Itself."""
+    return self
+
+  def is_symlink(self) -> bool:
+    """False: there are no links."""
+    return False
+
+
+def reason(error: BaseException, root: str = "") -> str:
+  """An error of a driver in one line."""
+  said = " ".join(str(error).split()) or type(error).__name__
+  extra = _EXTRAS.get(root.split("://")[0])
+  if isinstance(error, ImportError) and extra is not None:
+    return f"{said}: pip install 'sa-jax[{extra}]'"
+  return said if len(said) <= 300 else f"{said[:300]}…"
+
+
+def is_of_driver(error: BaseException) -> bool:
+  """Whether a driver raised an error, of a kind of its own; faults of ours are other kinds."""
+  return isinstance(error, NotImplementedError) or type(error).__module__.split(".")[0] in _DRIVERS
+
+
+def _within(seconds: float, work: Callable[[], T], what: str) -> T:
+  """What work gives, if it does so in time: a name that leads nowhere may be asked for ever."""
+  out: list[T] = []
+  faults: list[BaseException] = []
+
+  def run() -> None:
+    try:
+      out.append(work())
+    except BaseException as error:
+      faults.append(error)
+
+  thread = threading.Thread(target=run, daemon=True)
+  thread.start()
+  thread.join(seconds)
+  if faults:
+    raise faults[0]
+  if not out:
+    raise UserError(f"{what} does not answer within {seconds:.0f} s; look at its name, the network and the credentials")
+  return out[0]
