@@ -83,6 +83,7 @@ def test_each_device_reads_its_rows(hf, gs, monkeypatch):
   assert sum(found for _, found in read) < 1.4 * sum(leaf.nbytes for leaf in jax.tree.leaves(PARAMS))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_bucket(gs, tmp_path, monkeypatch):
   gs["bucket/text.txt"] = tiny_run.TEXT.encode()
   data = tiny_run.config(tmp_path / "x").data
