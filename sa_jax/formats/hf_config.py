@@ -14,7 +14,7 @@ from sa_jax.formats import hf_rope
 from sa_jax.formats.families import FAMILIES
 from sa_jax.formats.family import Family, KeyKind
 from sa_jax.formats.hf_keys import FIXED, INERT
-from sa_jax.formats.hf_text import REFUSED, text_part
+from sa_jax.formats.hf_text import refusal, text_part
 from sa_jax.formats.reader import Config, ConfigReader, Fields
 from sa_jax.plan import SharingPlan, as_plan
 
@@ -126,8 +126,8 @@ def family_of(values: Config) -> Family:
   model_type = values.get("model_type")
   if isinstance(model_type, str) and model_type in FAMILIES:
     return FAMILIES[model_type]
-  if isinstance(model_type, str) and model_type in REFUSED:
-    raise UserError(f"model_type {model_type!r} is not supported: {REFUSED[model_type]}")
+  if (reason := refusal(values)) is not None:
+    raise UserError(f"model_type {model_type!r} is not supported: {reason}")
   supported = ", ".join(FAMILIES)
   if any("experts" in key for key in values):
     raise UserError(

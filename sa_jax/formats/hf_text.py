@@ -22,8 +22,37 @@ _SHARING = (
   "its last layers use the keys and values of earlier ones (num_kv_shared_layers): it shares attention already, and "
   "a follower, which has values of its own, does not fit"
 )
-REFUSED = dict.fromkeys(("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified"), _SHARING)
-"""Why no plan can be made for models of these types."""
+_OTHER_HEADS = (
+  "its global layers have heads of another size than its local ones, and some take keys for values (attention_k_eq_v); "
+  "a follower, which has values of its own and its anchor's heads, does not fit"
+)
+_MIXED = "some or all of its layers are of another kind than attention, and have no attention weights to share"
+_LATENT = "keys and values are made of one vector of low rank (latent attention), which is not implemented"
+_ALIBI = "scores fall with the distance (ALiBi), which is not implemented"
+_LEARNT = "positions are learnt and added to the embeddings, which is not implemented"
+_CROSS = "some of its layers attend to another sequence"
+_REFUSED = {
+  _MIXED: """
+    bamba bailing_hybrid falcon_h1 falcon_mamba jamba kimi_linear lfm2 lfm3 mamba mamba2 nemotron_h
+    olmo_hybrid qwen3_5 qwen3_5_text qwen3_next recurrent_gemma rwkv xlstm zamba zamba2
+  """,
+  _LATENT: "deepseek_v2 deepseek_v3 deepseek_v32 minicpm3 youtu",
+  _ALIBI: "bloom mpt",
+  _LEARNT: "biogpt gpt2 gpt_bigcode gpt_neo opt",
+  _CROSS: "mllama mllama_text_model",
+}
+_REASONS = {model_type: reason for reason, types in _REFUSED.items() for model_type in types.split()}
+_SHARE_KEYS = ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified")
+
+
+def refusal(values: Config) -> str | None:
+  """Why no plan can be made for a model of this type, or None where nothing is known against it."""
+  model_type = values.get("model_type")
+  if not isinstance(model_type, str):
+    return None
+  if model_type in _SHARE_KEYS:
+    return _OTHER_HEADS if values.get("num_kv_shared_layers") == 0 else _SHARING
+  return _REASONS.get(model_type)
 
 
 def text_part(values: Config) -> Config:
