@@ -147,7 +147,7 @@ class TestRefused:
     for message in messages:
       assert any(line.startswith(message) for line in lines), (message, lines)
 
-  @pytest.mark.parametrize("model_type", ["mamba", "gpt2", None])
+  @pytest.mark.parametrize("model_type", ["novel", None])
   def test_model_type(self, model_type):
     with pytest.raises(ValueError, match=f"model_type {model_type!r} is not supported; supported are: .*llama"):
       ModelConfig.from_hf(LLAMA_2 | {"model_type": model_type})

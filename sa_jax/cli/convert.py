@@ -27,6 +27,8 @@ class Convert:
   """Type of the stored parameters; None keeps the source's."""
   revision: str | None = None
   """Of a hub id: a branch, tag or commit."""
+  strict: bool = False
+  """Refuse a config.json with keys of which nobody knows what they do; otherwise a warning lists them."""
   inspect: bool = False
   """Say what the checkpoint holds and what the plan would drop, without reading the weights."""
 
@@ -35,7 +37,7 @@ class Convert:
     from sa_jax.formats import convert, inspect
 
     if self.inspect:
-      found = inspect(self.src, self.plan, revision=self.revision)
+      found = inspect(self.src, self.plan, revision=self.revision, strict=self.strict)
       used = {entry.key: entry.shape for entry in found.used}  # several parameters may be parts of one tensor
       rows = [[key, "×".join(map(str, shape)), "used"] for key, shape in used.items()]
       rows += [[key, "", f"dropped: {reason}"] for key, reason in found.dropped.items()]
@@ -44,7 +46,7 @@ class Convert:
     if self.dst is None:
       raise UserError("name the folder to write: sa-jax convert SRC DST")
     with progress(f"converting {Path(self.src).name}") as report:
-      convert(self.src, self.dst, self.plan, self.dtype, revision=self.revision, progress=report)
+      convert(self.src, self.dst, self.plan, self.dtype, revision=self.revision, strict=self.strict, progress=report)
     size = sum(file.stat().st_size for file in self.dst.rglob("*") if file.is_file())
     console.print(
       f"{self.dst}: {size / 1e6:.1f} MB, plan {self.plan or 'as in the source'}, {self.dtype or 'source dtype'}"

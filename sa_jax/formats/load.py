@@ -34,6 +34,7 @@ def from_pretrained(
   rules: Rules = DEFAULT_RULES,
   layout: Layout = "runs",
   revision: str | None = None,
+  strict: bool = False,
   progress: Progress | None = None,
 ) -> tuple[Transformer, dict[str, Tree]]:
   """Opens a checkpoint as a model that shares attention by a plan.
@@ -53,6 +54,8 @@ def from_pretrained(
     layout: ``runs``, as ``model.init`` makes them, for scoring and training; ``layers`` for decoding. `generate` takes
       both, but must hold a second copy of the weights while it runs with ``runs``.
     revision: of a hub id: a branch, tag or commit.
+    strict: whether keys of a ``config.json`` of which nobody knows what they do are refused; otherwise a warning lists
+      them.
     progress: called with (tensors placed, tensors in all).
 
   Returns:
@@ -64,7 +67,7 @@ def from_pretrained(
   """
   if layout not in ("runs", "layers"):
     raise UserError(f"there is no layout {layout!r}; there are 'runs' and 'layers'")
-  read = functools.partial(open_model, path, plan, dtype, revision)
+  read = functools.partial(open_model, path, plan, dtype, revision, strict)
   # Where all processes open one model together, a file that one of them lacks must not leave the others waiting.
   opened = (
     on_all("the files of the model", read, _fingerprint) if mesh is not None and mesh.is_multi_process else read()
@@ -104,6 +107,7 @@ def convert(
   dtype: str | None = "bfloat16",
   *,
   revision: str | None = None,
+  strict: bool = False,
   progress: Progress | None = None,
 ) -> None:
   """Converts a Hugging Face folder, a GGUF file or an sa_jax checkpoint into an sa_jax checkpoint, pruned to the plan.
@@ -116,21 +120,22 @@ def convert(
     plan: see `from_pretrained`. A dense checkpoint can be opened under any plan later; a pruned one is smaller.
     dtype: to store; the source's when None.
     revision: of a hub id: a branch, tag or commit.
+    strict: see `from_pretrained`.
     progress: called with (parameters written, parameters in all).
 
   Raises:
     UserError: as `from_pretrained`, or if ``dst`` exists.
   """
   check_absent(dst := as_path(dst))
-  opened = open_model(src, plan, dtype, revision)
+  opened = open_model(src, plan, dtype, revision, strict)
   extras = opened.source.save_extras
   checkpoint.save_checkpoint(dst, opened.config, opened.plan, opened.tree(), extras, progress)
 
 
-def inspect(path: str | Path, plan: PlanLike = None, *, revision: str | None = None) -> Account:
+def inspect(path: str | Path, plan: PlanLike = None, *, revision: str | None = None, strict: bool = False) -> Account:
   """What a model's files hold and what the plan drops, without reading the weights; arguments as `from_pretrained`.
 
   Raises:
     UserError: as `from_pretrained`.
   """
-  return open_model(path, plan, revision=revision).account
+  return open_model(path, plan, revision=revision, strict=strict).account

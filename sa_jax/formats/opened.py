@@ -49,10 +49,11 @@ def open_model(
   plan: PlanLike = None,
   dtype: str | None = None,
   revision: str | None = None,
+  strict: bool = False,
 ) -> Opened:
   """Opens a model's files under a plan; arguments and errors as of `sa_jax.from_pretrained`."""
   source = open_source(name, revision)
-  config, stored = model_of(source)
+  config, stored = model_of(source, strict)
   config = _with_dtype(config, dtype)
   made = _asked(plan, stored)
   check_plan(config, made)

@@ -96,13 +96,13 @@ def open_source(name: str | Path, revision: str | None = None, need: Need = "wei
   return GgufFile(path)
 
 
-def model_of(source: Source) -> tuple[ModelConfig, SharingPlan]:
-  """What the model is, and its own plan, dense if it has none.
+def model_of(source: Source, strict: bool = False) -> tuple[ModelConfig, SharingPlan]:
+  """What the model is, and its own plan, dense if it has none; ``strict`` as of `sa_jax.from_pretrained`.
 
   Raises:
     UserError: names everything in its config that is missing, malformed or not implemented.
   """
-  config = hf_config.read(source.config)
+  config = hf_config.read(source.config, strict)
   return config, hf_config.read_plan(source.config, config.num_layers)
 
 

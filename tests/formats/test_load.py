@@ -245,8 +245,22 @@ class TestDamagedFolder:
     self.refuse(folder, message)
 
   def test_unsupported_architecture(self, folder):
+    edit_config(folder, model_type="novel")
+    self.refuse(folder, "model_type 'novel' is not supported; supported are: .*llama, mistral")
     edit_config(folder, model_type="mamba")
-    self.refuse(folder, "model_type 'mamba' is not supported; supported are: .*llama, mistral")
+    self.refuse(folder, "model_type 'mamba' is not supported: .* another kind than attention")
+
+  def test_unknown_key_where_that_is_asked_for(self, folder):
+    edit_config(folder, novel=1)
+    sa_jax.from_pretrained(folder)
+    for call in (
+      lambda: sa_jax.from_pretrained(folder, strict=True),
+      lambda: sa_jax.convert(folder, folder.parent / "out", strict=True),
+      lambda: sa_jax.inspect(folder, strict=True),
+    ):
+      with pytest.raises(ValueError, match="novel = 1: this key is not known"):
+        call()
+    assert not (folder.parent / "out").exists()
 
   def test_value_that_is_not_implemented(self, folder):
     edit_config(folder, hidden_act="gelu")
