@@ -156,7 +156,7 @@ class TestRefused:
     ("key", "value", "message"),
     [
       ("hidden_act", "gelu", "not implemented; 'silu' or"),
-      ("quantization_config", {"bits": 4}, "the weights are quantised, which is not implemented; None is"),
+      ("quantization_config", {"bits": 4}, "the weights are quantised by a method without a name, which is not read"),
       ("is_encoder_decoder", True, "the model has an encoder, which is not implemented; False is"),
       ("rope_interleaved", True, "queries and keys are rotated in pairs of neighbouring numbers, which is not"),
     ],

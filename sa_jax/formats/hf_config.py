@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from sa_jax.config import Architecture, ModelConfig
 from sa_jax.errors import UserError
-from sa_jax.formats import hf_rope
+from sa_jax.formats import hf_rope, quantised
 from sa_jax.formats.families import FAMILIES
 from sa_jax.formats.family import Family, KeyKind
 from sa_jax.formats.hf_keys import FIXED, INERT
@@ -73,6 +73,9 @@ def read(values: Config, strict: bool = False) -> ModelConfig:
     reader.fail("dtype" if "dtype" in values else "torch_dtype", f"one of {', '.join(DTYPES)} is needed")
   for key, allowed in {**FIXED, **family.fixed}.items():
     reader.fixed(key, allowed)
+  for key in ("quantization_config", "quantization"):
+    if (fault := quantised.fault_of(reader.take(key))) is not None:
+      reader.fail(key, fault)
   for key, why in family.required.items():
     if reader.values.get(key) is None:
       reader.fail(key, why)

@@ -15,7 +15,9 @@ from sa_jax.files import check_regular, is_remote
 from sa_jax.formats.extras import copy_extras, read_json
 from sa_jax.formats.hf_config import family_of
 from sa_jax.formats.hf_names import usual_names
-from sa_jax.formats.shards import BinFile, SafetensorsFile, Shard
+from sa_jax.formats.hf_text import text_part
+from sa_jax.formats.quantised import Files, Recipe, Stored, fault_of, recipes
+from sa_jax.formats.shards import FLOATS, BinFile, SafetensorsFile, Shard, check_types
 from sa_jax.formats.table import Account, Entry, Index, account
 from sa_jax.formats.tokenizer import Tokenizer, read_tokenizer
 from sa_jax.plan import SharingPlan
@@ -49,17 +51,48 @@ class HfFolder:
   @property
   def shapes(self) -> dict[str, tuple[int, ...]]:
     """See `Source.shapes`."""
-    return {key: self._shard_of[own].shapes[own] for key, own in self._stored.items()}
+    made = self._recipes
+    shape = lambda own: made[own].shape if own in made else self._shard_of[own].shapes[own]
+    return {key: shape(own) for key, own in self._stored.items()}
 
   @property
   def dtypes(self) -> dict[str, str]:
     """See `Source.dtypes`."""
-    return {key: self._shard_of[own].dtypes[own] for key, own in self._stored.items()}
+    stored = lambda own: self._recipes[own].parts[0] if own in self._recipes else own
+    return {key: self._shard_of[stored(own)].dtypes[stored(own)] for key, own in self._stored.items()}
 
   @functools.cached_property
   def _stored(self) -> dict[str, str]:
     """The names that the files have, by those that the model's family has."""
-    return usual_names(self._shard_of, family_of(self.config))
+    return usual_names(self._whole, family_of(self.config))
+
+  @property
+  def _recipes(self) -> dict[str, Recipe]:
+    return self._quantised[0]
+
+  @functools.cached_property
+  def _quantised(self) -> tuple[dict[str, Recipe], set[str]]:
+    """The tensors that are made of others, and those that are only parts."""
+    settings = text_part(self.config).get("quantization_config")
+    if settings is None or fault_of(settings) is not None:
+      return {}, set()
+    shards = self._shard_of
+    stored = {key: Stored(shard.shapes[key], shard.dtypes[key]) for key, shard in shards.items()}
+    return recipes(Files(stored, settings, lambda key: shards[key].read(key)))
+
+  @functools.cached_property
+  def _whole(self) -> list[str]:
+    """The stored tensors that are parameters, or parts of packed ones.
+
+    Raises:
+      UserError: if some other tensor is not of floating-point numbers.
+    """
+    made, parts = self._quantised
+    plain = [key for key in self._shard_of if key not in made and key not in parts]
+    for path in dict.fromkeys(self._shard_of[key].path for key in plain):
+      own = {key: self._shard_of[key].dtypes[key] for key in plain if self._shard_of[key].path == path}
+      check_types(path, own, FLOATS)
+    return [*plain, *made]
 
   @functools.cached_property
   def _shard_of(self) -> dict[str, Shard]:
@@ -105,6 +138,9 @@ class HfFolder:
   def read(self, key: str, rows: slice | None = None) -> np.ndarray:
     """See `Source.read` and `Shard.read`."""
     own = self._stored[key]
+    if (recipe := self._recipes.get(own)) is not None:
+      whole = recipe.dequantise(*(self._shard_of[part].read(part) for part in recipe.parts))
+      return whole if rows is None else whole[rows]
     return self._shard_of[own].read(own, rows)
 
   def parameter(self, entry: Entry, index: Index | None = None) -> np.ndarray:

@@ -55,7 +55,5 @@ FIXED: dict[str, Fixed] = {
   "pruned_heads": Fixed(({},), "heads were taken out of layers"),
   "rope_interleaved": Fixed((False,), "queries and keys are rotated in pairs of neighbouring numbers"),
   "use_bidirectional_attention": Fixed((False,), "tokens see those behind them"),
-  "quantization_config": Fixed((None,), "the weights are quantised"),
-  "quantization": Fixed((None,), "the weights are quantised"),
 }
 """Keys that every family's code would have to heed."""

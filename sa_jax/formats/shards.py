@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -15,7 +16,14 @@ from sa_jax.errors import UserError
 from sa_jax.files import is_remote, named
 from sa_jax.storage import local_copy, outline, range_of
 
-_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_TYPES = {
+  "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+  "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "I8": np.int8, "U8": np.uint8,
+  "I32": np.int32, "I64": np.int64,
+}  # fmt: skip
+_NAMES = {np.dtype(kind).name: name for name, kind in _TYPES.items()}
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+"""Types of parameters; tensors of others are parts of quantised ones."""
 
 _MOST_HEADER = 100_000_000
 """Bytes; safetensors allows no more."""
@@ -46,6 +54,18 @@ class Shard(Protocol):
     ...
 
 
+def check_types(path: Path, dtypes: Mapping[str, str], allowed: Sequence[str]) -> None:
+  """Checks that tensors are of types that are allowed.
+
+  Raises:
+    UserError: if they are not.
+  """
+  if wrong := [key for key, dtype in dtypes.items() if dtype not in allowed]:
+    others = f" (and {len(wrong) - 1} others like it)" if len(wrong) > 1 else ""
+    found, *needed = (_NAMES.get(dtype, dtype) for dtype in (dtypes[wrong[0]], *allowed))
+    raise UserError(f"{wrong[0]} in {path} is {found}; one of {', '.join(needed)} is needed{others}")
+
+
 class SafetensorsFile:
   """A safetensors file. The package validates it; where its tensors lie we read ourselves, to map one at a time."""
 
@@ -66,12 +86,9 @@ class SafetensorsFile:
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
       raise UserError(f"{path} is not a whole safetensors file: {error}") from None
     header.pop("__metadata__", None)
-    if wrong := [key for key, entry in header.items() if entry["dtype"] not in _FLOATS]:
-      key = wrong[0]
-      others = f" (and {len(wrong) - 1} others like it)" if len(wrong) > 1 else ""
-      raise UserError(f"{key} in {path} is {header[key]['dtype']}; one of {', '.join(_FLOATS)} is needed{others}")
+    check_types(path, {key: entry["dtype"] for key, entry in header.items()}, tuple(_TYPES))
     self.shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
-    self.dtypes = {key: np.dtype(_FLOATS[entry["dtype"]]).name for key, entry in header.items()}
+    self.dtypes = {key: np.dtype(_TYPES[entry["dtype"]]).name for key, entry in header.items()}
     self._offsets = {key: 8 + size + entry["data_offsets"][0] for key, entry in header.items()}
 
   def read(self, key: str, rows: slice | None = None) -> np.ndarray:

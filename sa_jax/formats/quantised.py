@@ -1,0 +1,287 @@
+"""Quantised checkpoints: which tensors of a file make up one, and what number each was."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sa_jax.errors import UserError
+from sa_jax.formats.reader import Config
+
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which column of eight each four bits are, the lowest first
+_UNUSED = re.compile(r".*\.(input_scale|activation_scale|output_scale|k_scale|v_scale|weight_format)")
+"""What is quantised while a model runs, which ours does not do."""
+
+
+class Stored(NamedTuple):
+  """A tensor of a file.
+
+  Attributes:
+    shape: its shape.
+    dtype: NumPy's name of its type.
+  """
+
+  shape: tuple[int, ...]
+  dtype: str
+
+
+class Recipe(NamedTuple):
+  """A tensor that is made of others.
+
+  Attributes:
+    shape: its own.
+    parts: the names of those it is made of.
+    dequantise: the tensor, float32, from them.
+  """
+
+  shape: tuple[int, ...]
+  parts: tuple[str, ...]
+  dequantise: Callable[..., np.ndarray]
+
+
+class Files(NamedTuple):
+  """A quantised checkpoint.
+
+  Attributes:
+    stored: every tensor of its files.
+    settings: its ``quantization_config``.
+    read: reads a tensor.
+  """
+
+  stored: Mapping[str, Stored]
+  settings: Config
+  read: Callable[[str], np.ndarray]
+
+  def beside(self, end: str, **others: str) -> Iterable[tuple[str, list[str]]]:
+    """The tensors whose names end so, without that end, and the names of those beside them, each of a type."""
+    for name in self.stored:
+      if not name.endswith(f".{end}"):
+        continue
+      base = name.removesuffix(f".{end}")
+      names = [f"{base}.{other}" for other in others]
+      for each, kind in zip(names, others.values(), strict=True):
+        if each not in self.stored:
+          raise UserError(f"{name} is quantised, and there is no {each} beside it")
+        if not self.stored[each].dtype.startswith(kind):
+          raise UserError(f"{each} is of type {self.stored[each].dtype}, where {kind} is needed")
+      yield base, names
+
+  def check(self, name: str, *shapes: tuple[int, ...]) -> None:
+    """Checks that a tensor has one of the shapes.
+
+    Raises:
+      UserError: if it has not.
+    """
+    if (shape := self.stored[name].shape) not in shapes:
+      raise UserError(f"{name} is {list(shape)}, and does not fit the tensors beside it")
+
+
+def fault_of(settings: Any) -> str | None:
+  """Why a ``quantization_config`` is not understood, or None where it is, or there is none."""
+  if settings is None:
+    return None
+  method = _method(settings)
+  if method in _METHODS:
+    return _METHODS[method].fault(settings)
+  return (
+    f"the weights are quantised by {method or 'a method without a name'}, which is not read; "
+    f"{', '.join(_METHODS)} are: open the original, or a GGUF file"
+  )
+
+
+def _method(settings: Any) -> str:
+  if not isinstance(settings, Mapping):
+    return ""
+  if settings.get("quant_method"):
+    return str(settings["quant_method"])
+  return "modelopt" if settings.get("quant_algo") else ""
+
+
+def recipes(files: Files) -> tuple[dict[str, Recipe], set[str]]:
+  """The quantised tensors, and the names of those that are only parts of them, or not needed.
+
+  Raises:
+    UserError: if the parts of a tensor do not fit each other.
+  """
+  found = dict(_METHODS[_method(files.settings)].find(files))
+  used = {part for recipe in found.values() for part in recipe.parts}
+  return found, (used - found.keys()) | {name for name in files.stored if _UNUSED.fullmatch(name)}
+
+
+# FP8: each number times the scale of its tensor, its row or its block.
+
+
+def _fp8(files: Files) -> Iterable[tuple[str, Recipe]]:
+  high, wide = files.settings.get("weight_block_size") or (128, 128)
+  for name, (shape, dtype) in files.stored.items():
+    if not dtype.startswith("float8"):
+      continue
+    scale = next((each for each in (f"{name}_scale_inv", f"{name}_scale") if each in files.stored), None)
+    if scale is None or len(shape) != 2:
+      raise UserError(f"{name} {list(shape)} is of type {dtype}, and is no matrix with a {name}_scale beside it")
+    rows, columns = shape
+    blocks = (-(-rows // high), -(-columns // wide))
+    files.check(scale, (), (1,), (1, 1), (rows,), (rows, 1), blocks)
+    is_blocks = files.stored[scale].shape == blocks and blocks != (1, 1)
+    yield name, Recipe(shape, (name, scale), functools.partial(_scaled, block=(high, wide) if is_blocks else None))
+
+
+def _scaled(weight: np.ndarray, scale: np.ndarray, block: tuple[int, int] | None) -> np.ndarray:
+  scale = scale.astype(np.float32)
+  if block is None:
+    return weight.astype(np.float32) * scale.reshape(-1, 1)
+  rows, columns = weight.shape
+  return weight.astype(np.float32) * scale.repeat(block[0], 0)[:rows].repeat(block[1], 1)[:, :columns]
+
+
+# AWQ and GPTQ: four bits (or eight) times the scale of their group, above its zero.
+
+
+def _nibbles(packed: np.ndarray, bits: int = 4) -> np.ndarray:
+  """int32 ``[..., n]`` → uint8 ``[..., n, 32 / bits]``, the lowest bits first."""
+  shifts = np.arange(0, 32, bits, dtype=np.uint32)
+  return ((packed.view(np.uint32)[..., None] >> shifts) & ((1 << bits) - 1)).astype(np.uint8)
+
+
+def _awq_columns(packed: np.ndarray) -> np.ndarray:
+  out = np.empty((*packed.shape, 8), np.float32)
+  out[..., list(_AWQ_ORDER)] = _nibbles(packed)
+  return out.reshape(len(packed), -1)
+
+
+def _awq_weight(weight: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> np.ndarray:
+  group = len(weight) // len(scales)
+  zeros, scales = (np.repeat(each, group, 0) for each in (_awq_columns(zeros), scales.astype(np.float32)))
+  return ((_awq_columns(weight) - zeros) * scales).T
+
+
+def _awq(files: Files) -> Iterable[tuple[str, Recipe]]:
+  for base, names in files.beside("qweight", qweight="int32", qzeros="int32", scales="float"):
+    inputs, packed = files.stored[names[0]].shape
+    groups = files.stored[names[2]].shape[0]
+    files.check(names[1], (groups, packed))
+    files.check(names[2], (groups, packed * 8))
+    if inputs % groups:
+      raise UserError(f"{names[0]} has {inputs} rows, which do not divide into {groups} groups")
+    yield f"{base}.weight", Recipe((packed * 8, inputs), tuple(names), _awq_weight)
+
+
+def _gptq(files: Files) -> Iterable[tuple[str, Recipe]]:
+  bits = files.settings.get("bits", 4)
+  above = 0 if files.settings.get("checkpoint_format") == "gptq_v2" else 1
+  for base, names in files.beside("qweight", qweight="int32", qzeros="int32", scales="float", g_idx="int"):
+    packed, outputs = files.stored[names[0]].shape
+    inputs, groups = packed * 32 // bits, files.stored[names[2]].shape[0]
+    files.check(names[1], (groups, outputs * bits // 32))
+    files.check(names[2], (groups, outputs))
+    files.check(names[3], (inputs,))
+    yield f"{base}.weight", Recipe((outputs, inputs), tuple(names), functools.partial(_gptq_weight, bits, above))
+
+
+def _gptq_weight(
+  bits: int, above: int, packed: np.ndarray, zeros: np.ndarray, scales: np.ndarray, groups: np.ndarray
+) -> np.ndarray:
+  if groups.min() < 0 or groups.max() >= len(scales):
+    raise UserError(f"a g_idx names group {groups.max()} of {len(scales)}")
+  numbers = _nibbles(packed, bits).swapaxes(1, 2).reshape(-1, packed.shape[1]).astype(np.float32)
+  low = _nibbles(zeros, bits).reshape(len(zeros), -1).astype(np.float32) + above
+  return ((numbers - low[groups]) * scales.astype(np.float32)[groups]).T
+
+
+# bitsandbytes: eight bits times the scale of a row; or four, each of which stands for a number, times that of a block.
+
+
+def _bitsandbytes(files: Files) -> Iterable[tuple[str, Recipe]]:
+  for base, names in files.beside("SCB", weight="int8", SCB="float"):
+    shape = files.stored[names[0]].shape
+    files.check(names[1], (shape[0],))
+    yield f"{base}.weight", Recipe(shape, tuple(names), _bytes)
+  for name in files.stored:
+    if match := re.fullmatch(r"(.*\.weight)\.quant_state\.bitsandbytes__(nf4|fp4)", name):
+      yield match[1], _four_bits(files, match[1], name)
+
+
+def _bytes(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
+  return weight.astype(np.float32) * (scale.astype(np.float32)[:, None] / np.float32(127))
+
+
+class _State(NamedTuple):
+  """What a file says of a tensor of four bits: its shape, and how its scales lie."""
+
+  shape: tuple[int, ...]
+  block: int
+  outer_block: int
+  offset: float
+
+
+def _four_bits(files: Files, name: str, described: str) -> Recipe:
+  outer = [f"{name}.{each}" for each in ("nested_absmax", "nested_quant_map")]
+  parts = [name, f"{name}.absmax", f"{name}.quant_map", *(outer if outer[0] in files.stored else [])]
+  if missing := [part for part in parts if part not in files.stored]:
+    raise UserError(f"{name} is quantised, and there is no {missing[0]} beside it")
+  try:
+    said = json.loads(files.read(described).tobytes())
+    state = _State(
+      tuple(map(int, said["shape"])),
+      int(said["blocksize"]),
+      int(said.get("nested_blocksize", 1)),
+      float(said.get("nested_offset", 0)),
+    )
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f"{described} does not describe a tensor of four bits: {error!r}") from None
+  if int(np.prod(files.stored[name].shape)) * 2 != int(np.prod(state.shape)) or state.block < 1:
+    raise UserError(f"{described} says that {name} is {list(state.shape)}, which is another number of numbers")
+  # The description is a part of it, too, of which nothing more is needed.
+  return Recipe(state.shape, (*parts, described), functools.partial(_of_blocks, state))
+
+
+def _of_blocks(
+  state: _State, packed: np.ndarray, most: np.ndarray, values: np.ndarray, *others: np.ndarray
+) -> np.ndarray:
+  if len(others) > 1:
+    most = others[1][most.reshape(-1)] * np.repeat(others[0], state.outer_block)[: most.size] + state.offset
+  packed = packed.reshape(-1)
+  numbers = values.astype(np.float32)[np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)]
+  return (numbers * np.repeat(most.astype(np.float32).reshape(-1), state.block)[: numbers.size]).reshape(state.shape)
+
+
+class _Method(NamedTuple):
+  find: Callable[[Files], Iterable[tuple[str, Recipe]]]
+  fault: Callable[[Config], str | None] = lambda settings: None
+
+
+def _only(key: str, values: Sequence[Any], default: Any) -> Callable[[Config], str | None]:
+  def fault(settings: Config) -> str | None:
+    value = settings.get(key, default)
+    return None if value in values else f"{key} is {value!r}, where {' or '.join(map(repr, values))} is read"
+
+  return fault
+
+
+def _awq_fault(settings: Config) -> str | None:
+  return _only("bits", (4,), 4)(settings) or _only("version", ("gemm", "GEMM"), "gemm")(settings)
+
+
+def _fp8_fault(settings: Config) -> str | None:
+  block = settings.get("weight_block_size")
+  is_size = lambda size: isinstance(size, int) and size > 0
+  if block is not None and not (isinstance(block, list) and len(block) == 2 and all(map(is_size, block))):
+    return f"weight_block_size is {block!r}, where two numbers are needed"
+  return None
+
+
+_METHODS: dict[str, _Method] = {
+  "fp8": _Method(_fp8, _fp8_fault),
+  "fbgemm_fp8": _Method(_fp8),
+  "compressed-tensors": _Method(_fp8, _only("format", ("float-quantized", "naive-quantized"), None)),
+  "modelopt": _Method(_fp8, _only("quant_algo", ("FP8",), None)),
+  "awq": _Method(_awq, _awq_fault),
+  "gptq": _Method(_gptq, _only("bits", (4, 8), 4)),
+  "bitsandbytes": _Method(_bitsandbytes),
+}
+"""By ``quant_method``."""
