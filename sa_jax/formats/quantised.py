@@ -6,7 +6,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -81,12 +81,12 @@ class Files(NamedTuple):
       raise UserError(f"{name} is {list(shape)}, and does not fit the tensors beside it")
 
 
-def fault_of(settings: Any) -> str | None:
+def fault_of(settings: object) -> str | None:
   """Why a ``quantization_config`` is not understood, or None where it is, or there is none."""
   if settings is None:
     return None
   method = _method(settings)
-  if method in _METHODS:
+  if isinstance(settings, Mapping) and method in _METHODS:
     return _METHODS[method].fault(settings)
   return (
     f"the weights are quantised by {method or 'a method without a name'}, which is not read; "
@@ -94,7 +94,7 @@ def fault_of(settings: Any) -> str | None:
   )
 
 
-def _method(settings: Any) -> str:
+def _method(settings: object) -> str:
   if not isinstance(settings, Mapping):
     return ""
   if settings.get("quant_method"):
@@ -255,7 +255,7 @@ class _Method(NamedTuple):
   fault: Callable[[Config], str | None] = lambda settings: None
 
 
-def _only(key: str, values: Sequence[Any], default: Any) -> Callable[[Config], str | None]:
+def _only(key: str, values: Sequence[object], default: object) -> Callable[[Config], str | None]:
   def fault(settings: Config) -> str | None:
     value = settings.get(key, default)
     return None if value in values else f"{key} is {value!r}, where {' or '.join(map(repr, values))} is read"
