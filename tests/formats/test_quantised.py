@@ -144,7 +144,7 @@ def write(folder, plain, method, settings):
     as_torch = lambda array: (
       torch.from_numpy(array.view(np.uint8).copy()).view(torch.float8_e4m3fn)
       if array.dtype == ml_dtypes.float8_e4m3fn
-      else torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape)
+      else torch.from_numpy(np.array(array)).reshape(array.shape)
     )
     save_file({key: as_torch(array) for key, array in tensors.items()}, folder / name / "model.safetensors")
   return folder / "quantised", folder / "meant"
