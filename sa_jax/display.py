@@ -40,15 +40,13 @@ def progress(label: str, *, shown: bool = True) -> Iterator[Callable[[int, int],
     A function that takes (done, in all).
   """
   from rich.console import Console
-  from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-  times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-  columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), *times)
+  from sa_jax.bars import bar
+
   screen = Console(stderr=True)
   visible = shown and (screen.is_terminal or screen.is_jupyter)
-  with Progress(*columns, console=screen, transient=True, disable=not visible) as bar:
-    task = bar.add_task(label, total=None)
-    yield lambda done, total: bar.update(task, completed=done, total=total)
+  with bar(label, screen) if visible else contextlib.nullcontext(lambda done, total: None) as report:
+    yield report
 
 
 def quantity(value: float, unit: str = "") -> str:

@@ -20,6 +20,11 @@ from sa_jax.buckets import is_of_driver, reason, remote
 from sa_jax.errors import UserError
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
+_REFUSED = re.compile(
+  "No space left on device|Disk quota exceeded|File too large|Read-only file system|Permission denied|"
+  "Input/output error"
+)
+"""What libraries that are not written in Python say in errors of their own kinds."""
 _UNFINISHED = ".unfinished"
 """In a bucket, lies in a folder as long as it is being written."""
 
@@ -83,17 +88,23 @@ def named(path: Path, what: str = "read") -> Iterator[None]:
     what: what is done with it: ``read``, ``write``, ``make the folder``.
   """
   path = as_path(path)
+  # The user knows a temporary name by the one that it is for.
+  shown = re.sub(r"(^|/)\.([^/]+)\.unfinished-[^/]+(/.*)?$", r"\1\2", str(path))
   try:
     yield
   except OSError as error:
     # A temporary name beside the file is not one that the user knows.
     culprit = as_path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else path
     other = "" if culprit.parent in (path.parent, path.resolve().parent) else f" ({culprit})"
-    raise UserError(f"cannot {what} {path}: {_reason(error)}{other}") from error
+    raise UserError(f"cannot {what} {shown}: {_reason(error)}{other}") from error
+  except UserError:
+    raise
   except Exception as error:
-    if not is_remote(path) or not is_of_driver(error):
+    if is_remote(path) and is_of_driver(error):
+      raise UserError(f"cannot {what} {shown}: {reason(error)}") from error
+    if (found := _REFUSED.search(str(error))) is None:
       raise
-    raise UserError(f"cannot {what} {path}: {reason(error)}") from error
+    raise UserError(f"cannot {what} {shown}: {found[0]}") from error
 
 
 def _reason(error: OSError) -> str:
@@ -118,7 +129,7 @@ def read_text(path: Path) -> str:
 def new_file(path: Path) -> Iterator[Path]:
   """A file on this machine to write; it replaces the one at ``path`` when the block ends well, or goes.
 
-  A device or a pipe, such as ``/dev/stdout``, is written as it is.
+  A device or a pipe, such as ``/dev/stdout``, is written as it is. What a killed process left behind is removed.
 
   Raises:
     UserError: if it cannot be written.
@@ -136,12 +147,15 @@ def new_file(path: Path) -> Iterator[Path]:
         yield Path(folder, path.name)
         copy(Path(folder, path.name), path)
       return
+    _remove_abandoned(path)
     unfinished = _unfinished(path)
-    try:
-      yield unfinished
-      unfinished.replace(path)
-    finally:
-      unfinished.unlink(missing_ok=True)
+    unfinished.touch()
+    with _held(unfinished):
+      try:
+        yield unfinished
+        unfinished.replace(path)
+      finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -235,7 +249,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield path
       return
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path)
+    if not _remove_abandoned(path):
+      raise UserError(f"another process is writing {path}; wait for it, or name another folder")
     unfinished = _unfinished(path)
     unfinished.mkdir()
     with _held(unfinished):
@@ -316,14 +331,14 @@ def _unfinished(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[bool]:
-  """Holds a lock on a folder, which ends with the process; yields whether nobody else had it."""
+def _held(path: Path) -> Iterator[bool]:
+  """Holds a lock on a file or folder, which ends with the process; yields whether nobody else had it."""
   try:
     import fcntl
   except ImportError:  # not on Windows: nothing is known of other processes there
     yield True
     return
-  handle = os.open(folder, os.O_RDONLY)
+  handle = os.open(path, os.O_RDONLY)
   try:
     try:
       fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -337,17 +352,18 @@ def _held(folder: Path) -> Iterator[bool]:
     os.close(handle)
 
 
-def _remove_abandoned(path: Path) -> None:
-  """Removes what killed processes left of a folder.
-
-  Raises:
-    UserError: if another process is writing it.
-  """
-  for folder in path.parent.glob(f".{_literal(path.name)}.unfinished-*"):
-    with _held(folder) as free:
+def _remove_abandoned(path: Path) -> bool:
+  """Removes what killed processes left of a file or folder; returns whether no other process is writing it."""
+  alone = True
+  for left in path.parent.glob(f".{_literal(path.name)}.unfinished-*"):
+    with contextlib.suppress(FileNotFoundError), _held(left) as free:  # another process may have just finished it
       if not free:
-        raise UserError(f"another process is writing {path}; wait for it, or name another folder")
-      shutil.rmtree(folder, ignore_errors=True)
+        alone = False
+      elif left.is_dir():
+        shutil.rmtree(left, ignore_errors=True)
+      else:
+        left.unlink()
+  return alone
 
 
 def _literal(name: str) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-LAYERS = (("errors", "trees", "display"), ("ops",), ("plan", "config", "params"), ("nn",))
+LAYERS = (("errors", "trees", "bars", "display", "durations"), ("ops",), ("plan", "config", "params"), ("nn",))
 """Parts of sa_jax from the bottom; above them all others, and on top those of `TOP`."""
 TOP = ("cli", "__main__", "")
 MOST_PARAMETERS, MOST_LINES = 6, 400

@@ -87,3 +87,31 @@ def test_what_a_killed_process_left_goes_and_a_living_one_is_not_disturbed(tmp_p
   with new_folder(out) as folder:
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
   assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_what_a_killed_process_left_of_a_file_goes_too(tmp_path):
+  out = tmp_path / "a.txt"
+  code = (
+    "import sys, pathlib; from sa_jax.files import new_file\n"
+    "with new_file(pathlib.Path(sys.argv[1])) as file:\n  file.write_text('half')\n"
+    "  print('filled', flush=True); sys.stdin.read()"
+  )
+  other = subprocess.Popen([sys.executable, "-c", code, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+  assert other.stdout.readline() == b"filled\n"
+  write_text(out, "of the second")  # a file that is still being written stays
+  assert len(list(tmp_path.iterdir())) == 2
+  other.kill()
+  other.communicate()
+  write_text(out, "new")
+  assert [path.name for path in tmp_path.iterdir()] == [out.name]
+  assert out.read_text() == "new"
+
+
+def test_full_disks_are_known_by_what_other_libraries_say(tmp_path):
+  class RustError(Exception):
+    pass
+
+  with pytest.raises(UserError, match=f"^cannot write {tmp_path}: No space left on device$"), named(tmp_path, "write"):
+    raise RustError("Error while serializing: I/O error: No space left on device (os error 28)")
+  with pytest.raises(RustError, match="shape"), named(tmp_path, "write"):
+    raise RustError("a fault of shape")

@@ -36,16 +36,17 @@ def main() -> None:
     found[path.stem] = layer_similarity(model, params, rows)
   name, similarity = list(found.items())[-1]
   mean = similarity.mean()
-  for field, label, highest in (
-    ("cosine", "cosine similarity", 1.0),
-    ("cosine_without_sink", "cosine similarity without the first key", 1.0),
-    ("js_divergence", "Jensen-Shannon divergence, nats", float(np.log(2))),
-    ("top_k_overlap", "overlap of the 8 heaviest keys", 1.0),
+  title = f"{name}\nwikitext2_valid.txt, {arguments.rows} rows of {arguments.length} tokens"
+  for field, scale in (
+    ("cosine", plots.Scale("cosine similarity")),
+    ("cosine_without_sink", plots.Scale("cosine similarity without the first key")),
+    ("js_divergence", plots.Scale("Jensen-Shannon divergence, nats", float(np.log(2)), distance=True)),
+    ("top_k_overlap", plots.Scale("overlap of the 8 heaviest keys")),
   ):
     values = getattr(mean, field)
-    plots.similarity_map(values, arguments.out / f"{field}.png", title=name, label=label, highest=highest)
+    plots.similarity_map(values, arguments.out / f"{field}.png", title=title, scale=scale)
     beside = [round(float(values[layer - 1, layer]), 3) for layer in range(1, len(values))]
-    print(f"{label}, each layer and the one before: mean {np.mean(beside):.3f}, {beside}")
+    print(f"{scale.label}, each layer and the one before: mean {np.mean(beside):.3f}, {beside}")
   means = {each: result.mean() for each, result in found.items()}
   numbers = {each: {key: value.tolist() for key, value in result._asdict().items()} for each, result in means.items()}
   (arguments.out / "similarity.json").write_text(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -55,9 +55,31 @@ def new_figure(width: float, height: float) -> Figure:
   return figure
 
 
-def _heat_map(axes: Axes, values: np.ndarray, title: str, lowest: float, highest: float) -> AxesImage:
+class Scale(NamedTuple):
+  """What a map's numbers are.
+
+  Attributes:
+    label: their name.
+    highest: the end of the colours.
+    distance: whether they grow as layers differ. In every map light is alike.
+  """
+
+  label: str
+  highest: float = 1.0
+  distance: bool = False
+
+
+COSINE = Scale("cosine similarity of attention weights")
+
+
+def _heat_map(axes: Axes, values: np.ndarray, title: str, lowest: float, scale: Scale) -> AxesImage:
   axes.set(title=title, xlabel="layer", ylabel="layer")
-  return axes.imshow(values, origin="lower", cmap="viridis", vmin=lowest, vmax=highest)
+  colours = "viridis_r" if scale.distance else "viridis"
+  return axes.imshow(values, origin="lower", cmap=colours, vmin=lowest, vmax=scale.highest)
+
+
+def _add_scale(figure: Figure, axes: Axes, image: AxesImage, scale: Scale) -> None:
+  figure.colorbar(image, ax=axes, label=f"{scale.label} (light: alike)")
 
 
 def similarity_map(
@@ -65,18 +87,16 @@ def similarity_map(
   path: Path,
   *,
   title: str,
-  label: str = "cosine similarity of attention weights",
-  highest: float = 1.0,
+  scale: Scale = COSINE,
   plan: SharingPlan | None = None,
 ) -> None:
-  """Draws a layer-to-layer similarity as a heat map.
+  """Draws a layer-to-layer similarity as a heat map; light is alike.
 
   Args:
     similarity: ``[L, L]``.
     path: the PNG to write.
     title: above the picture.
-    label: what the colours mean.
-    highest: end of the colour scale.
+    scale: what the numbers are.
     plan: outlines its groups.
 
   Raises:
@@ -85,8 +105,8 @@ def similarity_map(
   values = np.asarray(similarity)
   figure = new_figure(7, 6)
   axes = figure.subplots()
-  image = _heat_map(axes, values, title, min(0.0, float(values.min())), highest)
-  figure.colorbar(image, ax=axes, label=label)
+  image = _heat_map(axes, values, title, min(0.0, float(values.min())), scale)
+  _add_scale(figure, axes, image, scale)
   if plan is not None:
     from matplotlib.patches import Rectangle
 
@@ -114,8 +134,8 @@ def similarity_animation(similarities: Mapping[str, ArrayLike], path: Path) -> N
   maps = {title: np.asarray(values) for title, values in similarities.items()}
   lowest = min(0.0, *(float(values.min()) for values in maps.values()))
   titles = list(maps)
-  image = _heat_map(axes, maps[titles[0]], titles[0], lowest, 1.0)
-  figure.colorbar(image, ax=axes, label="cosine similarity of attention weights")
+  image = _heat_map(axes, maps[titles[0]], titles[0], lowest, COSINE)
+  _add_scale(figure, axes, image, COSINE)
 
   def draw(frame: int) -> list[Artist]:
     image.set_data(maps[titles[frame]])
@@ -126,22 +146,37 @@ def similarity_animation(similarities: Mapping[str, ArrayLike], path: Path) -> N
     FuncAnimation(figure, draw, frames=len(titles)).save(file, writer=PillowWriter(fps=2))
 
 
-def pareto_front(points: Mapping[str, Sequence[tuple[float, float]]], path: Path, *, title: str) -> None:
-  """Draws KV bytes saved against loss added, one line a search.
+def pareto_front(
+  points: Mapping[str, Sequence[tuple[float, float]]],
+  path: Path,
+  *,
+  title: str,
+  labels: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+  """Draws KV bytes saved against loss added, one line a search; every line begins at the dense model.
 
   Args:
     points: name → (share of the KV cache saved, nats a token added), in order.
     path: the PNG to write.
     title: above the picture.
+    labels: name → what stands beside each point.
 
   Raises:
     UserError: if matplotlib is not installed.
   """
   figure = new_figure(7, 5)
   axes = figure.subplots()
+  axes.axhline(0, color="grey", linewidth=1)
+  axes.annotate("dense", (0, 0), (6, -12), textcoords="offset points", color="grey")
   for name, line in points.items():
-    axes.plot([100 * saved for saved, _ in line], [added for _, added in line], marker="o", label=name)
+    saved, added = ([0.0, *(100 * saved for saved, _ in line)], [0.0, *(added for _, added in line)])
+    axes.plot(saved, added, marker="o", label=name)
+    for at, label in enumerate((labels or {}).get(name, ())):
+      # To the left of the right half's points, so that no label leaves the picture.
+      side = (-6, "right") if saved[at + 1] > max(saved) / 2 else (6, "left")
+      axes.annotate(label, (saved[at + 1], added[at + 1]), (side[0], 6), textcoords="offset points", ha=side[1])
   axes.set(title=title, xlabel="KV cache saved, per cent", ylabel="loss added, nats a token")
+  axes.margins(y=0.1)
   axes.grid(alpha=0.3)
   axes.legend()
   save(figure, path)

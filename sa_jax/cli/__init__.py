@@ -11,7 +11,9 @@ import contextlib
 import io
 import logging
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments: the subcommand and its flags; the process's own when None. Only then are settings made that hold for the
       whole process (see `sa_jax.cli.process`).
   """
-  from sa_jax.cli.flags import explain, fields_of
+  from sa_jax.cli.flags import check_flags, explain, fields_of
   from sa_jax.cli.process import own
 
   given = list(sys.argv[1:] if arguments is None else arguments)
@@ -54,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = _commands()
     if given and given[0] in commands:
       fields = fields_of(commands[given[0]])
+      check_flags(given[0], given[1:], fields)
     command = _parse(commands, given)
     if arguments is None:
       own(exact=getattr(command, "exact", False), cache=cache)
@@ -61,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except UserError as error:
     if os.environ.get("SA_JAX_DEBUG"):
       raise
-    print(f"sa-jax: error: {explain(str(error), fields)}", file=sys.stderr)
+    print(_fitted(f"sa-jax: error: {explain(str(error), fields)}"), file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     return 130
@@ -69,6 +72,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
   return 0
+
+
+def _fitted(text: str) -> str:
+  """The text as wide as a terminal, which would break words; elsewhere as it is."""
+  if not sys.stderr.isatty():
+    return text
+  width = shutil.get_terminal_size().columns
+  indent = lambda line: " " * (len(line) - len(line.lstrip()) + 2)
+  fill = lambda line: textwrap.fill(
+    line, width, subsequent_indent=indent(line), break_long_words=False, break_on_hyphens=False
+  )
+  return "\n".join(map(fill, text.split("\n")))
 
 
 def _versions() -> str:

@@ -20,7 +20,7 @@ from sa_jax.files import check_absent, check_writable
 class Align:
   """Choose a head map for every follower of a plan, never worse than none on the calibration text."""
 
-  model: tyro.conf.Positional[Path]
+  model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
   """A dense Hugging Face folder, GGUF file or sa_jax checkpoint."""
   plan: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PLAN")]
   """Which layers share, such as 22:23-26."""
@@ -50,7 +50,8 @@ class Align:
 
     from sa_jax import SharingPlan
     from sa_jax.analysis.align import align, shared_model
-    from sa_jax.cli.texts import rows_of_texts, stages
+    from sa_jax.cli.progress import stages
+    from sa_jax.cli.texts import rows_of_texts
     from sa_jax.formats.hf_config import write_plan
 
     check_absent(self.out)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import tyro
 
-from sa_jax.cli.common import console, exact_float32, is_first, progress, show_table, write_json
+from sa_jax.cli.common import console, exact_float32, is_first, show_table, write_json
 from sa_jax.cli.opening import Opening
+from sa_jax.cli.progress import progress
 from sa_jax.cli.texts import RowLength
 from sa_jax.errors import UserError
 from sa_jax.files import check_writable, make_folder
@@ -19,7 +21,7 @@ from sa_jax.files import check_writable, make_folder
 class Analyze:
   """Similarity of all pairs of layers, and how each layer's attention is spread; several checkpoints show the drift."""
 
-  text: tyro.conf.Positional[Path]
+  text: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TEXT")]
   """A UTF-8 text file, or a .jsonl file with a "text" a line."""
   models: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL ...")]
   """One or more checkpoints of one model, in order."""
@@ -66,16 +68,18 @@ class Analyze:
       ["layer", "cosine", "without sink", "JS, nats", f"top-{self.top_k}", "entropy, nats", "weighted variance"],
       [[str(layer), *_beside(mean, layer)] for layer in range(len(mean.entropy))],
     )
-    for field, label, highest in (
-      ("cosine", "cosine similarity", 1.0),
-      ("cosine_without_sink", "cosine similarity without the first key", 1.0),
-      ("js_divergence", "Jensen-Shannon divergence, nats", 0.6931),
-      ("top_k_overlap", f"overlap of the {self.top_k} heaviest keys", 1.0),
+    rows_read = f"{self.text.name}, {len(tokens)} {self.cutting.describe(tokenizer)}"
+    title = f"{Path(name).stem}\n{rows_read}"
+    for field, scale in (
+      ("cosine", plots.Scale("cosine similarity")),
+      ("cosine_without_sink", plots.Scale("cosine similarity without the first key")),
+      ("js_divergence", plots.Scale("Jensen-Shannon divergence, nats", math.log(2), distance=True)),
+      ("top_k_overlap", plots.Scale(f"overlap of the {self.top_k} heaviest keys")),
     ):
       file = self.out / f"{field}.png"
       if is_first():
-        plots.similarity_map(getattr(mean, field), file, title=Path(name).stem, label=label, highest=highest)
-      console.print(f"{label}: [bold]{file}[/bold]")
+        plots.similarity_map(getattr(mean, field), file, title=title, scale=scale)
+      console.print(f"{scale.label}: [bold]{file}[/bold]")
     values: dict[str, Any] = {
       each: {"per_head": _lists(result), "mean": _lists(result.mean())} for each, result in found.items()
     }
@@ -84,7 +88,8 @@ class Analyze:
       show_table("drift", ["checkpoint", "distance to the last"], [[n, f"{d:.4f}"] for n, d in zip(found, distances)])
       if is_first():
         plots.similarity_animation(
-          {each: result.mean().cosine for each, result in found.items()}, self.out / "drift.gif"
+          {f"{each}\n{rows_read}": result.mean().cosine for each, result in found.items()},
+          self.out / "drift.gif",
         )
       console.print(f"over checkpoints: [bold]{self.out / 'drift.gif'}[/bold]")
       values["drift"] = dict(zip(found, distances.tolist(), strict=True))

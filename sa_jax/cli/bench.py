@@ -10,7 +10,8 @@ from typing import Annotated
 import tyro
 
 from sa_jax.bench.task import Kind, Peer, Result, Setting, Task, run_task
-from sa_jax.cli.common import console, progress, show_table, write_json
+from sa_jax.cli.common import console, show_table, write_json
+from sa_jax.cli.progress import progress
 from sa_jax.config import AttentionBackend, AttentionState
 from sa_jax.display import quantity
 from sa_jax.errors import UserError

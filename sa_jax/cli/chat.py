@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -18,7 +19,7 @@ from sa_jax.errors import UserError
 class Chat:
   """Talk with a model by its own chat template; /new begins again, /exit or Ctrl-D ends, Ctrl-C stops an answer."""
 
-  model: tyro.conf.Positional[Path]
+  model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
   """A Hugging Face folder, a GGUF file or an sa_jax checkpoint."""
   system: str | None = None
   """What the model is told before the conversation."""

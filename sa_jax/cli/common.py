@@ -1,4 +1,4 @@
-"""What subcommands share: tables, progress, JSON, numbers for people."""
+"""What subcommands share: tables, JSON, numbers for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,11 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
   console.print(table)
 
 
-@contextlib.contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-  """The library's progress bar, which the first process alone shows; yields a function that takes (done, in all)."""
-  with display.progress(label, shown=is_first()) as report:
-    yield report
+def markdown(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """The table that `show_table` prints, as Markdown."""
+  line = lambda cells: "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |\n"
+  sides = [":--", *("--:" for _ in columns[1:])]
+  return f"{title}\n\n{line(columns)}{line(sides)}" + "".join(map(line, rows))
 
 
 def write_json(path: Path | None, values: Any) -> None:
@@ -88,6 +88,11 @@ def exact_float32(dtype: str = "float32") -> Iterator[None]:
     return
   with jax.default_matmul_precision("highest"):
     yield
+
+
+def parameters(count: float) -> str:
+  """A number of parameters as people say it, such as ``13.0 B``."""
+  return display.quantity(count).replace("G", "B")
 
 
 def change(new: float, old: float) -> str:

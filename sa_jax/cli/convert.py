@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from sa_jax.cli.common import console, progress, show_table
+from sa_jax.cli.common import console, show_table
+from sa_jax.cli.progress import progress
 from sa_jax.config import FloatDtype
 from sa_jax.errors import UserError
+
+if TYPE_CHECKING:
+  from sa_jax.formats.table import Account
 
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
   """Convert a Hugging Face folder or a GGUF file into an sa_jax checkpoint."""
 
-  src: tyro.conf.Positional[str]
+  src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
   """The model to read: a folder, a GGUF file or a hub id such as org/model."""
-  dst: tyro.conf.Positional[Path | None] = None
+  dst: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="DST")] = None
   """The folder to write; it must not exist. Not needed with --inspect."""
   plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None
   """Which layers share, such as 22:23-26; queries and keys of followers are dropped. None keeps the model dense."""
@@ -37,11 +42,7 @@ class Convert:
     from sa_jax.formats import convert, inspect
 
     if self.inspect:
-      found = inspect(self.src, self.plan, revision=self.revision, strict=self.strict)
-      used = {entry.key: entry.shape for entry in found.used}  # several parameters may be parts of one tensor
-      rows = [[key, "×".join(map(str, shape)), "used"] for key, shape in used.items()]
-      rows += [[key, "", f"dropped: {reason}"] for key, reason in found.dropped.items()]
-      show_table(f"{self.src}: {len(used)} tensors used, {len(found.dropped)} dropped", ["tensor", "shape", ""], rows)
+      self._tell(inspect(self.src, self.plan, revision=self.revision, strict=self.strict))
       return
     if self.dst is None:
       raise UserError("name the folder to write: sa-jax convert SRC DST")
@@ -51,3 +52,35 @@ class Convert:
     console.print(
       f"{self.dst}: {size / 1e6:.1f} MB, plan {self.plan or 'as in the source'}, {self.dtype or 'source dtype'}"
     )
+
+  def _tell(self, found: Account) -> None:
+    """Prints kinds of tensors: what is dropped first."""
+    rows = [[kind, of, "", f"dropped: {reason}"] for kind, of, reason in _kinds(found.dropped)]
+    used = {entry.key: "×".join(map(str, entry.shape)) for entry in found.used}  # several may be parts of one tensor
+    rows += [[kind, of, shape, "used"] for kind, of, shape in _kinds(used)]
+    title = f"{self.src}: {len(found.dropped)} tensors dropped, {len(used)} used"
+    show_table(title, ["tensor", "how many", "shape", ""], rows)
+
+
+def _kinds(tensors: dict[str, str]) -> list[tuple[str, str, str]]:
+  """Tensors of one name but for their layer, and of one value: the name, how many and of which layers, the value."""
+  layers: dict[tuple[str, str], list[int]] = {}
+  for name, value in tensors.items():
+    number = re.search(r"(?<=\.)\d+(?=\.)", name)
+    kind = name if number is None else f"{name[: number.start()]}*{name[number.end() :]}"
+    # A reason names a layer too, which is told beside it.
+    value = re.sub(r"^layer \d+ follows layer \d+$", "of followers", value)
+    layers.setdefault((kind, value), []).extend([] if number is None else [int(number[0])])
+  return [(kind, f"{len(of)}: layers {_spans(of)}" if of else "1", value) for (kind, value), of in layers.items()]
+
+
+def _spans(numbers: list[int]) -> str:
+  """Such as ``0-3, 7``."""
+  numbers = sorted(numbers)
+  spans: list[list[int]] = []
+  for number in numbers:
+    if spans and number <= spans[-1][1] + 1:
+      spans[-1][1] = number
+    else:
+      spans.append([number, number])
+  return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from sa_jax.cli.common import change, show_table, write_json
+from sa_jax.cli.common import change, parameters, show_table, write_json
 from sa_jax.config import PRESETS, ModelConfig
 from sa_jax.costs import LABELS, Cost, cost
 from sa_jax.display import quantity
@@ -21,7 +22,8 @@ def rows_of_cost(dense: Cost, shared: Cost) -> list[list[str]]:
   rows = []
   for name, (label, unit) in LABELS.items():
     old, new = getattr(dense, name), getattr(shared, name)
-    rows.append([label, quantity(old, unit), quantity(new, unit), change(new, old)])
+    show = parameters if name == "params" else functools.partial(quantity, unit=unit)
+    rows.append([label, show(old), show(new), change(new, old)])
   return rows
 
 
@@ -29,7 +31,7 @@ def rows_of_cost(dense: Cost, shared: Cost) -> list[list[str]]:
 class CostOf:
   """Count parameters, FLOPs and cache bytes of a model, dense and under a plan."""
 
-  model: tyro.conf.Positional[str]
+  model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
   """A preset (llama-2-7b, llama-2-13b, llama-3-8b, smollm2-135m), a folder, a GGUF file, a checkpoint or a hub id."""
   plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None
   """Which layers share, such as 22:23-26; None for the model's own plan, dense for a preset."""

@@ -13,8 +13,9 @@ from typing import Annotated, Any
 import tyro
 from rich.markup import escape
 
-from sa_jax.cli.common import change, console, progress, show_table, write_json
+from sa_jax.cli.common import change, console, show_table, write_json
 from sa_jax.cli.cost import rows_of_cost
+from sa_jax.cli.progress import progress
 from sa_jax.cli.texts import RowLength
 from sa_jax.display import quantity
 from sa_jax.errors import UserError
@@ -100,7 +101,8 @@ class Demo:
     with progress("comparing layers"):
       similarity = layer_similarity(model, dense, jnp.asarray(rows[:1, :128]))
     file = self.out / "similarity.png"
-    plots.similarity_map(similarity.mean().cosine, file, title=f"{path.stem}: layers attend alike", plan=plan)
+    title = f"{path.stem}: layers attend alike\n{_TEXT.name}, its first 128 tokens; plan {plan}"
+    plots.similarity_map(similarity.mean().cosine, file, title=title, plan=plan)
     console.print(f"\nWhich layers attend alike: [bold]{file}[/bold] (the plan's groups are outlined)")
     write_json(self.json, {"plan": str(plan), "costs": dict(zip(models, costs, strict=True)), "results": results})
 

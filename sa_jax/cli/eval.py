@@ -1,31 +1,39 @@
-"""``sa-jax eval``: EleutherAI's lm-eval on a model, under a plan."""
+"""``sa-jax eval``: EleutherAI's lm-eval on a model, under one plan or beside each other under several."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from sa_jax.cli.common import console, exact_float32, is_first, show_table, write_json
+from sa_jax.cli.common import console, exact_float32, is_first, markdown, show_table, write_json
 from sa_jax.cli.opening import Opening
+from sa_jax.cli.progress import progress
 from sa_jax.config import FloatDtype
 from sa_jax.errors import UserError
-from sa_jax.files import check_writable, make_folder
+from sa_jax.files import check_writable, make_folder, write_text
+
+if TYPE_CHECKING:
+  from sa_jax.evaluation.answers import Answers
+  from sa_jax.evaluation.differences import Difference
+  from sa_jax.evaluation.harness import Results
+  from sa_jax.nn import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
   """Evaluate a model on tasks of lm-eval, or on local ones."""
 
-  model: tyro.conf.Positional[Path]
+  model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
   """A Hugging Face folder, a GGUF file or an sa_jax checkpoint."""
   tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK ...")]
   """Tasks, groups or patterns, such as: hellaswag gsm8k mmlu_*."""
-  plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None
-  """Which layers share, such as 22:23-26; None for the checkpoint's own plan."""
+  plan: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PLAN ...")] = ()
+  """One or more plans, such as: dense 26:27-28; the first is what the others are compared with. None for the
+  checkpoint's own."""
   include_path: tuple[Path, ...] = ()
   """Folders of local tasks, which hide lm-eval's own of the same name."""
   num_fewshot: int | None = None
@@ -50,8 +58,12 @@ class Eval:
   """Keep every request and answer in the results."""
   output_path: Path | None = None
   """Folder for a results file in lm-eval's format, named by lm-eval."""
+  resume: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+  """Keep every answer in this folder: what it holds of the same model, plan and dtype is not asked again."""
+  markdown: Path | None = None
+  """Also write the table to this file, as Markdown."""
   json: Path | None = None
-  """Also write lm-eval's results to this file."""
+  """Also write lm-eval's results to this file; of several plans, by plan, and the differences."""
 
   @property
   def exact(self) -> bool:
@@ -59,35 +71,115 @@ class Eval:
     return self.dtype == "float32"
 
   def run(self) -> None:
-    """Prints a row a metric."""
+    """Prints a row a metric and plan."""
     try:
       import lm_eval  # noqa: F401
     except ImportError as error:
       raise UserError(f"lm-eval is not installed ({error}): pip install 'sa-jax[eval]'") from None
-    from sa_jax.evaluation.harness import find_tasks, metrics, run_tasks
-    from sa_jax.evaluation.lm import SharedAttentionLM
+    from sa_jax.evaluation.differences import differences
+    from sa_jax.evaluation.harness import find_tasks
+    from sa_jax.formats.load import describe
 
+    self._check()
+    self.opening.begin()
+    find_tasks(self.tasks, self.include_path)
+    start = time.perf_counter()
+    models = [describe(self.model, plan, self.dtype, revision=self.opening.revision) for plan in self.plan or (None,)]
+    asked = dict(zip(self.plan or [str(models[0].plan)], models, strict=True))
+    digest = self._digest()
+    found = {name: self._evaluate(model, self._answers(model, digest)) for name, model in asked.items()}
+    if not is_first():  # the first process has the results
+      return
+    base, *others = found
+    changed = {name: differences(found[base], found[name]) for name in others}
+    plans = ", ".join(asked) if others else f"plan {models[0].plan}"
+    title = f"{self.model.name}, {plans}, {time.perf_counter() - start:.1f} s"
+    columns, rows = _table(found, changed)
+    show_table(title, columns, rows)
+    if any(not each.paired for of in changed.values() for each in of.values()):
+      console.print("* not paired: the number is no mean over documents, or they are not the same", markup=False)
+    if self.markdown is not None:
+      write_text(self.markdown, markdown(title, columns, rows))
+    told = {name: self._told(results) for name, results in found.items()}
+    flat = [
+      {"plan": name, "than": base, "task": task, "metric": metric, **each._asdict()}
+      for name, of in changed.items()
+      for (task, metric), each in of.items()
+    ]
+    write_json(self.json, {"plans": told, "differences": flat} if others else told[base])
+    if self.output_path is not None:
+      console.print(f"results in lm-eval's format: {self.output_path}")
+
+  def _check(self) -> None:
     for name in ("limit", "batch_tokens", "slots", "max_length"):
       if (value := getattr(self, name)) is not None and value < 1:
         raise UserError(f"`{name}` must be at least 1, not {value}")
     if self.bootstrap_iters < 0:
       raise UserError(f"`bootstrap_iters` must not be negative, not {self.bootstrap_iters}")
-    check_writable(self.json)
-    if self.output_path is not None:
-      make_folder(self.output_path)
-    self.opening.begin()
-    find_tasks(self.tasks, self.include_path)
-    model, params = self.opening.open(self.model, self.plan, self.dtype)
+    if len(set(self.plan)) < len(self.plan):
+      raise UserError(f"each `plan` once, not {' '.join(self.plan)}")
+    for file in (self.json, self.markdown):
+      check_writable(file)
+    for folder in (self.output_path, self.resume):
+      if folder is not None:
+        make_folder(folder)
+
+  def _digest(self) -> str | None:
+    """What the model's answers are kept by."""
+    if self.resume is None:
+      return None
+    import jax
+
+    from sa_jax.evaluation.answers import fingerprint
+    from sa_jax.formats.source import open_source
+
+    if jax.process_count() > 1:
+      raise UserError(f"`resume` keeps the answers of one process, and there are {jax.process_count()}")
+    with progress(f"reading {self.model.name}"):
+      return fingerprint(open_source(self.model, self.opening.revision).path)
+
+  def _answers(self, model: Transformer, digest: str | None) -> Answers | None:
+    """Those that are kept of a model under its plan."""
+    if self.resume is None:
+      return None
+    import sa_jax
+    from sa_jax.evaluation.answers import answers_in
+
+    answers = answers_in(
+      self.resume,
+      {
+        "model": digest,
+        "plan": str(model.plan),
+        "head_map": model.plan.head_map,
+        "dtype": model.config.dtype,
+        "max_length": self.max_length or model.config.max_length,
+        "sa_jax": sa_jax.__version__,
+      },
+    )
+    console.print(f"plan {model.plan}: {len(answers)} answers are kept in {answers.path}")
+    return answers
+
+  def _evaluate(self, model: Transformer, answers: Answers | None) -> Results:
+    """lm-eval's results under the model's plan; weights are read once they are needed."""
+    from lm_eval.loggers import EvaluationTracker
+
+    from sa_jax.evaluation.harness import run_tasks, save_results
+    from sa_jax.evaluation.lm import SharedAttentionLM
+    from sa_jax.storage import Mirrored
+
     lm = SharedAttentionLM(
       model,
-      params,
+      lambda: self.opening.open(self.model, model.plan, self.dtype)[1],
       self.opening.tokenizer(self.model),
+      answers=answers,
       name=str(self.model),
       batch_tokens=self.batch_tokens,
       slots=self.slots,
       max_length=self.max_length,
+      progress=progress,
     )
-    start = time.perf_counter()
+    written = Mirrored(self.output_path) if self.output_path and is_first() else None
+    tracker = None if written is None else EvaluationTracker(output_path=str(written.local))
     with exact_float32(model.config.dtype):
       results = run_tasks(
         lm,
@@ -98,19 +190,39 @@ class Eval:
         apply_chat_template=self.apply_chat_template,
         bootstrap_iters=self.bootstrap_iters,
         model_args={"pretrained": str(self.model), "plan": str(model.plan), "dtype": model.config.dtype},
-        log_samples=self.log_samples,
-        output_path=self.output_path if is_first() else None,
+        log_samples=self.log_samples or len(self.plan) > 1,
+        tracker=tracker,
       )
-    if not is_first():  # the first process has the results
-      return
-    show_table(
-      f"{self.model.name}, plan {model.plan}, {time.perf_counter() - start:.1f} s",
-      ["task", "documents", "metric", "value", "± standard error"],
-      [
-        [each.task, str(each.samples), each.metric, f"{each.value:.4f}", f"{each.stderr:.4f}" if each.stderr else ""]
-        for each in metrics(results)
-      ],
-    )
-    write_json(self.json, results)
-    if self.output_path is not None:
-      console.print(f"results in lm-eval's format: {self.output_path}")
+    if tracker is not None and written is not None:
+      save_results(tracker, self._told(results))
+      written.close()
+    return results
+
+  def _told(self, results: Results) -> Results:
+    """The results without samples that nobody asked for."""
+    return results if self.log_samples else {key: value for key, value in results.items() if key != "samples"}
+
+
+def _table(
+  found: dict[str, Results], changed: dict[str, dict[tuple[str, str], Difference]]
+) -> tuple[list[str], list[list[str]]]:
+  """Columns, and a row a task, metric and plan; those about differences are left out where there are none."""
+  from sa_jax.evaluation.harness import metrics
+
+  columns = ["task", "documents", "metric", "plan", "value", "± standard error", "difference", "± standard error"]
+  by_plan = {plan: list(metrics(results)) for plan, results in found.items()}
+  rows = []
+  for at, first in enumerate(next(iter(by_plan.values()))):
+    for plan, of in by_plan.items():
+      each = of[at]
+      row = [each.task, str(each.samples), each.metric, plan, f"{each.value:.4f}", _error(each.stderr)]
+      if (apart := changed.get(plan, {}).get((first.task, first.metric))) is not None:
+        row += [f"{apart.value:+.4f}", _error(apart.stderr) + ("" if apart.paired else " *")]
+      rows.append(row + [""] * (len(columns) - len(row)))
+  if not changed:
+    return [*columns[:3], *columns[4:6]], [[*row[:3], *row[4:6]] for row in rows]
+  return columns, rows
+
+
+def _error(value: float | None) -> str:
+  return f"{value:.4f}" if value else ""

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
-from sa_jax.cli.common import console, progress
+from sa_jax.cli.common import console
+from sa_jax.cli.progress import progress
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
   """Export an sa_jax checkpoint as a Hugging Face folder; one with followers brings its PyTorch code along."""
 
-  src: tyro.conf.Positional[Path]
+  src: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
   """The sa_jax checkpoint."""
-  dst: tyro.conf.Positional[Path]
+  dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
   """The folder to write; it must not exist."""
 
   def run(self) -> None:

@@ -9,8 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from sa_jax.cli.common import change, console, progress, show_table, write_json
+from sa_jax.cli.common import change, console, show_table, write_json
 from sa_jax.cli.cost import model_of
+from sa_jax.cli.progress import progress
 from sa_jax.config import FloatDtype
 from sa_jax.display import quantity
 from sa_jax.files import check_writable
@@ -61,7 +62,7 @@ def _by_kind(result: Fit) -> dict[str, Collective]:
 class FitOf:
   """Compile a program for a TPU slice without one: peak memory, collectives, analytic time, dense beside a plan."""
 
-  model: tyro.conf.Positional[str]
+  model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
   """A preset (llama-2-7b, llama-2-13b, llama-3-8b, smollm2-135m), or a folder with a config.json."""
   topology: str
   """The slice, such as v5e:16x16, v6e:4x4 or v5p:4x4x4."""

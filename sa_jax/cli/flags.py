@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 import re
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 import tyro
 
+from sa_jax.errors import UserError, near
 from sa_jax.files import as_path
 from sa_jax.mesh import MeshSizes
 
@@ -66,6 +68,24 @@ def fields_of(command: Callable[..., Any]) -> frozenset[str]:
     inner = [kind for kind in kinds if dataclasses.is_dataclass(kind) and kind not in SPELT]
     names |= set().union(*map(fields_of, inner)) if inner else {name}
   return frozenset(names)
+
+
+def check_flags(command: str, given: Sequence[str], fields: Collection[str]) -> None:
+  """Checks that all flags are the command's; tyro would first ask for what it misses besides.
+
+  Args:
+    command: its name.
+    given: its arguments.
+    fields: see `fields_of`.
+
+  Raises:
+    UserError: if one is not; near ones are offered.
+  """
+  known = {"--help"} | {f"--{no}{name.replace('_', '-')}" for name in fields for no in ("", "no-")}
+  for word in itertools.takewhile(lambda word: word != "--", given):
+    flag = word.partition("=")[0].replace("_", "-")
+    if re.match("--[a-z]", flag) and flag not in known and not flag.startswith("--tyro-"):
+      raise UserError(f"sa-jax {command} has no flag {flag}{near(flag, sorted(known))}; --help lists them")
 
 
 def explain(text: str, fields: Collection[str]) -> str:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Generate:
   """Continue one or more prompts."""
 
-  model: tyro.conf.Positional[Path]
+  model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
   """A Hugging Face folder, a GGUF file or an sa_jax checkpoint."""
   prompt: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PROMPT ...")] = ()
   """One or more prompts; - is what comes through a pipe."""

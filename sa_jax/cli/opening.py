@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa_jax.cli.common import progress, silence
+from sa_jax.cli.common import silence
+from sa_jax.cli.progress import progress
 from sa_jax.config import FloatDtype
 from sa_jax.distributed import Hosts, start
 from sa_jax.mesh import MeshSizes

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from sa_jax.cli.common import exact_float32, progress, show_table, write_json
+from sa_jax.cli.common import exact_float32, show_table, write_json
 from sa_jax.cli.opening import Opening
+from sa_jax.cli.progress import progress
 from sa_jax.cli.texts import RowLength, rows_of_texts
 from sa_jax.config import FloatDtype
 from sa_jax.files import check_writable
@@ -19,9 +20,9 @@ from sa_jax.files import check_writable
 class PerplexityOf:
   """Perplexity of a model on a text, under one or more plans."""
 
-  model: tyro.conf.Positional[Path]
+  model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
   """A Hugging Face folder, a GGUF file or an sa_jax checkpoint."""
-  text: tyro.conf.Positional[Path]
+  text: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TEXT")]
   """A UTF-8 text file, or a .jsonl file with a "text" a line."""
   plan: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PLAN ...")] = ()
   """One or more plans, such as: dense 26:27-28 3:4; none for the checkpoint's own."""

@@ -20,7 +20,7 @@ from sa_jax.files import check_absent, check_writable
 class RefitModel:
   """Refit a plan's followers to the dense model on calibration text, without training; save an ordinary checkpoint."""
 
-  model: tyro.conf.Positional[Path]
+  model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
   """A dense Hugging Face folder, GGUF file or sa_jax checkpoint."""
   plan: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PLAN")]
   """Which layers share, such as 22:23-26."""
@@ -50,7 +50,8 @@ class RefitModel:
 
     from sa_jax import SharingPlan
     from sa_jax.analysis.refit import refit
-    from sa_jax.cli.texts import rows_of_texts, stages
+    from sa_jax.cli.progress import stages
+    from sa_jax.cli.texts import rows_of_texts
 
     check_absent(self.out)
     check_writable(self.json)

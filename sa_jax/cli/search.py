@@ -31,7 +31,8 @@ class SearchPlan(Searching):
     from sa_jax.analysis.budget import Budget
     from sa_jax.analysis.refit import Refit
     from sa_jax.analysis.share import search_plan
-    from sa_jax.cli.texts import rows_at_once, stages
+    from sa_jax.cli.progress import stages
+    from sa_jax.cli.texts import rows_at_once
     from sa_jax.formats.hf_config import write_plan
 
     plots.check_installed()
@@ -84,7 +85,17 @@ class SearchPlan(Searching):
       },
     )
     file = self.out / "pareto.png"
-    points = [(saved(each.plan), each.increase) for each in front]
+    rows = sum(len(text.judging) for text in texts)
+    names = ", ".join(text.name for text in texts)
+    title = f"{self.model.stem}: what sharing costs\n{names}, {rows} rows of {self.cutting.length} tokens"
+    # A few plans have room for what they are; of many there is how many layers follow.
+    label = lambda plan: str(plan) if len(front) <= 3 else str(len(plan.followers))
+    name = how.strategy if len(front) <= 3 else f"{how.strategy} (numbers: followers)"
     if is_first():
-      plots.pareto_front({how.strategy: points}, file, title=f"{self.model.stem}: what sharing costs")
+      plots.pareto_front(
+        {name: [(saved(each.plan), each.increase) for each in front]},
+        file,
+        title=title,
+        labels={name: [label(each.plan) for each in front]},
+      )
     console.print(f"\nThe front: [bold]{file}[/bold]")

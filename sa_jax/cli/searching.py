@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Searching:
   """A model, the texts that plans are judged by, and how to search."""
 
-  model: tyro.conf.Positional[Path]
+  model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
   """A dense Hugging Face folder, GGUF file or sa_jax checkpoint."""
   texts: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT ...")]
   """Text files (or .jsonl with a "text" a line) to calibrate on and judge by; each counts alike."""

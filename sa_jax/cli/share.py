@@ -40,7 +40,8 @@ class Share(Searching):
     from sa_jax.analysis.card import card, results
     from sa_jax.analysis.distilling import Distillation
     from sa_jax.analysis.share import share
-    from sa_jax.cli.texts import rows_at_once, stages
+    from sa_jax.cli.progress import stages
+    from sa_jax.cli.texts import rows_at_once
     from sa_jax.formats.hf_config import write_plan
 
     begun = time.perf_counter()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sa_jax.cli.common import progress
 from sa_jax.errors import UserError
 from sa_jax.files import read_text
 
@@ -123,15 +121,3 @@ def rows_at_once(config: ModelConfig, length: int) -> int:
   import jax
 
   return 4 if jax.default_backend() == "cpu" else max(1, min(32, 2**31 // (4 * length * config.vocab_size)))
-
-
-@contextlib.contextmanager
-def stages() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-  """One progress bar after another: yields a function from a stage's name to what reports (done, in all)."""
-  with contextlib.ExitStack() as current:
-
-    def begin(name: str) -> Callable[[int, int], None]:
-      current.close()
-      return current.enter_context(progress(name))
-
-    yield begin

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from sa_jax import ops
 from sa_jax.decode.processors import Start
+from sa_jax.decode.room import check_room
 from sa_jax.decode.sampling import Sampler
 from sa_jax.errors import UserError
 from sa_jax.nn import Cache, Transformer
@@ -174,6 +175,7 @@ class Engine:
   def empty(self, slots: int, capacity: int, sampler: Sampler = Sampler()) -> DecodeState:
     """A batch of rows that have all ended, for `admit` to fill; made in parts where it lies on a mesh."""
     config, plan = self.model.config, self.model.plan
+    check_room(self.model, slots, capacity, self.mesh)
 
     def make() -> DecodeState:
       # Not one array several times: the state is donated, and a buffer can be donated only once.

@@ -14,6 +14,7 @@ from sa_jax.decode.batcher import Batcher
 from sa_jax.decode.engine import DecodeState, Drawn, Engine, Prompts, capacity_for, check_seed, newest, pad_to
 from sa_jax.decode.padding import to_right_padded
 from sa_jax.decode.prefix import PromptCache
+from sa_jax.decode.room import check_room
 from sa_jax.decode.sampling import Sampler
 from sa_jax.distributed import check_same_rows
 from sa_jax.errors import UserError
@@ -21,6 +22,7 @@ from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_tokens
 from sa_jax.params import as_layers
 from sa_jax.programs import fetch
+from sa_jax.sharding import mesh_of
 from sa_jax.trees import Params
 
 
@@ -110,6 +112,7 @@ def generate(
       f"prompts of up to {int(lengths.max())} tokens (rows of {tokens.shape[1]}) with {max_new_tokens} new ones do not "
       f"fit a cache of {capacity} slots; {max(needed, tokens.shape[1])} are needed"
     )
+  check_room(model, min(len(tokens), slots), capacity, mesh_of(params))
   check_same_rows(params, "prompts", tokens)
   if len(prompts) * samples > slots:
     batcher = Batcher(model, params, slots=slots, capacity=capacity, sampler=sampler, prefix=prefix)

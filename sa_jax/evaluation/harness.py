@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sa_jax.errors import UserError
 from sa_jax.evaluation import patches
-from sa_jax.files import as_path, check_local
-from sa_jax.storage import Mirrored
+from sa_jax.files import check_local
 
 if TYPE_CHECKING:
+  from lm_eval.loggers import EvaluationTracker
   from lm_eval.tasks import TaskManager
 
   from sa_jax.evaluation.lm import SharedAttentionLM
+
+
+Results = dict[str, Any]
+"""What lm-eval returns, by the names that it gives to its parts."""
 
 
 class Metric(NamedTuple):
@@ -81,10 +85,10 @@ def run_tasks(
   limit: int | None = None,
   apply_chat_template: bool = False,
   bootstrap_iters: int = 1000,
-  model_args: dict[str, Any] | None = None,
+  model_args: dict[str, str] | None = None,
   log_samples: bool = False,
-  output_path: Path | None = None,
-) -> dict[str, Any]:
+  tracker: EvaluationTracker | None = None,
+) -> Results:
   """Evaluates a model on tasks.
 
   Args:
@@ -98,7 +102,7 @@ def run_tasks(
       them to 2 %; lm-eval's own 100,000 take minutes a task.
     model_args: what the results say about the model.
     log_samples: whether the results hold every request and answer.
-    output_path: folder for the results file, named and written by lm-eval.
+    tracker: is told what is evaluated; see `save_results`.
 
   Returns:
     What ``lm_eval.simple_evaluate`` returns.
@@ -108,11 +112,8 @@ def run_tasks(
   """
   import lm_eval.evaluator
   from datasets.exceptions import DatasetsError
-  from lm_eval.loggers import EvaluationTracker
 
   manager, found = find_tasks(names, include)
-  written = None if output_path is None else Mirrored(as_path(output_path))
-  tracker = None if written is None else EvaluationTracker(output_path=str(written.local))
   # lm-eval warns of each setting that it was told to change.
   logging.getLogger("lm_eval").setLevel(logging.ERROR)
   try:
@@ -133,18 +134,20 @@ def run_tasks(
   except (DatasetsError, ConnectionError, FileNotFoundError) as error:
     raise UserError(f"the data of {', '.join(found)} cannot be read: {error}") from error
   assert results is not None, "every process is the first to lm-eval"
-  samples = results.pop("samples", None)
-  if tracker is not None and written is not None:
-    tracker.save_results_aggregated(results, samples)
-    for task in samples or ():
-      tracker.save_results_samples(task, samples[task])
-    written.close()
-  return dict(results) | ({} if samples is None else {"samples": samples})
+  return dict(results)
 
 
-def metrics(results: dict[str, Any]) -> Iterator[Metric]:
+def save_results(tracker: EvaluationTracker, results: Results) -> None:
+  """Writes results, and samples if they are among them, to the tracker's folder in files that lm-eval names."""
+  samples = results.get("samples", {})
+  tracker.save_results_aggregated({key: value for key, value in results.items() if key != "samples"}, samples)
+  for task, each in samples.items():
+    tracker.save_results_samples(task, each)
+
+
+def metrics(results: Results) -> Iterator[Metric]:
   """The numbers of lm-eval's results: of groups first, then of the tasks that belong to no group of them."""
-  groups: dict[str, Any] = results.get("groups", {})
+  groups: Results = results.get("groups", {})
   members = {name for group in groups for name in results.get("group_subtasks", {}).get(group, ())}
   tasks = {name: values for name, values in results["results"].items() if name not in {*groups, *members}}
   counts = results.get("n-samples", {})

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
+import functools
 import json
 import logging
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -19,11 +22,14 @@ from tqdm import tqdm
 
 from sa_jax.decode import Batcher, Sampler, capacity_for, pad_to
 from sa_jax.errors import UserError
+from sa_jax.evaluation.answers import Answers, Request
 from sa_jax.evaluation.scoring import Scorer, part, together
 from sa_jax.formats.tokenizer import Tokenizer
 from sa_jax.nn import Transformer
 from sa_jax.params import as_layers
 from sa_jax.trees import Params
+
+T = TypeVar("T")
 
 _ENCODED_AT_ONCE = 4096
 """Texts: enough for all threads of the tokenizer."""
@@ -58,36 +64,43 @@ class SharedAttentionLM(TemplateLM):
   def __init__(
     self,
     model: Transformer,
-    params: Params,
+    params: Params | Callable[[], Params],
     tokenizer: Tokenizer,
     *,
+    answers: Answers | None = None,
     name: str = "sa_jax",
     batch_tokens: int = 4096,
     slots: int = 32,
     max_length: int | None = None,
     max_new_tokens: int = 256,
+    progress: Callable[[str], AbstractContextManager[Callable[[int, int], None]]] | None = None,
   ):
     """Makes the adapter.
 
     Args:
       model: from `sa_jax.from_pretrained`.
-      params: in the layer layout; the run layout takes a second copy of the weights.
+      params: in the layer layout; the run layout takes a second copy of the weights. Or a function that reads them,
+        which is called with the first request that has no answer yet.
       tokenizer: from `sa_jax.load_tokenizer`.
+      answers: where answers are kept, and looked for; None asks everything.
       name: see `tokenizer_name`.
       batch_tokens: see `Scorer`.
       slots: generations that run at once.
       max_length: most tokens that the model reads; the config's when None.
       max_new_tokens: most tokens of a generation whose task does not say.
+      progress: from the name of some work to a context with what reports how far it is; lm-eval's kind of bar, in
+        terminals, when None.
 
     Raises:
       UserError: if the model has no end token.
     """
     super().__init__()
-    self._model, self._params = model, as_layers(params, model.plan)
-    self._scorer = Scorer(model, self._params, batch_tokens=batch_tokens)
+    if batch_tokens < 1:
+      raise UserError(f"batch_tokens must be at least 1, not {batch_tokens}")
+    self._model, self._read, self._batch_tokens, self._answers = model, params, batch_tokens, answers
     self.tokenizer, self.name, self.slots = tokenizer, name, slots
     self.max_length = max_length or model.config.max_length
-    self._max_new_tokens = max_new_tokens
+    self._max_new_tokens, self._progress = max_new_tokens, progress or _bar
     special = {key: tokenizer.backend.token_to_id(token) for key, token in tokenizer.special}
     ends = model.config.eos_token_ids
     end = special.get("eos_token", ends[0] if ends else None)
@@ -97,6 +110,24 @@ class SharedAttentionLM(TemplateLM):
     self._end, self._start = int(end), int(end if start is None else start)
     self._start_text = tokenizer.decode([self._start], special=True)
     self._encoded: dict[str, list[int]] = {}
+
+  @functools.cached_property
+  def _params(self) -> Params:
+    return as_layers(self._read() if callable(self._read) else self._read, self._model.plan)
+
+  @functools.cached_property
+  def _scorer(self) -> Scorer:
+    return Scorer(self._model, self._params, batch_tokens=self._batch_tokens)
+
+  def _shown(self, label: str, disable: bool) -> AbstractContextManager[Callable[[int, int], None]]:
+    return _nothing() if disable else self._progress(label)
+
+  def _answered(self, kind: str, requests: list[Instance], work: Callable[[list[Instance]], list[T]]) -> list[T]:
+    """Answers that are kept, and those to the other requests, task by task."""
+    if self._answers is None:
+      return work(requests)
+    asked = [Request(kind, request.args, request.task_name) for request in requests]
+    return self._answers.answer(asked, lambda numbers: work([requests[number] for number in numbers]))
 
   @property
   def eot_token_id(self) -> int:
@@ -142,6 +173,9 @@ class SharedAttentionLM(TemplateLM):
 
   def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
     """Log-likelihood of each request's continuation given its context, and whether it is what greedy decoding gives."""
+    return self._answered("loglikelihood", requests, lambda asked: self._log_likelihoods(asked, disable_tqdm))
+
+  def _log_likelihoods(self, requests: list[Instance], disable_tqdm: bool) -> list[tuple[float, bool]]:
     pairs: list[tuple[tuple[str, str], list[int], list[int]]] = []
     for begin in range(0, len(requests), _ENCODED_AT_ONCE):
       block = [request.args for request in requests[begin : begin + _ENCODED_AT_ONCE]]
@@ -164,8 +198,11 @@ class SharedAttentionLM(TemplateLM):
     answers = [(0.0, True)] * len(requests)
     asked = [number for number, (_, _, continuation) in enumerate(requests) if continuation]
     pairs = [self._truncated(*requests[number][1:]) for number in asked]
-    with _bar("scoring", disable_tqdm) as bar:
-      for number, scored in zip(asked, self._scorer(pairs, bar.reach), strict=True):
+    if not asked:
+      return answers
+    score = self._scorer  # which may read the weights, and shows that by itself
+    with self._shown("scoring", disable_tqdm) as report:
+      for number, scored in zip(asked, score(pairs, report), strict=True):
         answers[number] = scored.log_likelihood, scored.greedy
     return answers
 
@@ -180,6 +217,9 @@ class SharedAttentionLM(TemplateLM):
 
     Where the tokenizer puts tokens before a text, every window begins with them.
     """
+    return self._answered("loglikelihood_rolling", requests, lambda asked: self._rolling(asked, disable_tqdm))
+
+  def _rolling(self, requests: list[Instance], disable_tqdm: bool) -> list[float]:
     windows: list[tuple[int, list[int], list[int]]] = []
     opening = self.tokenizer.opening()
     for number, request in enumerate(requests):
@@ -201,6 +241,9 @@ class SharedAttentionLM(TemplateLM):
 
   def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
     """Continues each context to the first of its stop strings, the end token or its longest length."""
+    return self._answered("generate_until", requests, lambda asked: self._generate_all(asked, disable_tqdm))
+
+  def _generate_all(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
     by_settings: dict[str, list[int]] = {}
     for number, request in enumerate(requests):
       by_settings.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
@@ -231,13 +274,13 @@ class SharedAttentionLM(TemplateLM):
       sampler=sampler,
     )
     running = {number: batcher.submit(prompts[number], longest, row=number) for number in mine}
-    with _bar("generating", disable_tqdm) as bar:
+    with self._shown("generating", disable_tqdm) as report:
       while batcher.busy:
         batcher.step()
         for request in running.values():
           if request.status == "running" and self._stopped(request.tokens, batcher.chunk + 1, stops):
             batcher.cancel(request)
-        bar.reach(sum(request.status in ("done", "cancelled") for request in running.values()), len(running))
+        report(sum(request.status in ("done", "cancelled") for request in running.values()), len(running))
     tokens = np.zeros((len(prompts), longest + 1), np.int64)
     for number, request in running.items():
       tokens[number, : len(request.tokens)] = request.tokens
@@ -284,13 +327,18 @@ class SharedAttentionLM(TemplateLM):
     return stops, longest, Sampler(temperature, **filters) if sampling else Sampler()
 
 
-class _bar(tqdm):
+@contextlib.contextmanager
+def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
   """lm-eval's kind of progress bar, where there is a terminal to show it on."""
+  with tqdm(desc=label, disable=not sys.stderr.isatty() or jax.process_index() > 0) as bar:
 
-  def __init__(self, label: str, disable: bool):
-    super().__init__(desc=label, disable=disable or not sys.stderr.isatty() or jax.process_index() > 0)
+    def report(done: int, total: int) -> None:
+      bar.total = total
+      bar.update(done - bar.n)
 
-  def reach(self, done: int, total: int) -> None:
-    """Shows how far the work is."""
-    self.total = total
-    self.update(done - self.n)
+    yield report
+
+
+@contextlib.contextmanager
+def _nothing() -> Iterator[Callable[[int, int], None]]:
+  yield lambda done, total: None

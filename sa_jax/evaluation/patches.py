@@ -9,18 +9,22 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quick() -> Iterator[None]:
-  """Inside, lm-eval compiles a task's template once, and does not import torch to note its version.
+  """Inside, lm-eval compiles a task's template once, does not import torch to note its version, and draws no bars.
 
   It compiles the template anew for each document, which is most of what it does beside the model. Importing torch and
   transformers takes seconds and hundreds of megabytes, and tells nothing of a model that does not use them.
   """
+  import lm_eval.api.task as tasks
   import lm_eval.utils as lm_eval
 
+  bars = tasks.tqdm
   kept = lm_eval.is_torch_available, lm_eval.is_transformers_available
   lm_eval.env.from_string = functools.cache(lm_eval.env.from_string)  # on the instance, over its class's method
   lm_eval.is_torch_available = lm_eval.is_transformers_available = lambda: False
+  tasks.tqdm = functools.partial(bars, disable=True)  # of documents that are put into words, also into files and pipes
   try:
     yield
   finally:
     del lm_eval.env.from_string
+    tasks.tqdm = bars
     lm_eval.is_torch_available, lm_eval.is_transformers_available = kept

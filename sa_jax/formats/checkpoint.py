@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import inspect
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -52,19 +54,61 @@ def save_checkpoint(
     (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
     if save_extras is not None:
       save_extras(folder)
-    with ocp.Checkpointer(_handler(progress), multiprocessing_options=_alone()) as checkpointer:
-      checkpointer.save(folder.resolve() / PARAMS, ocp.args.PyTreeSave(params))
+    started: list[_Writing] = []
+    handler = _handler(progress, started)
+    with _quiet(), ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
+      try:
+        checkpointer.save(folder.resolve() / PARAMS, ocp.args.PyTreeSave(params))
+      except BaseException:
+        for writing in started:  # what else is on its way would make the folder again once it is removed
+          with contextlib.suppress(Exception):
+            writing.result()
+        raise
 
 
-def _handler(progress: Progress | None) -> Any:
+class _Writing(Protocol):
+  def result(self) -> object: ...
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps Orbax from logging tracebacks of what it raises too."""
+  log = logging.getLogger("absl")
+  level = log.level
+  log.setLevel(logging.CRITICAL)
+  try:
+    yield
+  finally:
+    log.setLevel(level)
+
+
+def _handler(progress: Progress | None, started: list[_Writing]) -> Any:
   """Orbax's handler of trees, which can also write `LazyTensor`s.
 
   Weights hardly compress, and compressing them takes longer than writing them.
+
+  Args:
+    progress: see `save_checkpoint`.
+    started: gets the futures of all that is being written.
   """
   import orbax.checkpoint as ocp
   from orbax.checkpoint import type_handlers
 
-  class LazyHandler(type_handlers.NumpyHandler):
+  class Told:
+    """Notes what is being written."""
+
+    async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
+      futures: Sequence[_Writing] = await super().serialize(values, infos, args)  # type: ignore[misc]
+      started.extend(futures)
+      return futures
+
+  class NumpyHandler(Told, type_handlers.NumpyHandler):
+    """Writes NumPy's arrays."""
+
+  class ArrayHandler(Told, type_handlers.ArrayHandler):
+    """Writes JAX's arrays."""
+
+  class LazyHandler(NumpyHandler):
     """Writes lazy tensors as arrays, in turn; a few are on their way to disk while the next is read."""
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
@@ -86,8 +130,8 @@ def _handler(progress: Progress | None) -> Any:
   options = uncopied if uncopied.keys() <= inspect.signature(type_handlers.NumpyHandler).parameters.keys() else {}
   registry = type_handlers.create_type_handler_registry(
     (LazyTensor, LazyHandler(**options)),
-    (np.ndarray, type_handlers.NumpyHandler()),
-    (jax.Array, type_handlers.ArrayHandler()),
+    (np.ndarray, NumpyHandler()),
+    (jax.Array, ArrayHandler()),
   )
   return ocp.PyTreeCheckpointHandler(
     type_handler_registry=registry, use_compression=False, multiprocessing_options=_alone()

@@ -13,6 +13,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sa_jax.durations import duration
 from sa_jax.errors import UserError
 from sa_jax.files import named, new_file
 from sa_jax.storage import Mirrored
@@ -196,14 +197,6 @@ class Screen:
   def close(self) -> None:
     """Takes the bar away."""
     self._bar.stop()
-
-
-def duration(seconds: float) -> str:
-  """A time for people, such as ``3 min`` or ``2 h 05 min``."""
-  minutes = round(seconds / 60)
-  if seconds < 90:
-    return f"{seconds:.0f} s"
-  return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 _SHOWN: dict[str, Callable[[float], str]] = {

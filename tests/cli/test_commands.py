@@ -176,6 +176,19 @@ def test_convert_and_cost(folder, expected, tmp_path, capsys):
   assert "-25.0 %" in capsys.readouterr().out
 
 
+def test_inspect_tells_kinds_of_tensors_what_is_dropped_first(folder, capsys):
+  assert main(["convert", str(folder), "--inspect", "--plan", PLAN]) == 0
+  title, *lines = capsys.readouterr().out.splitlines()
+  assert title.endswith(": 8 tensors dropped, 67 used")
+  rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+  kinds = [f"model.layers.*.self_attn.{name}_proj.weight" for name in "qk"]
+  assert rows[:2] == [[kind, "4: layers 2-3, 5-6", "", "dropped: of followers"] for kind in kinds]
+  (queries,) = [row for row in rows[2:] if row[0] == kinds[0]]
+  assert queries[1:] == ["4: layers 0-1, 4, 7", "64×64", "used"]
+  assert {row[3] for row in rows[2:]} == {"used"}
+  assert len(rows) == 2 + 9 + 3
+
+
 @pytest.mark.parametrize(
   ("arguments", "says"),
   [
@@ -203,9 +216,23 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder, capsys, arguments, says):
 
 def test_bad_usage_is_exit_code_2(capsys):
   with pytest.raises(SystemExit) as stopped:
-    main(["cost", "llama-2-7b", "--no-such-flag"])
+    main(["cost"])
   assert stopped.value.code == 2
-  assert "no-such-flag" in "".join(capsys.readouterr())
+  assert "model" in capsys.readouterr().err.lower()
+  assert main(["cost", "--lenght", "64"]) == 2  # not: there is no model
+  assert "cost has no flag --lenght; did you mean --length" in capsys.readouterr().err
+  assert main(["cost", "llama-2-7b", "--no-such-flag=3"]) == 2
+  assert "cost has no flag --no-such-flag" in capsys.readouterr().err
+
+
+def test_errors_in_a_terminal_are_broken_between_words(monkeypatch, capsys):
+  monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+  monkeypatch.setenv("COLUMNS", "60")
+  assert main(["cost", "llama2-7b", "--plan", "26:27-30"]) == 2
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) > 2
+  assert max(map(len, lines)) <= 60
+  assert all(line.startswith("  ") for line in lines[1:])
 
 
 def test_picture_of_a_plan():

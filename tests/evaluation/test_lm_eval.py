@@ -1,6 +1,7 @@
 """The adapter for lm-eval against `model.apply` and lm-eval's own utilities; `sa-jax eval` without torch."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -21,8 +22,10 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'sa
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
 from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.api.metrics import pooled_sample_stderr  # noqa: E402
 from lm_eval.utils import get_rolling_token_windows  # noqa: E402
 
+from sa_jax.evaluation.differences import differences  # noqa: E402
 from sa_jax.evaluation.harness import find_tasks, metrics  # noqa: E402
 from sa_jax.evaluation.lm import SharedAttentionLM  # noqa: E402
 
@@ -177,7 +180,7 @@ def folder(tmp_path_factory, model, params):
   tokenizer().save(path)
   rng = np.random.default_rng(5)
   draw = lambda: words(rng.integers(3, 61, 4))
-  docs = [{"question": draw(), "options": [draw(), draw()], "label": int(rng.integers(2))} for _ in range(6)]
+  docs = [{"question": draw(), "options": [draw(), draw()], "label": int(rng.integers(2))} for _ in range(16)]
   (folder / "docs.jsonl").write_text("\n".join(map(json.dumps, docs)))
   common = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'docs.jsonl'}}}}}\ntest_split: test\n"
   tasks = folder / "tasks"
@@ -213,7 +216,7 @@ def test_command_without_torch(folder, model, params, log_probs):
   (written,) = (folder / "out").rglob("results_*.json")
   assert json.loads(written.read_text())["results"] == results["results"]
   assert results["config"]["model_args"]["plan"] == "0:1"
-  assert results["n-samples"]["choose_words"] == {"original": 6, "effective": 4}
+  assert results["n-samples"]["choose_words"] == {"original": 16, "effective": 4}
   right = 0
   ids = lambda text: [int(word[1:]) for word in text.split()]
   dense = tiny.params(tiny.model("dense", num_layers=3, max_length=LONGEST))
@@ -229,6 +232,115 @@ def test_command_without_torch(folder, model, params, log_probs):
     right += int(np.argmax(scores)) == sample["doc"]["label"]
   assert results["results"]["choose_words"]["acc,none"] == right / 4
   assert "choose_words" in done.stdout
+
+
+def evaluate(folder, out, *more):
+  """Results of the command on both tasks."""
+  arguments = ["eval", str(folder / "model"), "--tasks", "choose_words", "finish_words", "--dtype", "float32"]
+  arguments += ["--include-path", str(folder / "tasks"), "--bootstrap-iters", "0", "--json", str(out)]
+  assert cli.main([*arguments, *more]) == 0
+  return json.loads(out.read_text())
+
+
+def test_plans_beside_dense_are_as_alone_and_differences_are_paired(folder, tmp_path, capsys):
+  plans = ("dense", "0:1")
+  both = evaluate(
+    folder, tmp_path / "all.json", "--plan", *plans, "--log-samples", "--markdown", str(tmp_path / "t.md")
+  )
+  right = {}
+  for plan in plans:
+    alone = evaluate(folder, tmp_path / "one.json", "--plan", plan, "--log-samples")
+    assert both["plans"][plan]["results"] == alone["results"]
+    right[plan] = [sample["acc"] for sample in alone["samples"]["choose_words"]]
+  found = {(each["plan"], each["task"]): each for each in both["differences"]}
+  for plan in plans[1:]:
+    apart = np.subtract(right[plan], right["dense"])
+    told = found[plan, "choose_words"]
+    assert told["than"] == "dense"
+    assert told["paired"]
+    assert told["value"] == pytest.approx(apart.mean())
+    assert told["stderr"] == pytest.approx(apart.std(ddof=1) / np.sqrt(len(apart)))
+  assert any(each["stderr"] for each in both["differences"])
+  _, _, header, sides, *rows = (tmp_path / "t.md").read_text().splitlines()
+  assert header.startswith("| task | documents | metric | plan | value")
+  assert len(rows) == 4
+  assert all(row.count("|") == sides.count("|") for row in rows)
+  told = found["0:1", "choose_words"]
+  assert f"| {told['value']:+.4f} | {told['stderr']:.4f} |" in next(
+    row for row in rows if "choose_words | 16 | acc | 0:1 |" in row
+  )
+
+
+def test_groups_of_documents_are_paired_as_lm_eval_pools_them():
+  rng = np.random.default_rng(0)
+  sizes = {"a": 5, "b": 9}
+
+  def results(values, stderr):
+    samples = {
+      task: [{"filter": "none", "acc": value, "doc_id": at, "doc_hash": f"{task}{at}"} for at, value in enumerate(of)]
+      for task, of in values.items()
+    }
+    mean = np.concatenate(list(values.values())).mean()
+    return {
+      "results": {"all": {"acc,none": mean, "acc_stderr,none": stderr}},
+      "groups": {"all": {"acc,none": mean, "acc_stderr,none": stderr}},
+      "group_subtasks": {"all": ["a", "b"]},
+      "samples": samples,
+    }
+
+  before, after = ({task: rng.normal(size=size) for task, size in sizes.items()} for _ in range(2))
+  apart = [after[task] - before[task] for task in sizes]
+  errors = [each.std(ddof=1) / np.sqrt(len(each)) for each in apart]
+  old, new = results(before, 0.3), results(after, 0.4)
+  (found,) = differences(old, new).values()
+  assert found.paired
+  assert found.value == pytest.approx(np.concatenate(apart).mean())
+  assert found.stderr == pytest.approx(pooled_sample_stderr(errors, list(sizes.values())))
+  new["samples"]["a"][0]["doc_hash"] = "another document"
+  (found,) = differences(old, new).values()
+  assert not found.paired
+  assert found.stderr == pytest.approx(0.5)
+
+
+def test_what_has_been_answered_is_not_asked_again(folder, tmp_path, monkeypatch, capsys):
+  """Not even the weights are read; what a killed run had not answered is asked, and of another plan everything."""
+  kept = tmp_path / "kept"
+  flags = ["--plan", "dense", "0:1", "--resume", str(kept)]
+  alone = evaluate(folder, tmp_path / "a.json", *flags[:3])
+  asked = []
+  real = Opening.open
+  monkeypatch.setattr(
+    Opening, "open", lambda self, model, plan, *rest: asked.append(str(plan)) or real(self, model, plan, *rest)
+  )
+  first = evaluate(folder, tmp_path / "b.json", *flags)
+  assert asked == ["dense", "0:1"]
+  again = evaluate(folder, tmp_path / "c.json", *flags)
+  assert asked == ["dense", "0:1"]
+  assert "48 answers are kept" in capsys.readouterr().out
+  for found in (first, again):
+    assert found["differences"] == alone["differences"]
+    assert [each["results"] for each in found["plans"].values()] == [
+      each["results"] for each in alone["plans"].values()
+    ]
+  torn = sorted(kept.iterdir())[0]
+  whole = torn.read_text()
+  torn.write_text(whole[:-30])
+  assert evaluate(folder, tmp_path / "d.json", *flags)["differences"] == alone["differences"]
+  assert len(asked) == 3
+  lines = [json.loads(line) for line in torn.read_text().splitlines() if line.endswith("}")]
+  assert [line["answer"] for line in lines[1:]] == [json.loads(line)["answer"] for line in whole.splitlines()[1:]]
+  evaluate(folder, tmp_path / "e.json", *flags[:2], "0:1-2", *flags[3:])
+  assert asked[3:] == ["0:1-2"]
+  # The same model in another folder, and another one: a norm's scale differs.
+  shutil.copytree(folder, tmp_path / "copy")
+  evaluate(tmp_path / "copy", tmp_path / "f.json", *flags)
+  assert len(asked) == 4
+  changed = tmp_path / "copy" / "model" / "model.safetensors"
+  data = bytearray(changed.read_bytes())
+  data[-1] ^= 1
+  changed.write_bytes(data)
+  evaluate(tmp_path / "copy", tmp_path / "f.json", "--plan", "dense", "--resume", str(kept))
+  assert asked[4:] == ["dense"]
 
 
 def test_groups_of_groups_have_the_samples_of_their_members():

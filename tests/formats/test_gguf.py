@@ -9,6 +9,7 @@ import pytest
 
 import sa_jax
 from sa_jax import SharingPlan
+from sa_jax.formats.gguf_reader import QuickReader
 from sa_jax.ops import RopeConfig
 from tests import tiny
 from tests.tiny import assert_trees_equal
@@ -281,3 +282,32 @@ class TestDamaged:
     sa_jax.convert(path, tmp_path / "ours", dtype=None)
     assert "which cannot be rebuilt" in caplog.text
     assert_trees_equal(sa_jax.from_pretrained(tmp_path / "ours")[1], sa_jax.from_pretrained(path)[1])
+
+
+def test_metadata_are_read_as_the_gguf_package_reads_them(tmp_path):
+  path = tmp_path / "a.gguf"
+  writer = gguf.GGUFWriter(path, "llama")
+  fields = {
+    "strings": ["", "a", "Grüße ☃", "x" * 1000], "integers": [1, -2, 3], "floats": [0.5, -1.5], "flags": [True, False],
+    "one": ["alone"], "nested": [[1, 2], [3, 4]],
+  }  # fmt: skip
+  for name, values in fields.items():
+    writer.add_array(f"test.{name}", values)
+  writer.add_string("test.text", "text")
+  writer.add_tensor("t", np.ones((2, 32), np.float32))
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  theirs, ours = gguf.GGUFReader(path), QuickReader(path)
+  assert ours.fields.keys() == theirs.fields.keys()
+  for name, field in theirs.fields.items():
+    assert ours.fields[name].types == field.types
+    assert ours.fields[name].contents() == field.contents()
+  assert ours.fields["test.strings"].contents() == fields["strings"]
+  np.testing.assert_array_equal(ours.tensors[0].data, theirs.tensors[0].data)
+  whole = path.read_bytes()
+  for cut in range(40, theirs.data_offset, 97):
+    path.write_bytes(whole[:cut])
+    with pytest.raises(ValueError, match="is not a whole GGUF file"):
+      sa_jax.load_tokenizer(path)

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from sa_jax import UserError
-from sa_jax.train.writers import JsonLines, Screen, TensorBoard, WeightsAndBiases, closing, duration
+from sa_jax.durations import duration
+from sa_jax.train.writers import JsonLines, Screen, TensorBoard, WeightsAndBiases, closing
 
 
 def read(folder):

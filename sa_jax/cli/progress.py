@@ -1,0 +1,71 @@
+"""How far work is: a bar in a terminal, and elsewhere a line now and then."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+
+from sa_jax.bars import Report, bar
+from sa_jax.cli.common import console, is_first
+from sa_jax.durations import duration
+
+_SECONDS = 20.0
+"""Between two lines; work that is done before has none."""
+
+
+@contextlib.contextmanager
+def progress(label: str) -> Iterator[Report]:
+  """Shows how far work is, on the first process: on the terminal that tables go to, else on stderr."""
+  screen = console if console.is_terminal else Console(stderr=True)
+  shown = _nothing if not is_first() else bar if screen.is_terminal else _lines
+  with shown(label, screen) as report:
+    yield report
+
+
+@contextlib.contextmanager
+def stages() -> Iterator[Callable[[str], Report]]:
+  """One stage of work after another: yields a function from a stage's name to what reports of it."""
+  with contextlib.ExitStack() as current:
+
+    def begin(name: str) -> Report:
+      current.close()
+      return current.enter_context(progress(name))
+
+    yield begin
+
+
+@contextlib.contextmanager
+def _nothing(label: str, screen: Console) -> Iterator[Report]:
+  del label, screen
+  yield lambda done, total: None
+
+
+@contextlib.contextmanager
+def _lines(label: str, screen: Console) -> Iterator[Report]:
+  """A line each time that something is reported, but not often; the last says how long it took, if there were any."""
+  del screen
+  begun = said = time.monotonic()
+  first: tuple[float, int] | None = None
+
+  def say(text: str) -> None:
+    nonlocal said
+    said = time.monotonic()
+    print(f"{label}: {text}", file=sys.stderr, flush=True)
+
+  def report(done: int, total: int) -> None:
+    nonlocal first
+    now = time.monotonic()
+    if now - said >= _SECONDS and done < total:
+      left = f", {duration((now - first[0]) / (done - first[1]) * (total - done))} left" if first else ""
+      say(f"{done}/{total}{left}")
+    # The first piece of work has a compilation in it: what is left is told from those after it.
+    if first is None and done:
+      first = now, done
+
+  yield report
+  if said != begun:
+    say(f"done in {duration(time.monotonic() - begun)}")

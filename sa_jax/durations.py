@@ -1,0 +1,9 @@
+"""Times for people."""
+
+
+def duration(seconds: float) -> str:
+  """A time for people, such as ``3 min`` or ``2 h 05 min``."""
+  minutes = round(seconds / 60)
+  if seconds < 90:
+    return f"{seconds:.0f} s"
+  return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
