@@ -8,6 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
 import pytest
 
 import sa_jax
@@ -59,7 +60,9 @@ def test_every_public_name_is_documented(module):
 @pytest.mark.parametrize("page", ["docs/quick-start.md", "docs/how-to/composing.md", "docs/extend/recovery.md"])
 @pytest.mark.real_model
 def test_examples_print_what_the_page_says(page, smollm2):
-  assert pages.failures(ROOT / page) == ""
+  # As in a reader's session: optax promotes numbers implicitly.
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    assert pages.failures(ROOT / page) == ""
 
 
 @pytest.mark.parametrize("page", ["family", "backend"])

@@ -38,5 +38,8 @@ def _memory(devices: list[jax.Device]) -> int | None:
   """Bytes of the devices together; None where they do not say."""
   if devices[0].platform == "cpu":  # all that there are share one memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-  limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+  try:
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+  except jax.errors.JaxRuntimeError:  # a device that is elsewhere, which programs are only compiled for
+    return None
   return None if limit is None else int(limit) * len(devices)

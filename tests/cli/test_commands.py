@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 
 import sa_jax
 from sa_jax.cli import main
-from sa_jax.cli.common import change
+from sa_jax.cli.common import change, console
 from sa_jax.cli.demo import picture
 from sa_jax.cli.generate import read_prompts
 from sa_jax.cli.process import own
@@ -176,7 +176,8 @@ def test_convert_and_cost(folder, expected, tmp_path, capsys):
   assert "-25.0 %" in capsys.readouterr().out
 
 
-def test_inspect_tells_kinds_of_tensors_what_is_dropped_first(folder, capsys):
+def test_inspect_tells_kinds_of_tensors_what_is_dropped_first(folder, capsys, monkeypatch):
+  monkeypatch.setattr(console, "_width", 200)
   assert main(["convert", str(folder), "--inspect", "--plan", PLAN]) == 0
   title, *lines = capsys.readouterr().out.splitlines()
   assert title.endswith(": 8 tensors dropped, 67 used")
