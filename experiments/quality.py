@@ -66,7 +66,7 @@ class Row:
 
   followers: int
   plan: str
-  untrained: tuple[float, ...]
+  refitted: tuple[float, ...]
   """Perplexity over the dense model's, a text each, after the best recovery that trains nothing end to end."""
   recovery: str
   distilled: tuple[float, ...] | None
@@ -87,8 +87,13 @@ def rows_of(card: Card) -> list[Row]:
       refitted = values["fitted heads, W_O, MLP"]["times_dense"]
       times = tuple(refitted[text] for text in TEXTS)
       found[int(count)] = Row(int(count), values["plan"], times, "closed form", None, None)
-  for count, values in read(SEARCH / card.recovery)["results"].items():
+  stored = read(SEARCH / card.recovery)
+  for count, values in stored["results"].items():
     kinds = {label: each for label, each in values.items() if isinstance(each, dict)}
+    if stored["settings"].get("rates") != "relative":  # the program has no absolute ones: it gives other numbers
+      kinds = {label: each for label, each in kinds.items() if not label.startswith(("local", "distill"))}
+    if not kinds or (int(count) in found and all(label in ("W_O", "MLP") for label in kinds)):
+      continue  # nothing that a search has not refitted too, on more rows
     distilled = next((each for label, each in kinds.items() if label.startswith("distill")), None)
     refits = {label: each for label, each in kinds.items() if not label.startswith("distill")}
     label = min(refits, key=lambda label: refits[label]["judged"])
@@ -129,9 +134,12 @@ def cost_table() -> str:
         if row.followers <= card.layers * 0.55 and (row.followers % 4 == 0 or row.distilled):
           saved = row.followers / (2 * card.layers)
           distilled = times(row.distilled) + (f", {row.seconds:.0f} s" if row.seconds else "")
-          yield [card.name, f"{row.followers} of {card.layers}", f"{saved:.0%}", times(row.untrained), distilled]
+          yield [card.name, f"{row.followers} of {card.layers}", f"{saved:.0%}", times(row.refitted), distilled]
 
-  return table(["model", "layers that follow", "KV cache saved", "without training", "distilled"], rows())
+  found = list(rows())
+  columns = ["model", "layers that follow", "KV cache saved", "refitted", "distilled"]
+  last = len(columns) if any(row[-1] for row in found) else -1
+  return table(columns[:last], (row[:last] for row in found))
 
 
 def speed_table() -> str:
@@ -182,14 +190,14 @@ def card_page(key: str) -> str:
     [
       str(row.followers),
       f"{row.followers / (2 * card.layers):.0%}",
-      " / ".join(f"{value:.3f}" for value in row.untrained),
+      " / ".join(f"{value:.3f}" for value in row.refitted),
       row.recovery,
       "" if row.distilled is None else " / ".join(f"{value:.3f}" for value in row.distilled),
       "" if row.seconds is None else f"{row.seconds:.0f}",
     ]
     for row in rows
   ]
-  columns = ["followers", "KV cache saved", "not trained", "refit", "distilled", "seconds of distilling"]
+  columns = ["followers", "KV cache saved", "refitted", "how", "distilled", "seconds of distilling"]
   absolute = ", ".join(f"{dense[text]:.2f} on {text}" for text in TEXTS)
   earlier = ""
   if card.searched:
