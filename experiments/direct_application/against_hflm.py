@@ -23,6 +23,7 @@ from tasks import write_tasks
 
 import sa_jax
 from sa_jax.evaluation.lm import SharedAttentionLM
+from sa_jax.evaluation.settings import Limits
 
 TASKS = {"hellaswag": "hellaswag", "mmlu": "mmlu_anatomy", "rte": "rte"}
 
@@ -95,7 +96,7 @@ def main() -> None:
     sa_jax.export(work / "checkpoint", work / "hf")
     theirs = HFLM(str(work / "hf"), device="cpu", dtype="float32", batch_size=arguments.hflm_batch_size)
     model, params = sa_jax.from_pretrained(path, "dense", "float32", layout="layers")
-    ours = SharedAttentionLM(model, params, sa_jax.load_tokenizer(path), batch_tokens=arguments.batch_tokens, slots=10)
+    ours = SharedAttentionLM(model, params, sa_jax.load_tokenizer(path), limits=Limits(arguments.batch_tokens, 10))
     results: dict[str, Any] = {
       "settings": {
         "documents": arguments.documents,

@@ -18,6 +18,7 @@ from tasks import write_tasks
 import sa_jax
 from sa_jax.evaluation.harness import metrics, run_tasks
 from sa_jax.evaluation.lm import SharedAttentionLM
+from sa_jax.evaluation.settings import Asking, Limits
 
 PLANS = {
   "dense": "dense",
@@ -107,9 +108,8 @@ def measure(arguments: argparse.Namespace, table: Table, model_path: Path, plan:
   begun = time.perf_counter()
   model, params = sa_jax.from_pretrained(model_path, plan, arguments.dtype, layout="layers")
   tokenizer = sa_jax.load_tokenizer(model_path)
-  lm = SharedAttentionLM(
-    model, params, tokenizer, name=str(model_path), batch_tokens=arguments.batch_tokens, slots=arguments.slots
-  )
+  limits = Limits(arguments.batch_tokens, arguments.slots)
+  lm = SharedAttentionLM(model, params, tokenizer, limits=limits, name=str(model_path))
   print(f"{name}: opened in {time.perf_counter() - begun:.1f} s", flush=True)
   for task in missing:
     begun = time.perf_counter()
@@ -120,7 +120,7 @@ def measure(arguments: argparse.Namespace, table: Table, model_path: Path, plan:
       found = sa_jax.perplexity(model, stacked, rows, batch_size=max(1, arguments.batch_tokens // 4096))
       values: dict[str, Any] = found._asdict()
     else:
-      results = run_tasks(lm, [task], include=[tasks], limit=arguments.limit)
+      results = run_tasks(lm, [task], Asking(limit=arguments.limit), include=[tasks])
       values = {"metrics": [each._asdict() for each in metrics(results)], "versions": results["versions"]}
     seconds = time.perf_counter() - begun
     table.add(name, str(model.plan), task, values | {"seconds": seconds})

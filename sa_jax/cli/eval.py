@@ -14,6 +14,7 @@ from sa_jax.cli.opening import Opening
 from sa_jax.cli.progress import progress
 from sa_jax.config import FloatDtype
 from sa_jax.errors import UserError
+from sa_jax.evaluation.settings import Asking, Limits
 from sa_jax.files import check_writable, make_folder, write_text
 
 if TYPE_CHECKING:
@@ -36,26 +37,14 @@ class Eval:
   checkpoint's own."""
   include_path: tuple[Path, ...] = ()
   """Folders of local tasks, which hide lm-eval's own of the same name."""
-  num_fewshot: int | None = None
-  """Examples before each question; the tasks' own numbers when None."""
-  limit: int | None = None
-  """Only the first documents of each task."""
-  apply_chat_template: bool = False
-  """Put prompts into the model's chat template."""
-  bootstrap_iters: int = 1000
-  """Resamplings behind the standard errors of metrics that have no formula, such as F1; 0 for none."""
-  batch_tokens: int = 4096
-  """Tokens scored at once; an accelerator wants some 65536."""
-  slots: int = 32
-  """Generations at once."""
-  max_length: int | None = None
-  """Most tokens that the model reads; the checkpoint's own context when None."""
+  how: Asking = Asking()
+  """Questions."""
+  limits: Limits = Limits()
+  """Work at once."""
   dtype: FloatDtype | None = None
   """Type of parameters and activations; None for the checkpoint's."""
   opening: Opening = Opening()
   """Model."""
-  log_samples: bool = False
-  """Keep every request and answer in the results."""
   output_path: Path | None = None
   """Folder for a results file in lm-eval's format, named by lm-eval."""
   resume: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
@@ -111,11 +100,6 @@ class Eval:
       console.print(f"results in lm-eval's format: {self.output_path}")
 
   def _check(self) -> None:
-    for name in ("limit", "batch_tokens", "slots", "max_length"):
-      if (value := getattr(self, name)) is not None and value < 1:
-        raise UserError(f"`{name}` must be at least 1, not {value}")
-    if self.bootstrap_iters < 0:
-      raise UserError(f"`bootstrap_iters` must not be negative, not {self.bootstrap_iters}")
     if len(set(self.plan)) < len(self.plan):
       raise UserError(f"each `plan` once, not {' '.join(self.plan)}")
     for file in (self.json, self.markdown):
@@ -152,7 +136,7 @@ class Eval:
         "plan": str(model.plan),
         "head_map": model.plan.head_map,
         "dtype": model.config.dtype,
-        "max_length": self.max_length or model.config.max_length,
+        "max_length": self.limits.max_length or model.config.max_length,
         "sa_jax": sa_jax.__version__,
       },
     )
@@ -173,9 +157,7 @@ class Eval:
       self.opening.tokenizer(self.model),
       answers=answers,
       name=str(self.model),
-      batch_tokens=self.batch_tokens,
-      slots=self.slots,
-      max_length=self.max_length,
+      limits=self.limits,
       progress=progress,
     )
     written = Mirrored(self.output_path) if self.output_path and is_first() else None
@@ -184,13 +166,9 @@ class Eval:
       results = run_tasks(
         lm,
         self.tasks,
+        dataclasses.replace(self.how, log_samples=self.how.log_samples or len(self.plan) > 1),
         include=self.include_path,
-        num_fewshot=self.num_fewshot,
-        limit=self.limit,
-        apply_chat_template=self.apply_chat_template,
-        bootstrap_iters=self.bootstrap_iters,
         model_args={"pretrained": str(self.model), "plan": str(model.plan), "dtype": model.config.dtype},
-        log_samples=self.log_samples or len(self.plan) > 1,
         tracker=tracker,
       )
     if tracker is not None and written is not None:
@@ -200,7 +178,7 @@ class Eval:
 
   def _told(self, results: Results) -> Results:
     """The results without samples that nobody asked for."""
-    return results if self.log_samples else {key: value for key, value in results.items() if key != "samples"}
+    return results if self.how.log_samples else {key: value for key, value in results.items() if key != "samples"}
 
 
 def _table(

@@ -75,16 +75,7 @@ class Generate:
     from sa_jax.decode import right_pad
 
     how = self.sampling
-    out = generate(
-      model,
-      params,
-      *right_pad(encoded),
-      how.max_new_tokens,
-      how.temperature,
-      how.seed,
-      top_k=how.top_k,
-      top_p=how.top_p,
-    )
+    out = generate(model, params, *right_pad(encoded), how.max_new_tokens, seed=how.seed, sampler=how.sampler())
     tokens: list[list[int]] = [row[:length].tolist() for row, length in zip(out.tokens, out.lengths, strict=True)]
     for prompt, row in zip(asked, tokens, strict=True):
       console.print(prompt, style="bold", markup=False, emoji=False)

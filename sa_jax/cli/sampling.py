@@ -16,6 +16,7 @@ from sa_jax.trees import Params
 
 if TYPE_CHECKING:
   from sa_jax import Tokenizer, Transformer
+  from sa_jax.decode import Sampler
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,20 +60,24 @@ class Sampling:
       UserError: if one is impossible, or means nothing beside the others.
     """
     from sa_jax.decode.engine import check_seed
-    from sa_jax.decode.sampling import Sampler
     from sa_jax.errors import UserError
 
-    Sampler(self.temperature, top_k=self.top_k, top_p=self.top_p)
+    self.sampler()
     check_seed(self.seed)
     if self.max_new_tokens < 1:
       raise UserError(f"`max_new_tokens` must be at least 1, not {self.max_new_tokens}")
+
+  def sampler(self) -> Sampler:
+    """What draws tokens so."""
+    from sa_jax.decode.sampling import Sampler
+
+    return Sampler(self.temperature, self.top_k, self.top_p)
 
   def stream(self, model: Transformer, params: Params, prompt: Sequence[int]) -> Iterator[list[int]]:
     """New tokens of one prompt, as they come."""
     from sa_jax.decode import stream
 
-    filters = {"top_k": self.top_k, "top_p": self.top_p}
-    return stream(model, params, prompt, self.max_new_tokens, self.temperature, self.seed, **filters)  # type: ignore[arg-type]
+    return stream(model, params, prompt, self.max_new_tokens, seed=self.seed, sampler=self.sampler())
 
 
 def say_tokens(tokenizer: Tokenizer, coming: Iterator[list[int]]) -> list[int]:

@@ -60,8 +60,6 @@ def generate(
   sampler: Sampler | None = None,
   samples: int = 1,
   prefix: PromptCache | None = None,
-  top_k: int | None = None,
-  top_p: float | None = None,
   attention_mask: ArrayLike | None = None,
   cache_length: int | None = None,
   slots: int = 64,
@@ -79,12 +77,10 @@ def generate(
     max_new_tokens: most tokens to add to a row.
     temperature: 0 takes the likeliest token; otherwise see `Sampler`.
     seed: of the samples.
-    sampler: how tokens are drawn, with all that a `Sampler` can say; instead of temperature, top_k and top_p.
+    sampler: how tokens are drawn, with all that a `Sampler` can say; instead of temperature.
     samples: how many rows continue each prompt, which is read once. They follow one another in what is returned, as if
       each row of ``tokens`` were repeated.
     prefix: a beginning that has been read already; see `PromptCache`.
-    top_k: see `Sampler`.
-    top_p: see `Sampler`.
     attention_mask: ``[B, T]``, 1 at tokens and 0 at padding, in Hugging Face's manner; instead of ``lengths``.
     cache_length: slots a row of the cache; enough, rounded up, when None.
     slots: rows in the batch at once; more rows than that go through continuous batching (see `Batcher`).
@@ -93,7 +89,7 @@ def generate(
     UserError: if a token is not in the vocabulary, a length does not fit, or the prompts and their continuations do
       not fit the cache.
   """
-  sampler = _one_sampler(sampler, temperature, top_k, top_p)
+  sampler = _one_sampler(sampler, temperature)
   tokens = np.asarray(tokens)
   if attention_mask is not None:
     if lengths is not None:
@@ -128,12 +124,12 @@ def generate(
   return Generated.of(model, drawn)
 
 
-def _one_sampler(sampler: Sampler | None, temperature: float, top_k: int | None, top_p: float | None) -> Sampler:
-  """The sampler, or one of what is given instead of it."""
+def _one_sampler(sampler: Sampler | None, temperature: float) -> Sampler:
+  """The sampler, or one of the temperature that is given instead of it."""
   if sampler is None:
-    return Sampler(temperature, top_k, top_p)
-  if temperature or top_k is not None or top_p is not None:
-    raise UserError("give a sampler, or temperature, top_k and top_p, not both")
+    return Sampler(temperature)
+  if temperature:
+    raise UserError("give a sampler, which has a temperature, or a temperature, not both")
   return sampler
 
 
@@ -167,8 +163,6 @@ def stream(
   seed: int = 0,
   *,
   sampler: Sampler | None = None,
-  top_k: int | None = None,
-  top_p: float | None = None,
   chunk: int = 8,
 ) -> Iterator[list[int]]:
   """Continues one prompt, and yields new tokens as they come: together, those of `generate` for it alone.
@@ -180,9 +174,7 @@ def stream(
     max_new_tokens: most tokens to add.
     temperature: 0 takes the likeliest token; otherwise see `Sampler`.
     seed: of the samples.
-    sampler: instead of temperature, top_k and top_p.
-    top_k: see `Sampler`.
-    top_p: see `Sampler`.
+    sampler: instead of temperature; see `generate`.
     chunk: tokens that the device generates between two yields.
 
   Raises:
@@ -190,7 +182,7 @@ def stream(
   """
   prompt = np.asarray(prompt)
   capacity = capacity_for(max(1, _slots_for(prompt.size, max_new_tokens)))
-  chosen = _one_sampler(sampler, temperature, top_k, top_p)
+  chosen = _one_sampler(sampler, temperature)
   batcher = Batcher(model, params, slots=1, capacity=capacity, sampler=chosen, chunk=chunk)
   request = batcher.submit(prompt, max_new_tokens, seed=seed)
   while batcher.busy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import logging
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sa_jax.errors import UserError
 from sa_jax.evaluation import patches
+from sa_jax.evaluation.settings import Asking
 from sa_jax.files import check_local
 
 if TYPE_CHECKING:
@@ -79,14 +81,10 @@ def find_tasks(names: Sequence[str], include: Sequence[Path] = ()) -> tuple[Task
 def run_tasks(
   lm: SharedAttentionLM,
   names: Sequence[str],
+  how: Asking = Asking(),
   *,
   include: Sequence[Path] = (),
-  num_fewshot: int | None = None,
-  limit: int | None = None,
-  apply_chat_template: bool = False,
-  bootstrap_iters: int = 1000,
   model_args: dict[str, str] | None = None,
-  log_samples: bool = False,
   tracker: EvaluationTracker | None = None,
 ) -> Results:
   """Evaluates a model on tasks.
@@ -94,14 +92,9 @@ def run_tasks(
   Args:
     lm: the model.
     names: see `find_tasks`.
+    how: a thousand resamplings tell standard errors to 2 %; lm-eval's own 100,000 take minutes a task.
     include: see `find_tasks`.
-    num_fewshot: examples before each question; the tasks' own numbers when None.
-    limit: only this many documents of each task.
-    apply_chat_template: whether prompts are put into the model's chat template, examples as turns of their own.
-    bootstrap_iters: resamplings behind the standard errors of metrics that have no formula, such as F1. A thousand tell
-      them to 2 %; lm-eval's own 100,000 take minutes a task.
     model_args: what the results say about the model.
-    log_samples: whether the results hold every request and answer.
     tracker: is told what is evaluated; see `save_results`.
 
   Returns:
@@ -123,11 +116,7 @@ def run_tasks(
         model_args=model_args,
         tasks=found,
         task_manager=manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        apply_chat_template=apply_chat_template,
-        bootstrap_iters=bootstrap_iters,
-        log_samples=log_samples,
+        **dataclasses.asdict(how),
         evaluation_tracker=tracker,
         torch_random_seed=None,
       )

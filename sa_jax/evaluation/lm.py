@@ -24,6 +24,7 @@ from sa_jax.decode import Batcher, Sampler, capacity_for, pad_to
 from sa_jax.errors import UserError
 from sa_jax.evaluation.answers import Answers, Request
 from sa_jax.evaluation.scoring import Scorer, part, together
+from sa_jax.evaluation.settings import Limits
 from sa_jax.formats.tokenizer import Tokenizer
 from sa_jax.nn import Transformer
 from sa_jax.params import as_layers
@@ -67,12 +68,9 @@ class SharedAttentionLM(TemplateLM):
     params: Params | Callable[[], Params],
     tokenizer: Tokenizer,
     *,
+    limits: Limits = Limits(),
     answers: Answers | None = None,
     name: str = "sa_jax",
-    batch_tokens: int = 4096,
-    slots: int = 32,
-    max_length: int | None = None,
-    max_new_tokens: int = 256,
     progress: Callable[[str], AbstractContextManager[Callable[[int, int], None]]] | None = None,
   ):
     """Makes the adapter.
@@ -82,12 +80,9 @@ class SharedAttentionLM(TemplateLM):
       params: in the layer layout; the run layout takes a second copy of the weights. Or a function that reads them,
         which is called with the first request that has no answer yet.
       tokenizer: from `sa_jax.load_tokenizer`.
+      limits: how much it reads and writes at once.
       answers: where answers are kept, and looked for; None asks everything.
       name: see `tokenizer_name`.
-      batch_tokens: see `Scorer`.
-      slots: generations that run at once.
-      max_length: most tokens that the model reads; the config's when None.
-      max_new_tokens: most tokens of a generation whose task does not say.
       progress: from the name of some work to a context with what reports how far it is; lm-eval's kind of bar, in
         terminals, when None.
 
@@ -95,12 +90,10 @@ class SharedAttentionLM(TemplateLM):
       UserError: if the model has no end token.
     """
     super().__init__()
-    if batch_tokens < 1:
-      raise UserError(f"batch_tokens must be at least 1, not {batch_tokens}")
-    self._model, self._read, self._batch_tokens, self._answers = model, params, batch_tokens, answers
-    self.tokenizer, self.name, self.slots = tokenizer, name, slots
-    self.max_length = max_length or model.config.max_length
-    self._max_new_tokens, self._progress = max_new_tokens, progress or _bar
+    self._model, self._read, self._batch_tokens, self._answers = model, params, limits.batch_tokens, answers
+    self.tokenizer, self.name, self.slots = tokenizer, name, limits.slots
+    self.max_length = limits.max_length or model.config.max_length
+    self._max_new_tokens, self._progress = limits.max_new_tokens, progress or _bar
     special = {key: tokenizer.backend.token_to_id(token) for key, token in tokenizer.special}
     ends = model.config.eos_token_ids
     end = special.get("eos_token", ends[0] if ends else None)

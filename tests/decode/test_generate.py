@@ -178,10 +178,14 @@ class TestSamples:
     assert len(np.unique(tokens, axis=0)) > 1
 
   def test_top_k_1_is_greedy(self, model, params, batch, greedy):
-    np.testing.assert_array_equal(self.sample(model, params, *batch, top_k=1), greedy.tokens)
+    np.testing.assert_array_equal(
+      self.sample(model, params, *batch, temperature=0.0, sampler=Sampler(1.0, top_k=1)), greedy.tokens
+    )
 
   def test_small_top_p_is_greedy(self, model, params, batch, greedy):
-    np.testing.assert_array_equal(self.sample(model, params, *batch, top_p=1e-6), greedy.tokens)
+    np.testing.assert_array_equal(
+      self.sample(model, params, *batch, temperature=0.0, sampler=Sampler(1.0, top_p=1e-6)), greedy.tokens
+    )
 
 
 @pytest.mark.parametrize(
@@ -263,7 +267,7 @@ def test_programs_are_few(model, params):
     run(max_new_tokens=5, temperature=temperature)
   assert counts() == (before[0] + 2, before[1] + 2)
   for p in (0.3, 0.9, 1):
-    run(max_new_tokens=5, temperature=0.7, top_p=p)
+    run(max_new_tokens=5, sampler=Sampler(0.7, top_p=p))
   assert counts() == (before[0] + 3, before[1] + 3)
 
 

@@ -16,6 +16,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from sa_jax.evaluation.lm import SharedAttentionLM  # noqa: E402
+from sa_jax.evaluation.settings import Limits  # noqa: E402
 
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 NO_SYSTEM = (
@@ -54,7 +55,7 @@ def pair(tmp_path_factory):
       parameter.normal_(mean=float("norm" in name), std=0.35)
   theirs.save_pretrained(folder)
   model, params = sa_jax.from_pretrained(folder, layout="layers")
-  ours = SharedAttentionLM(model, params, sa_jax.load_tokenizer(folder), slots=4)
+  ours = SharedAttentionLM(model, params, sa_jax.load_tokenizer(folder), limits=Limits(slots=4))
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   return HFLM(pretrained=theirs, tokenizer=tokenizer, batch_size=1, max_length=128), ours
 

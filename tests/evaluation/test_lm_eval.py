@@ -28,6 +28,7 @@ from lm_eval.utils import get_rolling_token_windows  # noqa: E402
 from sa_jax.evaluation.differences import differences  # noqa: E402
 from sa_jax.evaluation.harness import find_tasks, metrics  # noqa: E402
 from sa_jax.evaluation.lm import SharedAttentionLM  # noqa: E402
+from sa_jax.evaluation.settings import Limits  # noqa: E402
 
 LONGEST = 40
 TEMPLATE = "{% for m in messages %}w01 {{ m.content }} w02 {% endfor %}{% if add_generation_prompt %}w01 {% endif %}"
@@ -52,7 +53,7 @@ def params(model):
 
 @pytest.fixture(scope="module")
 def lm(model, params):
-  return SharedAttentionLM(model, params, tokenizer(), batch_tokens=256, slots=2)
+  return SharedAttentionLM(model, params, tokenizer(), limits=Limits(256, 2))
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +374,7 @@ def test_unknown_tasks_are_refused_with_near_names(folder, monkeypatch, capsys):
   with pytest.raises(ValueError, match="at least one task is needed"):
     find_tasks([])
   assert cli.main(["eval", str(folder / "model"), "--tasks", "choose_words", "--bootstrap-iters", "-1"]) == 2
-  assert "--bootstrap-iters must not be negative, not -1" in capsys.readouterr().err
+  assert "--bootstrap-iters must be at least 0, not -1" in capsys.readouterr().err
 
 
 @pytest.mark.real_model
@@ -390,7 +391,7 @@ def test_requests_of_a_real_models_layers_equal_hflm(shallow, smollm2, tmp_path)
   sa_jax.export(tmp_path / "checkpoint", tmp_path / "hf")
   transformers.utils.logging.disable_progress_bar()
   theirs = HFLM(str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=1)
-  ours = SharedAttentionLM(model, params, sa_jax.load_tokenizer(smollm2), batch_tokens=512)
+  ours = SharedAttentionLM(model, params, sa_jax.load_tokenizer(smollm2), limits=Limits(512))
   start = "A man sits on a roof. He "
   endings = ("is using wrap to wrap a pair of skis.", "starts pulling up roofing on a roof.", "is holding a cube.")
   examples = "Question: Is water wet?\nA. yes\nB. no\nAnswer: A\n\nQuestion: Is ice hot?\nA. yes\nB. no\nAnswer: B\n\n"
