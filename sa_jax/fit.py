@@ -17,33 +17,31 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from sa_jax.config import ModelConfig
 from sa_jax.costs import cost
+from sa_jax.decode import generate
 from sa_jax.errors import UserError
+from sa_jax.evaluation import Scorer, perplexity
 from sa_jax.hlo import Collective, collectives
 from sa_jax.mesh import MeshSizes
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.typed import apply
 from sa_jax.plan import SharingPlan
-from sa_jax.sharding import (
-  abstract_params,
-  cache_shardings,
-  named_sharding,
-  on_mesh,
-  param_shardings,
-)
+from sa_jax.programs import compiling
+from sa_jax.sharding import abstract_params, cache_shardings, named_sharding, param_shardings, traced_on
 from sa_jax.train import Batch, OptimizerConfig, make_optimizer, make_state, make_step, next_token, state_shardings
 from sa_jax.trees import Tree
 
-Kind = Literal["train", "prefill", "decode"]
+Kind = Literal["train", "prefill", "decode", "loop", "perplexity", "scoring", "calibration"]
 
 # What libtpu needs to be told on a machine that is no TPU host.
 _ENVIRONMENT = {
@@ -63,7 +61,9 @@ class Job:
   Attributes:
     config: the model. Parameters have its ``param_dtype``; a train step keeps Adam's moments in float32.
     plan: which layers share.
-    kind: ``train`` (a step of AdamW), ``prefill`` (of whole rows) or ``decode`` (of one token a row).
+    kind: ``train`` (a step of AdamW), ``prefill`` (of whole rows), ``decode`` (of one token a row), or what a public
+      function compiles: ``loop`` (`sa_jax.generate` of as many tokens as the cache has slots), ``perplexity``,
+      ``scoring`` (a batch of ``sa-jax eval``) or ``calibration`` (a refit as ``sa-jax share`` makes it of a batch).
     topology: a slice as libtpu names it, for example ``v5e:16x16``, ``v6e:4x4``, ``v5p:4x4x4``.
     batch: rows in all, ``B``.
     length: tokens a row; when decoding, the slots of the cache.
@@ -88,6 +88,8 @@ class Job:
       wrong.append(f"length={self.length} (a multiple of sequence = {sequence} is needed)")
     if self.plan.num_layers != self.config.num_layers:
       wrong.append(f"a plan for {self.plan.num_layers} layers (the model has {self.config.num_layers})")
+    if self.kind == "calibration" and not self.plan.followers:
+      wrong.append("a dense plan (calibration needs followers to refit)")
     if wrong:
       raise UserError.of("fit", wrong)
 
@@ -165,34 +167,58 @@ def compile_job(job: Job) -> Fit:
 
   mesh = topology_mesh(job)
   cores = mesh.devices.flat[0].num_cores
-  step, arguments = program(job, mesh)
-  with on_mesh(mesh):
+  with traced_on(mesh):
     info = pltpu.get_tpu_info()
-    start = time.perf_counter()
-    problem: str | None = None
-    memory: Tree = None
-    found: tuple[Collective, ...] = ()
-    try:
-      compiled = step.lower(*arguments).compile()
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
-        raise RuntimeError(str(error)) from error
-      problem = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
-    else:
-      memory, found = compiled.memory_analysis(), collectives(compiled.as_text() or "")
-  compute, moved = _roofline(job, arguments)
+  start = time.perf_counter()
+  problem: str | None = None
+  executables: list[jax.stages.Compiled] = []
+  try:
+    executables = executables_of(job, mesh)
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise RuntimeError(str(error)) from error
+    problem = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+  memory = [found for each in executables if (found := each.memory_analysis()) is not None]
+  compute, moved = _roofline(job, mesh)
   return Fit(
     device=mesh.devices.flat[0].device_kind,
     devices=mesh.devices.size,
     hbm_bytes=info.hbm_capacity_bytes * cores,
     fits=problem is None,
     problem=problem,
-    peak_bytes=memory.peak_memory_in_bytes if memory else None,
-    argument_bytes=memory.argument_size_in_bytes if memory else None,
-    collectives=found,
+    peak_bytes=max((each.peak_memory_in_bytes for each in memory), default=None),
+    argument_bytes=max((each.argument_size_in_bytes for each in memory), default=None),
+    collectives=_added([collectives(each.as_text() or "") for each in executables]),
     compute_seconds=compute / (info.bf16_ops_per_second * cores),
     memory_seconds=moved / (info.mem_bw_bytes_per_second * cores),
     compile_seconds=time.perf_counter() - start,
+  )
+
+
+def executables_of(job: Job, mesh: Mesh) -> list[jax.stages.Compiled]:
+  """The programs of a job, each compiled for the mesh once; several where a public function runs several.
+
+  Raises:
+    UserError: if the parameters do not fit the mesh.
+    jax.errors.JaxRuntimeError: if a program does not fit its devices.
+  """
+  if job.kind not in _CALLS:
+    step, arguments = program(job, mesh)
+    with traced_on(mesh):
+      return [step.lower(*arguments).compile()]
+  with compiling() as programs:
+    _CALLS[job.kind](job, mesh)
+  # What a loop runs once, its prefill, is another kind.
+  return [each.executable for each in programs if job.kind != "loop" or each.name == "decode"]
+
+
+def _added(found: Sequence[tuple[Collective, ...]]) -> tuple[Collective, ...]:
+  """The collectives of several programs, each run once."""
+  each = [collective for one in found for collective in one]
+  same = lambda kind: [collective for collective in each if collective.kind == kind]
+  return tuple(
+    Collective(kind, sum(one.count for one in same(kind)), sum(one.bytes for one in same(kind)))
+    for kind in dict.fromkeys(one.kind for one in each)
   )
 
 
@@ -230,7 +256,7 @@ def tpu_devices(topology: str, slices: int = 1) -> Sequence[jax.Device]:
 
 
 def program(job: Job, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[Tree, ...]]:
-  """The job as a jitted function and the shapes of its arguments, with their shardings.
+  """A job of training, prefill or decoding as a jitted function and the shapes of its arguments, with their shardings.
 
   Raises:
     UserError: if the parameters do not fit the mesh.
@@ -272,6 +298,43 @@ def _decode(job: Job, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[Tree, ...]]
   return jax.jit(step, donate_argnums=1, out_shardings=(rows.sharding, shardings)), arguments
 
 
+def _rows(job: Job, length: int) -> np.ndarray:
+  return np.random.default_rng(0).integers(0, job.config.vocab_size, (job.batch, length), dtype=np.int32)
+
+
+def _loop(job: Job, mesh: Mesh) -> None:
+  model = Transformer(job.config, job.plan)
+  generate(model, _layer_params(model, mesh), _rows(job, 1), max_new_tokens=job.length - 1, cache_length=job.length)
+
+
+def _perplexity(job: Job, mesh: Mesh) -> None:
+  model = Transformer(job.config, job.plan)
+  params = _sharded(abstract_params(model), param_shardings(model, mesh))
+  perplexity(model, params, _rows(job, job.length), batch_size=job.batch)
+
+
+def _scoring(job: Job, mesh: Mesh) -> None:
+  model = Transformer(job.config, job.plan)
+  scorer = Scorer(model, _layer_params(model, mesh), batch_tokens=job.batch * job.length)
+  scorer([(row[:-1], row[-1:]) for row in _rows(job, job.length + 1)])
+
+
+def _calibration(job: Job, mesh: Mesh) -> None:
+  from sa_jax.analysis.refit import refit
+
+  model = Transformer(job.config, SharingPlan.dense(job.config.num_layers))
+  refit(model, _layer_params(model, mesh), job.plan, _rows(job, job.length), chunk=job.batch, on_device=True)
+
+
+_CALLS: dict[Kind, Callable[[Job, Mesh], None]] = {
+  "loop": _loop,
+  "perplexity": _perplexity,
+  "scoring": _scoring,
+  "calibration": _calibration,
+}
+"""Kinds that are what a public function compiles, called with shapes in place of parameters."""
+
+
 def _layer_params(model: Transformer, mesh: Mesh) -> Tree:
   return _sharded(abstract_params(model, layout="layers"), param_shardings(model, mesh, layout="layers"))
 
@@ -285,19 +348,26 @@ def _tokens(job: Job, mesh: Mesh, *axes: str) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=named_sharding(mesh, axes))
 
 
-def _roofline(job: Job, arguments: tuple[Tree, ...]) -> tuple[float, float]:
+def _roofline(job: Job, mesh: Mesh) -> tuple[float, float]:
   """FLOPs and bytes of one execution on one device, from `sa_jax.cost`, padding and re-reading left out."""
   counted = cost(job.config, job.plan, job.batch, job.length)
   devices, tensor = mesh_on(job.topology, job.mesh).size, job.mesh.tensor
   # What a device reads of the parameters is what it multiplies with: its part of `tensor`, gathered over `fsdp`.
   params = counted.param_bytes / tensor
   cache = counted.kv_cache_bytes / devices
-  if job.kind == "decode":
+  if job.kind in ("decode", "loop"):
     read = (counted.decode_bytes - counted.kv_cache_bytes) / tensor
     return counted.decode_flops / devices, read + cache
   if job.kind == "prefill":
     skipped = 2 * job.config.vocab_size * job.config.embed_dim * job.batch * (job.length - 1)
     return (counted.flops - skipped) / devices, params + cache
+  if job.kind in ("perplexity", "scoring"):
+    return counted.flops / devices, params
+  if job.kind == "calibration":  # the dense model beside the shared one, but for their heads
+    head = 2 * job.config.vocab_size * job.config.embed_dim * job.batch * job.length
+    dense = cost(job.config, None, job.batch, job.length)
+    return (counted.flops + dense.flops - 2 * head) / devices, (counted.param_bytes + dense.param_bytes) / tensor
+  arguments = program(job, mesh)[1]
   # Forward, recomputed, and twice as much backward; parameters and state are read and written once more to update.
   held = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(arguments[0]))
   return 4 * counted.flops / devices, 3 * params + 2 * held

@@ -7,7 +7,7 @@ import pytest
 
 from sa_jax import ModelConfig, SharingPlan, cost
 from sa_jax.cli import main
-from sa_jax.fit import Job, fit
+from sa_jax.fit import Job, compile_job, fit
 from sa_jax.mesh import MeshSizes
 
 needs_libtpu = pytest.mark.skipif(
@@ -28,7 +28,7 @@ def job(plan, kind, **changes):
 @needs_libtpu
 @pytest.mark.parametrize("kind", ["train", "decode"])
 def test_sharing_adds_no_collective_and_takes_no_more_memory(kind):
-  dense, shared = fit(job("dense", kind)), fit(job("0:1-3", kind))
+  dense, shared = compile_job(job("dense", kind)), compile_job(job("0:1-3", kind))
   assert dense.fits
   assert shared.fits
   assert shared.peak_bytes < dense.peak_bytes
@@ -48,7 +48,7 @@ def test_sharing_adds_no_collective_and_takes_no_more_memory(kind):
 
 @needs_libtpu
 def test_roofline_is_counted_and_arguments_are_what_a_device_holds():
-  found = fit(job("0:1-3", "decode"))
+  found = compile_job(job("0:1-3", "decode"))
   counted = cost(SMALL, "0:1-3", 4, 256)
   assert found.compute_seconds == pytest.approx(counted.decode_flops / 4 / 197e12)
   # Parameters are read whole over fsdp, split over tensor; the cache is split over both.
@@ -57,6 +57,28 @@ def test_roofline_is_counted_and_arguments_are_what_a_device_holds():
   assert found.roofline_seconds == found.memory_seconds
   held = (counted.param_bytes + counted.kv_cache_bytes) / 4
   assert held <= found.argument_bytes <= 1.05 * held
+
+
+@needs_libtpu
+@pytest.mark.parametrize("kind", ["loop", "perplexity", "scoring", "calibration"])
+def test_what_public_functions_compile(kind):
+  """A device holds its part of the parameters, and of rows; scoring holds the head apart, a refit a layer at a time."""
+  small = dataclasses.replace(SMALL, num_layers=2)
+  found = compile_job(dataclasses.replace(job("0:1-3", kind), config=small, plan=SharingPlan.parse("0:1", 2)))
+  counted = cost(small, "0:1", 4, 256)
+  assert found.fits
+  if kind == "loop":
+    held = (counted.param_bytes + counted.kv_cache_bytes) / 4
+    assert held <= found.argument_bytes <= 1.1 * held
+  head = small.vocab_size * small.embed_dim * 2
+  layer = (counted.param_bytes - 2 * head) / 2
+  held = {"scoring": counted.param_bytes - head, "calibration": layer}.get(kind, counted.param_bytes)
+  assert found.argument_bytes > held / 4
+  assert found.peak_bytes >= found.argument_bytes
+  assert {each.kind for each in found.collectives} & {"all-gather", "all-reduce"}
+  heads = 4 * 4 * 256 * small.embed_dim * small.vocab_size  # the dense and the shared model's, which a refit leaves out
+  flops = {"loop": counted.decode_flops, "calibration": counted.flops + cost(small, None, 4, 256).flops - heads}
+  assert found.compute_seconds == pytest.approx(flops.get(kind, counted.flops) / 4 / 197e12)
 
 
 @needs_libtpu
@@ -83,7 +105,7 @@ def test_too_big_is_an_answer():
 )
 def test_what_cannot_be_is_said(changes, message):
   with pytest.raises(ValueError, match=message):
-    fit(job("dense", "decode", **changes))
+    compile_job(job("dense", "decode", **changes))
 
 
 def test_sizes_are_checked_before_anything_is_compiled():
@@ -91,6 +113,8 @@ def test_sizes_are_checked_before_anything_is_compiled():
     Job(SMALL, SharingPlan.dense(3), "train", "v5e:2x2", batch=3, length=8, mesh=MeshSizes(1, fsdp=2))
   with pytest.raises(ValueError, match=r"length=0 \(at least 1 is needed\)"):
     job("dense", "train", length=0)
+  with pytest.raises(ValueError, match="calibration needs followers"):
+    job("dense", "calibration")
 
 
 def test_without_libtpu_one_line_says_what_to_install(monkeypatch, capsys):

@@ -69,13 +69,14 @@ class FitOf:
   plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None
   """Which layers share, such as 22:23-26; None for the folder's own plan, dense for a preset."""
   kind: Kind = "train"
-  """A training step, reading prompts, or decoding a token a row."""
+  """A training step, reading prompts, decoding a token a row, generate's loop of that, perplexity, a batch of eval
+  (scoring) or of share (calibration)."""
   mesh: MeshSizes = MeshSizes()
   """How the slice's chips are arranged, such as fsdp=64,tensor=4; what is left is data."""
   batch_size: int | None = None
   """Rows in all; one for each way to split them when not given."""
   length: int = 4096
-  """Tokens a row; of the cache when decoding."""
+  """Tokens a row; of the cache when decoding (decode, loop)."""
   dtype: FloatDtype = "bfloat16"
   """Of parameters and activations."""
   json: Path | None = None
@@ -87,7 +88,8 @@ class FitOf:
     config, own = model_of(self.model)
     config = dataclasses.replace(config, dtype=self.dtype, param_dtype=self.dtype)
     plan = own if self.plan is None else as_plan(self.plan, config.num_layers)
-    plans = dict.fromkeys((as_plan(None, config.num_layers), plan))
+    # A dense model has nothing to calibrate.
+    plans = dict.fromkeys((plan,) if self.kind == "calibration" else (as_plan(None, config.num_layers), plan))
     sizes = mesh_on(self.topology, self.mesh)
     batch = sizes.ways if self.batch_size is None else self.batch_size
     jobs = [Job(config, plan, self.kind, self.topology, batch, self.length, sizes) for plan in plans]
