@@ -11,7 +11,9 @@ from sa_jax import ModelConfig, SharingPlan, Transformer
 from sa_jax.analysis import Text
 from sa_jax.analysis.share import share
 from sa_jax.evaluation import Scorer
-from sa_jax.fit import tpu_devices
+from sa_jax.fit import Job, executables_of, topology_mesh, tpu_devices
+from sa_jax.hlo import collectives
+from sa_jax.mesh import MeshSizes
 from sa_jax.programs import compiling
 from sa_jax.sharding import abstract_params, make_mesh, mesh_of, param_shardings, traced_on
 from tests import tiny
@@ -72,8 +74,19 @@ def test_scoring(sizes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-def test_share(sizes):
-  opened = model("dense", tuple(sizes.items()), "layers")
+def test_a_train_step(sizes):
+  """Parameters that are split over `fsdp` are gathered, products that are split over `tensor` summed."""
+  job = Job(CONFIG, SharingPlan.parse("0:1", 2), "train", "v5e:2x4", 8, 128, MeshSizes(**sizes))
+  (step,) = executables_of(job, topology_mesh(job))
+  text = step.as_text()
+  assert "tpu_custom_call" in text
+  kinds = {each.kind for each in collectives(text)}
+  assert kinds >= ({"all-gather"} if "fsdp" in sizes else {"all-reduce"})
+
+
+@pytest.mark.slow
+def test_share():
+  opened = model("dense", tuple(MESHES["2 x 4"].items()), "layers")
   found = compiled(lambda: share(*opened, [Text("text", TOKENS[:2], TOKENS[2:4])], 1, chunk=2))
   assert {name for name, kernel in found.items() if kernel} >= {"dense_layer", "head_sums", "_attend", "_gradient"}
   assert {"_begin", "row_losses", "_products", "_descend", "solve", "_log_likelihood"} <= set(found)
