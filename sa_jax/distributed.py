@@ -57,7 +57,8 @@ def start(hosts: Hosts) -> None:
 
 _PATIENCE = 50.0
 """Seconds that processes wait for each other where all of them have little to do: nobody waits longer than a minute."""
-_FOREVER = 24 * 3600.0
+FOREVER = 24 * 3600.0
+"""For work that may take long."""
 _asked: collections.Counter[str] = collections.Counter()
 
 
@@ -139,13 +140,14 @@ def checksum(value: object) -> str:
   return hashlib.sha256(data).hexdigest()[:8]
 
 
-def on_all(what: str, work: Callable[[], T], value_of: Callable[[T], object]) -> T:
+def on_all(what: str, work: Callable[[], T], value_of: Callable[[T], object], seconds: float = _PATIENCE) -> T:
   """Work that every process does by itself, such as reading files: what fails on one fails on all.
 
   Args:
     what: its result's name, for people.
     work: what to do.
     value_of: what has to be the same everywhere; see `check_same`.
+    seconds: that processes wait for each other; see `exchange`.
 
   Raises:
     UserError: if the work raises one on any process, which is named, or the results differ.
@@ -158,7 +160,7 @@ def on_all(what: str, work: Callable[[], T], value_of: Callable[[T], object]) ->
     mine = {"checksum": f"{checksum(value_of(result))} on {socket.gethostname()}"}
   except UserError as error:
     fault, mine = error, {"fault": str(error)}
-  answers = [json.loads(answer) for answer in exchange(what, json.dumps(mine))]
+  answers = [json.loads(answer) for answer in exchange(what, json.dumps(mine), seconds)]
   if fault is not None:
     raise fault
   if faults := [f"process {process}: {each['fault']}" for process, each in enumerate(answers) if "fault" in each]:
@@ -178,7 +180,7 @@ def by_first(what: str, work: Callable[[], None]) -> None:
     work()
     return ""
 
-  of_first(what, done, _FOREVER)
+  of_first(what, done, FOREVER)
 
 
 def done_by_first(what: str) -> Callable[[Callable[P, None]], Callable[P, None]]:

@@ -3,7 +3,9 @@
 python -m tests.pods FOLDER PORT PROCESSES RANK
 """
 
+import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -18,8 +20,12 @@ from sa_jax.analysis.judge import Judge
 from sa_jax.analysis.share import Effort, share
 from sa_jax.analysis.similarity import layer_similarity
 from sa_jax.evaluation import Scorer
+from sa_jax.mesh import MeshSizes
 from sa_jax.sharding import make_mesh
+from sa_jax.train.config import DataConfig
+from sa_jax.train.loop import train
 from tests import tiny
+from tests.train import tiny_run
 
 PLAN = "1:2"
 
@@ -63,11 +69,19 @@ def faults(folder: Path, rank: int) -> list[str]:
     return "nothing"
 
   shared, params = sa_jax.from_pretrained(folder / "model", PLAN, "float32", mesh=make_mesh(fsdp=jax.device_count()))
+  text = folder / f"host-{rank}" / "text.txt"
+  text.parent.mkdir()
+  text.write_text(f"A text of host {rank}.\n\n" * 20)
+  os.chdir(text.parent)  # of one name on every host
+  data = DataConfig(train=(Path(text.name),), length=32)
+  run = tiny_run.config(folder / "run", data=data, mesh=MeshSizes(fsdp=jax.device_count()))
   mine = folder / ("model" if rank == 0 else "nowhere")
   return [
     said(lambda: sa_jax.perplexity(shared, params, tiny.tokens(4, 16, 64, seed=rank))),
     said(lambda: sa_jax.from_pretrained(mine, mesh=make_mesh(fsdp=jax.device_count()))),
     said(lambda: sa_jax.convert(folder / "nowhere", folder / "converted")),
+    said(lambda: train(dataclasses.replace(run, seed=rank))),
+    said(lambda: train(run)),
     said(lambda: distributed.exchange("a step that process 1 leaves out", "", 1.0)) if rank == 0 else "",
   ]
 

@@ -75,13 +75,15 @@ def test_files(found):
 def test_faults_are_told_by_every_process(found):
   """Each in one line that names the processes, with their checksums where two have different things."""
   _, _, (first, second) = found
-  tokens, files, conversion, left_out = first["faults"]
-  match = re.fullmatch(
-    r"processes have different tokens: (\w{8}) on process 0 \(.+\); (\w{8}) on process 1 \(.+\); give all .*", tokens
-  )
-  assert match
-  assert match[1] != match[2]
-  assert second["faults"][0] == tokens
+  tokens, files, conversion, configs, texts, left_out = first["faults"]
+  for place, what, said in ((0, "tokens", tokens), (3, "configs", configs), (4, r"text\.txt", texts)):
+    match = re.fullmatch(
+      rf"processes have different {what}: (\w{{8}}) on process 0 \(.+\); (\w{{8}}) on process 1 \(.+\); give all .*",
+      said,
+    )
+    assert match
+    assert match[1] != match[2]
+    assert second["faults"][place] == said
   assert re.search(r"the files of the model cannot be read everywhere: process 1: .*nowhere", files)
   assert "nowhere" in second["faults"][1]
   assert "nowhere" in conversion

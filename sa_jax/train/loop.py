@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from sa_jax.distributed import check_same
 from sa_jax.errors import UserError
 from sa_jax.files import remove
 from sa_jax.storage import Mirrored
@@ -67,6 +68,7 @@ def train(
     UserError: if something in the config, the data or the file system does not work, before anything is compiled
       where it can be known then; or if too many steps in a row are not finite.
   """
+  check_same("configs", config)
   with locked(config.out) as check_ours:
     config = checked(config)
     run = prepare(config, say, source)

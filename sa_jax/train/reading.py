@@ -9,16 +9,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
-from sa_jax.distributed import gathered, wait_for_all
+from sa_jax.distributed import FOREVER, by_first, gathered, on_all
 from sa_jax.errors import UserError
 from sa_jax.formats import Tokenizer, load_tokenizer
 from sa_jax.nn import Transformer
 from sa_jax.train.config import TrainConfig
 from sa_jax.train.data import (
   BatchIterator,
+  Corpus,
   Cursor,
   Examples,
   Gathered,
@@ -120,11 +120,10 @@ def corpus_rows(
   """
   # The first host fills the cache, the others find it filled; those without a common disk fill their own.
   read = functools.partial(open_corpus, paths, tokenizer, config.data.reading)
-  if jax.process_index() == 0:
-    corpus = read()
-  wait_for_all("tokenised")
-  if jax.process_index() != 0:
-    corpus = read()
+  held: list[Corpus] = []
+  names = _names(paths)
+  by_first(f"reading {names}", lambda: held.append(read()))
+  corpus = on_all(names, lambda: held[0] if held else read(), lambda corpus: corpus.checksum, FOREVER)
   if config.mode != "sft":
     corpus = dataclasses.replace(corpus, trained=np.ones_like(corpus.trained))
   largest = int(corpus.tokens.max())
@@ -139,12 +138,15 @@ def corpus_rows(
   return rows
 
 
+def _names(paths: Sequence[Path]) -> str:
+  return ", ".join(path.name for path in paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+
+
 def _describe(report: Report, rows: PackedRows, tokens: int, paths: Sequence[Path]) -> str:
-  names = ", ".join(path.name for path in paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
   left_out = {
     "bad lines left out": report.bad,
     "samples cut": rows.spans.cut,
     "pieces with nothing to learn left out": rows.spans.barren,
   }
   said = "".join(f", {count} {what}" for what, count in left_out.items() if count)
-  return f"{names}: {report.documents} documents, {tokens:,} tokens, {len(rows)} rows{said}"
+  return f"{_names(paths)}: {report.documents} documents, {tokens:,} tokens, {len(rows)} rows{said}"
