@@ -4,6 +4,7 @@ python -m tests.pods FOLDER PORT PROCESSES RANK
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import tokenizers
 
 import sa_jax
 from sa_jax import UserError, distributed
@@ -20,6 +22,7 @@ from sa_jax.analysis.judge import Judge
 from sa_jax.analysis.share import Effort, share
 from sa_jax.analysis.similarity import layer_similarity
 from sa_jax.evaluation import Scorer
+from sa_jax.formats import Tokenizer
 from sa_jax.mesh import MeshSizes
 from sa_jax.sharding import make_mesh
 from sa_jax.train.config import DataConfig
@@ -34,6 +37,46 @@ def model():
   return tiny.model("dense", num_layers=4, vocab_size=64, eos_token_ids=(2,))
 
 
+def words() -> Tokenizer:
+  """Words w00 to w63; w01 starts a text, w02 ends one."""
+  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{token:02}": token for token in range(64)}, "w00"))
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  return Tokenizer(backend, None, (("bos_token", "w01"), ("eos_token", "w02")))
+
+
+def write_tasks(folder: Path) -> None:
+  """Three tasks of lm-eval, which choose, generate and read."""
+  text = lambda length, seed: " ".join(f"w{token:02}" for token in tiny.tokens(1, length, 61, seed)[0] + 3)
+  docs = [{"asked": text(6, n), "said": [text(2, 50 + n), text(3, 90 + n)], "label": n % 2} for n in range(6)]
+  (folder / "docs.jsonl").write_text("\n".join(map(json.dumps, docs)))
+  common = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'docs.jsonl'}}}}}\ntest_split: test\n"
+  tasks = {
+    "choose": "output_type: multiple_choice\ndoc_to_text: '{{asked}}'\ndoc_to_target: label\ndoc_to_choice: said\n"
+    "metric_list: [{metric: acc}, {metric: acc_norm}]\n",
+    "finish": "output_type: generate_until\ndoc_to_text: '{{asked}}'\ndoc_to_target: '{{said[0]}}'\n"
+    "generation_kwargs: {until: [w07], max_gen_toks: 5}\n"
+    "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n",
+    "read": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{asked}}'\n"
+    "metric_list: [{metric: word_perplexity}]\n",
+  }
+  (folder / "tasks").mkdir()
+  for name, rest in tasks.items():
+    (folder / "tasks" / f"{name}.yaml").write_text(f"{common}task: {name}_words\n{rest}")
+
+
+def evaluated(folder: Path, model: sa_jax.Transformer, params) -> dict[str, object]:
+  """What lm-eval finds, and what it was answered."""
+  from sa_jax.evaluation.harness import metrics, run_tasks
+  from sa_jax.evaluation.lm import SharedAttentionLM
+  from sa_jax.evaluation.settings import Asking, Limits
+
+  lm = SharedAttentionLM(model, params, words(), limits=Limits(batch_tokens=256, slots=2))
+  names = ["choose_words", "finish_words", "read_words"]
+  found = run_tasks(lm, names, Asking(log_samples=True), include=[folder / "tasks"])
+  generated = [sample["resps"] for sample in found["samples"]["finish_words"]]
+  return {"metrics": {f"{each.task} {each.metric}": each.value for each in metrics(found)}, "generated": generated}
+
+
 def work(folder: Path, out: Path, sizes: dict[str, int]) -> dict[str, object]:
   """Everything that takes parameters, on a mesh; files go to ``out``."""
   mesh = make_mesh(**sizes)
@@ -45,6 +88,8 @@ def work(folder: Path, out: Path, sizes: dict[str, int]) -> dict[str, object]:
   requests = [(tiny.tokens(1, 5 + number, 64, number)[0], [number + 3, 7]) for number in range(6)]
   found["scores"] = [score.log_likelihood for score in Scorer(shared, params, batch_tokens=64)(requests)]
   found["cosine"] = layer_similarity(shared, params, tokens[:1], block=16).cosine.tolist()
+  if importlib.util.find_spec("lm_eval") is not None:
+    found |= evaluated(folder, shared, params)
   dense, params = sa_jax.from_pretrained(folder / "model", "dense", "float32", mesh=mesh, layout="layers")
   texts = [Text("text", tokens[:2], tokens[2:])]
   made = share(dense, params, texts, 1, Effort(mlp=True), chunk=2)

@@ -15,7 +15,11 @@ import pytest
 import sa_jax
 from tests import FAST_COMPILATION, pods, tiny
 
-pytestmark = pytest.mark.slow
+# lm-eval's own warnings, where it is installed.
+pytestmark = [
+  pytest.mark.slow,
+  *map(pytest.mark.filterwarnings, ("ignore::DeprecationWarning", "ignore::ResourceWarning")),
+]
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,6 +29,7 @@ def found(tmp_path_factory):
   """What one process finds, what each of two finds, and the folders that they wrote."""
   top = tmp_path_factory.mktemp("pods")
   tiny.write_hf(top / "model", pods.model(), tiny.params(pods.model()))
+  pods.write_tasks(top)
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
@@ -55,6 +60,16 @@ def test_numbers(found):
       np.testing.assert_allclose(each[name], one[name], rtol=1e-5, atol=1e-6)
   assert {name: two[0][name] for name in one} == {name: two[1][name] for name in one}
   assert two[0]["rows"] == two[1]["rows"] == [[0] * 3, [1] * 3, [1] * 3]
+
+
+def test_three_tasks_of_lm_eval(found):
+  _, one, two = found
+  if "metrics" not in one:
+    pytest.skip("lm-eval is not installed: pip install 'sa-jax[eval]'")
+  assert len({name.split()[0] for name in one["metrics"]}) == 3
+  for each in two:
+    assert each["generated"] == one["generated"]
+    assert each["metrics"] == pytest.approx(one["metrics"], rel=1e-5)
 
 
 def test_files(found):
