@@ -16,7 +16,7 @@ import numpy as np
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
-from sa_jax.nn.axes import with_axes
+from sa_jax.nn.axes import LECUN, with_axes
 from sa_jax.nn.cache import LayerCache
 from sa_jax.nn.norm import Norm
 from sa_jax.nn.split import on_each_device, split_for_attention
@@ -49,15 +49,14 @@ def projection(
   bias: bool = False,
 ) -> _Projection:
   """A linear map whose kernel carries its logical axes, ``inputs`` then ``outputs``, and its bias ``outputs``."""
-  # DenseGeneral initialises the kernel as a matrix, all inputs by all outputs.
-  init = nn.initializers.lecun_normal()
   return _Projection(
     features,
     axis=tuple(range(-len(inputs), 0)),
     use_bias=bias,
     dtype=config.dtype,
     param_dtype=config.param_dtype,
-    kernel_init=with_axes(init, inputs + outputs),
+    # DenseGeneral initialises it as a matrix, all inputs by all outputs.
+    kernel_init=with_axes(LECUN, inputs + outputs),
     bias_init=with_axes(nn.initializers.zeros, outputs),
     name=name,
   )

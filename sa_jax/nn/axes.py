@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from sa_jax.trees import Tree
 
 Axes = tuple[str | None, ...]
 """An array's logical axes."""
+LECUN = nn.initializers.lecun_normal()
+"""How kernels begin, of axes ``(inputs, outputs)``: normal, of variance 1 / inputs (LeCun et al., 1998)."""
 
 
 class WithAxes(nn.LogicallyPartitioned):
@@ -43,8 +46,17 @@ class WithAxes(nn.LogicallyPartitioned):
 
 
 def with_axes(init: Callable[..., jax.Array], names: Axes) -> Callable[..., Any]:
-  """An initialiser of parameters `WithAxes`, which `nn.Module.param` unboxes."""
-  return lambda *args: WithAxes(init(*args), names)
+  """An initialiser of parameters `WithAxes`, which `nn.Module.param` unboxes.
+
+  ``init``, of a key, a shape and a dtype, is traced once for each shape: wherever a parameter is used, Flax evaluates
+  its initialiser abstractly, to compare the shapes. It should outlive the call, for it is remembered.
+  """
+  return lambda *args: WithAxes(_traced_once(init)(*args), names)
+
+
+@functools.cache
+def _traced_once(init: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  return jax.jit(init, static_argnums=(1, 2))
 
 
 def bare(boxed: Tree) -> Tree:

@@ -135,6 +135,7 @@ class _PlannedRuns(nn.Module):
       _PlannedGroup,
       variable_axes={"params": 0},
       split_rngs={"params": True},
+      check_constancy_invariants=False,
       length=plan.head_map.shape[0],
       metadata_params={nn.PARTITION_NAME: "groups"},
     )

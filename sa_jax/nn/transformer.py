@@ -18,7 +18,7 @@ import numpy as np
 from sa_jax import ops
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
-from sa_jax.nn.axes import with_axes
+from sa_jax.nn.axes import LECUN, with_axes
 from sa_jax.nn.block import Blocks
 from sa_jax.nn.cache import Cache
 from sa_jax.nn.layers import Layers, Runs
@@ -27,6 +27,8 @@ from sa_jax.nn.state import State
 from sa_jax.params import unstack
 from sa_jax.plan import SharingPlan
 
+_EMBEDDING = nn.initializers.normal(0.02)
+
 
 class Embed(nn.Module):
   """Token embedding, and the output head where the two are tied."""
@@ -34,7 +36,7 @@ class Embed(nn.Module):
   config: ModelConfig
 
   def setup(self) -> None:
-    init = with_axes(nn.initializers.normal(0.02), ("vocab", "embed"))
+    init = with_axes(_EMBEDDING, ("vocab", "embed"))
     shape = (self.config.vocab_size, self.config.embed_dim)
     self.embedding = self.param("embedding", init, shape, self.config.param_dtype)
 
@@ -61,7 +63,7 @@ class Head(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """``[B, T, D]`` → float32 ``[B, T, V]``."""
-    init = with_axes(nn.initializers.lecun_normal(), ("embed", "vocab"))
+    init = with_axes(LECUN, ("embed", "vocab"))
     shape = (self.config.embed_dim, self.config.vocab_size)
     kernel = jnp.asarray(self.param("kernel", init, shape, self.config.param_dtype))
     if self.config.normalize_head:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sa_jax import SharingPlan, Transformer, ops, stack
-from sa_jax.nn import Runs
+from sa_jax.nn import AnchorBlock, FollowerBlock, Runs
 from sa_jax.sharding import abstract_params
 from tests import tiny
 
@@ -159,8 +159,28 @@ def test_dense_plan_shares_nothing():
   assert all(np.abs(a - b).max() > 1e-3 for a, b in itertools.pairwise(weights))
 
 
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("remat", ["none", "full"])
+def test_blocks_are_traced_once(monkeypatch):
+  """A loop inside a loop, each of which traces its body twice, takes four times as long to trace."""
+  traced = []
+
+  def watched(rest):
+    def call(self, x, y, cached=False):
+      traced.append(type(self))
+      return rest(self, x, y, cached)
+
+    return call
+
+  for block in (AnchorBlock, FollowerBlock):
+    monkeypatch.setattr(block, "rest", watched(block.rest))
+  model = tiny.model("0:1-2,3:4-5", num_layers=7)
+  params = tiny.params(model)
+  traced.clear()
+  jax.eval_shape(lambda params: model.apply({"params": params}, TOKENS), stack(params, model.plan))
+  # A group of three twice, and a layer by itself.
+  assert traced == [AnchorBlock, FollowerBlock, AnchorBlock]
+
+
+@pytest.mark.parametrize(("state", "remat"), [("query_key", "none"), ("attention_weights", "full")])
 def test_program_size_does_not_grow_with_depth(state, remat):
   def sizes(plan: str, depth: int) -> tuple[int, int]:
     model = tiny.model(plan, num_layers=depth, attention_state=state, remat=remat)
