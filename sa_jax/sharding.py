@@ -7,12 +7,11 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sa_jax.config import ModelConfig
@@ -22,6 +21,9 @@ from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.axes import bare
 from sa_jax.plan import SharingPlan
 from sa_jax.trees import Params, Tree
+
+if TYPE_CHECKING:
+  import optax
 
 P = ParamSpec("P")
 M = TypeVar("M", bound=Transformer)
@@ -232,6 +234,8 @@ def optimizer_shardings(optimizer: optax.GradientTransformation, params: Tree, s
     params: the parameters' shapes and dtypes.
     shardings: of the parameters, as from `param_shardings`.
   """
+  import optax  # an eighth of the time that importing sa_jax takes, and only training needs it
+
   mesh = jax.tree.leaves(shardings)[0].mesh
   everywhere = NamedSharding(mesh, jax.sharding.PartitionSpec())
   return optax.tree.map_params(

@@ -1,13 +1,18 @@
-"""JAX's splash attention, the TPU's fused attention kernel."""
+"""JAX's splash attention, the TPU's fused attention kernel, which is imported where it is used."""
+
+from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from sa_jax.ops.attention.rows import Rows
 from sa_jax.ops.attention.spec import KEPT, AttentionSpec
+
+if TYPE_CHECKING:
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 _LANES = 128
 _BLOCK = 512
@@ -24,6 +29,8 @@ def block_sizes(length: int) -> splash.BlockSizes:
 
   The backward pass computes dQ apart from dK and dV: the kernel that fuses them stores dQ once for every block of keys.
   """
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
   block = length if length <= 2 * _BLOCK else math.gcd(length, 2 * _BLOCK)
   tile = math.gcd(block, _BLOCK)
   return splash.BlockSizes(
@@ -55,6 +62,8 @@ def attend(
     spec: window, soft cap and scale.
     interpret: run the kernels in Pallas's interpreter, on any device.
   """
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
   length, heads, head_dim = q.shape[1:]
   padded = padded_length(length)
   shape = (padded, padded)
