@@ -1,5 +1,6 @@
 """Our modules in other people's training loops: nnx and its optimiser, Flax's TrainState, Orbax, a mesh."""
 
+import equinox
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
@@ -154,6 +155,44 @@ def test_a_native_nnx_pair_is_ours(model):
   np.testing.assert_allclose(nnx.jit(lambda pair, x: pair(x))(pair, x), wanted, atol=1e-5)
   gradient = nnx.grad(lambda pair: pair(x).sum())(pair)
   assert float(jnp.abs(gradient["q"].kernel[...]).max()) > 0
+
+
+class Shared(equinox.Module):
+  """An anchor and its follower, each added to x, as Equinox's modules."""
+
+  q: jax.Array
+  k: jax.Array
+  v: tuple[jax.Array, jax.Array]
+  o: tuple[jax.Array, jax.Array]
+
+  def __call__(self, x):
+    into = lambda w: jnp.einsum("BTD,DNH->BTNH", x, w)
+    state = sa_jax.nn.QueryKey(into(self.q), into(self.k))
+    for v, o in zip(self.v, self.o, strict=True):
+      x = x + jnp.einsum("BTNH,NHD->BTD", state.attend(jnp.einsum("BTD,DNH->BTNH", x, v)), o)
+    return x
+
+
+def test_an_equinox_pair_is_ours_and_learns_as_ours_does():
+  config = tiny.config(num_kv_heads=4, rope=None)
+  random = np.random.default_rng(0)
+  x, *weights = (
+    jnp.asarray(random.normal(size=shape), jnp.float32) for shape in [(2, 9, 32), *[(32, 4, 8)] * 4, *[(4, 8, 32)] * 2]
+  )
+  pair = Shared(*weights[:2], tuple(weights[2:4]), tuple(weights[4:]))
+
+  def ours(pair):
+    kernels = lambda **named: {f"{name}_proj": {"kernel": kernel} for name, kernel in named.items()}
+    anchor = kernels(q=pair.q, k=pair.k, v=pair.v[0], o=pair.o[0])
+    y, state = sa_jax.nn.AnchorAttention(config).apply({"params": anchor}, x)
+    follower = {"params": kernels(v=pair.v[1], o=pair.o[1])}
+    return x + y + sa_jax.nn.FollowerAttention(config).apply(follower, x + y, state)
+
+  def learnt(call):
+    return equinox.filter_jit(equinox.filter_value_and_grad(lambda pair: (call(pair) ** 2).mean()))(pair)
+
+  for found, wanted in zip(jax.tree.leaves(learnt(lambda pair: pair(x))), jax.tree.leaves(learnt(ours)), strict=True):
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * float(jnp.abs(wanted).max()))
 
 
 def test_boxes_of_linen_are_taken_as_they_are(model):
