@@ -76,11 +76,14 @@ def decode(task: Task) -> Result:
   start = task.tokens - STEPS
   engine = Engine(model, mesh)
   state = engine.empty(task.batch_size, task.length)
+  # Of equal rows, a mixture of experts would read a few experts alone.
+  tokens = jax.random.randint(jax.random.key(1), (task.batch_size,), 0, config.vocab_size)
 
   def call() -> jax.Array:
     nonlocal state
     fresh = dataclasses.replace(
       state,
+      tokens=tokens,
       positions=jnp.full(task.batch_size, start, jnp.int32),
       remaining=jnp.full(task.batch_size, STEPS + 1, jnp.int32),
       done=jnp.zeros(task.batch_size, bool),
