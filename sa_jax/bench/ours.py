@@ -77,13 +77,13 @@ def decode(task: Task) -> Result:
   engine = Engine(model, mesh)
   state = engine.empty(task.batch_size, task.length)
   # Of equal rows, a mixture of experts would read a few experts alone.
-  tokens = jax.random.randint(jax.random.key(1), (task.batch_size,), 0, config.vocab_size)
+  tokens = np.random.default_rng(0).integers(0, config.vocab_size, task.batch_size)
 
   def call() -> jax.Array:
     nonlocal state
     fresh = dataclasses.replace(
       state,
-      tokens=tokens,
+      tokens=jnp.asarray(tokens, jnp.int32),
       positions=jnp.full(task.batch_size, start, jnp.int32),
       remaining=jnp.full(task.batch_size, STEPS + 1, jnp.int32),
       done=jnp.zeros(task.batch_size, bool),
