@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, get_args
 
 from sa_jax import ops
 from sa_jax.errors import UserError, near
+from sa_jax.fields import Natural, Positive, Such, misfits
 from sa_jax.ops import AttentionSpec, RopeConfig
 
 AttentionState = Literal["query_key", "attention_weights"]
@@ -20,9 +21,8 @@ NormKind = Literal["rms", "layer"]
 MlpKind = Literal["gated", "plain"]
 QkNorm = Literal["head", "heads", None]
 
-_SIZES = (
-  "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_length",
-)  # fmt: skip
+Size = Annotated[int, Such(lambda number: number > 0, "a positive integer")]
+Token = Annotated[int, Such(lambda number: -(2**31) <= number < 2**31, "a number of 32 bits")]
 
 
 class LayerKind(NamedTuple):
@@ -86,16 +86,16 @@ class Architecture:
     pad_token_id: fills rows after their end, or None.
   """
 
-  vocab_size: int
-  embed_dim: int
-  num_layers: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  mlp_dim: int
-  max_length: int = 2048
+  vocab_size: Size
+  embed_dim: Size
+  num_layers: Size
+  num_heads: Size
+  num_kv_heads: Size
+  head_dim: Size
+  mlp_dim: Size
+  max_length: Size = 2048
   norm: NormKind = "rms"
-  norm_eps: float = 1e-5
+  norm_eps: Positive = 1e-5
   norm_bias: bool = False
   rope: RopeConfig | None = dataclasses.field(default_factory=RopeConfig)
   tie_embeddings: bool = False
@@ -112,57 +112,35 @@ class Architecture:
   shared_norm: bool = False
   mlp: MlpKind = "gated"
   activation: Activation = "silu"
-  embedding_scale: float = 1.0
-  residual_scale: float = 1.0
-  logits_scale: float = 1.0
+  embedding_scale: Positive = 1.0
+  residual_scale: Positive = 1.0
+  logits_scale: Positive = 1.0
   normalize_head: bool = False
-  attention_scale: float | None = None
-  attention_softcap: float | None = None
-  logits_softcap: float | None = None
-  window: int | None = None
-  local_layers: tuple[int, ...] = ()
+  attention_scale: Positive | None = None
+  attention_softcap: Positive | None = None
+  logits_softcap: Positive | None = None
+  window: Size | None = None
+  local_layers: tuple[Natural, ...] = ()
   local_rope: RopeConfig | None = None
   family: str = "llama"
-  bos_token_id: int | None = None
-  eos_token_ids: tuple[int, ...] = ()
-  pad_token_id: int | None = None
+  bos_token_id: Token | None = None
+  eos_token_ids: tuple[Token, ...] = ()
+  pad_token_id: Token | None = None
 
-  def __post_init__(self) -> None:
-    for name in ("local_layers", "eos_token_ids"):
-      object.__setattr__(self, name, tuple(getattr(self, name)))
-
-  def faults(self) -> list[str]:
-    """What is wrong with the values, one line each."""
-    wrong = [
-      f"{name}={getattr(self, name)!r} (a positive integer is needed)"
-      for name in _SIZES
-      if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0)
-    ]
-    if not wrong and self.num_heads % self.num_kv_heads:
+  def contradictions(self) -> list[str]:
+    """Which values do not fit each other, one line each."""
+    wrong = []
+    if self.num_heads % self.num_kv_heads:
       wrong.append(f"num_heads={self.num_heads} (a multiple of num_kv_heads={self.num_kv_heads} is needed)")
-    if not wrong and self.rope is not None and self.rope.rotated(self.head_dim) % 2:
+    if self.rope is not None and self.rope.rotated(self.head_dim) % 2:
       wrong.append(f"head_dim={self.head_dim} (rotary embedding needs an even number)")
     both = [(rope.fraction, rope.interleaved) for rope in (self.rope, self.local_rope) if rope is not None]
     if len(set(both)) > 1:
       wrong.append("local_rope has another fraction or order than rope (the same are needed)")
-    for name in ("norm_eps", "embedding_scale", "residual_scale", "logits_scale"):
-      if not getattr(self, name) > 0:
-        wrong.append(f"{name}={getattr(self, name)!r} (a positive number is needed)")
-    for name in ("attention_scale", "attention_softcap", "logits_softcap", "window"):
-      if (value := getattr(self, name)) is not None and not value > 0:
-        wrong.append(f"{name}={value!r} (a positive number or None is needed)")
     if self.local_layers and self.window is None and self.local_rope is None:
       wrong.append("window=None (local_layers need a number of tokens, or a rotary embedding of their own)")
     if outside := [layer for layer in self.local_layers if not 0 <= layer < self.num_layers]:
       wrong.append(f"local_layers has {outside} (layers are 0 to {self.num_layers - 1})")
-    ids = {
-      "eos_token_ids": self.eos_token_ids,
-      "bos_token_id": (self.bos_token_id,),
-      "pad_token_id": (self.pad_token_id,),
-    }
-    for name, tokens in ids.items():
-      if large := [token for token in tokens if token is not None and not -(2**31) <= token < 2**31]:
-        wrong.append(f"{name}={large[0]} (tokens are numbers of 32 bits)")
     if self.normalize_head and self.tie_embeddings:
       wrong.append("normalize_head=True (a head that is tied to the embedding cannot be normalised)")
     if self.head_bias and self.tie_embeddings:
@@ -171,8 +149,7 @@ class Architecture:
       wrong.append("shared_norm=True (only parallel blocks with pre_norms read through one norm)")
     if not (self.pre_norms or self.post_norms):
       wrong.append("pre_norms=False (without post_norms nothing would be normalised)")
-    choices = {"norm": NormKind, "mlp": MlpKind, "qk_norm": QkNorm, "activation": Activation}
-    return wrong + _not_among(self, {name: get_args(kind) for name, kind in choices.items()})
+    return wrong
 
   @property
   def kinds(self) -> tuple[LayerKind, ...]:
@@ -219,25 +196,15 @@ class Compute:
   attention_state: AttentionState = "query_key"
   remat: RematPolicy = "none"
 
-  def faults(self) -> list[str]:
-    """What is wrong with the values, one line each."""
-    choices = {
-      "attention": ("auto", *ops.backends),
-      "attention_state": get_args(AttentionState),
-      "remat": get_args(RematPolicy),
-      "cache_dtype": get_args(CacheDtype),
-      "dtype": get_args(FloatDtype),
-      "param_dtype": get_args(FloatDtype),
-    }
-    return _not_among(self, choices)
-
-
-def _not_among(value: Architecture | Compute, choices: Mapping[str, tuple[str | None, ...]]) -> list[str]:
-  return [
-    f"{name}={getattr(value, name)!r} (one of {', '.join(map(str, allowed))} is needed)"
-    for name, allowed in choices.items()
-    if getattr(value, name) not in allowed
-  ]
+  def unknown(self) -> list[str]:
+    """Which names nobody knows, one line each."""
+    dtypes = get_args(FloatDtype)
+    choices = {"attention": ("auto", *ops.backends), "dtype": dtypes, "param_dtype": dtypes}
+    return [
+      f"{name}={getattr(self, name)!r} (one of {', '.join(known)} is needed)"
+      for name, known in choices.items()
+      if getattr(self, name) not in known
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,8 +216,7 @@ class ModelConfig(Compute, Architecture):
   """
 
   def __post_init__(self) -> None:
-    Architecture.__post_init__(self)
-    if wrong := Architecture.faults(self) + Compute.faults(self):
+    if wrong := misfits(self) + self.unknown() or self.contradictions():
       raise UserError.of("model config", wrong)
 
   @property

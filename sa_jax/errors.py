@@ -12,6 +12,12 @@ def near(name: str, known: Iterable[str]) -> str:
   return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
+def shown(value: object) -> str:
+  """A value as an error tells it, cut where it is long."""
+  text = repr(value)
+  return text if len(text) <= 80 else f"{text[:79]}…"
+
+
 class UserError(ValueError):
   """Something that a user did and can mend; the text says what was wrong and what would be right.
 

@@ -1,55 +1,193 @@
-"""What a dataclass may hold, checked where people build one in Python, as the command line checks its flags."""
+"""What a field of a settings dataclass may hold: its annotation says it, and `check_fields` checks it.
+
+People build these dataclasses in Python as well as by flags. What they reasonably give in another form is brought into
+the field's own: a text for a path, a list for a tuple, NumPy's numbers.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import math
+import numbers
+import os
 import types
 import typing
-from typing import Annotated, Literal, Union
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Union
 
-_PLAIN: dict[type, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
-_CALLED = {bool: "True or False", int: "an integer", float: "a number", str: "a text", types.NoneType: "None"}
+from sa_jax.errors import UserError, shown
+from sa_jax.files import as_path
+
+
+class Such(NamedTuple):
+  """In `Annotated`: which values of a type a field may hold.
+
+  Attributes:
+    holds: whether it is one of them.
+    words: what they are, for an error.
+  """
+
+  holds: Callable[..., bool]
+  words: str
+
+
+Count = Annotated[int, Such(lambda number: number >= 1, "at least 1")]
+Natural = Annotated[int, Such(lambda number: number >= 0, "0 or more")]
+Seed = Annotated[int, Such(lambda number: 0 <= number < 1 << 32, f"0 to {(1 << 32) - 1}")]
+Positive = Annotated[float, Such(lambda number: number > 0, "a positive number")]
+NotNegative = Annotated[float, Such(lambda number: number >= 0, "0 or more")]
+Portion = Annotated[float, Such(lambda number: 0 <= number <= 1, "0 to 1")]
+
+
+def check_fields(values: object, subject: str) -> None:
+  """Checks a dataclass by its annotations, in its ``__post_init__``; values of other forms are brought into theirs.
+
+  Dataclasses in fields are taken to have checked themselves.
+
+  Args:
+    values: the dataclass.
+    subject: what an error calls it.
+
+  Raises:
+    UserError: names all fields that hold what they may not.
+  """
+  if wrong := misfits(values):
+    raise UserError.of(subject, wrong)
 
 
 def misfits(values: object) -> list[str]:
-  """What fields of a dataclass of choices, numbers, texts and such dataclasses hold that they may not, a line each.
-
-  Fields of other types, such as paths, are not looked at.
-  """
-  found: list[str] = []
-  hints = typing.get_type_hints(type(values))
-  for field in dataclasses.fields(values):  # type: ignore[arg-type]
-    value = getattr(values, field.name)
-    if dataclasses.is_dataclass(value):
-      found += misfits(value)
-    elif (wanted := _wanted(hints[field.name])) is not None and not any(_is(value, each) for each in wanted):
-      found.append(f"{field.name}={value!r} ({' or '.join(_called(each) for each in wanted)} is needed)")
+  """What `check_fields` finds wrong, a line each."""
+  found = []
+  for name, hint in _hints(type(values)).items():  # type: ignore[arg-type]
+    value = getattr(values, name)
+    try:
+      fitted = _fitted(value, hint)
+    except _Misfit as misfit:
+      found.append(f"{name}={shown(value)} ({misfit} is needed)")
+    else:
+      if fitted is not value:
+        object.__setattr__(values, name, fitted)  # frozen dataclasses too
   return found
 
 
-def _wanted(hint: object) -> list[object] | None:
-  """The choices and plain types that a hint is made of; None where it has others."""
-  if typing.get_origin(hint) is Annotated:
-    return _wanted(typing.get_args(hint)[0])
-  if typing.get_origin(hint) is Literal:
-    return [repr(choice) for choice in typing.get_args(hint)]
-  if typing.get_origin(hint) in (Union, types.UnionType):
-    parts = [_wanted(part) for part in typing.get_args(hint)]
-    return None if any(part is None for part in parts) else [each for part in parts for each in part or ()]
-  return [hint] if hint in _CALLED else None
+class _Misfit(Exception):
+  """Says what would fit."""
 
 
-def _is(value: object, wanted: object) -> bool:
-  if isinstance(wanted, str):
-    return repr(value) == wanted
-  if wanted is types.NoneType:
-    return value is None
-  return (
-    isinstance(wanted, type)
-    and isinstance(value, _PLAIN[wanted])
-    and not (isinstance(value, bool) and wanted is not bool)
-  )
+class _NearMisfit(_Misfit):
+  """Says what would fit of the type that the value has."""
 
 
-def _called(wanted: object) -> str:
-  return wanted.strip("'") if isinstance(wanted, str) else _CALLED[typing.cast(type, wanted)]
+@functools.cache
+def _hints(kind: type) -> dict[str, object]:
+  hints = typing.get_type_hints(kind, include_extras=True)
+  return {name: hints[name] for name in kind.__dataclass_fields__}  # type: ignore[attr-defined]
+
+
+def _fitted(value: object, hint: object) -> object:
+  """The value in the form that a type hint asks for; hints that are no classes ask for nothing.
+
+  Raises:
+    _Misfit: if it does not fit.
+  """
+  origin, parts = typing.get_origin(hint), typing.get_args(hint)
+  if origin is Annotated:
+    fitted = _fitted(value, parts[0])
+    for such in parts[1:]:
+      if isinstance(such, Such) and not such.holds(fitted):
+        raise _NearMisfit(such.words)
+    return fitted
+  if origin in (Union, types.UnionType):
+    return _fitted_to_one(value, parts)
+  if origin is Literal:
+    if any(value is choice or (type(value) is type(choice) and value == choice) for choice in parts):
+      return value
+    raise _Misfit(f"{'one of ' if len(parts) > 2 else ''}{(', ' if len(parts) > 2 else ' or ').join(map(str, parts))}")
+  if origin is tuple:
+    return _fitted_tuple(value, parts)
+  kind = origin or hint
+  if not isinstance(kind, type):
+    return value
+  if kind in _FORMS:
+    return _FORMS[kind](value)
+  if not isinstance(value, kind):
+    raise _Misfit(f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}")
+  return value
+
+
+def _fitted_to_one(value: object, hints: tuple[object, ...]) -> object:
+  failed = []
+  for hint in hints:
+    try:
+      return _fitted(value, hint)
+    except _Misfit as misfit:
+      failed.append(misfit)
+  near = [misfit for misfit in failed if isinstance(misfit, _NearMisfit)]
+  raise _Misfit(" or ".join(dict.fromkeys(map(str, near or failed))))
+
+
+def _fitted_tuple(value: object, parts: tuple[object, ...]) -> tuple[object, ...]:
+  size = None if parts[-1:] == (Ellipsis,) else len(parts)
+  if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
+    raise _Misfit("a tuple" if size is None else f"a tuple of {size}")
+  values = tuple(value)
+  if size not in (None, len(values)):
+    raise _NearMisfit(f"a tuple of {size}")
+  try:
+    fitted = tuple(map(_fitted, values, parts[:1] * len(values) if size is None else parts))
+  except _Misfit as misfit:
+    raise _NearMisfit(f"for each of them {misfit}") from None
+  same = isinstance(value, tuple) and all(new is old for new, old in zip(fitted, values, strict=True))
+  return typing.cast("tuple[object, ...]", value) if same else fitted
+
+
+def _none(value: object) -> None:
+  if value is not None:
+    raise _Misfit("None")
+
+
+def _bool(value: object) -> bool:
+  if not isinstance(value, bool):
+    raise _Misfit("True or False")
+  return value
+
+
+def _int(value: object) -> int:
+  if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+    raise _Misfit("an integer")
+  return int(value)
+
+
+def _float(value: object) -> float:
+  if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    raise _Misfit("a number")
+  try:
+    number = float(value)
+  except OverflowError:
+    number = math.inf
+  if not math.isfinite(number):
+    raise _NearMisfit("a finite number")
+  return number
+
+
+def _str(value: object) -> str:
+  if not isinstance(value, str | os.PathLike):
+    raise _Misfit("a text")
+  return os.fspath(value)
+
+
+def _path(value: object) -> Path:
+  if not isinstance(value, str | os.PathLike):
+    raise _Misfit("a path")
+  return as_path(value)
+
+
+_FORMS: Mapping[object, Callable[[object], object]] = {
+  types.NoneType: _none,
+  bool: _bool,
+  int: _int,
+  float: _float,
+  str: _str,
+  Path: _path,
+}

@@ -31,6 +31,7 @@ from sa_jax.costs import cost
 from sa_jax.decode import generate
 from sa_jax.errors import UserError
 from sa_jax.evaluation import Scorer, perplexity
+from sa_jax.fields import Count, check_fields
 from sa_jax.hlo import Collective, collectives
 from sa_jax.mesh import MeshSizes
 from sa_jax.nn import Cache, Transformer
@@ -74,18 +75,18 @@ class Job:
   plan: SharingPlan
   kind: Kind
   topology: str
-  batch: int
-  length: int
+  batch: Count
+  length: Count
   mesh: MeshSizes = MeshSizes()
 
   def __post_init__(self) -> None:
-    least = {"batch": self.batch, "length": self.length}
-    wrong = [f"{name}={value} (at least 1 is needed)" for name, value in least.items() if value < 1]
-    ways, sequence = mesh_on(self.topology, self.mesh).ways, self.mesh.sequence
-    if not wrong and self.batch % ways:
-      wrong.append(f"batch={self.batch} (a multiple of data × fsdp = {ways} is needed)")
-    if not wrong and self.length % sequence:
-      wrong.append(f"length={self.length} (a multiple of sequence = {sequence} is needed)")
+    check_fields(self, "fit")
+    wrong = []
+    sizes = mesh_on(self.topology, self.mesh)
+    if self.batch % sizes.ways:
+      wrong.append(f"batch={self.batch} (a multiple of {sizes.ways_spelt} is needed)")
+    if self.length % sizes.sequence:
+      wrong.append(f"length={self.length} (a multiple of sequence = {sizes.sequence} is needed)")
     if self.plan.num_layers != self.config.num_layers:
       wrong.append(f"a plan for {self.plan.num_layers} layers (the model has {self.config.num_layers})")
     if self.kind == "calibration" and not self.plan.followers:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from sa_jax.errors import UserError
+from sa_jax.errors import UserError, shown
+from sa_jax.fields import Count, check_fields
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+_AXES = ("slice", *MESH_AXES)
+_AUTO = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSizes:
-  """The sizes of a mesh, spelt ``data=2,fsdp=4``; see `make_mesh` for what each axis splits.
+  """The sizes of a mesh, spelt ``data=2,fsdp=4``, or ``auto``; see `make_mesh` for what each axis splits.
 
   Attributes:
     data: None for what the other axes leave of the devices.
@@ -30,35 +34,40 @@ class MeshSizes:
     UserError: if a size is below 1.
   """
 
-  data: int | None = None
-  fsdp: int = 1
-  tensor: int = 1
-  sequence: int = 1
-  slice: int = 1
+  data: Count | None = None
+  fsdp: Count = 1
+  tensor: Count = 1
+  sequence: Count = 1
+  slice: Count = 1
 
   def __post_init__(self) -> None:
-    wrong = [f"{name}={size} (at least 1 is needed)" for name, size in self._given().items() if size < 1]
-    if wrong:
-      raise UserError.of("mesh", wrong)
+    check_fields(self, "mesh")
 
   @classmethod
   def parse(cls, text: str) -> MeshSizes:
     """The sizes from their spelling; an axis that is not named has size 1, and ``data`` what is left.
 
+    ``auto`` names none.
+
     Raises:
       UserError: if it is spelt otherwise.
     """
+    if text.strip() == _AUTO:
+      return cls()
     sizes: dict[str, int] = {}
     for part in text.split(","):
-      name, _, size = part.strip().partition("=")
-      if name not in ("slice", *MESH_AXES) or name in sizes or not size.isdecimal():
-        axes = ", ".join(("slice", *MESH_AXES))
-        raise UserError(f"the mesh {text!r} is not spelt like 'data=2,fsdp=4': sizes of {axes}, each at most once")
+      name, _, size = map(str.strip, part.partition("="))
+      if name not in _AXES or name in sizes or not re.fullmatch("[0-9]{1,9}", size):
+        axes = ", ".join(_AXES)
+        raise UserError(
+          f"the mesh {shown(text)} is not spelt like 'data=2,fsdp=4': sizes of {axes}, each at most once; or {_AUTO}"
+        )
       sizes[name] = int(size)
     return cls(**sizes)
 
   def __str__(self) -> str:
-    return ",".join(f"{name}={size}" for name, size in self._given().items() if name == "data" or size > 1) or "data=1"
+    sizes = {name: size for name in _AXES if (size := getattr(self, name)) is not None}
+    return ",".join(f"{name}={size}" for name, size in sizes.items() if name == "data" or size > 1) or _AUTO
 
   def over(self, devices: int) -> MeshSizes:
     """The sizes over so many devices: ``data`` is a number."""
@@ -66,26 +75,28 @@ class MeshSizes:
     return self if self.data is not None else dataclasses.replace(self, data=max(devices // rest, 1))
 
   def axes(self) -> dict[str, int]:
-    """The sizes inside a slice, by axis, a ``data`` that is not given as 1."""
-    return {name: getattr(self, name) or 1 for name in MESH_AXES}
+    """The sizes by axis, a ``data`` that is not given as 1."""
+    return {name: getattr(self, name) or 1 for name in _AXES}
 
   @property
   def size(self) -> int:
     """How many devices the mesh has, a ``data`` that is not given as 1."""
-    return self.slice * math.prod(self.axes().values())
+    return math.prod(self.axes().values())
 
   @property
   def ways(self) -> int:
     """Over how many devices rows are split."""
     return self.slice * (self.data or 1) * self.fsdp
 
+  @property
+  def ways_spelt(self) -> str:
+    """The same, with what it is the product of."""
+    return f"{'slice × ' if self.slice > 1 else ''}data × fsdp = {self.ways}"
+
   def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over all devices, or over some; errors as `make_mesh`."""
     devices = jax.devices() if devices is None else devices
     return make_mesh(**dataclasses.asdict(self.over(len(devices))), devices=devices)
-
-  def _given(self) -> dict[str, int]:
-    return {name: size for name in ("slice", *MESH_AXES) if (size := getattr(self, name)) is not None}
 
 
 def make_mesh(

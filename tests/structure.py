@@ -8,8 +8,8 @@
   parameters is a reference to an array. A kernel is a function whose name ends in ``_kernel``.
 * How often ``Any`` stands in the code, its imports left out.
 * Circles of imports between modules, those inside functions included.
-* Imports against the order of layers: errors and trees, then `ops`, then plan, config and the layouts of parameters,
-  then `nn`, then everything else, then what a user sees: `cli` and the names of `sa_jax` itself.
+* Imports against the order of layers: errors, files, fields and trees, then `ops`, then plan, config and the layouts of
+  parameters, then `nn`, then everything else, then what a user sees: `cli` and the names of `sa_jax` itself.
 * Modules of more than 400 lines.
 """
 
@@ -25,7 +25,12 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-LAYERS = (("errors", "trees", "bars", "display", "durations"), ("ops",), ("plan", "config", "params"), ("nn",))
+LAYERS = (
+  ("errors", "buckets", "files", "fields", "trees", "bars", "display", "durations"),
+  ("ops",),
+  ("plan", "config", "params"),
+  ("nn",),
+)
 """Parts of sa_jax from the bottom; above them all others, and on top those of `TOP`."""
 TOP = ("cli", "__main__", "")
 MOST_PARAMETERS, MOST_LINES = 6, 400

@@ -189,7 +189,7 @@ class TestRefused:
   @pytest.mark.parametrize("token", [2**40, 2**70, -(2**31) - 1])
   def test_tokens_that_no_array_can_hold(self, token):
     for key, name in (("eos_token_id", "eos_token_ids"), ("bos_token_id",) * 2, ("pad_token_id",) * 2):
-      with pytest.raises(ValueError, match=rf"{name}={token} \(tokens are numbers of 32 bits\)"):
+      with pytest.raises(ValueError, match=rf"{name}=\(?{token},?\)? \(.*a number of 32 bits.* is needed\)"):
         ModelConfig.from_hf(LLAMA_2 | {key: token})
 
   @pytest.mark.parametrize("key", ["rope_type", "type"])
@@ -227,7 +227,7 @@ class TestModelConfig:
       tiny.config(vocab_size=0, mlp_dim=1.5, norm_eps=0.0, attention="fast", remat="some")
     for message in (
       "vocab_size=0 (a positive integer is needed)",
-      "mlp_dim=1.5 (a positive integer is needed)",
+      "mlp_dim=1.5 (an integer is needed)",
       "norm_eps=0.0 (a positive number is needed)",
       "attention='fast' (one of auto, cudnn, flash, splash, blockwise, reference, chunked is needed)",
       "remat='some' (one of none, full, attention, dots is needed)",
@@ -241,7 +241,7 @@ class TestModelConfig:
       ({"head_dim": 7}, "head_dim=7 \\(rotary embedding needs an even number\\)"),
       ({"dtype": "bf16"}, "dtype='bf16' \\(one of float32, bfloat16, float16 is needed\\)"),
       ({"param_dtype": "int8"}, "param_dtype='int8' \\(one of float32, bfloat16, float16 is needed\\)"),
-      ({"attention_state": "qk"}, "attention_state='qk' \\(one of query_key, attention_weights is needed\\)"),
+      ({"attention_state": "qk"}, "attention_state='qk' \\(query_key or attention_weights is needed\\)"),
     ],
   )
   def test_refused(self, changes, message):
@@ -258,7 +258,7 @@ class TestModelConfig:
     [
       ({"theta": -1.0}, "rope: theta=-1.0 \\(a positive number is needed\\)"),
       ({"factor": 0.0}, "rope: factor=0.0 \\(a positive number is needed\\)"),
-      ({"scaling": "lineal"}, "no rope scaling 'lineal'; there are default, linear, dynamic, yarn, llama3"),
+      ({"scaling": "lineal"}, "rope: scaling='lineal' \\(one of default, linear, dynamic, yarn, llama3"),
     ],
   )
   def test_rope_refused(self, changes, message):

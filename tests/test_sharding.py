@@ -179,7 +179,8 @@ def test_an_axis_that_no_rule_names_is_told(caplog):
 def test_a_mesh_is_spelt():
   assert dict(MeshSizes.parse("data=2, fsdp=4").mesh().shape) == {"data": 2, "fsdp": 4, "tensor": 1, "sequence": 1}
   assert dict(MeshSizes.parse("slice=2,tensor=4").mesh().shape)["slice"] == 2
-  for text in ("data=2,fsdp", "dat=8", "data=2,data=4", ""):
+  assert MeshSizes.parse(" data = 2 , fsdp=4") == MeshSizes(2, 4)
+  for text in ("data=2,fsdp", "dat=8", "data=2,data=4", "", "data=٣", "data=" + "9" * 5000, "auto,fsdp=2"):
     with pytest.raises(UserError, match="is not spelt like 'data=2,fsdp=4'"):
       MeshSizes.parse(text).mesh()
   with pytest.raises(UserError, match=r"data=0 \(at least 1 is needed\)"):
@@ -189,13 +190,19 @@ def test_a_mesh_is_spelt():
 
 
 @pytest.mark.parametrize(
-  ("text", "data"), [("fsdp=2", 4), ("tensor=8", 1), ("slice=2,fsdp=2", 2), ("data=2,tensor=4", 2), ("data=8", 8)]
+  ("text", "data"),
+  [("auto", 8), ("fsdp=2", 4), ("tensor=8", 1), ("slice=2,fsdp=2", 2), ("data=2,tensor=4", 2), ("data=8", 8)],
 )
 def test_data_is_what_is_left(text, data):
   sizes = MeshSizes.parse(text)
   assert sizes.over(8).data == sizes.mesh().shape["data"] == data
   assert MeshSizes.parse(str(sizes)) == sizes
   assert sizes.over(8).size == 8
+
+
+def test_a_mesh_says_how_many_ways_rows_are_split():
+  assert MeshSizes(2, 4, tensor=3).ways_spelt == "data × fsdp = 8"
+  assert MeshSizes(2, 4, slice=3).ways_spelt == "slice × data × fsdp = 24"
 
 
 def test_devices_of_a_slice_stay_together():

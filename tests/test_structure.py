@@ -15,7 +15,7 @@ CEILINGS = {
   "depth: train step": 19,
   "functions of 7 or more parameters": 12,  # `convert` says, as `from_pretrained`, how strictly a config is read
   "kernels of 7 or more parameters": 5,
-  "Any": 186,
+  "Any": 185,
   "import circles": 0,
   "upward imports": 0,
   "modules over 400 lines": 0,

@@ -9,6 +9,7 @@ from typing import Literal
 from sa_jax.config import ModelConfig
 from sa_jax.costs import cost
 from sa_jax.errors import UserError
+from sa_jax.fields import check_fields
 from sa_jax.plan import SharingPlan
 
 Measure = Literal["followers", "kv", "flops", "ppl"]
@@ -33,6 +34,7 @@ class Budget:
   amount: float
 
   def __post_init__(self) -> None:
+    check_fields(self, "budget")
     amount = self.amount
     if self.measure == "followers" and not (amount >= 1 and amount == int(amount)):
       raise UserError(f"{amount:g} followers are impossible: a whole number from 1 is needed")

@@ -19,7 +19,9 @@ import numpy as np
 import optax
 
 from sa_jax.analysis.reconstruct import RELATIVE_ADAM
+from sa_jax.config import FloatDtype
 from sa_jax.errors import UserError
+from sa_jax.fields import Count, Portion, Positive, Seed, check_fields
 from sa_jax.nn import Transformer
 from sa_jax.params import stack, unstack
 from sa_jax.plan import SharingPlan
@@ -56,24 +58,16 @@ class Distillation:
     UserError: if a value makes no sense.
   """
 
-  minutes: float = 5.0
-  steps: int | None = None
-  batch_size: int = 32
-  learning_rate: float = 1.2e-3
-  teacher_weight: float = 1.0
-  dtype: str | None = None
-  seed: int = 0
+  minutes: Positive = 5.0
+  steps: Count | None = None
+  batch_size: Count = 32
+  learning_rate: Positive = 1.2e-3
+  teacher_weight: Portion = 1.0
+  dtype: FloatDtype | None = None
+  seed: Seed = 0
 
   def __post_init__(self) -> None:
-    fine = {
-      "minutes": self.minutes > 0,
-      "steps": self.steps is None or self.steps > 0,
-      "batch_size": self.batch_size > 0,
-      "learning_rate": self.learning_rate > 0,
-      "teacher_weight": 0 <= self.teacher_weight <= 1,
-    }
-    if wrong := [f"{name} cannot be {getattr(self, name)}" for name, is_fine in fine.items() if not is_fine]:
-      raise UserError.of("distillation", wrong)
+    check_fields(self, "distillation")
 
   def rate(self, step: int, steps: int) -> float:
     """The learning rate of a step, counted from 0."""

@@ -19,7 +19,7 @@ import optax
 from sa_jax.analysis import walk
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
-from sa_jax.errors import UserError
+from sa_jax.fields import Count, Positive, check_fields
 from sa_jax.nn import PlanArrays, PlannedBlock
 from sa_jax.plan import SharingPlan
 from sa_jax.programs import fetch, program
@@ -39,12 +39,11 @@ class Reconstruction:
     UserError: if one is not positive.
   """
 
-  epochs: int = 8
-  learning_rate: float = 2.5e-3
+  epochs: Count = 8
+  learning_rate: Positive = 2.5e-3
 
   def __post_init__(self) -> None:
-    if self.epochs < 1 or not self.learning_rate > 0:
-      raise UserError(f"epochs and learning_rate must be positive, not {self.epochs} and {self.learning_rate}")
+    check_fields(self, "reconstruction")
 
   def rate(self, step: int, steps: int) -> float:
     """The learning rate of a step, counted from 0."""

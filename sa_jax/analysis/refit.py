@@ -33,6 +33,7 @@ from sa_jax.config import ModelConfig
 from sa_jax.display import table
 from sa_jax.distributed import check_same_rows
 from sa_jax.errors import UserError
+from sa_jax.fields import Natural, Positive, check_fields
 from sa_jax.nn import Middle, PlanArrays, PlannedBlock, Transformer
 from sa_jax.nn.state import State
 from sa_jax.nn.transformer import check_plan, check_tokens
@@ -50,31 +51,24 @@ class Refit:
     UserError: if a ridge is not positive or a number of steps negative.
   """
 
-  ridge: float = 0.01
+  ridge: Positive = 0.01
   """How strongly W_O is held to the old weights, relative to the mean energy of its inputs."""
-  values: int = 0
+  values: Natural = 0
   """Conjugate-gradient steps on a follower's W_V between two solutions for W_O; 0 leaves W_V."""
   mlp: bool = False
   """Whether MLPs are refitted too, from the first follower on: many more weights, which little text overfits."""
-  mlp_ridge: float = 0.3
+  mlp_ridge: Positive = 0.3
   """How strongly the MLPs' last projection is held to the old weights."""
   maps: bool = False
   """Whether each follower's head map is chosen by the error that refitting it would leave, starting from the plan's.
   Needs a sum over all (anchor head, KV head) pairs of features."""
-  local_epochs: int = 0
+  local_epochs: Natural = 0
   """Passes over the text that train each group, from the first with a follower on, towards the dense model's blocks."""
-  local_rate: float = 2.5e-3
+  local_rate: Positive = 2.5e-3
   """Learning rate of that training, relative to the size of each array of weights."""
 
   def __post_init__(self) -> None:
-    if not (self.ridge > 0 and self.mlp_ridge > 0):
-      raise UserError(f"ridge and mlp_ridge must be positive, not {self.ridge} and {self.mlp_ridge}")
-    if self.values < 0:
-      raise UserError(f"values, a number of steps, must not be negative, and is {self.values}")
-    if self.local_epochs < 0 or not self.local_rate > 0:
-      raise UserError(
-        f"local_epochs must not be negative and local_rate positive, not {self.local_epochs} and {self.local_rate}"
-      )
+    check_fields(self, "refit")
 
   @property
   def local(self) -> Reconstruction | None:

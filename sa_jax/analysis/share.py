@@ -18,8 +18,8 @@ from sa_jax.analysis.judge import Judge, Text
 from sa_jax.analysis.refit import Refit, Report, refit
 from sa_jax.config import ModelConfig
 from sa_jax.display import table
-from sa_jax.errors import UserError
 from sa_jax.evaluation import Perplexity, perplexity
+from sa_jax.fields import Count, Natural, check_fields
 from sa_jax.nn import Transformer
 from sa_jax.params import as_runs
 from sa_jax.plan import SharingPlan
@@ -40,30 +40,21 @@ class Search:
   strategy: Strategy = "dp"
   """dp: the plan whose pair costs have the least sum, then swaps that lower its measured loss; greedy and beam: one
   follower more at each step, by measured loss; spans: the paper's baseline, the best contiguous late span."""
-  reach: int = 5
+  reach: Count = 5
   """dp and shortlists: farthest anchor considered, in layers before the follower."""
-  swaps: int = 0
+  swaps: Natural = 0
   """dp: plans to measure in search of an improvement."""
-  width: int = 4
+  width: Count = 4
   """beam: plans kept at each step."""
-  shortlist: int | None = None
+  shortlist: Count | None = None
   """greedy and beam: candidates measured at each step, those of least pair cost; None measures all."""
-  excluded: tuple[int, ...] = ()
+  excluded: tuple[Natural, ...] = ()
   """Layers that stay anchors."""
-  search_rows: int | None = None
+  search_rows: Count | None = None
   """Rows of each text that candidates are fitted to, all when None; the plan found is refitted on all."""
 
   def __post_init__(self) -> None:
-    if self.strategy not in Strategy.__args__:  # type: ignore[attr-defined]
-      raise UserError(f"no search strategy {self.strategy!r}; there are {', '.join(Strategy.__args__)}")  # type: ignore[attr-defined]
-    least = {"reach": 1, "width": 1, "swaps": 0, "shortlist": 1, "search_rows": 1}
-    faults = [
-      f"{name} is {value}, and at least {least[name]} is needed"
-      for name in least
-      if (value := getattr(self, name)) is not None and value < least[name]
-    ]
-    if faults:
-      raise UserError.of("search", faults)
+    check_fields(self, "search")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,18 +63,24 @@ class Effort:
 
   Head maps are chosen by refit error where the model is small enough for that, and else by similarity; candidates are
   judged after a refit of W_O.
+
+  Raises:
+    UserError: if a number is out of range.
   """
 
   search: Search = Search()
   """Search."""
-  calibration_rows: int = 176
+  calibration_rows: Count = 176
   """Most rows of each text to fit to."""
-  judging_rows: int = 16
+  judging_rows: Count = 16
   """Most further rows of each text to judge by."""
   mlp: bool = False
   """Whether MLPs are refitted."""
-  local_epochs: int = 0
+  local_epochs: Natural = 0
   """Passes over the text that train each group towards the dense model's blocks, kept if judged better with them."""
+
+  def __post_init__(self) -> None:
+    check_fields(self, "effort")
 
   def recovery(self, config: ModelConfig) -> Refit:
     """The refit of the plan that is found."""

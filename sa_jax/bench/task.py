@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from sa_jax.config import AttentionBackend, AttentionState, CacheDtype, ModelConfig, RematPolicy
 from sa_jax.errors import UserError
+from sa_jax.fields import Count, check_fields
 from sa_jax.mesh import MESH_AXES, MeshSizes
 
 Kind = Literal["decode", "prefill", "train", "step", "batching"]
@@ -25,19 +26,19 @@ STEPS = 32
 class Setting:
   """What a measurement is made with, whatever it is compared with."""
 
-  batch_size: int = 1
+  batch_size: Count = 1
   """Rows; in batching, slots."""
-  filled: int | None = None
+  filled: Count | None = None
   """decode: how many of the slots have tokens at the end; all when None."""
-  layers: int | None = None
+  layers: Count | None = None
   """Depth; the preset's when None."""
   remat: RematPolicy = "full"
   """step and train: what the backward pass computes again; peers checkpoint gradients unless it is none."""
   cache_dtype: CacheDtype = None
   """int8 instead of bfloat16, in decode and batching."""
-  requests: int = 256
+  requests: Count = 256
   """How many, in batching."""
-  repeats: int = 10
+  repeats: Count = 10
   """Timed calls of each."""
   mesh: MeshSizes = MeshSizes(data=1)
   """step: the devices, such as fsdp=2,tensor=2; decode: tensor alone. The first devices are used, as many as needed."""
@@ -66,21 +67,21 @@ class Task(Setting):
   kind: Kind
   model: str
   plan: str = "dense"
-  length: int = 1024
+  length: Count = 1024
   who: Who = "sa_jax"
   attention_state: AttentionState = "query_key"
   attention: AttentionBackend = "auto"
 
   def __post_init__(self) -> None:
+    check_fields(self, "bench")
     allowed = _MESHES.get(self.kind, ()) if self.who == "sa_jax" else ()
-    least = {"batch_size": self.batch_size, "`length`": self.length, "requests": self.requests, "repeats": self.repeats}
-    wrong = [f"{name} {value} (at least 1 is needed)" for name, value in least.items() if value < 1]
+    wrong = []
     if refused := [name for name, size in self.mesh.axes().items() if size > 1 and name not in allowed]:
       what = self.kind if self.who == "sa_jax" else f"the peer {self.who}"
       takes = f"takes {', '.join(allowed)}" if allowed else "runs on one device"
       wrong.append(f"{' and '.join(refused)} ({what} {takes})")
     if not wrong and self.batch_size % self.mesh.ways:
-      wrong.append(f"batch_size {self.batch_size} (a multiple of data × fsdp = {self.mesh.ways} is needed)")
+      wrong.append(f"batch_size {self.batch_size} (a multiple of {self.mesh.ways_spelt} is needed)")
     if not wrong and self.length % self.mesh.sequence:
       wrong.append(f"`length` {self.length} (a multiple of sequence = {self.mesh.sequence} is needed)")
     if self.kind == "decode" and not STEPS <= self.tokens <= self.length:

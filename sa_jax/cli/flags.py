@@ -7,6 +7,7 @@ import functools
 import inspect
 import itertools
 import re
+import types
 import typing
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePath
@@ -53,6 +54,29 @@ def _path(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Primit
   )
 
 
+@registry.primitive_rule
+def _optional(
+  info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[object] | tyro.constructors.UnsupportedTypeAnnotationError | None:
+  """One word or None is shown as the word."""
+  parts = typing.get_args(info.type)
+  if info.type_origin not in (typing.Union, types.UnionType) or len(parts) != 2 or types.NoneType not in parts:
+    return None
+  (kind,) = (part for part in parts if part is not types.NoneType)
+  inner = tyro.constructors.PrimitiveTypeInfo.make(kind, info.markers)
+  spec = tyro.constructors.ConstructorRegistry.get_primitive_spec(inner)
+  if isinstance(spec, tyro.constructors.UnsupportedTypeAnnotationError):
+    return spec
+  if spec.nargs != 1 or spec.choices is not None:
+    return None
+  return dataclasses.replace(
+    spec,
+    instance_from_str=lambda words: None if words == ["None"] else spec.instance_from_str(words),
+    is_instance=lambda value: value is None or spec.is_instance(value),
+    str_from_instance=lambda value: ["None"] if value is None else spec.str_from_instance(value),
+  )
+
+
 def fields_of(command: Callable[..., Any]) -> frozenset[str]:
   """The names of a command's flags as fields: of its dataclass or function, and of dataclasses in it."""
   if isinstance(command, functools.partial):
@@ -96,7 +120,7 @@ def explain(text: str, fields: Collection[str]) -> str:
     fields: see `fields_of`.
   """
   quoted = r"`(?P<quoted>\w+)(?:=(?P<value>[^`]*))?`"
-  plain = r"(?<![\w.`/-])(?P<plain>[a-z]\w*)=(?P<of>[\w.+-]+)"
+  plain = r"(?<![\w.`/-])(?P<plain>[a-z]\w*)=(?P<of>'[^'\n]*'|[\w.+-]+)"
   words = r"(?<![\w.`/-])(?P<words>[a-z]+(?:_[a-z]+)+)(?![\w(./-])"
 
   def flag(match: re.Match[str]) -> str:

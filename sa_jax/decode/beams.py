@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from sa_jax.decode.engine import Engine, Prompts, capacity_for, pad_to
 from sa_jax.decode.generate import checked_prompts, pad_token
-from sa_jax.errors import UserError
+from sa_jax.fields import Count, check_fields
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.typed import apply
 from sa_jax.params import as_layers
@@ -36,17 +36,12 @@ class Beams:
       likeliest, 1 for the likeliest tokens on average.
   """
 
-  width: int = 4
-  max_new_tokens: int = 24
+  width: Count = 4
+  max_new_tokens: Count = 24
   length_penalty: float = 1.0
 
   def __post_init__(self) -> None:
-    if faults := [
-      f"{name}={getattr(self, name)!r} (a positive integer is needed)"
-      for name in ("width", "max_new_tokens")
-      if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0)
-    ]:
-      raise UserError.of("beams", faults)
+    check_fields(self, "beams")
 
 
 class Found(NamedTuple):

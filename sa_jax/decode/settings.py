@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
-from sa_jax.decode.engine import check_seed
 from sa_jax.decode.sampling import Sampler
-from sa_jax.errors import UserError
+from sa_jax.fields import Count, Seed, Such, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,22 +17,17 @@ class Settings:
     max_new_tokens: most tokens to add.
     sampler: how they are drawn.
     seed: of the samples.
+
+  Raises:
+    UserError: if there is nothing to add, or a value is out of range.
   """
 
-  max_new_tokens: int = 24
+  max_new_tokens: Count = 24
   sampler: Sampler = dataclasses.field(default_factory=Sampler)
-  seed: int = 0
+  seed: Seed = 0
 
-  def check(self, vocab_size: int) -> None:
-    """Checks the values, for a model of some vocabulary.
-
-    Raises:
-      UserError: if there is nothing to add, a seed is none, or a rule does not fit the vocabulary.
-    """
-    if self.max_new_tokens < 1:
-      raise UserError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-    check_seed(self.seed)
-    self.sampler.check(vocab_size)
+  def __post_init__(self) -> None:
+    check_fields(self, "generation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +40,6 @@ class TextSettings(Settings):
     slots: texts at once.
   """
 
-  stops: tuple[str, ...] = ()
-  chunk: int = 8
-  slots: int = 32
-
-  def __post_init__(self) -> None:
-    if isinstance(self.stops, str) or not all(isinstance(stop, str) and stop for stop in self.stops):
-      raise UserError(f"stops are strings that are not empty, such as ('\\n\\n',); not {self.stops!r}")
-    object.__setattr__(self, "stops", tuple(self.stops))
+  stops: tuple[Annotated[str, Such(bool, "a text that is not empty")], ...] = ()
+  chunk: Count = 8
+  slots: Count = 32

@@ -371,7 +371,7 @@ def speculate(
     UserError: as `sa_jax.generate`.
   """
   prompts, counts = checked_prompts(model, np.asarray(tokens), lengths)
-  how.check(model.config.vocab_size)
+  how.sampler.check(model.config.vocab_size)
   layers = as_layers(params, model.plan)
   engine = SpeculativeEngine.of(model, layers, draft)
   capacity = capacity_for(int(counts.max()) + how.max_new_tokens + draft.ahead)

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sa_jax.errors import UserError
+from sa_jax.fields import Count, Positive, Such, check_fields
 
 RopeScaling = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope", "none"]
 
@@ -45,30 +45,24 @@ class RopeConfig:
     UserError: if there is no such scaling, or a number is not positive.
   """
 
-  theta: float = 10_000.0
+  theta: Positive = 10_000.0
   scaling: RopeScaling = "default"
-  factor: float = 1.0
+  factor: Positive = 1.0
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
-  original_max_length: int = 8192
+  original_max_length: Count = 8192
   beta_fast: float = 32.0
   beta_slow: float = 1.0
   truncate: bool = True
   attention_factor: float | None = None
   short_factors: tuple[float, ...] = ()
   long_factors: tuple[float, ...] = ()
-  fraction: float = 1.0
+  fraction: Annotated[float, Such(lambda part: 0 < part <= 1, "a number above 0 and at most 1")] = 1.0
   query_growth: float = 0.0
   interleaved: bool = False
 
   def __post_init__(self) -> None:
-    if self.scaling not in get_args(RopeScaling):
-      raise UserError(f"there is no rope scaling {self.scaling!r}; there are {', '.join(get_args(RopeScaling))}")
-    for name in ("theta", "factor", "original_max_length"):
-      if not getattr(self, name) > 0:
-        raise UserError(f"rope: {name}={getattr(self, name)!r} (a positive number is needed)")
-    if not 0 < self.fraction <= 1:
-      raise UserError(f"rope: fraction={self.fraction!r} (a number above 0 and at most 1 is needed)")
+    check_fields(self, "rope")
 
   @property
   def magnitude(self) -> float:

@@ -15,7 +15,7 @@ import tyro
 
 from sa_jax.config import FloatDtype, ModelConfig, RematPolicy
 from sa_jax.errors import UserError
-from sa_jax.fields import misfits
+from sa_jax.fields import Count, Natural, NotNegative, Portion, Positive, Seed, Such, check_fields
 from sa_jax.files import as_path
 from sa_jax.mesh import MeshSizes
 from sa_jax.storage import local_copy
@@ -23,6 +23,15 @@ from sa_jax.train.data import Reading
 from sa_jax.train.data.packing import Packing, TooLong
 from sa_jax.train.lora import LoraConfig
 from sa_jax.train.optimizer import OptimizerConfig
+
+Steps = Annotated[tuple[Natural, Natural], Such(lambda steps: steps[0] <= steps[1], "the first before the second")]
+
+
+def _is_day(text: str) -> bool:
+  try:
+    return bool(datetime.date.fromisoformat(text))
+  except ValueError:
+    return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +48,7 @@ class DataConfig:
   """Of the dataset."""
   eval: tuple[Path, ...] = ()
   """Files to evaluate on during training."""
-  length: int = 1024
+  length: Annotated[int, Such(lambda n: n >= 2, "at least 2 tokens, one to predict from and one to predict,")] = 1024
   """Tokens a row."""
   packing: Packing = "rows"
   """Whether rows hold several documents, or one each (for attention kernels without segments)."""
@@ -48,45 +57,54 @@ class DataConfig:
   reading: Reading = dataclasses.field(default_factory=Reading)
   """How files are read."""
 
+  def __post_init__(self) -> None:
+    check_fields(self, "data")
+
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
   """What the student learns from the dense model that it came from (``mode="distill"``)."""
 
-  temperature: float = 1.0
+  temperature: Positive = 1.0
   """That both distributions are softened by."""
-  teacher_weight: float = 1.0
+  teacher_weight: Portion = 1.0
   """Weight of the divergence from the dense model; the rest, up to 1, is that of the ordinary loss."""
-  hidden_weight: float = 0.0
+  hidden_weight: NotNegative = 0.0
   """Weight of the distance of each layer's output from the dense model's, besides."""
+
+  def __post_init__(self) -> None:
+    check_fields(self, "distillation")
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
   """What is said, saved and measured on the way."""
 
-  log_every: int = 10
+  log_every: Count = 10
   """Steps between two lines of metrics."""
-  eval_every: int = 200
+  eval_every: Count = 200
   """Steps between two evaluations; there is one at the end too."""
-  eval_batches: int | None = None
+  eval_batches: Count | None = None
   """Evaluate on this many batches at most; None for all."""
-  save_every: int = 500
+  save_every: Count = 500
   """Steps between two checkpoints; there is one at the end too."""
-  keep: int = 2
+  keep: Count = 2
   """How many checkpoints stay."""
-  export_every: int | None = None
+  export_every: Count | None = None
   """Steps between two models in models/, from step 0 on, each as training would leave it if it ended there."""
-  minutes: float | None = None
+  minutes: Positive | None = None
   """Stop after so long, as a signal would: what is done is saved, and the same command goes on from there."""
-  profile: tuple[int, int] | None = None
+  profile: Annotated[Steps | None, tyro.conf.arg(metavar="FIRST LAST")] = None
   """Record a profile (TensorBoard, Perfetto) from before the first of these steps to after the second."""
-  peak_tflops: float | None = None
+  peak_tflops: Positive | None = None
   """A device's peak rate, which MFU is stated against; None for the known rate of the device, if it is known."""
   tensorboard: bool = True
   """Also write TensorBoard's files."""
   wandb: str | None = None
   """Also log to this project of Weights & Biases."""
+
+  def __post_init__(self) -> None:
+    check_fields(self, "log")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +135,13 @@ class TrainConfig:
   """What is learnt: every token; only answers, if data have prompts; or what the dense model predicts for every one."""
   method: Literal["full", "lora"] = "full"
   """What is trained: every parameter, or low-rank adapters."""
-  gradual_steps: int = 0
+  gradual_steps: Natural = 0
   """Steps over which followers pass from their own weights to their anchor's; 0 for at once."""
-  batch_size: int = 32
+  batch_size: Count = 32
   """Rows a step, on all devices together."""
-  accumulate: int = 1
+  accumulate: Count = 1
   """In how many parts a batch is computed, one after the other."""
-  steps: int = 1000
+  steps: Count = 1000
   """How many steps to train."""
   remat: RematPolicy = "none"
   """What the backward pass recomputes."""
@@ -131,11 +149,11 @@ class TrainConfig:
   """What is computed in, and what the model is saved in at the end; trained parameters are float32."""
   z_loss: float = 0.0
   """Weight of the squared logarithm of the softmax's denominator."""
-  seed: int = 0
+  seed: Seed = 0
   """Of the order of the data and of what is initialised."""
-  date: str | None = None
+  date: Annotated[str, Such(_is_day, "a day such as 2026-11-30")] | None = None
   """The day, such as 2026-11-30, for chat templates that write one; None for the day on which the run begins."""
-  max_skipped: int = 10
+  max_skipped: Count = 10
   """Stop after this many steps in a row whose loss or gradient is not finite; each of them changes nothing."""
   data: DataConfig = DataConfig()
   """Data."""
@@ -151,11 +169,8 @@ class TrainConfig:
   """Logs and checkpoints."""
 
   def __post_init__(self) -> None:
-    for name in ("out", "model", "teacher"):
-      if (path := getattr(self, name)) is not None:
-        object.__setattr__(self, name, as_path(path))
-    if wrong := misfits(self):
-      raise UserError.of("training", wrong)
+    check_fields(self, "training")
+    wrong = []
     given = [name for name in ("model", "preset", "shape") if getattr(self, name) is not None]
     if not given:
       wrong.append("either a checkpoint to start from (`model`) or a shape to train from scratch (`preset`) is needed")
@@ -177,27 +192,6 @@ class TrainConfig:
       wrong.append("`rank`, `alpha` and `targets` are of use with `method=lora` only")
     if self.gradual_steps > self.steps:
       wrong.append(f"`gradual_steps={self.gradual_steps}` needs as many `steps`, not {self.steps}")
-    positive = {
-      "batch_size": self.batch_size,
-      "accumulate": self.accumulate,
-      "steps": self.steps,
-      "max_skipped": self.max_skipped,
-      "log_every": self.log.log_every,
-      "eval_every": self.log.eval_every,
-      "eval_batches": self.log.eval_batches,
-      "save_every": self.log.save_every,
-      "keep": self.log.keep,
-      "export_every": self.log.export_every,
-    }
-    wrong += [
-      f"{name}={value} (at least 1 is needed)" for name, value in positive.items() if value is not None and value < 1
-    ]
-    if self.data.length < 2:
-      wrong.append(f"length={self.data.length} (at least 2 tokens are needed, one to predict from and one to predict)")
-    try:
-      datetime.date.fromisoformat(self.date or "2026-11-30")
-    except ValueError:
-      wrong.append(f"date={self.date} (a day such as 2026-11-30 is needed)")
     if wrong:
       raise UserError.of("training", wrong)
 

@@ -13,13 +13,14 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from sa_jax.distributed import check_same
+from sa_jax.distributed import check_same, on_all
 from sa_jax.errors import UserError
 from sa_jax.files import remove
 from sa_jax.storage import Mirrored
 from sa_jax.train.checkpoints import Checkpoints
 from sa_jax.train.config import TrainConfig, recorded
 from sa_jax.train.data import Examples, every_row_once, to_devices
+from sa_jax.train.data.corpus import check_files
 from sa_jax.train.folder import checked, claim, describe, is_missing, locked, make_room
 from sa_jax.train.interruption import Interruption
 from sa_jax.train.metrics import Clock, Window, peak_tflops, train_flops
@@ -69,6 +70,7 @@ def train(
       where it can be known then; or if too many steps in a row are not finite.
   """
   check_same("configs", config)
+  on_all("the data", lambda: check_files((*config.data.train, *config.data.eval)), repr)
   with locked(config.out) as check_ours:
     config = checked(config)
     run = prepare(config, say, source)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from sa_jax.errors import UserError
+from sa_jax.fields import Count, Positive, check_fields
 from sa_jax.nn import Transformer
 from sa_jax.nn.axes import WithAxes, bare
 from sa_jax.sharding import abstract_params
@@ -40,13 +41,12 @@ class LoraConfig:
     UserError: if there is no such projection, or a number is not positive.
   """
 
-  rank: int = 16
-  alpha: float = 32.0
+  rank: Count = 16
+  alpha: Positive = 32.0
   targets: tuple[str, ...] = tuple(INPUT_AXES)
 
   def __post_init__(self) -> None:
-    if self.rank < 1 or not self.alpha > 0:
-      raise UserError(f"LoRA: rank and alpha are positive, not {self.rank} and {self.alpha}")
+    check_fields(self, "LoRA")
     if not self.targets or (unknown := sorted(set(self.targets) - set(INPUT_AXES))):
       named = f"not {unknown}" if self.targets else "at least one"
       raise UserError(f"LoRA: targets are of {', '.join(INPUT_AXES)}; {named}")

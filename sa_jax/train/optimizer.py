@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import optax
 
 from sa_jax.errors import UserError
+from sa_jax.fields import Natural, NotNegative, Portion, Positive, Such, check_fields
 from sa_jax.trees import Tree
 
 # Norms' scales and biases: decaying them towards zero has no meaning.
 _UNDECAYED = ("scale", "bias")
+Decay = Annotated[float, Such(lambda number: 0 <= number < 1, "0 to below 1")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,34 +36,18 @@ class OptimizerConfig:
     UserError: if a value makes no sense.
   """
 
-  learning_rate: float = 3e-4
-  warmup_steps: int = 100
+  learning_rate: Positive = 3e-4
+  warmup_steps: Natural = 100
   schedule: Literal["cosine", "constant"] = "cosine"
-  final_fraction: float = 0.1
-  b1: float = 0.9
-  b2: float = 0.95
-  eps: float = 1e-8
-  weight_decay: float = 0.1
-  clip_norm: float | None = 1.0
+  final_fraction: Portion = 0.1
+  b1: Decay = 0.9
+  b2: Decay = 0.95
+  eps: Positive = 1e-8
+  weight_decay: NotNegative = 0.1
+  clip_norm: Positive | None = 1.0
 
   def __post_init__(self) -> None:
-    wrong = [
-      f"{name}={getattr(self, name)!r} ({needed} is needed)"
-      for name, fine, needed in (
-        ("learning_rate", self.learning_rate > 0, "a positive number"),
-        ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
-        ("schedule", self.schedule in ("cosine", "constant"), "cosine or constant"),
-        ("final_fraction", 0 <= self.final_fraction <= 1, "0 to 1"),
-        ("b1", 0 <= self.b1 < 1, "0 to below 1"),
-        ("b2", 0 <= self.b2 < 1, "0 to below 1"),
-        ("eps", self.eps > 0, "a positive number"),
-        ("weight_decay", self.weight_decay >= 0, "0 or more"),
-        ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "a positive number or None"),
-      )
-      if not fine
-    ]
-    if wrong:
-      raise UserError.of("optimizer", wrong)
+    check_fields(self, "optimizer")
 
 
 PRESETS: dict[str, OptimizerConfig] = {

@@ -39,7 +39,7 @@ def test_a_task_that_fails_says_why():
     (["prefill", "--remat", "dots"], "remat (prefill takes none: it is for step, train)"),
     (["batching", "--requests", "3", "--batch-size", "2"], "3 requests (a multiple of --batch-size 2 is needed"),
     (["decode", "--length", "128", "--peers", "hf-eager"], "--length 128 (peers need 192 slots)"),
-    (["decode", "--layers", "0"], "num_layers=0 (a positive integer is needed)"),
+    (["decode", "--layers", "0"], "--layers 0 (at least 1 is needed)"),
     (["decode", "--plan", "31:32"], "goes past the model"),
   ],
 )

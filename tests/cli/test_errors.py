@@ -22,6 +22,7 @@ def test_flags_are_those_of_nested_dataclasses_too():
   [
     ("`mode=distill` needs a checkpoint (`model`)", "--mode distill needs a checkpoint (--model)"),
     ("batch_size=0 (at least 1 is needed)", "--batch-size 0 (at least 1 is needed)"),
+    ("mode='s f t' (sft is needed)", "--mode 's f t' (sft is needed)"),
     ("batch_size must be at least 1", "--batch-size must be at least 1"),
     ("`skip_bad=True` leaves them out, `skip_bad=False` none", "--skip-bad leaves them out, --no-skip-bad none"),
     # Neither words, nor paths, nor what is no flag.

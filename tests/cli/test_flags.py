@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from sa_jax import cli
 from sa_jax.cli.flags import fields_of
 
@@ -13,6 +15,24 @@ def test_flags_are_those_that_were_told():
   commands = cli._commands()
   found = [f"{name}: {' '.join(sorted(fields_of(command)))}" for name, command in sorted(commands.items())]
   assert found == FROZEN.read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("given", [["--minutes", "2"], ["--minutes=None"], []])
+def test_one_word_or_none_is_told_as_the_word(capsys, given):
+  with pytest.raises(SystemExit):
+    cli.main(["train", "--help"])
+  shown = capsys.readouterr().out
+  assert "{None}" not in shown
+  assert all(f"--{flag} " in shown for flag in ("minutes FLOAT", "plan STR", "profile FIRST LAST", "cache PATH"))
+  config = cli._parse(cli._commands(), ["train", "--out", "x", "--preset", "smollm2-135m", *given]).config
+  assert config.log.minutes == (2.0 if "2" in given else None)
+  assert config.log.profile is None
+
+
+def test_profiles_are_two_numbers_or_none():
+  parse = lambda *given: cli._parse(cli._commands(), ["train", "--out", "x", "--preset", "smollm2-135m", *given]).config
+  assert parse("--profile", "2", "4").log.profile == (2, 4)
+  assert parse("--profile", "None").log.profile is None
 
 
 def test_one_thing_has_one_name():

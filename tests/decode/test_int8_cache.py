@@ -114,7 +114,7 @@ def test_a_request_gets_the_same_alone_and_in_a_batch(int8, params):
 
 
 def test_other_types_are_refused():
-  with pytest.raises(ValueError, match="cache_dtype='int4' \\(one of int8, None is needed\\)"):
+  with pytest.raises(ValueError, match="cache_dtype='int4' \\(int8 or None is needed\\)"):
     sa_jax.ModelConfig.preset("smollm2-135m", cache_dtype="int4")
 
 

@@ -23,6 +23,17 @@ SLEEP = 0.25
 CONSTANT = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, schedule="constant")
 
 
+def test_missing_data_are_told_before_the_folder_is_looked_at(tmp_path):
+  """Even where the folder holds another run, which other data would be a part of."""
+  out = tmp_path / "run"
+  with locked(out):
+    claim(checked(config(out)))
+  saved(out, 4)
+  data = dataclasses.replace(config(out).data, train=("gone.txt",), eval=["here/gone.txt"])
+  with pytest.raises(UserError, match=r"^there is no file gone.txt, here/gone.txt$"):
+    train(config(out, data=data))
+
+
 def lines(out):
   return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -165,7 +176,7 @@ def test_a_source_and_its_resume(tmp_path):
   plain = config(tmp_path / "whole", steps=3)
   whole = dataclasses.replace(plain, data=dataclasses.replace(plain.data, train=()))
   train(whole, texts)
-  stopped = dataclasses.replace(whole, out=tmp_path / "run", log=dataclasses.replace(whole.log, minutes=0.0))
+  stopped = dataclasses.replace(whole, out=tmp_path / "run", log=dataclasses.replace(whole.log, minutes=1e-9))
   assert train(stopped, texts).interrupted
   train(dataclasses.replace(whole, out=tmp_path / "run"), texts)
   losses = [[line["loss"] for line in lines(tmp_path / name)] for name in ("whole", "run")]

@@ -16,6 +16,7 @@ import numpy as np
 import tokenizers
 
 from sa_jax.errors import UserError
+from sa_jax.fields import check_fields
 from sa_jax.files import as_path, check_whole, named, new_folder
 from sa_jax.formats import Tokenizer
 from sa_jax.formats.tokenizer import encodable
@@ -67,6 +68,9 @@ class Reading:
   cache: Path | None = None
   """Folder for tokenised corpora, for use again; None keeps them in memory."""
 
+  def __post_init__(self) -> None:
+    check_fields(self, "reading")
+
 
 def open_corpus(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading = Reading()) -> Corpus:
   """Reads and tokenises files, or takes them from the cache.
@@ -77,9 +81,9 @@ def open_corpus(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading = 
     UserError: as `read_documents`, or if the cache cannot be written.
   """
   paths = [as_path(path) for path in paths]
-  missing = [str(path) for path in paths if not path.is_file()]
-  if missing or not paths:
-    raise UserError(f"there is no file {', '.join(missing)}" if missing else "name at least one file of training data")
+  check_files(paths)
+  if not paths:
+    raise UserError("name at least one file of training data")
   if reading.cache is None:
     return _tokenise(paths, tokenizer, reading)
   entry = as_path(reading.cache) / _key(paths, tokenizer, reading)
@@ -91,6 +95,16 @@ def open_corpus(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading = 
       if not (entry / "report.json").exists():  # another process may have been faster
         raise
   return dataclasses.replace(_load(entry), start=tuple(tokenizer.opening(reading.start_token)))
+
+
+def check_files(paths: Sequence[Path]) -> None:
+  """Checks that files of data are there.
+
+  Raises:
+    UserError: names all that are not.
+  """
+  if missing := [str(path) for path in paths if not path.is_file()]:
+    raise UserError(f"there is no file {', '.join(missing)}")
 
 
 def _key(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> str:
