@@ -24,6 +24,7 @@ from sa_jax.nn.cache import Cache
 from sa_jax.nn.layers import Layers, Runs
 from sa_jax.nn.norm import Norm
 from sa_jax.nn.state import State
+from sa_jax.ops.attention.rows import described, is_array
 from sa_jax.params import unstack
 from sa_jax.plan import SharingPlan
 
@@ -326,10 +327,8 @@ def check_segments(config: ModelConfig, tokens: jax.Array, segments: jax.Array |
   """
   if segments is None:
     return
-  if segments.shape != tokens.shape or not jnp.issubdtype(segments.dtype, jnp.integer):
-    raise UserError(
-      f"segments are integers, one a token, {tokens.shape}; not {segments.dtype} of shape {segments.shape}"
-    )
+  if not is_array(segments, jnp.integer) or segments.shape != tokens.shape:
+    raise UserError(f"segments are integers, one a token, {tokens.shape}; not {described(segments)}")
   if config.rope_depends_on_row:
     raise UserError(
       "the model's rotary embedding depends on a document's length, or on where it lies in its row: "
@@ -344,14 +343,12 @@ def check_tokens(tokens: Any, lengths: Any, vocab_size: int) -> None:
     UserError: if tokens are not integers ``[B, T]`` or are none, one is not in the vocabulary, or a length is not an
       integer in 1 to T.
   """
-  if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-    raise UserError(f"tokens are integers of shape [batch, length], not {tokens.dtype} of shape {tokens.shape}")
+  if not is_array(tokens, jnp.integer) or len(tokens.shape) != 2:
+    raise UserError(f"tokens are integers of shape [batch, length], not {described(tokens)}")
   if 0 in tokens.shape:
     raise UserError(f"a batch needs at least one row of at least one token, not shape {tokens.shape}")
-  if lengths is not None and (lengths.shape != tokens.shape[:1] or not jnp.issubdtype(lengths.dtype, jnp.integer)):
-    raise UserError(
-      f"lengths are integers, one length a row, {tokens.shape[:1]}; not {lengths.dtype} of shape {lengths.shape}"
-    )
+  if lengths is not None and not (is_array(lengths, jnp.integer) and lengths.shape == tokens.shape[:1]):
+    raise UserError(f"lengths are integers, one length a row, {tokens.shape[:1]}; not {described(lengths)}")
   if isinstance(tokens, jax.core.Tracer):
     return
   # NumPy's copies: under a trace, operations on JAX arrays are traced even where their values are known.

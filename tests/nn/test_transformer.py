@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sa_jax import SharingPlan, Transformer, ops, stack
+from sa_jax import SharingPlan, Transformer, UserError, ops, stack
 from sa_jax.nn import AnchorBlock, FollowerBlock, Runs
 from sa_jax.sharding import abstract_params
 from tests import tiny
@@ -322,6 +322,23 @@ class TestErrors:
     lengths = None if lengths is None else np.asarray(lengths, np.int32)
     with pytest.raises(ValueError, match=message):
       model.apply({"params": tiny.params(model)}, tokens, lengths)
+
+  @pytest.mark.parametrize(
+    ("given", "message"),
+    [
+      (
+        ([[1, 2]],),
+        "tokens are integers of shape [batch, length], not a Python list, of which np.asarray makes an array",
+      ),
+      ((TOKENS, [3, 4]), "lengths are integers, one length a row, (2,); not a Python list"),
+      ((TOKENS, None, [[0, 0]]), "segments are integers, one a token, (2, 12); not a Python list"),
+    ],
+  )
+  def test_lists_are_no_arrays(self, given, message):
+    model = tiny.model()
+    with pytest.raises(UserError) as raised:
+      model.apply({"params": tiny.params(model)}, *given)
+    assert str(raised.value).startswith(message)
 
   def test_token_outside_the_vocabulary_inside_jit_gives_nan(self):
     """Values are not known there, and another token's vector would be a silent wrong answer."""

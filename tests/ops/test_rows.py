@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sa_jax
 from sa_jax import ops
 from sa_jax.ops.attention import blockwise, chunked
 from tests import tiny
@@ -86,6 +87,34 @@ def test_shapes_that_do_not_fit_are_named_together():
   with pytest.raises(ValueError, match=r"rows.causal=False") as raised:
     ops.attend(q, k, v, ops.Rows(lengths=jnp.ones(3, int), mask=jnp.ones((B, 3, T, S), bool)))
   assert len(str(raised.value).splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+  ("rows", "message"),
+  [
+    ({"lengths": [3, 4]}, "lengths are integers, one number a row, (2,); not a Python list"),
+    ({"lengths": jnp.ones(B)}, "lengths are integers, one number a row, (2,); not float32 of shape (2,)"),
+    ({"segments": jnp.ones((B, S))}, "segments are integers, one number a slot, (2, 13); not float32"),
+    ({"offset": 4}, "offset is an integer, or one a row, (2,); not a Python int"),
+    ({"offset": np.float32(4)}, "offset is an integer, or one a row, (2,); not float32 of shape ()"),
+    ({"offset": jnp.ones(3, int)}, "offset is an integer, or one a row, (2,); not int32 of shape (3,)"),
+    ({"mask": jnp.ones((B, 1, T, S), int)}, "mask is bool [B or 1, N or 1, T, S], of (2, 4, 9, 13); not int32"),
+    ({"bias": jnp.ones((1, 1, T, S), int)}, "bias is floating-point [B or 1, N or 1, T, S], of (2, 4, 9, 13); not int"),
+    ({"bias": jnp.ones((T, S))}, "bias is floating-point [B or 1, N or 1, T, S], of (2, 4, 9, 13); not float32 of"),
+  ],
+)
+def test_rows_are_arrays_of_their_types_and_shapes(rows, message):
+  q, k, v, _ = arrays()
+  for backend in ("auto", "reference"):
+    with pytest.raises(sa_jax.UserError) as raised:
+      ops.attend(q, k, v, ops.Rows(**{"causal": False} | rows), backend=backend)
+    assert str(raised.value).startswith(f"attend: {message}")
+
+
+def test_queries_keys_and_values_are_arrays():
+  q, k, v, _ = arrays()
+  with pytest.raises(sa_jax.UserError, match="a Python list.*float32 of shape.*int32 of shape"):
+    ops.attend(q.tolist(), k, v.astype(int))
 
 
 def test_a_backend_of_ones_own(monkeypatch):

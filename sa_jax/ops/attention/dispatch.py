@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from sa_jax.errors import UserError
 from sa_jax.ops import kernels
 from sa_jax.ops.attention import blockwise, chunked, cudnn, flash, reference, splash
-from sa_jax.ops.attention.rows import BIAS, MASK, NOT_CAUSAL, OFFSET, OFFSETS, SEGMENTS, Rows
+from sa_jax.ops.attention.rows import BIAS, MASK, NOT_CAUSAL, OFFSET, OFFSETS, SEGMENTS, Rows, described, is_array
 from sa_jax.ops.attention.spec import AttentionSpec
 
 _LOG = logging.getLogger("sa_jax")
@@ -165,7 +166,7 @@ def attend(
     ``[B, T, N, H]`` in v's dtype.
 
   Raises:
-    UserError: if shapes do not fit, or the named backend does not exist or cannot compute the call.
+    UserError: if arrays do not fit, or the named backend does not exist or cannot compute the call.
   """
   check_shapes(q, k, v, rows)
   return backends[choose_backend(backend, q, k, rows, spec)].attend(q, k, v, rows, spec)
@@ -177,12 +178,11 @@ def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows) -> None:
   Raises:
     UserError: if the arrays do not fit each other, with every fault.
   """
-  if any(x.ndim != 4 for x in (q, k, v)) or (
+  if any(not is_array(x, jnp.floating) or len(x.shape) != 4 for x in (q, k, v)) or (
     k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or q.shape[2] % k.shape[2]
   ):
-    raise UserError(
-      f"attend takes q [B, T, N, H] and k, v [B, S, K, H] with N a multiple of K, not {q.shape}, {k.shape}, {v.shape}"
-    )
+    found = ", ".join(map(described, (q, k, v)))
+    raise UserError(f"attend takes q [B, T, N, H] and k, v [B, S, K, H] with N a multiple of K, not {found}")
   (batch, queries, heads), keys = q.shape[:3], k.shape[1]
   faults = []
   if queries != keys and rows.causal and rows.offset is None:
@@ -190,15 +190,6 @@ def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows) -> None:
       f"{queries} queries cannot see {keys} keys causally: give the slot of the first query among the keys, "
       "rows.offset, or rows.causal=False"
     )
-  if rows.lengths is not None and rows.lengths.shape != (batch,):
-    faults.append(f"lengths are one number a row, {(batch,)}, not {rows.lengths.shape}")
-  if rows.segments is not None and rows.segments.shape != (batch, keys):
-    faults.append(f"segments are one number a slot, {(batch, keys)}, not {rows.segments.shape}")
-  for name, array in (("bias", rows.bias), ("mask", rows.mask)):
-    allowed = ((1, batch), (1, heads), (queries,), (keys,))
-    if array is not None and (
-      array.ndim != 4 or any(size not in sizes for size, sizes in zip(array.shape, allowed, strict=True))
-    ):
-      faults.append(f"{name} is [B or 1, N or 1, T, S], of {(batch, heads, queries, keys)}, not {array.shape}")
+  faults += rows.faults(batch, heads, queries, keys)
   if faults:
     raise UserError.of("attend", faults)

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 SEGMENTS, BIAS, MASK = "segments", "bias of the scores", "mask"
 OFFSET, OFFSETS = "offset of the queries among the keys", "offset of the queries for each row by itself"
@@ -58,6 +59,34 @@ class Rows:
       NOT_CAUSAL: not self.causal,
     }
     return tuple(name for name, here in asked.items() if here)
+
+  def faults(self, batch: int, heads: int, queries: int, keys: int) -> list[str]:
+    """What is no array that attention of these sizes takes, a line each."""
+    square = f"[B or 1, N or 1, T, S], of {(batch, heads, queries, keys)}"
+    squares = [(rows, each, queries, keys) for rows in (1, batch) for each in (1, heads)]
+    return [
+      f"{wanted}; not {described(array)}"
+      for array, kind, shapes, wanted in (
+        (self.lengths, jnp.integer, [(batch,)], f"lengths are integers, one number a row, {(batch,)}"),
+        (self.segments, jnp.integer, [(batch, keys)], f"segments are integers, one number a slot, {(batch, keys)}"),
+        (self.offset, jnp.integer, [(), (batch,)], f"offset is an integer, or one a row, {(batch,)}"),
+        (self.bias, jnp.floating, squares, f"bias is floating-point {square}"),
+        (self.mask, jnp.bool_, squares, f"mask is bool {square}"),
+      )
+      if array is not None and not (is_array(array, kind) and array.shape in shapes)
+    ]
+
+
+def is_array(value: object, kind: DTypeLike = jnp.generic) -> bool:
+  """Whether a value is an array, or is described like one, of such numbers."""
+  return hasattr(value, "shape") and hasattr(value, "dtype") and jnp.issubdtype(value.dtype, kind)
+
+
+def described(value: object) -> str:
+  """What a value is, for an error about arrays."""
+  if hasattr(value, "shape") and hasattr(value, "dtype"):
+    return f"{value.dtype} of shape {value.shape}"
+  return f"a Python {type(value).__name__}, of which np.asarray makes an array"
 
 
 def heads_grouped(x: jax.Array, kv_heads: int) -> jax.Array:
