@@ -65,8 +65,11 @@ class Searching:
 
 def with_effort(command: type[Searching], arguments: Sequence[str]) -> type[Searching]:
   """The command, with the settings of the effort that the arguments ask for as the other flags' defaults."""
-  asked = dict(itertools.pairwise(arguments)).get("--effort")
-  asked = next((word.partition("=")[2] for word in arguments if word.startswith("--effort=")), asked)
+  asked = "good"
+  for word, following in itertools.pairwise((*arguments, "")):
+    flag, equals, value = word.partition("=")
+    if flag == "--effort":
+      asked = value if equals else following
   effort = next((effort for name, effort in EFFORTS.items() if name == asked), EFFORTS["good"])
   settings = ("settings", Effort, dataclasses.field(default=effort))
   return dataclasses.make_dataclass(

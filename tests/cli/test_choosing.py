@@ -185,6 +185,8 @@ class TestEffort:
     [
       (["--effort", "quick", "--reach", "3", "--judging-rows", "2"], "dp", 3, (8, 2), ()),
       (["--effort=quick"], "dp", 5, (8, 4), ()),
+      (["--effort=quick", "--effort", "best"], "beam", 5, (176, 16), ()),
+      (["--effort", "best", "--effort=quick"], "dp", 5, (8, 4), ()),
       (["--excluded", "1"], "greedy", 5, (176, 16), (1,)),
       (["--effort", "best", "--calibration-rows", "9"], "beam", 5, (9, 16), ()),
     ],
