@@ -64,12 +64,13 @@ def model_of(model: str, revision: str | None = None) -> tuple[ModelConfig, Shar
   """
   from sa_jax.formats.source import model_of, open_source
 
-  if model in PRESETS:
+  if model in PRESETS and revision is None:
     return PRESETS[model], SharingPlan.dense(PRESETS[model].num_layers)
+  if model in PRESETS:
+    raise UserError(f"`revision={revision}` is of models on the hub, and {model} is a preset: leave it out")
   try:
     source = open_source(model, revision, "config")
   except UserError as error:
-    raise UserError(
-      f"{model!r} is not a preset ({', '.join(sorted(PRESETS))}), and {error}{near(model, PRESETS)}"
-    ) from None
+    faults = [f"it is not a preset ({', '.join(sorted(PRESETS))}){near(model, PRESETS)}", str(error)]
+    raise UserError.of(f"the model {model!r} cannot be opened", faults) from None
   return model_of(source)

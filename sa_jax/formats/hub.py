@@ -47,10 +47,10 @@ def locate(name: str | Path, revision: str | None = None, need: Need = "weights"
   path = as_path(name)
   found = parse_hub_id(name)
   if found is None:
-    if revision is not None:
-      raise UserError(f"revision {revision!r} is for models on the hub, and {name} is a path: leave `revision` out")
     if not path.exists():
       raise UserError(f"there is no file or folder {path}, and it has not the form of a hub id, org/model")
+    if revision is not None:
+      raise UserError(f"revision {revision!r} is for models on the hub, and {name} is a path: leave `revision` out")
     check_whole(path)
     return path
   hub_id, named_revision = found

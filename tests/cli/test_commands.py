@@ -193,7 +193,7 @@ def test_inspect_tells_kinds_of_tensors_what_is_dropped_first(folder, capsys, mo
 @pytest.mark.parametrize(
   ("arguments", "says"),
   [
-    (["cost", "no-such-model"], "is not a preset"),
+    (["cost", "smollm2-135m", "--revision", "main"], "--revision main is of models on the hub, and smollm2-135m is a"),
     (["cost", "llama-2-7b", "--plan", "0:2-3"], "the followers of 0 start at 1"),
     (["cost", "llama-2-7b", "--batch-size", "0"], "must be at least 1"),
     (["generate", "no-such-folder", "hello"], "no-such-folder"),
@@ -213,6 +213,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder, capsys, arguments, says):
   assert error.startswith("sa-jax: error: ")
   assert error.count("\n") == 1
   assert says in error
+
+
+@pytest.mark.parametrize("revision", [[], ["--revision", "main"]])
+def test_a_name_that_is_no_model_is_told_what_it_could_be(capsys, revision):
+  assert main(["cost", "smollm2-135", *revision]) == 2
+  subject, preset, file = capsys.readouterr().err.splitlines()
+  assert subject == "sa-jax: error: the model 'smollm2-135' cannot be opened:"
+  known = "llama-2-13b, llama-2-7b, llama-3-8b, smollm2-135m"
+  assert preset.startswith(f"  it is not a preset ({known}); did you mean smollm2-135m")
+  assert file == "  there is no file or folder smollm2-135, and it has not the form of a hub id, org/model"
 
 
 def test_bad_usage_is_exit_code_2(capsys):
