@@ -15,6 +15,10 @@ _OUTER = (
   "architectures", "dtype", "torch_dtype", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
   "quantization_config", "shared_attention", "transformers_version",
 )  # fmt: skip
+# Multimodal models that transformers ties if their text part says so, whatever they say themselves.
+_TIED_IF_EITHER = """
+  fast_vlm glm4v hunyuan_vl llava llava_next_video llava_onevision paddleocr_vl qwen2_vl qwen2_5_vl video_llama_3
+""".split()
 # Numbers of tokens, and objects, that say how pictures and films come into the text.
 _OF_PICTURES = ("vision_", "image_", "video_", "audio_", "mm_", "boi_", "eoi_", "boa_", "eoa_")
 
@@ -66,6 +70,9 @@ def text_part(values: Config) -> Config:
   else:
     inner = {key: values[key] for key in _OUTER if values.get(key) is not None}
     inner |= {key: value for key, value in values[found].items() if value is not None or key not in inner}
+    # The whole model has the head, so that its own word on it comes first.
+    if isinstance(tied := values.get("tie_word_embeddings"), bool):
+      inner["tie_word_embeddings"] = tied or (model_type in _TIED_IF_EITHER and inner["tie_word_embeddings"])
   text_type = inner.get("model_type", model_type)
   text_type = _TEXT_TYPES.get(text_type, text_type) if isinstance(text_type, str) else text_type
   return {**inner, "model_type": text_type}

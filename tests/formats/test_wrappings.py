@@ -1,5 +1,6 @@
 """Language models as people's files hold them: inside multimodal ones, under wrappers' names, with tensors beside."""
 
+import itertools
 import json
 import logging
 
@@ -115,6 +116,34 @@ def test_the_text_part_of_a_multimodal_model(wrapper, tmp_path, caplog):
   assert f"a {wrapper} has other parts than its language model, which alone is read, as a {family}" in caplog.text
   assert model.config == sa_jax.from_pretrained(tmp_path / "plain")[0].config
   assert_same(tmp_path / "model", tmp_path / "plain")
+
+
+WRAPPED = {
+  "mistral3": {"model_type": "mistral"},
+  "gemma3": {"model_type": "gemma3_text", "tie_word_embeddings": True},
+  "qwen2_5_vl": {"model_type": "qwen2_5_vl_text"},
+  "qwen3_vl": {"model_type": "qwen3_vl_text"},
+  "llava": {"model_type": "llama"},
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_heads_are_tied_where_transformers_ties_them(wrapper):
+  """The whole model's word comes first, or either one's, by the model."""
+  transformers = pytest.importorskip("transformers")
+  sizes = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+  }  # fmt: skip
+  for outer, inner in itertools.product((True, False), repeat=2):
+    config = transformers.AutoConfig.for_model(
+      wrapper, text_config=WRAPPED[wrapper] | sizes | {"tie_word_embeddings": inner}, tie_word_embeddings=outer
+    )
+    values = {
+      "model_type": wrapper, "tie_word_embeddings": outer,
+      "text_config": WRAPPED[wrapper] | sizes | {"tie_word_embeddings": inner},
+    }  # fmt: skip
+    assert sa_jax.ModelConfig.from_hf(values).tie_embeddings == config.tie_word_embeddings, (outer, inner)
 
 
 def test_gemma_3_4b_says_little_of_its_text_part():
