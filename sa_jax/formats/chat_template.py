@@ -11,16 +11,17 @@ import datetime
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from sa_jax.errors import UserError
+from sa_jax.errors import UserError, shown
 
 SECONDS = 3
 """Of computing that one rendering may take; the chats of people take milliseconds."""
@@ -42,10 +43,12 @@ class Call(NamedTuple):
   Attributes:
     messages: the chat.
     prompt: whether to end with the opening of the assistant's answer.
+    variables: what else the template may read, such as ``tools``.
   """
 
   messages: Sequence[Message]
   prompt: bool
+  variables: Mapping[str, object] = {}
 
 
 class Rendered(NamedTuple):
@@ -76,6 +79,26 @@ class Template(NamedTuple):
     """Whether the text may depend on the day."""
     return "strftime_now" in self.source
 
+  def variables(self, options: Mapping[str, object]) -> dict[str, object]:
+    """What a chat's callers give the template to read, ``tools`` and ``documents`` among it.
+
+    Raises:
+      UserError: if these two are no objects, or an option is none of a template's.
+    """
+    if "add_generation_prompt" in options:
+      raise UserError("whether a chat ends with the opening of an answer is told by `prompt`")
+    if "messages" in options:
+      raise UserError("the messages are given by themselves, and not among what else the template reads")
+    for name in ("tools", "documents"):
+      given = options.get(name)
+      if given is not None and not (isinstance(given, list | tuple) and all(isinstance(one, Mapping) for one in given)):
+        raise UserError(f"{name} are a list of objects, of tools their JSON schemas, not {shown(given)}")
+    return dict(options)
+
+  def unread(self, options: Iterable[str]) -> list[str]:
+    """Which options the template does not read."""
+    return [name for name in options if not re.search(rf"\b{re.escape(name)}\b", self.source)]
+
   def render(self, calls: Sequence[Call]) -> list[Rendered]:
     """Renders chats. Keys whose value is null are left out of messages, as transformers does.
 
@@ -84,7 +107,7 @@ class Template(NamedTuple):
     """
     now = self.now or datetime.datetime.now()
     given = [
-      {"messages": _messages(call.messages), "tools": None, "documents": None, **self.special}
+      {"messages": _messages(call.messages), "tools": None, "documents": None, **self.special, **call.variables}
       | {"add_generation_prompt": call.prompt}
       for call in calls
     ]
@@ -99,28 +122,43 @@ class Template(NamedTuple):
     assert isinstance(done, list)
     return [Rendered(each["text"], tuple((start, stop) for start, stop in each["spans"])) for each in done]
 
-  def continued(self, messages: Sequence[Message]) -> str:
+  def continued(self, messages: Sequence[Message], field: str = "content", variables: Mapping[str, object] = {}) -> str:
     """The chat up to the end of its last message, for the model to go on with; spaces at its end stay if they can.
+
+    Args:
+      messages: the chat.
+      field: of the last message, what is gone on with: its content, or its ``reasoning_content``.
+      variables: what else the template may read.
 
     Raises:
       UserError: as `render`, or if the last message has no text, or the template does not write it as it is.
     """
-    if not messages or not isinstance(messages[-1], Mapping):
+    if not messages:
       raise UserError("there is no last message to continue")
-    *before, last = messages
-    content, parts = last.get("content"), None
-    if isinstance(content, list) and content and isinstance(content[-1], dict):
-      parts, content = content, content[-1].get("text")
-    if not isinstance(content, str):
-      raise UserError("the last message has no text to continue")
-    marked = content + _HERE
-    given = marked if parts is None else [*parts[:-1], parts[-1] | {"text": marked}]
-    (rendered,) = self.render([Call([*before, {**last, "content": given}], False)])
+    *before, last = _messages(messages)
+    content, given = _marked(last.get(field))
+    fields = [name for name in _REASONING if last.get(name) == last.get(field)] if field in _REASONING else [field]
+    (rendered,) = self.render([Call([*before, {**last, **dict.fromkeys(fields, given)}], False, variables)])
     text, mark = rendered.text, _HERE.strip()
     if mark not in text or content.strip() not in text:
       raise UserError("the chat template does not write the last message as it is, so it cannot be continued")
     at = text.rindex(mark)
     return text[:at] if text[at : at + len(_HERE)] == _HERE else text[:at].rstrip()
+
+
+def _marked(content: object) -> tuple[str, object]:
+  """A text that is gone on with, and the message's field with a mark at its end: a text, or parts, of the last text.
+
+  Raises:
+    UserError: if there is no text.
+  """
+  if isinstance(content, str):
+    return content, content + _HERE
+  parts = content if isinstance(content, list) else []
+  for at, part in reversed(list(enumerate(parts))):
+    if isinstance(part, dict) and isinstance(text := part.get("text"), str):
+      return text, [*parts[:at], part | {"text": text + _HERE}, *parts[at + 1 :]]
+  raise UserError("the last message has no text to continue")
 
 
 def _messages(messages: Sequence[Message]) -> list[dict[str, object]]:

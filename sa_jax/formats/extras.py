@@ -10,10 +10,14 @@ from sa_jax.errors import UserError
 from sa_jax.files import check_regular, copy, named, read_text
 
 EXTRAS = (
-  "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-  "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+  "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json", "special_tokens_map.json",
+  "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+  "generation_config.json",
 )  # fmt: skip
 """What travels with a model besides its config and weights."""
+
+NAMED_TEMPLATES = "additional_chat_templates"
+"""The folder of a model's chat templates that have names, each in a file."""
 
 _MOST_BYTES = 2**28  # several times what the largest tokenizers have
 
@@ -56,7 +60,8 @@ def copy_extras(source: Path, folder: Path) -> None:
   home = source.resolve()
   # CACHE/models--ORG--NAME/snapshots/COMMIT links to CACHE/models--ORG--NAME/blobs.
   homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-  for name in EXTRAS:
+  templates = [f"{NAMED_TEMPLATES}/{file.name}" for file in sorted((source / NAMED_TEMPLATES).glob("*.jinja"))]
+  for name in (*EXTRAS, *templates):
     file = source / name
     if not file.exists():
       continue
@@ -64,4 +69,5 @@ def copy_extras(source: Path, folder: Path) -> None:
       raise UserError(f"{file} is a link to {file.resolve()}, outside its folder; copy that file there, or remove it")
     check_small(file)
     with named(file):
+      (folder / name).parent.mkdir(exist_ok=True)
       copy(file, folder / name)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
-from tokenizers import decoders, normalizers, pre_tokenizers
+from tokenizers import normalizers
 
 from sa_jax.errors import UserError
+from sa_jax.formats.byte_level import LLAMA_3_SPLIT, split_as
 from sa_jax.formats.sentencepiece_model import Pieces, add_whole, backend_of, put_around
 from sa_jax.formats.tokenizer import Tokenizer
 
@@ -15,25 +16,24 @@ if TYPE_CHECKING:
   from sa_jax.formats.gguf_file import GgufFile
 
 _GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3_SPLIT = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # As Llama 3's, but for digits, which stand alone.
-_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_QWEN2_SPLIT = LLAMA_3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 # How a GGUF's `tokenizer.ggml.pre` splits text before byte-level BPE, as llama.cpp defines the names.
 _PRE_TOKENIZERS = {
   "smollm": (r"\p{N}", _GPT2_SPLIT),
   "gpt-2": (_GPT2_SPLIT,),
-  "llama-bpe": (_LLAMA3_SPLIT,),
-  "llama3": (_LLAMA3_SPLIT,),
-  "llama-v3": (_LLAMA3_SPLIT,),
-  "glm4": (_LLAMA3_SPLIT,),
-  "chatglm-bpe": (_LLAMA3_SPLIT,),
+  "llama-bpe": (LLAMA_3_SPLIT,),
+  "llama3": (LLAMA_3_SPLIT,),
+  "llama-v3": (LLAMA_3_SPLIT,),
+  "glm4": (LLAMA_3_SPLIT,),
+  "chatglm-bpe": (LLAMA_3_SPLIT,),
   "qwen2": (_QWEN2_SPLIT,),
   "deepseek-r1-qwen": (_QWEN2_SPLIT,),
 }
 _OF_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3")
 """Whose texts start with the start token, and whose tokens are taken whole before merges are tried."""
+_TEMPLATES = "tokenizer.chat_templates"
+"""The names of chat templates besides the default one, each of which is a value of its own."""
 _COMPOSED = ("qwen2",)
 """Whose original composes characters first (NFC)."""
 
@@ -73,7 +73,9 @@ def from_gguf(file: GgufFile) -> Tokenizer:
   before = [_token(file, tokens, "bos")] if starts else []
   after = [_token(file, tokens, "eos")] if file.optional("tokenizer.ggml.add_eos_token") else []
   put_around(backend, before, after)
-  return Tokenizer(backend, file.optional("tokenizer.chat_template"), tuple(special))
+  named = [(str(name), file.optional(f"tokenizer.chat_template.{name}")) for name in file.optional(_TEMPLATES) or ()]
+  templates = tuple((name, text) for name, text in named if isinstance(text, str))
+  return Tokenizer(backend, file.optional("tokenizer.chat_template"), tuple(special), templates=templates)
 
 
 def _token(file: GgufFile, tokens: list[str], role: str) -> str:
@@ -104,10 +106,7 @@ def _byte_level(file: GgufFile, pre: str) -> tokenizers.Tokenizer:
   vocabulary = {token: index for index, token in enumerate(tokens)}
   merges = [tuple(merge.split(" ", 1)) for merge in file.field("tokenizer.ggml.merges", list)]
   backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, ignore_merges=pre in _OF_LLAMA_3))
-  splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in _PRE_TOKENIZERS[pre]]
-  byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-  backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
-  backend.decoder = decoders.ByteLevel()
+  split_as(backend, _PRE_TOKENIZERS[pre])
   if pre in _COMPOSED:
     backend.normalizer = normalizers.NFC()
   add_whole(backend, tokens, kinds)

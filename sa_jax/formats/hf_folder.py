@@ -19,7 +19,7 @@ from sa_jax.formats.hf_text import text_part
 from sa_jax.formats.quantised import Files, Recipe, Stored, fault_of, recipes
 from sa_jax.formats.shards import FLOATS, BinFile, SafetensorsFile, Shard, check_types
 from sa_jax.formats.table import Account, Entry, Index, account
-from sa_jax.formats.tokenizer import Tokenizer, read_tokenizer
+from sa_jax.formats.tokenizer import Tokenizer, read_tokenizer, warn_of_tokenizer
 from sa_jax.plan import SharingPlan
 
 # By the index file and the single file that a folder may have; the first pair found is read, and of a pair, as
@@ -154,4 +154,5 @@ class HfFolder:
 
   def save_extras(self, folder: Path) -> None:
     """See `Source.save_extras`."""
+    warn_of_tokenizer(self.path)
     copy_extras(self.path, folder)

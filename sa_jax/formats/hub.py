@@ -9,7 +9,7 @@ from typing import Literal
 
 from sa_jax.errors import UserError
 from sa_jax.files import as_path, check_whole
-from sa_jax.formats.extras import EXTRAS
+from sa_jax.formats.extras import EXTRAS, NAMED_TEMPLATES
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
@@ -17,10 +17,11 @@ _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 Need = Literal["config", "tokenizer", "weights"]
 
 _CONFIG = ("config.json", "generation_config.json")
+_TOKENIZER = (*EXTRAS, f"{NAMED_TEMPLATES}/*.jinja")
 _PATTERNS: dict[Need, tuple[str, ...]] = {
   "config": _CONFIG,
-  "tokenizer": EXTRAS,
-  "weights": (*_CONFIG, *EXTRAS, "*.index.json", "model*.safetensors"),
+  "tokenizer": _TOKENIZER,
+  "weights": (*_CONFIG, *_TOKENIZER, "*.index.json", "model*.safetensors"),
 }
 
 
@@ -60,7 +61,8 @@ def locate(name: str | Path, revision: str | None = None, need: Need = "weights"
   from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
   # What lies beside a model, in folders or under other names, is the same weights in other forms.
-  download = functools.partial(snapshot_download, hub_id, revision=named_revision or revision, ignore_patterns=["*/*"])
+  others = ["*/*.json", "*/*.safetensors", "*/*.bin"]
+  download = functools.partial(snapshot_download, hub_id, revision=named_revision or revision, ignore_patterns=others)
   try:
     files = Path(download(allow_patterns=[*_PATTERNS[need]]))
     if need == "weights" and not any(files.glob("*.safetensors")):

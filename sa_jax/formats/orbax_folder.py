@@ -20,7 +20,7 @@ from sa_jax.errors import UserError
 from sa_jax.files import is_remote
 from sa_jax.formats.extras import copy_extras, read_json
 from sa_jax.formats.table import Account, Entry, Index, entries
-from sa_jax.formats.tokenizer import Tokenizer, read_tokenizer
+from sa_jax.formats.tokenizer import Tokenizer, read_tokenizer, warn_of_tokenizer
 from sa_jax.plan import SharingPlan
 
 if TYPE_CHECKING:
@@ -128,6 +128,7 @@ class OrbaxFolder:
 
   def save_extras(self, folder: Path) -> None:
     """See `Source.save_extras`."""
+    warn_of_tokenizer(self.path)
     copy_extras(self.path, folder)
 
 

@@ -85,7 +85,7 @@ def backend_of(pieces: Pieces) -> tokenizers.Tokenizer:
   merges = [
     (left, right)
     for piece in sorted(score_of, key=lambda piece: -score_of[piece])
-    for left, right in _halves(piece, lengths)
+    for left, right in halves(piece, lengths)
     if left in score_of and right in score_of
   ]
   unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN), None)
@@ -121,7 +121,7 @@ def put_around(backend: tokenizers.Tokenizer, before: Sequence[str], after: Sequ
     )
 
 
-def _halves(piece: str, lengths: set[int]) -> list[tuple[str, str]]:
+def halves(piece: str, lengths: set[int]) -> list[tuple[str, str]]:
   """The ways to cut a piece in two that have the lengths of pieces, the shorter left first.
 
   Of a piece of 100,000 characters all ways would be 10 GB of text; others as long as its halves there are hardly any.

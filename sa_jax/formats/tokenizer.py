@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,15 +15,20 @@ from typing import Any
 
 import tokenizers
 
-from sa_jax.errors import UserError
+from sa_jax.errors import UserError, near, shown
 from sa_jax.files import read_text
+from sa_jax.formats.byte_level import is_tiktoken, read_tekken, read_tiktoken
 from sa_jax.formats.chat_template import Call, Message, Template
-from sa_jax.formats.extras import check_small, read_json
+from sa_jax.formats.extras import NAMED_TEMPLATES, check_small
+from sa_jax.formats.sentencepiece_model import backend_of, put_around, read_pieces
+from sa_jax.formats.special_tokens import Special, add_tokens, by_number, read_settings, special_of
 
+_LOG = logging.getLogger("sa_jax")
 _GROWTH = 1000
 """Characters that a normaliser may make of one; those of people's models make 18 of U+FDFA and two of most."""
-_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-"""The special tokens that templates may name."""
+
+_USUAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+"""The tokens of SentencePiece's and Mistral's vocabularies, of which settings need not tell."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +38,16 @@ class Tokenizer:
   Attributes:
     backend: the `tokenizers` object; its vocabulary and special tokens are the model's.
     chat_template: a Jinja template over ``messages``, or None.
+    templates: other templates by name, such as ``tool_use``.
     special: the special tokens that templates refer to, such as ``bos_token``.
     now: the moment that a template which writes the date is told; None for the moment of each call.
   """
 
   backend: tokenizers.Tokenizer
   chat_template: str | None = None
-  special: tuple[tuple[str, str], ...] = ()
+  special: Special = ()
   now: datetime.datetime | None = None
+  templates: Special = ()
 
   def encode(self, text: str, *, special: bool = True) -> list[int]:
     """Token ids of a text; ``special`` adds what the tokenizer puts around a text, such as a start token.
@@ -93,11 +101,36 @@ class Tokenizer:
     Raises:
       UserError: if the model has none.
     """
-    if self.chat_template is None:
-      raise UserError("this model has no chat template: it takes plain text, not messages")
-    return Template(self.chat_template, dict(self.special), self.now)
+    return self.template_of()
 
-  def chat(self, messages: Sequence[Message], *, prompt: bool = True) -> str:
+  def template_of(self, name: str | None = None, *, tools: bool = False) -> Template:
+    """One of several chat templates, ready to render.
+
+    Args:
+      name: which; ``default``, or ``tool_use`` for tools if there is one, when None.
+      tools: whether there are tools.
+
+    Raises:
+      UserError: if the model has none, or none of the name.
+    """
+    known = dict(self.templates) | ({} if self.chat_template is None else {"default": self.chat_template})
+    if not known:
+      raise UserError("this model has no chat template: it takes plain text, not messages")
+    asked = name or ("tool_use" if tools and "tool_use" in known else "default")
+    if asked not in known:
+      raise UserError(f"there is no chat template {asked!r}; there are {', '.join(sorted(known))}{near(asked, known)}")
+    return Template(known[asked], dict(self.special), self.now)
+
+  def chat(
+    self,
+    messages: Sequence[Message],
+    *,
+    prompt: bool | None = None,
+    tools: Sequence[Mapping[str, object]] | None = None,
+    template: str | None = None,
+    continue_final_message: bool | str = False,
+    **options: object,
+  ) -> str:
     """Chat messages as the text that the model was trained on.
 
     The template writes special tokens itself: encode its text with ``special=False``. Values that are null are left
@@ -105,12 +138,26 @@ class Tokenizer:
 
     Args:
       messages: each with ``role`` and ``content``.
-      prompt: whether to end with the opening of the assistant's answer.
+      prompt: whether to end with the opening of the assistant's answer, as it does unless a message is continued.
+      tools: JSON schemas of functions that the model may call.
+      template: which of several by name; see `template_of`.
+      continue_final_message: whether the text ends where the last message's does, for the model to go on with; or the
+        field of it that is gone on with, such as ``reasoning_content``.
+      options: what else the template reads, such as ``enable_thinking``, ``reasoning_effort`` or ``documents``.
 
     Raises:
       UserError: if the model has no chat template, or it rejects the messages, fails, or takes too much time or memory.
     """
-    return self.template.render([Call(messages, prompt)])[0].text
+    chosen = self.template_of(template, tools=tools is not None)
+    variables = chosen.variables({**options, "tools": tools})
+    if unread := chosen.unread(options):
+      _LOG.warning("this model's chat template does not read %s", ", ".join(unread))
+    if not continue_final_message:
+      return chosen.render([Call(messages, prompt is not False, variables)])[0].text
+    if prompt:
+      raise UserError("a last message that is continued has no `prompt` of another answer after it; leave one out")
+    field = continue_final_message if isinstance(continue_final_message, str) else "content"
+    return chosen.continued(messages, field, variables)
 
   def save(self, folder: Path) -> None:
     """Writes ``tokenizer.json`` and ``tokenizer_config.json``, which `read_tokenizer` and transformers read."""
@@ -118,6 +165,9 @@ class Tokenizer:
     values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"} | dict(self.special)
     if self.chat_template is not None:
       values["chat_template"] = self.chat_template
+    if self.templates:
+      named = {**dict(self.templates), **({"default": self.chat_template} if self.chat_template is not None else {})}
+      values["chat_template"] = [{"name": name, "template": template} for name, template in named.items()]
     (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 
@@ -132,35 +182,6 @@ def encodable(text: str) -> str:
   except UnicodeEncodeError as error:
     raise UserError(f"the text is not Unicode: character {error.start} is half of a surrogate pair") from None
   return text
-
-
-def _add_tokens(backend: tokenizers.Tokenizer, listed: object, path: Path) -> None:
-  """Adds the tokens that ``tokenizer_config.json`` lists and ``tokenizer.json`` lacks, as transformers does.
-
-  Raises:
-    UserError: if the list has another form, or a token gets another number than it is listed with.
-  """
-  options = ("single_word", "lstrip", "rstrip", "normalized", "special")
-  entries: list[tuple[int, str, dict[str, bool]]] = []
-  faults = []
-  for number, entry in listed.items() if isinstance(listed, dict) else ():
-    content = entry.get("content") if isinstance(entry, dict) else entry
-    chosen = {name: entry[name] for name in options if name in entry} if isinstance(entry, dict) else {}
-    if not (isinstance(content, str) and number.isdecimal() and all(isinstance(is_, bool) for is_ in chosen.values())):
-      faults.append(f"{number!r} is {_shown(entry)}; a number and an object with a text 'content' are needed")
-    else:
-      entries.append((int(number), content, chosen))
-  if not isinstance(listed, dict):
-    faults.append(f"it is {_shown(listed)}; an object is needed")
-  for number, content, chosen in sorted(entries, key=lambda entry: entry[0]):
-    if backend.token_to_id(content) is None:
-      backend.add_tokens([tokenizers.AddedToken(content, **chosen)])
-    if backend.token_to_id(content) != number:
-      faults.append(
-        f"it gives {content!r} the number {number}, and tokenizer.json makes it {backend.token_to_id(content)}"
-      )
-  if faults:
-    raise UserError.of(f"{path}: added_tokens_decoder of tokenizer_config.json", faults)
 
 
 def _check_growth(backend: tokenizers.Tokenizer, file: Path) -> None:
@@ -194,45 +215,30 @@ def _growth(part: Mapping[str, Any]) -> int:
   return sum("Sequence" in piece for piece in part["single"]) if part["type"] == "TemplateProcessing" else 1
 
 
-def _shown(value: object) -> str:
-  text = repr(value)
-  return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _special(values: Mapping[str, object], path: Path) -> tuple[tuple[str, str], ...]:
-  """The special tokens that a tokenizer's settings name.
+def _chat_templates(value: object, path: Path) -> dict[str, str]:
+  """Chat templates by name, an only one's being ``default``: of files of their own, or else of the settings.
 
   Raises:
-    UserError: if one is no text.
+    UserError: if they have another form.
   """
-  out, faults = [], []
-  for name in _ROLES:
-    value = values.get(name)
-    text = value.get("content") if isinstance(value, dict) else value
-    if isinstance(text, str):
-      out.append((name, text))
-    elif value is not None:
-      faults.append(f"{name} is {_shown(value)}; a text or an object with a text 'content' is needed")
-  if faults:
-    raise UserError.of(f"{path}: the tokenizer's settings", faults)
-  return tuple(out)
-
-
-def _chat_template(value: object, path: Path) -> str | None:
-  """The template among several with names, or the only one.
-
-  Raises:
-    UserError: if it has another form.
-  """
+  files = {file.stem: file for file in sorted((path / NAMED_TEMPLATES).glob("*.jinja"))}
+  if (file := path / "chat_template.jinja").exists():
+    files["default"] = file
+  if files:
+    for file in files.values():
+      check_small(file)
+    return {name: read_text(file) for name, file in files.items()}
   if isinstance(value, list):
     if not all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in value):
-      raise UserError(f"{path}: chat_template is {_shown(value)}; objects with 'name' and 'template' are needed")
+      raise UserError(f"{path}: chat_template is {shown(value)}; objects with 'name' and 'template' are needed")
     value = {entry["name"]: entry.get("template") for entry in value}
-  if isinstance(value, dict):
-    value = value.get("default")
-  if value is not None and not isinstance(value, str):
-    raise UserError(f"{path}: chat_template is {_shown(value)}; a text is needed")
-  return value
+  listed = value if isinstance(value, dict) else {} if value is None else {"default": value}
+  named: dict[str, str] = {}
+  for name, text in listed.items():
+    if not isinstance(text, str):
+      raise UserError(f"{path}: chat_template is {shown(text)}; a text is needed")
+    named[name] = text
+  return named
 
 
 def _from_json(file: Path) -> tokenizers.Tokenizer:
@@ -246,50 +252,62 @@ def _from_json(file: Path) -> tokenizers.Tokenizer:
   return backend
 
 
-def _from_pieces(file: Path, values: Mapping[str, object]) -> tokenizers.Tokenizer:
-  """From SentencePiece's own file, with what Llama's settings put around a text."""
-  from sa_jax.formats.sentencepiece_model import backend_of, put_around, read_pieces
+def _from_vocabulary(path: Path, values: Mapping[str, object]) -> tuple[tokenizers.Tokenizer, dict[str, object]]:
+  """From the file of a folder without ``tokenizer.json``, and the settings with what such a file goes without saying.
 
+  Raises:
+    UserError: if there is none, it is damaged, or it lacks what the settings put around texts.
+  """
+  file = next((path / name for name in ("tokenizer.model", "tekken.json") if (path / name).exists()), None)
+  if file is None:
+    raise UserError(f"there is no tokenizer.json in {path}, no tokenizer.model and no tekken.json")
   check_small(file)
-  backend = backend_of(read_pieces(file))
-  around = dict(_special(values, file.parent))
-  before = [around["bos_token"]] if values.get("add_bos_token", True) and "bos_token" in around else []
-  after = [around["eos_token"]] if values.get("add_eos_token", False) and "eos_token" in around else []
-  if lacking := [token for token in before + after if backend.token_to_id(token) is None]:
+  if file.name == "tekken.json":
+    backend, usual = read_tekken(file), {**_USUAL, "pad_token": "<pad>"}
+  elif is_tiktoken(file):
+    backend, usual = read_tiktoken(file, by_number(values, path)), {}
+  else:
+    backend, usual = backend_of(read_pieces(file)), _USUAL
+  has = lambda token: backend.token_to_id(token) is not None
+  known = {role: token for role, token in usual.items() if role == "bos_token" or has(token)}
+  values = {**known, "add_bos_token": bool(usual), **values}
+  around = dict(special_of(values, path))
+  before = [around["bos_token"]] if values["add_bos_token"] and "bos_token" in around else []
+  after = [around["eos_token"]] if values.get("add_eos_token") and "eos_token" in around else []
+  if lacking := [token for token in before + after if not has(token)]:
     raise UserError(f"{file} has no {' and no '.join(map(repr, lacking))}, which the settings put around texts")
   put_around(backend, before, after)
-  return backend
+  return backend, values
+
+
+def warn_of_tokenizer(path: Path) -> None:
+  """Warns of a folder's tokenizer, which is about to be copied as it is, if it cannot be read."""
+  if any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tekken.json")):
+    try:
+      read_tokenizer(path)
+    except UserError as error:
+      _LOG.warning("%s; the tokenizer is copied as it is", error)
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-  """The tokenizer in a folder, from ``tokenizer.json`` or ``tokenizer.model``, and the settings beside it.
+  """The tokenizer in a folder, and the settings beside it.
+
+  Of ``tokenizer.json``, ``tokenizer.model`` (SentencePiece's or tiktoken's) and ``tekken.json`` the first that is there
+  is read.
 
   Raises:
     UserError: if there is none, or it is damaged.
   """
-  values: dict[str, Any] = {}
-  for name in ("special_tokens_map.json", "tokenizer_config.json"):
-    if (path / name).exists():
-      values |= {key: value for key, value in read_json(path / name).items() if value is not None}
+  values = read_settings(path)
   file = path / "tokenizer.json"
   if file.exists():
     backend = _from_json(file)
-  elif (pieces := path / "tokenizer.model").exists():
-    values = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | values
-    backend = _from_pieces(pieces, values)
   else:
-    raise UserError(f"there is no tokenizer.json in {path}, and no tokenizer.model")
+    backend, values = _from_vocabulary(path, values)
   # Whatever a tokenizer was last called with is saved with it, and is no property of the model.
   backend.no_truncation()
   backend.no_padding()
-  _add_tokens(backend, values.get("added_tokens_decoder", {}), path)
-  template = _chat_template(values.get("chat_template"), path)
-  if (separate := path / "chat_template.jinja").exists():
-    check_small(separate)
-    template = read_text(separate)
-  special = _special(values, path)
-  # As transformers does: what has a role is found whole in a text, and is no text to read.
-  known = {token.content for token in backend.get_added_tokens_decoder().values()}
-  named = [token for _, token in special if token not in known and backend.token_to_id(token) is not None]
-  backend.add_special_tokens(list(dict.fromkeys(named)))
-  return Tokenizer(backend, template, special)
+  special = add_tokens(backend, values, path)
+  templates = _chat_templates(values.get("chat_template"), path)
+  default = templates.pop("default", None)
+  return Tokenizer(backend, default, special, templates=tuple(templates.items()))

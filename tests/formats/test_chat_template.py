@@ -1,15 +1,18 @@
 """Chat templates: as transformers renders them, in bounded time and memory, whatever the messages hold."""
 
 import datetime
+import functools
 import json
+import logging
 import resource
 import time
 
 import pytest
 
-from sa_jax import Tokenizer, UserError
+from sa_jax import Tokenizer, UserError, load_tokenizer
 from sa_jax.formats import chat_template
 from sa_jax.formats.chat_template import Call, Template
+from sa_jax.formats.extras import copy_extras
 from sa_jax.train.data import byte_tokenizer
 
 PreTrainedTokenizerFast = pytest.importorskip("transformers").PreTrainedTokenizerFast
@@ -151,6 +154,119 @@ def test_continued_as_transformers_does(prefill, trim):
   assert ours(template).template.continued(messages) == expected
   if not trim:
     assert expected.endswith("<|im_start|>assistant\n" + prefill)
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "é", "parameters": {"type": "object"}}}]
+OPEN = """
+{%- for tool in tools or [] %}{{ tool | tojson }}{% endfor %}
+{%- for each in documents or [] %}[{{ each.title }}]{% endfor %}
+{%- for m in messages %}<{{ m.role }}>{{ m.reasoning_content }}|{{ m.content }}{% endfor %}
+{%- if add_generation_prompt %}<assistant>{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}
+{{- bos_token }}{{ reasoning_effort }}"""
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"tools": TOOLS},
+    {"tools": []},
+    {"documents": [{"title": "a", "text": "b"}], "tools": TOOLS},
+    {"enable_thinking": False},
+    {"reasoning_effort": "low", "bos_token": "<other>"},
+  ],
+  ids=lambda options: "+".join(options),
+)
+def test_tools_and_options_as_transformers_gives_them(options):
+  messages = [USER, {"role": "assistant", "content": "yo", "thinking": "hm"}]
+  expected = theirs(OPEN, messages, add_generation_prompt=True, **options)
+  assert expected != theirs(OPEN, messages, add_generation_prompt=True) or options == {"tools": []}
+  assert ours(OPEN).chat(messages, **options) == expected
+
+
+@pytest.mark.parametrize("field", [True, "reasoning_content", "reasoning"])
+def test_any_field_is_continued_as_transformers_does(field):
+  messages = [USER, {"role": "assistant", "content": "yo ", "reasoning": "hm "}]
+  expected = theirs(OPEN, messages, continue_final_message=field)
+  assert expected.endswith("|yo " if field is True else ">hm ")
+  assert ours(OPEN).chat(messages, continue_final_message=field) == expected
+
+
+@pytest.mark.parametrize(
+  ("options", "why"),
+  [
+    ({"tools": [print]}, "tools are a list of objects, of tools their JSON schemas, not .*print"),
+    ({"documents": ["x"]}, "documents are a list of objects"),
+    ({"add_generation_prompt": True}, "is told by `prompt`"),
+    ({"continue_final_message": True, "prompt": True}, "leave one out"),
+    ({"continue_final_message": "role_content"}, "no text to continue"),
+    ({"template": "defualt"}, "there is no chat template 'defualt'; there are default; did you mean default"),
+  ],
+)
+def test_what_a_chat_cannot_have(options, why):
+  with pytest.raises(UserError, match=why):
+    ours(OPEN).chat([USER], **options)
+
+
+def test_an_option_that_the_template_does_not_read_is_told(caplog):
+  with caplog.at_level(logging.WARNING, "sa_jax"):
+    ours(OPEN).chat([USER], enable_thinking=False, enable_thinkin=False)
+  assert [record.getMessage() for record in caplog.records] == [
+    "this model's chat template does not read enable_thinkin"
+  ]
+
+
+NAMED = [
+  {"name": "default", "template": "D{{ messages | length }}"},
+  {"name": "tool_use", "template": "T{{ tools | length }}"},
+  {"name": "rag", "template": "R{{ documents | length }}"},
+]
+RAG = "additional_chat_templates/rag.jinja"
+
+
+def folder_of(path, listed, files):
+  byte_tokenizer().save(path)
+  values = {"tokenizer_class": "PreTrainedTokenizerFast"} | ({"chat_template": listed} if listed else {})
+  (path / "tokenizer_config.json").write_text(json.dumps(values))
+  for name, text in files.items():
+    (path / name).parent.mkdir(exist_ok=True)
+    (path / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+  ("listed", "files", "plain", "with_tools", "rag"),
+  [
+    (NAMED, {}, "D1", "T1", "R0"),
+    (NAMED[1:], {}, None, "T1", "R0"),
+    (NAMED, {RAG: "F"}, None, None, "F"),
+    (NAMED, {RAG: "F", "chat_template.jinja": "C"}, "C", "C", "F"),
+    (NAMED, {"chat_template.jinja": "C"}, "C", "C", None),
+    ("one", {}, "one", "one", None),
+    (None, {RAG: "F"}, None, None, "F"),
+  ],
+)
+def test_named_templates_as_transformers_reads_them(tmp_path, listed, files, plain, with_tools, rag):
+  """Those of files come before those of the settings, all of them."""
+  folder_of(tmp_path, listed, files)
+  ours, theirs = load_tokenizer(tmp_path), PreTrainedTokenizerFast.from_pretrained(tmp_path)
+  for options, expected in (({}, plain), ({"tools": TOOLS}, with_tools), ({"template": "rag", "documents": []}, rag)):
+    named = {"chat_template" if name == "template" else name: value for name, value in options.items()}
+    if expected is None:
+      with pytest.raises(UserError, match="there is no chat template '(default|rag)'; there (are|is) "):
+        ours.chat([USER], **options)
+    else:
+      assert ours.chat([USER], **options) == expected == theirs.apply_chat_template([USER], tokenize=False, **named)
+
+
+def test_named_templates_are_saved_and_travel(tmp_path):
+  (tmp_path / "from").mkdir()
+  folder_of(tmp_path / "from", None, {RAG: "F", "chat_template.jinja": "C"})
+  read = load_tokenizer(tmp_path / "from")
+  assert (read.chat_template, read.templates) == ("C", (("rag", "F"),))
+  for name, write in (("saved", read.save), ("copied", functools.partial(copy_extras, tmp_path / "from"))):
+    (tmp_path / name).mkdir()
+    write(tmp_path / name)
+    found = load_tokenizer(tmp_path / name)
+    assert (found.chat_template, found.templates) == ("C", (("rag", "F"),))
 
 
 def test_what_cannot_be_continued():

@@ -102,6 +102,12 @@ def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
   assert sa_jax.load_tokenizer(tmp_path).encode(TEXT) == tokenizer.encode(TEXT)
 
 
+def test_chat_templates_have_names(write):
+  named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T{{ tools | length }}"}]
+  found = sa_jax.load_tokenizer(write(add_chat_template=named))
+  assert (found.chat([]), found.chat([], tools=[])) == ("D", "T0")
+
+
 def test_a_converted_file_keeps_its_tokenizer(write, tokenizer, tmp_path):
   sa_jax.convert(write(), tmp_path / "out")
   assert sa_jax.load_tokenizer(tmp_path / "out").encode(TEXT) == tokenizer.encode(TEXT)

@@ -1,6 +1,8 @@
 """Tokenizers: text to tokens and back, special tokens, chat templates, and damage."""
 
 import json
+import logging
+import re
 import time
 
 import pytest
@@ -9,6 +11,7 @@ from tokenizers import Regex, decoders, normalizers
 
 import sa_jax
 from sa_jax import Tokenizer, UserError
+from tests import tiny
 
 TEXTS = ["Hello, world!", "  two  spaces\n\nand 1234 lines ", "naïve café — 日本語 🙂", "don't they're I'll", ""]
 TEMPLATE = (
@@ -117,6 +120,17 @@ def test_spelling_of_older_folders(tokenizer, tmp_path):
   loaded = sa_jax.load_tokenizer(tmp_path)
   assert loaded.special == (("bos_token", "<s>"),)
   assert loaded.chat([]) == "<s>"
+
+
+def test_a_damaged_tokenizer_travels_with_a_warning(tmp_path, caplog):
+  model = tiny.model("0:1", num_layers=2)
+  sa_jax.save(tmp_path / "model", model, tiny.params(model))
+  (tmp_path / "model" / "tokenizer.json").write_text("{} or not")
+  with caplog.at_level(logging.WARNING, "sa_jax"):
+    sa_jax.convert(tmp_path / "model", tmp_path / "made")
+  (said,) = (record.getMessage() for record in caplog.records)
+  assert re.search(r"model/tokenizer.json is not a tokenizer: .*; the tokenizer is copied as it is$", said)
+  assert (tmp_path / "made" / "tokenizer.json").read_text() == "{} or not"
 
 
 def test_refused(tokenizer, tmp_path):
@@ -247,4 +261,4 @@ class TestSmolLM2:
     loaded = sa_jax.load_tokenizer(tmp_path)
     assert [loaded.encode(text) for text in TEXTS] == [smol_tokenizer.encode(text) for text in TEXTS]
     assert loaded.chat_template == smol_tokenizer.chat_template
-    assert loaded.special == smol_tokenizer.special
+    assert dict(loaded.special) == dict(smol_tokenizer.special)

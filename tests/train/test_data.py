@@ -127,6 +127,27 @@ def test_chats_as_transformers_writes_them(tmp_path):
   )
 
 
+WITH_TOOLS = (
+  "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}<{{ m.role }}>"
+  "{% if think is false %}<no>{% endif %}{{ m.content }}|{% endfor %}"
+)
+
+
+def test_tools_of_chats_as_transformers_writes_them(tmp_path):
+  """Also where a table holds them as JSON in a text; the template's other variables are the object's too."""
+  transformers = pytest.importorskip("transformers")
+  tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+  tokenizer = dataclasses.replace(chat_tokenizer(), chat_template=WITH_TOOLS)
+  theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, chat_template=WITH_TOOLS)
+  rows = [{"messages": MESSAGES, "tools": tools, "chat_template_kwargs": {"think": False}}, {"messages": MESSAGES}]
+  rows.append({name: json.dumps(value) if name != "messages" else value for name, value in rows[0].items()})
+  corpus = data.open_corpus([write(tmp_path / "a.jsonl", *rows)], tokenizer)
+  with_tools = theirs.apply_chat_template(MESSAGES, tools, think=False, tokenize=True)["input_ids"]
+  plain = theirs.apply_chat_template(MESSAGES, tokenize=True)["input_ids"]
+  assert len(with_tools) > len(plain)
+  np.testing.assert_array_equal(corpus.tokens, [*with_tools, *plain, *with_tools])
+
+
 THINKING = (
   "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
   "{% endif %}{% endfor %}{% for m in messages %}<{{ m.role }}>"
@@ -226,6 +247,10 @@ QUESTION = '{"role": "user", "content": "q"}'
     ('{"messages": []}', "no message is the assistant's"),
     ('{"instruction": "a", "input": "", "output": 3}', "'output' is int; a text is needed"),
     ('{"text": NaN}', "'text' is float; a text is needed"),
+    ('{"messages": [{"role": "assistant", "content": "a"}], "tools": "x"}', "'tools' is a text that is not JSON"),
+    ('{"messages": [{"role": "assistant", "content": "a"}], "tools": [1]}', "tools are a list of objects"),
+    ('{"messages": [{"role": "assistant"}], "chat_template_kwargs": [1]}', "'chat_template_kwargs' is list; an object"),
+    ('{"messages": [{"role": "assistant"}], "chat_template_kwargs": {"messages": []}}', "messages are given"),
     ('{"text": %s}' % ("[" * 99_999 + "]" * 99_999), "recursion"),
   ],
 )  # fmt: skip

@@ -25,7 +25,7 @@ from sa_jax.train.data.sources import Document, Documents, Report, read_document
 
 _TOKEN = np.dtype("<u4")
 _AT_ONCE = 256  # documents tokenised at once, on all cores
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,7 +119,7 @@ def _key(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> str:
     tokenizer.special,
     str(told),
   )
-  for part in (repr(options), tokenizer.backend.to_str(), tokenizer.chat_template or ""):
+  for part in (repr(options), tokenizer.backend.to_str(), tokenizer.chat_template or "", repr(tokenizer.templates)):
     digest.update(hashlib.sha256(part.encode()).digest())
   for path in paths:
     with named(path), path.open("rb") as file:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,7 +17,7 @@ from sa_jax.train.data import files
 
 Documents = Literal["file", "blank_lines", "endoftext"]
 
-_KEYS = ("messages", "instruction", "input", "output", "prompt", "completion")
+_KEYS = ("messages", "tools", "chat_template_kwargs", "instruction", "input", "output", "prompt", "completion")
 END_OF_TEXT = "<|endoftext|>"
 _ALPACA = (
   "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
@@ -70,8 +70,9 @@ def read_documents(
 
   ``.jsonl`` holds one JSON object a line, ``.json`` a list of objects, ``.parquet`` and ``.arrow`` rows,
   ``.array_record`` the JSON of an object a record; every other file is text. ``.gz`` and ``.zst`` after that are
-  unpacked. Objects are understood by their keys: ``messages`` (a chat; the assistant's turns are learnt),
-  ``instruction`` with ``output`` and perhaps ``input`` (Alpaca), ``prompt`` with ``completion``, or the text key.
+  unpacked. Objects are understood by their keys: ``messages`` (a chat; the assistant's turns are learnt; perhaps with
+  ``tools`` and ``chat_template_kwargs``, which the chat template reads), ``instruction`` with ``output`` and perhaps
+  ``input`` (Alpaca), ``prompt`` with ``completion``, or the text key.
 
   Args:
     paths: the files.
@@ -149,7 +150,10 @@ def _documents(values: object, tokenizer: Tokenizer, text_key: str) -> list[Docu
   if not isinstance(values, dict):
     raise UserError(f"a JSON object is needed, not {type(values).__name__}")
   if "messages" in values:
-    return chat_documents(values["messages"], tokenizer)
+    options = _read_json(values, "chat_template_kwargs") or {}
+    if not isinstance(options, dict):
+      raise UserError(f"'chat_template_kwargs' is {type(options).__name__}; an object is needed")
+    return chat_documents(values["messages"], tokenizer, {**options, "tools": _read_json(values, "tools")})
   if {"instruction", "output"} <= set(values):
     texts = _text(values, "instruction"), _text(values, "input", ""), _text(values, "output")
     return [alpaca_document(*texts, tokenizer)]
@@ -161,6 +165,17 @@ def _documents(values: object, tokenizer: Tokenizer, text_key: str) -> list[Docu
     f"it has the keys {sorted(values)}; 'messages', 'instruction' and 'output', 'prompt' and 'completion', "
     f"or {text_key!r} (`text_key`) are needed"
   )
+
+
+def _read_json(values: dict[str, object], key: str) -> object:
+  """A value that may be JSON in a text, as tables hold values of no one type."""
+  value = values.get(key)
+  if not isinstance(value, str):
+    return value
+  try:
+    return json.loads(value)
+  except ValueError as error:
+    raise UserError(f"{key!r} is a text that is not JSON: {error}") from None
 
 
 def _text(values: dict[str, object], key: str, default: str | None = None) -> str:
@@ -188,7 +203,7 @@ def chat_document(messages: object, tokenizer: Tokenizer) -> Document:
   return chat_documents(messages, tokenizer)[-1]
 
 
-def chat_documents(messages: object, tokenizer: Tokenizer) -> list[Document]:
+def chat_documents(messages: object, tokenizer: Tokenizer, options: Mapping[str, object] = {}) -> list[Document]:
   """A chat through the tokenizer's own template; each of the assistant's turns is learnt, with what ends it.
 
   A template that marks what the assistant says (``{% generation %}``) decides itself what is learnt. With every other,
@@ -196,6 +211,11 @@ def chat_documents(messages: object, tokenizer: Tokenizer) -> list[Document]:
   just so the model will be asked to write it. As a rule that makes one document, whose text is the template's of the
   whole chat. Where the template writes a turn otherwise once others follow it (Qwen3 and GLM leave the thoughts out
   of older turns), the turns before and the turn after make documents of their own, so that each is learnt once.
+
+  Args:
+    messages: the chat.
+    tokenizer: whose template writes it.
+    options: what else the template reads; `sa_jax.Tokenizer.chat` takes the same, ``tools`` among them.
 
   Raises:
     UserError: if the messages have another form, none is the assistant's, or the template rejects them.
@@ -205,12 +225,14 @@ def chat_documents(messages: object, tokenizer: Tokenizer) -> list[Document]:
   answers = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
   if not answers:
     raise UserError("no message is the assistant's, so there is nothing to learn")
-  calls = [Call(messages, False)]
+  template = tokenizer.template_of(tools=options.get("tools") is not None)
+  variables = template.variables(options)
+  calls = [Call(messages, False, variables)]
   for index in answers:
-    calls += [Call(messages[:index], True), Call(messages[: index + 1], False)]
+    calls += [Call(messages[:index], True, variables), Call(messages[: index + 1], False, variables)]
   # Many templates fail on a chat without a message.
   first = 1 if answers[0] == 0 else 0
-  (whole, spans), *turns = tokenizer.template.render([call for call in calls if call.messages])
+  (whole, spans), *turns = template.render([call for call in calls if call.messages])
   if spans:
     return [Document(_marked(whole, spans), complete=True)]
   texts = [""] * first + [turn.text for turn in turns]
@@ -220,7 +242,7 @@ def chat_documents(messages: object, tokenizer: Tokenizer) -> list[Document]:
     read = os.path.commonprefix([before, after])  # noqa: RUF071  # of characters
     if read != before:
       # The opening of the answer may be another than the one that the model is given, what it answers may not.
-      (history,) = tokenizer.template.render([Call(messages[:index], False)])
+      (history,) = template.render([Call(messages[:index], False, variables)])
       if not read.startswith(history.text):
         raise UserError(f"the chat template writes what is before message {index} otherwise when that message follows")
     if not (documents and read.startswith(done)):

@@ -1,0 +1,155 @@
+"""The tokens that are found whole in a text, from wherever a tokenizer's folder names them, as transformers reads it.
+
+``tokenizer_config.json`` lists them by number (``added_tokens_decoder``), by the name that chat templates know them by
+(``bos_token``, ``image_token``), and without either (``extra_special_tokens``, once ``additional_special_tokens``).
+Where it has no list by number, ``special_tokens_map.json`` and ``added_tokens.json`` come on top of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import tokenizers
+
+from sa_jax.errors import UserError, shown
+from sa_jax.formats.extras import read_json
+
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_LIST, _OLD_LIST, _BY_NUMBER = "extra_special_tokens", "additional_special_tokens", "added_tokens_decoder"
+
+Special = tuple[tuple[str, str], ...]
+"""Names and the tokens that they are of."""
+
+
+def read_settings(folder: Path) -> dict[str, object]:
+  """What a folder's small files say of its tokenizer, in the form of ``tokenizer_config.json``, nulls left out.
+
+  Raises:
+    UserError: if a file does not hold an object.
+  """
+  values = _read(folder, "tokenizer_config.json")
+  if _OLD_LIST in values:
+    values.setdefault(_LIST, values.pop(_OLD_LIST))
+  if _BY_NUMBER in values:
+    return values
+  for name, value in _read(folder, "special_tokens_map.json", with_nulls=True).items():
+    before = values.get(name)
+    if name == _LIST and isinstance(value, list) and isinstance(before, list):
+      value = [*before, *(each for each in value if each not in before)]
+    values[name] = value
+  values = {name: value for name, value in values.items() if value is not None}
+  if added := _read(folder, "added_tokens.json"):
+    named = {_content(value) for name, value in values.items() if name in _ROLES} | set(map(_content, _listed(values)))
+    flags = lambda token: {"content": token, "normalized": token not in named, "special": token in named}
+    values[_BY_NUMBER] = {str(number): flags(token) for token, number in added.items()}
+  if _OLD_LIST in values:
+    values.setdefault(_LIST, values.pop(_OLD_LIST))
+  return values
+
+
+def special_of(values: Mapping[str, object], path: Path) -> Special:
+  """The special tokens that settings name.
+
+  Raises:
+    UserError: if one is no text.
+  """
+  others = [name for name in values if name.endswith("_token") and name not in _ROLES]
+  named = {name: values[name] for name in (*_ROLES, *others) if name in values}
+  named = {name: value for name, value in named.items() if name in _ROLES or _content(value) is not None}
+  if isinstance(by_name := values.get(_LIST), dict):
+    named |= by_name
+  found = {name: _content(value) for name, value in named.items()}
+  entries = [*((f"{name} is", value) for name, value in named.items()), *((f"{_LIST} has", e) for e in _listed(values))]
+  faults = [
+    f"{what} {shown(entry)}; a text or an object with a text 'content' is needed, and flags that are true or false"
+    for what, entry in entries
+    if entry is not None and (_content(entry) is None or not _are_flags(_flags(entry)))
+  ]
+  if not isinstance(values.get(_LIST, []), list | dict):
+    faults.append(f"{_LIST} is {shown(values[_LIST])}; a list or an object is needed")
+  if faults:
+    raise UserError.of(f"{path}: the tokenizer's settings", faults)
+  return tuple((name, text) for name, text in found.items() if text is not None)
+
+
+def add_tokens(backend: tokenizers.Tokenizer, values: Mapping[str, object], path: Path) -> Special:
+  """Makes a tokenizer find the tokens that settings name, which it may lack or know with other flags.
+
+  Returns:
+    Those with names.
+
+  Raises:
+    UserError: if the settings have another form, or a token gets another number than it is listed with.
+  """
+  special = special_of(values, path)
+  names = {token for _, token in special}
+  listed = by_number(values, path)
+  known = {token.content: token.__getstate__() for token in backend.get_added_tokens_decoder().values()}
+  new = [token for _, token in sorted(listed.items()) if known.get(token.content) != token.__getstate__()]
+  seen = {*known, *(token.content for token in new)}
+  by_name = {_content(value): value for value in values.values() if isinstance(value, str | dict)}
+  for entry in (*(by_name.get(token, token) for _, token in special), *_listed(values)):
+    if (token := _added(entry)).content not in seen:
+      seen.add(token.content)
+      new.append(token)
+  for token in new:
+    token.special = token.special or token.content in names
+  backend.add_tokens(new)
+  if faults := [
+    f"it gives {token.content!r} the number {number}, and tokenizer.json makes it {made}"
+    for number, token in listed.items()
+    if (made := backend.token_to_id(token.content)) != number
+  ]:
+    raise UserError.of(f"{path}: {_BY_NUMBER} of tokenizer_config.json", faults)
+  return special
+
+
+def by_number(values: Mapping[str, object], path: Path) -> dict[int, tokenizers.AddedToken]:
+  """The tokens that settings list by number.
+
+  Raises:
+    UserError: if the list has another form.
+  """
+  listed = values.get(_BY_NUMBER, {})
+  tokens: dict[int, tokenizers.AddedToken] = {}
+  faults = [] if isinstance(listed, dict) else [f"it is {shown(listed)}; an object is needed"]
+  for number, entry in listed.items() if isinstance(listed, dict) else ():
+    content, flags = _content(entry), _flags(entry)
+    if content is None or not re.fullmatch("[0-9]{1,99}", number) or not _are_flags(flags):
+      faults.append(f"{number!r} is {shown(entry)}; a number and an object with a text 'content' are needed")
+    else:
+      tokens[int(number)] = tokenizers.AddedToken(content, **flags)
+  if faults:
+    raise UserError.of(f"{path}: {_BY_NUMBER} of tokenizer_config.json", faults)
+  return tokens
+
+
+def _read(folder: Path, name: str, with_nulls: bool = False) -> dict[str, object]:
+  found = read_json(folder / name) if (folder / name).exists() else {}
+  return {key: value for key, value in found.items() if with_nulls or value is not None}
+
+
+def _content(entry: object) -> str | None:
+  text = entry.get("content") if isinstance(entry, dict) else entry
+  return text if isinstance(text, str) else None
+
+
+def _listed(values: Mapping[str, object]) -> Iterable[object]:
+  listed = values.get(_LIST)
+  return listed if isinstance(listed, list) else ()
+
+
+def _added(entry: object) -> tokenizers.AddedToken:
+  """A special token, from its text or from an object with its flags."""
+  return tokenizers.AddedToken(_content(entry), **_flags(entry) | {"special": True})
+
+
+def _flags(entry: object) -> dict[str, bool]:
+  return {name: entry[name] for name in _FLAGS if name in entry} if isinstance(entry, dict) else {}
+
+
+def _are_flags(flags: dict[str, bool]) -> bool:
+  return all(isinstance(flag, bool) for flag in flags.values())
