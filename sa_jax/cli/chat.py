@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from sa_jax.cli.common import console
-from sa_jax.cli.sampling import Sampling, Speaker, say_tokens
+from sa_jax.cli.sampling import Sampling, Speaker, TemplateOptions, say_tokens, template_options
 from sa_jax.errors import UserError
 
 
@@ -23,6 +23,8 @@ class Chat:
   """A Hugging Face folder, a GGUF file or an sa_jax checkpoint."""
   system: str | None = None
   """What the model is told before the conversation."""
+  options: TemplateOptions = ()
+  """What else the model's chat template reads, such as enable_thinking=false."""
   opening: Speaker = Speaker()
   """Model."""
   sampling: Sampling = dataclasses.field(default_factory=lambda: Sampling(max_new_tokens=512))
@@ -31,10 +33,11 @@ class Chat:
   def run(self) -> None:
     """Answers line after line."""
     self.sampling.check()
+    options = template_options(self.options)
     self.opening.begin()
     tokenizer = self.opening.tokenizer(self.model)
     begin = [] if self.system is None else [{"role": "system", "content": self.system}]
-    tokenizer.chat([*begin, {"role": "user", "content": "Hello"}])  # a model without a template says so at once
+    tokenizer.chat([*begin, {"role": "user", "content": "Hello"}], **options)  # what is wrong is said at once
     model, params = self.opening.ready(self.model)
     console.print(f"[dim]{self.model.stem}, plan {model.plan}; /new begins again, /exit ends[/dim]")
     messages = list(begin)
@@ -45,7 +48,7 @@ class Chat:
         continue
       asked = [*messages, {"role": "user", "content": line}]
       try:
-        prompt = tokenizer.encode(tokenizer.chat(asked), special=False)
+        prompt = tokenizer.encode(tokenizer.chat(asked, **options), special=False)
         answer = say_tokens(tokenizer, _until_stopped(self.sampling.stream(model, params, prompt)))
       except UserError as error:  # too long, or refused by the template: the conversation is as it was
         console.print(f"{error}; /new begins again", style="red", markup=False)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from sa_jax.cli.common import console, say, write_json
-from sa_jax.cli.sampling import Sampling, Speaker, say_tokens
+from sa_jax.cli.sampling import Sampling, Speaker, TemplateOptions, say_tokens, template_options
 from sa_jax.errors import UserError
 from sa_jax.files import check_writable, read_text
 from sa_jax.trees import Params
@@ -34,6 +34,8 @@ class Generate:
   """A .jsonl file with a "prompt" a line, or a text file that is one prompt."""
   chat: bool = False
   """Put each prompt into the model's chat template, as a user's message."""
+  options: TemplateOptions = ()
+  """What else that template reads, such as enable_thinking=false."""
   opening: Speaker = Speaker()
   """Model."""
   sampling: Sampling = dataclasses.field(default_factory=Sampling)
@@ -44,6 +46,9 @@ class Generate:
   def run(self) -> None:
     """Prints each prompt's continuation."""
     self.sampling.check()
+    if self.options and not self.chat:
+      raise UserError("`options` are the chat template's: add `chat`, or leave them out")
+    template_options(self.options)
     check_writable(self.json)
     asked = [sys.stdin.read() if text == "-" else text for text in self.prompt]
     asked += [] if self.prompts is None else read_prompts(self.prompts)
@@ -83,7 +88,8 @@ class Generate:
     return tokens
 
   def _prompt(self, tokenizer: Tokenizer, text: str) -> str:
-    return tokenizer.chat([{"role": "user", "content": text}]) if self.chat else text
+    options = template_options(self.options)
+    return tokenizer.chat([{"role": "user", "content": text}], **options) if self.chat else text
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -78,6 +79,31 @@ class Sampling:
     from sa_jax.decode import stream
 
     return stream(model, params, prompt, self.max_new_tokens, seed=self.seed, sampler=self.sampler())
+
+
+TemplateOptions = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")]
+
+
+def template_options(words: Sequence[str]) -> dict[str, Any]:
+  """What a chat template reads besides the messages, from words such as ``enable_thinking=false``.
+
+  Values are JSON, or else texts.
+
+  Raises:
+    UserError: if a word has another form.
+  """
+  from sa_jax.errors import UserError
+
+  options: dict[str, Any] = {}
+  for word in words:
+    name, equals, value = word.partition("=")
+    if not equals or not name.isidentifier() or name == "messages":
+      raise UserError(f"the option {word!r} is not spelt like enable_thinking=false (`options`)")
+    try:
+      options[name] = json.loads(value)
+    except ValueError:
+      options[name] = value
+  return options
 
 
 def say_tokens(tokenizer: Tokenizer, coming: Iterator[list[int]]) -> list[int]:

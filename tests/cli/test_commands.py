@@ -82,10 +82,10 @@ def test_prompts_come_from_files_and_pipes(folder, expected, tmp_path, monkeypat
 def test_a_chat_remembers_until_it_begins_again(folder, tmp_path, monkeypatch, capsys):
   model = tmp_path / "model"
   shutil.copytree(folder, model)
-  template = "{% for m in messages %}{% if m.role == 'assistant' %}7 {% endif %}{{ m.content }} {% endfor %}9"
+  template = "{% for m in messages %}{% if m.role == 'assistant' %}7 {% endif %}{{ m.content }} {% endfor %}{{ last }}"
   (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
   monkeypatch.setattr("sys.stdin", io.StringIO("3 4\n\n5\n/new\n3 4\n/exit\n6\n"))
-  assert main(["chat", str(model), "--system", "8", "--max-new-tokens", "4"]) == 0
+  assert main(["chat", str(model), "--system", "8", "--max-new-tokens", "4", "--options", "last=9"]) == 0
   said = [line for line in capsys.readouterr().out.splitlines() if line and line[0].isdecimal()]
   opened, params = sa_jax.from_pretrained(folder, layout="layers")
 
@@ -205,6 +205,8 @@ def test_inspect_tells_kinds_of_tensors_what_is_dropped_first(folder, capsys, mo
     (["generate", "FOLDER"], "at least one prompt is needed"),
     (["generate", "FOLDER", "--prompts", "no-such-file"], "cannot read no-such-file: No such file or directory"),
     (["chat", "FOLDER"], "this model has no chat template"),
+    (["chat", "FOLDER", "--options", "thinking"], "'thinking' is not spelt like enable_thinking=false (--options)"),
+    (["generate", "FOLDER", "1", "--options", "a=1"], "--options are the chat template's: add --chat"),
   ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(folder, capsys, arguments, says):
