@@ -90,8 +90,6 @@ def rows_of(card: Card) -> list[Row]:
   stored = read(SEARCH / card.recovery)
   for count, values in stored["results"].items():
     kinds = {label: each for label, each in values.items() if isinstance(each, dict)}
-    if stored["settings"].get("rates") != "relative":  # the program has no absolute ones: it gives other numbers
-      kinds = {label: each for label, each in kinds.items() if not label.startswith(("local", "distill"))}
     if not kinds or (int(count) in found and all(label in ("W_O", "MLP") for label in kinds)):
       continue  # nothing that a search has not refitted too, on more rows
     distilled = next((each for label, each in kinds.items() if label.startswith("distill")), None)

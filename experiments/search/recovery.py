@@ -166,7 +166,6 @@ class Study:
       "batch_size": self.flags.batch_size,
       "mlp_ridge": self.flags.mlp_ridge,
       "dense": self.dense,
-      "rates": "relative",
     }
     self.flags.out.write_text(json.dumps({"settings": settings, "results": self.results}, indent=1) + "\n")
 
