@@ -280,9 +280,9 @@ def _train(job: Job, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[Tree, ...]]:
 def _prefill(job: Job, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[Tree, ...]]:
   model = Transformer(job.config, job.plan)
   prefill = lambda params, tokens, lengths: apply(model, params, Transformer.prefill, tokens, lengths)
-  outputs = (named_sharding(mesh, ("batch", "vocab")), cache_shardings(model, mesh))
+  logits = named_sharding(mesh, ("batch", "vocab"), shape=(job.batch, job.config.vocab_size))
   arguments = (_layer_params(model, mesh), _tokens(job, mesh, "batch", "length"), _tokens(job, mesh, "batch"))
-  return jax.jit(prefill, out_shardings=outputs), arguments
+  return jax.jit(prefill, out_shardings=(logits, cache_shardings(model, mesh))), arguments
 
 
 def _decode(job: Job, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[Tree, ...]]:

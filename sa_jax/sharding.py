@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
@@ -18,7 +19,7 @@ from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
 from sa_jax.mesh import make_mesh as make_mesh  # what the rules are for
 from sa_jax.nn import Cache, Transformer
-from sa_jax.nn.axes import bare
+from sa_jax.nn.axes import bare, fitting, mesh_axes_of
 from sa_jax.plan import SharingPlan
 from sa_jax.trees import Params, Tree
 
@@ -78,11 +79,7 @@ def _idle(mesh: Mesh | AbstractMesh, rules: Rules) -> list[str]:
 
 
 def _named(rules: Rules) -> set[str]:
-  return {axis for _, entry in rules for axis in _axes(entry)}
-
-
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-  return (entry,) if isinstance(entry, str) else tuple(entry or ())
+  return {axis for _, entry in rules for axis in mesh_axes_of(entry)}
 
 
 def rules_on(mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> Rules:
@@ -156,10 +153,15 @@ def rules_of(config: ModelConfig, params: Params, mesh: Mesh) -> Rules:
     spec += (None,) * (len(getattr(leaf, "shape", ())) - len(spec))
     # Of stacked layers, the last axes are a layer's.
     for name, entry in zip(reversed(names), reversed(spec)):
-      if name is not None and (axes := _axes(entry)):
+      if name is not None and (axes := mesh_axes_of(entry)):
         found.setdefault(name, axes)
   taken = {axis for name in _OF_ALL_ROWS for axis in found.get(name, ())}
-  over_tokens = [axis for axis in _axes(dict(DEFAULT_RULES)["length"]) if axis in mesh.shape and axis not in taken]
+  vocab = mesh_axes_of(dict(DEFAULT_RULES)["vocab"])
+  if "vocab" not in found and taken.issuperset(vocab) and config.vocab_size % math.prod(mesh.shape[a] for a in vocab):
+    found["vocab"] = vocab  # of a head that is whole because these do not divide it, logits are split all the same
+  over_tokens = [
+    axis for axis in mesh_axes_of(dict(DEFAULT_RULES)["length"]) if axis in mesh.shape and axis not in taken
+  ]
   rows = tuple(axis for axis in mesh.axis_names if axis not in {*taken, *over_tokens})
   found |= {"batch": rows, "length": tuple(over_tokens)}
   # Spelt as `rules_on` spells them, so that equal rules are the same rules to `jax.jit`.
@@ -215,15 +217,30 @@ def placed_like(array: Tree, other: object) -> Tree:
   return jax.device_put(array, sharding)
 
 
-def named_sharding(mesh: Mesh, axes: tuple[str | None, ...], rules: Rules = DEFAULT_RULES) -> NamedSharding:
-  """The sharding of an array with these logical axes; of token rows, for example, ``("batch", "length")``."""
-  return NamedSharding(mesh, nn.logical_to_mesh_axes(axes, rules_on(mesh, rules)) or PartitionSpec())
+def named_sharding(
+  mesh: Mesh, axes: tuple[str | None, ...], rules: Rules = DEFAULT_RULES, shape: tuple[int, ...] | None = None
+) -> NamedSharding:
+  """The sharding of an array with these logical axes; of token rows, for example, ``("batch", "length")``.
+
+  Args:
+    mesh: with the axes that the rules name.
+    axes: one a dimension.
+    rules: logical axis → mesh axis.
+    shape: the array's, of which a dimension that does not divide is whole on every device; None if all do.
+  """
+  spec = nn.logical_to_mesh_axes(axes, rules_on(mesh, rules)) or PartitionSpec()
+  return NamedSharding(mesh, spec if shape is None else fitting(spec, shape, mesh.shape))
 
 
 def cache_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Cache:
-  """A `NamedSharding` for every array of a model's `sa_jax.nn.Cache`: rows like the batch, heads like the keys'."""
-  sharding = named_sharding(mesh, ("batch", "kv_heads", "length", "head_dim"), rules)
-  return jax.tree.map(lambda _: sharding, jax.eval_shape(lambda: Cache.empty(model.config, model.plan, 1, 1)))
+  """A `NamedSharding` for every array of a model's `sa_jax.nn.Cache`: rows like the batch, heads like the keys'.
+
+  Where there are key heads for fewer devices than `DEFAULT_RULES` would split them over, each device has all of them.
+  """
+  axes = ("batch", "kv_heads", "length", "head_dim")
+  # Of a cache whose rows and slots divide.
+  shapes = jax.eval_shape(lambda: Cache.empty(model.config, model.plan, mesh.size, mesh.size))
+  return jax.tree.map(lambda leaf: named_sharding(mesh, axes, rules, leaf.shape), shapes)
 
 
 def optimizer_shardings(optimizer: optax.GradientTransformation, params: Tree, shardings: Tree) -> Tree:
@@ -257,40 +274,77 @@ def param_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES
     layout: ``runs`` or ``layers``.
 
   Returns:
-    A tree like the model's parameters.
+    A tree like the model's parameters. An axis of theirs that its mesh axis does not divide is whole on every device,
+    which one line of the log says.
 
   Raises:
-    UserError: if an axis of a parameter is not divisible by its mesh axis, or two of its axes map to one mesh axis.
+    UserError: if two axes of a parameter map to one mesh axis, or a mesh axis that rules name for axes of parameters
+      divides none of them.
   """
-  return tree_shardings(abstract_params(model, layout=layout, boxed=True), mesh, rules)
+  shardings = tree_shardings(abstract_params(model, layout=layout, boxed=True), mesh, rules)
+  splitting = {axis for leaf in jax.tree.leaves(shardings) for entry in leaf.spec for axis in mesh_axes_of(entry)}
+  by_axis = dict(reversed(rules_on(mesh, rules)))
+  named = {
+    axis: {name: size for name, size in _sizes(model.config).items() if axis in mesh_axes_of(by_axis.get(name))}
+    for axis in mesh.axis_names
+    if mesh.shape[axis] > 1 and axis not in splitting
+  }
+  if wrong := [
+    f"{axis}={mesh.shape[axis]} (it divides none of {', '.join(f'{name} {size}' for name, size in found.items())})"
+    for axis, found in named.items()
+    if found
+  ]:
+    raise UserError.of("mesh", wrong)
+  return shardings
+
+
+def _sizes(config: ModelConfig) -> dict[str, int]:
+  """How large a model's logical axes are."""
+  return {
+    "embed": config.embed_dim,
+    "heads": config.num_heads,
+    "kv_heads": config.num_kv_heads,
+    "head_dim": config.head_dim,
+    "mlp": config.mlp_dim,
+    "vocab": config.vocab_size,
+  }
 
 
 def tree_shardings(boxed: Tree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Tree:
   """A `NamedSharding` for every leaf of a tree of boxed shapes, as from `abstract_params`; see `param_shardings`."""
-  mesh_axes = dict(reversed(rules_on(mesh, rules)))  # the first rule for an axis counts, as for activations
+  by_axis = dict(reversed(rules_on(mesh, rules)))  # the first rule for an axis counts, as for activations
   if idle := _idle(mesh, rules):
     _LOG.warning("no rule names the mesh axis %s: every device on it has the same", ", ".join(idle))
   errors: list[str] = []
+  whole: dict[str, None] = {}
 
   def sharding(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct, logical: PartitionSpec) -> NamedSharding | None:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
     # Not by Flax's own function, which leaves an axis unsharded when its mesh axis is taken.
-    spec = PartitionSpec(*(mesh_axes.get(axis) for axis in logical))
-    used = [axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
+    spec = PartitionSpec(*(by_axis.get(axis) for axis in logical))
+    used = [axis for entry in spec for axis in mesh_axes_of(entry)]
     if len(used) != len(set(used)):
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
       errors.append(f"{name}: the rules map two of its axes {tuple(logical)} to one mesh axis, {spec}")
       return None
-    made = NamedSharding(mesh, spec)
-    try:
-      made.shard_shape(leaf.shape)
-    except ValueError:
-      errors.append(f"{name}: shape {list(leaf.shape)} is not divisible by {spec} on {dict(mesh.shape)}")
-    return made
+    made = fitting(spec, leaf.shape, mesh.shape)
+    for axis, size, entry, kept in zip(logical, leaf.shape, spec, made):
+      if entry != kept:
+        split = " × ".join(f"{name}={mesh.shape[name]}" for name in mesh_axes_of(entry))
+        whole[f"{axis} of {size} ({split} does not divide it)"] = None
+    return NamedSharding(mesh, made)
 
   shardings = jax.tree_util.tree_map_with_path(sharding, bare(boxed), nn.get_partition_spec(boxed))
   if errors:
     raise UserError("the parameters do not fit the mesh:\n  " + "\n  ".join(errors))
+  if whole:
+    _warn_once(f"not split over the mesh: {'; '.join(whole)}")
   return shardings
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+  """Opening a model and training it ask for the same shardings."""
+  _LOG.warning(text)
 
 
 def abstract_params(model: Transformer, *, layout: str = "runs", boxed: bool = False) -> Tree:

@@ -100,7 +100,6 @@ def test_too_big_is_an_answer():
       {"mesh": MeshSizes(fsdp=4, tensor=2)},
       "v5e:2x2: a mesh of data 1 × fsdp 4 × tensor 2 needs 8 devices; there are 4",
     ),
-    ({"mesh": MeshSizes(tensor=4)}, "not divisible"),
   ],
 )
 def test_what_cannot_be_is_said(changes, message):

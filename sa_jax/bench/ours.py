@@ -22,7 +22,7 @@ from sa_jax.costs import cost
 from sa_jax.decode import Batcher, Engine, Prompts, Sampler
 from sa_jax.errors import UserError
 from sa_jax.nn import Runs, Transformer
-from sa_jax.nn.split import query_axis
+from sa_jax.nn.split import Heads, query_axis
 from sa_jax.nn.typed import apply
 from sa_jax.plan import SharingPlan
 from sa_jax.sharding import abstract_params, named_sharding, on_mesh, param_shardings
@@ -162,7 +162,8 @@ def _backend(config: ModelConfig, length: int, mesh: Mesh | None = None) -> str:
   offset: Any = None
   if mesh is not None:
     with on_mesh(mesh):
-      if query_axis(jax.sharding.get_abstract_mesh(), config.num_kv_heads) is not None:
+      heads = Heads(config.num_heads, config.num_kv_heads)
+      if query_axis(jax.sharding.get_abstract_mesh(), heads) is not None:
         offset = jax.ShapeDtypeStruct((), jnp.int32)
   return ops.choose_backend(config.attention, q, k, ops.Rows(offset=offset))
 

@@ -19,7 +19,7 @@ from sa_jax.config import ModelConfig
 from sa_jax.nn.axes import LECUN, with_axes
 from sa_jax.nn.cache import LayerCache
 from sa_jax.nn.norm import Norm
-from sa_jax.nn.split import on_each_device, split_for_attention
+from sa_jax.nn.split import Heads, constrain, on_each_device, split_for_attention
 from sa_jax.nn.state import AttentionWeights, Kind, QueryKey, State, make_state
 
 # The logical axes of new tokens' queries, their keys or values, their weights, and of the cache that they join.
@@ -111,12 +111,12 @@ class _Attention(nn.Module):
   def _for_attention(self, x: jax.Array, heads: str) -> jax.Array:
     """Queries, keys or values ``[B, T, heads, H]`` where attention needs them."""
     # First where their tokens are: otherwise XLA gathers what the projection reads, and projects whole rows everywhere.
-    x = nn.with_logical_constraint(x, ("batch", "length", heads, "head_dim"))
-    return split_for_attention(x, heads, self.config.num_kv_heads)
+    x = constrain(x, ("batch", "length", heads, "head_dim"))
+    return split_for_attention(x, heads, Heads(self.config.num_heads, self.config.num_kv_heads))
 
   def output(self, heads: jax.Array) -> jax.Array:
     """``[B, T, N, H]`` → ``[B, T, D]``."""
-    heads = nn.with_logical_constraint(heads, ("batch", "length", "heads", "head_dim"))
+    heads = constrain(heads, ("batch", "length", "heads", "head_dim"))
     return nn.with_logical_constraint(self.o_proj(heads), ("batch", "length", "embed"))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 from flax.core import meta
+from jax.sharding import PartitionSpec
 
 from sa_jax.trees import Tree
 
@@ -66,3 +68,20 @@ def bare(boxed: Tree) -> Tree:
   """
   is_box = lambda x: isinstance(x, nn.Partitioned)
   return jax.tree.map(lambda x: x.value if is_box(x) else x, boxed, is_leaf=is_box)
+
+
+def mesh_axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """The mesh axes of an entry of a rule or a `PartitionSpec`."""
+  return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def fitting(spec: PartitionSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+  """The spec without what does not divide: an axis of the array whose mesh axes do not is whole on every device.
+
+  Args:
+    spec: how to split the array.
+    shape: its shape.
+    sizes: of the mesh axes.
+  """
+  ways = lambda entry: math.prod(sizes[name] for name in mesh_axes_of(entry))
+  return PartitionSpec(*(entry if size % ways(entry) == 0 else None for entry, size in zip(spec, shape)))

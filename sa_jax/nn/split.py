@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,8 +14,27 @@ from jax.sharding import PartitionSpec
 
 from sa_jax import ops
 from sa_jax.errors import UserError
-from sa_jax.nn.axes import Axes
+from sa_jax.nn.axes import Axes, fitting, mesh_axes_of
 from sa_jax.trees import Tree
+
+
+class Heads(NamedTuple):
+  """How many heads attention has: of queries, and of keys and values."""
+
+  queries: int
+  keys: int
+
+
+def constrain(x: jax.Array, axes: Axes) -> jax.Array:
+  """The array split by the rules, but for axes that do not divide: those are whole on every device, as parameters' are.
+
+  Rows and tokens are split even so: XLA pads them.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or not nn.get_logical_axis_rules():
+    return x
+  shape = tuple(0 if name in ("batch", "length") else size for name, size in zip(axes, x.shape, strict=True))
+  return jax.lax.with_sharding_constraint(x, fitting(spec_of(axes), shape, mesh.shape))
 
 
 def on_each_device(
@@ -36,15 +55,16 @@ def on_each_device(
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1 or mesh.manual_axes or not nn.get_logical_axis_rules():
     return call
-  if length_axis(mesh) is not None or not heads_stay_with_their_keys():
+  of_heads = {"heads", "kv_heads"} <= {name for each in inputs for name in each}
+  if length_axis(mesh) is not None or (of_heads and mesh_axes("heads") != mesh_axes("kv_heads")):
     return call
   several = bool(outputs) and isinstance(outputs[0], tuple)
-  in_specs = tuple(_spec(each) for each in inputs)
-  out_specs = tuple(_spec(each) for each in outputs) if several else _spec(outputs)
+  in_specs = tuple(spec_of(each) for each in inputs)
+  out_specs = tuple(spec_of(each) for each in outputs) if several else spec_of(outputs)
 
   def split(*arrays: Tree) -> Tree:
     if not all(
-      _divides(mesh, spec, leaf.shape) for each, spec in zip(arrays, in_specs) for leaf in jax.tree.leaves(each)
+      divides(mesh, spec, leaf.shape) for each, spec in zip(arrays, in_specs) for leaf in jax.tree.leaves(each)
     ):
       return call(*arrays)
     return jax.shard_map(call, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
@@ -52,7 +72,7 @@ def on_each_device(
   return split
 
 
-def _spec(axes: Any) -> PartitionSpec:
+def spec_of(axes: Any) -> PartitionSpec:
   """How the rules split an array with these logical axes."""
   return nn.logical_to_mesh_axes(axes) or PartitionSpec()
 
@@ -64,7 +84,8 @@ def attend(
 
   Rows, heads and queries do not see each other, and what each needs is where `split_for_attention` has brought it, so
   this adds no communication. Inside a `jax.shard_map` of the caller's there is nothing left to split. Rows that do not
-  divide (one row over two devices) are not split: every device attends in all of them.
+  divide (one row over two devices) are not split: every device attends in all of them. Where there are key heads for
+  fewer devices than query heads, every device has all of them, and takes those of its queries.
   """
   ambient = jax.sharding.get_abstract_mesh()
   # Outside any context, arrays know what they are spread over, also under `jax.jit`.
@@ -72,34 +93,48 @@ def attend(
   if mesh.empty or mesh.size == 1 or mesh.manual_axes:
     return ops.attend(q, k, v, rows, spec, backend)
   ops.check_shapes(q, k, v, rows)
-  along = query_axis(mesh, k.shape[2])
+  heads = Heads(q.shape[2], k.shape[2])
+  along = query_axis(mesh, heads)
   part = rows if along is None else dataclasses.replace(rows, offset=jnp.int32(0))
   platform = mesh.abstract_device.platform if ambient.empty and mesh.abstract_device else None
   name = ops.choose_backend(backend, q, k, part, spec, platform)
   chosen = ops.backends[name]
-  if along is None and chosen.partitions:
-    return split_for_attention(chosen.attend(q, k, v, rows, spec), "heads", k.shape[2])
+  together = heads_stay_with_their_keys(mesh, heads)
+  if along is None and chosen.partitions and together:
+    return split_for_attention(chosen.attend(q, k, v, rows, spec), "heads", heads)
   if ambient.empty or not nn.get_logical_axis_rules():
     raise UserError(
       f"the attention backend {name!r} runs on a mesh only where the rules say how it is split: "
       "use `with sa_jax.sharding.on_mesh(mesh):`"
     )
-  if not heads_stay_with_their_keys():
+  over = mesh_axes("heads", heads.queries, mesh)
+  if not together and mesh_axes("kv_heads", heads.keys, mesh):
     raise UserError(
       f"the attention backend {name!r} runs of each device's heads by itself, which then need their keys: "
-      "let the rules split 'heads' and 'kv_heads' over the same axes of the mesh"
+      "let the rules split 'heads' and 'kv_heads' over the same axes of the mesh, or 'heads' alone"
     )
 
   def of_a_device(q: jax.Array, k: jax.Array, v: jax.Array, rows: ops.Rows) -> jax.Array:
     if along is not None:
       rows = dataclasses.replace(rows, offset=jax.lax.axis_index(along) * q.shape[1])
+    if not together:
+      first = jax.lax.axis_index(over) * q.shape[2]
+      k, v = (_of_queries(x, first, q.shape[2], heads) for x in (k, v))
     return chosen.attend(q, k, v, rows, spec)
 
-  queries, keys = (attention_axes(mesh, heads, k.shape[2]) for heads in ("heads", "kv_heads"))
-  if not _divides(mesh, PartitionSpec(queries[0]), q.shape):
+  queries, keys = (attention_axes(mesh, each, heads) for each in ("heads", "kv_heads"))
+  if not divides(mesh, PartitionSpec(queries[0]), q.shape):
     queries, keys = (PartitionSpec(None, *axes[1:]) for axes in (queries, keys))
   in_specs = (queries, keys, keys, _rows_axes(rows, queries))
   return jax.shard_map(of_a_device, in_specs=in_specs, out_specs=queries, check_vma=False)(q, k, v, rows)
+
+
+def _of_queries(x: jax.Array, first: jax.Array, count: int, heads: Heads) -> jax.Array:
+  """Keys or values ``[B, S, K, H]`` of so many query heads, from the first on: one head if it serves all of them."""
+  group = heads.queries // heads.keys
+  if group % count == 0:
+    return jax.lax.dynamic_slice_in_dim(x, first // group, 1, axis=2)
+  return jnp.take(x, (first + jnp.arange(count)) // group, axis=2)
 
 
 def _rows_axes(rows: ops.Rows, queries: PartitionSpec) -> ops.Rows:
@@ -116,27 +151,25 @@ def _rows_axes(rows: ops.Rows, queries: PartitionSpec) -> ops.Rows:
   return jax.tree_util.tree_map_with_path(spec, rows)
 
 
-def _divides(mesh: jax.sharding.AbstractMesh, spec: PartitionSpec, shape: tuple[int, ...]) -> bool:
+def divides(mesh: jax.sharding.AbstractMesh, spec: PartitionSpec, shape: tuple[int, ...]) -> bool:
   """Whether every device has an equal part of an array that is split so."""
-  names = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
-  parts = [math.prod(mesh.shape[name] for name in each) for each in names]
-  return all(size % count == 0 for size, count in zip(shape, parts))
+  return fitting(spec, shape, mesh.shape) == PartitionSpec(*spec[: len(shape)])
 
 
-def heads_stay_with_their_keys() -> bool:
-  """Whether the rules split query heads as they split key heads, so that a device has those that belong together."""
-  return nn.logical_to_mesh_axes(("heads",)) == nn.logical_to_mesh_axes(("kv_heads",))
+def heads_stay_with_their_keys(mesh: jax.sharding.AbstractMesh, heads: Heads) -> bool:
+  """Whether query heads are split as key heads are, so that a device has those that belong together."""
+  return mesh_axes("heads", heads.queries, mesh) == mesh_axes("kv_heads", heads.keys, mesh)
 
 
 def length_axis(mesh: jax.sharding.AbstractMesh) -> str | tuple[str, ...] | None:
   """The mesh axis over which the rules split the tokens of a row; None if there is none, or it is of size 1."""
-  names = _mesh_axes("length")
+  names = mesh_axes("length")
   if math.prod(mesh.shape[name] for name in names) == 1:
     return None
   return names[0] if len(names) == 1 else names
 
 
-def query_axis(mesh: jax.sharding.AbstractMesh, kv_heads: int) -> str | tuple[str, ...] | None:
+def query_axis(mesh: jax.sharding.AbstractMesh, heads: Heads) -> str | tuple[str, ...] | None:
   """The mesh axis over which a row's queries are split while attention is computed; None if rows are whole there.
 
   Where the rules split the tokens of a row, attention splits heads over those devices instead, if there are enough key
@@ -145,32 +178,36 @@ def query_axis(mesh: jax.sharding.AbstractMesh, kv_heads: int) -> str | tuple[st
   no sums over devices. Otherwise each device keeps its queries, and has all keys and values of its rows.
   """
   axis = length_axis(mesh)
-  devices = math.prod(mesh.shape[name] for name in (*_mesh_axes("kv_heads"), *_mesh_axes("length")))
-  return None if heads_stay_with_their_keys() and kv_heads % devices == 0 else axis
+  over = (*mesh_axes("kv_heads", heads.keys, mesh), *mesh_axes("length"))
+  enough = heads.keys % math.prod(mesh.shape[name] for name in over) == 0
+  return None if enough and heads_stay_with_their_keys(mesh, heads) else axis
 
 
-def attention_axes(mesh: jax.sharding.AbstractMesh, heads: str, kv_heads: int) -> PartitionSpec:
+def attention_axes(mesh: jax.sharding.AbstractMesh, name: str, heads: Heads) -> PartitionSpec:
   """How queries, keys or values ``[B, T, heads, H]`` are split while attention is computed.
 
   Args:
     mesh: the ambient one.
-    heads: the logical axis of their heads: ``heads`` of queries, ``kv_heads`` of keys and values.
-    kv_heads: how many key heads there are.
+    name: the logical axis of their heads: ``heads`` of queries, ``kv_heads`` of keys and values.
+    heads: how many there are.
   """
-  (batch,), tokens = _spec(("batch",)), query_axis(mesh, kv_heads)
-  exchanged = _mesh_axes("length") if tokens is None else ()
-  return PartitionSpec(batch, tokens if heads == "heads" else None, (*_mesh_axes(heads), *exchanged) or None, None)
+  (batch,), tokens = spec_of(("batch",)), query_axis(mesh, heads)
+  exchanged = mesh_axes("length") if tokens is None else ()
+  over = mesh_axes(name, heads.queries if name == "heads" else heads.keys, mesh)
+  return PartitionSpec(batch, tokens if name == "heads" else None, (*over, *exchanged) or None, None)
 
 
-def split_for_attention(x: jax.Array, heads: str, kv_heads: int) -> jax.Array:
+def split_for_attention(x: jax.Array, name: str, heads: Heads) -> jax.Array:
   """The array split as `attention_axes` tells. Outside a mesh and its rules, nothing changes."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.manual_axes or not nn.get_logical_axis_rules():
     return x
-  return jax.lax.with_sharding_constraint(x, attention_axes(mesh, heads, kv_heads))
+  return jax.lax.with_sharding_constraint(x, attention_axes(mesh, name, heads))
 
 
-def _mesh_axes(name: str) -> tuple[str, ...]:
-  """The mesh axes over which the rules split a logical axis."""
-  (axis,) = _spec((name,)) if nn.get_logical_axis_rules() else (None,)
-  return (axis,) if isinstance(axis, str) else tuple(axis or ())
+def mesh_axes(name: str, size: int | None = None, mesh: jax.sharding.AbstractMesh | None = None) -> tuple[str, ...]:
+  """The mesh axes over which the rules split a logical axis; none where they do not divide its size."""
+  spec = spec_of((name,)) if nn.get_logical_axis_rules() else PartitionSpec(None)
+  if size is not None and mesh is not None:
+    spec = fitting(spec, (size,), mesh.shape)
+  return mesh_axes_of(spec[0])

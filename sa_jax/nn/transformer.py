@@ -23,6 +23,7 @@ from sa_jax.nn.block import Blocks
 from sa_jax.nn.cache import Cache
 from sa_jax.nn.layers import Layers, Runs
 from sa_jax.nn.norm import Norm
+from sa_jax.nn.split import constrain
 from sa_jax.nn.state import State
 from sa_jax.ops.attention.rows import described, is_array
 from sa_jax.params import unstack
@@ -44,7 +45,7 @@ class Embed(nn.Module):
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """int32 ``[B, T]`` → ``[B, T, D]``; a token outside the vocabulary gives NaN, never another token's vector."""
     # Gathered over FSDP first, as all weights are: rows of a table whose columns are split would have to move instead.
-    table = nn.with_logical_constraint(jnp.asarray(self.embedding), ("vocab", None))
+    table = constrain(jnp.asarray(self.embedding), ("vocab", None))
     x = table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     x = x.astype(self.config.dtype)
     if self.config.embedding_scale != 1:
@@ -98,6 +99,7 @@ class Frame(nn.Module):
     logits = logits * self.config.logits_scale
     if (cap := self.config.logits_softcap) is not None:
       logits = cap * jnp.tanh(logits / cap)
+    # A vocabulary that the devices do not divide is split all the same: XLA pads it.
     return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
 
   def read(self, x: jax.Array) -> jax.Array:

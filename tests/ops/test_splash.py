@@ -117,11 +117,22 @@ def test_a_sharded_model_runs_splash_on_each_shard(interpreted, third):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), got, want)
 
 
-def test_heads_apart_from_their_keys_are_refused(interpreted):
-  """Each device would pair its query heads with the first key heads instead of theirs."""
+def rules_with(kv_heads):
+  return (("kv_heads", kv_heads), *(rule for rule in DEFAULT_RULES if rule[0] != "kv_heads"))
+
+
+def test_each_device_takes_the_keys_of_its_queries(interpreted):
+  """Where all have all keys, it does not pair its query heads with the first of them."""
   q, k, v, _ = arrays(128, 8, 2, 8)
-  rules = (("kv_heads", None), *(rule for rule in DEFAULT_RULES if rule[0] != "kv_heads"))
-  with on_mesh(make_mesh(data=2, tensor=4), rules), pytest.raises(ValueError, match="'heads' and 'kv_heads'"):
+  with on_mesh(make_mesh(data=2, tensor=4), rules_with(None)):
+    found = jax.jit(QueryKey(q, k, backend="splash").attend)(v)
+  np.testing.assert_allclose(found, QueryKey(q, k, backend="reference").attend(v), rtol=1e-5, atol=2e-5)
+
+
+def test_heads_apart_from_their_keys_are_refused(interpreted):
+  q, k, v, _ = arrays(128, 8, 2, 8)
+  mesh = make_mesh(data=2, tensor=4)
+  with on_mesh(mesh, rules_with("data")), pytest.raises(ValueError, match="'heads' and 'kv_heads' .* or 'heads' alone"):
     jax.eval_shape(QueryKey(q, k, backend="splash").attend, v)
 
 
