@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from sa_jax.cli.common import console, exact_float32, write_json
+from sa_jax.cli.common import console, exact_float32, tell, write_json
 from sa_jax.cli.opening import Opening
 from sa_jax.cli.texts import RowLength
 from sa_jax.config import FloatDtype
@@ -67,9 +67,7 @@ class Align:
       heads = result.plan.head_map_of(layer) or "as they are"
       console.print(f"layer {layer} with the heads of {plan.source[layer]}: {heads}")
     console.print(f"{len(tokens)} {self.cutting.describe(tokenizer)}")
-    console.print(
-      f"calibration perplexity {math.exp(result.identity_loss):.3f} → [bold]{math.exp(result.loss):.3f}[/bold]"
-    )
+    tell("calibration perplexity", f"{math.exp(result.identity_loss):.3f} → {math.exp(result.loss):.3f}")
     if self.out is not None:
       self.opening.save(self.out, self.model, *shared_model(model.config, params, result.plan), self.dtype)
     write_json(

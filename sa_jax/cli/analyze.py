@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 import tyro
 
-from sa_jax.cli.common import console, exact_float32, is_first, show_table, write_json
+from sa_jax.cli.common import exact_float32, is_first, show_table, tell, write_json
 from sa_jax.cli.opening import Opening
 from sa_jax.cli.progress import progress
 from sa_jax.cli.texts import RowLength
@@ -79,7 +79,7 @@ class Analyze:
       file = self.out / f"{field}.png"
       if is_first():
         plots.similarity_map(getattr(mean, field), file, title=title, scale=scale)
-      console.print(f"{scale.label}: [bold]{file}[/bold]")
+      tell(scale.label, file)
     values: dict[str, Any] = {
       each: {"per_head": _lists(result), "mean": _lists(result.mean())} for each, result in found.items()
     }
@@ -91,7 +91,7 @@ class Analyze:
           {f"{each}\n{rows_read}": result.mean().cosine for each, result in found.items()},
           self.out / "drift.gif",
         )
-      console.print(f"over checkpoints: [bold]{self.out / 'drift.gif'}[/bold]")
+      tell("over checkpoints", self.out / "drift.gif")
       values["drift"] = dict(zip(found, distances.tolist(), strict=True))
     write_json(self.json, values)
 

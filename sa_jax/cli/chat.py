@@ -39,19 +39,19 @@ class Chat:
     begin = [] if self.system is None else [{"role": "system", "content": self.system}]
     tokenizer.chat([*begin, {"role": "user", "content": "Hello"}], **options)  # what is wrong is said at once
     model, params = self.opening.ready(self.model)
-    console.print(f"[dim]{self.model.stem}, plan {model.plan}; /new begins again, /exit ends[/dim]")
+    console.print(f"{self.model.stem}, plan {model.plan}; /new begins again, /exit ends", style="dim")
     messages = list(begin)
     while (line := _asked()) is not None:
       if line == "/new":
         messages = list(begin)
-        console.print("[dim]a new conversation[/dim]")
+        console.print("a new conversation", style="dim")
         continue
       asked = [*messages, {"role": "user", "content": line}]
       try:
         prompt = tokenizer.encode(tokenizer.chat(asked, **options), special=False)
         answer = say_tokens(tokenizer, _until_stopped(self.sampling.stream(model, params, prompt)))
       except UserError as error:  # too long, or refused by the template: the conversation is as it was
-        console.print(f"{error}; /new begins again", style="red", markup=False)
+        console.print(f"{error}; /new begins again", style="red")
         continue
       messages = [*asked, {"role": "assistant", "content": tokenizer.decode(answer).strip()}]
 

@@ -12,11 +12,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sa_jax import display
 from sa_jax.files import write_text
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False, emoji=False)  # names of files are printed as they are
 if not console.is_terminal and "COLUMNS" not in os.environ:
   console.width = 160  # a file or a pipe has no width, and rich would fold tables to 80 columns
 
@@ -40,9 +41,14 @@ def say(text: str, end: str = "\n") -> None:
     print(text, end=end, flush=True)
 
 
+def tell(about: str, found: object) -> None:
+  """Prints what was found or where something was written."""
+  console.print(Text.assemble(f"{about}: ", (str(found), "bold")), soft_wrap=True)
+
+
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
   """Prints a table: the first column names the row, the others are numbers."""
-  console.print(title, style="bold", markup=False, emoji=False)  # not the table's own, which is folded to its width
+  console.print(title, style="bold")  # not the table's own, which is folded to its width
   table = Table()
   for index, column in enumerate(columns):
     table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)

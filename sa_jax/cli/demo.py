@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 from rich.markup import escape
 
-from sa_jax.cli.common import change, console, show_table, write_json
+from sa_jax.cli.common import change, console, show_table, tell, write_json
 from sa_jax.cli.cost import rows_of_cost
 from sa_jax.cli.progress import progress
 from sa_jax.cli.texts import RowLength
@@ -63,7 +63,8 @@ class Demo:
       "dense": (model, dense),
       str(plan): (sa_jax.Transformer(config, plan), sa_jax.prune(dense, plan)),
     }
-    console.print(f"\n[bold]{path.stem}[/bold], {config.num_layers} layers, under the plan [bold]{plan}[/bold]\n")
+    about = f"\n[bold]{escape(path.stem)}[/bold], {config.num_layers} layers, under the plan [bold]{plan}[/bold]\n"
+    console.print(about, markup=True)
     console.print(picture(plan) + "\n")
 
     rows = RowLength(128).cut(tokenizer, _TEXT.read_text(encoding="utf-8"), None)
@@ -93,17 +94,17 @@ class Demo:
       old, new = (result[key] for result in results.values())
       table.append([label, show(old), show(new), change(new, old)])
     show_table(f"{length} tokens, {config.dtype}", ["", *models, "change"], table)
-    console.print(f"\n[bold]{escape(self.question)}[/bold]", emoji=False)
+    console.print(f"\n[bold]{escape(self.question)}[/bold]", markup=True)
     width = max(map(len, results))
     for name, result in results.items():
-      console.print(f"  [cyan]{name:<{width}}[/cyan]  {escape(result['answer'])}", emoji=False)
+      console.print(f"  [cyan]{name:<{width}}[/cyan]  {escape(result['answer'])}", markup=True)
 
     with progress("comparing layers"):
       similarity = layer_similarity(model, dense, jnp.asarray(rows[:1, :128]))
     file = self.out / "similarity.png"
     title = f"{path.stem}: layers attend alike\n{_TEXT.name}, its first 128 tokens; plan {plan}"
     plots.similarity_map(similarity.mean().cosine, file, title=title, plan=plan)
-    console.print(f"\nWhich layers attend alike: [bold]{file}[/bold] (the plan's groups are outlined)")
+    tell("\nWhich layers attend alike (the plan's groups are outlined)", file)
     write_json(self.json, {"plan": str(plan), "costs": dict(zip(models, costs, strict=True)), "results": results})
 
   def _time(self, models: Mapping[str, tuple[Any, Any]], tokens: Any, report: Any, rounds: int = 5) -> dict[str, float]:

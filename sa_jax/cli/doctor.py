@@ -29,6 +29,7 @@ class Doctor:
 
     start(self.hosts)
     import jax
+    from rich.text import Text
 
     from sa_jax.cli.common import console
     from sa_jax.doctor import examine
@@ -36,6 +37,6 @@ class Doctor:
     found = examine(self.mesh, self.paths)
     if jax.process_index() == 0:
       for each in found:
-        console.print(f"[bold]{each.about}[/bold]: {each.found}", soft_wrap=True)
+        console.print(Text.assemble((each.about, "bold"), f": {each.found}"), soft_wrap=True)
     if faults := [f"{each.about}: {each.found}" for each in found if each.is_fault]:
       raise UserError.of(f"process {jax.process_index()}", faults)

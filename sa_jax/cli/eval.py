@@ -86,7 +86,7 @@ class Eval:
     columns, rows = _table(found, changed)
     show_table(title, columns, rows)
     if any(not each.paired for of in changed.values() for each in of.values()):
-      console.print("* not paired: the number is no mean over documents, or they are not the same", markup=False)
+      console.print("* not paired: the number is no mean over documents, or they are not the same")
     if self.markdown is not None:
       write_text(self.markdown, markdown(title, columns, rows))
     told = {name: self._told(results) for name, results in found.items()}

@@ -34,4 +34,4 @@ class Export:
     if family in ("baichuan", "internlm2"):
       remedy += ", once the original folder's code and auto_map are in it"
     size = sum(file.stat().st_size for file in self.dst.rglob("*") if file.is_file())
-    console.print(f"{self.dst}: {size / 1e6:.1f} MB, opened by {remedy}", markup=False)
+    console.print(f"{self.dst}: {size / 1e6:.1f} MB, opened by {remedy}")

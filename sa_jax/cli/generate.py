@@ -65,7 +65,7 @@ class Generate:
       tokens = self._say_all(model, params, tokenizer, asked, encoded)
     seconds = time.perf_counter() - start
     count = sum(map(len, tokens))
-    console.print(f"[dim]{count} tokens in {seconds:.1f} s, compilation included; plan {model.plan}[/dim]")
+    console.print(f"{count} tokens in {seconds:.1f} s, compilation included; plan {model.plan}", style="dim")
     results = [
       {"prompt": prompt, "text": tokenizer.decode(row), "tokens": row}
       for prompt, row in zip(asked, tokens, strict=True)
@@ -83,7 +83,7 @@ class Generate:
     out = generate(model, params, *right_pad(encoded), how.max_new_tokens, seed=how.seed, sampler=how.sampler())
     tokens: list[list[int]] = [row[:length].tolist() for row, length in zip(out.tokens, out.lengths, strict=True)]
     for prompt, row in zip(asked, tokens, strict=True):
-      console.print(prompt, style="bold", markup=False, emoji=False)
+      console.print(prompt, style="bold")
       say(tokenizer.decode(row))
     return tokens
 

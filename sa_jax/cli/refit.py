@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import tyro
 
 from sa_jax.analysis.refit import Refit
-from sa_jax.cli.common import console, exact_float32, show_table, write_json
+from sa_jax.cli.common import exact_float32, show_table, tell, write_json
 from sa_jax.cli.opening import Opening
 from sa_jax.cli.texts import RowLength
 from sa_jax.config import FloatDtype
@@ -68,5 +68,5 @@ class RefitModel:
       [[str(each.layer), each.part, f"{each.before:.4f}", f"{each.after:.4f}"] for each in made.reports],
     )
     self.opening.save(self.out, self.model, made.model, made.params, self.dtype)
-    console.print(f"saved: [bold]{self.out}[/bold]")
+    tell("saved", self.out)
     write_json(self.json, [each._asdict() for each in made.reports])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from sa_jax.cli.common import console, exact_float32, is_first, show_table, write_json
+from sa_jax.cli.common import console, exact_float32, is_first, show_table, tell, write_json
 from sa_jax.cli.searching import Searching
 from sa_jax.files import check_writable, make_folder
 
@@ -72,7 +72,7 @@ class SearchPlan(Searching):
         for each in front
       ],
     )
-    console.print(f"\n[bold]{found.plan}[/bold]")
+    console.print(f"\n{found.plan}", style="bold")
     write_json(
       self.json,
       {
@@ -98,4 +98,4 @@ class SearchPlan(Searching):
         title=title,
         labels={name: [label(each.plan) for each in front]},
       )
-    console.print(f"\nThe front: [bold]{file}[/bold]")
+    tell("\nThe front", file)

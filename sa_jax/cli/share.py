@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from sa_jax.cli.common import change, console, exact_float32, is_first, show_table, write_json
+from sa_jax.cli.common import change, console, exact_float32, is_first, show_table, tell, write_json
 from sa_jax.cli.cost import rows_of_cost
 from sa_jax.cli.searching import Searching
 from sa_jax.config import FloatDtype
@@ -72,7 +72,8 @@ class Share(Searching):
     seconds = time.perf_counter() - begun
     if is_first():
       write_text(self.out / "README.md", card(self.model.name, made, texts, self.settings, seconds))
-    console.print(f"\n[bold]{plan}[/bold]\n\nsaved in {seconds:.0f} s: [bold]{self.out}[/bold]")
+    console.print(f"\n{plan}\n", style="bold")
+    tell(f"saved in {seconds:.0f} s", self.out)
     write_json(
       self.json,
       {

@@ -25,7 +25,7 @@ class Train:
 
   def run(self) -> None:
     """Trains; ends with code 143, as a process that SIGTERM ends, if a signal ended it with steps to go."""
-    from sa_jax.cli.common import console
+    from sa_jax.cli.common import console, tell
     from sa_jax.distributed import start
 
     start(self.hosts)
@@ -35,7 +35,7 @@ class Train:
     if outcome.interrupted:
       console.print(f"stopped after step {outcome.step}, which is saved; the same command goes on from there")
       sys.exit(143)
-    console.print(f"saved: [bold]{outcome.model}[/bold]")
+    tell("saved", outcome.model)
 
 
 def with_file(arguments: Sequence[str]) -> tuple[Callable[..., Train], Sequence[str]]:

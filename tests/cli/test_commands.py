@@ -265,3 +265,9 @@ def test_quantities(value, unit, text):
 
 def test_changes():
   assert (change(90, 100), change(1, 1), change(107.8, 100)) == ("-10.0 %", "=", "+7.8 %")
+
+
+def test_names_are_printed_as_they_are(tmp_path, capsys):
+  """Not as markup or emoji, which they may look like."""
+  assert main(["doctor", str(tmp_path / "[bold] :smile:")]) == 0
+  assert f"storage {tmp_path}/[bold] :smile:: can be written" in capsys.readouterr().out
