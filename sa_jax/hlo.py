@@ -13,6 +13,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
 _OPERATION = re.compile(r"%([\w.\-]+) = (.*?) (" + "|".join(KINDS) + r")(-start)?\(")
+_BETWEEN_SLICES = re.compile(r"%([\w.\-]+) = (.*?) send\(.*_xla_megascale_transfer_type=\"(\w+)\"")
 _CALLS = re.compile(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)")
 _MANY_CALLS = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _WHILE = re.compile(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)")
@@ -26,7 +27,8 @@ class Collective:
   """The collectives of one kind in one execution of a program.
 
   Attributes:
-    kind: as HLO names it.
+    kind: as HLO names it. Where the TPU compiler has handed one over to the network between slices, such as
+      ``all-reduce between slices``.
     count: how many a device takes part in, those in loops counted once an iteration.
     bytes: their arrays on one device: what is gathered, reduced or sent; of a reduce-scatter what is left after it,
       or, where the TPU compiler made it of an all-reduce, what was there before.
@@ -40,8 +42,9 @@ class Collective:
 def collectives(text: str, slice_size: int | None = None) -> tuple[Collective, ...]:
   """The collectives of a compiled program, by kind.
 
-  Two disguises of the TPU compiler are seen through: a reduce-scatter is an all-reduce inside a fusion of that name,
-  and an asynchronous collective is spread over several fusions, whose parts share a channel.
+  Three disguises of the TPU compiler are seen through: a reduce-scatter is an all-reduce inside a fusion of that name,
+  an asynchronous collective is spread over several fusions, whose parts share a channel, and what joins devices of
+  several slices is sent to the host and comes back from there.
 
   Args:
     text: HLO after optimisation, ``compiled.as_text()``.
@@ -63,7 +66,12 @@ def collectives(text: str, slice_size: int | None = None) -> tuple[Collective, .
   found: dict[tuple[str, str], tuple[str, int, int]] = {}
   for name, lines in computations.items():
     for line in lines:
-      if (match := _OPERATION.search(line)) and (slice_size is None or _crosses(line, slice_size)):
+      if match := _BETWEEN_SLICES.search(line):
+        instruction, shape, transfer = match.groups()
+        sent = _ARRAY.search(shape)  # beside a context word and a token
+        kind = f"{transfer.lower().replace('_', '-')} between slices"
+        found[name, instruction] = (kind, times(name), _bytes(sent[0] if sent else "", is_start=False))
+      elif (match := _OPERATION.search(line)) and (slice_size is None or _crosses(line, slice_size)):
         instruction, shape, kind, start = match.groups()
         channel = _CHANNEL.search(line)
         if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
@@ -76,7 +84,7 @@ def collectives(text: str, slice_size: int | None = None) -> tuple[Collective, .
       sum(count for other, count, _ in found.values() if other == kind),
       sum(count * size for other, count, size in found.values() if other == kind),
     )
-    for kind in KINDS
+    for kind in dict.fromkeys((*KINDS, *sorted(kind for kind, _, _ in found.values())))
     if any(other == kind for other, _, _ in found.values())
   )
 

@@ -68,6 +68,9 @@ ENTRY %main (p: bf16[512,256]) -> bf16[256,256] {
   %while.1 = (s32[], bf16[64,8]) while(%tuple), condition=%condition, body=%body
   %collective-permute-start = (f32[16], f32[16], u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%q), channel_id=9
   %collective-permute-done = f32[16] collective-permute-done(%collective-permute-start)
+  %send = (f32[30,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%g, %t), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true
   ROOT %fusion.2 = bf16[256,256]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """
@@ -78,4 +81,5 @@ def test_disguised_collectives_of_the_tpu_compiler():
     Collective("all-gather", 24, 24 * 128 * 8 * 2),
     Collective("reduce-scatter", 1, 512 * 256 * 2),
     Collective("collective-permute", 1, 16 * 4),
+    Collective("all-reduce between slices", 1, 30 * 8 * 128 * 4),
   )

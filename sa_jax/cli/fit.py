@@ -16,7 +16,7 @@ from sa_jax.config import FloatDtype
 from sa_jax.display import quantity
 from sa_jax.files import check_writable
 from sa_jax.fit import Fit, Job, Kind, fit, mesh_on
-from sa_jax.hlo import KINDS, Collective
+from sa_jax.hlo import Collective
 from sa_jax.mesh import MeshSizes
 from sa_jax.plan import as_plan
 
@@ -40,11 +40,10 @@ def rows_of_fit(fits: list[Fit]) -> list[list[str]]:
     row("parameters, state, batch", [f.argument_bytes for f in fits], "B"),
     row("memory of the device", [f.hbm_bytes for f in fits], "B"),
   ]
-  for kind in KINDS:
-    if any(kind in _by_kind(f) for f in fits):
-      found = [_by_kind(f).get(kind, Collective(kind, 0, 0)) for f in fits]
-      rows.append(row(f"{kind}, times", [c.count for c in found], ""))
-      rows.append(row(f"{kind}, bytes a device", [c.bytes for c in found], "B"))
+  for kind in dict.fromkeys(each.kind for f in fits for each in f.collectives):
+    found = [_by_kind(f).get(kind, Collective(kind, 0, 0)) for f in fits]
+    rows.append(row(f"{kind}, times", [c.count for c in found], ""))
+    rows.append(row(f"{kind}, bytes a device", [c.bytes for c in found], "B"))
   rows += [
     row("analytic: matrix products at peak rate", [f.compute_seconds for f in fits], "s"),
     row("analytic: memory traffic at peak rate", [f.memory_seconds for f in fits], "s"),
