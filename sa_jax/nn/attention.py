@@ -117,7 +117,7 @@ class _Attention(nn.Module):
   def output(self, heads: jax.Array) -> jax.Array:
     """``[B, T, N, H]`` → ``[B, T, D]``."""
     heads = constrain(heads, ("batch", "length", "heads", "head_dim"))
-    return nn.with_logical_constraint(self.o_proj(heads), ("batch", "length", "embed"))
+    return constrain(self.o_proj(heads), ("batch", "length", "embed"))
 
 
 class AnchorAttention(_Attention):

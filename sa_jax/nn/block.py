@@ -16,7 +16,7 @@ from sa_jax.config import Activation, MlpKind, ModelConfig
 from sa_jax.nn.attention import AnchorAttention, FollowerAttention, MixedAttention, projection
 from sa_jax.nn.cache import LayerCache
 from sa_jax.nn.norm import norm_if
-from sa_jax.nn.split import on_each_device
+from sa_jax.nn.split import constrain, on_each_device
 from sa_jax.nn.state import AttentionWeights, Kind, QueryKey, State
 
 BLOCK_OUTPUTS = "block_outputs"
@@ -50,7 +50,7 @@ class Mlp(nn.Module):
   def hidden(self, x: jax.Array) -> jax.Array:
     """What the last projection reads: ``[B, T, D]`` → ``[B, T, F]``."""
     hidden = _ACTIVATIONS[self.config.activation](self.gate_proj(x)) * self.up_proj(x)
-    return nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
+    return constrain(hidden, ("batch", "length", "mlp"))
 
   def step(self, x: jax.Array) -> jax.Array:
     """`__call__` against a cache: where there is one token a row, ``[B, 1, D]``, reading the weights is the cost."""
@@ -80,7 +80,7 @@ class PlainMlp(Mlp):
   def hidden(self, x: jax.Array) -> jax.Array:
     """What the last projection reads: ``[B, T, D]`` → ``[B, T, F]``."""
     hidden = _ACTIVATIONS[self.config.activation](self.up_proj(x))
-    return nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
+    return constrain(hidden, ("batch", "length", "mlp"))
 
   def step(self, x: jax.Array) -> jax.Array:
     """`__call__`: no kernel computes it."""
@@ -143,7 +143,7 @@ class Block(nn.Module):
     """The block's output ``[B, T, D]``; ``cached`` as in `rest`."""
     y = (self.mlp.step if cached else self.mlp)(self.mlp_norm(middle.read))
     x = middle.x + _scaled(self.mlp_post_norm(y), self.config.residual_scale)
-    x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+    x = constrain(x, ("batch", "length", "embed"))
     # Kept by those who apply the model with this collection mutable.
     if not self.is_initializing():
       self.sow(BLOCK_OUTPUTS, "x", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)

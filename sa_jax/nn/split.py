@@ -28,12 +28,13 @@ class Heads(NamedTuple):
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
   """The array split by the rules, but for axes that do not divide: those are whole on every device, as parameters' are.
 
-  Rows and tokens are split even so: XLA pads them.
+  Rows and tokens are split even so, since XLA pads them, but not a single one.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not nn.get_logical_axis_rules():
     return x
-  shape = tuple(0 if name in ("batch", "length") else size for name, size in zip(axes, x.shape, strict=True))
+  padded = lambda name, size: name in ("batch", "length") and size > 1
+  shape = tuple(0 if padded(*axis) else axis[1] for axis in zip(axes, x.shape, strict=True))
   return jax.lax.with_sharding_constraint(x, fitting(spec_of(axes), shape, mesh.shape))
 
 

@@ -50,7 +50,7 @@ class Embed(nn.Module):
     x = x.astype(self.config.dtype)
     if self.config.embedding_scale != 1:
       x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
-    return nn.with_logical_constraint(x, ("batch", "length", "embed"))
+    return constrain(x, ("batch", "length", "embed"))
 
   def logits(self, x: jax.Array) -> jax.Array:
     """``[B, T, D]`` → float32 ``[B, T, V]``."""
