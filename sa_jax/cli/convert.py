@@ -66,7 +66,7 @@ def _kinds(tensors: dict[str, str]) -> list[tuple[str, str, str]]:
   """Tensors of one name but for their layer, and of one value: the name, how many and of which layers, the value."""
   layers: dict[tuple[str, str], list[int]] = {}
   for name, value in tensors.items():
-    number = re.search(r"(?<=\.)\d+(?=\.)", name)
+    number = re.search(r"(?<=[./])\d+(?=[./])", name)
     kind = name if number is None else f"{name[: number.start()]}*{name[number.end() :]}"
     # A reason names a layer too, which is told beside it.
     value = re.sub(r"^layer \d+ follows layer \d+$", "of followers", value)

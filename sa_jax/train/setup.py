@@ -146,6 +146,6 @@ def echo(config: TrainConfig, run: Setup) -> dict[str, str]:
     "parameters": f"{whole / 1e6:,.2f} M; {trained / 1e6:,.2f} M are trained ({config.method}), {config.mode}",
     "plan": f"{run.model.plan}: {len(run.model.plan.followers)} of {run.model.config.num_layers} layers follow",
     "a step": f"{config.batch_size} rows of {config.data.length} tokens, {tokens:,} tokens",
-    "steps": f"{config.steps:,}{epochs}, {config.steps * tokens / 1e6:,.1f} M tokens",
+    "steps": f"{config.steps:,}{epochs}, {config.steps * tokens:,} tokens",
     "saved in": str(config.out),
   }

@@ -190,6 +190,16 @@ def test_inspect_tells_kinds_of_tensors_what_is_dropped_first(folder, capsys, mo
   assert len(rows) == 2 + 9 + 3
 
 
+def test_inspect_tells_kinds_of_our_own_checkpoints_too(folder, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(console, "_width", 200)
+  assert main(["convert", str(folder), str(tmp_path / "ours")]) == 0
+  capsys.readouterr()
+  assert main(["convert", str(tmp_path / "ours"), "--inspect", "--plan", PLAN]) == 0
+  rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+  assert ["layers/*/attention/q_proj/kernel", "4: layers 2-3, 5-6", "", "dropped: of followers"] in rows
+  assert ["layers/*/attention/v_proj/kernel", "8: layers 0-7"] in [row[:2] for row in rows]
+
+
 @pytest.mark.parametrize(
   ("arguments", "says"),
   [

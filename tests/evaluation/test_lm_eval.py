@@ -210,8 +210,9 @@ def test_command_without_torch(folder, model, params, log_probs):
     f"code = main({arguments!r})\n"
     "print('torch' in sys.modules, 'transformers' in sys.modules, len(compiled) - len(set(compiled))); sys.exit(code)"
   )
-  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=folder)
   assert done.returncode == 0, done.stderr
+  assert "git" not in done.stderr  # the folder is no repository
   assert done.stdout.splitlines()[-1] == "False False 0"
   results = json.loads((folder / "results.json").read_text())
   (written,) = (folder / "out").rglob("results_*.json")
