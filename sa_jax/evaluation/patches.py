@@ -12,8 +12,8 @@ def quick() -> Iterator[None]:
   """Inside, lm-eval compiles a task's template once, asks neither torch nor git for its version, and draws no bars.
 
   It compiles the template anew for each document, which is most of what it does beside the model. Importing torch and
-  transformers takes seconds and hundreds of megabytes, and tells nothing of a model that does not use them. Git would be
-  asked about the folder that the command happens to run in, and complains where that is no repository.
+  transformers takes seconds and hundreds of megabytes, and tells nothing of a model that does not use them. Git would
+  be asked about the folder that the command happens to run in, and complains where that is no repository.
   """
   import lm_eval.api.task as tasks
   import lm_eval.evaluator as evaluator
