@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol, get_args
 from sa_jax import ops
 from sa_jax.errors import UserError, near
 from sa_jax.fields import Natural, Positive, Such, misfits
-from sa_jax.ops import AttentionSpec, RopeConfig
+from sa_jax.ops import AttentionSpec, Experts, RopeConfig
 
 AttentionState = Literal["query_key", "attention_weights"]
 AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn", "flash", "splash"]
@@ -48,7 +48,7 @@ class Architecture:
     num_heads: ``N``, query heads.
     num_kv_heads: ``K``, key/value heads; query head ``n`` uses key/value head ``n // (N / K)``.
     head_dim: ``H``.
-    mlp_dim: ``F``.
+    mlp_dim: ``F``; of a mixture of experts, of each expert.
     max_length: the context length the model was trained for, in tokens.
     norm: ``rms``, or ``layer``, which also subtracts the mean.
     norm_eps: added to the mean square, or to the variance.
@@ -69,6 +69,7 @@ class Architecture:
     parallel: whether the MLP reads what attention reads, and not the sum of that and its output (GPT-NeoX, Cohere).
     shared_norm: whether they then read it through one norm (Cohere, Phi-2).
     mlp: ``gated``: ``down(f(gate(x)) * up(x))``; ``plain``: ``down(f(up(x)))``.
+    experts: the experts that every layer has in the place of its MLP; None for one MLP.
     activation: the MLP's ``f``; of the two GELUs, ``gelu_tanh`` is by its tanh formula.
     embedding_scale: what embeddings are multiplied by.
     residual_scale: what the outputs of attention and MLP are multiplied by before they are added (Granite, MiniCPM).
@@ -111,6 +112,7 @@ class Architecture:
   parallel: bool = False
   shared_norm: bool = False
   mlp: MlpKind = "gated"
+  experts: Experts | None = None
   activation: Activation = "silu"
   embedding_scale: Positive = 1.0
   residual_scale: Positive = 1.0
@@ -149,6 +151,10 @@ class Architecture:
       wrong.append("shared_norm=True (only parallel blocks with pre_norms read through one norm)")
     if not (self.pre_norms or self.post_norms):
       wrong.append("pre_norms=False (without post_norms nothing would be normalised)")
+    if self.experts is not None:
+      wrong += self.experts.faults()
+      if self.mlp != "gated" or self.mlp_bias:
+        wrong.append(f"mlp={self.mlp!r}, mlp_bias={self.mlp_bias} (experts are gated, and have no biases)")
     return wrong
 
   @property
@@ -288,6 +294,11 @@ PRESETS: dict[str, ModelConfig] = {
     vocab_size=128_256, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, mlp_dim=14_336,
     max_length=8192, rope=RopeConfig(theta=500_000.0), bos_token_id=128_000, eos_token_ids=(128_001,),
     dtype="bfloat16", param_dtype="bfloat16",
+  ),
+  "mixtral-8x7b": ModelConfig(
+    vocab_size=32_000, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, mlp_dim=14_336,
+    experts=Experts(count=8, chosen=2), family="mixtral", max_length=32_768, rope=RopeConfig(theta=1e6),
+    bos_token_id=1, eos_token_ids=(2,), dtype="bfloat16", param_dtype="bfloat16",
   ),
   "smollm2-135m": ModelConfig(
     vocab_size=49_152, embed_dim=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, mlp_dim=1536,

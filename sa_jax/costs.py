@@ -13,6 +13,7 @@ from sa_jax.plan import PlanLike, as_plan
 
 LABELS = {
   "params": ("parameters", ""),
+  "active_params": ("active parameters", ""),
   "param_bytes": ("parameter bytes", "B"),
   "flops": ("FLOPs of a forward pass", ""),
   "decode_flops": ("FLOPs of a decode step", ""),
@@ -32,17 +33,20 @@ class Cost:
 
   Attributes:
     params: parameters, a tied head counted once.
+    active_params: those that one token goes through: of a mixture of experts, without the experts that it does not
+      choose.
     param_bytes: their bytes in the config's ``param_dtype``.
     flops: one forward pass over ``batch`` sequences of ``seq_len`` tokens, logits at every position, by the literal
       algorithm: with the attention state ``query_key`` a follower's fused attention computes the scores once more.
     decode_flops: one decode step of ``batch`` rows whose cache holds ``seq_len`` tokens, the new one included.
     kv_cache_bytes: cache of ``batch`` rows of ``seq_len`` slots, as the config stores it.
     kv_bytes_per_token: cache bytes that one token of one row takes.
-    decode_bytes: what a decode step must read: the parameters (of a separate embedding just the rows it looks up), and
-      the cache.
+    decode_bytes: what a decode step must read: the parameters (of a separate embedding just the rows it looks up; of
+      experts those that the rows choose together, on average if they choose at random), and the cache.
   """
 
   params: int
+  active_params: int
   param_bytes: int
   flops: int
   decode_flops: int
@@ -52,7 +56,12 @@ class Cost:
 
   def _repr_html_(self) -> str:
     """A table, for notebooks."""
-    return table([(label, quantity(getattr(self, name), unit)) for name, (label, unit) in LABELS.items()])
+    return table([(label, quantity(getattr(self, name), unit)) for name, (label, unit) in self.labels.items()])
+
+  @property
+  def labels(self) -> dict[str, tuple[str, str]]:
+    """`LABELS`, without those that say nothing: where all parameters are active, no line says so."""
+    return {name: each for name, each in LABELS.items() if name != "active_params" or self.active_params < self.params}
 
 
 def cost(config: ModelConfig, plan: PlanLike, batch: int = 1, seq_len: int = 1) -> Cost:
@@ -75,12 +84,13 @@ def cost(config: ModelConfig, plan: PlanLike, batch: int = 1, seq_len: int = 1) 
 
   query_key = embed * (heads + kv_heads) * head_dim
   value_output = embed * (kv_heads + heads) * head_dim
-  mlp = (3 if config.mlp == "gated" else 2) * embed * config.mlp_dim
-  matrices = anchors * query_key + layers * (value_output + mlp)
+  matrices = anchors * query_key + layers * (value_output + _outside_experts(config))
+  experts, of_expert = config.experts, 3 * layers * embed * config.mlp_dim
+  stored, active, read = (0, 0, 0) if experts is None else (experts.count, experts.chosen, experts.expected(batch))
   outside = _norm(config) + (config.vocab_size if config.head_bias else 0)
   vectors = outside + layers * _vectors(config) + anchors * _anchor_vectors(config)
   table = config.vocab_size * embed
-  params = matrices + vectors + table * (1 if config.tie_embeddings else 2)
+  others = matrices + vectors + table * (1 if config.tie_embeddings else 2)
 
   # Scores in anchors, weighted sums of values in every layer; a local layer sees no more than its window.
   forward_attention = decode_attention = 0
@@ -89,16 +99,18 @@ def cost(config: ModelConfig, plan: PlanLike, batch: int = 1, seq_len: int = 1) 
     products = 2 * heads * head_dim * (2 if layer == source else 1)
     forward_attention += products * (window * (window + 1) // 2 + (seq_len - window) * window)
     decode_attention += products * window
-  per_token = 2 * (matrices + table)
+  per_token = 2 * (matrices + active * of_expert + table)
 
   param_itemsize = jnp.dtype(config.param_dtype).itemsize
   # Of int8, each head of a token has a float32 scale.
   vector_bytes = head_dim + 4 if config.cache_dtype == "int8" else head_dim * jnp.dtype(config.dtype).itemsize
   kv_bytes_per_token = (layers + anchors) * kv_heads * vector_bytes
   kv_cache_bytes = batch * seq_len * kv_bytes_per_token
-  read_params = matrices + vectors + table + (0 if config.tie_embeddings else batch * embed)
+  read_params = matrices + round(read * of_expert) + vectors + table + (0 if config.tie_embeddings else batch * embed)
+  params = others + stored * of_expert
   return Cost(
     params=params,
+    active_params=others + active * of_expert,
     param_bytes=params * param_itemsize,
     flops=batch * (seq_len * per_token + forward_attention),
     decode_flops=batch * (per_token + decode_attention),
@@ -106,6 +118,22 @@ def cost(config: ModelConfig, plan: PlanLike, batch: int = 1, seq_len: int = 1) 
     kv_bytes_per_token=kv_bytes_per_token,
     decode_bytes=read_params * param_itemsize + kv_cache_bytes,
   )
+
+
+def expert_bytes(config: ModelConfig, part: float = 1.0, tokens: int | None = None) -> float:
+  """Bytes of a part of the experts: of all there are, or of those that so many tokens choose together on average."""
+  if config.experts is None:
+    return 0.0
+  number = config.experts.count if tokens is None else config.experts.expected(tokens)
+  of_one = 3 * config.num_layers * config.embed_dim * config.mlp_dim
+  return part * number * of_one * jnp.dtype(config.param_dtype).itemsize
+
+
+def _outside_experts(config: ModelConfig) -> int:
+  """Parameters of a layer's matrices after attention: its MLP's, or of a mixture all but the experts'."""
+  if (experts := config.experts) is None:
+    return (3 if config.mlp == "gated" else 2) * config.embed_dim * config.mlp_dim
+  return config.embed_dim * (experts.count + 3 * experts.shared_width + experts.shared_gate)
 
 
 def _norm(config: ModelConfig) -> int:

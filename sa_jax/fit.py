@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sa_jax.config import ModelConfig
-from sa_jax.costs import cost
+from sa_jax.costs import cost, expert_bytes
 from sa_jax.decode import generate
 from sa_jax.errors import UserError
 from sa_jax.evaluation import Scorer, perplexity
@@ -353,11 +353,13 @@ def _roofline(job: Job, mesh: Mesh) -> tuple[float, float]:
   """FLOPs and bytes of one execution on one device, from `sa_jax.cost`, padding and re-reading left out."""
   counted = cost(job.config, job.plan, job.batch, job.length)
   devices, tensor = mesh_on(job.topology, job.mesh).size, job.mesh.tensor
-  # What a device reads of the parameters is what it multiplies with: its part of `tensor`, gathered over `fsdp`.
-  params = counted.param_bytes / tensor
+  # What a device reads of the parameters is what it multiplies with: its part of `tensor`, gathered over `fsdp`, and
+  # its own experts.
+  elsewhere = functools.partial(expert_bytes, job.config, 1 - 1 / job.mesh.expert)
+  params = (counted.param_bytes - elsewhere()) / tensor
   cache = counted.kv_cache_bytes / devices
   if job.kind in ("decode", "loop"):
-    read = (counted.decode_bytes - counted.kv_cache_bytes) / tensor
+    read = (counted.decode_bytes - counted.kv_cache_bytes - elsewhere(tokens=job.batch)) / tensor
     return counted.decode_flops / devices, read + cache
   if job.kind == "prefill":
     skipped = 2 * job.config.vocab_size * job.config.embed_dim * job.batch * (job.length - 1)
@@ -367,7 +369,8 @@ def _roofline(job: Job, mesh: Mesh) -> tuple[float, float]:
   if job.kind == "calibration":  # the dense model beside the shared one, but for their heads
     head = 2 * job.config.vocab_size * job.config.embed_dim * job.batch * job.length
     dense = cost(job.config, None, job.batch, job.length)
-    return (counted.flops + dense.flops - 2 * head) / devices, (counted.param_bytes + dense.param_bytes) / tensor
+    read = (counted.param_bytes + dense.param_bytes - 2 * elsewhere()) / tensor
+    return (counted.flops + dense.flops - 2 * head) / devices, read
   arguments = program(job, mesh)[1]
   # Forward, recomputed, and twice as much backward; parameters and state are read and written once more to update.
   held = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(arguments[0]))

@@ -14,9 +14,10 @@ from jax.sharding import AxisType, Mesh
 from sa_jax.errors import UserError, shown
 from sa_jax.fields import Count, check_fields
 
-MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 _AXES = ("slice", *MESH_AXES)
 _AUTO = "auto"
+_SHOWN = ("data", "fsdp", "tensor")  # in messages, whatever their size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class MeshSizes:
   Attributes:
     data: None for what the other axes leave of the devices.
     fsdp: as in `make_mesh`.
+    expert: as in `make_mesh`.
     tensor: as in `make_mesh`.
     sequence: as in `make_mesh`.
     slice: as in `make_mesh`.
@@ -39,6 +41,7 @@ class MeshSizes:
   tensor: Count = 1
   sequence: Count = 1
   slice: Count = 1
+  expert: Count = 1
 
   def __post_init__(self) -> None:
     check_fields(self, "mesh")
@@ -71,7 +74,7 @@ class MeshSizes:
 
   def over(self, devices: int) -> MeshSizes:
     """The sizes over so many devices: ``data`` is a number."""
-    rest = self.slice * self.fsdp * self.tensor * self.sequence
+    rest = self.slice * self.fsdp * self.expert * self.tensor * self.sequence
     return self if self.data is not None else dataclasses.replace(self, data=max(devices // rest, 1))
 
   def axes(self) -> dict[str, int]:
@@ -86,12 +89,13 @@ class MeshSizes:
   @property
   def ways(self) -> int:
     """Over how many devices rows are split."""
-    return self.slice * (self.data or 1) * self.fsdp
+    return self.slice * (self.data or 1) * self.fsdp * self.expert
 
   @property
   def ways_spelt(self) -> str:
     """The same, with what it is the product of."""
-    return f"{'slice × ' if self.slice > 1 else ''}data × fsdp = {self.ways}"
+    before, after = "slice × " if self.slice > 1 else "", " × expert" if self.expert > 1 else ""
+    return f"{before}data × fsdp{after} = {self.ways}"
 
   def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over all devices, or over some; errors as `make_mesh`."""
@@ -106,6 +110,7 @@ def make_mesh(
   sequence: int = 1,
   *,
   slice: int = 1,
+  expert: int = 1,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
   """A mesh over all devices, or over some.
@@ -120,12 +125,14 @@ def make_mesh(
     slice: how many slices the devices are of, each a network of its own. Rows are split over slices and nothing else
       is, so that a train step sends gradients between them, once; the other axes stay inside a slice. A mesh of one
       slice has no such axis.
+    expert: over how many rows are split, and the experts of a mixture (`sa_jax.ops.Experts`): of those, each has some.
+      For them, tokens are gathered, and what experts give is added up where the tokens are.
     devices: which; all when None.
 
   Raises:
     UserError: if the sizes do not multiply to the number of devices, or the devices are of another number of slices.
   """
-  sizes = dict(zip(MESH_AXES, (data, fsdp, tensor, sequence), strict=True))
+  sizes = dict(zip(MESH_AXES, (data, fsdp, expert, tensor, sequence), strict=True))
   devices = jax.devices() if devices is None else devices
   _check_sizes(sizes, slice, devices)
   axis_types = (AxisType.Auto,) * len(sizes)
@@ -137,7 +144,7 @@ def make_mesh(
 
 
 def _check_sizes(sizes: Mapping[str, int], slices: int, devices: Sequence[jax.Device]) -> None:
-  shown = {name: size for name, size in (("slice", slices), *sizes.items()) if name in MESH_AXES[:3] or size != 1}
+  shown = {name: size for name, size in (("slice", slices), *sizes.items()) if name in _SHOWN or size != 1}
   product = slices * math.prod(sizes.values())
   if product != len(devices):
     spelt = " × ".join(f"{name} {size}" for name, size in shown.items())

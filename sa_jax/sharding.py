@@ -35,13 +35,15 @@ _LOG = logging.getLogger("sa_jax")
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
 DEFAULT_RULES: Rules = (
-  ("batch", ("slice", "data", "fsdp")),
+  ("batch", ("slice", "data", "fsdp", "expert")),
   ("length", "sequence"),
   ("embed", "fsdp"),
   ("heads", "tensor"),
   ("kv_heads", "tensor"),
   ("head_dim", None),
   ("mlp", "tensor"),
+  ("experts", "expert"),
+  ("scores", None),
   ("vocab", "tensor"),
   ("groups", None),
   ("followers", None),
@@ -164,6 +166,13 @@ def rules_of(config: ModelConfig, params: Params, mesh: Mesh) -> Rules:
   ]
   rows = tuple(axis for axis in mesh.axis_names if axis not in {*taken, *over_tokens})
   found |= {"batch": rows, "length": tuple(over_tokens)}
+  # Of what this model has not, such as experts, nothing is seen.
+  seen = {name for names in _logical_axes(config).values() for name in names}
+  found |= {
+    name: tuple(axis for axis in mesh_axes_of(entry) if axis in mesh.shape)
+    for name, entry in DEFAULT_RULES
+    if name not in seen and name not in found
+  }
   # Spelt as `rules_on` spells them, so that equal rules are the same rules to `jax.jit`.
   spelt = lambda name, axes: axes[0] if len(axes) == 1 and name != "batch" else axes or None
   return tuple((name, spelt(name, found.get(name, ()))) for name, _ in DEFAULT_RULES)
@@ -281,6 +290,7 @@ def param_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES
     UserError: if two axes of a parameter map to one mesh axis, or a mesh axis that rules name for axes of parameters
       divides none of them.
   """
+  _check_experts(model.config, mesh, rules)
   shardings = tree_shardings(abstract_params(model, layout=layout, boxed=True), mesh, rules)
   splitting = {axis for leaf in jax.tree.leaves(shardings) for entry in leaf.spec for axis in mesh_axes_of(entry)}
   by_axis = dict(reversed(rules_on(mesh, rules)))
@@ -308,6 +318,20 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
     "mlp": config.mlp_dim,
     "vocab": config.vocab_size,
   }
+
+
+def _check_experts(config: ModelConfig, mesh: Mesh, rules: Rules) -> None:
+  """Checks that the mesh divides the experts, before every array of theirs is told not to fit.
+
+  Raises:
+    UserError: if it does not.
+  """
+  over = mesh_axes_of(dict(reversed(rules_on(mesh, rules))).get("experts"))
+  parts = math.prod(mesh.shape[axis] for axis in over)
+  if config.experts is not None and config.experts.count % parts:
+    raise UserError(
+      f"{config.experts.count} experts do not divide over the mesh axis {' × '.join(over)} of {parts} devices"
+    )
 
 
 def tree_shardings(boxed: Tree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Tree:

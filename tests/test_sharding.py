@@ -85,7 +85,7 @@ def test_specs_are_partition_specs():
 
 def test_tokens_of_a_row_over_sequence():
   mesh = make_mesh(data=2, sequence=4)
-  assert spec(named_sharding(mesh, ("batch", "length"))) == (("data", "fsdp"), "sequence")
+  assert spec(named_sharding(mesh, ("batch", "length"))) == (("data", "fsdp", "expert"), "sequence")
   with pytest.raises(ValueError, match="data 1 × fsdp 1 × tensor 1 × sequence 3 needs 3 devices; there are 8"):
     make_mesh(sequence=3)
 
@@ -148,7 +148,9 @@ def test_meshes_that_cannot_be_used_are_refused_where_a_model_is_opened(tmp_path
     sa_jax.from_pretrained(folder, mesh=jax.make_mesh((2, 4), ("data", "fsdp")))
   assert "\n" not in str(caught.value)
   theirs = jax.make_mesh((4, 2), ("dp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-  with pytest.raises(UserError, match=r"it has dp, tp, the rules name data, fsdp, sequence, slice, tensor; .*rules="):
+  with pytest.raises(
+    UserError, match=r"it has dp, tp, the rules name data, expert, fsdp, sequence, slice, tensor; .*rules="
+  ):
     sa_jax.from_pretrained(folder, mesh=theirs)
   opened, params = sa_jax.from_pretrained(folder, mesh=theirs, rules=(("mlp", "tp"), ("embed", "dp")), layout="layers")
   assert spec(params["layers"]["0"]["mlp"]["up_proj"]["kernel"].sharding) == ("dp", "tp")
@@ -158,13 +160,14 @@ def test_meshes_that_cannot_be_used_are_refused_where_a_model_is_opened(tmp_path
 
 
 def test_an_axis_that_no_rule_names_is_told(caplog):
-  mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  mesh = jax.make_mesh((2, 4), ("data", "stage"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
   param_shardings(tiny.model(), mesh)
-  assert "no rule names the mesh axis expert" in caplog.text
+  assert "no rule names the mesh axis stage" in caplog.text
 
 
 def test_a_mesh_is_spelt():
-  assert dict(MeshSizes.parse("data=2, fsdp=4").mesh().shape) == {"data": 2, "fsdp": 4, "tensor": 1, "sequence": 1}
+  ones = {"expert": 1, "tensor": 1, "sequence": 1}
+  assert dict(MeshSizes.parse("data=2, fsdp=4").mesh().shape) == {"data": 2, "fsdp": 4} | ones
   assert dict(MeshSizes.parse("slice=2,tensor=4").mesh().shape)["slice"] == 2
   assert MeshSizes.parse(" data = 2 , fsdp=4") == MeshSizes(2, 4)
   for text in ("data=2,fsdp", "dat=8", "data=2,data=4", "", "data=٣", "data=" + "9" * 5000, "auto,fsdp=2"):
@@ -195,10 +198,10 @@ def test_a_mesh_says_how_many_ways_rows_are_split():
 def test_devices_of_a_slice_stay_together():
   """Over `slice` rows are split and no parameter is; the other axes are inside one slice."""
   mesh = make_mesh(slice=2, fsdp=2, tensor=2)
-  assert mesh.devices.shape == (2, 1, 2, 2, 1)
+  assert mesh.devices.shape == (2, 1, 2, 1, 2, 1)
   for number, part in enumerate(mesh.devices):
     assert {device.id // 4 for device in part.flat} == {number}
-  assert spec(named_sharding(mesh, ("batch", "length"))) == (("slice", "data", "fsdp"), "sequence")
+  assert spec(named_sharding(mesh, ("batch", "length"))) == (("slice", "data", "fsdp", "expert"), "sequence")
   for sharding in jax.tree.leaves(param_shardings(tiny.model(vocab_size=64), mesh)):
     assert "slice" not in jax.tree.leaves(tuple(sharding.spec))
 

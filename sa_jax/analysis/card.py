@@ -38,7 +38,8 @@ def card(source: str, made: Shared, texts: Sequence[Text], effort: Effort, secon
     old, new = numbers["dense"], numbers["shared"]
     rows.append(f"| perplexity, {name} | {old:.3f} | {new:.3f} | {new / old:.3f} × |")
   grouped = any(report.part == "group" for report in made.reports)
-  done = {"W_O": True, "MLPs": effort.mlp, "local reconstruction": grouped, "distillation": made.undistilled}
+  mlps = effort.mlp and config.experts is None
+  done = {"W_O": True, "MLPs": mlps, "local reconstruction": grouped, "distillation": made.undistilled}
   lines = [
     f"# {source}, {len(plan.followers)} of {plan.num_layers} layers of which share attention weights",
     "",

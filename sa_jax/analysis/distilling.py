@@ -29,7 +29,7 @@ from sa_jax.programs import fetch
 from sa_jax.sharding import mesh_of
 from sa_jax.train.batch import Batch
 from sa_jax.train.objective import distill
-from sa_jax.train.step import Objective, TrainState, make_state, make_step, state_shardings
+from sa_jax.train.step import Judged, Objective, TrainState, make_state, make_step, state_shardings
 from sa_jax.trees import Params, Tree
 
 _TRAINED = ("runs", "final_norm")
@@ -173,7 +173,7 @@ def _objective(student: Transformer, teacher: Transformer, teacher_weight: float
   """`sa_jax.train.distill` of what is trained, the rest being the teacher's."""
   taught = distill(student, teacher, alpha=teacher_weight)
 
-  def objective(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def objective(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> Judged:
     return taught({**frozen, **params}, frozen, batch, step)
 
   return objective

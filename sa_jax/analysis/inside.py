@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 
 from sa_jax import ops
 from sa_jax.errors import UserError
-from sa_jax.nn import AnchorAttention, AttentionWeights, FollowerAttention, Mlp, Transformer
+from sa_jax.nn import AnchorAttention, AttentionWeights, FollowerAttention, Mlp, Moe, Transformer
 from sa_jax.nn.block import Block
 from sa_jax.nn.state import State
 from sa_jax.nn.transformer import check_tokens
@@ -244,7 +244,7 @@ class _Watcher:
         return at("values", x=call(*args))
       case ((AnchorAttention() | FollowerAttention()), "output"):
         return at("attention", x=call(at("heads", x=args[0]), *args[1:]))
-      case Mlp(), "__call__":
+      case ((Mlp() | Moe()), "__call__") if module.path[2:] == ("mlp",):
         return at("mlp", x=call(*args))
     return call(*args)
 

@@ -79,8 +79,14 @@ class Refit:
     """Checks that the model can be refitted so.
 
     Raises:
-      UserError: if it has too many pairs of heads to choose maps by refit error.
+      UserError: if it has too many pairs of heads to choose maps by refit error, or experts where MLPs are to be
+        refitted.
     """
+    if self.mlp and config.experts is not None:
+      raise UserError(
+        "the refit of MLPs solves for one last projection a layer, and in a mixture of experts each has its own: leave "
+        "MLPs as they are (mlp=False); W_O is refitted all the same"
+      )
     if self.maps and not can_map_by_refit(config):
       raise UserError(
         f"{config.num_heads} heads × {config.num_kv_heads} KV heads × {config.head_dim} are too many features to "

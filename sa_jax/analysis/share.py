@@ -75,7 +75,7 @@ class Effort:
   judging_rows: Count = 16
   """Most further rows of each text to judge by."""
   mlp: bool = False
-  """Whether MLPs are refitted."""
+  """Whether MLPs are refitted; experts never are."""
   local_epochs: Natural = 0
   """Passes over the text that train each group towards the dense model's blocks, kept if judged better with them."""
 
@@ -84,7 +84,8 @@ class Effort:
 
   def recovery(self, config: ModelConfig) -> Refit:
     """The refit of the plan that is found."""
-    return Refit(maps=can_map_by_refit(config), mlp=self.mlp, local_epochs=self.local_epochs)
+    mlp = self.mlp and config.experts is None
+    return Refit(maps=can_map_by_refit(config), mlp=mlp, local_epochs=self.local_epochs)
 
 
 EffortName = Literal["quick", "good", "best"]

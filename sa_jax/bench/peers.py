@@ -31,10 +31,10 @@ def _build(task: Task, head: bool, dtype: str = "bfloat16") -> tuple[Any, ModelC
   if not head:
     config = dataclasses.replace(config, vocab_size=32)
   values = hf_config.write(config) | {"bos_token_id": 0, "eos_token_id": 1}
-  made = transformers.LlamaConfig(**values, attn_implementation="sdpa")  # type: ignore[call-arg]
+  made = transformers.CONFIG_MAPPING[config.family](**values, attn_implementation="sdpa")  # type: ignore[call-arg]
   torch.set_default_dtype(getattr(torch, dtype))
   with torch.device("cuda"):
-    model = (transformers.LlamaForCausalLM if head else transformers.LlamaModel)(made)
+    model = (transformers.AutoModelForCausalLM if head else transformers.AutoModel).from_config(made)
   return model, config
 
 

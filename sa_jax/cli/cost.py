@@ -11,7 +11,7 @@ import tyro
 
 from sa_jax.cli.common import change, parameters, show_table, write_json
 from sa_jax.config import PRESETS, ModelConfig
-from sa_jax.costs import LABELS, Cost, cost
+from sa_jax.costs import Cost, cost
 from sa_jax.display import quantity
 from sa_jax.errors import UserError, near
 from sa_jax.plan import SharingPlan, as_plan
@@ -20,9 +20,9 @@ from sa_jax.plan import SharingPlan, as_plan
 def rows_of_cost(dense: Cost, shared: Cost) -> list[list[str]]:
   """Table rows: dense, under the plan, and the change."""
   rows = []
-  for name, (label, unit) in LABELS.items():
+  for name, (label, unit) in dense.labels.items():
     old, new = getattr(dense, name), getattr(shared, name)
-    show = parameters if name == "params" else functools.partial(quantity, unit=unit)
+    show = parameters if name in ("params", "active_params") else functools.partial(quantity, unit=unit)
     rows.append([label, show(old), show(new), change(new, old)])
   return rows
 
@@ -32,7 +32,8 @@ class CostOf:
   """Count parameters, FLOPs and cache bytes of a model, dense and under a plan."""
 
   model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-  """A preset (llama-2-7b, llama-2-13b, llama-3-8b, smollm2-135m), a folder, a GGUF file, a checkpoint or a hub id."""
+  """A preset (llama-2-7b, llama-2-13b, llama-3-8b, mixtral-8x7b, smollm2-135m), a folder, a GGUF file, a checkpoint
+  or a hub id."""
   plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None
   """Which layers share, such as 22:23-26; None for the model's own plan, dense for a preset."""
   batch_size: int = 1

@@ -115,7 +115,7 @@ def _handler(progress: Progress | None, started: list[_Writing]) -> Any:
       writing: collections.deque[tuple[int, Any]] = collections.deque()
       for done, (value, info, arg) in enumerate(zip(values, infos, args, strict=True)):
         # Reading may itself run an event loop, as Orbax does: not in this one's thread.
-        array = contiguous(await asyncio.to_thread(value.read))
+        array = contiguous(await asyncio.to_thread(value.read_whole))
         for future in await super().serialize([array], [info], [arg]):
           writing.append((array.nbytes, future))
         del array

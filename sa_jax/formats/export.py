@@ -134,7 +134,7 @@ def _write_shards(
     for name in entry.path:
       node = node[name]
     leaf: LazyTensor = node
-    return leaf.read()
+    return leaf.read(0 if entry.expert is None else entry.expert[0])
 
   shards = list(_shards(tensors, jax.tree.leaves(tree)[0].dtype.itemsize, limit))
   weight_map: dict[str, str] = {}

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 
 from sa_jax.formats import rows
+from sa_jax.formats.families_experts import EXPERT_FAMILIES
+from sa_jax.formats.families_granite import GRANITE_DEFAULTS, GRANITE_KEYS
 from sa_jax.formats.families_layer_norm import LAYER_NORM_FAMILIES
 from sa_jax.formats.family import Family, Key, Spelling
 from sa_jax.formats.reader import Config, Fixed
@@ -39,14 +41,6 @@ _GLM_DEFAULTS = {
   "pad_token_id": 151_329, "eos_token_id": [151_329, 151_336, 151_338], "bos_token_id": None, "attention_bias": True,
   "partial_rotary_factor": 0.5,
 }  # fmt: skip
-_GRANITE_KEYS = (
-  _ATTENTION_BIAS,
-  Key("embedding_multiplier", ("embedding_scale",), "number"),
-  Key("residual_multiplier", ("residual_scale",), "number"),
-  Key("attention_multiplier", ("attention_scale",), "number"),
-  Key("logits_scaling", ("logits_scale",), "inverse"),
-)
-_GRANITE_DEFAULTS = dict.fromkeys([key.name for key in _GRANITE_KEYS if key.kind != "flag"], 1.0)
 _GRANITE_4 = Spelling(
   usual=lambda values: {**values, "intermediate_size": values.get("shared_intermediate_size", 1024)},
   own=lambda values: {
@@ -192,11 +186,11 @@ FAMILIES: dict[str, Family] = {
     keys=(Key("bias", ("qkv_bias", "output_bias"), "flag"),),
     ropes=("default", "linear", "dynamic"),
   ),
-  "granite": Family("GraniteForCausalLM", rows.LLAMA, keys=(*_GRANITE_KEYS, _MLP_BIAS), defaults=_GRANITE_DEFAULTS),
+  "granite": Family("GraniteForCausalLM", rows.LLAMA, keys=(*GRANITE_KEYS, _MLP_BIAS), defaults=GRANITE_DEFAULTS),
   "granitemoehybrid": Family(
     "GraniteMoeHybridForCausalLM",
     rows.GRANITE_4,
-    keys=_GRANITE_KEYS,
+    keys=GRANITE_KEYS,
     spelling=_GRANITE_4,
     fixed={
       "num_local_experts": Fixed((0,), "the model is a mixture of experts"),
@@ -207,7 +201,7 @@ FAMILIES: dict[str, Family] = {
       "layer_types": "without it all layers are of another kind than attention (Mamba)",
       "position_embedding_type": "without it nothing is rotated, as beside Mamba",
     },
-    defaults=_GRANITE_DEFAULTS | {"num_local_experts": 8},
+    defaults=GRANITE_DEFAULTS | {"num_local_experts": 8},
     inert=_GRANITE_4_INERT,
     window="none",
   ),
@@ -318,5 +312,6 @@ FAMILIES: dict[str, Family] = {
     local_rope="own",
   ),
   **LAYER_NORM_FAMILIES,
+  **EXPERT_FAMILIES,
 }  # fmt: skip
 """By ``model_type``."""

@@ -14,14 +14,16 @@ class Rule(NamedTuple):
   """One row of a table: a checkpoint tensor, and the parameter or parameters that it holds.
 
   Patterns are einops', in the letters V (vocabulary), D (embed), N (heads), K (key/value heads), G (N / K), H (head
-  dimension), F (MLP).
+  dimension), F (MLP, or each expert), X (experts), S (the shared expert).
 
   Attributes:
-    key: the checkpoint's name; ``{layer}`` stands for the layer's number.
+    key: the checkpoint's name; ``{layer}`` stands for the layer's number, ``{expert}`` for that of an expert, whose
+      tensor is then one of those that lie along the first axis of the parameter.
     parts: each parameter's path in the layer layout, and the pattern from the checkpoint's axes to ours. Several parts
       lie behind each other along the first axis.
     view: a pattern applied before that axis is divided, where P is the sum of the parts along it; none when empty.
-    when: the fields of `ModelConfig` that must be set for the tensor to be there, or with ``!`` must not be.
+    when: the fields of `ModelConfig` that must be set for the tensor to be there, or with ``!`` must not be; of the
+      experts' fields, as ``experts.shared_gate``.
   """
 
   key: str
@@ -51,6 +53,22 @@ class Key(NamedTuple):
   kind: KeyKind
 
 
+class ExpertKeys(NamedTuple):
+  """The config keys that say what experts a family's layers have.
+
+  Attributes:
+    number: how many there are.
+    normalised: whether the weights of the chosen ones add up to one: a key, or what is always so.
+    shared: the width of the expert that every token goes through; empty where there is none.
+    shared_gate: whether that is gated.
+  """
+
+  number: str
+  normalised: str | bool = True
+  shared: str = ""
+  shared_gate: bool = False
+
+
 class Spelling(NamedTuple):
   """How a family says with keys of its own what others say with the usual ones.
 
@@ -69,8 +87,10 @@ class Family(NamedTuple):
   Attributes:
     architecture: the class that transformers, or the checkpoint's own code, loads it with.
     table: its checkpoint's tensors.
+    stacked: the same, where files have the experts of a layer in one tensor; empty where none do, or all.
     fields: fields of `ModelConfig` that are the same in all its models, or functions of their sizes.
     keys: config keys that only some families have.
+    experts: the keys of its experts; None where layers have one MLP.
     aliases: its own names of config keys, and the usual ones.
     spelling: what more it says otherwise; None where names are all.
     fixed: config keys of which only some values are implemented.
@@ -93,8 +113,10 @@ class Family(NamedTuple):
 
   architecture: str
   table: tuple[Rule, ...]
+  stacked: tuple[Rule, ...] = ()
   fields: Config = {}
   keys: tuple[Key, ...] = ()
+  experts: ExpertKeys | None = None
   aliases: Mapping[str, str] = {}
   spelling: Spelling | None = None
   fixed: Mapping[str, Fixed] = {}

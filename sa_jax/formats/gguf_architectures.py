@@ -15,6 +15,18 @@ _ATTENTION = {
 _MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 _UP_DOWN = {"ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 _PACKED_MLP = {"ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"}
+_QWEN_EXPERTS = {
+  "ffn_gate_inp": "mlp.gate", "ffn_gate_exps": "mlp.experts.{expert}.gate_proj",
+  "ffn_up_exps": "mlp.experts.{expert}.up_proj", "ffn_down_exps": "mlp.experts.{expert}.down_proj",
+  "ffn_gate_inp_shexp": "mlp.shared_expert_gate", "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+  "ffn_up_shexp": "mlp.shared_expert.up_proj", "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}  # fmt: skip
+_MIXTRAL_EXPERTS = {
+  "ffn_gate_inp": "block_sparse_moe.gate", "ffn_gate_exps": "block_sparse_moe.experts.{expert}.w1",
+  "ffn_up_exps": "block_sparse_moe.experts.{expert}.w3", "ffn_down_exps": "block_sparse_moe.experts.{expert}.w2",
+}  # fmt: skip
+_COUNTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
+_WIDTH = {"expert_feed_forward_length": "moe_intermediate_size"}
 _GEMMA_NORMS = {
   "attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm",
   "ffn_norm": "pre_feedforward_layernorm", "post_ffw_norm": "post_feedforward_layernorm",
@@ -50,7 +62,7 @@ class GgufArchitecture(NamedTuple):
 
   Attributes:
     family: the ``model_type`` that its tensors and config are read as.
-    blocks: its layers' tensors, and Hugging Face's names of them.
+    blocks: its layers' tensors, and Hugging Face's names of them; with ``{expert}``, of what lies along the first axis.
     outer: the other tensors, and Hugging Face's names of them.
     layers: what Hugging Face's names of a layer's tensors begin with.
     variants: names that change where a layer has the tensor before them.
@@ -157,8 +169,41 @@ def _mistral3(metadata: Metadata) -> Fields:
   return {"rope_parameters": rope | {"llama_4_scaling_beta": beta}, "rope_scaling": None, "sliding_window": None}
 
 
+def _llama(metadata: Metadata) -> Fields:
+  """A Llama, or where there are experts a Mixtral."""
+  count, chosen = (metadata.config.pop(key, 0) for key in ("num_local_experts", "num_experts_per_tok"))
+  if not count:
+    return _biases(attention_bias="attn_q", mlp_bias="ffn_up")(metadata)
+  counts = {"num_local_experts": count, "num_experts_per_tok": chosen}
+  return counts | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "sliding_window": None}
+
+
 ARCHITECTURES: dict[str, GgufArchitecture] = {
-  "llama": GgufArchitecture("llama", rest=_biases(attention_bias="attn_q", mlp_bias="ffn_up"), swapped=True),
+  "llama": GgufArchitecture(
+    "llama",
+    variants={"ffn_gate_inp": _MIXTRAL_EXPERTS},
+    keys=_COUNTS | {"expert_count": "num_local_experts"},
+    rest=_llama,
+    swapped=True,
+  ),
+  "qwen2moe": GgufArchitecture(
+    "qwen2_moe",
+    {**_NORMS, **_ATTENTION, **_QWEN_EXPERTS},
+    keys=_COUNTS | _WIDTH | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+    rest=lambda metadata: {"norm_topk_prob": False, "use_sliding_window": False},
+  ),
+  "qwen3moe": GgufArchitecture(
+    "qwen3_moe",
+    {**_NORMS, **_ATTENTION, **_QWEN_EXPERTS},
+    keys=_COUNTS | _WIDTH,
+    rest=lambda metadata: {"norm_topk_prob": True} | _biases(attention_bias="attn_q")(metadata),
+  ),
+  "olmoe": GgufArchitecture(
+    "olmoe",
+    {**_NORMS, **_ATTENTION, **_QWEN_EXPERTS},
+    keys=_COUNTS,
+    rest=lambda metadata: {"norm_topk_prob": False} | _biases(attention_bias="attn_q")(metadata),
+  ),
   "mistral3": GgufArchitecture(
     "ministral3", keys={"attention.temperature_scale": "llama_4_scaling_beta"}, rest=_mistral3, swapped=True
   ),

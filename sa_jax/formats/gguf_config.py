@@ -35,7 +35,8 @@ _MEANINGS = {
 # Values that change nothing, whatever they are.
 _INERT = frozenset(
   """
-  vocab_size tensor_data_layout rope.scaling.finetuned attention.layer_norm_epsilon expert_used_count
+  vocab_size tensor_data_layout rope.scaling.finetuned attention.layer_norm_epsilon
+  expert_used_count
   rope.scaling.original_context_length
   """.split()
 )

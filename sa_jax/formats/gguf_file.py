@@ -25,6 +25,7 @@ _LOG = logging.getLogger("sa_jax")
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_ONE_ROW = "shared_expert_gate.weight"
 _CHUNK = 1 << 16
 """Numbers that are dequantised at once: what is computed on the way stays in a processor's cache."""
 
@@ -158,6 +159,11 @@ def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
   return tuple(int(size) for size in reversed(tensor.shape))
 
 
+def _along_first(tensor: gguf.ReaderTensor) -> list[gguf.ReaderTensor]:
+  """What lies along a tensor's first axis (the last of its shape as GGUF has it), each by itself."""
+  return [tensor._replace(data=part, shape=tensor.shape[:-1]) for part in tensor.data]
+
+
 def _open_parts(path: Path) -> list[gguf.GGUFReader]:
   """The file, or all parts of which it is the first.
 
@@ -214,8 +220,17 @@ def _named(
     beside = [stored.get(f"blk.{layer}.{part}.{kind}") for part in parts]
     if packed and all(each is not None for each in beside):
       named[f"{architecture.layers}.{layer}.{packed}.{kind}"] = tuple(each for each in beside if each is not None)
+    elif block in blocks and "{expert}" in blocks[block]:
+      for number, expert in enumerate(_along_first(tensor)):
+        own = blocks[block].format(expert=number)
+        named[f"{architecture.layers}.{layer}.{own}.{kind}"] = (expert,)
     elif block in blocks:
       named[f"{architecture.layers}.{layer}.{blocks[block]}.{kind}"] = (tensor,)
     else:
       named[name] = (tensor,)
-  return named
+  return {key: tuple(map(_as_matrix, parts)) if key.endswith(_ONE_ROW) else parts for key, parts in named.items()}
+
+
+def _as_matrix(tensor: gguf.ReaderTensor) -> gguf.ReaderTensor:
+  """A vector as the matrix of one row that it is in Hugging Face's files."""
+  return tensor if len(tensor.shape) > 1 else tensor._replace(data=tensor.data[None], shape=np.append(tensor.shape, 1))

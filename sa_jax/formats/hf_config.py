@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from sa_jax.config import Architecture, ModelConfig
 from sa_jax.errors import UserError
-from sa_jax.formats import hf_rope, quantised
+from sa_jax.formats import hf_experts, hf_rope, quantised
 from sa_jax.formats.families import FAMILIES
 from sa_jax.formats.family import Family, KeyKind
 from sa_jax.formats.hf_keys import FIXED, INERT
@@ -85,6 +85,7 @@ def read(values: Config, strict: bool = False) -> ModelConfig:
     **{name: value(sizes) if callable(value) else value for name, value in family.fields.items()},
     **_read_keys(reader, family, sizes),
     **_read_window(reader, family, sizes["num_layers"]),
+    "experts": hf_experts.read(reader, family.experts),
     "norm_eps": reader.number("rms_norm_eps", 1e-6),
     "rope": rope,
     "local_rope": local_rope,
@@ -133,8 +134,9 @@ def family_of(values: Config) -> Family:
     raise UserError(f"model_type {model_type!r} is not supported: {reason}")
   supported = ", ".join(FAMILIES)
   if any("experts" in key for key in values):
+    mixtures = ", ".join(name for name, family in FAMILIES.items() if family.experts)
     raise UserError(
-      f"model_type {model_type!r} is a mixture of experts, which is not supported; supported: {supported}"
+      f"model_type {model_type!r} is a mixture of experts of a kind that is not supported; supported are: {mixtures}"
     )
   if values.get("is_encoder_decoder") or not any("CausalLM" in str(name) for name in values.get("architectures") or ()):
     raise UserError(
@@ -284,6 +286,7 @@ def write(config: ModelConfig, spelling: Literal["v4", "v5"] = "v5") -> Fields:
     "tie_word_embeddings": config.tie_embeddings,
     family.activation: activations[config.activation],
     **_write_keys(config, family),
+    **hf_experts.write(config, family.experts),
     **_write_window(config, family),
     "bos_token_id": config.bos_token_id,
     "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,

@@ -30,10 +30,10 @@ class LazyTensor:
   """A parameter that has not been read yet, or the stack of several layers'.
 
   Attributes:
-    readers: one, or one a layer in the order of the leading axes; each reads a layer's array or a slice of it, or maps
-      it.
+    readers: one, or one a layer, or expert of a layer, in the order of the leading axes; each reads that array or a
+      slice of it, or maps it.
     layer_shape: the shape without the leading axes.
-    leading: those axes' lengths; empty when there are none.
+    leading: those axes' lengths: of layers, then of experts; empty when there are none.
     dtype: that it is wanted in.
     names: what the files call each reader's tensor.
   """
@@ -63,6 +63,15 @@ class LazyTensor:
     """One layer's tensor, or a slice of it; of a mapped file only what the slice needs is touched."""
     return self.readers[layer](index).astype(self.dtype, copy=False)
 
+  def read_whole(self) -> np.ndarray:
+    """All of it."""
+    if not self.leading:
+      return self.read()
+    whole = np.empty((len(self.readers), *self.layer_shape), self.dtype)
+    for number in range(len(self.readers)):
+      whole[number] = contiguous(self.read(number))
+    return whole.reshape(self.shape)
+
   def read_owned(self, layer: int, index: Index | None) -> np.ndarray:
     """`read` for an array that may live on: not one that JAX could take over as it is, still backed by the file."""
     part = self.read(layer, index)
@@ -72,7 +81,7 @@ class LazyTensor:
     """The stack of this tensor and others of its shape."""
     readers = tuple(reader for tensor in (self, *others) for reader in tensor.readers)
     names = tuple(name for tensor in (self, *others) for name in tensor.names)
-    return dataclasses.replace(self, readers=readers, names=names, leading=leading)
+    return dataclasses.replace(self, readers=readers, names=names, leading=(*leading, *self.leading))
 
 
 def _copy(array: np.ndarray) -> np.ndarray:
@@ -87,13 +96,18 @@ def _copy(array: np.ndarray) -> np.ndarray:
 def lazy_tree(source: Source, used: Sequence[Entry], dtype: str) -> dict[str, Tree]:
   """The layer layout, unread."""
   tree: dict[str, Tree] = {}
+  parts: dict[tuple[str, ...], list[Entry]] = {}
   for entry in used:
-    *parents, leaf = entry.path
+    parts.setdefault(entry.path, []).append(entry)
+  for (*parents, leaf), found in parts.items():
     node = tree
     for name in parents:
       node = node.setdefault(name, {})
-    reader = functools.partial(source.parameter, entry)
-    node[leaf] = LazyTensor((reader,), entry.our_shape(), (), jnp.dtype(dtype), (entry.key,))
+    readers = tuple(functools.partial(source.parameter, entry) for entry in found)
+    leading = () if found[0].expert is None else (len(found),)
+    node[leaf] = LazyTensor(
+      readers, found[0].our_shape(), leading, jnp.dtype(dtype), tuple(entry.key for entry in found)
+    )
   return tree
 
 

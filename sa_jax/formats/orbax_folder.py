@@ -91,21 +91,23 @@ class OrbaxFolder:
   def account(self, config: ModelConfig, plan: SharingPlan) -> Account:
     """See `Source.account`."""
     shapes = self.shapes
-    used, dropped, errors, known = [], {}, [], set()
+    used, dropped, known = [], {}, set()
+    errors: dict[str, None] = {}  # an ordered set: the experts of one array share its faults
     for theirs in entries(config):
-      name, shape = "/".join(theirs.path), theirs.our_shape()
+      name, shape, expert = "/".join(theirs.path), theirs.our_shape(), theirs.expert
+      whole = shape if expert is None else (expert[1], *shape)
       known.add(name)
-      if name in shapes and shapes[name] != shape:
-        errors.append(f"wrong shape: {name} is {list(shapes[name])}, the config says {list(shape)}")
+      if name in shapes and shapes[name] != whole:
+        errors[f"wrong shape: {name} is {list(shapes[name])}, the config says {list(whole)}"] = None
       elif theirs.is_dropped(plan):
         if name in shapes:
           layer = int(theirs.path[1])
           dropped[name] = f"layer {layer} follows layer {plan.source[layer]}"
       elif name not in shapes:
-        errors.append(f"missing: {name} {list(shape)}")
+        errors[f"missing: {name} {list(whole)}"] = None
       else:
-        used.append(Entry(name, theirs.path, "... -> ...", shape, "", (0, shape[0], shape[0]), {}))
-    errors += [f"unknown: {name} {list(shape)}" for name, shape in shapes.items() if name not in known]
+        used.append(Entry(name, theirs.path, "... -> ...", shape, "", (0, shape[0], shape[0]), {}, expert))
+    errors |= {f"unknown: {name} {list(shape)}": None for name, shape in shapes.items() if name not in known}
     if errors:
       raise UserError(f"{self.path} does not hold the model that its config describes:\n  " + "\n  ".join(errors))
     return Account(tuple(used), dropped)
@@ -120,7 +122,16 @@ class OrbaxFolder:
 
   def parameter(self, entry: Entry, index: Index | None = None) -> np.ndarray:
     """See `Source.parameter`."""
-    return self.read(entry.key, index)
+    if entry.expert is None:
+      return self.read(entry.key, index)
+    number = entry.expert[0]
+    if is_remote(self.path):  # where an array is read whole or not at all, not once for every expert
+      return self._held(entry.key)[number][() if index is None else index]
+    return self.read(entry.key, (slice(number, number + 1), *(index or ())))[0]
+
+  @functools.lru_cache(maxsize=1)  # noqa: B019 (one array, until the next is read)
+  def _held(self, key: str) -> np.ndarray:
+    return self.read(key)
 
   def tokenizer(self) -> Tokenizer:
     """See `Source.tokenizer`."""

@@ -136,3 +136,71 @@ GRANITE_4 = (
   *HEAD,
 )
 GEMMA = (*EMBED, *_PRE_AND_POST_NORMS, *_QKV, *OUTPUT, *GATE_UP, *DOWN, *HEAD)
+
+
+def _expert_rows(key: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+  """The rows of experts that have a tensor each."""
+  return (
+    block(f"{key}.experts.{{expert}}.{gate}.weight", "mlp/experts/gate_proj/kernel", "F D -> D F"),
+    block(f"{key}.experts.{{expert}}.{up}.weight", "mlp/experts/up_proj/kernel", "F D -> D F"),
+    block(f"{key}.experts.{{expert}}.{down}.weight", "mlp/experts/down_proj/kernel", "D F -> F D"),
+  )
+
+
+def _stacked_rows(gate_up: str, down: str) -> tuple[Rule, ...]:
+  """The rows of a layer's experts in one tensor: each one's gate, and its up behind it."""
+  parts = [(f"{_OURS}/mlp/experts/{name}_proj/kernel", "F X D -> X D F") for name in ("gate", "up")]
+  return (
+    Rule(f"{_THEIRS}.{gate_up}", tuple(parts), "X P D -> P X D"),
+    block(down, "mlp/experts/down_proj/kernel", "X D F -> X F D"),
+  )
+
+
+def _router(key: str) -> Rule:
+  return block(key, "mlp/router/kernel", "X D -> D X")
+
+
+_SHARED_EXPERT = (
+  block("mlp.shared_expert.gate_proj.weight", "mlp/shared/gate_proj/kernel", "S D -> D S", when="experts.shared_width"),
+  block("mlp.shared_expert.up_proj.weight", "mlp/shared/up_proj/kernel", "S D -> D S", when="experts.shared_width"),
+  block("mlp.shared_expert.down_proj.weight", "mlp/shared/down_proj/kernel", "D S -> S D", when="experts.shared_width"),
+  block("mlp.shared_expert_gate.weight", "mlp/shared_gate/kernel", "1 D -> D 1", when="experts.shared_gate"),
+)
+_SHARED_MLP = (
+  Rule(
+    f"{_THEIRS}.shared_mlp.input_linear.weight",
+    ((f"{_OURS}/mlp/shared/gate_proj/kernel", "S D -> D S"), (f"{_OURS}/mlp/shared/up_proj/kernel", "S D -> D S")),
+    when="experts.shared_width",
+  ),
+  block("shared_mlp.output_linear.weight", "mlp/shared/down_proj/kernel", "D S -> S D", when="experts.shared_width"),
+)
+_BEFORE_EXPERTS = (*EMBED, *NORMS, *_QKV, *OUTPUT)
+_STACKED_EXPERTS = (_router("mlp.gate.weight"), *_stacked_rows("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))
+_EACH_EXPERT = (_router("mlp.gate.weight"), *_expert_rows("mlp", "gate_proj", "up_proj", "down_proj"))
+
+MIXTRAL = (
+  *_BEFORE_EXPERTS,
+  _router("block_sparse_moe.gate.weight"),
+  *_expert_rows("block_sparse_moe", "w1", "w3", "w2"),
+  *HEAD,
+)
+MIXTRAL_STACKED = (*_BEFORE_EXPERTS, *_STACKED_EXPERTS, *HEAD)
+QWEN_MOE = (*_BEFORE_EXPERTS, *_EACH_EXPERT, *_SHARED_EXPERT, *HEAD)
+QWEN_MOE_STACKED = (*_BEFORE_EXPERTS, *_STACKED_EXPERTS, *_SHARED_EXPERT, *HEAD)
+_BEFORE_OLMOE = (*EMBED, *NORMS, *PROJECTIONS, *_NORM_TOGETHER, *OUTPUT)
+OLMOE = (*_BEFORE_OLMOE, *_EACH_EXPERT, *HEAD)
+OLMOE_STACKED = (*_BEFORE_OLMOE, *_STACKED_EXPERTS, *HEAD)
+GRANITE_MOE = (
+  *_BEFORE_EXPERTS,
+  _router("block_sparse_moe.router.layer.weight"),
+  *_stacked_rows("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+  *_SHARED_MLP,
+  *HEAD,
+)
+GRANITE_MOE_STACKED = (
+  *_BEFORE_EXPERTS,
+  _router("block_sparse_moe.router.weight"),
+  *_stacked_rows("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
+  *_SHARED_MLP,
+  *HEAD,
+)

@@ -14,6 +14,7 @@ import numpy as np
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
 from sa_jax.formats.families import FAMILIES
+from sa_jax.formats.family import Rule
 from sa_jax.params import ANCHOR_ONLY
 from sa_jax.plan import SharingPlan
 
@@ -42,6 +43,7 @@ class Entry(NamedTuple):
     view: einops pattern that lets the parts lie along the first axis; none when empty.
     part: where the part begins and ends along that axis, and how long the axis is.
     sizes: of the letters.
+    expert: which of the experts along the parameter's first axis it is, and how many there are; None for all of it.
   """
 
   key: str
@@ -51,6 +53,7 @@ class Entry(NamedTuple):
   view: str
   part: tuple[int, int, int]
   sizes: dict[str, int]
+  expert: tuple[int, int] | None = None
 
   def to_ours(self, tensor: np.ndarray) -> np.ndarray:
     """The checkpoint's tensor as our parameter: a view of it where strides allow."""
@@ -81,7 +84,7 @@ class Entry(NamedTuple):
     return bool(_ANCHOR_ONLY.match("/".join(self.path))) and not plan.is_anchor(int(self.path[1]))
 
   def our_shape(self) -> tuple[int, ...]:
-    """The parameter's shape."""
+    """The parameter's shape, or what one expert has of it."""
     return self.to_ours(np.broadcast_to(np.zeros((), np.bool_), self.shape)).shape
 
 
@@ -109,8 +112,8 @@ def _extents(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
   )
 
 
-def entries(config: ModelConfig) -> Iterator[Entry]:
-  """Every parameter of a dense model of this config, in the order of its family's table."""
+def entries(config: ModelConfig, table: tuple[Rule, ...] | None = None) -> Iterator[Entry]:
+  """Every parameter of a dense model of this config, in the order of its family's table, or of another one of it."""
   sizes = {
     "V": config.vocab_size,
     "D": config.embed_dim,
@@ -119,9 +122,11 @@ def entries(config: ModelConfig) -> Iterator[Entry]:
     "G": config.num_heads // config.num_kv_heads,
     "H": config.head_dim,
     "F": config.mlp_dim,
+    "X": config.experts.count if config.experts else 0,
+    "S": config.experts.shared_width if config.experts else 0,
   }
-  for rule in FAMILIES[config.family].table:
-    if any(bool(getattr(config, field.lstrip("!"))) == field.startswith("!") for field in rule.when.split()):
+  for rule in table or FAMILIES[config.family].table:
+    if any(bool(_field(config, field.lstrip("!"))) == field.startswith("!") for field in rule.when.split()):
       continue
     lengths = [_extents(axes.split(" -> ")[0], sizes)[0] for _, axes in rule.parts]
     whole = sum(lengths)
@@ -133,10 +138,19 @@ def entries(config: ModelConfig) -> Iterator[Entry]:
     parts = [
       (path, axes, (start, start + length, whole)) for (path, axes), start, length in zip(rule.parts, starts, lengths)
     ]
-    for layer in range(config.num_layers) if "{layer}" in rule.key else (0,):
-      key = rule.key.format(layer=layer)
+    layers = range(config.num_layers) if "{layer}" in rule.key else (0,)
+    experts = [(number, sizes["X"]) for number in range(sizes["X"])] if "{expert}" in rule.key else [None]
+    for layer, expert in itertools.product(layers, experts):
+      key = rule.key.format(layer=layer, expert=expert and expert[0])
       for path, axes, part in parts:
-        yield Entry(key, tuple(path.format(layer=layer).split("/")), axes, shape, rule.view, part, sizes)
+        yield Entry(key, tuple(path.format(layer=layer).split("/")), axes, shape, rule.view, part, sizes, expert)
+
+
+def _field(config: ModelConfig, name: str) -> object:
+  """A field of the config, or with its own before a dot, of its experts."""
+  outer, _, inner = name.partition(".")
+  value = getattr(config, outer)
+  return getattr(value, inner) if inner and value is not None else value
 
 
 class Account(NamedTuple):
@@ -179,8 +193,9 @@ def account(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, plan: Sh
   used, dropped = [], {}
   errors: dict[str, None] = {}  # an ordered set: the parts of one tensor share its faults
   known = set()
-  heads = head_keys(config)
-  for entry in entries(config):
+  heads, family = head_keys(config), FAMILIES[config.family]
+  is_stacked = any(rule.key.format(layer=0) in shapes for rule in family.stacked if rule not in family.table)
+  for entry in entries(config, family.stacked if is_stacked else family.table):
     if entry.path[0] == "embed" and config.tie_embeddings and entry.key not in shapes:
       # Some files keep the tied pair under the head's name.
       entry = entry._replace(key=next((head for head in heads if head in shapes), entry.key))

@@ -1,9 +1,11 @@
 """Flax modules: parameters, names and scan around the mathematics of `sa_jax.ops`."""
 
 from sa_jax.nn.attention import AnchorAttention, FollowerAttention, MixedAttention
-from sa_jax.nn.block import BLOCK_OUTPUTS, AnchorBlock, Blocks, FollowerBlock, Middle, MixedBlock, Mlp, PlainMlp
+from sa_jax.nn.block import BLOCK_OUTPUTS, AnchorBlock, Blocks, FollowerBlock, Middle, MixedBlock
 from sa_jax.nn.cache import Cache, LayerCache
+from sa_jax.nn.experts import ROUTER_SCORES, Moe
 from sa_jax.nn.layers import Group, Layers, Runs
+from sa_jax.nn.mlp import Mlp, PlainMlp
 from sa_jax.nn.norm import Norm
 from sa_jax.nn.planned import PlanArrays, PlannedBlock, PlannedTransformer
 from sa_jax.nn.state import AttentionWeights, QueryKey
@@ -11,6 +13,7 @@ from sa_jax.nn.transformer import GradualTransformer, Transformer
 
 __all__ = [
   "BLOCK_OUTPUTS",
+  "ROUTER_SCORES",
   "AnchorAttention",
   "AnchorBlock",
   "AttentionWeights",
@@ -26,6 +29,7 @@ __all__ = [
   "MixedAttention",
   "MixedBlock",
   "Mlp",
+  "Moe",
   "Norm",
   "PlainMlp",
   "PlanArrays",

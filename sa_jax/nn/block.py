@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -12,83 +10,17 @@ import jax.numpy as jnp
 from flax import struct
 
 from sa_jax import ops
-from sa_jax.config import Activation, MlpKind, ModelConfig
-from sa_jax.nn.attention import AnchorAttention, FollowerAttention, MixedAttention, projection
+from sa_jax.config import ModelConfig
+from sa_jax.nn.attention import AnchorAttention, FollowerAttention, MixedAttention
 from sa_jax.nn.cache import LayerCache
+from sa_jax.nn.experts import Moe
+from sa_jax.nn.mlp import MLPS, Mlp
 from sa_jax.nn.norm import norm_if
-from sa_jax.nn.split import constrain, on_each_device
+from sa_jax.nn.split import constrain
 from sa_jax.nn.state import AttentionWeights, Kind, QueryKey, State
 
 BLOCK_OUTPUTS = "block_outputs"
 """The collection that every block leaves its output ``x [B, T, D]`` in, stacked as its parameters are."""
-
-_ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
-  "silu": jax.nn.silu,
-  "gelu": functools.partial(jax.nn.gelu, approximate=False),
-  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-  "relu": jax.nn.relu,
-  "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
-}
-
-
-class Mlp(nn.Module):
-  """``down(f(gate(x)) * up(x))`` with the config's activation ``f`` (SwiGLU, GeGLU; Shazeer, arXiv 2002.05202)."""
-
-  config: ModelConfig
-
-  def setup(self) -> None:
-    config = self.config
-    bias = config.mlp_bias
-    self.gate_proj = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="gate_proj", bias=bias)
-    self.up_proj = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="up_proj", bias=bias)
-    self.down_proj = projection(config, config.embed_dim, ("mlp",), ("embed",), name="down_proj", bias=bias)
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """``[B, T, D]`` → the same."""
-    return self.down_proj(self.hidden(x))
-
-  def hidden(self, x: jax.Array) -> jax.Array:
-    """What the last projection reads: ``[B, T, D]`` → ``[B, T, F]``."""
-    hidden = _ACTIVATIONS[self.config.activation](self.gate_proj(x)) * self.up_proj(x)
-    return constrain(hidden, ("batch", "length", "mlp"))
-
-  def step(self, x: jax.Array) -> jax.Array:
-    """`__call__` against a cache: where there is one token a row, ``[B, 1, D]``, reading the weights is the cost."""
-    params = [module.variables["params"] for module in (self.gate_proj, self.up_proj)]
-    plain = self.config.activation == "silu" and all(len(each) == 1 for each in params)  # no bias, no adapters
-    if x.shape[1] != 1 or not plain:
-      return self(x)
-
-    def kernel(x: jax.Array, gate: jax.Array, up: jax.Array) -> jax.Array | None:
-      return ops.gated_linear(x, gate, up) if ops.has_linear_kernels(x, gate, up) else None
-
-    columns = (None, "mlp")
-    hidden = on_each_device(kernel, (("batch", None), columns, columns), ("batch", "mlp"))
-    gated = hidden(x[:, 0], *(each["kernel"] for each in params))
-    return self(x) if gated is None else self.down_proj(gated[:, None])
-
-
-class PlainMlp(Mlp):
-  """``down(f(up(x)))``."""
-
-  def setup(self) -> None:
-    config = self.config
-    bias = config.mlp_bias
-    self.up_proj = projection(config, config.mlp_dim, ("embed",), ("mlp",), name="up_proj", bias=bias)
-    self.down_proj = projection(config, config.embed_dim, ("mlp",), ("embed",), name="down_proj", bias=bias)
-
-  def hidden(self, x: jax.Array) -> jax.Array:
-    """What the last projection reads: ``[B, T, D]`` → ``[B, T, F]``."""
-    hidden = _ACTIVATIONS[self.config.activation](self.up_proj(x))
-    return constrain(hidden, ("batch", "length", "mlp"))
-
-  def step(self, x: jax.Array) -> jax.Array:
-    """`__call__`: no kernel computes it."""
-    return self(x)
-
-
-MLPS: dict[MlpKind, type[Mlp]] = {"gated": Mlp, "plain": PlainMlp}
-"""By the config's ``mlp``."""
 
 
 @struct.dataclass
@@ -117,13 +49,13 @@ class Block(nn.Module):
 
   config: ModelConfig
 
-  mlp_type: ClassVar[type[Mlp] | None] = None
+  mlp_type: ClassVar[type[Mlp] | type[Moe] | None] = None
 
   def setup(self) -> None:
     config = self.config
     self.attention_norm = norm_if(config.pre_norms, config)
     self.mlp_norm = self.attention_norm if config.shared_norm else norm_if(config.pre_norms, config)
-    self.mlp = (self.mlp_type or MLPS[config.mlp])(config)
+    self.mlp = (self.mlp_type or (Moe if config.experts else MLPS[config.mlp]))(config)
     self.attention_post_norm = norm_if(config.post_norms, config)
     self.mlp_post_norm = norm_if(config.post_norms, config)
 

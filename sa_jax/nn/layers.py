@@ -14,6 +14,7 @@ from sa_jax import ops
 from sa_jax.config import ModelConfig
 from sa_jax.nn.block import BLOCK_OUTPUTS, AnchorBlock, Blocks, FollowerBlock, MixedBlock
 from sa_jax.nn.cache import Cache
+from sa_jax.nn.experts import ROUTER_SCORES
 from sa_jax.nn.state import STATE, Kind, State
 from sa_jax.plan import HeadMap, Run, SharingPlan
 
@@ -21,17 +22,21 @@ Portion = jax.Array | float | None
 """How much of its anchor's weights a follower uses that has its own too, 0 to 1; None where followers have none."""
 
 
-def _is_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
-  """Whether a primitive is cuDNN's attention, which leaves no names."""
-  return "dot_product_attention_fwd" in primitive.name
+def _are(name: str) -> Callable[..., bool]:
+  """A policy that saves what primitives give whose names have this in them."""
+  return lambda primitive, *_, **__: name in primitive.name
 
 
 _REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
   "attention": jax.checkpoint_policies.save_from_both_policies(
-    _is_cudnn, jax.checkpoint_policies.save_only_these_names(ops.KEPT)
+    _are("dot_product_attention_fwd"),  # cuDNN's attention, which leaves no names
+    jax.checkpoint_policies.save_only_these_names(ops.KEPT),
   ),
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    _are("ragged_dot"),  # products with the parameters of several experts
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  ),
 }
 
 _BLOCK_INPUT = "block_input"
@@ -118,7 +123,7 @@ class Group(nn.Module):
 
       scan = nn.scan(
         step,
-        variable_axes={"params": 0, BLOCK_OUTPUTS: 0},
+        variable_axes={"params": 0, BLOCK_OUTPUTS: 0, ROUTER_SCORES: 0},
         split_rngs={"params": True},
         check_constancy_invariants=False,
         in_axes=(nn.broadcast, 0),
@@ -155,7 +160,7 @@ class Runs(nn.Module):
         step = _remat(self.config, step, run.groups, _BLOCK_INPUT)
       scan = nn.scan(
         step,
-        variable_axes={"params": 0, BLOCK_OUTPUTS: 0},
+        variable_axes={"params": 0, BLOCK_OUTPUTS: 0, ROUTER_SCORES: 0},
         split_rngs={"params": True},
         check_constancy_invariants=False,
         in_axes=(nn.broadcast, 0),

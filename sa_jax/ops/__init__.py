@@ -18,6 +18,16 @@ from sa_jax.ops.attention import (
   register_backend,
   write_slot,
 )
+from sa_jax.ops.experts import (
+  Balance,
+  Experts,
+  Routes,
+  balance,
+  has_few_kernels,
+  route,
+  through_experts,
+  through_few,
+)
 from sa_jax.ops.head import logits
 from sa_jax.ops.linear import gated_linear, has_linear_kernels, linears
 from sa_jax.ops.loss import ToLogits, distillation_loss, next_token_loss, token_log_likelihoods
@@ -29,9 +39,12 @@ __all__ = [
   "KEPT",
   "AttentionSpec",
   "Backend",
+  "Balance",
+  "Experts",
   "ToLogits",
   "Int8",
   "RopeConfig",
+  "Routes",
   "Rows",
   "Stored",
   "apply_rope",
@@ -39,6 +52,7 @@ __all__ = [
   "attend",
   "attention_weights",
   "backends",
+  "balance",
   "check_shapes",
   "choose_backend",
   "decode_apply",
@@ -48,6 +62,7 @@ __all__ = [
   "distillation_loss",
   "gated_linear",
   "grow_queries",
+  "has_few_kernels",
   "has_linear_kernels",
   "layer_norm",
   "linears",
@@ -57,6 +72,9 @@ __all__ = [
   "rms_norm",
   "rms_norm_about_one",
   "rope_frequencies",
+  "route",
+  "through_experts",
+  "through_few",
   "token_log_likelihoods",
   "write_slot",
 ]

@@ -15,6 +15,7 @@ from sa_jax.ops.kernels import has_gpu_kernels
 from sa_jax.ops.kernels import triton as plgpu
 
 _BLOCK_IN, _BLOCK_OUT = 64, 64
+_PARTS = 4  # that a sum over the hidden features of an expert is made of: more programs, where outputs are few
 _MIN_ROWS, _MAX_ROWS = 16, 64
 
 
@@ -71,6 +72,83 @@ def gated_linear(x: jax.Array, gate: jax.Array, up: jax.Array, *, interpret: boo
   )(x, gate, up)
 
 
+def chosen_gated(
+  x: jax.Array, gate: jax.Array, up: jax.Array, places: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+  """``silu(x gate[e]) * (x up[e])`` of every row with every chosen expert ``e``; no other expert's weights are read.
+
+  Args:
+    x: ``[B, D]``, B up to 64.
+    gate: ``[X, D, F]``; D and F multiples of 64.
+    up: ``[X, D, F]``.
+    places: int32 ``[P]``, the chosen experts; zeros come out where it is negative.
+    interpret: runs the kernel on any device, slowly.
+
+  Returns:
+    ``[P, B, F]`` in x's dtype.
+  """
+  batch, features = x.shape
+  weights = pl.BlockSpec((gate.shape[0], features, _BLOCK_OUT), lambda p, i: (0, 0, i))
+  return pl.pallas_call(
+    functools.partial(_chosen_gated_kernel, batch=batch),
+    grid=(places.shape[0], gate.shape[2] // _BLOCK_OUT),
+    in_specs=[
+      pl.BlockSpec(places.shape, lambda p, i: (0,)),
+      pl.BlockSpec((_padded(x), features), lambda p, i: (0, 0)),
+      weights,
+      weights,
+    ],
+    out_specs=pl.BlockSpec((None, _padded(x), _BLOCK_OUT), lambda p, i: (p, 0, i)),
+    out_shape=jax.ShapeDtypeStruct((places.shape[0], batch, gate.shape[2]), x.dtype),
+    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
+    interpret=interpret,
+    name="chosen_gated",
+  )(places, x, gate, up)
+
+
+def chosen_down(hidden: jax.Array, down: jax.Array, places: jax.Array, *, interpret: bool = False) -> jax.Array:
+  """``hidden[p] down[places[p]]``: the other half of the chosen experts.
+
+  Args:
+    hidden: ``[P, B, F]``, B up to 64.
+    down: ``[X, F, D]``; F and D multiples of 64.
+    places: int32 ``[P]``; zeros come out where it is negative.
+    interpret: runs the kernel on any device, slowly.
+
+  Returns:
+    float32 ``[P, B, D]``.
+  """
+  (number, batch, features), outputs = hidden.shape, down.shape[2]
+  parts = _PARTS if features % (_PARTS * _BLOCK_IN) == 0 else 1
+  rows, part = _padded(hidden[0]), features // parts
+  sums = pl.pallas_call(
+    functools.partial(_chosen_down_kernel, batch=batch),
+    grid=(number, outputs // _BLOCK_OUT, parts),
+    in_specs=[
+      pl.BlockSpec(places.shape, lambda p, i, s: (0,)),
+      pl.BlockSpec((None, rows, part), lambda p, i, s: (p, 0, s)),
+      pl.BlockSpec((down.shape[0], part, _BLOCK_OUT), lambda p, i, s: (0, s, i)),
+    ],
+    out_specs=pl.BlockSpec((None, None, rows, _BLOCK_OUT), lambda p, i, s: (p, s, 0, i)),
+    out_shape=jax.ShapeDtypeStruct((number, parts, batch, outputs), jnp.float32),
+    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
+    interpret=interpret,
+    name="chosen_down",
+  )(places, hidden, down)
+  return sums.sum(axis=1)
+
+
+def has_chosen_kernels(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> bool:
+  """Whether `chosen_gated` and `chosen_down` can compute x ``[B, D]`` on the present device."""
+  sizes = (*gate.shape[1:], down.shape[2])
+  return (
+    x.dtype in (jnp.bfloat16, jnp.float16)
+    and x.shape[0] <= _MAX_ROWS
+    and all(size % _BLOCK_IN == 0 and size % _BLOCK_OUT == 0 for size in sizes)
+    and all(has_gpu_kernels(w) and w.dtype == x.dtype for w in (gate, up, down))
+  )
+
+
 def has_linear_kernels(x: jax.Array, *weights: jax.Array) -> bool:
   """Whether `linears` and `gated_linear` can compute x ``[B, D]`` times weights ``[D, F]`` on the present device."""
   return (
@@ -91,14 +169,18 @@ def _real(rows: int, columns: int, batch: int) -> jax.Array:
   return jax.lax.broadcasted_iota(jnp.int32, (rows, columns), 0) < batch
 
 
-def _products(x_ref: jax.Ref, weights: Sequence[jax.Ref], columns: Any, batch: int) -> tuple[jax.Array, ...]:
-  """Some columns of ``x w``, in float32."""
+def _products(
+  x_ref: jax.Ref, weights: Sequence[jax.Ref], columns: Any, batch: int, of: tuple[jax.Array, ...] = ()
+) -> tuple[jax.Array, ...]:
+  """Some columns of ``x w``, in float32; ``of`` are indices before those of a matrix's rows and columns."""
   rows, features = x_ref.shape
 
   def block(index: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     here = pl.ds(index * _BLOCK_IN, _BLOCK_IN)
     x = plgpu.load(x_ref.at[:, here], mask=_real(rows, _BLOCK_IN, batch), other=0.0)
-    return tuple(total + plgpu.dot(x, weight[here, columns]) for total, weight in zip(sums, weights, strict=True))
+    return tuple(
+      total + plgpu.dot(x, weight[(*of, here, columns)]) for total, weight in zip(sums, weights, strict=True)
+    )
 
   zeros = jnp.zeros((rows, _BLOCK_OUT), jnp.float32)
   return jax.lax.fori_loop(0, features // _BLOCK_IN, block, (zeros,) * len(weights))
@@ -122,3 +204,35 @@ def _linears_kernel(x_ref: jax.Ref, *refs: jax.Ref, batch: int) -> None:
 def _gated_kernel(x_ref: jax.Ref, gate_ref: jax.Ref, up_ref: jax.Ref, out_ref: jax.Ref, *, batch: int) -> None:
   gate, up = _products(x_ref, (gate_ref, up_ref), slice(None), batch)
   plgpu.store(out_ref, (jax.nn.silu(gate) * up).astype(out_ref.dtype), mask=_real(gate.shape[0], _BLOCK_OUT, batch))
+
+
+def _chosen_gated_kernel(
+  places_ref: jax.Ref, x_ref: jax.Ref, gate_ref: jax.Ref, up_ref: jax.Ref, out_ref: jax.Ref, *, batch: int
+) -> None:
+  expert = places_ref[pl.program_id(0)]
+  real = _real(out_ref.shape[0], _BLOCK_OUT, batch)
+
+  @pl.when(expert >= 0)
+  def _() -> None:
+    gate, up = _products(x_ref, (gate_ref, up_ref), slice(None), batch, (expert,))
+    plgpu.store(out_ref, (jax.nn.silu(gate) * up).astype(out_ref.dtype), mask=real)
+
+  @pl.when(expert < 0)
+  def _() -> None:
+    plgpu.store(out_ref, jnp.zeros(out_ref.shape, out_ref.dtype), mask=real)
+
+
+def _chosen_down_kernel(
+  places_ref: jax.Ref, hidden_ref: jax.Ref, down_ref: jax.Ref, out_ref: jax.Ref, *, batch: int
+) -> None:
+  expert = places_ref[pl.program_id(0)]
+  real = _real(out_ref.shape[0], _BLOCK_OUT, batch)
+
+  @pl.when(expert >= 0)
+  def _() -> None:
+    (product,) = _products(hidden_ref, (down_ref,), slice(None), batch, (expert,))
+    plgpu.store(out_ref, product, mask=real)
+
+  @pl.when(expert < 0)
+  def _() -> None:
+    plgpu.store(out_ref, jnp.zeros(out_ref.shape, out_ref.dtype), mask=real)

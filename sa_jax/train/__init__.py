@@ -6,7 +6,7 @@ from sa_jax.train.data import Reading
 from sa_jax.train.gradual import rising
 from sa_jax.train.loop import Outcome, train
 from sa_jax.train.lora import LoraConfig, abstract_adapters, adapted, attach, init_adapters, merge
-from sa_jax.train.objective import distill, next_token
+from sa_jax.train.objective import RouterConfig, distill, next_token
 from sa_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from sa_jax.train.peft_format import load_adapters, save_adapters
 from sa_jax.train.step import Metrics, Objective, TrainState, make_eval, make_state, make_step, state_shardings
@@ -28,6 +28,7 @@ __all__ = [
   "TrainState",
   # What is minimised.
   "Objective",
+  "RouterConfig",
   "distill",
   "next_token",
   "rising",

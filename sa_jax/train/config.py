@@ -22,6 +22,7 @@ from sa_jax.storage import local_copy
 from sa_jax.train.data import Reading
 from sa_jax.train.data.packing import Packing, TooLong
 from sa_jax.train.lora import LoraConfig
+from sa_jax.train.objective import RouterConfig
 from sa_jax.train.optimizer import OptimizerConfig
 
 Steps = Annotated[tuple[Natural, Natural], Such(lambda steps: steps[0] <= steps[1], "the first before the second")]
@@ -161,10 +162,13 @@ class TrainConfig:
   """AdamW."""
   lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
   """Adapters."""
+  router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
+  """Routers of a mixture of experts."""
   distill: DistillConfig = DistillConfig()
   """Distillation."""
   mesh: MeshSizes = MeshSizes()
-  """All devices, as sizes of data, fsdp, tensor, sequence and slice; 1 if not named, and of data what is left."""
+  """All devices, as sizes of data, fsdp, expert, tensor, sequence and slice; 1 if not named, and of data what is
+  left."""
   log: LogConfig = LogConfig()
   """Logs and checkpoints."""
 
@@ -190,6 +194,8 @@ class TrainConfig:
       wrong.append("`temperature`, `teacher_weight` and `hidden_weight` are of use in `mode=distill` only")
     if self.method != "lora" and self.lora != LoraConfig():
       wrong.append("`rank`, `alpha` and `targets` are of use with `method=lora` only")
+    if self.mode == "distill" and self.router != RouterConfig():
+      wrong.append("`load_balance` and `router_z_loss` are of use outside `mode=distill` only")
     if self.gradual_steps > self.steps:
       wrong.append(f"`gradual_steps={self.gradual_steps}` needs as many `steps`, not {self.steps}")
     if wrong:
@@ -233,7 +239,9 @@ def check_same(config: TrainConfig, before: Mapping[str, object], folder: Path) 
   Raises:
     UserError: names what differs.
   """
-  now, then = _flat(recorded(config)), {"optimizer.schedule": "cosine", "data.split": "train"} | _flat(before)
+  usual: dict[str, object] = {"optimizer.schedule": "cosine", "data.split": "train"}
+  usual |= _flat(dataclasses.asdict(RouterConfig()), "router.")
+  now, then = _flat(recorded(config)), usual | _flat(before)
   if config.date is None:
     now["date"] = then.get("date")
   different = [name for name in {**now, **then} if now.get(name) != then.get(name)]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sa_jax.config import ModelConfig
+from sa_jax.errors import UserError
 from sa_jax.formats import Tokenizer, from_pretrained
 from sa_jax.formats.load import describe
 from sa_jax.nn import GradualTransformer, Transformer
@@ -22,7 +23,7 @@ from sa_jax.sharding import abstract_params, param_shardings, tree_shardings
 from sa_jax.train.config import TrainConfig
 from sa_jax.train.gradual import rising
 from sa_jax.train.lora import abstract_adapters, adapted, init_adapters, merge
-from sa_jax.train.objective import distill, next_token
+from sa_jax.train.objective import RouterConfig, distill, next_token
 from sa_jax.train.step import Objective
 from sa_jax.trees import Tree
 
@@ -95,7 +96,9 @@ def make_learner(config: TrainConfig, model: Transformer, mesh: Mesh) -> Learner
     )
     objective = _of_part(taught, "teacher")
   else:
-    objective = next_token(student, z_loss=config.z_loss, share=share)
+    if model.config.experts is None and config.router != RouterConfig():
+      raise UserError("`load_balance` and `router_z_loss` are of mixtures of experts, and this model is none")
+    objective = next_token(student, z_loss=config.z_loss, share=share, router=config.router)
   finish = lambda params: prune(params, model.plan) if config.gradual_steps else params
   if config.method == "full":
     shardings = param_shardings(student, mesh)

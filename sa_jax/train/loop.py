@@ -23,7 +23,7 @@ from sa_jax.train.data import Examples, every_row_once, to_devices
 from sa_jax.train.data.corpus import check_files
 from sa_jax.train.folder import checked, claim, describe, is_missing, locked, make_room
 from sa_jax.train.interruption import Interruption
-from sa_jax.train.metrics import Clock, Window, peak_tflops, train_flops
+from sa_jax.train.metrics import Clock, Window, of_routers, peak_tflops, train_flops
 from sa_jax.train.optimizer import schedule
 from sa_jax.train.setup import Setup, echo, prepare
 from sa_jax.train.step import Metrics
@@ -220,7 +220,8 @@ class Loop:
       return
     step, metrics = self._unseen
     self._unseen = None
-    loss, norm, weight, finite = (float(value) for value in jax.device_get(dataclasses.astuple(metrics)))
+    metrics = jax.device_get(metrics)
+    loss, norm, weight, finite = map(float, (metrics.loss, metrics.grad_norm, metrics.weight, metrics.finite))
     self.window.add(loss, weight, bool(finite))
     self._clock.tick()
     if self.window.in_row >= self._config.max_skipped:
@@ -232,7 +233,7 @@ class Loop:
         + ". Look at the data, or lower `learning_rate`"
       )
     if self._is_due(step):
-      self._write(step, self._line(step, norm))
+      self._write(step, self._line(step, norm) | of_routers(metrics.told))
 
   def _line(self, step: int, norm: float) -> dict[str, float]:
     """The metrics of a step; tokens read are all slots of the rows, those learnt are what the loss is over."""

@@ -19,12 +19,12 @@ from sa_jax.nn import Transformer
 from sa_jax.nn.axes import WithAxes, bare
 from sa_jax.sharding import abstract_params
 from sa_jax.train.batch import Batch
-from sa_jax.train.step import Objective
+from sa_jax.train.step import Judged, Objective
 from sa_jax.trees import Tree
 
 # How many axes of a projection's kernel are inputs.
 INPUT_AXES = {"q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 2, "gate_proj": 1, "up_proj": 1, "down_proj": 1}
-_STACKED = ("groups", "followers")
+_STACKED = ("groups", "followers", "experts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ def adapted(objective: Objective, config: LoraConfig, base: Tree = lambda frozen
     base: from what is frozen to the model's frozen parameters; all of it as it is by default.
   """
 
-  def of_adapters(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def of_adapters(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> Judged:
     return objective(attach(base(frozen), params, config), frozen, batch, step)
 
   return of_adapters

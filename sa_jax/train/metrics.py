@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Mapping
 
 import jax
+import numpy as np
 
 from sa_jax.config import ModelConfig
 from sa_jax.costs import cost
 from sa_jax.plan import SharingPlan
+from sa_jax.train.step import EXPERT_TOKENS
 
 PEAK_TFLOPS = {
   "NVIDIA A100": 312.0,
@@ -34,6 +37,19 @@ def peak_tflops(stated: float | None) -> float | None:
 def train_flops(config: ModelConfig, plan: SharingPlan, rows: int, length: int) -> int:
   """Model FLOPs of a step: forward, and twice that backward; nothing that is computed again counts."""
   return 3 * cost(config, plan, rows, length).flops
+
+
+def of_routers(told: Mapping[str, np.ndarray]) -> dict[str, float]:
+  """What a step's line says of a mixture of experts: its routers' losses, and how tokens are spread.
+
+  ``expert_load_max`` and ``expert_load_min`` are the tokens of the fullest and the emptiest expert of any layer, over
+  what each would have if all had the same: 1 is balanced.
+  """
+  values = {name: float(value) for name, value in told.items() if name != EXPERT_TOKENS}
+  if (tokens := told.get(EXPERT_TOKENS)) is not None:
+    relative = tokens / np.maximum(tokens.mean(axis=-1, keepdims=True), 1e-9)
+    values |= {"expert_load_max": float(relative.max()), "expert_load_min": float(relative.min())}
+  return values
 
 
 @dataclasses.dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,31 +11,77 @@ import jax.numpy as jnp
 
 from sa_jax import ops
 from sa_jax.errors import UserError
-from sa_jax.nn import BLOCK_OUTPUTS, GradualTransformer, Transformer
+from sa_jax.fields import NotNegative, check_fields
+from sa_jax.nn import BLOCK_OUTPUTS, ROUTER_SCORES, GradualTransformer, Transformer
 from sa_jax.nn.typed import apply
 from sa_jax.train.batch import Batch
-from sa_jax.train.step import Objective
+from sa_jax.train.step import EXPERT_TOKENS, Judged, Objective
 from sa_jax.trees import Tree
 
 SharingSchedule = Callable[[jax.Array], jax.Array]
 """From the step, how much followers share with their anchors: `sa_jax.train.rising`."""
 
 
-def next_token(model: Transformer, *, z_loss: float = 0.0, share: SharingSchedule | None = None) -> Objective:
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+  """What the routers of a mixture of experts are held to, besides the loss."""
+
+  load_balance: NotNegative = 0.01
+  """Weight of the loss that is least where a mixture's experts have equal shares of the tokens."""
+  router_z_loss: NotNegative = 0.0
+  """Weight of the squared logarithm of the denominator of a router's softmax."""
+
+  def __post_init__(self) -> None:
+    check_fields(self, "router")
+
+
+def next_token(
+  model: Transformer,
+  *,
+  z_loss: float = 0.0,
+  share: SharingSchedule | None = None,
+  router: RouterConfig | None = None,
+) -> Objective:
   """Cross-entropy of each token given those before it in its document.
 
   Args:
     model: whose parameters, in the run layout, are trained; nothing is frozen.
     z_loss: see `sa_jax.ops.next_token_loss`.
     share: of a `sa_jax.nn.GradualTransformer`; it shares fully when None.
+    router: of a mixture of experts, what its routers are held to besides; the objective then tells how many tokens went
+      to each expert. The losses are of each part of a batch that is accumulated, by itself.
   """
+  experts = model.config.experts if router is not None else None
+  kept = {} if experts is None else {"mutable": [ROUTER_SCORES]}
 
-  def objective(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def objective(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> Judged:
     del frozen
-    hidden = _hidden(model, params, batch, {} if share is None else {"share": share(step)})
-    return ops.next_token_loss(_head(model, params), hidden, batch.tokens, batch.weights, z_loss=z_loss)
+    out = _hidden(model, params, batch, {} if share is None else {"share": share(step)}, **kept)
+    hidden, routed = (out, None) if experts is None else out
+    total, weight = ops.next_token_loss(_head(model, params), hidden, batch.tokens, batch.weights, z_loss=z_loss)
+    if experts is None or router is None:
+      return total, weight
+    found = _balance(experts, routed, batch)
+    # As means over tokens, whatever the loss is a sum over.
+    to_sum = weight / jnp.maximum(_counting(batch).sum(dtype=jnp.float32), 1.0)
+    total += to_sum * (router.load_balance * found.load_balance + router.router_z_loss * found.z)
+    told = {
+      "load_balance": to_sum * found.load_balance, "router_z": to_sum * found.z, EXPERT_TOKENS: found.tokens
+    }  # fmt: skip
+    return total, weight, told
 
   return objective
+
+
+def _balance(experts: ops.Experts, routed: Tree, batch: Batch) -> ops.Balance:
+  """Of the scores that all routers left, whichever runs and layers they are stacked by."""
+  scores = [leaf.reshape(-1, *leaf.shape[-3:]) for leaf in jax.tree.leaves(routed)]
+  return ops.balance(jnp.concatenate(scores), experts, _counting(batch))
+
+
+def _counting(batch: Batch) -> jax.Array:
+  """Which tokens are no padding, where that can be known, bool ``[B, T]``."""
+  return jnp.ones(batch.tokens.shape, bool) if batch.segments is None else batch.segments > 0
 
 
 def distill(

@@ -25,6 +25,7 @@ from sa_jax.trees import Tree
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
+_OF_EXPERTS = {"gate_proj", "up_proj", "down_proj"}
 _REFUSED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "fan_in_fan_out")
 """Settings of other adapters than ours, unless they are empty."""
 
@@ -42,8 +43,14 @@ def save_adapters(path: Path, model: Transformer, adapters: Tree, config: LoraCo
     base: the name or path of the model, for PEFT to find.
 
   Raises:
-    UserError: if the model's family packs projections into one tensor, or the folder cannot be written.
+    UserError: if the model's family packs projections into one tensor, experts are adapted, or the folder cannot be
+      written.
   """
+  if model.config.experts is not None and (adapted := sorted({*config.targets} & _OF_EXPERTS)):
+    raise UserError(
+      f"PEFT's format has no place for the adapters of experts, and {', '.join(adapted)} are theirs: choose targets of "
+      "attention"
+    )
   layers = adapters["layers"] if "layers" in adapters else _unstacked(adapters["runs"], model.plan)
   tensors: dict[str, np.ndarray] = {}
   modules = _modules(model.config)
@@ -150,6 +157,8 @@ def _modules(config: ModelConfig) -> dict[str, tuple[str, str, str]]:
 
   found = {}
   for entry in entries(config):
+    if "experts" in entry.path or "shared" in entry.path:  # whose adapters have no place there
+      continue
     if entry.path[0] == "layers" and entry.path[-1] == "kernel" and entry.path[-2] in INPUT_AXES:
       if is_packed(entry):
         raise UserError(f"{config.family} models pack projections into {entry.key}, which PEFT adapts as one")

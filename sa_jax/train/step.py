@@ -17,6 +17,17 @@ from sa_jax.sharding import DEFAULT_RULES, Rules, optimizer_shardings, traced_on
 from sa_jax.train.batch import Batch
 from sa_jax.trees import Tree
 
+EXPERT_TOKENS = "expert_tokens"
+"""The name by which an objective tells how many tokens went to each expert, ``[layers, X]``."""
+
+Told = dict[str, jax.Array]
+"""What an objective tells besides, float32 sums over the batch, by name."""
+
+Sums = tuple[jax.Array, jax.Array, Told]
+"""The sum of losses, its weight, and what is told besides."""
+
+Judged = tuple[jax.Array, jax.Array] | tuple[jax.Array, jax.Array, Told]
+
 
 class Objective(Protocol):
   """What is minimised: a sum of losses over its weight.
@@ -24,8 +35,11 @@ class Objective(Protocol):
   Both are sums over the batch, so that their quotient is the mean loss however the batch was cut up.
   """
 
-  def __call__(self, params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Trainable and frozen parameters, a batch, int32 ``[]`` step → float32 ``[]`` sum of losses, and its weight."""
+  def __call__(self, params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> Judged:
+    """Trainable and frozen parameters, a batch, int32 ``[]`` step → float32 ``[]`` sum of losses, and its weight.
+
+    It may return a third value, what it tells besides.
+    """
     ...
 
 
@@ -57,12 +71,14 @@ class Metrics:
     grad_norm: of all gradients together, before clipping.
     weight: what the mean is over; of weights 0 and 1, tokens.
     finite: 1 if loss and gradient are; 0 if the step was skipped.
+    told: what the objective tells besides, over the weight; of `EXPERT_TOKENS` the sums.
   """
 
   loss: jax.Array
   grad_norm: jax.Array
   weight: jax.Array
   finite: jax.Array
+  told: Told = struct.field(default_factory=dict)
 
 
 def make_state(
@@ -130,9 +146,9 @@ def make_step(
     with traced_on(mesh, rules):
       of_rows = lambda batch: _gradients(objective, state, frozen, batch, accumulate)
       if shardings is None or shardings.step.mesh.shape.get("slice", 1) == 1:
-        gradients, total, weight = of_rows(batch)
+        gradients, (total, weight, told) = of_rows(batch)
       else:
-        gradients, total, weight = _over_slices(of_rows, batch, shardings)
+        gradients, (total, weight, told) = _over_slices(of_rows, batch, shardings)
       # A batch with nothing to predict teaches nothing, but there is nothing wrong with it.
       divisor = jnp.where(weight > 0, weight, 1.0)
       gradients = jax.tree.map(lambda gradient: gradient / divisor, gradients)
@@ -152,7 +168,8 @@ def make_step(
         skipped=state.skipped + skipped,
         skipped_in_row=(state.skipped_in_row + 1) * skipped,
       )
-      return following, Metrics(loss, norm, weight, finite.astype(jnp.float32))
+      told = {name: value if name == EXPERT_TOKENS else value / divisor for name, value in told.items()}
+      return following, Metrics(loss, norm, weight, finite.astype(jnp.float32), told)
 
   outputs = None if shardings is None else (shardings, shardings.step)
   return jax.jit(step, donate_argnums=0, out_shardings=outputs)
@@ -163,14 +180,14 @@ def make_eval(objective: Objective, *, mesh: Mesh | None = None, rules: Rules = 
 
   def evaluate(params: Tree, frozen: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
     with traced_on(mesh, rules):
-      return objective(params, frozen, batch, jnp.int32(0))
+      return objective(params, frozen, batch, jnp.int32(0))[:2]
 
   return jax.jit(evaluate)
 
 
 def _over_slices(
-  of_rows: Callable[[Batch], tuple[Tree, jax.Array, jax.Array]], batch: Batch, shardings: TrainState
-) -> tuple[Tree, jax.Array, jax.Array]:
+  of_rows: Callable[[Batch], tuple[Tree, Sums]], batch: Batch, shardings: TrainState
+) -> tuple[Tree, Sums]:
   """`_gradients` of a batch over several slices: of each slice's rows by itself, and the sums of these.
 
   So the network between slices is used once a step and for gradients that are split inside a slice. XLA would reduce
@@ -183,23 +200,23 @@ def _over_slices(
   parts = jax.tree.map(lambda x: x.reshape(slices, -1, *x.shape[1:]), batch)
   without = lambda entry: tuple(axis for axis in entry if axis != "slice") if isinstance(entry, tuple) else entry
   with nn.logical_axis_rules(tuple((name, without(entry)) for name, entry in nn.get_logical_axis_rules())):
-    gradients, totals, weights = jax.vmap(of_rows, spmd_axis_name="slice")(parts)
+    gradients, sums = jax.vmap(of_rows, spmd_axis_name="slice")(parts)
   apart = lambda x, sharding: jax.lax.with_sharding_constraint(
     x, NamedSharding(mesh, PartitionSpec("slice", *sharding.spec))
   )
   gradients = jax.tree.map(lambda x: x.sum(axis=0), jax.tree.map(apart, gradients, shardings.params))
-  return gradients, totals.sum(), weights.sum()
+  return gradients, jax.tree.map(lambda x: x.sum(axis=0), sums)
 
 
 def _gradients(
   objective: Objective, state: TrainState, frozen: Tree, batch: Batch, accumulate: int
-) -> tuple[Tree, jax.Array, jax.Array]:
-  """Float32 gradients of the sum of losses over the batch, the sum, and its weight."""
+) -> tuple[Tree, Sums]:
+  """Float32 gradients of the sum of losses over the batch, and what the objective returns."""
+  judged = lambda params, part: _sums(*objective(params, frozen, part, state.step))
 
-  def of_part(part: Batch) -> tuple[Tree, jax.Array, jax.Array]:
-    value_and_grad = jax.value_and_grad(objective, has_aux=True)
-    (total, weight), gradients = value_and_grad(state.params, frozen, part, state.step)
-    return _as_float32(gradients), total, weight
+  def of_part(part: Batch) -> tuple[Tree, Sums]:
+    gradients, sums = jax.grad(judged, has_aux=True)(state.params, part)
+    return _as_float32(gradients), sums
 
   if accumulate == 1:
     return of_part(batch)
@@ -214,6 +231,11 @@ def _gradients(
     lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
   )
   return jax.lax.scan(add, start, parts)[0]
+
+
+def _sums(total: jax.Array, weight: jax.Array, told: Told | None = None) -> tuple[jax.Array, Sums]:
+  """What an objective returns, as `jax.grad` takes it."""
+  return total, (total, weight, told or {})
 
 
 def _as_float32(tree: Tree) -> Tree:

@@ -118,7 +118,7 @@ def test_ceilings_are_of_all_devices_together(monkeypatch):
       "--batch-size 3 (a multiple of data × fsdp = 2 is needed)",
     ),
     (["step", "--mesh", "sequence=3"], "--length 1024 (a multiple of sequence = 3 is needed)"),
-    (["step", "--mesh", "slice=2"], "slice (step takes data, fsdp, tensor, sequence)"),
+    (["step", "--mesh", "slice=2"], "slice (step takes data, fsdp, expert, tensor, sequence)"),
     (["step", "--mesh", "tensor=0"], "tensor=0 (at least 1 is needed)"),
   ],
 )

@@ -104,6 +104,25 @@ CONFIGS = {
   "falcon": dict(new_decoder_architecture=True, num_kv_heads=2, ffn_hidden_size=48, bias=True),
   "starcoder2": dict(sliding_window=8),
   "nemotron": dict(attention_bias=True, mlp_bias=True),
+  "mixtral": dict(num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=8),
+  "qwen2_moe": dict(
+    num_hidden_layers=3, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+    shared_expert_intermediate_size=40, use_sliding_window=True, sliding_window=8, max_window_layers=1,
+  ),
+  "qwen3_moe": dict(
+    num_hidden_layers=2, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True,
+    head_dim=16, attention_bias=True,
+  ),
+  "olmoe": dict(num_hidden_layers=2, num_experts=4, num_experts_per_tok=2, attention_bias=True),
+  "granitemoe": dict(
+    num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2, embedding_multiplier=3.0,
+    residual_multiplier=0.5, attention_multiplier=0.2, logits_scaling=4.0,
+  ),
+  "granitemoeshared": dict(
+    num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=3, shared_intermediate_size=40,
+    embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.2, logits_scaling=4.0,
+    attention_bias=True,
+  ),
 }  # fmt: skip
 # Families whose code is another's, which transformers has.
 STAND_INS = {"mimo": "qwen2"}
@@ -112,6 +131,8 @@ PLANS = (
   dict.fromkeys(CONFIGS, "1:2-3")
   | {"qwen2": "2:3", "gemma2": None, "gemma3_text": "0:1"}
   | dict.fromkeys(("olmo3", "exaone4", "cohere2"), "0:1")
+  | {"qwen2_moe": "1:2"}
+  | dict.fromkeys(("mixtral", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared"), "0:1")
 )
 
 

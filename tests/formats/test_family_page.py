@@ -34,7 +34,7 @@ def test_every_architecture_of_llama_cpp_is_named():
     ("bloom", {}, "ALiBi"),
     ("gpt_bigcode", {}, "learnt"),
     ("mllama_text_model", {}, "another sequence"),
-    ("qwen3_moe", {"num_experts": 8}, "mixture of experts"),
+    ("glm4_moe", {"n_routed_experts": 8}, "mixture of experts of a kind"),
     ("falcon", {"alibi": True}, "alibi = True: scores are lowered with distance"),
     ("hunyuan_v1_dense", {"use_cla": True}, "layers share keys and values already"),
     ("granitemoehybrid", {"layer_types": ["mamba"] * 2, "position_embedding_type": "rope"}, "layer_types"),

@@ -253,7 +253,7 @@ class TestDamaged:
       ("rope.scaling.attn_factor", 2.0, "queries and keys are scaled by it"),
       ("attention.causal", False, "tokens see those behind them"),
       ("final_logit_softcapping", 30.0, "logits are capped at it"),
-      ("expert_count", 8, "the model is a mixture of experts"),
+      ("nextn_predict_layers", 1, "the last layers predict further tokens"),
       ("novel", 1, "what it does is not known"),
     ],
   )

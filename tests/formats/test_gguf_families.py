@@ -35,6 +35,10 @@ SANDWICH = {
   "post_attention_layernorm": "ffn_norm", "post_mlp_layernorm": "post_ffw_norm",
 }  # fmt: skip
 POST = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+EXPERTS = {
+  "mlp.gate": "ffn_gate_inp", "block_sparse_moe.gate": "ffn_gate_inp", "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+} | {f"mlp.shared_expert.{name}_proj": f"ffn_{name}_shexp" for name in ("gate", "up", "down")}  # fmt: skip
+EACH = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
 OF_4H = {"mlp.dense_h_to_4h": "ffn_up", "mlp.dense_4h_to_h": "ffn_down"}
 LOCAL = {"attention.sliding_window": 8, "attention.sliding_window_pattern": [True, True, False, True]}
 
@@ -42,6 +46,27 @@ LOCAL = {"attention.sliding_window": 8, "attention.sliding_window_pattern": [Tru
 # does with it. A default that a file does not hold must be the model's.
 CASES = {
   "llama": ("llama", {"head_dim": 16}, NORMS, True, {}),
+  "llama with experts": (
+    "mixtral", {"sliding_window": None}, NORMS | EXPERTS, True, {"expert_count": 4, "expert_used_count": 2}
+  ),
+  "qwen2moe": (
+    "qwen2_moe",
+    {"use_sliding_window": False},
+    NORMS | EXPERTS,
+    False,
+    {
+      "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 24,
+      "expert_shared_feed_forward_length": 40,
+    },
+  ),
+  "qwen3moe": (
+    "qwen3_moe",
+    {},
+    NORMS | EXPERTS,
+    False,
+    {"expert_count": 6, "expert_used_count": 3, "expert_feed_forward_length": 24},
+  ),
+  "olmoe": ("olmoe", {}, NORMS | EXPERTS, False, {"expert_count": 4, "expert_used_count": 2}),
   "qwen2": ("qwen2", {"use_sliding_window": False}, NORMS, False, {}),
   "qwen3": ("qwen3", {}, NORMS, False, {}),
   "gemma": ("gemma", {}, NORMS, False, {}),
@@ -197,6 +222,18 @@ def by_kind(weight: np.ndarray, config: sa_jax.ModelConfig) -> np.ndarray:
   return np.concatenate([head for kind in range(3) for head, own in zip(heads, kinds, strict=True) if own == kind])
 
 
+def stacked(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Each layer's experts in one tensor, and the shared expert's gate without its axis of one."""
+  out, experts = {}, {}
+  for key, tensor in tensors.items():
+    if match := re.fullmatch(r"(model\.layers\.\d+)\..*\.experts\.(\d+)\.(\w+)\.weight", key):
+      name = f"{match[1]}.ffn_{EACH[match[3]]}_exps.weight"
+      experts.setdefault(name, {})[int(match[2])] = tensor
+    else:
+      out[key] = tensor[0] if "shared_expert_gate" in key else tensor
+  return out | {name: np.stack([each[number] for number in range(len(each))]) for name, each in experts.items()}
+
+
 def convert(folder, path, case, parts=1):
   """The folder as llama.cpp's converter writes it, in one file or in several."""
   _, _, norms, swapped, more = CASES[case]
@@ -206,10 +243,10 @@ def convert(folder, path, case, parts=1):
   )
   metadata(writer, config, more)
   blocks = ATTENTION | MLP | norms
-  for key, tensor in load_file(folder / "model.safetensors").items():
+  for key, tensor in stacked(load_file(folder / "model.safetensors")).items():
     name, kind = key.rsplit(".", 1)
     if match := re.fullmatch(r"(?:model\.layers|gpt_neox\.layers|transformer\.h)\.(\d+)\.(.*)", name):
-      name = f"blk.{match[1]}.{blocks[match[2]]}"
+      name = f"blk.{match[1]}.{blocks.get(match[2], match[2])}"
     else:
       name = OUTER[name]
     for letter, heads in (("q", config.num_heads), ("k", config.num_kv_heads)):

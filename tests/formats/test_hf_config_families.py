@@ -123,6 +123,34 @@ HUB = {
     "num_key_value_heads": 2, "norm_eps": 1e-5, "rope_theta": 1e4, "partial_rotary_factor": 0.5, "head_dim": 8,
     "attention_bias": False, "mlp_bias": False, "hidden_act": "relu2",
   },
+  "mixtral": {
+    "num_key_value_heads": 2, "num_experts_per_tok": 2, "num_local_experts": 8, "output_router_logits": False,
+    "rope_theta": 1e6, "router_aux_loss_coef": 0.02, "sliding_window": None, "hidden_act": "silu",
+  },
+  "qwen2_moe": {
+    "num_key_value_heads": 4, "decoder_sparse_step": 1, "max_window_layers": 21, "moe_intermediate_size": 24,
+    "norm_topk_prob": False, "num_experts": 60, "num_experts_per_tok": 4, "output_router_logits": False,
+    "rope_theta": 1e6, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 40, "sliding_window": 32768,
+    "use_sliding_window": False, "hidden_act": "silu",
+  },
+  "qwen3_moe": {
+    "num_key_value_heads": 2, "attention_bias": False, "decoder_sparse_step": 1, "head_dim": 16,
+    "max_window_layers": 48, "mlp_only_layers": [], "moe_intermediate_size": 24, "norm_topk_prob": True,
+    "num_experts": 128, "num_experts_per_tok": 8, "output_router_logits": False, "rope_scaling": None,
+    "rope_theta": 1e6, "router_aux_loss_coef": 0.001, "sliding_window": None, "use_sliding_window": False,
+    "hidden_act": "silu",
+  },
+  "olmoe": {
+    "attention_bias": False, "clip_qkv": None, "norm_topk_prob": False, "num_experts": 64, "num_experts_per_tok": 8,
+    "num_key_value_heads": 4, "output_router_logits": False, "rope_scaling": None, "rope_theta": 1e4,
+    "router_aux_loss_coef": 0.01, "hidden_act": "silu",
+  },
+  "granitemoe": {
+    "num_key_value_heads": 2, "rope_theta": 1e4, "rope_scaling": None, "attention_bias": False,
+    "attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "logits_scaling": 6.0, "residual_multiplier": 0.22,
+    "num_experts_per_tok": 8, "num_local_experts": 32, "router_aux_loss_coef": 0.0, "output_router_logits": False,
+    "tie_word_embeddings": True, "hidden_act": "silu",
+  },
 }  # fmt: skip
 
 
@@ -161,8 +189,11 @@ def test_local_layers():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"model_type": "mixtral", "num_local_experts": 8}, "'mixtral' is a mixture of experts"),
-    ({"model_type": "qwen3_moe", "num_experts": 8}, "'qwen3_moe' is a mixture of experts"),
+    ({"model_type": "glm4_moe", "n_routed_experts": 8}, "'glm4_moe' is a mixture of experts of a kind"),
+    ({"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3}, "at most num_local_experts = 2"),
+    ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]: some layers are no mixtures"),
+    ({"model_type": "qwen2_moe", "decoder_sparse_step": 2}, "decoder_sparse_step = 2: some layers are no mixtures"),
+    ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv = 8.0"),
     ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "'bert' is not known as a decoder-only"),
     ({"model_type": "t5", "is_encoder_decoder": True}, "'t5' is not known as a decoder-only"),
     ({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}, "'gemma3' is not known"),

@@ -1,0 +1,34 @@
+"""Experts from and to Hugging Face's ``config.json``."""
+
+from __future__ import annotations
+
+from sa_jax.config import ModelConfig
+from sa_jax.formats.family import ExpertKeys
+from sa_jax.formats.reader import ConfigReader, Fields
+from sa_jax.ops import Experts
+
+_CHOSEN = "num_experts_per_tok"
+
+
+def read(reader: ConfigReader, keys: ExpertKeys | None) -> Experts | None:
+  """The experts that a config says; None of a family whose layers have one MLP."""
+  if keys is None:
+    return None
+  count, chosen = reader.integer(keys.number), reader.integer(_CHOSEN)
+  if chosen > count:
+    reader.fail(_CHOSEN, f"at most {keys.number} = {count} is possible")
+    chosen = 1
+  normalised = reader.flag(keys.normalised, False) if isinstance(keys.normalised, str) else keys.normalised
+  shared = reader.integer(keys.shared) if keys.shared and reader.take(keys.shared) != 0 else 0
+  return Experts(count, chosen, normalised, shared, keys.shared_gate and shared > 0)
+
+
+def write(config: ModelConfig, keys: ExpertKeys | None) -> Fields:
+  """The keys that say them."""
+  experts = config.experts
+  if keys is None or experts is None:
+    return {}
+  values: Fields = {keys.number: experts.count, _CHOSEN: experts.chosen}
+  if isinstance(keys.normalised, str):
+    values[keys.normalised] = experts.normalised
+  return values | ({keys.shared: experts.shared_width} if keys.shared else {})

@@ -1,0 +1,201 @@
+"""A mixture of experts in the place of an MLP."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from sa_jax import ops
+from sa_jax.config import ModelConfig
+from sa_jax.nn.attention import projection
+from sa_jax.nn.axes import LECUN, Axes, fitting, mesh_axes_of, with_axes
+from sa_jax.nn.mlp import ACTIVATIONS, Mlp
+from sa_jax.nn.split import constrain, divides, mesh_axes, spec_of
+
+ROUTER_SCORES = "router_scores"
+"""The collection that every mixture leaves its router's scores ``[B, T, X]`` in, stacked as its parameters are."""
+
+_ADAPTERS = ("lora_a", "lora_b")
+_INIT = nn.initializers.lecun_normal(batch_axis=(0,))
+
+
+class _Stack(nn.Module):
+  """One projection of all experts, a kernel ``[X, in, out]``; and its adapters, if it has any (`sa_jax.train`).
+
+  Attributes:
+    config: the model.
+    features: in and out.
+    axes: the logical axes of these.
+  """
+
+  config: ModelConfig
+  features: tuple[int, int]
+  axes: tuple[str, str]
+
+  @nn.compact
+  def __call__(self) -> dict[str, jax.Array]:
+    """The arrays, in the dtype to compute in."""
+    assert self.config.experts is not None
+    init = with_axes(_INIT, ("experts", *self.axes))
+    shape = (self.config.experts.count, *self.features)
+    arrays = {"kernel": self.param("kernel", init, shape, self.config.param_dtype)}
+    arrays |= {name: self.get_variable("params", name) for name in _ADAPTERS if self.has_variable("params", name)}
+    return {name: jnp.asarray(array).astype(self.config.dtype) for name, array in arrays.items()}
+
+
+class _Experts(nn.Module):
+  """The projections of all experts."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self) -> dict[str, dict[str, jax.Array]]:
+    """What `ops.through_experts` takes as weights."""
+    config = self.config
+    wide, narrow = (config.embed_dim, config.mlp_dim), (config.mlp_dim, config.embed_dim)
+    return {
+      "gate_proj": _Stack(config, wide, ("embed", "mlp"), name="gate_proj")(),
+      "up_proj": _Stack(config, wide, ("embed", "mlp"), name="up_proj")(),
+      "down_proj": _Stack(config, narrow, ("mlp", "embed"), name="down_proj")(),
+    }
+
+
+class Moe(nn.Module):
+  """A router, and experts of which each token goes through a few (Shazeer et al., 1701.06538; Mixtral, 2401.04088).
+
+  No expert has a capacity: nothing is dropped, and a token's output does not depend on the others of its batch.
+  """
+
+  config: ModelConfig
+
+  def setup(self) -> None:
+    config, experts = self.config, self.config.experts
+    assert experts is not None
+    # Scores in float32 also of bfloat16: which expert comes next is a matter of small differences.
+    self.router = nn.DenseGeneral(
+      experts.count,
+      use_bias=False,
+      dtype=config.dtype,
+      param_dtype=config.param_dtype,
+      kernel_init=with_axes(LECUN, ("embed", "scores")),
+      dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
+      name="router",
+    )
+    self.experts = _Experts(config)
+    if experts.shared_width:
+      self.shared = Mlp(dataclasses.replace(config, mlp_dim=experts.shared_width, experts=None))
+    if experts.shared_gate:
+      self.shared_gate = projection(config, 1, ("embed",), ("scores",), name="shared_gate")
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """``[B, T, D]`` → the same."""
+    routes = self.routes(x)
+    return self._with_shared(x, _on_each_device(self.config, x, routes, self.experts()), cached=False)
+
+  def routes(self, x: jax.Array) -> ops.Routes:
+    """Where the router sends tokens ``[B, T, D]``."""
+    assert self.config.experts is not None
+    scores = constrain(self.router(x), ("batch", "length", "scores"))
+    # Kept by those who apply the model with this collection mutable.
+    if not self.is_initializing():
+      self.sow(ROUTER_SCORES, "scores", scores, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+    return ops.route(scores, self.config.experts)
+
+  def step(self, x: jax.Array) -> jax.Array:
+    """`__call__` against a cache: of one token a row, ``[B, 1, D]``, only the chosen experts' weights are read."""
+    if x.shape[1] != 1 or not _is_whole():
+      return self(x)
+    weights, flat = self.experts(), x[:, 0]
+    kernels = self.config.activation == "silu" and ops.has_few_kernels(flat, weights)
+    routes = jax.tree.map(lambda each: each[:, 0], self.routes(x))
+    activation = ACTIVATIONS[self.config.activation]
+    if kernels or routes.experts.size < weights["down_proj"]["kernel"].shape[0]:
+      y = ops.through_few(flat, routes, weights, activation, kernels)
+    else:
+      y = ops.through_experts(flat, routes, weights, activation)
+    return self._with_shared(x, y[:, None], cached=True)
+
+  def _with_shared(self, x: jax.Array, y: jax.Array, cached: bool) -> jax.Array:
+    """What the experts give, and with it what the shared one does, if there is one."""
+    assert self.config.experts is not None
+    if self.config.experts.shared_width:
+      shared = (self.shared.step if cached else self.shared)(x)
+      if self.config.experts.shared_gate:
+        shared = shared * jax.nn.sigmoid(self.shared_gate(x).astype(jnp.float32)).astype(shared.dtype)
+      y = y + shared
+    return constrain(y, ("batch", "length", "embed"))
+
+
+def _is_whole() -> bool:
+  """Whether arrays are not spread over a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.empty or mesh.size == 1
+
+
+def _through(
+  config: ModelConfig,
+  x: jax.Array,
+  routes: ops.Routes,
+  weights: Mapping[str, Mapping[str, jax.Array]],
+  first: jax.Array | None = None,
+) -> jax.Array:
+  """`ops.through_experts` of ``[B, T, D]``."""
+  flat = x.reshape(-1, x.shape[-1])
+  paths = jax.tree.map(lambda each: each.reshape(flat.shape[0], -1), routes)
+  return ops.through_experts(flat, paths, weights, ACTIVATIONS[config.activation], first).reshape(x.shape)
+
+
+# Adapters are as their kernel, without the axis that they do not have.
+_INPUTS: dict[str, tuple[str | None, str | None]] = {
+  "gate_proj": (None, "mlp"), "up_proj": (None, "mlp"), "down_proj": ("mlp", None),
+}  # fmt: skip
+
+
+def _axes(name: str, part: str) -> Axes:
+  """The logical axes of an array of an expert's projection, of which every device needs the whole ``embed``."""
+  inputs, outputs = _INPUTS[name]
+  return ("experts", *{"kernel": (inputs, outputs), "lora_a": (inputs, None), "lora_b": (None, outputs)}[part])
+
+
+def _on_each_device(
+  config: ModelConfig, x: jax.Array, routes: ops.Routes, weights: dict[str, dict[str, jax.Array]]
+) -> jax.Array:
+  """What the experts give of ``[B, T, D]``: on a mesh, each device sorts tokens by itself, and has some experts.
+
+  Devices with other experts gather each other's tokens, compute what their own experts give, and add that up where the
+  tokens are: two exchanges of ``[B, T, D]``, however many experts a token has.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if _is_whole() or mesh.manual_axes or not nn.get_logical_axis_rules():
+    return _through(config, x, routes, weights)
+  rows = spec_of(("batch", "length", None))
+  if not divides(mesh, rows, x.shape):
+    rows = PartitionSpec()
+  split = lambda name, part, leaf: fitting(spec_of(_axes(name, part)), leaf.shape, mesh.shape)
+  specs = {name: {part: split(name, part, leaf) for part, leaf in parts.items()} for name, parts in weights.items()}
+  over_experts = mesh_axes("experts", weights["down_proj"]["kernel"].shape[0], mesh)
+  over_features = mesh_axes("mlp", config.mlp_dim, mesh)
+  of_rows = {axis for entry in rows for axis in mesh_axes_of(entry)}
+  gathered = tuple(axis for axis in over_experts if axis in of_rows)
+  summed = tuple(axis for axis in (*over_experts, *over_features) if axis not in gathered)
+
+  def of_a_device(x: jax.Array, routes: ops.Routes, weights: dict[str, dict[str, jax.Array]]) -> jax.Array:
+    first = None
+    if over_experts:
+      first = jax.lax.axis_index(over_experts) * weights["down_proj"]["kernel"].shape[0]
+    if gathered:
+      x, routes = (
+        jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, gathered, axis=0, tiled=True), each) for each in (x, routes)
+      )
+    y = _through(config, x, routes, weights, first)
+    y = jax.lax.psum(y, summed) if summed else y
+    return jax.lax.psum_scatter(y, gathered, scatter_dimension=0, tiled=True) if gathered else y
+
+  in_specs = (rows, rows, specs)
+  return jax.shard_map(of_a_device, in_specs=in_specs, out_specs=rows, check_vma=False)(x, routes, weights)

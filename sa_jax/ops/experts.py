@@ -1,0 +1,212 @@
+"""Mixtures of experts: a token goes through a few of many MLPs. Dropless and exact: no expert has a capacity.
+
+Weights are stacked, ``[X, D, F]`` of X experts. Many tokens are sorted by their experts and multiplied group by group;
+for a few tokens, only the chosen experts' weights are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sa_jax.ops.grouped import grouped_product
+from sa_jax.ops.linear import chosen_down, chosen_gated, has_chosen_kernels
+
+Weights = Mapping[str, Mapping[str, jax.Array]]
+"""``gate_proj``, ``up_proj`` and ``down_proj``: each a ``kernel [X, in, out]``, and adapters if it has any."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+  """The experts that a layer has in the place of its MLP.
+
+  Attributes:
+    count: how many there are, ``X``; each is as wide as the config's ``mlp_dim``.
+    chosen: how many a token goes through: those of the highest scores.
+    normalised: whether the weights of those add up to one: the softmax of their scores. Otherwise they are what the
+      softmax of all scores gives them.
+    shared_width: of one more expert, which every token goes through; 0 for none.
+    shared_gate: whether what that gives is multiplied by the sigmoid of a score of its own (Qwen2-MoE).
+  """
+
+  count: int
+  chosen: int
+  normalised: bool = True
+  shared_width: int = 0
+  shared_gate: bool = False
+
+  def faults(self) -> list[str]:
+    """What is wrong with the values, one line each."""
+    wrong = [] if self.count >= 1 else [f"experts.count={self.count} (at least 1 is needed)"]
+    if not 1 <= self.chosen <= max(self.count, 1):
+      wrong.append(f"experts.chosen={self.chosen} (1 to count={self.count} are needed)")
+    if self.shared_width < 0:
+      wrong.append(f"experts.shared_width={self.shared_width} (a width, or 0 for none, is needed)")
+    if self.shared_gate and not self.shared_width:
+      wrong.append("experts.shared_gate=True (without shared_width there is nothing to gate)")
+    return wrong
+
+  def expected(self, tokens: int) -> float:
+    """How many experts so many tokens go through together, on average, if each chooses at random."""
+    return self.count * (1 - (1 - self.chosen / self.count) ** tokens)
+
+
+class Routes(NamedTuple):
+  """Where tokens go.
+
+  Attributes:
+    experts: int32 ``[..., C]``, the numbers of each token's experts.
+    weights: float32 ``[..., C]``, what the outputs of these are multiplied by.
+  """
+
+  experts: jax.Array
+  weights: jax.Array
+
+
+def route(scores: jax.Array, experts: Experts) -> Routes:
+  """The experts of the highest scores, float32 ``[..., X]``, and their weights."""
+  highest, numbers = jax.lax.top_k(scores, experts.chosen)
+  if experts.normalised:
+    return Routes(numbers, jax.nn.softmax(highest))
+  return Routes(numbers, jnp.exp(highest - jax.nn.logsumexp(scores, axis=-1, keepdims=True)))
+
+
+def through_experts(
+  x: jax.Array,
+  routes: Routes,
+  weights: Weights,
+  activation: Callable[[jax.Array], jax.Array],
+  first: jax.Array | None = None,
+) -> jax.Array:
+  """What the experts of each token give, weighted and added up.
+
+  Args:
+    x: ``[N, D]`` tokens.
+    routes: of each, ``[N, C]``.
+    weights: of all experts, or of some that follow each other.
+    activation: ``f`` in ``down(f(gate(x)) * up(x))``.
+    first: the number of the first expert that there are weights of, int32 ``[]``: others add nothing. None when there
+      are weights of all.
+
+  Returns:
+    ``[N, D]`` in x's dtype.
+  """
+  (tokens, chosen), count = routes.experts.shape, weights["down_proj"]["kernel"].shape[0]
+  numbers = routes.experts.reshape(-1)
+  if first is not None:
+    # Those of experts that are elsewhere come last, and belong to no group.
+    numbers = jnp.where((numbers >= first) & (numbers < first + count), numbers - first, count)
+  order = jnp.argsort(numbers, stable=True)
+  back = jnp.argsort(order)
+  groups = jnp.sum(numbers[:, None] == jnp.arange(count)[None], axis=0, dtype=jnp.int32)
+  # Each index occurs once, so that the gradients of taking are takings, too.
+  take = lambda x, indices: x.at[indices].get(unique_indices=True, mode="promise_in_bounds")
+  repeated = jnp.broadcast_to(x[:, None], (tokens, chosen, x.shape[1])).reshape(tokens * chosen, -1)
+  product = lambda x, kernel: grouped_product(x, kernel, groups)
+  y = take(_mlp(take(repeated, order), weights, activation, product), back)
+  if first is not None:
+    y = jnp.where((numbers < count)[:, None], y, jnp.zeros((), y.dtype))
+  together = jnp.einsum(
+    "ncd,nc->nd",
+    y.reshape(tokens, chosen, -1),
+    routes.weights.astype(y.dtype),
+    preferred_element_type=jnp.float32,
+  )
+  return together.astype(x.dtype)
+
+
+def _mlp(
+  x: jax.Array,
+  weights: Weights,
+  activation: Callable[[jax.Array], jax.Array],
+  product: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+  """``down(f(gate(x)) * up(x))``, with adapters where there are any."""
+
+  def linear(x: jax.Array, name: str) -> jax.Array:
+    kernel, *adapters = (weights[name][each] for each in ("kernel", "lora_a", "lora_b") if each in weights[name])
+    y = product(x, kernel)
+    return y + product(product(x, adapters[0]), adapters[1]) if adapters else y
+
+  return linear(activation(linear(x, "gate_proj")) * linear(x, "up_proj"), "down_proj")
+
+
+def through_few(
+  x: jax.Array,
+  routes: Routes,
+  weights: Weights,
+  activation: Callable[[jax.Array], jax.Array],
+  kernels: bool,
+) -> jax.Array:
+  """`through_experts` of a few tokens: reads the weights of the chosen experts, each once, and no others.
+
+  Args:
+    x: ``[N, D]``.
+    routes: ``[N, C]``.
+    weights: of all experts.
+    activation: as in `through_experts`.
+    kernels: whether to compute it by kernels, which know no other activation than SiLU and no adapters.
+
+  Returns:
+    ``[N, D]`` in x's dtype.
+  """
+  count = weights["down_proj"]["kernel"].shape[0]
+  is_chosen = jnp.any(routes.experts.reshape(-1)[:, None] == jnp.arange(count)[None], axis=0)
+  # As many places as there can be chosen experts; those that stay empty have the number -1.
+  (places,) = jnp.nonzero(is_chosen, size=min(count, routes.experts.size), fill_value=-1)
+  places = places.astype(jnp.int32)
+  here = routes.experts[None] == places[:, None, None]
+  shares = jnp.sum(jnp.where(here, routes.weights[None], 0.0), axis=-1)  # [P, N]
+  if kernels:
+    gate, up, down = (weights[name]["kernel"] for name in ("gate_proj", "up_proj", "down_proj"))
+    y = chosen_down(chosen_gated(x, gate, up, places), down, places)
+  else:
+    held = jax.tree.map(lambda kernel: kernel[jnp.maximum(places, 0)], {name: dict(weights[name]) for name in weights})
+    product = lambda x, kernel: jnp.einsum("...nd,pdf->pnf" if x.ndim == 2 else "pnd,pdf->pnf", x, kernel)
+    y = _mlp(x, held, activation, product)
+  return jnp.einsum("pnd,pn->nd", y.astype(jnp.float32), shares).astype(x.dtype)
+
+
+def has_few_kernels(x: jax.Array, weights: Weights) -> bool:
+  """Whether kernels can compute `through_few` of x ``[N, D]`` on the present device."""
+  each = [weights[name] for name in ("gate_proj", "up_proj", "down_proj")]
+  return all(set(one) == {"kernel"} for one in each) and has_chosen_kernels(x, *(one["kernel"] for one in each))
+
+
+class Balance(NamedTuple):
+  """How tokens are spread over the experts of several layers, as sums over tokens, float32.
+
+  Attributes:
+    load_balance: ``[]``, what is least where the experts of each layer have equal shares of the tokens and of the
+      probabilities (Fedus et al., arXiv 2101.03961, equation 4), times the number of tokens; then it is ``chosen``.
+    z: ``[]``, the squared logarithm of the softmax's denominator (Zoph et al., arXiv 2202.08906, equation 5).
+    tokens: ``[layers, X]``, how many went to each expert.
+  """
+
+  load_balance: jax.Array
+  z: jax.Array
+  tokens: jax.Array
+
+
+def balance(scores: jax.Array, experts: Experts, counts: jax.Array) -> Balance:
+  """How the tokens of a batch are spread; the two losses are means over layers.
+
+  Args:
+    scores: the router's, float32 ``[layers, B, T, X]``.
+    experts: what they choose.
+    counts: bool or float32 ``[B, T]``, which tokens count; padding does not.
+  """
+  counts = counts.astype(jnp.float32)
+  number = counts.sum()
+  numbers = route(scores, experts).experts
+  went = (numbers[..., None] == jnp.arange(experts.count).reshape(1, 1, 1, 1, -1)).sum(axis=-2)
+  tokens = jnp.einsum("lbtx,bt->lx", went.astype(jnp.float32), counts)
+  probabilities = jnp.einsum("lbtx,bt->lx", jax.nn.softmax(scores), counts)
+  divisor = jnp.maximum(number, 1.0)
+  load = experts.count * jnp.sum(tokens * probabilities, axis=-1).mean() / divisor
+  z = jnp.einsum("lbt,bt->l", jnp.square(jax.nn.logsumexp(scores, axis=-1)), counts).mean()
+  return Balance(load, z, tokens)
