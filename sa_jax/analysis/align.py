@@ -240,7 +240,7 @@ def align(
   Raises:
     UserError: if the parameters lack queries and keys, or a token is not in the vocabulary.
   """
-  config = walk.walking(model.config, params)
+  config = walk.walking(model, params)
   tokens = np.asarray(tokens, np.int32)
   check_tokens(tokens, None, config.vocab_size)
   check_same_rows(params, "tokens", tokens)

@@ -112,7 +112,7 @@ def distill_rows(
     raise UserError("distillation needs at least one row of text")
   model, params = student
   dtype = how.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-  computed = lambda model: Transformer(dataclasses.replace(model.config, dtype=dtype), model.plan)
+  computed = lambda model: model.clone(config=dataclasses.replace(model.config, dtype=dtype))
   runs, frozen = stack(params, model.plan), _frozen(*teacher, jnp.dtype(dtype))
   trained = {name: runs[name] for name in _TRAINED}
   optimizer = optax.chain(

@@ -107,7 +107,7 @@ class Judge:
     record: Path | None = None,
     progress: Progress | None = None,
   ):
-    self.config = walk.walking(model.config, params)
+    self.config = walk.walking(model, params)
     for text in texts:
       for tokens in (text.calibration, text.judging):
         check_tokens(np.asarray(tokens), None, self.config.vocab_size)

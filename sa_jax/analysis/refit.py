@@ -331,7 +331,7 @@ def refit(
       determine the weights in float32.
   """
   how = how or Refit()
-  config = walk.walking(model.config, params)
+  config = walk.walking(model, params)
   tokens = np.asarray(tokens, np.int32)
   check_tokens(tokens, None, config.vocab_size)
   check_plan(config, plan)

@@ -94,7 +94,7 @@ def layer_similarity(
   if not 1 <= top_k <= tokens.shape[1]:
     raise UserError(f"top_k must be in 1 to {tokens.shape[1]}, the tokens of a row, not {top_k}")
   check_same_rows(params, "tokens", tokens)
-  model = Transformer(dataclasses.replace(model.config, attention_state="query_key"), model.plan)
+  model = model.clone(config=dataclasses.replace(model.config, attention_state="query_key"))
   layers = as_layers(params, model.plan)
   block = min(block, tokens.shape[1])
   total: _Sums[np.ndarray] | None = None

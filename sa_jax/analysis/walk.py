@@ -17,7 +17,7 @@ from flax import struct
 from sa_jax import ops
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
-from sa_jax.nn import PlanArrays, PlannedBlock, PlannedTransformer
+from sa_jax.nn import PlanArrays, PlannedBlock, PlannedTransformer, Transformer
 from sa_jax.nn.planned import empty_state
 from sa_jax.nn.state import State
 from sa_jax.nn.typed import apply
@@ -61,12 +61,15 @@ class Targets(NamedTuple):
   state: State
 
 
-def walking(config: ModelConfig, params: Params) -> ModelConfig:
+def walking(model: Transformer, params: Params) -> ModelConfig:
   """The config to walk with, once the parameters are known to be in the layer layout, with every layer's W_Q and W_K.
 
   Raises:
-    UserError: if they do not.
+    UserError: if they are not, or the model has blocks of its own.
   """
+  if own := model.blocks.own:
+    raise UserError(f"a walk computes the library's own blocks, not {' and '.join(own)}")
+  config = model.config
   if "layers" not in params:
     raise UserError("parameters in the layer layout are needed: open the model with layout='layers'")
   layers = params["layers"]

@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sa_jax.decode.processors import Processor, Start
 from sa_jax.errors import UserError
@@ -49,6 +50,12 @@ class Sampler:
   log_probs: bool = False
 
   def __post_init__(self) -> None:
+    for name in ("temperature", "top_p", "min_p"):
+      value = getattr(self, name)
+      if isinstance(value, str):
+        raise UserError(f"{name} is a number, not {value!r}")
+      if isinstance(value, np.generic | np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer):
+        object.__setattr__(self, name, np.asarray(value).item())
     if not all(isinstance(value, int | float | None) for value in (self.temperature, self.top_p, self.min_p)):
       return  # inside `jax.jit`, where the values that were checked outside are not known
     # One type, so that 1 and 1.0 are one program.

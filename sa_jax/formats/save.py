@@ -99,7 +99,12 @@ def _only_if(wanted: bool, array: np.ndarray) -> np.ndarray | None:
 
 
 def _check(model: Transformer, params: Params, layout: Layout) -> None:
-  """Checks that the parameters are the model's, in one floating-point type."""
+  """Checks that the parameters are the model's, in one floating-point type, and that nothing would be lost."""
+  if own := model.blocks.own:
+    raise UserError(
+      f"the model is made of {' and '.join(own)}, which a checkpoint does not hold: `load` would make another model of "
+      "it. Save the parameters by themselves, with Orbax for example, and make the model from code"
+    )
   named = lambda tree: {
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

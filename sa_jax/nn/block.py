@@ -163,3 +163,8 @@ class Blocks(NamedTuple):
 
   anchor: type[AnchorBlock] = AnchorBlock
   follower: type[FollowerBlock] = FollowerBlock
+
+  @property
+  def own(self) -> list[str]:
+    """The names of those that are somebody's own, which no config tells."""
+    return [block.__name__ for block, ours in zip(self, Blocks()) if block is not ours]

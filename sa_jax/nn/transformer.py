@@ -19,7 +19,7 @@ from sa_jax import ops
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
 from sa_jax.nn.axes import LECUN, with_axes
-from sa_jax.nn.block import Blocks
+from sa_jax.nn.block import Blocks, FollowerBlock
 from sa_jax.nn.cache import Cache
 from sa_jax.nn.layers import Layers, Runs
 from sa_jax.nn.norm import Norm
@@ -253,6 +253,8 @@ class GradualTransformer(Transformer):
   def __post_init__(self) -> None:
     if self.config.attention_state != "query_key":
       raise UserError("followers mix attention with the state 'query_key' only; set attention_state to it")
+    if self.blocks.follower is not FollowerBlock:
+      raise UserError(f"followers that mix attention are our own, not {self.blocks.follower.__name__}")
     super().__post_init__()
 
   def __call__(

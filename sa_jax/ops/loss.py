@@ -28,6 +28,8 @@ def token_log_likelihoods(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     float32 ``[...]``; NaN for a token outside the vocabulary.
   """
   logits = logits.astype(jnp.float32)
+  if jnp.iinfo(tokens.dtype).bits < 32:
+    tokens = tokens.astype(jnp.int32)  # the vocabulary may have more numbers than their type
   # Not a gather, whose gradient is a scatter: this one is computed together with the softmax's, in one pass.
   is_token = jax.lax.broadcasted_iota(tokens.dtype, logits.shape, logits.ndim - 1) == tokens[..., None]
   chosen = jnp.sum(jnp.where(is_token, logits, 0.0), axis=-1)

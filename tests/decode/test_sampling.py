@@ -96,8 +96,16 @@ def test_a_row_is_drawn_with_its_own_key():
     ({"temperature": 1.0, "top_p": 1.1}, "top_p must be in"),
     ({"top_k": 5}, "set a temperature above 0, or leave them out"),
     ({"top_p": 0.5}, "set a temperature above 0"),
+    ({"temperature": np.float32(-1)}, "temperature must be 0"),
+    ({"temperature": 1.0, "top_p": jnp.float32(7)}, "top_p must be in"),
+    ({"temperature": "hot"}, "temperature is a number, not 'hot'"),
   ],
 )
 def test_refused(arguments, message):
   with pytest.raises(ValueError, match=message):
     Sampler(**arguments)
+
+
+@pytest.mark.parametrize("zero", [np.float32(0), np.int64(0), jnp.float32(0)])
+def test_a_zero_of_any_type_is_greedy(zero):
+  assert Sampler(zero) == Sampler()

@@ -13,6 +13,7 @@ from flax import nnx
 
 import sa_jax
 from sa_jax import nn, ops
+from sa_jax.analysis.refit import refit
 from sa_jax.decode import generate
 from sa_jax.sharding import make_mesh, on_mesh
 from tests import tiny
@@ -157,6 +158,24 @@ def test_an_anchor_with_alibi_by_the_formula():
     x = x + np.maximum(up, 0) ** 2 @ layer["mlp"]["down_proj"]["kernel"]
   wanted = norm(x, layers["final_norm"]["scale"]) @ layers["lm_head"]["kernel"]
   np.testing.assert_allclose(model.apply({"params": params}, tokens), wanted, atol=2e-5)
+
+
+def test_blocks_of_ones_own_are_used_or_refused(model, params, tmp_path):
+  """A checkpoint and a walk know the config alone: another model would come back."""
+  layers = sa_jax.unstack(params, model.plan)
+  mine = model.clone(blocks=nn.Blocks(AlibiBlock, PlainFollower))
+  tokens = tiny.tokens(1, 8)
+  dense = mine.clone(plan=sa_jax.SharingPlan.dense(model.config.num_layers))
+  for call in (
+    lambda: sa_jax.save(tmp_path / "model", mine, layers),
+    lambda: refit(dense, layers, model.plan, tokens),
+    lambda: nn.GradualTransformer(mine.config, mine.plan, mine.blocks),
+  ):
+    with pytest.raises(sa_jax.UserError, match="AlibiBlock|PlainFollower"):
+      call()
+  flat = model.clone(blocks=nn.Blocks(AlibiBlock))
+  seen = [sa_jax.analysis.layer_similarity(each, layers, tokens, top_k=2).entropy for each in (model, flat)]
+  assert np.abs(seen[0] - seen[1]).max() > 1e-3
 
 
 def test_it_generates_what_it_says_without_a_cache():

@@ -28,3 +28,9 @@ def test_computed_in_float32():
 def test_a_token_outside_the_vocabulary_has_no_likelihood():
   found = ops.token_log_likelihoods(jnp.zeros((1, 4, 7)), jnp.asarray([[6, 7, -1, 0]]))
   np.testing.assert_allclose(found, [[-np.log(7), np.nan, np.nan, -np.log(7)]], rtol=1e-6)
+
+
+def test_tokens_of_a_type_smaller_than_the_vocabulary():
+  logits = jnp.zeros((1, 300)).at[0, 5].set(3.0).at[0, 261].set(2.0)
+  wanted = np.log(np.exp(3) / (298 + np.exp(3) + np.exp(2)))
+  np.testing.assert_allclose(ops.token_log_likelihoods(logits, jnp.array([5], jnp.uint8)), [wanted], rtol=1e-5)

@@ -59,6 +59,19 @@ def test_cross_attention(attend, window, lengths):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), found, expected)
 
 
+@pytest.mark.parametrize("attend", [ops.backends["reference"].attend, by_blocks, by_chunks])
+def test_edges(attend):
+  """Queries far from every key, lengths beyond the keys, no queries at all."""
+  q, k, v, _ = arrays(queries=40, keys=6)
+  apart = attend(q, k, v, ops.Rows(causal=False), ops.AttentionSpec(window=3))
+  assert np.isfinite(apart).all()
+  gradient = jax.grad(lambda q: attend(q, k, v, ops.Rows(causal=False), ops.AttentionSpec(window=3))[:, :4].sum())(q)
+  assert np.isfinite(gradient).all()
+  beyond = attend(q, k, v, ops.Rows(jnp.array([9, 6]), causal=False), ops.AttentionSpec())
+  np.testing.assert_allclose(beyond, formula(q, k, v, True), atol=2e-6)
+  assert attend(q[:, :0], k, v, ops.Rows(causal=False), ops.AttentionSpec()).shape == (B, 0, N, H)
+
+
 @pytest.mark.parametrize("heads", [1, N])
 def test_bias_and_mask(heads):
   """ALiBi's bias (Press et al., arXiv 2108.12409), and a mask that hides every third key."""

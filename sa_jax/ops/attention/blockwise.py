@@ -50,9 +50,12 @@ class _How(NamedTuple):
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: AttentionSpec, block: int = _BLOCK) -> jax.Array:
   """Blockwise attention; shapes as in `sa_jax.ops.attend`. ``block`` is the block length in tokens."""
   batch, length, heads, head_dim = q.shape
+  if not length * k.shape[1]:
+    return jnp.zeros(q.shape, v.dtype)
   block = min(block, length)
   pad = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)) + ((0, 0),) * (x.ndim - 2))
-  lengths = jnp.full((batch,), k.shape[1], jnp.int32) if rows.lengths is None else rows.lengths
+  keys = jnp.full((batch,), k.shape[1], jnp.int32)
+  lengths = keys if rows.lengths is None else jnp.minimum(rows.lengths.astype(jnp.int32), keys)
   pair = None
   if rows.segments is not None:
     pair = (pad(segments_at(rows.segments, rows.positions(length))), pad(rows.segments))
@@ -147,6 +150,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, sight: _Sight, how: _How)
     )
     seen = _key_blocks(i, sight.offset, how, len(k_blocks))
     accumulated, maximum, total = jax.lax.fori_loop(*seen, key_block, start)
+    total = jnp.where(total == 0, 1.0, total)  # of queries that see no block of keys
     out = accumulated / _to_heads_last(total)[..., None]
     return carry, (out.astype(v.dtype), maximum + jnp.log(total))
 
