@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from sa_jax.decode.engine import Drawn, Engine, Prompts, check_seed, pad_to, retire
+from sa_jax.decode.engine import Drawn, Engine, Prompts, as_count, check_seed, pad_to, retire
 from sa_jax.decode.prefix import PromptCache
 from sa_jax.decode.sampling import Sampler
 from sa_jax.errors import UserError
@@ -103,8 +103,7 @@ class Batcher:
       raise UserError(f"a prompt is a list of at least one token, not of shape {tokens.shape}")
     check_tokens(tokens[None], None, self._engine.model.config.vocab_size)
     check_seed(seed)
-    if max_new_tokens < 1:
-      raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    max_new_tokens = as_count("max_new_tokens", max_new_tokens)
     if (needed := len(tokens) + max_new_tokens - 1) > self.capacity:
       raise UserError(
         f"a prompt of {len(tokens)} tokens with {max_new_tokens} new ones needs {needed} cache slots, "
@@ -210,7 +209,7 @@ class Batcher:
     """Prefills requests into slots, padded to a length. Only then do they run: an interruption loses none."""
     rows, new, seeds, numbers = zip(*((each.prompt, each.max_new_tokens, each.seed, each.row) for each in requests))
     prompts = Prompts.of(rows, length, new, seeds, numbers)
-    begun = None if self.prefix is None else self.prefix.begun(prompts)
+    begun = None if self.prefix is None else self.prefix.begun(prompts, self._engine.model)
     self._state, first = self._engine.admit(
       self._params, self._state, slots, prompts, sampler=self.sampler, begun=begun
     )

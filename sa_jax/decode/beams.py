@@ -110,7 +110,7 @@ def beam_search(
   Raises:
     UserError: if a token is not in the vocabulary, or a length does not fit.
   """
-  prompts, _ = checked_prompts(model, np.asarray(tokens), lengths)
+  prompts, _ = checked_prompts(model, tokens, lengths)
   layers = as_layers(params, model.plan)
   longest = max(map(len, prompts))
   capacity = capacity_for(longest + how.max_new_tokens)

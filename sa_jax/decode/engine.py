@@ -134,6 +134,19 @@ def check_seed(seed: int) -> None:
     raise UserError(f"a seed is an integer in 0 to {(1 << 32) - 1}, not {seed!r}")
 
 
+def as_count(name: str, value: int) -> int:
+  """A number of things, of any integer type.
+
+  Raises:
+    UserError: if it is no integer, or below 1.
+  """
+  if not isinstance(value, int | np.integer):
+    raise UserError(f"{name} is an integer, not {value!r}")
+  if value < 1:
+    raise UserError(f"{name} must be at least 1, not {value}")
+  return int(value)
+
+
 def pad_to(length: int, longest: int) -> int:
   """The length that rows are padded to, so that few programs are compiled: a power of two ≥ 64, or ``longest``."""
   size = _SHORTEST

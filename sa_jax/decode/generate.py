@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sa_jax.decode.batcher import Batcher
-from sa_jax.decode.engine import DecodeState, Drawn, Engine, Prompts, capacity_for, check_seed, newest, pad_to
+from sa_jax.decode.engine import DecodeState, Drawn, Engine, Prompts, as_count, capacity_for, check_seed, newest, pad_to
 from sa_jax.decode.padding import to_right_padded
 from sa_jax.decode.prefix import PromptCache
 from sa_jax.decode.room import check_room
@@ -90,7 +90,7 @@ def generate(
       not fit the cache.
   """
   sampler = _one_sampler(sampler, temperature)
-  tokens = np.asarray(tokens)
+  tokens = _as_rows(tokens)
   if attention_mask is not None:
     if lengths is not None:
       raise UserError("give lengths or attention_mask, not both")
@@ -98,9 +98,7 @@ def generate(
   prompts, lengths = checked_prompts(model, tokens, lengths)
   check_seed(seed)
   sampler.check(model.config.vocab_size)
-  for name, count in (("max_new_tokens", max_new_tokens), ("samples", samples)):
-    if count < 1:
-      raise UserError(f"{name} must be at least 1, not {count}")
+  max_new_tokens, samples = as_count("max_new_tokens", max_new_tokens), as_count("samples", samples)
   needed = _slots_for(int(lengths.max()), max_new_tokens)
   capacity = capacity_for(max(needed, tokens.shape[1])) if cache_length is None else cache_length
   if needed > capacity or tokens.shape[1] > capacity:
@@ -117,7 +115,7 @@ def generate(
     length, new, numbers = pad_to(tokens.shape[1], capacity), [max_new_tokens] * len(prompts), range(len(prompts))
     batch = Prompts.of(prompts, length, new, seed, numbers)
     layers = as_layers(params, model.plan)
-    begun = None if prefix is None else prefix.begun(batch)
+    begun = None if prefix is None else prefix.begun(batch, model)
     engine = Engine.of(model, layers)
     read = functools.partial(engine.prefill, layers, batch, capacity=capacity, begun=begun, samples=samples)
     drawn = _static(engine, layers, read(sampler=sampler), sampler, max_new_tokens)
@@ -133,14 +131,22 @@ def _one_sampler(sampler: Sampler | None, temperature: float) -> Sampler:
   return sampler
 
 
+def _as_rows(tokens: ArrayLike) -> np.ndarray:
+  try:
+    return np.asarray(tokens)
+  except ValueError:
+    raise UserError("prompts are rows of one length: fill shorter ones up on the right, and give lengths") from None
+
+
 def checked_prompts(
-  model: Transformer, tokens: np.ndarray, lengths: ArrayLike | None
+  model: Transformer, tokens: ArrayLike, lengths: ArrayLike | None
 ) -> tuple[list[np.ndarray], np.ndarray]:
   """The rows of a right-padded batch, each without its padding, and their lengths.
 
   Raises:
-    UserError: see `check_tokens`.
+    UserError: if rows differ in length, and see `check_tokens`.
   """
+  tokens = _as_rows(tokens)
   if tokens.ndim == 2 and lengths is None:
     lengths = np.full(tokens.shape[0], tokens.shape[1], np.int32)
   lengths = np.asarray(lengths)

@@ -35,11 +35,13 @@ class PromptCache:
 
   Attributes:
     tokens: int32 ``[P]``.
-    cache: of one row of these tokens, with the parameters that they were read with.
+    cache: of one row of these tokens, with the parameters that they were read with: it is of no use with others.
+    model: that read it.
   """
 
   tokens: np.ndarray
   cache: Cache
+  model: Transformer
 
   @classmethod
   def read(cls, model: Transformer, params: Params, tokens: ArrayLike) -> PromptCache:
@@ -57,10 +59,19 @@ class PromptCache:
         "give whole prompts, without a prefix"
       )
     layers = as_layers(params, model.plan)
-    return cls(row[0].astype(np.int32), _read(Engine.of(model, layers), layers, row.astype(np.int32)))
+    return cls(row[0].astype(np.int32), _read(Engine.of(model, layers), layers, row.astype(np.int32)), model)
 
-  def begun(self, prompts: Prompts) -> Begun:
-    """What of some prompts need not be read again; at least the last token of each is."""
+  def begun(self, prompts: Prompts, model: Transformer) -> Begun:
+    """What of some prompts need not be read again; at least the last token of each is.
+
+    Raises:
+      UserError: if another model, or the same under another plan, read the beginning.
+    """
+    if (self.model.config, self.model.plan) != (model.config, model.plan):
+      raise UserError(
+        f"the prompt cache was read by another model (plan {self.model.plan}) than this one (plan {model.plan}): "
+        "read the tokens again with PromptCache.read"
+      )
     tokens, lengths = np.asarray(prompts.tokens), np.asarray(prompts.lengths)
     width = min(tokens.shape[1], len(self.tokens))
     same = np.cumprod(tokens[:, :width] == self.tokens[:width], axis=1).sum(axis=1)

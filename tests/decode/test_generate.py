@@ -204,6 +204,9 @@ class TestSamples:
     ([[2**32 + 5, 3]], {"attention_mask": [[1, 1]]}, "token 4294967301 is outside the vocabulary"),
     ([[1.9, 2.9]], {"attention_mask": [[1, 1]]}, "tokens are integers"),
     ([[1, 2]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+    ([[1, 2]], {"max_new_tokens": 2.5}, "max_new_tokens is an integer, not 2.5"),
+    ([[1, 2]], {"samples": 1.5}, "samples is an integer, not 1.5"),
+    ([[1, 2], [3]], {}, "prompts are rows of one length"),
     ([[1, 2, 3]], {"cache_length": 2}, "do not fit a cache of 2 slots; 8 are needed"),
     (
       [[1, 2, 3]],
@@ -215,7 +218,7 @@ class TestSamples:
   ],
 )
 def test_refused(model, params, tokens, arguments, message):
-  tokens = np.asarray(tokens) if np.size(tokens) else np.asarray(tokens, np.int32)
+  tokens = np.asarray(tokens, np.int32) if len(tokens) == 0 or tokens == [[]] else tokens
   with pytest.raises(ValueError, match=message):
     sa_jax.generate(model, params, tokens, **({"max_new_tokens": NEW} | arguments))
 

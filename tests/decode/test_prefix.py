@@ -53,6 +53,13 @@ def test_a_beginning_that_depends_on_the_length_is_refused():
     PromptCache.read(model, tiny.params(model), [1, 2])
 
 
+def test_a_beginning_that_another_plan_read_is_refused(model, params):
+  prefix = PromptCache.read(model, params, BEGINNING)
+  dense = tiny.model("dense", num_layers=model.config.num_layers)
+  with pytest.raises(sa_jax.UserError, match="was read by another model .* than this one \\(plan dense\\)"):
+    sa_jax.generate(dense, tiny.params(dense), np.array([BEGINNING]), max_new_tokens=2, prefix=prefix)
+
+
 @pytest.mark.parametrize("slots", [64, 3])
 def test_samples_are_rows_of_repeated_prompts(model, params, slots):
   tokens, lengths = right_pad(PROMPTS[:2])
