@@ -60,7 +60,7 @@ class Sampling:
     Raises:
       UserError: if one is impossible, or means nothing beside the others.
     """
-    from sa_jax.decode.engine import check_seed
+    from sa_jax.decode.arguments import check_seed
     from sa_jax.errors import UserError
 
     self.sampler()

@@ -12,7 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from sa_jax.decode.engine import Drawn, Engine, Prompts, as_count, check_seed, pad_to, retire
+from sa_jax.decode.arguments import as_count, check_seed
+from sa_jax.decode.engine import Drawn, Engine, Prompts, pad_to, retire
 from sa_jax.decode.prefix import PromptCache
 from sa_jax.decode.sampling import Sampler
 from sa_jax.errors import UserError

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
+from sa_jax.decode.arguments import as_count, check_seed
 from sa_jax.decode.batcher import Batcher
-from sa_jax.decode.engine import DecodeState, Drawn, Engine, Prompts, as_count, capacity_for, check_seed, newest, pad_to
+from sa_jax.decode.engine import DecodeState, Drawn, Engine, Prompts, capacity_for, newest, pad_to
 from sa_jax.decode.padding import to_right_padded
 from sa_jax.decode.prefix import PromptCache
 from sa_jax.decode.room import check_room

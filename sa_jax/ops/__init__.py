@@ -1,6 +1,7 @@
 """Pure functions on arrays: the mathematics, with no Flax in it."""
 
 from sa_jax.ops.attention import (
+  DEMANDS,
   KEPT,
   AttentionSpec,
   Backend,
@@ -45,6 +46,7 @@ __all__ = [
   "Int8",
   "RopeConfig",
   "Routes",
+  "DEMANDS",
   "Rows",
   "Stored",
   "apply_rope",

@@ -168,7 +168,9 @@ def through_few(
     held = jax.tree.map(lambda kernel: kernel[jnp.maximum(places, 0)], {name: dict(weights[name]) for name in weights})
     product = lambda x, kernel: jnp.einsum("...nd,pdf->pnf" if x.ndim == 2 else "pnd,pdf->pnf", x, kernel)
     y = _mlp(x, held, activation, product)
-  return jnp.einsum("pnd,pn->nd", y.astype(jnp.float32), shares).astype(x.dtype)
+  # Experts compute all tokens, and what one gives a token that did not choose it may be infinite.
+  y = jnp.where(here.any(axis=-1)[..., None], y.astype(jnp.float32), 0.0)
+  return jnp.einsum("pnd,pn->nd", y, shares).astype(x.dtype)
 
 
 def has_few_kernels(x: jax.Array, weights: Weights) -> bool:

@@ -54,6 +54,17 @@ def test_sorted_and_gathered_are_the_sum_over_chosen_experts(tokens, normalised)
     np.testing.assert_allclose(compute(x, scores, weights, experts, few), wanted, atol=2e-6)
 
 
+def test_what_an_expert_gives_a_token_that_did_not_choose_it_does_not_count():
+  """Were it infinite, nought times it would be NaN."""
+  x, scores, weights = arrays(tokens=2)
+  experts = ops.Experts(EXPERTS, 1)
+  scores = jnp.zeros_like(scores).at[0, 0].set(9.0).at[1, 1].set(9.0)
+  weights["up_proj"]["kernel"] = weights["up_proj"]["kernel"].at[1].set(3e38)
+  x = x.at[0].set(jnp.abs(x[0]) + 4.0)
+  wanted = expected(x[:1], scores[:1], weights, experts)
+  np.testing.assert_allclose(compute(x, scores, weights, experts, few=True)[:1], wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_nothing_is_dropped_where_all_tokens_choose_the_same():
   x, scores, weights = arrays()
   scores = scores.at[:, 3].add(100.0).at[:, 1].add(50.0)

@@ -149,5 +149,14 @@ def test_a_backend_of_ones_own(monkeypatch):
   np.testing.assert_array_equal(model.apply({"params": params}, tokens), same)
   with pytest.raises(ValueError, match="'mine' cannot compute this: it has no mask"):
     ops.attend(q, k, v, ops.Rows(mask=jnp.ones((1, 1, T, T), bool)), backend="mine")
-  with pytest.raises(ValueError, match="there is an attention backend 'mine' already"):
-    ops.register_backend("mine", ops.Backend(mine))
+  for name, backend, message in (
+    ("mine", ops.Backend(mine), "there is an attention backend 'mine' already"),
+    ("other", mine, "a backend is a Backend, such as"),
+    (
+      "other",
+      ops.Backend(mine, serves=frozenset({"bias"})),
+      "no rows demand 'bias'; DEMANDS are .*'bias of the scores'",
+    ),
+  ):
+    with pytest.raises(ValueError, match=message):
+      ops.register_backend(name, backend)

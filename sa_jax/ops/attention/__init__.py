@@ -7,13 +7,14 @@
 from sa_jax.ops.attention.decode import decode_apply, decode_attend, decode_follow, decode_weights, write_slot
 from sa_jax.ops.attention.dispatch import Backend, attend, backends, check_shapes, choose_backend, register_backend
 from sa_jax.ops.attention.reference import apply_weights, attention_weights
-from sa_jax.ops.attention.rows import Rows
+from sa_jax.ops.attention.rows import DEMANDS, Rows
 from sa_jax.ops.attention.spec import KEPT, AttentionSpec
 
 __all__ = [
   "KEPT",
   "AttentionSpec",
   "Backend",
+  "DEMANDS",
   "Rows",
   "apply_weights",
   "attend",

@@ -12,7 +12,18 @@ import jax.numpy as jnp
 from sa_jax.errors import UserError
 from sa_jax.ops import kernels
 from sa_jax.ops.attention import blockwise, chunked, cudnn, flash, reference, splash
-from sa_jax.ops.attention.rows import BIAS, MASK, NOT_CAUSAL, OFFSET, OFFSETS, SEGMENTS, Rows, described, is_array
+from sa_jax.ops.attention.rows import (
+  BIAS,
+  DEMANDS,
+  MASK,
+  NOT_CAUSAL,
+  OFFSET,
+  OFFSETS,
+  SEGMENTS,
+  Rows,
+  described,
+  is_array,
+)
 from sa_jax.ops.attention.spec import AttentionSpec
 
 _LOG = logging.getLogger("sa_jax")
@@ -26,7 +37,7 @@ class Backend(NamedTuple):
 
   Attributes:
     attend: the function; of q, k, v, rows and spec.
-    serves: which demands of `Rows` it meets.
+    serves: which of `DEMANDS` it meets.
     platforms: those that it runs on; any when None.
     dtypes: those that it computes in; any when None.
     unsupported: from q and spec, why else it cannot compute the call, or None when it can.
@@ -126,15 +137,21 @@ def choose_backend(
 def register_backend(name: str, backend: Backend) -> None:
   """Adds a way to compute attention, which configs and calls may then name; ``auto`` does not choose it.
 
+  It computes whole rows, prompts too. New tokens against a cache are computed by the library's own decode attention.
+
   Args:
     name: not one of those that there are.
     backend: what it computes and for which calls.
 
   Raises:
-    UserError: if the name is taken.
+    UserError: if the name is taken, it is no `Backend`, or it serves what nothing demands.
   """
   if name in ("auto", *backends):
     raise UserError(f"there is an attention backend {name!r} already; choose another name")
+  if not isinstance(backend, Backend):
+    raise UserError(f"a backend is a Backend, such as Backend(attend), not {backend!r}")
+  if unknown := sorted(set(backend.serves) - set(DEMANDS)):
+    raise UserError(f"no rows demand {', '.join(map(repr, unknown))}; DEMANDS are {', '.join(map(repr, DEMANDS))}")
   backends[name] = backend
 
 

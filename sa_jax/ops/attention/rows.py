@@ -11,6 +11,8 @@ from jax.typing import DTypeLike
 SEGMENTS, BIAS, MASK = "segments", "bias of the scores", "mask"
 OFFSET, OFFSETS = "offset of the queries among the keys", "offset of the queries for each row by itself"
 NOT_CAUSAL = "attention that is not causal"
+DEMANDS = (SEGMENTS, BIAS, MASK, OFFSET, OFFSETS, NOT_CAUSAL)
+"""What rows may ask of a backend besides causal attention over whole right-padded rows (`Backend.serves`)."""
 
 
 @jax.tree_util.register_dataclass
