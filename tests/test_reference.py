@@ -14,6 +14,7 @@ import sa_jax
 from sa_jax import SharingPlan, Transformer, ops
 from sa_jax.decode import to_right_padded
 from sa_jax.formats.table import entries
+from tests import tiny
 
 STATES = ("query_key", "attention_weights")
 
@@ -27,7 +28,7 @@ def opened(folder: Path, state: str, shared: bool = True):
   model, params = sa_jax.from_pretrained(folder, plan, layout="layers")
   # The reference does not stop at an end token.
   config = dataclasses.replace(model.config, attention_state=state, eos_token_ids=())
-  return Transformer(config, model.plan), params, np.load(folder / "expected.npz")
+  return Transformer(config, model.plan), params, tiny.arrays_of(folder / "expected.npz")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "method"))

@@ -85,6 +85,12 @@ def write_hf(folder: Path, model: Transformer, params, shards: int = 1, spelling
   return folder
 
 
+def arrays_of(path: Path) -> dict[str, np.ndarray]:
+  """A ``.npz`` file's arrays. The file is closed: what is closed by the garbage collector fails some other test."""
+  with np.load(path) as stored:
+    return dict(stored)
+
+
 def assert_trees_equal(left, right) -> None:
   """Same structure, dtypes and bits."""
   assert jax.tree.structure(left) == jax.tree.structure(right)

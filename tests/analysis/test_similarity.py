@@ -46,7 +46,7 @@ def plain(weights, top_k, windows=None):
 
 
 def test_against_numpy_on_the_references_weights(reference):
-  expected = np.load(reference / "expected.npz")
+  expected = tiny.arrays_of(reference / "expected.npz")
   followers = json.loads((reference / "sharing.json").read_text())["shared_layers"]
   layers = expected["attentions_unpadded"].shape[0]
   plan = sa_jax.SharingPlan.from_followers(layers, followers)

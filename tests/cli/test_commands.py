@@ -22,6 +22,7 @@ from sa_jax.cli.demo import picture
 from sa_jax.cli.generate import read_prompts
 from sa_jax.cli.process import own
 from sa_jax.display import quantity
+from tests import tiny
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference" / "llama-gqa-8l"
 PLAN = "1:2-3,4:5-6"
@@ -41,7 +42,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected():
-  return np.load(REFERENCE / "expected.npz")
+  return tiny.arrays_of(REFERENCE / "expected.npz")
 
 
 def test_generate_says_what_the_reference_says(folder, expected, tmp_path):
