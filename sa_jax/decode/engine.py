@@ -182,11 +182,14 @@ class Engine:
 
     return make() if self.mesh is None else jax.jit(lambda: self._in_place(make()))()
 
-  def shardings(self) -> Tree:
-    """A `NamedSharding` for every array of a `DecodeState` on the mesh: rows like the batch."""
+  def shardings(self, rows: int) -> Tree:
+    """A `NamedSharding` for every array of a `DecodeState` on the mesh: rows like the batch.
+
+    Where they do not divide over the mesh, the few numbers that each has besides its cache are on every device.
+    """
     assert self.mesh is not None, "only a mesh has shardings"
-    rows: Any = named_sharding(self.mesh, ("batch",), self.rules)
-    return DecodeState(cache_shardings(self.model, self.mesh, self.rules), *[rows] * 7)
+    numbers: Any = named_sharding(self.mesh, ("batch",), self.rules, (rows,))
+    return DecodeState(cache_shardings(self.model, self.mesh, self.rules), *[numbers] * 7)
 
   @program(static_argnames=("self", "capacity", "samples"))
   def prefill(
@@ -350,7 +353,7 @@ class Engine:
 
   def _in_place(self, state: DecodeState) -> DecodeState:
     """The state where the mesh has it: it comes back as it was given, or the next call would compile again."""
-    return state if self.mesh is None else jax.lax.with_sharding_constraint(state, self.shardings())
+    return state if self.mesh is None else jax.lax.with_sharding_constraint(state, self.shardings(len(state.tokens)))
 
 
 def newest(tokens: Tree, log_probs: Tree, sampler: Sampler) -> Drawn:

@@ -295,7 +295,7 @@ class SpeculativeEngine:
     mesh, rules = self.engine.mesh, self.engine.rules
     if mesh is None:
       return state
-    rows = self.engine.shardings()
+    rows = self.engine.shardings(len(state.rows.tokens))
     cache = None if state.cache is None else cache_shardings(self.draft.model, mesh, rules)
     return jax.lax.with_sharding_constraint(state, SpeculativeState(rows, cache, rows.tokens, rows.tokens))
 

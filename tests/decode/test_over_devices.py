@@ -60,3 +60,13 @@ def test_one_row_over_many_devices(capfd):
     hidden, _ = extend(split)
   np.testing.assert_allclose(hidden, model.apply({"params": params}, tokens, method=model.hidden), atol=2e-5)
   assert "full rematerialization" not in capfd.readouterr().err
+
+
+def test_fewer_rows_than_devices():
+  model = tiny.model("0:1", num_layers=2, vocab_size=64)
+  params = tiny.params(model)
+  mesh = make_mesh(fsdp=8)
+  split = jax.device_put(params, param_shardings(model, mesh, layout="layers"))
+  tokens = tiny.tokens(2, 3, 64)
+  found, wanted = (sa_jax.generate(model, each, tokens, max_new_tokens=4).tokens for each in (split, params))
+  np.testing.assert_array_equal(found, wanted)
