@@ -25,10 +25,11 @@ class Train:
 
   def run(self) -> None:
     """Trains; ends with code 143, as a process that SIGTERM ends, if a signal ended it with steps to go."""
-    from sa_jax.cli.common import console, tell
+    from sa_jax.cli.common import console, silence, tell
     from sa_jax.distributed import start
 
     start(self.hosts)
+    silence()
     from sa_jax.train.loop import train
 
     outcome = train(self.config, say=lambda text: console.print(text), console=console)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,10 @@ from jax.experimental.compilation_cache import compilation_cache
 import sa_jax
 from sa_jax import cli
 from sa_jax.bench import task
-from sa_jax.cli import process
+from sa_jax.cli import common, process
+from sa_jax.cli.train import Train
+from sa_jax.distributed import Hosts
+from sa_jax.train import DataConfig, TrainConfig, loop
 
 
 @pytest.fixture
@@ -92,3 +96,19 @@ def test_options_before_the_command(capsys):
   assert cli.main(["--no-compilation-cache", "cost", "smollm2-135m"]) == 0
   assert "parameters" in capsys.readouterr().out
   assert os.environ.get("JAX_COMPILATION_CACHE_DIR") is None
+
+
+@pytest.mark.parametrize(("process", "printed"), [(0, "read\nsaved: model\n"), (1, "")])
+def test_of_several_processes_the_first_alone_tells_of_training(process, printed, monkeypatch, capsys, tmp_path):
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  monkeypatch.setattr(jax, "process_index", lambda: process)
+  monkeypatch.setattr(common.console, "quiet", False)
+
+  def trains(config, *, say, console):
+    say("read")
+    return SimpleNamespace(interrupted=False, model="model")
+
+  monkeypatch.setattr(loop, "train", trains)
+  config = TrainConfig(out=tmp_path / "run", preset="smollm2-135m", data=DataConfig(train=(tmp_path / "text.txt",)))
+  Train(config, Hosts()).run()
+  assert capsys.readouterr().out == printed
