@@ -6,6 +6,9 @@ EXTRAS := gguf,plots,train,test,test-torch,lint,docs,notebooks
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
+# Without bytecode every process compiles what it imports, seconds of it, and tests start many.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test coverage test-fast lint format hooks docs serve-docs check-site notebooks wheel extras clean
 help:
 	@echo "make demo        Shared Attention on SmolLM2-135M: what it saves, what it costs, what it says"
@@ -43,7 +46,7 @@ test-fast: $(INSTALLED)
 
 # From Python 3.12 on, watching lines costs next to nothing.
 coverage: $(INSTALLED)
-	COVERAGE_CORE=sysmon $(PYTEST) -m "not slow and not real_model" --cov --cov-report=term:skip-covered
+	COVERAGE_CORE=sysmon $(PYTEST) -m "not slow and not real_model" $(CASES) --cov --cov-report=term:skip-covered
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
