@@ -24,8 +24,16 @@ from sa_jax.plan import PlanLike, SharingPlan
 from sa_jax.trees import Params, Tree
 
 _CODE = Path(__file__).parent / "pytorch" / "modeling_shared_attention.py"
-_SHARED_CLASSES = {"llama": "SharedLlama", "mistral": "SharedMistral", "qwen2": "SharedQwen2", "qwen3": "SharedQwen3"}
-"""What the names of a family's config and model begin with in that code."""
+WITHOUT_CODE = {
+  family: why
+  for why, families in {
+    "transformers has no class for it": ("baichuan", "internlm2", "internlm3", "mimo", "minicpm"),
+    "its PyTorch attention makes queries, keys and values in one product": ("phi3", "gpt_neox", "falcon"),
+    "its PyTorch layers pass nothing on to their attention": ("phi", "stablelm", "nemotron"),
+  }.items()
+  for family in families
+}
+"""Families whose followers that code does not cover, and why."""
 _SHARD_BYTES = 500_000_000
 
 
@@ -77,12 +85,9 @@ def _config(config: ModelConfig, plan: SharingPlan) -> dict[str, Any]:
   values = hf_config.write(config)
   if not plan.followers:
     return values
-  if config.family not in _SHARED_CLASSES:
-    raise UserError(
-      f"a {config.family} model with followers cannot be exported: there is PyTorch code for "
-      f"{', '.join(_SHARED_CLASSES)}"
-    )
-  name = _SHARED_CLASSES[config.family]
+  if why := WITHOUT_CODE.get(config.family):
+    raise UserError(f"a {config.family} model with followers cannot be exported: {why}; without followers it can")
+  name = f"Shared{values['architectures'][0].removesuffix('ForCausalLM')}"
   return values | {
     "architectures": [f"{name}ForCausalLM"],
     "auto_map": {

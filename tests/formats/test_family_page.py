@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import sa_jax
+from sa_jax.formats.export import WITHOUT_CODE
 from sa_jax.formats.families import FAMILIES
 from sa_jax.formats.gguf_architectures import ARCHITECTURES
 
@@ -16,6 +17,11 @@ ROWS = re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) \|$", PAGE.read_text(encoding="ut
 def test_every_family_has_a_row():
   assert [name for name, _ in ROWS] == list(dict.fromkeys(name for name, _ in ROWS))
   assert {name for name, _ in ROWS} - {"model_type"} == FAMILIES.keys()
+
+
+def test_every_family_whose_plans_are_not_exported_is_named():
+  head = PAGE.read_text(encoding="utf-8").split("\n|")[0]
+  assert set(re.findall(r"`(\w+)`", head)) - {"model_type"} == WITHOUT_CODE.keys()
 
 
 def test_every_architecture_of_llama_cpp_is_named():

@@ -13,20 +13,15 @@ would make random queries and keys for the followers.
 """
 
 import inspect
+import sys
 
+import transformers
 from torch import nn
+from transformers import conversion_mapping
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
-from transformers.models.mistral.configuration_mistral import MistralConfig
-from transformers.models.mistral.modeling_mistral import MistralForCausalLM
-from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
-from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 
 # What layers and models call the cache that they are given; transformers renamed it in 5.24.
-CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 def leaving_weights(attention_class):
@@ -110,49 +105,22 @@ class SharedAttention:
         raise ValueError(f"followers take a DynamicCache, not one with a {type(cache.layers[layer]).__name__}")
 
 
-class SharedLlamaConfig(LlamaConfig):
-  """Llama."""
+def __getattr__(name):
+  """``SharedX…`` made of transformers' ``X…``: a causal language model, or its config, for any family X.
 
-  model_type = "shared_llama"
-
-
-class SharedLlamaForCausalLM(SharedAttention, LlamaForCausalLM):
-  """Llama."""
-
-  config_class = SharedLlamaConfig
-
-
-class SharedMistralConfig(MistralConfig):
-  """Mistral."""
-
-  model_type = "shared_mistral"
-
-
-class SharedMistralForCausalLM(SharedAttention, MistralForCausalLM):
-  """Mistral."""
-
-  config_class = SharedMistralConfig
-
-
-class SharedQwen2Config(Qwen2Config):
-  """Qwen 1.5, 2 and 2.5."""
-
-  model_type = "shared_qwen2"
-
-
-class SharedQwen2ForCausalLM(SharedAttention, Qwen2ForCausalLM):
-  """Qwen 1.5, 2 and 2.5."""
-
-  config_class = SharedQwen2Config
-
-
-class SharedQwen3Config(Qwen3Config):
-  """Qwen 3."""
-
-  model_type = "shared_qwen3"
-
-
-class SharedQwen3ForCausalLM(SharedAttention, Qwen3ForCausalLM):
-  """Qwen 3."""
-
-  config_class = SharedQwen3Config
+  Only what is asked for is imported, and made once.
+  """
+  if not name.startswith("Shared") or not name.endswith(("ForCausalLM", "Config")):
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  family = name.removeprefix("Shared").removesuffix("ForCausalLM").removesuffix("Config")
+  model = getattr(transformers, f"{family}ForCausalLM")
+  config = model.config_class
+  if name.endswith("Config"):
+    made = type(name, (config,), {"__module__": __name__, "model_type": f"shared_{config.model_type}"})
+    # What transformers does to the family's tensors as it reads them: stacking experts, for example.
+    if conversion := conversion_mapping.get_checkpoint_conversion_mapping(config.model_type):
+      conversion_mapping.register_checkpoint_conversion_mapping(made.model_type, conversion, overwrite=True)
+  else:
+    config = getattr(sys.modules[__name__], f"Shared{family}Config")
+    made = type(name, (SharedAttention, model), {"__module__": __name__, "config_class": config})
+  return globals().setdefault(name, made)
