@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 TOKENS = np.random.default_rng(1).integers(2, 90, (2, 20)).astype(np.int32)
 FULL = ("llama", "mistral", "qwen2", "qwen3")
-"""Families that a plan is followed through for, generation and caches included; of the others what is likely to differ."""
+"""Families whose plans are tried in every way; of the others, what is likely to differ."""
 
 
 def tensors(folder):
