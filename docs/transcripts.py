@@ -54,6 +54,7 @@ SECTIONS: dict[str, Sequence[Typed]] = {
     Typed("sa-jax convert model other --plan 2:4"),
   ),
   "export": (Typed("sa-jax export shared exported"), Typed("sa-jax export model/none exported")),
+  "push": (Typed("HF_HUB_OFFLINE=1 sa-jax push shared nobody/model"),),
   "generate": (
     Typed("sa-jax generate model 'the cat sits' --max-new-tokens 12"),
     Typed("echo 'the old dog' | sa-jax generate shared - --max-new-tokens 8 2>/dev/null | head -1"),

@@ -1,4 +1,4 @@
-"""``sa-jax export``: one of our checkpoints into a Hugging Face folder."""
+"""``sa-jax export``: a model into a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -14,20 +14,24 @@ from sa_jax.cli.progress import progress
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-  """Export an sa_jax checkpoint as a Hugging Face folder; one with followers brings its PyTorch code along."""
+  """Export a model as a Hugging Face folder; one with followers brings its PyTorch code along."""
 
-  src: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
-  """The sa_jax checkpoint."""
+  src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
+  """The model: an sa_jax checkpoint, a Hugging Face folder, a GGUF file or a hub id such as org/model."""
   dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
   """The folder to write; it must not exist."""
+  plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None
+  """Which layers share, such as 22:23-26; as in the source when None."""
+  revision: str | None = None
+  """Of a hub id: a branch, tag or commit."""
 
   def run(self) -> None:
     """Exports."""
     from sa_jax.formats import export
     from sa_jax.formats.extras import read_json
 
-    with progress(f"exporting {self.src.name}") as report:
-      export(self.src, self.dst, progress=report)
+    with progress(f"exporting {Path(self.src).name}") as report:
+      export(self.src, self.dst, plan=self.plan, revision=self.revision, progress=report)
     family = read_json(self.dst / "config.json")["model_type"]
     shared = (self.dst / "modeling_shared_attention.py").exists()
     remedy = "AutoModelForCausalLM.from_pretrained" + ("(…, trust_remote_code=True)" if shared else "(…)")

@@ -1,0 +1,84 @@
+"""Models to the Hugging Face hub: exported, then uploaded."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from sa_jax.errors import UserError
+from sa_jax.formats.export import export
+from sa_jax.formats.lazy import Progress
+from sa_jax.formats.opened import open_model
+from sa_jax.plan import PlanLike
+
+
+def push(
+  src: str | Path,
+  hub_id: str,
+  *,
+  plan: PlanLike = None,
+  private: bool = False,
+  branch: str | None = None,
+  progress: Progress | None = None,
+) -> str:
+  """Exports a model and uploads the folder, with huggingface_hub's token and settings.
+
+  The repository is made if there is none. What it has besides stays, and files of the same names are replaced, in one
+  commit.
+
+  Args:
+    src: the model to read; see `sa_jax.from_pretrained`.
+    hub_id: where to, as ``org/model``.
+    plan: see `sa_jax.from_pretrained`.
+    private: whether a new repository is.
+    branch: to commit to; made if there is none. The main one when None.
+    progress: of the export; see `sa_jax.export`.
+
+  Returns:
+    The address of the commit.
+
+  Raises:
+    UserError: as `sa_jax.export`; if there is no token, or the hub refuses: before anything is exported, where that can
+      be known.
+  """
+  from huggingface_hub import HfApi
+
+  open_model(src, plan)  # so that one that cannot be read leaves no repository behind
+  api = HfApi(library_name="sa_jax")
+  with _told(hub_id):
+    api.create_repo(hub_id, private=private, exist_ok=True)
+    if branch is not None:
+      api.create_branch(hub_id, branch=branch, exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix="sa_jax-push-") as above:
+    folder = Path(above) / "model"
+    export(src, folder, plan=plan, progress=progress)
+    with _told(hub_id):
+      done = api.upload_folder(
+        repo_id=hub_id, folder_path=folder, revision=branch, commit_message="Upload a model exported by sa_jax"
+      )
+  return str(done.commit_url)
+
+
+@contextlib.contextmanager
+def _told(hub_id: str) -> Iterator[None]:
+  """Turns what the hub says into one line."""
+  # HTTPError is that of the HTTP library that this huggingface_hub uses.
+  from huggingface_hub.errors import HFValidationError, HTTPError
+
+  try:
+    yield
+  except (HFValidationError, HTTPError, OSError) as error:
+    first = str(error).strip().split("\n")[0]
+    remedy = "; log in with `hf auth login`, or set HF_TOKEN" if _is_unknown(error) else ""
+    raise UserError(f"the hub takes nothing for {hub_id}: {first}{remedy}") from None
+
+
+def _is_unknown(error: Exception) -> bool:
+  """Whether the hub does not know who asks."""
+  from huggingface_hub.errors import LocalTokenNotFoundError
+
+  return (
+    isinstance(error, LocalTokenNotFoundError) or getattr(getattr(error, "response", None), "status_code", 0) == 401
+  )
