@@ -63,22 +63,14 @@ def push(
 
 @contextlib.contextmanager
 def _told(hub_id: str) -> Iterator[None]:
-  """Turns what the hub says into one line."""
-  # HTTPError is that of the HTTP library that this huggingface_hub uses.
-  from huggingface_hub.errors import HFValidationError, HTTPError
+  """Turns whatever the hub's client raises into one line: its kinds of errors are those of its HTTP library."""
+  from huggingface_hub.errors import LocalTokenNotFoundError
 
   try:
     yield
-  except (HFValidationError, HTTPError, OSError) as error:
+  except Exception as error:
     first = str(error).strip().split("\n")[0]
-    remedy = "; log in with `hf auth login`, or set HF_TOKEN" if _is_unknown(error) else ""
-    raise UserError(f"the hub takes nothing for {hub_id}: {first}{remedy}") from None
-
-
-def _is_unknown(error: Exception) -> bool:
-  """Whether the hub does not know who asks."""
-  from huggingface_hub.errors import LocalTokenNotFoundError
-
-  return (
-    isinstance(error, LocalTokenNotFoundError) or getattr(getattr(error, "response", None), "status_code", 0) == 401
-  )
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    unknown = isinstance(error, LocalTokenNotFoundError) or status == 401
+    remedy = "; log in with `hf auth login`, or set HF_TOKEN" if unknown else ""
+    raise UserError(f"the hub takes nothing for {hub_id}: {first}{remedy}") from error

@@ -75,6 +75,7 @@ def test_a_plan_can_be_given(checkpoint, hub, tmp_path):
 def test_a_hub_that_does_not_answer(checkpoint, monkeypatch, name, endpoint, told):
   """Before anything is exported."""
   import huggingface_hub
+
   from sa_jax.formats import push
 
   real = huggingface_hub.HfApi
@@ -88,6 +89,7 @@ def test_a_hub_that_does_not_answer(checkpoint, monkeypatch, name, endpoint, tol
 def test_who_is_not_known_is_told_how_to_log_in(checkpoint, monkeypatch):
   import huggingface_hub
   from huggingface_hub.errors import LocalTokenNotFoundError
+
   from sa_jax.formats import push
 
   class Api:
