@@ -65,17 +65,21 @@ class Values:
       if default is None:
         raise UserError(f"{self.path} has no metadata value {name}")
       return default
-    value = self.optional(name)
-    if not isinstance(value, kind):
-      raise UserError(f"{self.path}: metadata value {name} is {value!r}, not a {kind.__name__}")
-    return value
+    return self.optional(name, kind)
 
-  def optional(self, name: str) -> Any:
-    """A value, or None."""
+  def optional(self, name: str, kind: type = object) -> Any:
+    """A value, or None.
+
+    Raises:
+      UserError: if it is not of the kind; a float is finite, and may be written as an integer.
+    """
     self._read.add(name)
     if name not in self._fields:
       return None
     value = self._fields[name].contents()
+    if not _is_of(kind, value):
+      shown = repr(value) if len(repr(value)) < 80 else f"a {type(value).__name__} of {len(value)}"
+      raise UserError(f"{self.path}: metadata value {name} is {shown}, not a {kind.__name__}")
     # Stored as float32: the shortest decimal that rounds to it is the value that was meant.
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
@@ -97,6 +101,13 @@ class Values:
       faults.append(f"{name} = {value!r}: {meaning}, which is not implemented for this architecture")
     if faults:
       raise UserError.of(f"{self.path} cannot be used", faults)
+
+
+def _is_of(kind: type, value: object) -> bool:
+  """Whether a value is of a kind; true and false are no numbers."""
+  if kind is float:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+  return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
 
 
 def config_of(values: Values, shapes: Mapping[str, tuple[int, ...]], factors: Mapping[str, np.ndarray]) -> Fields:
@@ -158,24 +169,24 @@ def _sizes(values: Values, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -
 def _head_dim(values: Values, prefix: str, architecture: GgufArchitecture) -> Fields:
   """The length of a head, and how much of it is rotated."""
   width = values.take(f"{prefix}embedding_length", int) // max(values.take(f"{prefix}attention.head_count", int), 1)
-  length = values.optional(f"{prefix}attention.key_length")
-  rotated = values.optional(f"{prefix}rope.dimension_count")
+  length = values.optional(f"{prefix}attention.key_length", int)
+  rotated = values.optional(f"{prefix}rope.dimension_count", int)
   in_part = "partial_rotary_factor" in FAMILIES[architecture.family].defaults
   head_dim = length or (width if in_part else rotated or width)
   if not in_part and rotated not in (None, head_dim):
     raise UserError(f"{values.path}: heads of {head_dim} with rotary embedding on {rotated} of it are not implemented")
-  if (of_values := values.optional(f"{prefix}attention.value_length")) not in (None, head_dim):
+  if (of_values := values.optional(f"{prefix}attention.value_length", int)) not in (None, head_dim):
     raise UserError(f"{values.path}: values of {of_values} numbers beside keys of {head_dim} are not implemented")
   return {"head_dim": head_dim} | ({"partial_rotary_factor": (rotated or head_dim) / head_dim} if in_part else {})
 
 
 def _tokens(values: Values) -> Fields:
   # A chat model ends its turn with a token of its own.
-  ends = [values.optional(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+  ends = [values.optional(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot")]
   return {
-    "bos_token_id": values.optional("tokenizer.ggml.bos_token_id"),
+    "bos_token_id": values.optional("tokenizer.ggml.bos_token_id", int),
     "eos_token_id": [token for token in ends if token is not None] or None,
-    "pad_token_id": values.optional("tokenizer.ggml.padding_token_id"),
+    "pad_token_id": values.optional("tokenizer.ggml.padding_token_id", int),
   }
 
 
@@ -185,10 +196,11 @@ ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_
 
 def _rope_scaling(values: Values, prefix: str, config: Fields, factors: Mapping[str, np.ndarray]) -> Fields | None:
   prefix = f"{prefix}rope.scaling."
-  kind = values.optional(f"{prefix}type")
+  number = lambda name: values.optional(name, float)
+  kind = values.optional(f"{prefix}type", str)
   # A factor without a type is llama.cpp's default, which is linear.
-  factor = values.optional(f"{prefix}factor") or values.optional(prefix.replace("scaling.", "scale_linear")) or 1.0
-  original = values.optional(f"{prefix}original_context_length") or config["max_position_embeddings"]
+  factor = number(f"{prefix}factor") or number(prefix.replace("scaling.", "scale_linear")) or 1.0
+  original = values.optional(f"{prefix}original_context_length", int) or config["max_position_embeddings"]
   fixed, short, long = (factors.get(name) for name in ROPE_FACTORS)
   if kind not in (None, "none", "linear", "yarn", "longrope"):
     raise UserError(f"{values.path}: rope scaling {kind!r} in a GGUF file is not implemented")
@@ -198,7 +210,7 @@ def _rope_scaling(values: Values, prefix: str, config: Fields, factors: Mapping[
       "rope_type": "longrope",
       "short_factor": short.tolist(),
       "long_factor": long.tolist(),
-      "attention_factor": values.optional(f"{prefix}attn_factor") or 1.0,
+      "attention_factor": number(f"{prefix}attn_factor") or 1.0,
     }
   if kind == "yarn":
     return _yarn(values, prefix, factor, original)
@@ -212,11 +224,11 @@ def _rope_scaling(values: Values, prefix: str, config: Fields, factors: Mapping[
 def _yarn(values: Values, prefix: str, factor: float, original: int) -> Fields:
   scaling = {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": original}
   for theirs, ours in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
-    if (beta := values.optional(prefix + theirs)) is not None:
+    if (beta := values.optional(prefix + theirs, float)) is not None:
       scaling[ours] = beta
-  if (scale := values.optional(f"{prefix}attn_factor")) not in (None, 1.0):
+  if (scale := values.optional(f"{prefix}attn_factor", float)) not in (None, 1.0):
     scaling["attention_factor"] = scale * (0.1 * math.log(factor) + 1.0)
-  if log_multiplier := values.optional(f"{prefix}yarn_log_multiplier"):
+  if log_multiplier := values.optional(f"{prefix}yarn_log_multiplier", float):
     scaling |= {"mscale": 1.0, "mscale_all_dim": log_multiplier}
   return scaling
 

@@ -57,9 +57,9 @@ class GgufFile:
     """A metadata value; see `Values.take`."""
     return self._values.take(name, kind, default)
 
-  def optional(self, name: str) -> Any:
-    """A metadata value, or None."""
-    return self._values.optional(name)
+  def optional(self, name: str, kind: type = object) -> Any:
+    """A metadata value, or None; see `Values.optional`."""
+    return self._values.optional(name, kind)
 
   def _check_types(self, stored: dict[str, gguf.ReaderTensor]) -> None:
     """Checks that every tensor can be dequantised, by doing so with one block of each type."""

@@ -40,7 +40,7 @@ _COMPOSED = ("qwen2",)
 
 def unsupported(file: GgufFile) -> str | None:
   """Why the tokenizer inside a GGUF file cannot be rebuilt, or None when it can."""
-  kind, pre = file.optional("tokenizer.ggml.model"), file.optional("tokenizer.ggml.pre")
+  kind, pre = file.optional("tokenizer.ggml.model", str), file.optional("tokenizer.ggml.pre", str)
   if kind == "llama" or (kind == "gpt2" and pre in _PRE_TOKENIZERS):
     return None
   return (
@@ -57,25 +57,32 @@ def from_gguf(file: GgufFile) -> Tokenizer:
   """
   if reason := unsupported(file):
     raise UserError(reason)
-  kind, pre = file.optional("tokenizer.ggml.model"), file.optional("tokenizer.ggml.pre")
-  backend = _sentencepiece(file) if kind == "llama" else _byte_level(file, pre)
-  tokens = file.field("tokenizer.ggml.tokens", list)
-  names = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+  kind, pre = file.optional("tokenizer.ggml.model", str), file.optional("tokenizer.ggml.pre", str)
+  try:
+    backend = _sentencepiece(file) if kind == "llama" else _byte_level(file, pre)
+  except UserError:
+    raise
+  except Exception as error:  # tokenizers has no errors of its own
+    raise UserError(f"{file.path}: its tokenizer cannot be built: {error}") from None
+  tokens = _list(file, "tokens")
+  roles = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
   special = [
     (name, _token(file, tokens, key))
-    for name, key in names.items()
+    for name, key in roles.items()
     if file.optional(f"tokenizer.ggml.{key}_token_id") is not None
   ]
   # llama.cpp starts SentencePiece's texts and Llama 3's with the start token unless the file says otherwise.
-  starts = file.optional("tokenizer.ggml.add_bos_token")
+  starts = file.optional("tokenizer.ggml.add_bos_token", bool)
   if starts is None:
     starts = kind == "llama" or pre in _OF_LLAMA_3
   before = [_token(file, tokens, "bos")] if starts else []
-  after = [_token(file, tokens, "eos")] if file.optional("tokenizer.ggml.add_eos_token") else []
+  after = [_token(file, tokens, "eos")] if file.optional("tokenizer.ggml.add_eos_token", bool) else []
   put_around(backend, before, after)
-  named = [(str(name), file.optional(f"tokenizer.chat_template.{name}")) for name in file.optional(_TEMPLATES) or ()]
+  named = [
+    (str(name), file.optional(f"tokenizer.chat_template.{name}")) for name in file.optional(_TEMPLATES, list) or ()
+  ]
   templates = tuple((name, text) for name, text in named if isinstance(text, str))
-  return Tokenizer(backend, file.optional("tokenizer.chat_template"), tuple(special), templates=templates)
+  return Tokenizer(backend, file.optional("tokenizer.chat_template", str), tuple(special), templates=templates)
 
 
 def _token(file: GgufFile, tokens: list[str], role: str) -> str:
@@ -87,13 +94,29 @@ def _token(file: GgufFile, tokens: list[str], role: str) -> str:
   return tokens[index]
 
 
+_ENTRIES = {"tokens": str, "merges": str, "scores": float, "token_type": int}
+"""What the tokenizer's lists hold."""
+
+
+def _list(file: GgufFile, name: str) -> list[Any]:
+  """One of the tokenizer's lists.
+
+  Raises:
+    UserError: if it is missing, or holds anything else than it should.
+  """
+  values = file.field(f"tokenizer.ggml.{name}", list)
+  if odd := [value for value in values if type(value) is not _ENTRIES[name]][:1]:
+    raise UserError(f"{file.path}: metadata value tokenizer.ggml.{name} holds {odd[0]!r}, which is no entry of it")
+  return values
+
+
 def _columns(file: GgufFile, *names: str) -> list[list[Any]]:
   """Lists with an entry for each token.
 
   Raises:
     UserError: if one is missing, or has another length than the others.
   """
-  columns = [file.field(f"tokenizer.ggml.{name}", list) for name in names]
+  columns = [_list(file, name) for name in names]
   if len({len(column) for column in columns}) > 1:
     sizes = ", ".join(f"{len(column)} {name}" for name, column in zip(names, columns, strict=True))
     raise UserError(f"{file.path}: the tokenizer's lists should have an entry for each token, not {sizes}")
@@ -104,7 +127,7 @@ def _byte_level(file: GgufFile, pre: str) -> tokenizers.Tokenizer:
   """BPE over bytes, as GPT-2's, with the merges that the file names."""
   tokens, kinds = _columns(file, "tokens", "token_type")
   vocabulary = {token: index for index, token in enumerate(tokens)}
-  merges = [tuple(merge.split(" ", 1)) for merge in file.field("tokenizer.ggml.merges", list)]
+  merges = [tuple(merge.split(" ", 1)) for merge in _list(file, "merges")]
   backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, ignore_merges=pre in _OF_LLAMA_3))
   split_as(backend, _PRE_TOKENIZERS[pre])
   if pre in _COMPOSED:
@@ -115,4 +138,4 @@ def _byte_level(file: GgufFile, pre: str) -> tokenizers.Tokenizer:
 
 def _sentencepiece(file: GgufFile) -> tokenizers.Tokenizer:
   tokens, scores, kinds = _columns(file, "tokens", "scores", "token_type")
-  return backend_of(Pieces(tokens, scores, kinds, file.optional("tokenizer.ggml.add_space_prefix") in (None, True)))
+  return backend_of(Pieces(tokens, scores, kinds, file.optional("tokenizer.ggml.add_space_prefix", bool) is not False))
