@@ -48,6 +48,7 @@ class Architecture:
     num_heads: ``N``, query heads.
     num_kv_heads: ``K``, key/value heads; query head ``n`` uses key/value head ``n // (N / K)``.
     head_dim: ``H``.
+    value_dim: ``R``, how many numbers a head's values have, where they are narrower than its keys; ``H`` when None.
     mlp_dim: ``F``; of a mixture of experts, of each expert.
     max_length: the context length the model was trained for, in tokens.
     norm: ``rms``, or ``layer``, which also subtracts the mean.
@@ -95,6 +96,7 @@ class Architecture:
   head_dim: Size
   mlp_dim: Size
   max_length: Size = 2048
+  value_dim: Size | None = None
   norm: NormKind = "rms"
   norm_eps: Positive = 1e-5
   norm_bias: bool = False
@@ -136,6 +138,8 @@ class Architecture:
       wrong.append(f"num_heads={self.num_heads} (a multiple of num_kv_heads={self.num_kv_heads} is needed)")
     if self.rope is not None and self.rope.rotated(self.head_dim) % 2:
       wrong.append(f"head_dim={self.head_dim} (rotary embedding needs an even number)")
+    if self.value_width > self.head_dim:
+      wrong.append(f"value_dim={self.value_dim} (at most head_dim={self.head_dim} is possible)")
     both = [(rope.fraction, rope.interleaved) for rope in (self.rope, self.local_rope) if rope is not None]
     if len(set(both)) > 1:
       wrong.append("local_rope has another fraction or order than rope (the same are needed)")
@@ -156,6 +160,11 @@ class Architecture:
       if self.mlp != "gated" or self.mlp_bias:
         wrong.append(f"mlp={self.mlp!r}, mlp_bias={self.mlp_bias} (experts are gated, and have no biases)")
     return wrong
+
+  @property
+  def value_width(self) -> int:
+    """``R``: `value_dim`, or ``H`` where that is None."""
+    return self.head_dim if self.value_dim is None else self.value_dim
 
   @property
   def kinds(self) -> tuple[LayerKind, ...]:

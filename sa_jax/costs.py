@@ -80,10 +80,10 @@ def cost(config: ModelConfig, plan: PlanLike, batch: int = 1, seq_len: int = 1) 
   if batch < 1 or seq_len < 1:
     raise UserError(f"batch and seq_len must be at least 1, not {batch} and {seq_len}")
   layers, anchors = plan.num_layers, len(plan.anchors)
-  embed, heads, kv_heads, head_dim = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+  embed, heads, kv_heads = config.embed_dim, config.num_heads, config.num_kv_heads
 
-  query_key = embed * (heads + kv_heads) * head_dim
-  value_output = embed * (kv_heads + heads) * head_dim
+  query_key = embed * (heads + kv_heads) * config.head_dim
+  value_output = embed * (kv_heads + heads) * config.value_width
   matrices = anchors * query_key + layers * (value_output + _outside_experts(config))
   experts, of_expert = config.experts, 3 * layers * embed * config.mlp_dim
   stored, active, read = (0, 0, 0) if experts is None else (experts.count, experts.chosen, experts.expected(batch))
@@ -96,15 +96,14 @@ def cost(config: ModelConfig, plan: PlanLike, batch: int = 1, seq_len: int = 1) 
   forward_attention = decode_attention = 0
   for layer, source in enumerate(plan.source):
     window = min(seq_len, config.window or seq_len) if source in config.local_layers else seq_len
-    products = 2 * heads * head_dim * (2 if layer == source else 1)
+    products = 2 * heads * (config.value_width + (config.head_dim if layer == source else 0))
     forward_attention += products * (window * (window + 1) // 2 + (seq_len - window) * window)
     decode_attention += products * window
   per_token = 2 * (matrices + active * of_expert + table)
 
   param_itemsize = jnp.dtype(config.param_dtype).itemsize
-  # Of int8, each head of a token has a float32 scale.
-  vector_bytes = head_dim + 4 if config.cache_dtype == "int8" else head_dim * jnp.dtype(config.dtype).itemsize
-  kv_bytes_per_token = (layers + anchors) * kv_heads * vector_bytes
+  of_vectors = anchors * _cached(config, config.head_dim) + layers * _cached(config, config.value_width)
+  kv_bytes_per_token = kv_heads * of_vectors
   kv_cache_bytes = batch * seq_len * kv_bytes_per_token
   read_params = matrices + round(read * of_expert) + vectors + table + (0 if config.tie_embeddings else batch * embed)
   params = others + stored * of_expert
@@ -118,6 +117,11 @@ def cost(config: ModelConfig, plan: PlanLike, batch: int = 1, seq_len: int = 1) 
     kv_bytes_per_token=kv_bytes_per_token,
     decode_bytes=read_params * param_itemsize + kv_cache_bytes,
   )
+
+
+def _cached(config: ModelConfig, width: int) -> int:
+  """Bytes of one head's key or value of one token; of int8, it has a float32 scale."""
+  return width + 4 if config.cache_dtype == "int8" else width * jnp.dtype(config.dtype).itemsize
 
 
 def expert_bytes(config: ModelConfig, part: float = 1.0, tokens: int | None = None) -> float:
@@ -144,7 +148,7 @@ def _norm(config: ModelConfig) -> int:
 def _vectors(config: ModelConfig) -> int:
   """Parameters of a layer, anchor or follower, that are not in matrices: norms and biases."""
   norms = (2 - config.shared_norm) * config.pre_norms + 2 * config.post_norms
-  value_bias = config.num_kv_heads * config.head_dim if config.qkv_bias else 0
+  value_bias = config.num_kv_heads * config.value_width if config.qkv_bias else 0
   output_bias = config.embed_dim if config.output_bias else 0
   hidden = 2 if config.mlp == "gated" else 1
   mlp_bias = hidden * config.mlp_dim + config.embed_dim if config.mlp_bias else 0

@@ -44,6 +44,18 @@ def params(model: Transformer, layout: str = "layers", seed: int = 0):
   return jax.tree.map(leaf, abstract_params(model, layout=layout))
 
 
+def filled(params, width: int = 8):
+  """Parameters in the layer layout with zeros behind values, up to this width: those of the same function."""
+
+  def fill(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if "v_proj" in name:
+      return np.pad(leaf, [(0, 0)] * (leaf.ndim - 1) + [(0, width - leaf.shape[-1])])
+    return np.pad(leaf, [(0, 0), (0, width - leaf.shape[1]), (0, 0)]) if "o_proj/kernel" in name else leaf
+
+  return jax.tree_util.tree_map_with_path(fill, params)
+
+
 def tokens(batch: int, length: int, vocab_size: int = 61, seed: int = 0) -> np.ndarray:
   return np.random.default_rng(seed).integers(0, vocab_size, (batch, length), dtype=np.int32)
 

@@ -26,7 +26,7 @@ import sa_jax
 from sa_jax.analysis import Judge, Text, search
 from sa_jax.analysis.distilling import Distillation, distill_rows
 from sa_jax.analysis.refit import Refit, refit
-from sa_jax.formats.hf_config import write_plan
+from sa_jax.formats.hf_plan import write_plan
 
 LENGTH = 512
 

@@ -36,6 +36,8 @@ class Setting:
   """step and train: what the backward pass computes again; peers checkpoint gradients unless it is none."""
   cache_dtype: CacheDtype = None
   """int8 instead of bfloat16, in decode and batching."""
+  value_dim: Count | None = None
+  """How many numbers a head's values have; as many as its keys when None."""
   requests: Count = 256
   """How many, in batching."""
   repeats: Count = 10
@@ -80,6 +82,8 @@ class Task(Setting):
       what = self.kind if self.who == "sa_jax" else f"the peer {self.who}"
       takes = f"takes {', '.join(allowed)}" if allowed else "runs on one device"
       wrong.append(f"{' and '.join(refused)} ({what} {takes})")
+    if self.value_dim is not None and self.who != "sa_jax":
+      wrong.append(f"value_dim {self.value_dim} (the peer {self.who} has values as wide as keys)")
     if not wrong and self.batch_size % self.mesh.ways:
       wrong.append(f"batch_size {self.batch_size} (a multiple of {self.mesh.ways_spelt} is needed)")
     if not wrong and self.length % self.mesh.sequence:
@@ -113,6 +117,7 @@ class Task(Setting):
       attention=self.attention,
       attention_state=self.attention_state,
       cache_dtype=self.cache_dtype,
+      value_dim=self.value_dim,
     )
 
   @property

@@ -52,7 +52,7 @@ class Align:
     from sa_jax.analysis.align import align, shared_model
     from sa_jax.cli.progress import stages
     from sa_jax.cli.texts import rows_of_texts
-    from sa_jax.formats.hf_config import write_plan
+    from sa_jax.formats.hf_plan import write_plan
 
     check_absent(self.out)
     check_writable(self.json)

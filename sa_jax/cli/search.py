@@ -33,7 +33,7 @@ class SearchPlan(Searching):
     from sa_jax.analysis.share import search_plan
     from sa_jax.cli.progress import stages
     from sa_jax.cli.texts import rows_at_once
-    from sa_jax.formats.hf_config import write_plan
+    from sa_jax.formats.hf_plan import write_plan
 
     plots.check_installed()
     make_folder(self.out)

@@ -42,7 +42,7 @@ class Share(Searching):
     from sa_jax.analysis.share import share
     from sa_jax.cli.progress import stages
     from sa_jax.cli.texts import rows_at_once
-    from sa_jax.formats.hf_config import write_plan
+    from sa_jax.formats.hf_plan import write_plan
 
     begun = time.perf_counter()
     check_absent(self.out)

@@ -17,7 +17,7 @@ import numpy as np
 
 from sa_jax.config import ModelConfig
 from sa_jax.files import as_path, new_folder
-from sa_jax.formats import hf_config
+from sa_jax.formats import hf_config, hf_plan
 from sa_jax.formats.lazy import LazyTensor, Progress, contiguous
 from sa_jax.formats.orbax_folder import PARAMS
 from sa_jax.plan import SharingPlan
@@ -50,7 +50,7 @@ def save_checkpoint(
   import orbax.checkpoint as ocp
 
   with new_folder(as_path(path)) as folder:
-    values = hf_config.write(config) | {"shared_attention": hf_config.write_plan(plan)}
+    values = hf_config.write(config) | {"shared_attention": hf_plan.write_plan(plan, config)}
     (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
     if save_extras is not None:
       save_extras(folder)

@@ -15,7 +15,7 @@ from sa_jax.config import ModelConfig
 from sa_jax.distributed import done_by_first
 from sa_jax.errors import UserError
 from sa_jax.files import as_path, copy, new_file, new_folder
-from sa_jax.formats import hf_config
+from sa_jax.formats import hf_config, hf_plan
 from sa_jax.formats.lazy import LazyTensor, Progress, contiguous
 from sa_jax.formats.model_card import model_card
 from sa_jax.formats.opened import open_model
@@ -50,9 +50,10 @@ def export(
   """Writes a model as a Hugging Face folder, bit for bit in the stored dtype.
 
   A dense model becomes a folder that transformers opens like any other (of Baichuan and InternLM, once the original
-  folder's code lies in it and ``auto_map`` names that). A model with followers has a model type of its own and is
-  accompanied by ``modeling_shared_attention.py``, which transformers runs under ``trust_remote_code=True``, and without
-  which it opens nothing. Followers have no queries and keys, and cache values alone. Memory holds one shard at a time.
+  folder's code lies in it and ``auto_map`` names that). A model with followers, or with values narrower than keys, has
+  a model type of its own and is accompanied by ``modeling_shared_attention.py``, which transformers runs under
+  ``trust_remote_code=True``, and without which it opens nothing. Followers have no queries and keys, and cache values
+  alone. Memory holds one shard at a time.
 
   Args:
     src: the model to read; see `from_pretrained`.
@@ -63,8 +64,8 @@ def export(
     progress: called with (tensors written, tensors in all).
 
   Raises:
-    UserError: as `from_pretrained`, or if ``dst`` exists, or the model has followers and its family has no PyTorch code
-      for them.
+    UserError: as `from_pretrained`, or if ``dst`` exists, or the model has followers or narrow values and its family
+      has no PyTorch code for them.
   """
   opened = open_model(src, plan, revision=revision)
   config, made = opened.config, opened.plan
@@ -72,7 +73,7 @@ def export(
   with new_folder(as_path(dst)) as folder:
     (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
     opened.source.save_extras(folder)
-    if made.followers:
+    if not hf_plan.is_plain(config, made):
       copy(_CODE, folder / _CODE.name)
     generation = folder / "generation_config.json"
     if not generation.exists():
@@ -83,10 +84,11 @@ def export(
 
 def _config(config: ModelConfig, plan: SharingPlan) -> dict[str, Any]:
   values = hf_config.write(config)
-  if not plan.followers:
+  if hf_plan.is_plain(config, plan):
     return values
   if why := WITHOUT_CODE.get(config.family):
-    raise UserError(f"a {config.family} model with followers cannot be exported: {why}; without followers it can")
+    what = "followers" if plan.followers else "narrow values"
+    raise UserError(f"a {config.family} model with {what} cannot be exported: {why}; without {what} it can")
   name = f"Shared{values['architectures'][0].removesuffix('ForCausalLM')}"
   return values | {
     "architectures": [f"{name}ForCausalLM"],
@@ -94,8 +96,8 @@ def _config(config: ModelConfig, plan: SharingPlan) -> dict[str, Any]:
       "AutoConfig": f"{_CODE.stem}.{name}Config",
       "AutoModelForCausalLM": f"{_CODE.stem}.{name}ForCausalLM",
     },
-    "model_type": hf_config.SHARED + config.family,
-    "shared_attention": hf_config.write_plan(plan),
+    "model_type": hf_plan.SHARED + config.family,
+    "shared_attention": hf_plan.write_plan(plan, config),
   }
 
 

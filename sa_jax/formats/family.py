@@ -14,7 +14,7 @@ class Rule(NamedTuple):
   """One row of a table: a checkpoint tensor, and the parameter or parameters that it holds.
 
   Patterns are einops', in the letters V (vocabulary), D (embed), N (heads), K (key/value heads), G (N / K), H (head
-  dimension), F (MLP, or each expert), X (experts), S (the shared expert).
+  dimension), R (that of values), F (MLP, or each expert), X (experts), S (the shared expert).
 
   Attributes:
     key: the checkpoint's name; ``{layer}`` stands for the layer's number, ``{expert}`` for that of an expert, whose
@@ -133,3 +133,8 @@ class Family(NamedTuple):
   interleaved: bool = False
   fixed_stretch: bool = False
   grows_queries: bool = False
+
+  @property
+  def interleaves_values(self) -> bool:
+    """Whether a tensor of its files has values between queries and keys, so that all are of one width."""
+    return any(rule.view and any("v_proj" in path for path, _ in rule.parts) for rule in self.table)

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from sa_jax.config import Architecture, ModelConfig
 from sa_jax.errors import UserError
-from sa_jax.formats import hf_experts, hf_rope, quantised
+from sa_jax.formats import hf_experts, hf_plan, hf_rope, quantised
 from sa_jax.formats.families import FAMILIES
 from sa_jax.formats.family import Family, KeyKind
 from sa_jax.formats.hf_keys import FIXED, INERT
 from sa_jax.formats.hf_text import refusal, text_part
 from sa_jax.formats.reader import Config, ConfigReader, Fields
-from sa_jax.plan import SharingPlan, as_plan
+from sa_jax.plan import SharingPlan
 
 _LOG = logging.getLogger("sa_jax")
 
@@ -33,10 +33,6 @@ _LOCAL_KINDS = {"full_attention": False, "attention": False, "sliding_attention"
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Floating-point types that parameters may have."""
-
-
-SHARED = "shared_"
-"""Before the family's name, in the ``model_type`` of an exported plan."""
 
 
 def read(values: Config, strict: bool = False) -> ModelConfig:
@@ -86,6 +82,7 @@ def read(values: Config, strict: bool = False) -> ModelConfig:
     **_read_keys(reader, family, sizes),
     **_read_window(reader, family, sizes["num_layers"]),
     "experts": hf_experts.read(reader, family.experts),
+    "value_dim": hf_plan.read_value_dim(reader, family),
     "norm_eps": reader.number("rms_norm_eps", 1e-6),
     "rope": rope,
     "local_rope": local_rope,
@@ -107,7 +104,7 @@ def _of_family(values: Config) -> Config:
   """With the family's model type in place of that of an exported plan."""
   model_type = values.get("model_type")
   if "shared_attention" in values and isinstance(model_type, str):
-    return {**values, "model_type": model_type.removeprefix(SHARED)}
+    return {**values, "model_type": model_type.removeprefix(hf_plan.SHARED)}
   return values
 
 
@@ -294,6 +291,8 @@ def write(config: ModelConfig, spelling: Literal["v4", "v5"] = "v5") -> Fields:
     **hf_rope.write(config, family, spelling),
     "dtype" if spelling == "v5" else "torch_dtype": config.param_dtype,
   }
+  if config.value_dim is not None:
+    values["shared_attention"] = hf_plan.write_plan(SharingPlan.dense(config.num_layers), config)
   own = {usual: own for own, usual in family.aliases.items()}
   if family.spelling is not None:
     values = family.spelling.own(values)
@@ -350,38 +349,3 @@ def _whole(value: float) -> int | float:
   """The same, and an integer where it is one."""
   short = _tidy(value)
   return round(short) if short == round(short) else short
-
-
-def read_plan(values: Config, num_layers: int) -> SharingPlan:
-  """The plan in a ``config.json``'s ``shared_attention``; dense when the key is absent.
-
-  Raises:
-    UserError: if it is malformed, or not a plan for a model of this depth.
-  """
-  shared = values.get("shared_attention")
-  if shared is None:
-    return SharingPlan.dense(num_layers)
-  source = shared.get("source") if isinstance(shared, Mapping) else None
-  if not _integers(source):
-    raise UserError('config.json: shared_attention must be {"source": [one layer number a layer]}')
-  if unknown := sorted(set(shared) - {"source", "head_map"}):
-    raise UserError(f"config.json: shared_attention has unknown keys {unknown}")
-  plan = as_plan(source, num_layers)
-  head_map = shared.get("head_map")
-  if head_map is None:
-    return plan
-  if not isinstance(head_map, list) or not all(entry is None or _integers(entry) for entry in head_map):
-    raise UserError("config.json: shared_attention's head_map must be a list, for each layer null or a list of heads")
-  return SharingPlan(plan.source, tuple(entry and tuple(entry) for entry in head_map))
-
-
-def write_plan(plan: SharingPlan) -> Fields:
-  """What `read_plan` reads back: the ``shared_attention`` of a ``config.json``."""
-  values: Fields = {"source": list(plan.source)}
-  if plan.head_map is not None:
-    values["head_map"] = [entry if entry is None else list(entry) for entry in plan.head_map]
-  return values
-
-
-def _integers(value: Any) -> bool:
-  return isinstance(value, list) and all(isinstance(item, int) for item in value)

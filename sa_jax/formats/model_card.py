@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from sa_jax.config import ModelConfig
 from sa_jax.costs import cost
+from sa_jax.formats.hf_plan import is_plain
 from sa_jax.formats.hub import parse_hub_id
 from sa_jax.plan import SharingPlan
 
@@ -16,11 +19,12 @@ def model_card(config: ModelConfig, plan: SharingPlan, source: str) -> str:
     plan: which layers share.
     source: what it was exported from; named as the base model if it is a hub id.
   """
-  tags = ["jax", *(["shared-attention"] if plan.followers else [])]
+  plain = is_plain(config, plan)
+  tags = ["jax", *([] if plain else ["shared-attention"])]
   header = ["library_name: transformers", "pipeline_tag: text-generation", f"tags: [{', '.join(tags)}]"]
   if found := parse_hub_id(source):
     header.insert(0, f"base_model: {found[0]}")
-  parts = ["---", *header, "---", "", *(_shared(config, plan) if plan.followers else _dense(config))]
+  parts = ["---", *header, "---", "", *(_dense(config) if plain else _shared(config, plan))]
   return "\n".join(parts) + "\n"
 
 
@@ -37,7 +41,8 @@ def _dense(config: ModelConfig) -> list[str]:
 
 
 def _shared(config: ModelConfig, plan: SharingPlan) -> list[str]:
-  before, after = cost(config, None), cost(config, plan)
+  before, after = cost(dataclasses.replace(config, value_dim=None), None), cost(config, plan)
+  narrow = [f"Values are {config.value_width} numbers a head, keys {config.head_dim}.", ""]
   rows = [
     ("parameters", before.params, after.params),
     ("KV cache, bytes a token", before.kv_bytes_per_token, after.kv_bytes_per_token),
@@ -52,6 +57,7 @@ def _shared(config: ModelConfig, plan: SharingPlan) -> list[str]:
     *_picture(plan),
     "```",
     "",
+    *(narrow if config.value_width < config.head_dim else []),
     "| | dense | this model | |",
     "|---|---|---|---|",
     *(f"| {name} | {old:,} | {new:,} | {100 * (new / old - 1):+.1f} % |" for name, old, new in rows),

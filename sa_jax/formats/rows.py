@@ -5,7 +5,7 @@ from __future__ import annotations
 from sa_jax.formats.family import Rule
 
 _THEIRS, _OURS = "model.layers.{layer}", "layers/{layer}"
-_QUERY, _KEY_VALUE = "(N H) D -> D N H", "(K H) D -> D K H"
+_QUERY, _KEY, _VALUE = "(N H) D -> D N H", "(K H) D -> D K H", "(K R) D -> D K R"
 
 
 def row(key: str, path: str, axes: str, when: str = "") -> Rule:
@@ -25,11 +25,11 @@ HEAD = (
 )
 PROJECTIONS = (
   block("self_attn.q_proj.weight", "attention/q_proj/kernel", _QUERY),
-  block("self_attn.k_proj.weight", "attention/k_proj/kernel", _KEY_VALUE),
-  block("self_attn.v_proj.weight", "attention/v_proj/kernel", _KEY_VALUE),
+  block("self_attn.k_proj.weight", "attention/k_proj/kernel", _KEY),
+  block("self_attn.v_proj.weight", "attention/v_proj/kernel", _VALUE),
   block("self_attn.q_proj.bias", "attention/q_proj/bias", "(N H) -> N H", when="qkv_bias"),
   block("self_attn.k_proj.bias", "attention/k_proj/bias", "(K H) -> K H", when="qkv_bias"),
-  block("self_attn.v_proj.bias", "attention/v_proj/bias", "(K H) -> K H", when="qkv_bias"),
+  block("self_attn.v_proj.bias", "attention/v_proj/bias", "(K R) -> K R", when="qkv_bias"),
 )
 _QKV = (
   *PROJECTIONS,
@@ -37,7 +37,7 @@ _QKV = (
   block("self_attn.k_norm.weight", "attention/k_norm/scale", "H -> H", when="qk_norm"),
 )
 OUTPUT = (
-  block("self_attn.o_proj.weight", "attention/o_proj/kernel", "D (N H) -> N H D"),
+  block("self_attn.o_proj.weight", "attention/o_proj/kernel", "D (N R) -> N R D"),
   block("self_attn.o_proj.bias", "attention/o_proj/bias", "D -> D", when="output_bias"),
 )
 GATE_UP = (
@@ -62,8 +62,8 @@ _PRE_AND_POST_NORMS = (
 )
 
 
-def _packed_qkv(key: str, view: str = "", query: str = _QUERY, key_value: str = _KEY_VALUE) -> Rule:
-  parts = [(f"{_OURS}/attention/{name}_proj/kernel", query if name == "q" else key_value) for name in "qkv"]
+def _packed_qkv(key: str, axes: tuple[str, str, str] = (_QUERY, _KEY, _VALUE), view: str = "") -> Rule:
+  parts = [(f"{_OURS}/attention/{name}_proj/kernel", each) for name, each in zip("qkv", axes, strict=True)]
   return Rule(f"{_THEIRS}.{key}", tuple(parts), view)
 
 
@@ -101,7 +101,9 @@ INTERNLM2 = (
   block("attention_norm.weight", "attention_norm/scale", "D -> D"),
   block("ffn_norm.weight", "mlp_norm/scale", "D -> D"),
   # Each key/value head's rows: its G query heads, then its key, then its value.
-  _packed_qkv("attention.wqkv.weight", "(K P H) D -> P K H D", "G K H D -> D (K G) H", "1 K H D -> D K H"),
+  _packed_qkv(
+    "attention.wqkv.weight", ("G K H D -> D (K G) H", *("1 K H D -> D K H",) * 2), view="(K P H) D -> P K H D"
+  ),
   Rule(
     f"{_THEIRS}.attention.wqkv.bias",
     (
@@ -112,7 +114,7 @@ INTERNLM2 = (
     "(K P H) -> P K H",
     when="qkv_bias",
   ),
-  block("attention.wo.weight", "attention/o_proj/kernel", "D (N H) -> N H D"),
+  block("attention.wo.weight", "attention/o_proj/kernel", "D (N R) -> N R D"),
   block("attention.wo.bias", "attention/o_proj/bias", "D -> D", when="output_bias"),
   block("feed_forward.w1.weight", "mlp/gate_proj/kernel", "F D -> D F"),
   block("feed_forward.w3.weight", "mlp/up_proj/kernel", "F D -> D F"),

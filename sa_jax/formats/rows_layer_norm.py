@@ -26,7 +26,7 @@ def _plain_mlp(up: str, down: str) -> tuple[Rule, ...]:
 
 
 def _output(key: str) -> tuple[Rule, ...]:
-  return _linear(key, "attention/o_proj", "D (N H) -> N H D", "D -> D", "output_bias")
+  return _linear(key, "attention/o_proj", "D (N R) -> N R D", "D -> D", "output_bias")
 
 
 def _packed(key: str) -> tuple[Rule, Rule]:

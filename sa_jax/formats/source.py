@@ -11,7 +11,7 @@ import numpy as np
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
 from sa_jax.files import check_regular, named
-from sa_jax.formats import hf_config
+from sa_jax.formats import hf_config, hf_plan
 from sa_jax.formats.gguf_file import GgufFile
 from sa_jax.formats.hf_folder import HfFolder
 from sa_jax.formats.hub import Need, locate
@@ -103,7 +103,7 @@ def model_of(source: Source, strict: bool = False) -> tuple[ModelConfig, Sharing
     UserError: names everything in its config that is missing, malformed or not implemented.
   """
   config = hf_config.read(source.config, strict)
-  return config, hf_config.read_plan(source.config, config.num_layers)
+  return config, hf_plan.read_plan(source.config, config.num_layers)
 
 
 def load_tokenizer(name: str | Path, *, revision: str | None = None) -> Tokenizer:

@@ -121,6 +121,7 @@ def entries(config: ModelConfig, table: tuple[Rule, ...] | None = None) -> Itera
     "K": config.num_kv_heads,
     "G": config.num_heads // config.num_kv_heads,
     "H": config.head_dim,
+    "R": config.value_width,
     "F": config.mlp_dim,
     "X": config.experts.count if config.experts else 0,
     "S": config.experts.shared_width if config.experts else 0,

@@ -94,7 +94,7 @@ class _Attention(nn.Module):
     config = self.config
     self.v_proj = projection(
       config,
-      (config.num_kv_heads, config.head_dim),
+      (config.num_kv_heads, config.value_width),
       ("embed",),
       ("kv_heads", "head_dim"),
       name="v_proj",
@@ -105,7 +105,7 @@ class _Attention(nn.Module):
     )
 
   def values(self, x: jax.Array) -> jax.Array:
-    """``[B, T, D]`` → ``[B, T, K, H]``."""
+    """``[B, T, D]`` → ``[B, T, K, R]``."""
     return self._for_attention(self.v_proj(x), "kv_heads")
 
   def _for_attention(self, x: jax.Array, heads: str) -> jax.Array:
@@ -115,7 +115,7 @@ class _Attention(nn.Module):
     return split_for_attention(x, heads, Heads(self.config.num_heads, self.config.num_kv_heads))
 
   def output(self, heads: jax.Array) -> jax.Array:
-    """``[B, T, N, H]`` → ``[B, T, D]``."""
+    """``[B, T, N, R]`` → ``[B, T, D]``."""
     heads = constrain(heads, ("batch", "length", "heads", "head_dim"))
     return constrain(self.o_proj(heads), ("batch", "length", "embed"))
 
@@ -177,7 +177,7 @@ class AnchorAttention(_Attention):
     return self.prefill(x, rows, kind)[:2]
 
   def prefill(self, x: jax.Array, rows: ops.Rows, kind: Kind) -> tuple[jax.Array, State, LayerCache]:
-    """`__call__` that also returns the cache of the T tokens, ``[B, K, T, H]`` each for keys and values."""
+    """`__call__` that also returns the cache of the T tokens: keys ``[B, K, T, H]``, values ``[B, K, T, R]``."""
     q, k = self.query_key(x, rows, kind)
     v = self.values(x)
     state = self.new_state(q, k, rows, kind)
@@ -254,7 +254,7 @@ class FollowerAttention(_Attention):
     return self.prefill(x, state)[0]
 
   def prefill(self, x: jax.Array, state: State) -> tuple[jax.Array, LayerCache]:
-    """`__call__` that also returns the cache of the T tokens: values ``[B, K, T, H]`` alone."""
+    """`__call__` that also returns the cache of the T tokens: values ``[B, K, T, R]`` alone."""
     v = self.values(x)
     return self.output(state.attend(v)), LayerCache.of(self.config, v)
 

@@ -17,7 +17,7 @@ class LayerCache:
   """One layer's cache. Token ``i`` of a row sits at slot ``i``.
 
   Attributes:
-    values: ``[B, K, S, H]``, in the compute dtype or as `sa_jax.ops.Int8`.
+    values: ``[B, K, S, R]``, in the compute dtype or as `sa_jax.ops.Int8`.
     keys: ``[B, K, S, H]`` rotary-encoded, of the same type, or None in a follower, which never sees a key.
   """
 
@@ -26,13 +26,13 @@ class LayerCache:
 
   @classmethod
   def of(cls, config: ModelConfig, values: jax.Array, keys: jax.Array | None = None) -> LayerCache:
-    """The cache of T tokens, ``[B, T, K, H]`` each, as the config stores it."""
+    """The cache of T tokens, values ``[B, T, K, R]`` and keys ``[B, T, K, H]``, as the config stores it."""
     store = lambda x: _stored(config, jnp.swapaxes(x, 1, 2))
     return cls(store(values), None if keys is None else store(keys))
 
 
 def _stored(config: ModelConfig, x: jax.Array) -> ops.Stored:
-  """Keys or values ``[B, K, S, H]`` in the compute dtype, as the config stores them."""
+  """Keys ``[B, K, S, H]`` or values ``[B, K, S, R]`` in the compute dtype, as the config stores them."""
   return ops.Int8.of(x) if config.cache_dtype == "int8" else x
 
 
@@ -49,11 +49,9 @@ class Cache:
   @classmethod
   def empty(cls, config: ModelConfig, plan: SharingPlan, batch: int, capacity: int) -> Cache:
     """A zeroed cache of ``capacity`` slots a row."""
-    shape = (batch, config.num_kv_heads, capacity, config.head_dim)
-    zeros = lambda: _stored(config, jnp.zeros(shape, config.dtype))
-    return cls(
-      tuple(LayerCache(zeros(), zeros() if plan.is_anchor(layer) else None) for layer in range(plan.num_layers))
-    )
+    zeros = lambda width: _stored(config, jnp.zeros((batch, config.num_kv_heads, capacity, width), config.dtype))
+    keys = lambda layer: zeros(config.head_dim) if plan.is_anchor(layer) else None
+    return cls(tuple(LayerCache(zeros(config.value_width), keys(layer)) for layer in range(plan.num_layers)))
 
   def grow(self, capacity: int) -> Cache:
     """The cache with room for more tokens, in ``capacity`` slots a row.

@@ -74,7 +74,7 @@ class PlannedAttention(AnchorAttention):
     return jax.tree.map(lambda mine, theirs: jnp.where(layer.is_anchor, mine, theirs), own, carried)
 
   def heads(self, x: jax.Array, state: State, head_map: jax.Array) -> jax.Array:
-    """What the output projection reads, ``[B, T, N, H]``."""
+    """What the output projection reads, ``[B, T, N, R]``."""
     return state.take_heads(head_map).attend(self.values(x))
 
 
@@ -102,7 +102,7 @@ class PlannedBlock(Block):
     return self.attention.heads(self.attention_norm(x), state, head_map)
 
   def attention_output(self, heads: jax.Array) -> jax.Array:
-    """The output projection: ``[B, T, N, H]`` → ``[B, T, D]``."""
+    """The output projection: ``[B, T, N, R]`` → ``[B, T, D]``."""
     return self.attention.output(heads)
 
   def mlp_hidden(self, middle: Middle) -> jax.Array:

@@ -43,7 +43,7 @@ class QueryKey:
   specs: tuple[ops.AttentionSpec, ...] = struct.field(pytree_node=False, default=(ops.AttentionSpec(),))
 
   def attend(self, v: jax.Array) -> jax.Array:
-    """The anchor's attention over a layer's values: ``[B, S, K, H]`` → ``[B, T, N, H]``."""
+    """The anchor's attention over a layer's values: ``[B, S, K, R]`` → ``[B, T, N, R]``."""
     if self.k.shape[2] > v.shape[2]:
       v = jnp.repeat(v, self.k.shape[2] // v.shape[2], axis=2)
     if self.kind is None:
@@ -78,7 +78,7 @@ class AttentionWeights:
   probs: jax.Array
 
   def attend(self, v: jax.Array) -> jax.Array:
-    """The anchor's attention over a layer's values: ``[B, S, K, H]`` → ``[B, T, N, H]``."""
+    """The anchor's attention over a layer's values: ``[B, S, K, R]`` → ``[B, T, N, R]``."""
     return ops.apply_weights(self.probs, v)
 
   def take_heads(self, head_map: jax.Array) -> AttentionWeights:

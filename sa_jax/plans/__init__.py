@@ -18,7 +18,7 @@ import numpy as np
 
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
-from sa_jax.formats.hf_config import read_plan
+from sa_jax.formats.hf_plan import read_plan
 from sa_jax.nn import Transformer
 from sa_jax.plan import SharingPlan
 from sa_jax.programs import fetch

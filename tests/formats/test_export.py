@@ -1,5 +1,6 @@
 """Out again: bit-exact round trips, and PyTorch running what a plan made."""
 
+import dataclasses
 import json
 import os
 
@@ -111,6 +112,38 @@ def test_plan_of_every_family_runs_in_pytorch(family, tmp_path):
     first = theirs(tokens[:, :12])
     name = "cache" if "cache" in first else "past_key_values"
     np.testing.assert_allclose(theirs(tokens[:, 12:], **{name: first[name]}).logits, ours[:, 12:], atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "plan"), [("llama", "0:1,2:3"), ("qwen2", "dense"), ("mistral", "2:3")])
+def test_narrow_values_run_in_pytorch(family, plan, tmp_path):
+  """With biases (Qwen 2) and in a window (Mistral), and cached no wider than they are."""
+  hf_models.build(family, tmp_path / "theirs")
+  wide, params = sa_jax.from_pretrained(tmp_path / "theirs", plan, layout="layers")
+  model = wide.clone(config=dataclasses.replace(wide.config, value_dim=5))
+  for block in params["layers"].values():
+    block["attention"]["v_proj"] = {name: leaf[..., :5] for name, leaf in block["attention"]["v_proj"].items()}
+    block["attention"]["o_proj"]["kernel"] = block["attention"]["o_proj"]["kernel"][:, :5]
+  sa_jax.save(tmp_path / "ours", model, params)
+  sa_jax.export(tmp_path / "ours", tmp_path / "back")
+  sa_jax.save(tmp_path / "filled", wide, tiny.filled(params, wide.config.head_dim))
+  sa_jax.export(tmp_path / "filled", tmp_path / "wide")
+  assert sa_jax.from_pretrained(tmp_path / "back")[0].config == model.config
+  theirs, wide = (
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True).eval()
+    for name in ("back", "wide")
+  )
+  tokens = torch.from_numpy(TOKENS).long()
+  with torch.no_grad():
+    logits = theirs(tokens, use_cache=False).logits.numpy()
+    np.testing.assert_allclose(model.apply({"params": params}, TOKENS), logits, atol=1e-4)
+    precise, of_wide = (each.double()(tokens, use_cache=False).logits for each in (theirs, wide))
+    np.testing.assert_allclose(precise, of_wide, atol=1e-5)
+    out = theirs.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
+  np.testing.assert_array_equal(out.sequences[:, 20:], sa_jax.generate(model, params, TOKENS, max_new_tokens=8).tokens)
+  cache = out["cache" if "cache" in out else "past_key_values"].layers
+  for layer in range(4):  # transformers' layers with a window keep what they are given
+    if layer not in model.config.local_layers:
+      assert cache[layer].values.shape[-1] == 5
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import sa_jax
 from sa_jax import nn
 from sa_jax.config import ModelConfig
-from sa_jax.formats import checkpoint, hf_config
+from sa_jax.formats import checkpoint, hf_plan
 from tests import tiny
 
 CONFIG = ModelConfig(
@@ -94,4 +94,4 @@ def test_checkpoint_keeps_the_head_map(params, tmp_path):
 @pytest.mark.parametrize("head_map", ["x", [None, [0, "1"]], [None, 3]])
 def test_malformed_head_map_on_disk_is_refused(head_map):
   with pytest.raises(ValueError, match="head_map must be a list"):
-    hf_config.read_plan({"shared_attention": {"source": [0, 0], "head_map": head_map}}, 2)
+    hf_plan.read_plan({"shared_attention": {"source": [0, 0], "head_map": head_map}}, 2)

@@ -260,5 +260,5 @@ class TestChoice:
     [((2, 5, 3, 8), (2, 5, 3, 8)), ((2, 5, 2, 8), (2, 5, 4, 8)), ((2, 5, 2, 4),) * 2],
   )
   def test_shapes_that_do_not_fit(self, k, v):
-    with pytest.raises(ValueError, match=r"attend takes q \[B, T, N, H\] and k, v \[B, S, K, H\]"):
+    with pytest.raises(ValueError, match=r"attend takes q \[B, T, N, H\], k \[B, S, K, H\] and v"):
       ops.attend(jnp.zeros((2, 5, 4, 8)), jnp.zeros(k), jnp.zeros(v))

@@ -6,7 +6,8 @@ trust_remote_code=True)``. Liao & Vargas, "Beyond KV Caching: Shared Attention f
 ``config.shared_attention["source"]`` has one entry a layer: the layer whose softmaxed weights it uses, its own number
 for an anchor. ``config.shared_attention["head_map"]``, if there is one, says for each layer which anchor head each of
 its query heads uses, or null for the head of its own number. A follower has no queries and no keys, and caches its
-values alone. Attention is eager: the weights that followers need are never formed by fused kernels.
+values alone. ``config.shared_attention["value_dim"]``, if there is one, is how many numbers a head's values have, where
+that is fewer than its keys have. Attention is eager: the weights that followers need are never formed by fused kernels.
 
 The model types are this file's own, so that transformers does not open such a folder without it: the family's class
 would make random queries and keys for the followers.
@@ -17,6 +18,7 @@ import sys
 
 import transformers
 from torch import nn
+from torch.nn.functional import pad
 from transformers import conversion_mapping
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -36,18 +38,40 @@ def leaving_weights(attention_class):
   return AnchorAttention
 
 
+class NarrowValues(nn.Linear):
+  """Values of few numbers a head, filled up with zeros to the width of keys, as the family's attention takes them."""
+
+  def __init__(self, wide, heads, width):
+    super().__init__(wide.in_features, heads * width, bias=wide.bias is not None)
+    self.width, self.missing = width, wide.out_features // heads - width
+
+  def forward(self, hidden_states):
+    return pad(super().forward(hidden_states).unflatten(-1, (-1, self.width)), (0, self.missing)).flatten(-2)
+
+
+class NarrowOutput(nn.Linear):
+  """The output projection of such values' attention, which does not read what fills them up."""
+
+  def __init__(self, wide, heads, width):
+    super().__init__(heads * width, wide.out_features, bias=wide.bias is not None)
+    self.heads, self.width = heads, width
+
+  def forward(self, heads):
+    return super().forward(heads.unflatten(-1, (self.heads, -1))[..., : self.width].flatten(-2))
+
+
 class FollowerAttention(nn.Module):
   """Attention with an anchor's weights: values and output alone."""
 
-  def __init__(self, attention, source, head_map):
+  def __init__(self, attention, source, head_map, width):
     super().__init__()
-    self.source, self.head_map, self.layer_idx = source, head_map, attention.layer_idx
+    self.source, self.head_map, self.layer_idx, self.width = source, head_map, attention.layer_idx, width
     self.head_dim, self.groups = attention.head_dim, attention.num_key_value_groups
     self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
 
   def forward(self, hidden_states, shared, **kwargs):
     batch, length, _ = hidden_states.shape
-    values = self.v_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
+    values = self.v_proj(hidden_states).view(batch, length, -1, self.head_dim)[..., : self.width].transpose(1, 2)
     if (cache := kwargs.get(CACHE)) is not None:
       _, values = cache.update(values[..., :0], values, self.layer_idx)
     weights = shared[self.source]
@@ -55,6 +79,18 @@ class FollowerAttention(nn.Module):
       weights = weights[:, self.head_map]
     output = weights @ values.repeat_interleave(self.groups, dim=1)
     return self.o_proj(output.transpose(1, 2).reshape(batch, length, -1)), weights
+
+
+class NarrowLayer(DynamicLayer):
+  """An anchor's cache of narrow values, without what fills them up."""
+
+  def __init__(self, width):
+    super().__init__()
+    self.width = width
+
+  def update(self, key_states, value_states, *args, **kwargs):
+    keys, values = super().update(key_states, value_states[..., : self.width], *args, **kwargs)
+    return keys, pad(values, (0, value_states.shape[-1] - self.width))
 
 
 class ValueLayer(DynamicLayer):
@@ -74,17 +110,22 @@ class SharedAttention:
   def __init__(self, config):
     config._attn_implementation = "eager"
     super().__init__(config)
-    if unknown := set(config.shared_attention) - {"source", "head_map"}:
+    if unknown := set(config.shared_attention) - {"source", "head_map", "value_dim"}:
       raise ValueError(f"config.shared_attention has {sorted(unknown)}, which this file does not implement")
     source = config.shared_attention["source"]
     head_map = config.shared_attention.get("head_map") or [None] * len(source)
     self.followers = [layer for layer, anchor in enumerate(source) if layer != anchor]
+    self.value_dim = config.shared_attention.get("value_dim")
     anchor_class = leaving_weights(type(self.model.layers[0].self_attn))
     for index, (layer, anchor) in enumerate(zip(self.model.layers, source, strict=True)):
+      if self.value_dim is not None:
+        attention, heads = layer.self_attn, config.num_attention_heads
+        attention.o_proj = NarrowOutput(attention.o_proj, heads, self.value_dim)
+        attention.v_proj = NarrowValues(attention.v_proj, heads // attention.num_key_value_groups, self.value_dim)
       if index == anchor:
         layer.self_attn.__class__ = anchor_class
       else:
-        layer.self_attn = FollowerAttention(layer.self_attn, anchor, head_map[index])
+        layer.self_attn = FollowerAttention(layer.self_attn, anchor, head_map[index], self.value_dim)
 
   def forward(self, input_ids=None, cache=None, past_key_values=None, use_cache=None, **kwargs):
     use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -92,12 +133,16 @@ class SharedAttention:
     if use_cache and cache is None:
       cache = DynamicCache(config=self.config)
     if cache is not None:
-      self._cache_values_alone(cache)
+      self._cache_what_is_needed(cache)
     return super().forward(input_ids=input_ids, use_cache=use_cache, shared={}, **{CACHE: cache}, **kwargs)
 
-  def _cache_values_alone(self, cache):
+  def _cache_what_is_needed(self, cache):
     missing = len(self.model.layers) - len(cache.layers)
     cache.layers.extend(DynamicLayer() for _ in range(missing))
+    if self.value_dim is not None:
+      for index in set(range(len(cache.layers))).difference(self.followers):
+        if type(cache.layers[index]) is DynamicLayer and not cache.layers[index].is_initialized:
+          cache.layers[index] = NarrowLayer(self.value_dim)
     for layer in self.followers:
       if type(cache.layers[layer]) is DynamicLayer and not cache.layers[layer].is_initialized:
         cache.layers[layer] = ValueLayer()

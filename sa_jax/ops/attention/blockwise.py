@@ -51,7 +51,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: Attention
   """Blockwise attention; shapes as in `sa_jax.ops.attend`. ``block`` is the block length in tokens."""
   batch, length, heads, head_dim = q.shape
   if not length * k.shape[1]:
-    return jnp.zeros(q.shape, v.dtype)
+    return jnp.zeros((*q.shape[:3], v.shape[3]), v.dtype)
   block = min(block, length)
   pad = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)) + ((0, 0),) * (x.ndim - 2))
   keys = jnp.full((batch,), k.shape[1], jnp.int32)
@@ -63,7 +63,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: Attention
   grouped = padded.reshape(batch, padded.shape[1], k.shape[2], heads // k.shape[2], head_dim)
   sight = _Sight(lengths, jnp.int32(0) if rows.offset is None else rows.offset, pair)
   out = _attend(grouped, pad(k), pad(v), sight, _How(spec, block, rows.causal))
-  return out[:, :length].reshape(q.shape)
+  return out[:, :length].reshape(*q.shape[:3], v.shape[3])
 
 
 def _blocks(x: jax.Array, block: int) -> jax.Array:
@@ -124,7 +124,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, sight: _Sight, how: _How) 
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, sight: _Sight, how: _How) -> tuple[jax.Array, tuple[Any, ...]]:
-  """Output ``[B, T, K, G, H]`` and the residuals of the backward pass."""
+  """Output ``[B, T, K, G, R]`` and the residuals of the backward pass."""
   block = how.block
   q_blocks, k_blocks, v_blocks = _blocks(q, block), _blocks(k, block), _blocks(v, block)
 
@@ -141,10 +141,10 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, sight: _Sight, how: _How)
       accumulated = accumulated * _to_heads_last(shrink)[..., None] + values
       return accumulated, new_maximum, total * shrink + weights.sum(axis=-1)
 
-    batch, _, kv_heads, group, head_dim = q_i.shape
+    batch, _, kv_heads, group, _ = q_i.shape
     queries = (batch, kv_heads, group, block)
     start = (
-      jnp.zeros((batch, block, kv_heads, group, head_dim), jnp.float32),
+      jnp.zeros((batch, block, kv_heads, group, v.shape[-1]), jnp.float32),
       jnp.full(queries, MASKED, jnp.float32),
       jnp.zeros(queries, jnp.float32),
     )
@@ -186,9 +186,9 @@ def _backward(how: _How, residuals: tuple[Any, ...], d_out: jax.Array) -> tuple[
       dk_j = dk_j + product("BKGTS,BTKGH->BSKH", d_scores, q_blocks[i])
       return dq.at[i].add(product("BKGTS,BSKH->BTKGH", d_scores, k_j)), dk_j, dv_j
 
-    zeros = jnp.zeros(k_j.shape, jnp.float32)
+    zeros = (jnp.zeros(x.shape, jnp.float32) for x in (k_j, v_j))
     seen = _query_blocks(j, sight.offset, how, len(q_blocks))
-    dq, dk_j, dv_j = jax.lax.fori_loop(*seen, query_block, (dq, zeros, zeros))
+    dq, dk_j, dv_j = jax.lax.fori_loop(*seen, query_block, (dq, *zeros))
     return dq, (dk_j.astype(k.dtype), dv_j.astype(v.dtype))
 
   dq, (dk, dv) = jax.lax.scan(

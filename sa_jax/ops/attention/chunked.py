@@ -32,7 +32,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: Attention
   split = lambda x, axis: None if x is None else _chunks(x, axis, chunk)
   places = jnp.arange(0, length, chunk)
   out = jax.lax.map(some, (places, split(q, 1), split(rows.bias, 2), split(rows.mask, 2)))
-  return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
+  return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, q.shape[2], v.shape[3])[:, :length]
 
 
 def _chunks(x: jax.Array, axis: int, chunk: int) -> jax.Array:

@@ -55,7 +55,7 @@ def decode_weights(q: jax.Array, keys: Stored, rows: Rows, spec: AttentionSpec =
 
 
 def decode_apply(weights: jax.Array, values: Stored) -> jax.Array:
-  """Weighted sums of cached values: weights ``[B, N, T, S]``, values ``[B, K, S, H]`` → ``[B, T, N, H]``."""
+  """Weighted sums of cached values: weights ``[B, N, T, S]``, values ``[B, K, S, R]`` → ``[B, T, N, R]``."""
   dtype = product_dtype(values, weights.dtype)
   data, scale = _read(values, dtype)
   scaled = weights
@@ -80,18 +80,18 @@ def decode_attend(
 
   Args:
     q: ``[B, T, N, H]``.
-    new: keys and values ``[B, T, K, H]`` of the tokens.
-    cached: keys and values ``[B, K, S, H]``.
+    new: keys ``[B, T, K, H]`` and values ``[B, T, K, R]`` of the tokens.
+    cached: keys ``[B, K, S, H]`` and values ``[B, K, S, R]``.
     rows: whose offset, int32 ``[B]``, is the slot that each row's first new token takes.
     spec: window, soft cap and scale.
     with_weights: whether followers need the weights; without, a kernel may keep them.
 
   Returns:
-    ``[B, T, N, H]``; the softmaxed weights ``[B, N, T, S]``, or None; cached keys and values with the new ones.
+    ``[B, T, N, R]``; the softmaxed weights ``[B, N, T, S]``, or None; cached keys and values with the new ones.
   """
   assert rows.offset is not None, "new tokens have a slot in the cache"
   plain = spec.window is None and spec.softcap is None and rows.bias is None and rows.mask is None
-  if _has_kernel(q.shape[1], q.dtype, cached[0]) and plain:
+  if all(_has_kernel(q.shape[1], q.dtype, each) for each in cached) and plain:
     token = q[:, 0], new[0][:, 0], new[1][:, 0]
     out, weights, keys, values = flash_decode.attend(
       *token, *cached, rows.offset, scale=spec.scale_for(q.shape[-1]), with_weights=with_weights
@@ -110,12 +110,12 @@ def decode_follow(
 
   Args:
     weights: ``[B, N, T, S]``, the anchor's.
-    new_values: ``[B, T, K, H]``.
-    values: ``[B, K, S, H]``.
+    new_values: ``[B, T, K, R]``.
+    values: ``[B, K, S, R]``.
     offset: int32 ``[B]``, the slot that each row's first new token takes.
 
   Returns:
-    ``[B, T, N, H]``, and the values with the new ones.
+    ``[B, T, N, R]``, and the values with the new ones.
   """
   if _has_kernel(weights.shape[2], weights.dtype, values):
     out, values = flash_decode.follow(weights[:, :, 0], new_values[:, 0], values, offset)
@@ -132,6 +132,6 @@ def _has_kernel(tokens: int, dtype: jax.typing.DTypeLike, stored: Stored) -> boo
     and tokens == 1
     and dtype in (jnp.bfloat16, jnp.float16)
     and data.dtype in (dtype, jnp.int8)
-    and data.shape[3] in (64, 128)
+    and data.shape[3] in (32, 64, 128)
     and data.shape[2] % flash_decode.BLOCK == 0
   )

@@ -43,6 +43,7 @@ class Backend(NamedTuple):
     unsupported: from q and spec, why else it cannot compute the call, or None when it can.
     partitions: whether XLA can split it over a mesh; what it cannot split runs under `jax.shard_map`, as
       `sa_jax.nn.QueryKey` does.
+    narrow: whether it takes values narrower than keys as they are; otherwise it gets them filled up with zeros.
   """
 
   attend: Callable[[jax.Array, jax.Array, jax.Array, Rows, AttentionSpec], jax.Array]
@@ -51,6 +52,19 @@ class Backend(NamedTuple):
   dtypes: tuple[str, ...] | None = None
   unsupported: Callable[[jax.Array, AttentionSpec], str | None] = lambda *_: None
   partitions: bool = True
+  narrow: bool = False
+
+  def taking_narrow(self) -> Backend:
+    """The backend that takes values of any width: itself, or one that fills them up with zeros."""
+    if self.narrow:
+      return self
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: AttentionSpec) -> jax.Array:
+      width, missing = v.shape[3], k.shape[3] - v.shape[3]
+      filled = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else v
+      return self.attend(q, k, filled, rows, spec)[..., :width]
+
+    return self._replace(attend=attend, narrow=True)
 
   def refusal(self, platform: str, q: jax.Array, rows: Rows, spec: AttentionSpec) -> str | None:
     """Why it cannot compute the call, or None when it can."""
@@ -81,14 +95,18 @@ def _flash_unsupported(q: jax.Array, spec: AttentionSpec) -> str | None:  # noqa
 
 
 _GPU, _HALF = ("gpu", "cuda"), ("bfloat16", "float16")
+_ALL = frozenset({SEGMENTS, OFFSET, OFFSETS, BIAS, MASK, NOT_CAUSAL})
 
 backends: dict[str, Backend] = {
-  "cudnn": Backend(cudnn.attend, frozenset({BIAS, MASK, NOT_CAUSAL}), _GPU, _HALF, _cudnn_unsupported),
-  "flash": Backend(flash.attend, frozenset({SEGMENTS, OFFSET}), _GPU, _HALF, _flash_unsupported, partitions=False),
-  "splash": Backend(splash.attend, frozenset({SEGMENTS}), ("tpu",), partitions=False),
-  "blockwise": Backend(blockwise.attend, frozenset({SEGMENTS, OFFSET, NOT_CAUSAL})),
-  "reference": Backend(reference.attend, frozenset({SEGMENTS, OFFSET, OFFSETS, BIAS, MASK, NOT_CAUSAL})),
-  "chunked": Backend(chunked.attend, frozenset({SEGMENTS, OFFSET, OFFSETS, BIAS, MASK, NOT_CAUSAL})),
+  name: backend.taking_narrow()
+  for name, backend in {
+    "cudnn": Backend(cudnn.attend, frozenset({BIAS, MASK, NOT_CAUSAL}), _GPU, _HALF, _cudnn_unsupported),
+    "flash": Backend(flash.attend, frozenset({SEGMENTS, OFFSET}), _GPU, _HALF, _flash_unsupported, partitions=False),
+    "splash": Backend(splash.attend, frozenset({SEGMENTS}), ("tpu",), partitions=False),
+    "blockwise": Backend(blockwise.attend, frozenset({SEGMENTS, OFFSET, NOT_CAUSAL}), narrow=True),
+    "reference": Backend(reference.attend, _ALL, narrow=True),
+    "chunked": Backend(chunked.attend, _ALL, narrow=True),
+  }.items()
 }
 """By name: the fused ones first, the fastest of those that a platform has before the others."""
 
@@ -152,7 +170,7 @@ def register_backend(name: str, backend: Backend) -> None:
     raise UserError(f"a backend is a Backend, such as Backend(attend), not {backend!r}")
   if unknown := sorted(set(backend.serves) - set(DEMANDS)):
     raise UserError(f"no rows demand {', '.join(map(repr, unknown))}; DEMANDS are {', '.join(map(repr, DEMANDS))}")
-  backends[name] = backend
+  backends[name] = backend.taking_narrow()
 
 
 def attend(
@@ -171,7 +189,7 @@ def attend(
   Args:
     q: ``[B, T, N, H]``.
     k: ``[B, S, K, H]``, N a multiple of K; S is T unless the rows have an offset or are not causal.
-    v: ``[B, S, K, H]``.
+    v: ``[B, S, K, R]``, R at most H.
     rows: which keys the queries may see. Outputs at or past a row's length are finite and meaningless.
     spec: window, soft cap and scale.
     backend: ``auto``, ``reference`` (O(T S) memory), ``blockwise`` (O(T) memory, any device), ``cudnn``, ``flash``
@@ -180,7 +198,7 @@ def attend(
       ``chunked``; the others have a gradient of their own, without a forward mode (`jax.jvp`).
 
   Returns:
-    ``[B, T, N, H]`` in v's dtype.
+    ``[B, T, N, R]`` in v's dtype.
 
   Raises:
     UserError: if arrays do not fit, or the named backend does not exist or cannot compute the call.
@@ -196,10 +214,16 @@ def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows) -> None:
     UserError: if the arrays do not fit each other, with every fault.
   """
   if any(not is_array(x, jnp.floating) or len(x.shape) != 4 for x in (q, k, v)) or (
-    k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or q.shape[2] % k.shape[2]
+    k.shape[:3] != v.shape[:3]
+    or k.shape[3] < v.shape[3]
+    or k.shape[0] != q.shape[0]
+    or k.shape[3] != q.shape[3]
+    or q.shape[2] % k.shape[2]
   ):
     found = ", ".join(map(described, (q, k, v)))
-    raise UserError(f"attend takes q [B, T, N, H] and k, v [B, S, K, H] with N a multiple of K, not {found}")
+    raise UserError(
+      f"attend takes q [B, T, N, H], k [B, S, K, H] and v [B, S, K, R], N a multiple of K and R at most H; not {found}"
+    )
   (batch, queries, heads), keys = q.shape[:3], k.shape[1]
   faults = []
   if queries != keys and rows.causal and rows.offset is None:

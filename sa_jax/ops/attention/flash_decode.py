@@ -42,19 +42,20 @@ def attend(
   Args:
     q: ``[B, N, H]``.
     new_key: ``[B, K, H]``.
-    new_value: ``[B, K, H]``.
+    new_value: ``[B, K, R]``.
     keys: ``[B, K, S, H]``.
-    values: ``[B, K, S, H]``.
+    values: ``[B, K, S, R]``.
     positions: int32 ``[B]``, the slot that each row's token takes.
     scale: what multiplies ``q kᵀ``.
     with_weights: whether to hand out the softmaxed weights, for followers.
     interpret: runs the kernel on any device, slowly.
 
   Returns:
-    ``[B, N, H]``; the weights ``[B, N, S]`` in q's dtype, or None; keys and values with the new ones.
+    ``[B, N, R]``; the weights ``[B, N, S]`` in q's dtype, or None; keys and values with the new ones.
   """
   batch, heads, head_dim = q.shape
   kv_heads, slots = jax.tree.leaves(keys)[0].shape[1:3]
+  width = new_value.shape[2]
   group = heads // kv_heads
   # Every multiprocessor has work.
   split = choose_split(batch * kv_heads, slots, programs=_PROCESSORS * 3 // 4, longest=2048)
@@ -71,13 +72,13 @@ def attend(
     grid=(batch, kv_heads, splits),
     in_specs=[_A_ROW, _of_head(_rows(group), head_dim), *map(_new, token), *(_cached(x, split) for x in cache)],
     out_specs=[
-      _of_program(_rows(group), head_dim),
+      _of_program(_rows(group), width),
       _of_program(_rows(group)),
       *(_cached(x, split) for x in cache),
       _weights(_rows(group), split) if with_weights else None,
     ],
     out_shape=[
-      jax.ShapeDtypeStruct((batch, kv_heads, splits, group, head_dim), q.dtype if splits == 1 else jnp.float32),
+      jax.ShapeDtypeStruct((batch, kv_heads, splits, group, width), q.dtype if splits == 1 else jnp.float32),
       jax.ShapeDtypeStruct((batch, kv_heads, splits, group), jnp.float32),
       *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), cache),
       jax.ShapeDtypeStruct((batch, kv_heads, group, slots), jnp.float32) if with_weights else None,
@@ -95,7 +96,7 @@ def attend(
     seen = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 3) <= positions[:, None, None, None]
     weights = jnp.where(seen, jnp.exp(scores - jax.nn.logsumexp(log_total, axis=2)[..., None]), 0.0)
     weights = weights.astype(q.dtype).reshape(batch, heads, slots)
-  return out.astype(q.dtype).reshape(batch, heads, head_dim), weights, *cache
+  return out.astype(q.dtype).reshape(batch, heads, width), weights, *cache
 
 
 def follow(
@@ -105,16 +106,16 @@ def follow(
 
   Args:
     weights: ``[B, N, S]``.
-    new_value: ``[B, K, H]``.
-    values: ``[B, K, S, H]``.
+    new_value: ``[B, K, R]``.
+    values: ``[B, K, S, R]``.
     positions: int32 ``[B]``, the slot that each row's token takes.
     interpret: runs the kernel on any device, slowly.
 
   Returns:
-    ``[B, N, H]`` in the dtype of the weights, and the values with the new ones.
+    ``[B, N, R]`` in the dtype of the weights, and the values with the new ones.
   """
   batch, heads, slots = weights.shape
-  kv_heads, head_dim = new_value.shape[1:]
+  kv_heads, width = new_value.shape[1:]
   group = heads // kv_heads
   # More programs than an anchor's kernel has: of all splits, those into about 500 were the fastest on an H200.
   split = choose_split(batch * kv_heads, slots, programs=3 * _PROCESSORS, longest=4096)
@@ -125,9 +126,9 @@ def follow(
     functools.partial(_follow_kernel, group=group),
     grid=(batch, kv_heads, splits),
     in_specs=[_A_ROW, _weights(_rows(group), split), _new(token), _cached(values, split)],
-    out_specs=[_of_program(_rows(group), head_dim), _cached(values, split)],
+    out_specs=[_of_program(_rows(group), width), _cached(values, split)],
     out_shape=[
-      jax.ShapeDtypeStruct((batch, kv_heads, splits, group, head_dim), weights.dtype if splits == 1 else jnp.float32),
+      jax.ShapeDtypeStruct((batch, kv_heads, splits, group, width), weights.dtype if splits == 1 else jnp.float32),
       jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), values),
     ],
     input_output_aliases={before + leaf: 1 + leaf for leaf in range(len(jax.tree.leaves(values)))},
@@ -135,7 +136,7 @@ def follow(
     interpret=interpret,
     name="flash_follow",
   )(positions, weights.reshape(batch, kv_heads, group, slots), token, values)
-  return out.sum(axis=2).astype(weights.dtype).reshape(batch, heads, head_dim), values
+  return out.sum(axis=2).astype(weights.dtype).reshape(batch, heads, width), values
 
 
 def _rows(group: int) -> int:
@@ -192,12 +193,12 @@ def _attend_kernel(
   group: int,
   scale: float,
 ) -> None:
-  rows, head_dim = q_ref.shape
+  rows, width = q_ref.shape[0], out_ref.shape[-1]
   split = jax.tree.leaves(key_ref)[0].shape[0]
   new = position_ref[...] - pl.program_id(2) * split  # the new token's slot, counted from this program's first
   kept = jax.lax.broadcasted_iota(jnp.int32, (rows,), 0) < group
-  kept_2d = jax.lax.broadcasted_iota(jnp.int32, (rows, head_dim), 0) < group
-  q = plgpu.load(q_ref, mask=kept_2d, other=0.0)
+  kept_of = lambda shape: jax.lax.broadcasted_iota(jnp.int32, shape, 0) < group
+  q = plgpu.load(q_ref, mask=kept_of(q_ref.shape), other=0.0)
 
   def block(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     accumulated, maximum, total = carry
@@ -216,7 +217,7 @@ def _attend_kernel(
     return accumulated, new_maximum, total * shrink + weights.sum(axis=1)
 
   start = (
-    jnp.zeros((rows, head_dim), jnp.float32),
+    jnp.zeros((rows, width), jnp.float32),
     jnp.full((rows,), MASKED, jnp.float32),
     jnp.zeros((rows,), jnp.float32),
   )
@@ -232,7 +233,7 @@ def _attend_kernel(
   maximum, total = new_maximum, total * shrink + weight
   # A split past the row's end has no slot to weigh: its share in the whole is nothing, of numbers that are finite.
   mean = accumulated / jnp.where(total > 0, total, 1.0)[:, None]
-  plgpu.store(out_ref, mean.astype(out_ref.dtype), mask=kept_2d)
+  plgpu.store(out_ref, mean.astype(out_ref.dtype), mask=kept_of(out_ref.shape))
   plgpu.store(log_total_ref, maximum + jnp.log(total), mask=kept)
 
   slot = jnp.clip(new, 0, split - 1)
@@ -253,7 +254,6 @@ def _follow_kernel(
   group: int,
 ) -> None:
   rows, split = weights_ref.shape
-  head_dim = out_ref.shape[-1]
   new = position_ref[...] - pl.program_id(2) * split
   kept = jax.lax.broadcasted_iota(jnp.int32, (rows,), 0) < group
 
@@ -263,7 +263,7 @@ def _follow_kernel(
     v, value_scale = _block(value_ref, here, product_dtype(value_ref, weights.dtype))
     return accumulated + plgpu.dot((weights.astype(jnp.float32) * value_scale).astype(v.dtype), v)
 
-  accumulated = jax.lax.fori_loop(0, _blocks(new, split), block, jnp.zeros((rows, head_dim), jnp.float32))
+  accumulated = jax.lax.fori_loop(0, _blocks(new, split), block, jnp.zeros((rows, out_ref.shape[-1]), jnp.float32))
   mine, slot = (new >= 0) & (new < split), jnp.clip(new, 0, split - 1)
   weight = plgpu.load(weights_ref.at[:, slot], mask=kept & mine, other=0.0).astype(jnp.float32)
   accumulated += weight[:, None] * _float(new_value_ref)[None, :]

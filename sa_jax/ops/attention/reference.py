@@ -93,10 +93,10 @@ def apply_weights(weights: jax.Array, v: jax.Array) -> jax.Array:
 
   Args:
     weights: ``[B, N, T, S]``.
-    v: ``[B, S, K, H]``; each value head serves N / K consecutive weight heads.
+    v: ``[B, S, K, R]``; each value head serves N / K consecutive weight heads.
 
   Returns:
-    ``[B, T, N, H]`` in v's dtype.
+    ``[B, T, N, R]`` in v's dtype.
   """
   batch, heads, queries, keys = weights.shape
   kv_heads = v.shape[2]

@@ -1,0 +1,71 @@
+"""What tells a model from an ordinary one of its family, in ``config.json``'s ``shared_attention``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sa_jax.config import ModelConfig
+from sa_jax.errors import UserError
+from sa_jax.formats.family import Family
+from sa_jax.formats.reader import Config, ConfigReader, Fields
+from sa_jax.plan import SharingPlan, as_plan
+
+SHARED = "shared_"
+"""Before the family's name, in the ``model_type`` of an exported plan."""
+
+
+def read_plan(values: Config, num_layers: int) -> SharingPlan:
+  """The plan in a ``config.json``'s ``shared_attention``; dense when the key is absent.
+
+  Raises:
+    UserError: if it is malformed, or not a plan for a model of this depth.
+  """
+  shared = values.get("shared_attention")
+  if shared is None:
+    return SharingPlan.dense(num_layers)
+  source = shared.get("source") if isinstance(shared, Mapping) else None
+  if not _integers(source):
+    raise UserError('config.json: shared_attention must be {"source": [one layer number a layer]}')
+  if unknown := sorted(set(shared) - {"source", "head_map", "value_dim"}):
+    raise UserError(f"config.json: shared_attention has unknown keys {unknown}")
+  plan = as_plan(source, num_layers)
+  head_map = shared.get("head_map")
+  if head_map is None:
+    return plan
+  if not isinstance(head_map, list) or not all(entry is None or _integers(entry) for entry in head_map):
+    raise UserError("config.json: shared_attention's head_map must be a list, for each layer null or a list of heads")
+  return SharingPlan(plan.source, tuple(entry and tuple(entry) for entry in head_map))
+
+
+def read_value_dim(reader: ConfigReader, family: Family) -> int | None:
+  """How wide values are, where a plan's entry says that they are narrower than keys."""
+  shared = reader.values.get("shared_attention")
+  value_dim = shared.get("value_dim") if isinstance(shared, Mapping) else None
+  if value_dim is None:
+    return None
+  if isinstance(value_dim, bool) or not isinstance(value_dim, int) or value_dim < 1:
+    reader.fail("shared_attention", f"its value_dim is {value_dim!r}; a positive integer is needed")
+    return None
+  if family.interleaves_values:
+    reader.fail("shared_attention", "this family's files have values between queries and keys: they cannot be narrower")
+  return value_dim
+
+
+def write_plan(plan: SharingPlan, config: ModelConfig | None = None) -> Fields:
+  """The ``shared_attention`` of a ``config.json``: what `read_plan` reads back, and the width of a config's values."""
+  values: Fields = {"source": list(plan.source)}
+  if config is not None and config.value_dim is not None:
+    values["value_dim"] = config.value_dim
+  if plan.head_map is not None:
+    values["head_map"] = [entry if entry is None else list(entry) for entry in plan.head_map]
+  return values
+
+
+def is_plain(config: ModelConfig, plan: SharingPlan) -> bool:
+  """Whether the family's own class computes the model: it has no followers, and values as wide as keys."""
+  return not plan.followers and config.value_width == config.head_dim
+
+
+def _integers(value: Any) -> bool:
+  return isinstance(value, list) and all(isinstance(item, int) for item in value)
