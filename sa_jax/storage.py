@@ -12,6 +12,7 @@ import hashlib
 import logging
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from sa_jax.errors import UserError
 from sa_jax.files import copy, files_in, is_remote, named, size_of
 
 _LOG = logging.getLogger("sa_jax")
+_COPYING = threading.Lock()
 
 
 @functools.cache
@@ -40,14 +42,15 @@ def local_copy(path: Path) -> Path:
   """
   if not is_remote(path):
     return path
-  made = _copies() / hashlib.sha256(str(path).encode()).hexdigest()[:16] / path.name
-  if not made.exists():
-    _LOG.info("%s is copied to this machine's disk", path)
-    made.parent.mkdir(exist_ok=True)
-    with named(path), named(made, "write"):
-      part = made.with_name("part")
-      copy(path, part)
-      part.replace(made)
+  with _COPYING:
+    made = _copies() / hashlib.sha256(str(path).encode()).hexdigest()[:16] / path.name
+    if not made.exists():
+      _LOG.info("%s is copied to this machine's disk", path)
+      made.parent.mkdir(exist_ok=True)
+      with named(path), named(made, "write"):
+        part = made.with_name("part")
+        copy(path, part)
+        part.replace(made)
   return made
 
 

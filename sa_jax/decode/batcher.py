@@ -16,6 +16,7 @@ from sa_jax.decode.arguments import as_count, check_seed
 from sa_jax.decode.engine import Drawn, Engine, Prompts, pad_to, retire
 from sa_jax.decode.prefix import PromptCache
 from sa_jax.decode.sampling import Sampler
+from sa_jax.decode.unsound import tell_unsound
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_tokens
@@ -91,6 +92,7 @@ class Batcher:
     # Any thread may submit and cancel; one steps at a time.
     self._queue, self._stepping = threading.Lock(), threading.Lock()
     self._running: dict[int, Request] = {}
+    self._told = False
 
   def submit(self, prompt: Sequence[int] | np.ndarray, max_new_tokens: int, *, seed: int = 0, row: int = 0) -> Request:
     """Queues a prompt; ``seed`` and ``row`` choose its samples as in `sa_jax.generate`.
@@ -136,6 +138,14 @@ class Batcher:
     """
     return self._step(self.chunk)
 
+  def enter(self) -> dict[int, list[int]]:
+    """Fills free slots and collects first tokens, for who waits for them: `step` gives them with a chunk of others.
+
+    Returns:
+      As `step`.
+    """
+    return self._step(0)
+
   def run(self) -> None:
     """Steps until no request is left; as nobody looks in between, the host does only where a slot is to be filled."""
     while self.busy:
@@ -143,13 +153,12 @@ class Batcher:
 
   def _step(self, chunk: int) -> dict[int, list[int]]:
     with self._stepping:
-      return self._advance(chunk)
+      self._drop_cancelled()
+      first = self._fill_slots()
+      return self._collect(first, self._decode(chunk) if chunk else None) if self._running else {}
 
-  def _advance(self, chunk: int) -> dict[int, list[int]]:
-    self._drop_cancelled()
-    first = self._fill_slots()
-    if not self._running:
-      return {}
+  def _decode(self, chunk: int) -> Drawn:
+    """A chunk of tokens, still on the device."""
     # While requests wait, one row that ends is enough to stop for: its slot is free.
     enough = np.int32(self.slots - len(self._running) + 1 if self._waiting else self.slots)
     self._state, out = self._engine.decode(
@@ -160,13 +169,19 @@ class Batcher:
       width=max(self.chunk, _UNWATCHED),  # one program, whoever watches
       enough=enough,
     )
-    # One transfer a chunk: for a small model the host's work is most of the time.
-    out, done, first = fetch((out, self._state.done, first))
+    return out
+
+  def _collect(self, first: list[tuple[np.ndarray, Drawn]], out: Drawn | None) -> dict[int, list[int]]:
+    """Fetches first tokens by slot, and a chunk's; one transfer: for a small model the host's work is most of it."""
+    out, done, unsound, first = fetch((out, self._state.done, self._state.unsound, first))
+    if not self._told:
+      slots, running = list(self._running), self._running.values()
+      self._told = tell_unsound(unsound[slots], [len(each.prompt) for each in running], [each.row for each in running])
     drawn = [(slot, _row(each, at)) for slots, each in first for at, slot in enumerate(slots.tolist())]
     firsts = dict(drawn)
     news = {}
     for slot, request in list(self._running.items()):
-      parts = [*([firsts[slot]] if slot in firsts else []), _row(out, slot)]
+      parts = [*([firsts[slot]] if slot in firsts else []), *([] if out is None else [_row(out, slot)])]
       new = [token for tokens, _ in parts for token in tokens]
       request.tokens += new
       request.log_probs += [value for _, values in parts for value in values]

@@ -17,6 +17,7 @@ from sa_jax import ops
 from sa_jax.decode.processors import Start
 from sa_jax.decode.room import check_room
 from sa_jax.decode.sampling import Sampler
+from sa_jax.decode.unsound import SOUND, unsound_from
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.typed import apply
 from sa_jax.programs import program
@@ -83,6 +84,7 @@ class DecodeState:
     done: bool ``[B]``, whether the row has ended: by an end token, or with none remaining.
     keys: ``[B]`` PRNG keys of the rows.
     log_probs: float32 ``[B]``, of the newest tokens, where the sampler tells them; otherwise zeros.
+    unsound: int32 ``[B]``, see `unsound_from`.
     history: the states of the sampler's rules.
   """
 
@@ -93,6 +95,7 @@ class DecodeState:
   done: jax.Array
   keys: jax.Array
   log_probs: jax.Array
+  unsound: jax.Array
   history: tuple[Tree, ...] = ()
 
 
@@ -177,6 +180,7 @@ class Engine:
         jnp.ones(slots, bool),
         jax.random.split(jax.random.key(0), slots),
         jnp.zeros(slots, jnp.float32),
+        jnp.full(slots, SOUND),
         sampler.begin(Start(tokens[:, None], lengths, capacity + 1, config.vocab_size)),
       )
 
@@ -189,7 +193,7 @@ class Engine:
     """
     assert self.mesh is not None, "only a mesh has shardings"
     numbers: Any = named_sharding(self.mesh, ("batch",), self.rules, (rows,))
-    return DecodeState(cache_shardings(self.model, self.mesh, self.rules), *[numbers] * 7)
+    return DecodeState(cache_shardings(self.model, self.mesh, self.rules), *[numbers] * 8)
 
   @program(static_argnames=("self", "capacity", "samples"))
   def prefill(
@@ -260,6 +264,7 @@ class Engine:
       jnp.zeros(rows, bool),
       prompts.keys,
       jnp.zeros(rows, jnp.float32),
+      jnp.full(rows, SOUND),
       sampler.begin(start),
     )
     return self._in_place(self.drawn(sampler, logits, state))
@@ -348,6 +353,7 @@ class Engine:
       tokens=stay(state.tokens, tokens),
       done=state.done | ended,
       log_probs=log_probs,
+      unsound=stay(state.unsound, unsound_from(state.unsound, logits, state.positions)),
       history=sampler.after(state.history, tokens),
     )
 
@@ -368,12 +374,14 @@ def insert(state: DecodeState, rows: DecodeState, slots: jax.Array) -> DecodeSta
   def put(into: jax.Array, new: jax.Array) -> jax.Array:
     return into.at[slots].set(new, unique_indices=True)
 
+  @jax.jit  # traced once for all layers
   def put_slots(into: jax.Array, new: jax.Array) -> jax.Array:
     # What the row before has left would be multiplied by zero, and it may have left NaN.
     into = into.at[slots, :, new.shape[2] :].set(0, unique_indices=True)
     return into.at[slots, :, : new.shape[2]].set(new, unique_indices=True)
 
-  names = {field.name for field in dataclasses.fields(state)} - {"cache"}
+  # Not a set: its order is another in every process, and with it the program, which no cache would have.
+  names = [field.name for field in dataclasses.fields(state) if field.name != "cache"]
   others = {name: jax.tree.map(put, getattr(state, name), getattr(rows, name)) for name in names}
   return dataclasses.replace(state, cache=jax.tree.map(put_slots, state.cache, rows.cache), **others)
 

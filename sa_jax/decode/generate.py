@@ -17,6 +17,7 @@ from sa_jax.decode.padding import to_right_padded
 from sa_jax.decode.prefix import PromptCache
 from sa_jax.decode.room import check_room
 from sa_jax.decode.sampling import Sampler
+from sa_jax.decode.unsound import tell_unsound
 from sa_jax.distributed import check_same_rows
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
@@ -192,6 +193,7 @@ def stream(
   chosen = _one_sampler(sampler, temperature)
   batcher = Batcher(model, params, slots=1, capacity=capacity, sampler=chosen, chunk=chunk)
   request = batcher.submit(prompt, max_new_tokens, seed=seed)
+  yield batcher.enter()[id(request)]
   while batcher.busy:
     yield batcher.step()[id(request)]
 
@@ -204,10 +206,15 @@ def _slots_for(prompt: int, new: int) -> int:
 def _static(engine: Engine, layers: Params, state: DecodeState, sampler: Sampler, new: int) -> Drawn:
   """All that rows generate whose first tokens have been drawn, at most so many tokens a row."""
   width = pad_to(new - 1, state.cache.capacity)
-  tokens, log_probs = fetch((state.tokens, state.log_probs))  # the state is given away
-  first = newest(tokens, log_probs, sampler)
-  _, rest = engine.decode(layers, state, sampler=sampler, steps=np.int32(new - 1), width=width)
-  return Drawn(*jax.tree.map(lambda one, more: np.concatenate([one, more[:, : new - 1]], axis=1), first, fetch(rest)))
+  # The state is given away.
+  tokens, log_probs, lengths, unsound = fetch((state.tokens, state.log_probs, state.positions, state.unsound))
+  drawn = newest(tokens, log_probs, sampler)
+  if new > 1:
+    state, rest = engine.decode(layers, state, sampler=sampler, steps=np.int32(new - 1), width=width)
+    rest, unsound = fetch((rest, state.unsound))
+    drawn = Drawn(*jax.tree.map(lambda one, more: np.concatenate([one, more[:, : new - 1]], axis=1), drawn, rest))
+  tell_unsound(unsound, lengths.tolist(), range(len(lengths)))
+  return drawn
 
 
 def _continuous(batcher: Batcher, prompts: Sequence[np.ndarray], max_new_tokens: int, seed: int) -> Drawn:

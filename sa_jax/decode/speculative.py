@@ -20,6 +20,7 @@ from sa_jax.decode.engine import DecodeState, Drawn, Engine, Prompts, capacity_f
 from sa_jax.decode.generate import Generated, checked_prompts
 from sa_jax.decode.sampling import Sampler
 from sa_jax.decode.settings import Settings
+from sa_jax.decode.unsound import tell_unsound, unsound_from
 from sa_jax.errors import UserError
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.typed import apply
@@ -218,7 +219,8 @@ class SpeculativeEngine:
     kept = (places <= agreed[:, None]) & ~ended_before & (places < rows.remaining[:, None]) & ~rows.done[:, None]
     told = jnp.where(kept, ops.token_log_likelihoods(logits, tokens), 0.0) if sampler.log_probs else None
     new = Drawn(jnp.where(kept, tokens, -1), told)
-    read_on = dataclasses.replace(state, rows=dataclasses.replace(rows, cache=cache))
+    unsound = jnp.where(rows.done, rows.unsound, unsound_from(rows.unsound, logits[:, 0], rows.positions + 1))
+    read_on = dataclasses.replace(state, rows=dataclasses.replace(rows, cache=cache, unsound=unsound))
     return self._advanced(read_on, proposed.histories, new, (ends & kept).any(axis=1), sampler), new
 
   def _propose(
@@ -382,7 +384,8 @@ def speculate(
   tokens, log_probs = fetch((state.rows.tokens, state.rows.log_probs))  # the state is given away
   first = newest(tokens, log_probs, how.sampler)
   state, rest = engine.decode(both, state, sampler=how.sampler, width=pad_to(how.max_new_tokens, capacity))
-  rest, rounds = fetch((rest, state.rounds))
+  rest, rounds, unsound = fetch((rest, state.rounds, state.rows.unsound))
+  tell_unsound(unsound, counts.tolist(), range(len(prompts)))
   join = lambda one, more: np.concatenate([one, more], axis=1)[:, : how.max_new_tokens]
   drawn = Drawn(*jax.tree.map(join, first, rest))
   out = Generated.of(model, drawn)

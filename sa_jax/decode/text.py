@@ -107,8 +107,9 @@ class _Work:
     self.new = [""] * len(encoded)
 
   def __iter__(self) -> Iterator[None]:
+    advance = self._batcher.enter
     while self._batcher.busy:
-      news = self._batcher.step()
+      news, advance = advance(), self._batcher.step
       self.new = [self._read(number, news.get(id(request), [])) for number, request in enumerate(self.requests)]
       yield
 

@@ -112,3 +112,25 @@ def test_of_several_processes_the_first_alone_tells_of_training(process, printed
   config = TrainConfig(out=tmp_path / "run", preset="smollm2-135m", data=DataConfig(train=(tmp_path / "text.txt",)))
   Train(config, Hosts()).run()
   assert capsys.readouterr().out == printed
+
+
+@pytest.mark.slow
+def test_a_program_is_the_same_in_every_process(tmp_path):
+  """Python orders sets of texts anew in each: what depends on that is compiled each time."""
+  code = """
+import jax, sys
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+import sa_jax
+from sa_jax.decode import stream
+from tests import tiny
+model = tiny.model("0:1", num_layers=2)
+assert len(list(stream(model, tiny.params(model), [1, 2, 3], 3))) == 2
+"""
+  kept = []
+  for seed in ("1", "2"):
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": seed}, check=True)
+    kept.append({file.name for file in tmp_path.iterdir() if file.name.endswith("-cache")})
+  assert kept[0] == kept[1]
+  assert any(name.startswith("jit_admit") for name in kept[0])

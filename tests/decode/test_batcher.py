@@ -66,6 +66,23 @@ def test_a_cancelled_request_frees_its_slot(model, params, prompts, alone):
   assert (waiting.tokens, last.tokens) == ([], alone[2])
 
 
+def test_logits_that_are_not_finite_are_told_once(model, params, caplog):
+  """Of the one row whose prompt has a damaged embedding, at its first token; the row beside it says nothing."""
+  embedding = np.array(params["embed"]["embedding"])
+  whole, unseen = [5, 9, 3], 60
+  embedding[unseen] = np.nan
+  damaged = {**params, "embed": {"embedding": embedding}}
+  batcher = Batcher(model, damaged, slots=2, capacity=CAPACITY, chunk=2)
+  batcher.submit(whole, 3)
+  batcher.submit([*whole, unseen], 3, row=7)
+  batcher.run()
+  batcher.submit([unseen], 1)
+  batcher.run()
+  assert [record.getMessage().split(" on:")[0] for record in caplog.records if record.levelname == "WARNING"] == [
+    "the logits of row 7 are NaN or infinite from its new token 1"
+  ]
+
+
 def test_a_request_that_does_not_fit_is_refused_alone(model, params, prompts, alone):
   batcher = Batcher(model, params, slots=2, capacity=CAPACITY)
   good = batcher.submit(prompts[0], LONGEST)

@@ -73,7 +73,7 @@ def test_a_stream_is_what_generate_gives_the_prompt_alone(model, params, tempera
   parts = list(stream(model, params, PROMPTS[0], NEW, temperature, seed=3, chunk=2))
   out = sa_jax.generate(model, params, np.array([PROMPTS[0]]), None, NEW, temperature, seed=3)
   assert [token for part in parts for token in part] == out.tokens[0].tolist()
-  assert [len(part) for part in parts] == [3, 2, 1]
+  assert [len(part) for part in parts] == [1, 2, 2, 1]  # the first as soon as it is there
 
 
 def test_greedy_equals_forward_passes(model, params, greedy):
