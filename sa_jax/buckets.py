@@ -52,7 +52,8 @@ def _told(method: Callable[P, T]) -> Callable[P, T]:
         _answering.add(root)
       raise
     except Exception as error:
-      raise UserError(f"{path} cannot be used: {reason(error, root)}") from error
+      # Who has never answered is at fault, whatever was asked for.
+      raise UserError(f"{path if root in _answering else root} cannot be used: {reason(error, root)}") from error
     _answering.add(root)
     return found
 

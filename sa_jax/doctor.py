@@ -102,9 +102,11 @@ def _storage(path: Path) -> Finding:
   """Whether a folder, or the nearest one above it that exists, can be written."""
   if is_remote(path := as_path(path)):
     try:
-      check_writable(path / "any")
+      check_writable(probe := path / "any")
     except UserError as error:
-      return Finding(f"storage {path}", str(error), is_fault=True)
+      # The user knows of the folder alone.
+      said = str(error).removeprefix(f"{probe} ").replace(f" {probe}", "")
+      return Finding(f"storage {path}", said, is_fault=True)
     return Finding(f"storage {path}", "can be written")
   above = next((each for each in (path, *path.absolute().parents) if each.exists()), path)
   try:
@@ -112,4 +114,5 @@ def _storage(path: Path) -> Finding:
       free = os.statvfs(above)
   except OSError as error:
     return Finding(f"storage {path}", f"cannot be written: {error.strerror or error}", is_fault=True)
-  return Finding(f"storage {path}", f"can be written, {free.f_bavail * free.f_frsize / 1e9:,.0f} GB free")
+  state = "can be written" if above == path else f"does not exist yet, and can be made in {above}"
+  return Finding(f"storage {path}", f"{state}, {free.f_bavail * free.f_frsize / 1e9:,.0f} GB free")

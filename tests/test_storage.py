@@ -201,6 +201,9 @@ def test_a_bucket_that_cannot_be_used_is_one_line(hf, gs, monkeypatch, capsys):
   assert cli.main(["perplexity", there, "gs://bucket/text"]) == 2
   assert SAID in " ".join(capsys.readouterr().err.split())
   assert cli.main(["doctor", there]) == 2
+  told = capsys.readouterr()
+  assert "any" not in told.out + told.err, "the user has named the folder alone"
+  assert (told.out + told.err).count(SAID) == 1
   monkeypatch.setattr(buckets, "_PATIENCE", 0.05)
   slow = buckets._told(functools.wraps(time.sleep)(lambda self: time.sleep(0.5)))
   with pytest.raises(UserError, match="gs://silent does not answer within 0 s; look at its name"):

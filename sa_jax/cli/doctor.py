@@ -24,7 +24,7 @@ class Doctor:
   """Where the other processes are."""
 
   def run(self) -> None:
-    """Prints what was found, on the first process; faults of storage on each."""
+    """Prints what was found, on the first process; faults on each."""
     from sa_jax.distributed import start
 
     start(self.hosts)
@@ -37,6 +37,8 @@ class Doctor:
     found = examine(self.mesh, self.paths)
     if jax.process_index() == 0:
       for each in found:
+        if each.is_fault:  # which is told at the end, once
+          continue
         console.print(Text.assemble((each.about, "bold"), f": {each.found}"), soft_wrap=True)
     if faults := [f"{each.about}: {each.found}" for each in found if each.is_fault]:
       raise UserError.of(f"process {jax.process_index()}", faults)

@@ -110,6 +110,18 @@ def check_flags(command: str, given: Sequence[str], fields: Collection[str]) -> 
     flag = word.partition("=")[0].replace("_", "-")
     if re.match("--[a-z]", flag) and flag not in known and not flag.startswith("--tyro-"):
       raise UserError(f"sa-jax {command} has no flag {flag}{near(flag, sorted(known))}; --help lists them")
+  for at, word in enumerate(given):
+    # `--mesh data=2 fsdp=4`: the second would be taken for something else.
+    if word.partition("=")[0] != "--mesh":
+      continue
+    sizes = [*word.split("=", 1)[1:], *itertools.takewhile(_is_size, given[at + 1 :])]
+    if len(sizes) > 1:
+      joined = ",".join(size.strip(",") for size in sizes if size != ",")
+      raise UserError(f"sizes of a mesh are joined by commas: --mesh {joined}")
+
+
+def _is_size(word: str) -> bool:
+  return re.fullmatch(r"[a-z]+=\d+,?|,", word) is not None
 
 
 def explain(text: str, fields: Collection[str]) -> str:
@@ -119,13 +131,15 @@ def explain(text: str, fields: Collection[str]) -> str:
     text: of a `sa_jax.UserError`.
     fields: see `fields_of`.
   """
+  # What somebody has typed stays as it is.
+  typed = r"(?<!\w)(?<![=])(?:'[^'\n]*'|\"[^\"\n]*\")(?!\w)"
   quoted = r"`(?P<quoted>\w+)(?:=(?P<value>[^`]*))?`"
   plain = r"(?<![\w.`/-])(?P<plain>[a-z]\w*)=(?P<of>'[^'\n]*'|[\w.+-]+)"
   words = r"(?<![\w.`/-])(?P<words>[a-z]+(?:_[a-z]+)+)(?![\w(./-])"
 
   def flag(match: re.Match[str]) -> str:
     name = match["quoted"] or match["plain"] or match["words"]
-    if name not in fields:
+    if name is None or name not in fields:
       return match[0]
     value = match["value"] if match["quoted"] else match["of"]
     dashed = name.replace("_", "-")
@@ -133,4 +147,4 @@ def explain(text: str, fields: Collection[str]) -> str:
       return f"--{dashed}" if value == "True" else f"--no-{dashed}"
     return f"--{dashed}" if value is None else f"--{dashed} {value}"
 
-  return re.sub(f"{quoted}|{plain}|{words}", flag, text)
+  return re.sub(f"{typed}|{quoted}|{plain}|{words}", flag, text)

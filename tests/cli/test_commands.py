@@ -281,4 +281,6 @@ def test_changes():
 def test_names_are_printed_as_they_are(tmp_path, capsys):
   """Not as markup or emoji, which they may look like."""
   assert main(["doctor", str(tmp_path / "[bold] :smile:")]) == 0
-  assert f"storage {tmp_path}/[bold] :smile:: can be written" in capsys.readouterr().out
+  assert f"storage {tmp_path}/[bold] :smile:: does not exist yet, and can be made in {tmp_path}, " in (
+    capsys.readouterr().out
+  )

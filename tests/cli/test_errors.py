@@ -28,6 +28,7 @@ def test_flags_are_those_of_nested_dataclasses_too():
     # Neither words, nor paths, nor what is no flag.
     ("the model in /a/batch_size/b.txt and batch_size.txt", "the model in /a/batch_size/b.txt and batch_size.txt"),
     ("`other` and other_field=3", "`other` and other_field=3"),
+    ("the mesh 'model=8,mode=2' is not", "the mesh 'model=8,mode=2' is not"),
   ],
 )  # fmt: skip
 def test_fields_are_told_as_flags(text, shown):
@@ -67,6 +68,8 @@ def test_faults_of_ours_keep_their_traceback(monkeypatch, fault):
     (["generat", "model", "hello"], "there is no command 'generat'; there are demo, .*; did you mean generate"),
     (["cost", "smollm2-135"], "did you mean smollm2-135m"),
     (["bench", "decode", "--model", "llama3-8b"], "did you mean llama-3-8b"),
+    (["train", "--mesh", "data=2", "fsdp=4"], "joined by commas: --mesh data=2,fsdp=4"),
+    (["fit", "--mesh=data=2,", "fsdp=4", "smollm2-135m"], "joined by commas: --mesh data=2,fsdp=4"),
   ],
 )
 def test_near_names_are_offered(capsys, arguments, offered):

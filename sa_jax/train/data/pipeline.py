@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from sa_jax.errors import UserError
+from sa_jax.nn.axes import mesh_axes_of
 from sa_jax.train.batch import Batch
 from sa_jax.train.data.packing import PackedRows
 
@@ -93,9 +95,10 @@ def host_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
   """
   parts = sharding.mesh.shape
   axes = sharding.spec[0] if len(sharding.spec) else None
-  shards = int(np.prod([parts[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())]))
+  shards = math.prod(parts[axis] for axis in mesh_axes_of(axes))
   if batch_size % shards:
-    raise UserError(f"a batch of {batch_size} rows does not divide over {shards} shards of the mesh {dict(parts)}")
+    ways = " × ".join(f"{axis} {parts[axis]}" for axis in mesh_axes_of(axes) if parts[axis] > 1)
+    raise UserError(f"a batch of {batch_size} rows does not divide over {shards} shards: {ways} of the mesh")
   # Lengths differ between callers, rows do not: one token a row is enough to ask with.
   by_rows = NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(axes))
   indices: Any = by_rows.addressable_devices_indices_map((batch_size,)).values()
