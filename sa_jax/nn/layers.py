@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -20,6 +21,10 @@ from sa_jax.plan import HeadMap, Run, SharingPlan
 
 Portion = jax.Array | float | None
 """How much of its anchor's weights a follower uses that has its own too, 0 to 1; None where followers have none."""
+
+
+Step = Callable[..., Any]
+"""One of a block's methods, or a step of a scan over them."""
 
 
 def _are(name: str) -> Callable[..., bool]:
@@ -53,7 +58,7 @@ def _with_heads(state: Any, head_map: HeadMap | jax.Array | None) -> Any:
   return state if head_map is None else state.take_heads(jnp.asarray(head_map, jnp.int32))
 
 
-def _remat(config: ModelConfig, step: Callable[..., Any], repeats: int, *kept: str) -> Callable[..., Any]:
+def _remat(config: ModelConfig, step: Step, repeats: int, *kept: str) -> Step:
   """A block, or a group of them, whose backward pass computes again what the config's ``remat`` says, but for ``kept``.
 
   ``repeats`` is how often the compiled loops run it.
@@ -112,7 +117,7 @@ class Group(nn.Module):
     x, state = anchor(self.blocks.anchor(config, name="anchor"), x, rows)
     if self.followers:
       block: type[FollowerBlock] | type[MixedBlock] = self.blocks.follower if share is None else MixedBlock
-      follow: Callable[..., Any] = self.blocks.follower.__call__
+      follow: Step = self.blocks.follower.__call__
       if share is not None:
         follow = lambda block, x, state: block(x, state, share, kind)
       unroll = min(_UNROLL, self.followers) if config.remat == "dots" else 1
@@ -181,7 +186,7 @@ class Runs(nn.Module):
     return jnp.asarray(filled, jnp.int32).reshape(run.groups, run.followers, self.config.num_heads)
 
 
-def _group_step(kind: int, share: Portion) -> Callable[..., Any]:
+def _group_step(kind: int, share: Portion) -> Step:
   """One step of the scan over a run's groups: of its own kind or of the first's, with its head maps."""
 
   def step(
@@ -194,7 +199,7 @@ def _group_step(kind: int, share: Portion) -> Callable[..., Any]:
 
 
 class _Alike:
-  """Calls of blocks inside a function that `jax.jit` traces: those that are alike are traced and lowered once.
+  """Methods of blocks inside a function that `jax.jit` traces: those that are alike are traced and lowered once.
 
   A program of 30 layers starts in a fraction of the time; XLA inlines the calls.
   """
@@ -202,17 +207,17 @@ class _Alike:
   def __init__(self, x: jax.Array):
     # Outside a trace there is nothing to save. The functions live as long as the trace, whose mesh and rules they have.
     self._is_traced = isinstance(x, jax.core.Tracer)
-    self._calls: dict[Hashable, Callable[..., Any]] = {}
+    self._known: dict[Hashable, Step] = {}
 
-  def __call__(self, block: Any, method: str, static: tuple[Hashable, ...], *arrays: Any) -> Any:
-    """``block.method(*arrays, *static)``."""
+  def __call__(self, block: nn.Module, method: str, **static: Hashable) -> Step:
+    """``block.method`` with some arguments."""
     if not self._is_traced or any(map(block.is_mutable_collection, ("params", BLOCK_OUTPUTS, ROUTER_SCORES))):
-      return getattr(block, method)(*arrays, *static)
-    key = (type(block), method, static)
-    if key not in self._calls:
-      apart = type(block)(block.config, parent=None)
-      self._calls[key] = jax.jit(lambda params, *arrays: apart.apply(params, *arrays, *static, method=method))
-    return self._calls[key](block.variables, *arrays)
+      return functools.partial(getattr(block, method), **static)
+    key = (type(block), method, *static.items())
+    if key not in self._known:
+      apply: Step = block.clone(parent=None, name=None).apply
+      self._known[key] = jax.jit(functools.partial(apply, method=method, **static))
+    return functools.partial(self._known[key], block.variables)
 
 
 class Layers(nn.Module):
@@ -234,25 +239,25 @@ class Layers(nn.Module):
 
   def prefill(self, x: jax.Array, rows: ops.Rows) -> tuple[jax.Array, Cache, tuple[State, ...]]:
     """`__call__` that also returns the cache of the T tokens, and the state that each layer used."""
-    caches, states, call = [], [], _Alike(x)
+    caches, states, alike = [], [], _Alike(x)
     for layer, block in enumerate(self.stack):
       if isinstance(block, AnchorBlock):
-        x, state, cache = call(block, "prefill", (self.config.kind_of(layer),), x, rows)
+        x, state, cache = alike(block, "prefill", kind=self.config.kind_of(layer))(x, rows)
         used = state
       else:
         used = _with_heads(state, self.plan.head_map_of(layer))
-        x, cache = call(block, "prefill", (), x, used)
+        x, cache = alike(block, "prefill")(x, used)
       caches.append(cache)
       states.append(used)
     return x, Cache(tuple(caches)), tuple(states)
 
   def extend(self, x: jax.Array, cache: Cache, rows: ops.Rows) -> tuple[jax.Array, Cache]:
     """New tokens, ``[B, T, D]``, against the cache; rows as in `AnchorAttention.extend`."""
-    caches, call = list(cache.layers), _Alike(x)
+    caches, alike = list(cache.layers), _Alike(x)
     for anchor, followers in self.plan.groups:
-      own = (self.config.kind_of(anchor), bool(followers))
-      x, state, caches[anchor] = call(self.stack[anchor], "extend", own, x, caches[anchor], rows)
+      extend = alike(self.stack[anchor], "extend", kind=self.config.kind_of(anchor), followed=bool(followers))
+      x, state, caches[anchor] = extend(x, caches[anchor], rows)
       for layer in followers:
         used = _with_heads(state, self.plan.head_map_of(layer))
-        x, caches[layer] = call(self.stack[layer], "extend", (), x, used, caches[layer], rows)
+        x, caches[layer] = alike(self.stack[layer], "extend")(x, used, caches[layer], rows)
     return x, Cache(tuple(caches))
