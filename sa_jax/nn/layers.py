@@ -204,9 +204,9 @@ class _Alike:
   A program of 30 layers starts in a fraction of the time; XLA inlines the calls.
   """
 
-  def __init__(self, x: jax.Array):
+  def __init__(self, is_traced: bool):
     # Outside a trace there is nothing to save. The functions live as long as the trace, whose mesh and rules they have.
-    self._is_traced = isinstance(x, jax.core.Tracer)
+    self._is_traced = is_traced
     self._known: dict[Hashable, Step] = {}
 
   def __call__(self, block: nn.Module, method: str, **static: Hashable) -> Step:
@@ -235,11 +235,15 @@ class Layers(nn.Module):
 
   def __call__(self, x: jax.Array, rows: ops.Rows = ops.Rows()) -> jax.Array:
     """``[B, T, D]`` → the same."""
-    return self.prefill(x, rows)[0]
+    # Who looks inside by `nn.intercept_methods`, as `sa_jax.analysis.look` does, finds every layer by itself.
+    return self.prefill(x, rows, apart=True)[0]
 
-  def prefill(self, x: jax.Array, rows: ops.Rows) -> tuple[jax.Array, Cache, tuple[State, ...]]:
-    """`__call__` that also returns the cache of the T tokens, and the state that each layer used."""
-    caches, states, alike = [], [], _Alike(x)
+  def prefill(self, x: jax.Array, rows: ops.Rows, apart: bool = False) -> tuple[jax.Array, Cache, tuple[State, ...]]:
+    """`__call__` that also returns the cache of the T tokens, and the state that each layer used.
+
+    ``apart`` has every layer traced by itself.
+    """
+    caches, states, alike = [], [], _Alike(isinstance(x, jax.core.Tracer) and not apart)
     for layer, block in enumerate(self.stack):
       if isinstance(block, AnchorBlock):
         x, state, cache = alike(block, "prefill", kind=self.config.kind_of(layer))(x, rows)
@@ -253,7 +257,7 @@ class Layers(nn.Module):
 
   def extend(self, x: jax.Array, cache: Cache, rows: ops.Rows) -> tuple[jax.Array, Cache]:
     """New tokens, ``[B, T, D]``, against the cache; rows as in `AnchorAttention.extend`."""
-    caches, alike = list(cache.layers), _Alike(x)
+    caches, alike = list(cache.layers), _Alike(isinstance(x, jax.core.Tracer))
     for anchor, followers in self.plan.groups:
       extend = alike(self.stack[anchor], "extend", kind=self.config.kind_of(anchor), followed=bool(followers))
       x, state, caches[anchor] = extend(x, caches[anchor], rows)
