@@ -16,7 +16,7 @@ AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn", "flash", "
 RematPolicy = Literal["none", "full", "attention", "dots"]
 FloatDtype = Literal["float32", "bfloat16", "float16"]
 CacheDtype = Literal["int8", None]
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared", "quick_gelu"]
 NormKind = Literal["rms", "layer"]
 MlpKind = Literal["gated", "plain"]
 QkNorm = Literal["head", "heads", None]
@@ -58,7 +58,7 @@ class Architecture:
     tie_embeddings: whether the output head is the embedding.
     qkv_bias: whether queries, keys and values have biases.
     output_bias: whether attention's output projection has one.
-    mlp_bias: whether the MLP's projections have biases.
+    mlp_bias: whether the MLP's projections have biases; of a mixture, those of all experts and of the router.
     head_bias: whether the output head has one.
     qk_norm: what of queries and keys is normalised: each ``head`` by itself (Qwen 3, Gemma 3), all ``heads`` of a token
       together (OLMo 2), or None.
@@ -71,10 +71,15 @@ class Architecture:
     shared_norm: whether they then read it through one norm (Cohere, Phi-2).
     mlp: ``gated``: ``down(f(gate(x)) * up(x))``; ``plain``: ``down(f(up(x)))``.
     experts: the experts that every layer has in the place of its MLP; None for one MLP.
-    activation: the MLP's ``f``; of the two GELUs, ``gelu_tanh`` is by its tanh formula.
+    mlp_clamp: ``c`` of a gated MLP ``down(f(min(gate(x), c)) * (1 + clip(up(x), -c, c)))`` (gpt-oss); None for
+      neither bounds nor one.
+    activation: the MLP's ``f``; of the GELUs, ``gelu_tanh`` is by its tanh formula, and ``quick_gelu`` is
+      ``x sigmoid(1.702 x)``.
     embedding_scale: what embeddings are multiplied by.
     residual_scale: what the outputs of attention and MLP are multiplied by before they are added (Granite, MiniCPM).
     logits_scale: what logits are multiplied by.
+    sinks: whether each query head of an anchor has a sink, which takes a share of its attention and gives nothing for
+      it (gpt-oss); see `sa_jax.ops.Rows`.
     normalize_head: whether the output head's rows are normalised to length one (Baichuan 2's NormHead).
     attention_scale: what attention scores are multiplied by; ``1 / sqrt(H)`` when None.
     attention_softcap: attention scores ``s`` become ``cap * tanh(s / cap)`` (Gemma 2); None for no cap.
@@ -114,12 +119,14 @@ class Architecture:
   parallel: bool = False
   shared_norm: bool = False
   mlp: MlpKind = "gated"
+  mlp_clamp: Positive | None = None
   experts: Experts | None = None
   activation: Activation = "silu"
   embedding_scale: Positive = 1.0
   residual_scale: Positive = 1.0
   logits_scale: Positive = 1.0
   normalize_head: bool = False
+  sinks: bool = False
   attention_scale: Positive | None = None
   attention_softcap: Positive | None = None
   logits_softcap: Positive | None = None
@@ -155,10 +162,12 @@ class Architecture:
       wrong.append("shared_norm=True (only parallel blocks with pre_norms read through one norm)")
     if not (self.pre_norms or self.post_norms):
       wrong.append("pre_norms=False (without post_norms nothing would be normalised)")
+    if self.mlp_clamp is not None and self.mlp != "gated":
+      wrong.append(f"mlp_clamp={self.mlp_clamp} (only a gated MLP is clamped)")
     if self.experts is not None:
       wrong += self.experts.faults()
-      if self.mlp != "gated" or self.mlp_bias:
-        wrong.append(f"mlp={self.mlp!r}, mlp_bias={self.mlp_bias} (experts are gated, and have no biases)")
+      if self.mlp != "gated":
+        wrong.append(f"mlp={self.mlp!r} (experts are gated)")
     return wrong
 
   @property

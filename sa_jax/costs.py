@@ -85,7 +85,8 @@ def cost(config: ModelConfig, plan: PlanLike, batch: int = 1, seq_len: int = 1) 
   query_key = embed * (heads + kv_heads) * config.head_dim
   value_output = embed * (kv_heads + heads) * config.value_width
   matrices = anchors * query_key + layers * (value_output + _outside_experts(config))
-  experts, of_expert = config.experts, 3 * layers * embed * config.mlp_dim
+  experts, of_expert = config.experts, layers * _expert(config)
+  multiplied = 3 * layers * embed * config.mlp_dim
   stored, active, read = (0, 0, 0) if experts is None else (experts.count, experts.chosen, experts.expected(batch))
   outside = _norm(config) + (config.vocab_size if config.head_bias else 0)
   vectors = outside + layers * _vectors(config) + anchors * _anchor_vectors(config)
@@ -99,7 +100,7 @@ def cost(config: ModelConfig, plan: PlanLike, batch: int = 1, seq_len: int = 1) 
     products = 2 * heads * (config.value_width + (config.head_dim if layer == source else 0))
     forward_attention += products * (window * (window + 1) // 2 + (seq_len - window) * window)
     decode_attention += products * window
-  per_token = 2 * (matrices + active * of_expert + table)
+  per_token = 2 * (matrices + active * multiplied + table)
 
   param_itemsize = jnp.dtype(config.param_dtype).itemsize
   of_vectors = anchors * _cached(config, config.head_dim) + layers * _cached(config, config.value_width)
@@ -129,8 +130,17 @@ def expert_bytes(config: ModelConfig, part: float = 1.0, tokens: int | None = No
   if config.experts is None:
     return 0.0
   number = config.experts.count if tokens is None else config.experts.expected(tokens)
-  of_one = 3 * config.num_layers * config.embed_dim * config.mlp_dim
-  return part * number * of_one * jnp.dtype(config.param_dtype).itemsize
+  return part * number * config.num_layers * _expert(config) * jnp.dtype(config.param_dtype).itemsize
+
+
+def _expert(config: ModelConfig) -> int:
+  """Parameters of one expert of a layer."""
+  return 3 * config.embed_dim * config.mlp_dim + _mlp_bias(config, config.mlp_dim)
+
+
+def _mlp_bias(config: ModelConfig, width: int) -> int:
+  """Parameters of the biases of an MLP of this width."""
+  return (2 if config.mlp == "gated" else 1) * width + config.embed_dim if config.mlp_bias else 0
 
 
 def _outside_experts(config: ModelConfig) -> int:
@@ -150,14 +160,18 @@ def _vectors(config: ModelConfig) -> int:
   norms = (2 - config.shared_norm) * config.pre_norms + 2 * config.post_norms
   value_bias = config.num_kv_heads * config.value_width if config.qkv_bias else 0
   output_bias = config.embed_dim if config.output_bias else 0
-  hidden = 2 if config.mlp == "gated" else 1
-  mlp_bias = hidden * config.mlp_dim + config.embed_dim if config.mlp_bias else 0
+  mlp_bias = _mlp_bias(config, config.mlp_dim)
+  if (experts := config.experts) is not None:
+    mlp_bias = experts.count * config.mlp_bias + (
+      _mlp_bias(config, experts.shared_width) if experts.shared_width else 0
+    )
   return norms * _norm(config) + value_bias + output_bias + mlp_bias
 
 
 def _anchor_vectors(config: ModelConfig) -> int:
-  """What an anchor has besides: biases and norms of queries and keys."""
+  """What an anchor has besides: biases and norms of queries and keys, and sinks."""
   heads = config.num_heads + config.num_kv_heads
   biases = heads * config.head_dim if config.qkv_bias else 0
   normalised = {None: 0, "head": 2, "heads": heads}[config.qk_norm] * config.head_dim
-  return biases + normalised * (2 if config.norm == "layer" and config.norm_bias else 1)
+  sinks = config.num_heads if config.sinks else 0
+  return biases + normalised * (2 if config.norm == "layer" and config.norm_bias else 1) + sinks

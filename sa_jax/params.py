@@ -24,7 +24,7 @@ from sa_jax.errors import UserError
 from sa_jax.plan import Run, SharingPlan
 from sa_jax.trees import Params, Tree
 
-ANCHOR_ONLY = ("q_proj", "k_proj", "q_norm", "k_norm")
+ANCHOR_ONLY = ("q_proj", "k_proj", "q_norm", "k_norm", "sinks")
 """What an anchor's attention has and a follower's has not."""
 
 Join = Callable[[Sequence[Tree], tuple[int, ...]], Tree]

@@ -122,7 +122,7 @@ def _shards(tensors: list[list[Entry]], itemsize: int, limit: int) -> Iterator[l
   shard: list[list[Entry]] = []
   size = 0
   for parts in tensors:
-    nbytes = int(np.prod(parts[0].shape)) * itemsize
+    nbytes = int(np.prod(parts[0].stored_shape)) * itemsize
     if shard and size + nbytes > limit:
       yield shard
       shard, size = [], 0

@@ -31,8 +31,6 @@ def _qwen(width: int, *, always_windowed: bool) -> Spelling:
     usual = {**values, "intermediate_size": values.get("moe_intermediate_size", width)}
     if not values.get("use_sliding_window"):
       usual["sliding_window"] = None
-    if "num_experts" not in values and "num_local_experts" in values:  # as transformers 5 writes it
-      usual["num_experts"] = usual.pop("num_local_experts")
     return usual
 
   def own(values: Fields) -> Fields:
@@ -40,6 +38,13 @@ def _qwen(width: int, *, always_windowed: bool) -> Spelling:
     return own | ({"use_sliding_window": values["sliding_window"] is not None} if always_windowed else {})
 
   return Spelling(usual, own)
+
+
+def _gpt_oss(values: Config) -> Fields:
+  """With the rotary embedding that its config has where it does not say one."""
+  said = values.keys() & {"rope_parameters", "rope_scaling"}
+  yarn = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
+  return {**values} if said else {**values, "rope_scaling": yarn}
 
 
 EXPERT_FAMILIES: dict[str, Family] = {
@@ -117,6 +122,25 @@ EXPERT_FAMILIES: dict[str, Family] = {
     experts=ExpertKeys("num_local_experts", shared="shared_intermediate_size"),
     defaults=GRANITE_DEFAULTS | {"num_local_experts": 8, "num_experts_per_tok": 2, "shared_intermediate_size": 0},
     inert=_INERT,
+  ),
+  "gpt_oss": Family(
+    "GptOssForCausalLM",
+    rows.GPT_OSS,
+    rows.GPT_OSS_EACH,
+    fields={"sinks": True, "mlp_bias": True},
+    keys=(_ATTENTION_BIAS, Key("swiglu_limit", ("mlp_clamp",), "number")),
+    experts=ExpertKeys("num_local_experts"),
+    spelling=Spelling(_gpt_oss, dict),
+    fixed={"swiglu_alpha": Fixed((1.702,), "gates are multiplied by it before their sigmoid")},
+    activations={"silu": "quick_gelu"},
+    defaults={
+      "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5,
+      "rope_theta": 150_000.0, "attention_bias": True, "sliding_window": 128, "swiglu_limit": 7.0,
+      "num_local_experts": 128, "num_experts_per_tok": 4, "bos_token_id": None, "eos_token_id": None,
+    },
+    inert=_INERT | {"experts_per_token", "initial_context_length"},
+    window="layers",
+    is_local=lambda values, layer: layer % 2 == 0,
   ),
 }  # fmt: skip
 """By ``model_type``."""

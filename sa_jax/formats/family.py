@@ -24,12 +24,14 @@ class Rule(NamedTuple):
     view: a pattern applied before that axis is divided, where P is the sum of the parts along it; none when empty.
     when: the fields of `ModelConfig` that must be set for the tensor to be there, or with ``!`` must not be; of the
       experts' fields, as ``experts.shared_gate``.
+    stacked: whether the tensor has one more axis before these, of the experts, and so have the parameters.
   """
 
   key: str
   parts: tuple[tuple[str, str], ...]
   view: str = ""
   when: str = ""
+  stacked: bool = False
 
 
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -87,7 +89,7 @@ class Family(NamedTuple):
   Attributes:
     architecture: the class that transformers, or the checkpoint's own code, loads it with.
     table: its checkpoint's tensors.
-    stacked: the same, where files have the experts of a layer in one tensor; empty where none do, or all.
+    otherwise: the same, of files that hold the experts of a layer in another way; empty where none do.
     fields: fields of `ModelConfig` that are the same in all its models, or functions of their sizes.
     keys: config keys that only some families have.
     experts: the keys of its experts; None where layers have one MLP.
@@ -113,7 +115,7 @@ class Family(NamedTuple):
 
   architecture: str
   table: tuple[Rule, ...]
-  stacked: tuple[Rule, ...] = ()
+  otherwise: tuple[Rule, ...] = ()
   fields: Config = {}
   keys: tuple[Key, ...] = ()
   experts: ExpertKeys | None = None

@@ -25,6 +25,10 @@ _MIXTRAL_EXPERTS = {
   "ffn_gate_inp": "block_sparse_moe.gate", "ffn_gate_exps": "block_sparse_moe.experts.{expert}.w1",
   "ffn_up_exps": "block_sparse_moe.experts.{expert}.w3", "ffn_down_exps": "block_sparse_moe.experts.{expert}.w2",
 }  # fmt: skip
+_GPT_OSS = {
+  "attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm", "attn_sinks": "self_attn.sinks",
+  "ffn_gate_inp": "mlp.router", **{name: own for name, own in _QWEN_EXPERTS.items() if name.endswith("exps")},
+}  # fmt: skip
 _COUNTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
 _WIDTH = {"expert_feed_forward_length": "moe_intermediate_size"}
 _GEMMA_NORMS = {
@@ -169,6 +173,12 @@ def _mistral3(metadata: Metadata) -> Fields:
   return {"rope_parameters": rope | {"llama_4_scaling_beta": beta}, "rope_scaling": None, "sliding_window": None}
 
 
+def _gpt_oss(metadata: Metadata) -> Fields:
+  """What files do not say is what its models have."""
+  rope = metadata.config.get("rope_scaling")
+  return {"rope_scaling": rope and rope | {"truncate": False}} | _biases(attention_bias="attn_q")(metadata)
+
+
 def _llama(metadata: Metadata) -> Fields:
   """A Llama, or where there are experts a Mixtral."""
   count, chosen = (metadata.config.pop(key, 0) for key in ("num_local_experts", "num_experts_per_tok"))
@@ -203,6 +213,16 @@ ARCHITECTURES: dict[str, GgufArchitecture] = {
     {**_NORMS, **_ATTENTION, **_QWEN_EXPERTS},
     keys=_COUNTS,
     rest=lambda metadata: {"norm_topk_prob": False} | _biases(attention_bias="attn_q")(metadata),
+  ),
+  "gpt-oss": GgufArchitecture(
+    "gpt_oss",
+    {**_ATTENTION, **_GPT_OSS},
+    keys=_COUNTS
+    | {
+      "expert_count": "num_local_experts", "expert_feed_forward_length": "intermediate_size",
+      "attention.sliding_window": "sliding_window",
+    },
+    rest=_gpt_oss,
   ),
   "mistral3": GgufArchitecture(
     "ministral3", keys={"attention.temperature_scale": "llama_4_scaling_beta"}, rest=_mistral3, swapped=True

@@ -160,6 +160,7 @@ def _read_sizes(reader: ConfigReader) -> dict[str, int]:
 
 def _reader(values: Config, family: Family) -> ConfigReader:
   """A reader of the usual keys, whichever names the family has for them."""
+  values = hf_experts.usual(values, family.experts)
   if family.spelling is not None:
     values = family.spelling.usual(values)
   spelled = {usual: own for own, usual in family.aliases.items() if own in values}

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from sa_jax.config import ModelConfig
 from sa_jax.formats.family import ExpertKeys
-from sa_jax.formats.reader import ConfigReader, Fields
+from sa_jax.formats.reader import Config, ConfigReader, Fields
 from sa_jax.ops import Experts
 
 _CHOSEN = "num_experts_per_tok"
+
+
+_NUMBERS = ("num_experts", "num_local_experts")  # of transformers, which reads either in most families
+
+
+def usual(values: Config, keys: ExpertKeys | None) -> Config:
+  """The config with the number of experts under the family's own key, if it has only the other, or both alike."""
+  if keys is None:
+    return values
+  (other,) = set(_NUMBERS) - {keys.number}
+  if values.get(other) is None or values.get(keys.number, values[other]) not in (None, values[other]):
+    return values
+  return {keys.number: values[other]} | {key: value for key, value in values.items() if key not in _NUMBERS}
 
 
 def read(reader: ConfigReader, keys: ExpertKeys | None) -> Experts | None:
@@ -15,6 +28,9 @@ def read(reader: ConfigReader, keys: ExpertKeys | None) -> Experts | None:
   if keys is None:
     return None
   count, chosen = reader.integer(keys.number), reader.integer(_CHOSEN)
+  for other in _NUMBERS:
+    if reader.take(other) not in (None, count):
+      reader.fail(other, f"{keys.number} says {count}; keep one of them")
   if chosen > count:
     reader.fail(_CHOSEN, f"at most {keys.number} = {count} is possible")
     chosen = 1

@@ -139,14 +139,23 @@ class HfFolder:
     """See `Source.read` and `Shard.read`."""
     own = self._stored[key]
     if (recipe := self._recipes.get(own)) is not None:
-      whole = recipe.dequantise(*(self._shard_of[part].read(part) for part in recipe.parts))
-      return whole if rows is None else whole[rows]
+      return recipe.dequantise(*(self._shard_of[part].read(part) for part in recipe.parts))
     return self._shard_of[own].read(own, rows)
 
   def parameter(self, entry: Entry, index: Index | None = None) -> np.ndarray:
     """See `Source.parameter`."""
+    if entry.stacked and entry.expert is not None:
+      return entry.part_of(self._of_expert(entry.key, entry.expert[0]), index)
     rows = entry.rows_of(index) if is_remote(self.path) else None  # what is mapped is not read until it is used
     return entry.part_of(self.read(entry.key, rows), index)
+
+  def _of_expert(self, key: str, number: int) -> np.ndarray:
+    """What one expert has of a tensor that holds all."""
+    rows = slice(number, number + 1)
+    recipe = self._recipes.get(self._stored[key])
+    if recipe is None or not recipe.by_row:
+      return self.read(key, rows)[number]
+    return recipe.dequantise(*(self._shard_of[part].read(part, rows)[rows] for part in recipe.parts))[0]
 
   def tokenizer(self) -> Tokenizer:
     """See `Source.tokenizer`."""

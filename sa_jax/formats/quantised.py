@@ -37,11 +37,13 @@ class Recipe(NamedTuple):
     shape: its own.
     parts: the names of those it is made of.
     dequantise: the tensor, float32, from them.
+    by_row: whether each of the tensor's numbers along its first axis is made of those of its parts alone.
   """
 
   shape: tuple[int, ...]
   parts: tuple[str, ...]
   dequantise: Callable[..., np.ndarray]
+  by_row: bool = False
 
 
 class Files(NamedTuple):
@@ -250,6 +252,39 @@ def _of_blocks(
   return (numbers * np.repeat(most.astype(np.float32).reshape(-1), state.block)[: numbers.size]).reshape(state.shape)
 
 
+# MXFP4 (Open Compute Project, Microscaling Formats 1.0, sections 5.1 and 5.4): each four bits stand for a number, times
+# the power of two of their block.
+
+_FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+_FP4_PAIRS = np.stack(np.broadcast_arrays(_FP4[None, :], _FP4[:, None]), axis=-1).reshape(256, 2)  # the lower first
+_POWERS = np.append(np.exp2(np.arange(255, dtype=np.float32) - 127), np.float32("nan"))
+
+
+def _mxfp4(files: Files) -> Iterable[tuple[str, Recipe]]:
+  for name in files.stored:
+    if not name.endswith("_blocks"):
+      continue
+    base = name.removesuffix("_blocks")
+    scales = f"{base}_scales"
+    if scales not in files.stored:
+      raise UserError(f"{name} is quantised, and there is no {scales} beside it")
+    for each in (name, scales):
+      if files.stored[each].dtype != "uint8":
+        raise UserError(f"{each} is of type {files.stored[each].dtype}, where uint8 is needed")
+    shape = files.stored[name].shape
+    if len(shape) != 4:
+      raise UserError(f"{name} is {list(shape)}, where [experts, outputs, blocks, bytes] are needed")
+    files.check(scales, shape[:3])
+    experts, outputs, blocks, size = shape
+    yield base, Recipe((experts, blocks * size * 2, outputs), (name, scales), _of_powers, by_row=True)
+
+
+def _of_powers(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
+  numbers = _FP4_PAIRS[packed].reshape(*scales.shape, -1)
+  numbers *= _POWERS[scales][..., None]
+  return numbers.reshape(*scales.shape[:2], -1).swapaxes(1, 2)
+
+
 class _Method(NamedTuple):
   find: Callable[[Files], Iterable[tuple[str, Recipe]]]
   fault: Callable[[Config], str | None] = lambda settings: None
@@ -283,5 +318,6 @@ _METHODS: dict[str, _Method] = {
   "awq": _Method(_awq, _awq_fault),
   "gptq": _Method(_gptq, _only("bits", (4, 8), 4)),
   "bitsandbytes": _Method(_bitsandbytes),
+  "mxfp4": _Method(_mxfp4),
 }
 """By ``quant_method``."""

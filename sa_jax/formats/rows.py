@@ -151,15 +151,21 @@ def _expert_rows(key: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
 
 def _stacked_rows(gate_up: str, down: str) -> tuple[Rule, ...]:
   """The rows of a layer's experts in one tensor: each one's gate, and its up behind it."""
-  parts = [(f"{_OURS}/mlp/experts/{name}_proj/kernel", "F X D -> X D F") for name in ("gate", "up")]
+  gate, up, down_to = (f"{_OURS}/mlp/experts/{name}_proj/kernel" for name in ("gate", "up", "down"))
   return (
-    Rule(f"{_THEIRS}.{gate_up}", tuple(parts), "X P D -> P X D"),
-    block(down, "mlp/experts/down_proj/kernel", "X D F -> X F D"),
+    Rule(f"{_THEIRS}.{gate_up}", ((gate, "F D -> D F"), (up, "F D -> D F")), stacked=True),
+    Rule(f"{_THEIRS}.{down}", ((down_to, "D F -> F D"),), stacked=True),
   )
 
 
 def _router(key: str) -> Rule:
   return block(key, "mlp/router/kernel", "X D -> D X")
+
+
+def _alternating(key: str, leaf: str, theirs: str, ours: str) -> Rule:
+  """A layer's experts in one tensor, in which each one's gates and ups alternate."""
+  parts = [(f"{_OURS}/mlp/experts/{name}_proj/{leaf}", f"1 {ours} -> {ours}") for name in ("gate", "up")]
+  return Rule(f"{_THEIRS}.{key}", tuple(parts), f"{theirs} -> P {ours}", stacked=True)
 
 
 _SHARED_EXPERT = (
@@ -204,5 +210,28 @@ GRANITE_MOE_STACKED = (
   _router("block_sparse_moe.router.weight"),
   *_stacked_rows("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
   *_SHARED_MLP,
+  *HEAD,
+)
+_BEFORE_GPT_OSS = (
+  *_BEFORE_EXPERTS,
+  _router("mlp.router.weight"),
+  block("mlp.router.bias", "mlp/router/bias", "X -> X"),
+)
+GPT_OSS = (
+  *_BEFORE_GPT_OSS,
+  block("self_attn.sinks", "attention/sinks", "N -> N"),
+  _alternating("mlp.experts.gate_up_proj", "kernel", "D (F P)", "D F"),
+  _alternating("mlp.experts.gate_up_proj_bias", "bias", "(F P)", "F"),
+  Rule(f"{_THEIRS}.mlp.experts.down_proj", ((f"{_OURS}/mlp/experts/down_proj/kernel", "F D -> F D"),), stacked=True),
+  Rule(f"{_THEIRS}.mlp.experts.down_proj_bias", ((f"{_OURS}/mlp/experts/down_proj/bias", "D -> D"),), stacked=True),
+  *HEAD,
+)
+GPT_OSS_EACH = (
+  *_BEFORE_GPT_OSS,
+  block("self_attn.sinks.weight", "attention/sinks", "N -> N"),
+  *_expert_rows("mlp", "gate_proj", "up_proj", "down_proj"),
+  block("mlp.experts.{expert}.gate_proj.bias", "mlp/experts/gate_proj/bias", "F -> F"),
+  block("mlp.experts.{expert}.up_proj.bias", "mlp/experts/up_proj/bias", "F -> F"),
+  block("mlp.experts.{expert}.down_proj.bias", "mlp/experts/down_proj/bias", "D -> D"),
   *HEAD,
 )

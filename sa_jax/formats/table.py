@@ -18,7 +18,7 @@ from sa_jax.formats.family import Rule
 from sa_jax.params import ANCHOR_ONLY
 from sa_jax.plan import SharingPlan
 
-_ANCHOR_ONLY = re.compile(rf"layers/\d+/attention/({'|'.join(ANCHOR_ONLY)})/")
+_ANCHOR_ONLY = re.compile(rf"layers/\d+/attention/({'|'.join(ANCHOR_ONLY)})(/|$)")
 _UNNEEDED = {
   r"(.*\.)?rotary_emb\.(original_inv_freq|inv_freq|cos_cached|sin_cached)": "recomputed from rope_theta",
   r"(model\.)?(visual|vision_\w+|vit|audio_\w+|mm_projector|multi_modal_projector|mlp1|embed_vision)\..*": (
@@ -39,11 +39,12 @@ class Entry(NamedTuple):
     key: the checkpoint's name.
     path: ours, in the layer layout.
     axes: einops pattern from the part's axes to ours.
-    shape: of the checkpoint's tensor, whole.
+    shape: of the checkpoint's tensor, whole; of one that holds all experts, what one has of it.
     view: einops pattern that lets the parts lie along the first axis; none when empty.
     part: where the part begins and ends along that axis, and how long the axis is.
     sizes: of the letters.
     expert: which of the experts along the parameter's first axis it is, and how many there are; None for all of it.
+    stacked: whether the checkpoint's tensor holds all experts, along its first axis.
   """
 
   key: str
@@ -54,6 +55,12 @@ class Entry(NamedTuple):
   part: tuple[int, int, int]
   sizes: dict[str, int]
   expert: tuple[int, int] | None = None
+  stacked: bool = False
+
+  @property
+  def stored_shape(self) -> tuple[int, ...]:
+    """The shape of the checkpoint's tensor with all experts that it holds."""
+    return (self.expert[1], *self.shape) if self.stacked and self.expert else self.shape
 
   def to_ours(self, tensor: np.ndarray) -> np.ndarray:
     """The checkpoint's tensor as our parameter: a view of it where strides allow."""
@@ -90,6 +97,9 @@ class Entry(NamedTuple):
 
 def pack(parts: Sequence[tuple[Entry, np.ndarray]]) -> np.ndarray:
   """The checkpoint's tensor from the parameters that it holds, all of them and in order."""
+  if parts[0][0].stacked:
+    by_expert = itertools.groupby(parts, key=lambda part: part[0].expert)
+    return np.stack([pack([(entry._replace(stacked=False), each) for entry, each in own]) for _, own in by_expert])
   pieces = [entry.to_theirs(parameter) for entry, parameter in parts]
   tensor = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
   first = parts[0][0]
@@ -140,11 +150,14 @@ def entries(config: ModelConfig, table: tuple[Rule, ...] | None = None) -> Itera
       (path, axes, (start, start + length, whole)) for (path, axes), start, length in zip(rule.parts, starts, lengths)
     ]
     layers = range(config.num_layers) if "{layer}" in rule.key else (0,)
-    experts = [(number, sizes["X"]) for number in range(sizes["X"])] if "{expert}" in rule.key else [None]
+    experts = (
+      [(number, sizes["X"]) for number in range(sizes["X"])] if rule.stacked or "{expert}" in rule.key else [None]
+    )
     for layer, expert in itertools.product(layers, experts):
       key = rule.key.format(layer=layer, expert=expert and expert[0])
       for path, axes, part in parts:
-        yield Entry(key, tuple(path.format(layer=layer).split("/")), axes, shape, rule.view, part, sizes, expert)
+        ours = tuple(path.format(layer=layer).split("/"))
+        yield Entry(key, ours, axes, shape, rule.view, part, sizes, expert, rule.stacked)
 
 
 def _field(config: ModelConfig, name: str) -> object:
@@ -195,15 +208,16 @@ def account(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, plan: Sh
   errors: dict[str, None] = {}  # an ordered set: the parts of one tensor share its faults
   known = set()
   heads, family = head_keys(config), FAMILIES[config.family]
-  is_stacked = any(rule.key.format(layer=0) in shapes for rule in family.stacked if rule not in family.table)
-  for entry in entries(config, family.stacked if is_stacked else family.table):
+  others = (rule.key.format(layer=0, expert=0) for rule in family.otherwise if rule not in family.table)
+  is_otherwise = any(key in shapes for key in others)
+  for entry in entries(config, family.otherwise if is_otherwise else family.table):
     if entry.path[0] == "embed" and config.tie_embeddings and entry.key not in shapes:
       # Some files keep the tied pair under the head's name.
       entry = entry._replace(key=next((head for head in heads if head in shapes), entry.key))
     known.add(entry.key)
     found = shapes.get(entry.key)
-    if found is not None and tuple(found) != entry.shape:
-      errors[f"wrong shape: {entry.key} is {list(found)}, the config says {list(entry.shape)}"] = None
+    if found is not None and tuple(found) != entry.stored_shape:
+      errors[f"wrong shape: {entry.key} is {list(found)}, the config says {list(entry.stored_shape)}"] = None
     elif entry.is_dropped(plan):
       if found is not None:
         layer = int(entry.path[1])
@@ -211,7 +225,7 @@ def account(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, plan: Sh
         name = f"{entry.key}[{entry.path[-2]}]" if packed else entry.key
         dropped[name] = f"layer {layer} follows layer {plan.source[layer]}"
     elif found is None:
-      errors[f"missing: {entry.key} {list(entry.shape)}"] = None
+      errors[f"missing: {entry.key} {list(entry.stored_shape)}"] = None
     else:
       used.append(entry)
   for key in shapes:

@@ -136,6 +136,9 @@ class AnchorAttention(_Attention):
     if config.qk_norm:
       together = lambda heads: (heads, "head_dim") if config.qk_norm == "heads" else ("head_dim",)
       self.q_norm, self.k_norm = (Norm(config, together(heads)) for heads in ("heads", "kv_heads"))
+    if config.sinks:
+      init = with_axes(nn.initializers.zeros, ("heads",))
+      self.sinks = self.param("sinks", init, (config.num_heads,), config.param_dtype)
 
   def query_key(self, x: jax.Array, rows: ops.Rows, kind: Kind) -> tuple[jax.Array, jax.Array]:
     """Rotary-encoded queries ``[B, T, N, H]`` and keys ``[B, T, K, H]`` of ``[B, T, D]``."""
@@ -185,7 +188,11 @@ class AnchorAttention(_Attention):
 
   def new_state(self, q: jax.Array, k: jax.Array, rows: ops.Rows, kind: Kind) -> State:
     """The state for this layer and its followers, of what `query_key` gives."""
-    return make_state(self.config, q, k, rows, kind)
+    return make_state(self.config, q, k, self.with_sinks(rows), kind)
+
+  def with_sinks(self, rows: ops.Rows) -> ops.Rows:
+    """The rows with this layer's attention sinks, if it has any."""
+    return dataclasses.replace(rows, sinks=jnp.asarray(self.sinks)) if self.config.sinks else rows
 
   def new_token(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What the projections give of one token a row, ``[B, 1, D]``: reading their weights is the cost."""
@@ -219,21 +226,22 @@ class AnchorAttention(_Attention):
     Returns:
       ``y [B, T, D]``; the weights for the followers, or None; and the cache.
     """
+    rows = self.with_sinks(rows)
     assert cache.keys is not None, "an anchor's cache has keys"
     assert rows.offset is not None, "new tokens have a slot in the cache"
     q, k, v = self.new_token(x) if x.shape[1] == 1 else (self.q_proj(x), self.k_proj(x), self.values(x))
     q, k = self.encoded(q, k, rows, kind)
     spec = self.config.kinds[kind].spec
 
-    def attend(q: jax.Array, new: Any, cached: Any, offset: jax.Array) -> tuple[Any, ...]:
+    def attend(q: jax.Array, new: Any, cached: Any, offset: jax.Array, sinks: jax.Array | None) -> tuple[Any, ...]:
       # Slots past a row's end are hidden as later ones.
-      sight = dataclasses.replace(rows, lengths=None, offset=offset)
+      sight = dataclasses.replace(rows, lengths=None, offset=offset, sinks=sinks)
       return ops.decode_attend(q, new, cached, sight, spec, with_weights=followed)
 
     if rows.bias is None and rows.mask is None:
-      inputs, outputs = (_QUERIES, _KEYS, _CACHED, ("batch",)), (_QUERIES, _WEIGHTS, _CACHED)
+      inputs, outputs = (_QUERIES, _KEYS, _CACHED, ("batch",), ("heads",)), (_QUERIES, _WEIGHTS, _CACHED)
       attend = on_each_device(attend, inputs, outputs)
-    heads, weights, (keys, values) = attend(q, (k, v), (cache.keys, cache.values), rows.offset)
+    heads, weights, (keys, values) = attend(q, (k, v), (cache.keys, cache.values), rows.offset, rows.sinks)
     state = None if weights is None else AttentionWeights(weights)
     return self.output(heads), state, LayerCache(values, keys)
 
@@ -286,7 +294,7 @@ class MixedAttention(AnchorAttention):
     """
     q, k = self.query_key(x, state.rows, kind)
     v = self.values(x)
-    own = dataclasses.replace(state, q=q, k=k).attend(v)
+    own = dataclasses.replace(state, q=q, k=k, rows=self.with_sinks(state.rows)).attend(v)
     if isinstance(share, float) and share == 0:
       return self.output(own)
     return self.output(

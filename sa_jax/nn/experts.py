@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -15,7 +14,7 @@ from sa_jax import ops
 from sa_jax.config import ModelConfig
 from sa_jax.nn.attention import projection
 from sa_jax.nn.axes import LECUN, Axes, fitting, mesh_axes_of, with_axes
-from sa_jax.nn.mlp import ACTIVATIONS, Mlp
+from sa_jax.nn.mlp import Mlp, gated, is_swiglu
 from sa_jax.nn.split import constrain, divides, mesh_axes, spec_of
 
 ROUTER_SCORES = "router_scores"
@@ -26,7 +25,7 @@ _INIT = nn.initializers.lecun_normal(batch_axis=(0,))
 
 
 class _Stack(nn.Module):
-  """One projection of all experts, a kernel ``[X, in, out]``; and its adapters, if it has any (`sa_jax.train`).
+  """One projection of all experts, a kernel ``[X, in, out]``; and its biases and adapters, if it has any.
 
   Attributes:
     config: the model.
@@ -45,6 +44,9 @@ class _Stack(nn.Module):
     init = with_axes(_INIT, ("experts", *self.axes))
     shape = (self.config.experts.count, *self.features)
     arrays = {"kernel": self.param("kernel", init, shape, self.config.param_dtype)}
+    if self.config.mlp_bias:
+      axes = with_axes(nn.initializers.zeros, ("experts", self.axes[1]))
+      arrays["bias"] = self.param("bias", axes, (shape[0], shape[2]), self.config.param_dtype)
     arrays |= {name: self.get_variable("params", name) for name in _ADAPTERS if self.has_variable("params", name)}
     return {name: jnp.asarray(array).astype(self.config.dtype) for name, array in arrays.items()}
 
@@ -66,6 +68,25 @@ class _Experts(nn.Module):
     }
 
 
+class _Router(nn.Module):
+  """A score of each expert for each token."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """``[..., D]`` → float32 ``[..., X]``, also of bfloat16: small differences say which expert comes next."""
+    config = self.config
+    assert config.experts is not None
+    init, shape = with_axes(LECUN, ("embed", "scores")), (config.embed_dim, config.experts.count)
+    kernel = jnp.asarray(self.param("kernel", init, shape, config.param_dtype)).astype(config.dtype)
+    scores = jnp.tensordot(x, kernel, axes=1, preferred_element_type=jnp.float32)
+    if config.mlp_bias:
+      bias = self.param("bias", with_axes(nn.initializers.zeros, ("scores",)), shape[1:], config.param_dtype)
+      scores += jnp.asarray(bias).astype(jnp.float32).reshape((1,) * (scores.ndim - 1) + (-1,))
+    return scores
+
+
 class Moe(nn.Module):
   """A router, and experts of which each token goes through a few (Shazeer et al., 1701.06538; Mixtral, 2401.04088).
 
@@ -77,16 +98,7 @@ class Moe(nn.Module):
   def setup(self) -> None:
     config, experts = self.config, self.config.experts
     assert experts is not None
-    # Scores in float32 also of bfloat16: which expert comes next is a matter of small differences.
-    self.router = nn.DenseGeneral(
-      experts.count,
-      use_bias=False,
-      dtype=config.dtype,
-      param_dtype=config.param_dtype,
-      kernel_init=with_axes(LECUN, ("embed", "scores")),
-      dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
-      name="router",
-    )
+    self.router = _Router(config)
     self.experts = _Experts(config)
     if experts.shared_width:
       self.shared = Mlp(dataclasses.replace(config, mlp_dim=experts.shared_width, experts=None))
@@ -112,13 +124,12 @@ class Moe(nn.Module):
     if x.shape[1] != 1 or not _is_whole():
       return self(x)
     weights, flat = self.experts(), x[:, 0]
-    kernels = self.config.activation == "silu" and ops.has_few_kernels(flat, weights)
+    kernels = is_swiglu(self.config) and ops.has_few_kernels(flat, weights)
     routes = jax.tree.map(lambda each: each[:, 0], self.routes(x))
-    activation = ACTIVATIONS[self.config.activation]
     if kernels or routes.experts.size < weights["down_proj"]["kernel"].shape[0]:
-      y = ops.through_few(flat, routes, weights, activation, kernels)
+      y = ops.through_few(flat, routes, weights, gated(self.config), kernels)
     else:
-      y = ops.through_experts(flat, routes, weights, activation)
+      y = ops.through_experts(flat, routes, weights, gated(self.config))
     return self._with_shared(x, y[:, None], cached=True)
 
   def _with_shared(self, x: jax.Array, y: jax.Array, cached: bool) -> jax.Array:
@@ -148,7 +159,7 @@ def _through(
   """`ops.through_experts` of ``[B, T, D]``."""
   flat = x.reshape(-1, x.shape[-1])
   paths = jax.tree.map(lambda each: each.reshape(flat.shape[0], -1), routes)
-  return ops.through_experts(flat, paths, weights, ACTIVATIONS[config.activation], first).reshape(x.shape)
+  return ops.through_experts(flat, paths, weights, gated(config), first).reshape(x.shape)
 
 
 # Adapters are as their kernel, without the axis that they do not have.
@@ -160,7 +171,8 @@ _INPUTS: dict[str, tuple[str | None, str | None]] = {
 def _axes(name: str, part: str) -> Axes:
   """The logical axes of an array of an expert's projection, of which every device needs the whole ``embed``."""
   inputs, outputs = _INPUTS[name]
-  return ("experts", *{"kernel": (inputs, outputs), "lora_a": (inputs, None), "lora_b": (None, outputs)}[part])
+  axes = {"kernel": (inputs, outputs), "bias": (outputs,), "lora_a": (inputs, None), "lora_b": (None, outputs)}
+  return ("experts", *axes[part])
 
 
 def _on_each_device(
@@ -193,6 +205,11 @@ def _on_each_device(
       x, routes = (
         jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, gathered, axis=0, tiled=True), each) for each in (x, routes)
       )
+    if over_features and config.mlp_bias:
+      # Each has a part of the features, and what they give is added up: one of them adds the bias.
+      is_first = jax.lax.axis_index(over_features) == 0
+      down = weights["down_proj"]
+      weights = weights | {"down_proj": down | {"bias": jnp.where(is_first, down["bias"], 0)}}
     y = _through(config, x, routes, weights, first)
     y = jax.lax.psum(y, summed) if summed else y
     return jax.lax.psum_scatter(y, gathered, scatter_dimension=0, tiled=True) if gathered else y

@@ -20,7 +20,21 @@ ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
   "relu": jax.nn.relu,
   "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
+  "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
+
+
+def gated(config: ModelConfig) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """What a gated MLP's last projection reads, from what its gate and its up give."""
+  activation, clamp = ACTIVATIONS[config.activation], config.mlp_clamp
+  if clamp is None:
+    return lambda gate, up: activation(gate) * up
+  return lambda gate, up: activation(jnp.minimum(gate, clamp)) * (1 + jnp.clip(up, -clamp, clamp))
+
+
+def is_swiglu(config: ModelConfig) -> bool:
+  """Whether a gated MLP is what kernels compute: ``silu(gate) * up``."""
+  return config.activation == "silu" and config.mlp_clamp is None
 
 
 class Mlp(nn.Module):
@@ -41,13 +55,13 @@ class Mlp(nn.Module):
 
   def hidden(self, x: jax.Array) -> jax.Array:
     """What the last projection reads: ``[B, T, D]`` → ``[B, T, F]``."""
-    hidden = ACTIVATIONS[self.config.activation](self.gate_proj(x)) * self.up_proj(x)
+    hidden = gated(self.config)(self.gate_proj(x), self.up_proj(x))
     return constrain(hidden, ("batch", "length", "mlp"))
 
   def step(self, x: jax.Array) -> jax.Array:
     """`__call__` against a cache: where there is one token a row, ``[B, 1, D]``, reading the weights is the cost."""
     params = [module.variables["params"] for module in (self.gate_proj, self.up_proj)]
-    plain = self.config.activation == "silu" and all(len(each) == 1 for each in params)  # no bias, no adapters
+    plain = is_swiglu(self.config) and all(len(each) == 1 for each in params)  # no bias, no adapters
     if x.shape[1] != 1 or not plain:
       return self(x)
 

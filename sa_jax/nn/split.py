@@ -142,6 +142,7 @@ def _rows_axes(rows: ops.Rows, queries: PartitionSpec) -> ops.Rows:
   """How the arrays of rows are split beside queries ``[B, T, N, H]`` that are split so: the same tree, of specs."""
   batch, tokens, heads, _ = queries
   known = {"lengths": PartitionSpec(batch), "segments": PartitionSpec(batch, None), "offset": PartitionSpec()}
+  known["sinks"] = PartitionSpec(heads)
 
   def spec(path: Any, x: jax.Array) -> PartitionSpec:
     if path[0].name in known:

@@ -29,7 +29,7 @@ class QueryKey:
   Attributes:
     q: ``[B, T, N, H]``.
     k: ``[B, T, K, H]``, or ``[B, T, N, H]`` once heads have been taken.
-    rows: which keys the queries may see.
+    rows: which keys the queries may see, and the anchor's sinks.
     kind: int32 ``[]``, which of the specs is meant; None when there is one.
     backend: how to attend; see `sa_jax.ops.attend`.
     specs: window, soft cap and scale.
@@ -54,7 +54,8 @@ class QueryKey:
     """The state in which head ``n`` is this one's head ``head_map[n]``; int32 ``[N]``."""
     group = self.q.shape[2] // self.k.shape[2]
     q, k = jnp.take(self.q, head_map, axis=2), jnp.take(self.k, head_map // group, axis=2)
-    return dataclasses.replace(self, q=q, k=k)
+    sinks = None if self.rows.sinks is None else jnp.take(self.rows.sinks, head_map)
+    return dataclasses.replace(self, q=q, k=k, rows=dataclasses.replace(self.rows, sinks=sinks))
 
   def weights(self, positions: jax.Array | None = None) -> jax.Array:
     """The softmaxed attention weights ``[B, N, T, S]``, computed now; only of the queries at ``positions`` if given."""

@@ -17,7 +17,11 @@ from sa_jax.ops.grouped import grouped_product
 from sa_jax.ops.linear import chosen_down, chosen_gated, has_chosen_kernels
 
 Weights = Mapping[str, Mapping[str, jax.Array]]
-"""``gate_proj``, ``up_proj`` and ``down_proj``: each a ``kernel [X, in, out]``, and adapters if it has any."""
+"""``gate_proj``, ``up_proj`` and ``down_proj``: each a ``kernel [X, in, out]``, and a ``bias [X, out]`` and adapters if
+it has any."""
+
+Gated = Callable[[jax.Array, jax.Array], jax.Array]
+"""What the last projection reads, from what ``gate_proj`` and ``up_proj`` give."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +83,7 @@ def through_experts(
   x: jax.Array,
   routes: Routes,
   weights: Weights,
-  activation: Callable[[jax.Array], jax.Array],
+  gated: Gated,
   first: jax.Array | None = None,
 ) -> jax.Array:
   """What the experts of each token give, weighted and added up.
@@ -88,7 +92,7 @@ def through_experts(
     x: ``[N, D]`` tokens.
     routes: of each, ``[N, C]``.
     weights: of all experts, or of some that follow each other.
-    activation: ``f`` in ``down(f(gate(x)) * up(x))``.
+    gated: such as ``lambda gate, up: f(gate) * up``.
     first: the number of the first expert that there are weights of, int32 ``[]``: others add nothing. None when there
       are weights of all.
 
@@ -107,7 +111,9 @@ def through_experts(
   take = lambda x, indices: x.at[indices].get(unique_indices=True, mode="promise_in_bounds")
   repeated = jnp.broadcast_to(x[:, None], (tokens, chosen, x.shape[1])).reshape(tokens * chosen, -1)
   product = lambda x, kernel: grouped_product(x, kernel, groups)
-  y = take(_mlp(take(repeated, order), weights, activation, product), back)
+  of_each = numbers[order]
+  bias = lambda bias: bias.at[of_each].get(mode="fill", fill_value=0)
+  y = take(_mlp(take(repeated, order), weights, gated, product, bias), back)
   if first is not None:
     y = jnp.where((numbers < count)[:, None], y, jnp.zeros((), y.dtype))
   together = jnp.einsum(
@@ -122,24 +128,26 @@ def through_experts(
 def _mlp(
   x: jax.Array,
   weights: Weights,
-  activation: Callable[[jax.Array], jax.Array],
+  gated: Gated,
   product: Callable[[jax.Array, jax.Array], jax.Array],
+  bias: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-  """``down(f(gate(x)) * up(x))``, with adapters where there are any."""
+  """``down(gated(gate(x), up(x)))``, with biases and adapters where there are any."""
 
   def linear(x: jax.Array, name: str) -> jax.Array:
     kernel, *adapters = (weights[name][each] for each in ("kernel", "lora_a", "lora_b") if each in weights[name])
     y = product(x, kernel)
+    y = y + bias(weights[name]["bias"]) if "bias" in weights[name] else y
     return y + product(product(x, adapters[0]), adapters[1]) if adapters else y
 
-  return linear(activation(linear(x, "gate_proj")) * linear(x, "up_proj"), "down_proj")
+  return linear(gated(linear(x, "gate_proj"), linear(x, "up_proj")), "down_proj")
 
 
 def through_few(
   x: jax.Array,
   routes: Routes,
   weights: Weights,
-  activation: Callable[[jax.Array], jax.Array],
+  gated: Gated,
   kernels: bool,
 ) -> jax.Array:
   """`through_experts` of a few tokens: reads the weights of the chosen experts, each once, and no others.
@@ -148,8 +156,8 @@ def through_few(
     x: ``[N, D]``.
     routes: ``[N, C]``.
     weights: of all experts.
-    activation: as in `through_experts`.
-    kernels: whether to compute it by kernels, which know no other activation than SiLU and no adapters.
+    gated: as in `through_experts`.
+    kernels: whether to compute it by kernels, which know SiLU alone, no biases and no adapters.
 
   Returns:
     ``[N, D]`` in x's dtype.
@@ -165,9 +173,9 @@ def through_few(
     gate, up, down = (weights[name]["kernel"] for name in ("gate_proj", "up_proj", "down_proj"))
     y = chosen_down(chosen_gated(x, gate, up, places), down, places)
   else:
-    held = jax.tree.map(lambda kernel: kernel[jnp.maximum(places, 0)], {name: dict(weights[name]) for name in weights})
+    held = jax.tree.map(lambda array: array[jnp.maximum(places, 0)], {name: dict(weights[name]) for name in weights})
     product = lambda x, kernel: jnp.einsum("...nd,pdf->pnf" if x.ndim == 2 else "pnd,pdf->pnf", x, kernel)
-    y = _mlp(x, held, activation, product)
+    y = _mlp(x, held, gated, product, lambda bias: bias[:, None])
   # Experts compute all tokens, and what one gives a token that did not choose it may be infinite.
   y = jnp.where(here.any(axis=-1)[..., None], y.astype(jnp.float32), 0.0)
   return jnp.einsum("pnd,pn->nd", y, shares).astype(x.dtype)

@@ -123,6 +123,14 @@ CONFIGS = {
     embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.2, logits_scaling=4.0,
     attention_bias=True,
   ),
+  "gpt_oss": dict(
+    num_hidden_layers=3, num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=8, swiglu_limit=1.5,
+    layer_types=["full_attention", "sliding_attention", "sliding_attention"], rms_norm_eps=1e-5,
+    rope_parameters={
+      "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
+      "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    },
+  ),
 }  # fmt: skip
 # Families whose code is another's, which transformers has.
 STAND_INS = {"mimo": "qwen2"}
@@ -131,7 +139,7 @@ PLANS = (
   dict.fromkeys(CONFIGS, "1:2-3")
   | {"qwen2": "2:3", "gemma2": None, "gemma3_text": "0:1"}
   | dict.fromkeys(("olmo3", "exaone4", "cohere2"), "0:1")
-  | {"qwen2_moe": "1:2"}
+  | {"qwen2_moe": "1:2", "gpt_oss": "1:2"}
   | dict.fromkeys(("mixtral", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared"), "0:1")
 )
 
@@ -167,14 +175,18 @@ def shared_attention(source):
   """An attention function for transformers in which layer ``l`` uses the weights of layer ``source[l]``."""
   weights = {}
 
-  def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
+  def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, s_aux=None, **kwargs):
     layer = module.layer_idx
     repeats = query.shape[1] // key.shape[1]
     if source[layer] == layer:
       scores = query @ key.repeat_interleave(repeats, 1).mT * scaling
       if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-      weights[layer] = torch.softmax(scores + attention_mask, -1)
+      scores = scores + attention_mask
+      if s_aux is not None:
+        sinks = s_aux.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+      weights[layer] = torch.softmax(scores, -1)[..., : key.shape[2]]
     out = weights[source[layer]] @ value.repeat_interleave(repeats, 1)
     return out.transpose(1, 2).contiguous(), None
 

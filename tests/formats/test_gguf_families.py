@@ -168,6 +168,19 @@ CASES = {
     {},
   ),
   "nemotron": ("nemotron", {}, NORMS, False, {"rope.dimension_count": 4}),
+  "gpt-oss": (
+    "gpt_oss",
+    {"layer_types": None, "swiglu_limit": 7.0},
+    {
+      "input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm",
+      "self_attn.sinks": "attn_sinks", "mlp.router": "ffn_gate_inp",
+    },
+    False,
+    {
+      "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 48, "attention.sliding_window": 8,
+      "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16,
+    },
+  ),
   "mistral3": (
     "ministral3",
     {},
@@ -234,16 +247,33 @@ def stacked(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   return out | {name: np.stack([each[number] for number in range(len(each))]) for name, each in experts.items()}
 
 
+def apart(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """gpt-oss's gates and ups, which alternate, one after the other, and all products by rows."""
+  out = {}
+  for key, tensor in tensors.items():
+    name, end = key.rsplit(".", 1)
+    layer = name.removesuffix(".mlp.experts")
+    kind = "bias" if end.endswith("_bias") else "weight"
+    rows = tensor if kind == "bias" or tensor.ndim < 3 else tensor.swapaxes(1, 2)
+    if end.startswith("gate_up_proj"):
+      out |= {f"{layer}.ffn_{each}_exps.{kind}": rows[:, start::2] for start, each in enumerate(("gate", "up"))}
+    elif end.startswith("down_proj"):
+      out[f"{layer}.ffn_down_exps.{kind}"] = rows
+    else:
+      out[f"{key}.weight" if end == "sinks" else key] = tensor
+  return {key: np.ascontiguousarray(tensor) for key, tensor in out.items()}
+
+
 def convert(folder, path, case, parts=1):
   """The folder as llama.cpp's converter writes it, in one file or in several."""
   _, _, norms, swapped, more = CASES[case]
   config = describe(folder).config
-  writer = gguf.GGUFWriter(
-    path, case.split()[0], split_max_tensors=-(-len(load_file(folder / "model.safetensors")) // parts)
-  )
+  tensors = load_file(folder / "model.safetensors")
+  tensors = (apart if case == "gpt-oss" else stacked)(tensors)
+  writer = gguf.GGUFWriter(path, case.split()[0], split_max_tensors=-(-len(tensors) // parts))
   metadata(writer, config, more)
   blocks = ATTENTION | MLP | norms
-  for key, tensor in stacked(load_file(folder / "model.safetensors")).items():
+  for key, tensor in tensors.items():
     name, kind = key.rsplit(".", 1)
     if match := re.fullmatch(r"(?:model\.layers|gpt_neox\.layers|transformer\.h)\.(\d+)\.(.*)", name):
       name = f"blk.{match[1]}.{blocks.get(match[2], match[2])}"

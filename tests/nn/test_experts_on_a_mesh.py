@@ -15,11 +15,13 @@ from tests import tiny
 
 EXPERTS = ops.Experts(8, 2, shared_width=16)
 TOKENS = tiny.tokens(8, 6)
+GPT_OSS = {"sinks": True, "qkv_bias": True, "mlp_bias": True, "mlp_clamp": 0.5, "activation": "quick_gelu"}
 
 
 @pytest.fixture(scope="module")
 def opened():
-  model = tiny.model("dense", num_layers=1, vocab_size=64, experts=EXPERTS)
+  """With all that a mixture may have."""
+  model = tiny.model("dense", num_layers=1, vocab_size=64, experts=EXPERTS, **GPT_OSS)
   return model, tiny.params(model, layout="runs")
 
 

@@ -13,6 +13,10 @@ from sa_jax.ops import grouped, linear
 TOKENS, EXPERTS, CHOSEN, WIDTH, HIDDEN = 20, 6, 2, 16, 24
 
 
+def swiglu(gate, up):
+  return jax.nn.silu(gate) * up
+
+
 def arrays(seed=0, tokens=TOKENS, scale=0.3):
   rng = np.random.default_rng(seed)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape) * scale, jnp.float32)
@@ -40,8 +44,8 @@ def expected(x, scores, weights, experts):
 def compute(x, scores, weights, experts, few=False):
   routes = ops.route(scores, experts)
   if few:
-    return ops.through_few(x, routes, weights, jax.nn.silu, kernels=False)
-  return ops.through_experts(x, routes, weights, jax.nn.silu)
+    return ops.through_few(x, routes, weights, swiglu, kernels=False)
+  return ops.through_experts(x, routes, weights, swiglu)
 
 
 @pytest.mark.parametrize("normalised", [True, False])
@@ -79,7 +83,7 @@ def test_parts_of_the_experts_add_up():
   @jax.jit
   def part(first):
     own = jax.tree.map(lambda kernel: jax.lax.dynamic_slice_in_dim(kernel, first, 2), weights)
-    return ops.through_experts(x, routes, own, jax.nn.silu, first)
+    return ops.through_experts(x, routes, own, swiglu, first)
 
   together = sum(part(jnp.int32(first)) for first in (0, 2, 4))
   np.testing.assert_allclose(together, expected(x, scores, weights, ops.Experts(EXPERTS, CHOSEN)), atol=3e-6)

@@ -61,8 +61,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: Attention
     pair = (pad(segments_at(rows.segments, rows.positions(length))), pad(rows.segments))
   padded = pad(q)
   grouped = padded.reshape(batch, padded.shape[1], k.shape[2], heads // k.shape[2], head_dim)
+  sinks = None if rows.sinks is None else rows.sinks.astype(jnp.float32).reshape(k.shape[2], -1)
   sight = _Sight(lengths, jnp.int32(0) if rows.offset is None else rows.offset, pair)
-  out = _attend(grouped, pad(k), pad(v), sight, _How(spec, block, rows.causal))
+  out = _attend(grouped, pad(k), pad(v), sinks, sight, _How(spec, block, rows.causal))
   return out[:, :length].reshape(*q.shape[:3], v.shape[3])
 
 
@@ -118,13 +119,15 @@ def _to_heads_last(x: jax.Array) -> jax.Array:
   return jnp.moveaxis(x, 3, 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, sight: _Sight, how: _How) -> jax.Array:
-  return _forward(q, k, v, sight, how)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, sight: _Sight, how: _How) -> jax.Array:
+  return _forward(q, k, v, sinks, sight, how)[0]
 
 
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, sight: _Sight, how: _How) -> tuple[jax.Array, tuple[Any, ...]]:
-  """Output ``[B, T, K, G, R]`` and the residuals of the backward pass."""
+def _forward(
+  q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, sight: _Sight, how: _How
+) -> tuple[jax.Array, tuple[Any, ...]]:
+  """Output ``[B, T, K, G, R]`` and the residuals of the backward pass; sinks are float32 ``[K, G]``."""
   block = how.block
   q_blocks, k_blocks, v_blocks = _blocks(q, block), _blocks(k, block), _blocks(v, block)
 
@@ -143,10 +146,11 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, sight: _Sight, how: _How)
 
     batch, _, kv_heads, group, _ = q_i.shape
     queries = (batch, kv_heads, group, block)
+    # A sink is a key that has been seen already, and whose value is zero.
     start = (
       jnp.zeros((batch, block, kv_heads, group, v.shape[-1]), jnp.float32),
-      jnp.full(queries, MASKED, jnp.float32),
-      jnp.zeros(queries, jnp.float32),
+      jnp.broadcast_to(jnp.float32(MASKED) if sinks is None else sinks[None, :, :, None], queries),
+      jnp.full(queries, 0.0 if sinks is None else 1.0, jnp.float32),
     )
     seen = _key_blocks(i, sight.offset, how, len(k_blocks))
     accumulated, maximum, total = jax.lax.fori_loop(*seen, key_block, start)
@@ -156,11 +160,11 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, sight: _Sight, how: _How)
 
   _, (out, log_sums) = jax.lax.scan(query_block, None, (jnp.arange(len(q_blocks)), q_blocks))
   out, log_sums = (checkpoint_name(x, KEPT) for x in (_unblocks(out), log_sums))
-  return out, (q, k, v, sight, out, log_sums)
+  return out, (q, k, v, sinks, sight, out, log_sums)
 
 
-def _backward(how: _How, residuals: tuple[Any, ...], d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-  q, k, v, sight, out, log_sums = residuals
+def _backward(how: _How, residuals: tuple[Any, ...], d_out: jax.Array) -> tuple[jax.Array | None, ...]:
+  q, k, v, sinks, sight, out, log_sums = residuals
   spec, block = how.spec, how.block
   q_blocks, k_blocks, v_blocks, d_out_blocks = (_blocks(x, block) for x in (q, k, v, d_out))
   # D = rowsum(dO ∘ O), the softmax Jacobian's rank-one part.
@@ -194,7 +198,11 @@ def _backward(how: _How, residuals: tuple[Any, ...], d_out: jax.Array) -> tuple[
   dq, (dk, dv) = jax.lax.scan(
     key_block, jnp.zeros(q_blocks.shape, jnp.float32), (jnp.arange(len(k_blocks)), k_blocks, v_blocks)
   )
-  return _unblocks(dq).astype(q.dtype), _unblocks(dk), _unblocks(dv), None
+  d_sinks = None
+  if sinks is not None:
+    of_sinks = jnp.exp(sinks[None, None, :, :, None] - log_sums)
+    d_sinks = -jnp.einsum("nBKGT,nBKGT->KG", of_sinks, inner_blocks)
+  return _unblocks(dq).astype(q.dtype), _unblocks(dk), _unblocks(dv), d_sinks, None
 
 
 _attend.defvjp(_forward, _backward)

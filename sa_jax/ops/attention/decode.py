@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from sa_jax.ops.attention import flash_decode
 from sa_jax.ops.attention.reference import apply_weights, attention_weights
-from sa_jax.ops.attention.rows import Rows
+from sa_jax.ops.attention.rows import OFFSETS, SINKS, Rows
 from sa_jax.ops.attention.spec import AttentionSpec
 from sa_jax.ops.kernels import has_gpu_kernels
 from sa_jax.ops.quantize import Int8, Stored, as_stored, product_dtype
@@ -90,11 +90,11 @@ def decode_attend(
     ``[B, T, N, R]``; the softmaxed weights ``[B, N, T, S]``, or None; cached keys and values with the new ones.
   """
   assert rows.offset is not None, "new tokens have a slot in the cache"
-  plain = spec.window is None and spec.softcap is None and rows.bias is None and rows.mask is None
+  plain = spec.window is None and spec.softcap is None and not set(rows.demands) - {OFFSETS, SINKS}
   if all(_has_kernel(q.shape[1], q.dtype, each) for each in cached) and plain:
     token = q[:, 0], new[0][:, 0], new[1][:, 0]
     out, weights, keys, values = flash_decode.attend(
-      *token, *cached, rows.offset, scale=spec.scale_for(q.shape[-1]), with_weights=with_weights
+      *token, *cached, rows.offset, scale=spec.scale_for(q.shape[-1]), sinks=rows.sinks, with_weights=with_weights
     )
     return out[:, None], None if weights is None else weights[:, :, None], (keys, values)
   slots = rows.positions(q.shape[1])

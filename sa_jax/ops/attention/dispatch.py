@@ -18,8 +18,8 @@ from sa_jax.ops.attention.rows import (
   MASK,
   NOT_CAUSAL,
   OFFSET,
-  OFFSETS,
   SEGMENTS,
+  SINKS,
   Rows,
   described,
   is_array,
@@ -95,15 +95,15 @@ def _flash_unsupported(q: jax.Array, spec: AttentionSpec) -> str | None:  # noqa
 
 
 _GPU, _HALF = ("gpu", "cuda"), ("bfloat16", "float16")
-_ALL = frozenset({SEGMENTS, OFFSET, OFFSETS, BIAS, MASK, NOT_CAUSAL})
+_ALL, _OF_FLASH = frozenset(DEMANDS), frozenset({SEGMENTS, OFFSET, SINKS})
 
 backends: dict[str, Backend] = {
   name: backend.taking_narrow()
   for name, backend in {
     "cudnn": Backend(cudnn.attend, frozenset({BIAS, MASK, NOT_CAUSAL}), _GPU, _HALF, _cudnn_unsupported),
-    "flash": Backend(flash.attend, frozenset({SEGMENTS, OFFSET}), _GPU, _HALF, _flash_unsupported, partitions=False),
-    "splash": Backend(splash.attend, frozenset({SEGMENTS}), ("tpu",), partitions=False),
-    "blockwise": Backend(blockwise.attend, frozenset({SEGMENTS, OFFSET, NOT_CAUSAL}), narrow=True),
+    "flash": Backend(flash.attend, _OF_FLASH, _GPU, _HALF, _flash_unsupported, partitions=False),
+    "splash": Backend(splash.attend, frozenset({SEGMENTS, SINKS}), ("tpu",), partitions=False),
+    "blockwise": Backend(blockwise.attend, frozenset({SEGMENTS, OFFSET, NOT_CAUSAL, SINKS}), narrow=True),
     "reference": Backend(reference.attend, _ALL, narrow=True),
     "chunked": Backend(chunked.attend, _ALL, narrow=True),
   }.items()

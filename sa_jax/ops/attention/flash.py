@@ -59,7 +59,8 @@ def attend(
   (batch, queries), keys = q.shape[:2], k.shape[1]
   bounds = _bounds(batch, rows.positions(queries), keys, spec.window, rows.segments)
   pad = lambda x, length: jnp.pad(x, ((0, 0), (0, -length % BLOCK), (0, 0), (0, 0)))
-  out = _attention(pad(q, queries), pad(k, keys), pad(v, keys), bounds, spec, interpret)
+  arrays = pad(q, queries), pad(k, keys), pad(v, keys)
+  out = _attention(*arrays, rows.sinks, bounds, _How(spec, interpret))
   return out[:, :queries]
 
 
@@ -80,33 +81,47 @@ def _bounds(batch: int, positions: jax.Array, keys: int, window: int | None, seg
   return Bounds(first, last, begin, end)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+class _How(NamedTuple):
+  """What is known before the arrays are: the spec, and whether the kernels are interpreted."""
+
+  spec: AttentionSpec
+  interpret: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, bounds: Bounds, spec: AttentionSpec, interpret: bool
+  q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, bounds: Bounds, how: _How
 ) -> jax.Array:
-  return _forward(q, k, v, bounds, spec, interpret)[0]
+  return _forward(q, k, v, sinks, bounds, how)[0]
 
 
 def _forward(
-  q: jax.Array, k: jax.Array, v: jax.Array, bounds: Bounds, spec: AttentionSpec, interpret: bool
+  q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, bounds: Bounds, how: _How
 ) -> tuple[jax.Array, tuple[Any, ...]]:
   """The output, and what the backward pass needs: its arguments, the output, and each query's log of sums."""
-  calls = _Calls(q, k, interpret)
+  calls = _Calls(q, k, how.interpret)
   out, log_sums = calls.over_queries(
-    functools.partial(_forward_kernel, spec=spec),
+    functools.partial(_forward_kernel, spec=how.spec),
     [calls.query, calls.keys, calls.keys, calls.bound, calls.bound],
     [(calls.query, q), (calls.per_query, calls.statistic)],
     "flash_forward",
   )(q, k, v, bounds.first, bounds.last)
+  if sinks is not None:
+    # One key more, whose value is zero: the sums grow, and the output shrinks as they do.
+    without, log_sums = log_sums, jnp.logaddexp2(log_sums, _in_base_2(sinks))
+    out = (out * jnp.swapaxes(jnp.exp2(without - log_sums), 1, 2)[..., None]).astype(out.dtype)
   out, log_sums = (checkpoint_name(x, KEPT) for x in (out, log_sums))
-  return out, (q, k, v, bounds, out, log_sums)
+  return out, (q, k, v, sinks, bounds, out, log_sums)
 
 
-def _backward(
-  spec: AttentionSpec, interpret: bool, residuals: tuple[Any, ...], d_out: jax.Array
-) -> tuple[jax.Array | None, ...]:
-  q, k, v, bounds, out, log_sums = residuals
-  calls = _Calls(q, k, interpret)
+def _in_base_2(sinks: jax.Array) -> jax.Array:
+  """``[N]`` → float32 ``[1, N, 1]``."""
+  return sinks.astype(jnp.float32)[None, :, None] * _LOG2_E
+
+
+def _backward(how: _How, residuals: tuple[Any, ...], d_out: jax.Array) -> tuple[jax.Array | None, ...]:
+  q, k, v, sinks, bounds, out, log_sums = residuals
+  spec, calls = how.spec, _Calls(q, k, how.interpret)
   # What each row of the softmax's gradient has in common.
   shared = jnp.einsum("BTNH,BTNH->BNT", d_out, out, preferred_element_type=jnp.float32)
   (d_q,) = calls.over_queries(
@@ -124,7 +139,10 @@ def _backward(
     [(calls.key, k), (calls.key, v)],
     "flash_d_kv",
   )(q, k, v, *bounds, d_out, log_sums, shared)
-  return d_q, d_k, d_v, None
+  d_sinks = None
+  if sinks is not None:
+    d_sinks = -jnp.einsum("BNT,BNT->N", jnp.exp2(_in_base_2(sinks) - log_sums), shared).astype(sinks.dtype)
+  return d_q, d_k, d_v, d_sinks, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -34,6 +34,7 @@ def attend(
   positions: jax.Array,
   *,
   scale: float,
+  sinks: jax.Array | None = None,
   with_weights: bool = False,
   interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array | None, Stored, Stored]:
@@ -47,6 +48,7 @@ def attend(
     values: ``[B, K, S, R]``.
     positions: int32 ``[B]``, the slot that each row's token takes.
     scale: what multiplies ``q kᵀ``.
+    sinks: ``[N]``, of each head, or None; see `Rows`.
     with_weights: whether to hand out the softmaxed weights, for followers.
     interpret: runs the kernel on any device, slowly.
 
@@ -90,11 +92,16 @@ def attend(
   )(positions, q.reshape(batch, kv_heads, group, head_dim), *token, *cache)
   if splits > 1:
     out = jnp.einsum("BKSGH,BKSG->BKGH", out, jax.nn.softmax(log_total, axis=2))
+  log_total = jax.nn.logsumexp(log_total, axis=2)
+  if sinks is not None:
+    # One key more, whose value is zero: the sums grow, and the output shrinks as they do.
+    without, log_total = log_total, jnp.logaddexp(log_total, sinks.astype(jnp.float32).reshape(1, kv_heads, group))
+    out = out.reshape(batch, kv_heads, group, width) * jnp.exp(without - log_total)[..., None].astype(out.dtype)
   weights = None
   if with_weights:
     # The kernel leaves slots past a row's end as they are in memory, which may be anything.
     seen = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 3) <= positions[:, None, None, None]
-    weights = jnp.where(seen, jnp.exp(scores - jax.nn.logsumexp(log_total, axis=2)[..., None]), 0.0)
+    weights = jnp.where(seen, jnp.exp(scores - log_total[..., None]), 0.0)
     weights = weights.astype(q.dtype).reshape(batch, heads, slots)
   return out.astype(q.dtype).reshape(batch, heads, width), weights, *cache
 

@@ -67,7 +67,7 @@ def attention_weights(
     key_scale: ``[B, K, S]``, what each key is to be multiplied by; None when keys are as they are.
 
   Returns:
-    ``[B, N, T, S]`` in q's dtype; rows sum to one.
+    ``[B, N, T, S]`` in q's dtype; rows sum to one, or with sinks to less.
   """
   batch, queries, heads, head_dim = q.shape
   keys, kv_heads = k.shape[1], k.shape[2]
@@ -84,7 +84,13 @@ def attention_weights(
   seen = visible(positions, jnp.arange(keys), rows.lengths, spec.window, pair, rows.causal)[:, None, None]
   if rows.mask is not None:
     seen = seen & heads_grouped(rows.mask, kv_heads)
-  weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)
+  scores = jnp.where(seen, scores, MASKED)
+  if rows.sinks is None:
+    weights = jax.nn.softmax(scores, axis=-1)
+  else:
+    sinks = rows.sinks.astype(scores.dtype).reshape(1, kv_heads, -1, 1)
+    log_sums = jnp.logaddexp(jax.nn.logsumexp(scores, axis=-1), sinks)
+    weights = jnp.exp(scores - log_sums[..., None])
   return weights.astype(q.dtype).reshape(batch, heads, queries, keys)
 
 

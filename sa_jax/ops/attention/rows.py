@@ -10,8 +10,8 @@ from jax.typing import DTypeLike
 
 SEGMENTS, BIAS, MASK = "segments", "bias of the scores", "mask"
 OFFSET, OFFSETS = "offset of the queries among the keys", "offset of the queries for each row by itself"
-NOT_CAUSAL = "attention that is not causal"
-DEMANDS = (SEGMENTS, BIAS, MASK, OFFSET, OFFSETS, NOT_CAUSAL)
+NOT_CAUSAL, SINKS = "attention that is not causal", "attention sinks"
+DEMANDS = (SEGMENTS, BIAS, MASK, OFFSET, OFFSETS, NOT_CAUSAL, SINKS)
 """What rows may ask of a backend besides causal attention over whole right-padded rows (`Backend.serves`)."""
 
 
@@ -31,6 +31,9 @@ class Rows:
       are part of a row; None for 0.
     bias: ``[B or 1, N or 1, T, S]``, added to the scaled and capped scores (ALiBi, for example), or None.
     mask: bool ``[B or 1, N or 1, T, S]``, False where a query may not see a key, or None.
+    sinks: floating-point ``[N]``, for each head the score of one key more, which all queries see and whose value is
+      zero (Xiao et al., arXiv 2309.17453, section 3.2; gpt-oss); None for no such key. An anchor's, and so in what
+      its followers attend with.
     causal: whether a query sees no key after its own slot. If not, queries and keys may differ in number, as in
       cross-attention, and a window reaches to both sides.
   """
@@ -40,6 +43,7 @@ class Rows:
   offset: jax.Array | None = None
   bias: jax.Array | None = None
   mask: jax.Array | None = None
+  sinks: jax.Array | None = None
   causal: bool = dataclasses.field(default=True, metadata={"static": True})
 
   def positions(self, queries: int) -> jax.Array:
@@ -59,6 +63,7 @@ class Rows:
       BIAS: self.bias is not None,
       MASK: self.mask is not None,
       NOT_CAUSAL: not self.causal,
+      SINKS: self.sinks is not None,
     }
     return tuple(name for name, here in asked.items() if here)
 
@@ -74,6 +79,7 @@ class Rows:
         (self.offset, jnp.integer, [(), (batch,)], f"offset is an integer, or one a row, {(batch,)}"),
         (self.bias, jnp.floating, squares, f"bias is floating-point {square}"),
         (self.mask, jnp.bool_, squares, f"mask is bool {square}"),
+        (self.sinks, jnp.floating, [(heads,)], f"sinks are floating-point numbers, one a head, {(heads,)}"),
       )
       if array is not None and not (is_array(array, kind) and array.shape in shapes)
     ]

@@ -58,7 +58,7 @@ def attend(
     q: ``[B, T, N, H]``.
     k: ``[B, T, K, H]``.
     v: ``[B, T, K, H]``.
-    rows: lengths and segments; nothing else.
+    rows: lengths, segments and sinks; nothing else.
     spec: window, soft cap and scale.
     interpret: run the kernels in Pallas's interpreter, on any device.
   """
@@ -80,9 +80,8 @@ def attend(
   heads_first = lambda x: jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, padded - length), (0, 0)))
   # The kernel does not scale the scores.
   arrays = heads_first(q * spec.scale_for(head_dim)), heads_first(k), heads_first(v)
-  if rows.segments is None:
-    out = jax.vmap(kernel)(*arrays)
-  else:
-    ids = jnp.pad(rows.segments, ((0, 0), (0, padded - length)))
-    out = jax.vmap(kernel)(*arrays, splash.SegmentIds(ids, ids))
+  ids = None if rows.segments is None else jnp.pad(rows.segments, ((0, 0), (0, padded - length)))
+  segments = None if ids is None else splash.SegmentIds(ids, ids)
+  sinks = None if rows.sinks is None else rows.sinks.astype(jnp.float32)
+  out = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(*arrays, segments, sinks)
   return jnp.swapaxes(out, 1, 2)[:, :length].astype(v.dtype)
