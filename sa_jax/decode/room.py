@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 
 import jax
 from jax.sharding import Mesh
 
+from sa_jax import machine
 from sa_jax.errors import UserError
 from sa_jax.nn import Cache, Transformer
 
@@ -37,7 +37,7 @@ def check_room(model: Transformer, rows: int, capacity: int, mesh: Mesh | None) 
 def _memory(devices: list[jax.Device]) -> int | None:
   """Bytes of the devices together; None where they do not say."""
   if devices[0].platform == "cpu":  # all that there are share one memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    return machine.memory()
   try:
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")
   except jax.errors.JaxRuntimeError:  # a device that is elsewhere, which programs are only compiled for

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from sa_jax import machine
+from sa_jax.errors import UserError
 from sa_jax.formats.source import Source
 from sa_jax.formats.table import Entry, Index
 from sa_jax.trees import Params, Tree
@@ -100,7 +102,12 @@ def _copy(array: np.ndarray) -> np.ndarray:
 
 
 def lazy_tree(source: Source, used: Sequence[Entry], dtype: str) -> dict[str, Tree]:
-  """The layer layout, unread."""
+  """The layer layout, unread.
+
+  Raises:
+    UserError: if a tensor alone is larger than this machine's memory.
+  """
+  _check_memory(used)
   tree: dict[str, Tree] = {}
   parts: dict[tuple[str, ...], list[Entry]] = {}
   for entry in used:
@@ -115,6 +122,17 @@ def lazy_tree(source: Source, used: Sequence[Entry], dtype: str) -> dict[str, Tr
       readers, found[0].our_shape(), leading, jnp.dtype(dtype), tuple(entry.key for entry in found)
     )
   return tree
+
+
+def _check_memory(used: Sequence[Entry]) -> None:
+  largest = max(used, key=lambda entry: math.prod(entry.shape), default=None)
+  have = machine.memory()
+  if largest is None or have is None or (needed := 2 * math.prod(largest.shape)) <= have:
+    return
+  raise UserError(
+    f"{largest.key} {largest.shape} takes at least {needed / 1e9:,.1f} GB, and this machine has {have / 1e9:,.1f}: the "
+    "file is damaged, or needs a machine with more memory"
+  )
 
 
 def stack_lazily(leaves: Sequence[LazyTensor], leading: tuple[int, ...]) -> LazyTensor:

@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import sa_jax
-from sa_jax import SharingPlan, stack
+from sa_jax import SharingPlan, machine, stack
+from sa_jax.formats import lazy
 from tests import tiny
 from tests.formats.edits import SMALL, edit_config, edit_tensors
 from tests.tiny import assert_trees_equal
@@ -160,3 +161,13 @@ class TestArguments:
       sa_jax.from_pretrained(pristine, "2:3")
     with pytest.raises(ValueError, match="the plan is for 4 layers, the model has 3"):
       sa_jax.from_pretrained(pristine, SharingPlan.dense(4))
+
+
+def test_a_tensor_larger_than_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
+  """Here a machine of three kilobytes: the embedding has 61 × 32 numbers of two bytes or more."""
+  model = tiny.model("dense")
+  path = tiny.write_hf(tmp_path / "model", model, tiny.params(model))
+  monkeypatch.setattr(lazy, "_put", pytest.fail)
+  monkeypatch.setattr(machine, "memory", lambda: 3000)
+  with pytest.raises(ValueError, match=r"model.embed_tokens.weight \(61, 32\) takes at least .* GB, and this machine"):
+    sa_jax.from_pretrained(path)
