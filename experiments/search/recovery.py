@@ -6,7 +6,7 @@
 
 A job is a number of followers and its recoveries. A recovery is one of ``W_O``; ``MLP`` (W_O and MLPs);
 ``local:EPOCHS:RATE`` (both, then local reconstruction); ``distill:SECONDS:RATE:TEXT``, from the refit before it that is
-judged best, on ``calibration`` rows or on ``all`` text.
+judged best, on ``calibration`` rows or on ``all`` text, and with ``all+novels`` or ``all+written`` on more.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def make_rows(flags: argparse.Namespace) -> None:
   for name, text in test_texts(flags.data).items():
     out[f"test/{name}"] = cut(text[: 8 * LENGTH * flags.test], flags.test)
   further += [cut(text) for text in further_text(flags.data)]
-  out["further"] = np.concatenate(further)
+  out["further/all"] = np.concatenate(further)
+  if flags.novels:
+    out["further/novels"] = cut(flags.novels.read_text(encoding="utf-8"))
   print({name: rows.shape for name, rows in out.items()})
   np.savez_compressed(flags.rows, **{name.replace("/", "|"): rows for name, rows in out.items()})
 
@@ -80,11 +82,14 @@ class Study:
     with np.load(flags.rows) as stored:
       rows = {name.replace("|", "/"): stored[name] for name in stored.files}
     of = lambda kind: {name.split("/")[1]: each for name, each in rows.items() if name.startswith(kind + "/")}
-    self.fit, self.judge, self.test, self.further = of("fit"), of("judge"), of("test"), rows["further"]
+    self.fit, self.judge, self.test, self.further = of("fit"), of("judge"), of("test"), of("further")
+    if flags.written:
+      with np.load(flags.written) as stored:
+        self.further["written"] = stored["written"]
     if flags.limit:
       cut = lambda texts: {name: each[: flags.limit] for name, each in texts.items()}
       self.fit, self.judge, self.test = cut(self.fit), cut(self.judge), cut(self.test)
-      self.further = self.further[: flags.limit]
+      self.further = cut(self.further)
     self.model, self.params = sa_jax.from_pretrained(flags.model, "dense", "float32", layout="layers")
     self.params = jax.tree.map(jax.numpy.asarray, self.params)
     self.dense = self.perplexities(self.model, self.params)
@@ -126,7 +131,7 @@ class Study:
       steps = None
       if kind == "distill":
         seconds, rate, text = numbers
-        rows = fitting if text == "calibration" else np.concatenate([fitting, self.further])
+        rows = np.concatenate([fitting, *(self.further[name] for name in text.split("+") if name != "calibration")])
         made = min(refits, key=lambda each: each[0])[1]
         how = Distillation(
           minutes=float(seconds) / 60, learning_rate=float(rate), batch_size=self.flags.batch_size,
@@ -161,7 +166,10 @@ class Study:
     """Writes what has been measured."""
     settings = {
       "device": jax.devices()[0].device_kind,
-      "rows": {"fit": self.flags.limit or len(next(iter(self.fit.values()))), "further": len(self.further)},
+      "rows": {
+        "fit": self.flags.limit or len(next(iter(self.fit.values()))),
+        "further": {name: len(rows) for name, rows in self.further.items()},
+      },
       "length": LENGTH,
       "batch_size": self.flags.batch_size,
       "mlp_ridge": self.flags.mlp_ridge,
@@ -177,6 +185,8 @@ def main() -> None:
   add("stage", choices=("rows", "measure"))
   add("--model", type=Path, required=True)
   add("--rows", type=Path, required=True, help="the .npz file of rows")
+  add("--novels", type=Path, help="rows: the text that `novels.py` made")
+  add("--written", type=Path, help="measure: the .npz file of `written.py`")
   add("--data", type=Path, help="rows: folder with corpora/, instruct/ and eval/llm_foundry/")
   add("--fit", type=int, default=176, help="rows of each text to fit to")
   add("--judging", type=int, default=16)
