@@ -318,6 +318,13 @@ PRESETS: dict[str, ModelConfig] = {
     experts=Experts(count=8, chosen=2), family="mixtral", max_length=32_768, rope=RopeConfig(theta=1e6),
     bos_token_id=1, eos_token_ids=(2,), dtype="bfloat16", param_dtype="bfloat16",
   ),
+  "gpt-oss-20b": ModelConfig(
+    vocab_size=201_088, embed_dim=2880, num_layers=24, num_heads=64, num_kv_heads=8, head_dim=64, mlp_dim=2880,
+    experts=Experts(count=32, chosen=4), activation="quick_gelu", mlp_clamp=7.0, mlp_bias=True, sinks=True,
+    qkv_bias=True, output_bias=True, window=128, local_layers=tuple(range(0, 24, 2)), family="gpt_oss",
+    rope=RopeConfig(150_000.0, "yarn", 32.0, original_max_length=4096, truncate=False), max_length=131_072,
+    bos_token_id=199_998, eos_token_ids=(200_002,), pad_token_id=199_999, dtype="bfloat16", param_dtype="bfloat16",
+  ),
   "smollm2-135m": ModelConfig(
     vocab_size=49_152, embed_dim=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, mlp_dim=1536,
     max_length=8192, rope=RopeConfig(theta=100_000.0), tie_embeddings=True, bos_token_id=1, eos_token_ids=(2,),

@@ -250,9 +250,8 @@ class TestModelConfig:
 
   def test_presets(self):
     assert ModelConfig.preset("llama-2-7b", remat="full").remat == "full"
-    with pytest.raises(
-      ValueError, match="no preset 'llama-1'; there are llama-2-13b, llama-2-7b, llama-3-8b, mixtral-8x7b, smollm2"
-    ):
+    known = "gpt-oss-20b, llama-2-13b, llama-2-7b, llama-3-8b, mixtral-8x7b, smollm2"
+    with pytest.raises(ValueError, match=f"no preset 'llama-1'; there are {known}"):
       ModelConfig.preset("llama-1")
 
   @pytest.mark.parametrize(

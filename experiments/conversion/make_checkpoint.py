@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,12 +15,14 @@ import sa_jax
 from sa_jax.formats.table import entries
 
 
-def make(folder: Path, shards: int = 5, layers: int = 22) -> sa_jax.ModelConfig:
+def make(folder: Path, shards: int = 5, layers: int = 22, experts: int = 0) -> sa_jax.ModelConfig:
   """Writes ``config.json``, the shards and their index; the same numbers every time."""
   config = sa_jax.ModelConfig(
     vocab_size=32_000, embed_dim=2048, num_layers=layers, num_heads=32, num_kv_heads=4, head_dim=64, mlp_dim=5632,
     bos_token_id=1, eos_token_ids=(2,), dtype="bfloat16", param_dtype="bfloat16",
   )  # fmt: skip
+  if experts:
+    config = dataclasses.replace(config, family="mixtral", experts=sa_jax.ops.Experts(experts, 2))
   folder.mkdir(parents=True)
   (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2))
   shapes = {entry.key: entry.shape for entry in entries(config)}
@@ -50,5 +53,6 @@ if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("folder", type=Path)
   parser.add_argument("--layers", type=int, default=22)
+  parser.add_argument("--experts", type=int, default=0, help="in the place of each MLP, as in Mixtral")
   arguments = parser.parse_args()
-  make(arguments.folder, layers=arguments.layers)
+  make(arguments.folder, layers=arguments.layers, experts=arguments.experts)

@@ -1,7 +1,8 @@
 """A 12-layer byte-level model from scratch, dense and with groups of 2 and of 4, on the same tokens in the same order.
 
 Writes results.json (the loss at each evaluation, and the gap to dense at the end), curves.png, and a folder a run under
---out. Run again with the same flags to go on where it stopped. A try on a CPU:
+--out. With --experts 8 it is a mixture, and the load of the fullest and the emptiest expert is kept, too. Run
+again with the same flags to go on where it stopped. A try on a CPU:
 
   python experiments/from_scratch/run.py --steps 4 --batch-size 2 --length 64 --embed 64 --dtype float32 --out /tmp/s
 """
@@ -9,6 +10,7 @@ Writes results.json (the loss at each evaluation, and the gap to dense at the en
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -16,19 +18,20 @@ from typing import Any
 
 from sa_jax import ModelConfig, SharingPlan, cost
 from sa_jax.cli.common import console, show_table
+from sa_jax.ops import Experts
 from sa_jax.train.config import DataConfig, LogConfig, TrainConfig
 from sa_jax.train.loop import train
 from sa_jax.train.optimizer import OptimizerConfig
 
 LAYERS = 12
-GROUPS = {"dense": 1, "groups of 2": 2, "groups of 4": 4}
+MAX = "expert_load_max"
 TRAIN = ("wikitext2_train_5k.txt", "llamafactory_wiki_demo.txt", "llamafactory_c4_demo.jsonl", "tinyshakespeare.txt")
 
 
 def main() -> None:
-  """Trains the three, and compares them."""
+  """Trains them all, and compares them."""
   flags = parse()
-  runs = {name: run(flags, name, size) for name, size in GROUPS.items()}
+  runs = {name: run(flags, name, size) for size in flags.groups for name in [_name(size)]}
   dense = runs["dense"]["eval_loss"]
   results = {name: each | {"gap": each["eval_loss"] - dense} for name, each in runs.items()}
   (flags.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -55,20 +58,40 @@ def parse() -> argparse.Namespace:
   add("--batch-size", type=int, default=64, help="rows a step")
   add("--length", type=int, default=512, help="bytes a row")
   add("--embed", type=int, default=384, help="width; heads have 64 (32 if it is below 256)")
+  add(
+    "--groups", type=int, nargs="+", default=[1, 2, 4], help="layers that share, of each model; 1 is dense, the first"
+  )
+  add("--experts", type=int, default=0, help="experts in the place of each MLP, of which a token goes through two")
   add("--learning-rate", type=float, default=1e-3)
   add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of computation; parameters are float32")
   add("--seed", type=int, default=0)
-  return parser.parse_args()
+  flags = parser.parse_args()
+  if flags.groups[0] != 1:
+    parser.error("--groups begins with 1, the dense model that the others are compared with")
+  return flags
 
 
-def run(flags: argparse.Namespace, name: str, size: int) -> dict[str, Any]:
-  """Trains with groups of a size."""
+def _name(size: int) -> str:
+  return "dense" if size == 1 else f"groups of {size}"
+
+
+def architecture(flags: argparse.Namespace) -> ModelConfig:
+  """The dense model. Two experts together are as wide as the MLP that they stand for."""
   heads = flags.embed // (64 if flags.embed >= 256 else 32)
   shape = ModelConfig(
     vocab_size=264, embed_dim=flags.embed, num_layers=LAYERS, num_heads=heads, num_kv_heads=heads,
     head_dim=flags.embed // heads, mlp_dim=8 * flags.embed // 3 // 32 * 32, max_length=flags.length,
     tie_embeddings=True, eos_token_ids=(256,),
   )  # fmt: skip
+  if not flags.experts:
+    return shape
+  experts = Experts(flags.experts, chosen=2)
+  return dataclasses.replace(shape, family="mixtral", experts=experts, mlp_dim=shape.mlp_dim // 2)
+
+
+def run(flags: argparse.Namespace, name: str, size: int) -> dict[str, Any]:
+  """Trains with groups of a size."""
+  shape = architecture(flags)
   plan = SharingPlan(tuple(layer // size * size for layer in range(LAYERS)))
   corpora = flags.data / "corpora"
   config = TrainConfig(
@@ -110,23 +133,32 @@ def run(flags: argparse.Namespace, name: str, size: int) -> dict[str, Any]:
     "eval_loss": outcome.eval_loss,
     "eval": [[line["step"], line["eval_loss"]] for line in lines if "eval_loss" in line],
     "train": [[line["step"], line["loss"]] for line in lines if "loss" in line],
+    "load": [[line["step"], line["expert_load_max"], line["expert_load_min"]] for line in lines if MAX in line],
   }
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-  """Both losses by step."""
+  """Both losses by step, and of a mixture the loads of experts."""
   import matplotlib
 
   matplotlib.use("Agg")
   from matplotlib import pyplot
 
-  figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
-  for axis, kind in zip(axes, ("train", "eval"), strict=True):
+  of_experts = bool(results["dense"]["load"])
+  figure, axes = pyplot.subplots(1, 2 + of_experts, figsize=(11 + 5 * of_experts, 4))
+  for axis, kind in zip(axes, ("train", "eval")):
     for name, each in results.items():
       axis.plot(*zip(*each[kind], strict=True), label=f"{name} ({each['eval_loss']:.3f})" if kind == "eval" else name)
     title = "training text" if kind == "train" else "wikitext-2 valid"
     axis.set(title=title, xlabel="step", ylabel="nats a byte")
     axis.legend()
+  if of_experts:
+    for number, (name, each) in enumerate(results.items()):
+      steps, most, least = zip(*each["load"], strict=True)
+      axes[2].plot(steps, most, color=f"C{number}", label=name)
+      axes[2].plot(steps, least, color=f"C{number}", linestyle="--")
+    axes[2].set(title="fullest and emptiest expert of any layer", xlabel="step", ylabel="tokens, of an equal share")
+    axes[2].legend()
   figure.tight_layout()
   figure.savefig(path, dpi=120)
   pyplot.close(figure)

@@ -29,7 +29,7 @@ class Bench(Setting):
   """decode: one token a row; prefill, train: a stack of layers, forward and gradient; step: a whole train step of the
   whole model; batching: unequal requests."""
   model: str = "llama-3-8b"
-  """A preset: llama-2-7b, llama-2-13b, llama-3-8b, mixtral-8x7b or smollm2-135m."""
+  """A preset: gpt-oss-20b, llama-2-7b, llama-2-13b, llama-3-8b, mixtral-8x7b or smollm2-135m."""
   plan: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PLAN ...")] = ("dense",)
   """One or more plans."""
   length: tuple[int, ...] = (1024,)

@@ -62,7 +62,8 @@ class FitOf:
   """Compile a program for a TPU slice without one: peak memory, collectives, analytic time, dense beside a plan."""
 
   model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-  """A preset (llama-2-7b, llama-2-13b, llama-3-8b, mixtral-8x7b, smollm2-135m), or a folder with a config.json."""
+  """A preset (gpt-oss-20b, llama-2-7b, llama-2-13b, llama-3-8b, mixtral-8x7b, smollm2-135m), or a folder with
+  a config.json."""
   topology: str
   """The slice, such as v5e:16x16, v6e:4x4 or v5p:4x4x4."""
   plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None

@@ -92,6 +92,7 @@ def _handler(progress: Progress | None, started: list[_Writing]) -> Any:
     started: gets the futures of all that is being written.
   """
   import orbax.checkpoint as ocp
+  import tensorstore as ts
   from orbax.checkpoint import type_handlers
 
   class Told:
@@ -109,13 +110,16 @@ def _handler(progress: Progress | None, started: list[_Writing]) -> Any:
     """Writes JAX's arrays."""
 
   class LazyHandler(NumpyHandler):
-    """Writes lazy tensors as arrays, in turn; a few are on their way to disk while the next is read."""
+    """Writes lazy tensors as arrays, in turn; a few are on their way to disk while the next is read.
+
+    A stack of experts is written one after the other, each as a chunk of its own.
+    """
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
       writing: collections.deque[tuple[int, Any]] = collections.deque()
       for done, (value, info, arg) in enumerate(zip(values, infos, args, strict=True)):
         # Reading may itself run an event loop, as Orbax does: not in this one's thread.
-        array = contiguous(await asyncio.to_thread(value.read_whole))
+        array = value if value.leading and in_parts else contiguous(await asyncio.to_thread(value.read_whole))
         for future in await super().serialize([array], [info], [arg]):
           writing.append((array.nbytes, future))
         del array
@@ -125,9 +129,22 @@ def _handler(progress: Progress | None, started: list[_Writing]) -> Any:
           progress(done + 1, len(values))
       return [future for _, future in writing]
 
+    async def _open_and_write(self, value: Any, tspec: Any, ts_context: Any) -> None:
+      if not isinstance(value, LazyTensor):
+        await super()._open_and_write(value, tspec, ts_context)
+        return
+      tspec["metadata"]["chunks"] = [1] * len(value.leading) + list(value.layer_shape)
+      array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+      for number in range(len(value.readers)):
+        part = contiguous(await asyncio.to_thread(value.read, number))
+        place = tuple(int(each) for each in np.unravel_index(number, value.leading))
+        await array[place].write(part, can_reference_source_data_indefinitely=True)
+
   # Orbax before 0.12.6 has no say in it, and copies each array before it writes it.
   uncopied = {"deepcopy_host_arrays": False}
   options = uncopied if uncopied.keys() <= inspect.signature(type_handlers.NumpyHandler).parameters.keys() else {}
+  # And older ones write whole arrays alone.
+  in_parts = bool(options) and hasattr(type_handlers.NumpyHandler, "_open_and_write")
   registry = type_handlers.create_type_handler_registry(
     (LazyTensor, LazyHandler(**options)),
     (np.ndarray, NumpyHandler()),

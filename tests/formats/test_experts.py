@@ -102,3 +102,18 @@ def test_cost_tells_active_parameters_apart(mixtral):
   experts = sum(leaf.size for leaf in jax.tree.leaves(params["runs"]["0"]["anchor"]["mlp"]["experts"]))
   assert found.params - found.active_params == experts // 2
   assert sa_jax.cost(model.config, None, batch=1000).decode_bytes > found.decode_bytes + experts // 2 * 4
+
+
+def test_experts_are_written_one_by_one(mixtral, tmp_path, monkeypatch):
+  """Also one whose numbers are all zero, of which a chunk might be left out."""
+  tensors = load_file(mixtral / "model.safetensors")
+  key = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+  (tmp_path / "theirs").mkdir()
+  (tmp_path / "theirs" / "config.json").write_text((mixtral / "config.json").read_text())
+  save_file(tensors | {key: np.zeros_like(tensors[key])}, tmp_path / "theirs" / "model.safetensors")
+  whole = []
+  read_whole = lazy.LazyTensor.read_whole
+  monkeypatch.setattr(lazy.LazyTensor, "read_whole", lambda self: whole.append(self.leading) or read_whole(self))
+  sa_jax.convert(tmp_path / "theirs", tmp_path / "ours", dtype=None)
+  assert set(whole) == {()}
+  tiny.assert_trees_equal(*(sa_jax.from_pretrained(tmp_path / name)[1] for name in ("ours", "theirs")))
