@@ -133,13 +133,13 @@ def _descend(
   config: ModelConfig, sums: Sums, prior: jax.Array, starts: jax.Array, ridge: jax.Array, sweeps: int
 ) -> jax.Array:
   """Coordinate descent over the heads' maps on the penalised error that refitting W_O would leave."""
-  heads, head_dim = config.num_heads, config.head_dim
+  heads, width = config.num_heads, config.value_width
   group = jnp.arange(heads) // (heads // config.num_kv_heads)
   prior = prior.astype(jnp.float32).reshape(-1, config.embed_dim)
 
   def objective(head_map: jax.Array) -> jax.Array:
     pairs = group * heads + head_map
-    rows = (pairs[:, None] * head_dim + jnp.arange(head_dim)[None]).reshape(-1)
+    rows = (pairs[:, None] * width + jnp.arange(width)[None]).reshape(-1)
     chosen = Sums(sums.gram[rows][:, rows], sums.cross[rows], sums.energy)
     return chosen.error(prior) - gain(chosen, prior, ridge)
 
@@ -158,7 +158,7 @@ def _descend(
 
 def can_map_by_refit(config: ModelConfig) -> bool:
   """Whether `map_by_refit` has room for its sums, which grow with the square of the pairs of heads."""
-  return config.num_heads * config.num_kv_heads * config.head_dim <= _MOST_FEATURES
+  return config.num_heads * config.num_kv_heads * config.value_width <= _MOST_FEATURES
 
 
 def map_by_refit(

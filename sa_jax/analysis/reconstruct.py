@@ -151,14 +151,15 @@ class Reconstructing:
 
   Args:
     config: the model.
-    plan: whose groups; the first is that of the first follower.
+    plan: whose groups.
     how: each is reconstructed.
     keep: where chunks wait.
+    first: the first layer that is not as it was: its group is the first one; none is when it is past the last layer.
   """
 
-  def __init__(self, config: ModelConfig, plan: SharingPlan, how: Reconstruction, keep: walk.Keep):
+  def __init__(self, config: ModelConfig, plan: SharingPlan, how: Reconstruction, keep: walk.Keep, first: int):
     self._config, self._plan, self._how, self._keep = config, plan, how, keep
-    self._first = plan.source[min(plan.followers)] if plan.followers else plan.num_layers
+    self._first = plan.source[first] if first < plan.num_layers else first
     self._stream: Stream = ()
     self._members: list[int] = []
     self._layers: list[PlanArrays] = []

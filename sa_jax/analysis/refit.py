@@ -6,11 +6,12 @@ replaced by the ridge solution that maps its head outputs ``O`` onto what the de
     W = W_O + (OᵀO + λI)⁻¹ Oᵀ(Y − O W_O),    λ = ridge × the mean diagonal of OᵀO,
 
 which is never farther from ``Y`` than W_O is; `sa_jax.analysis.problems` says how errors are measured where a norm
-follows. Then W_V, by conjugate gradients on the same error (in which it is linear
-too), and W_O again. From the first follower on, the last projection of each MLP may be refitted in the same way, onto
-what the dense layer's output lacks: it sees the error that attention left and that of the layers before. At last, a few
-steps of training may bring each group nearer (`sa_jax.analysis.reconstruct`).
-Only sums over tokens are kept, so text streams through batch by batch; on a mesh the sums reduce over devices.
+follows. Then W_V, by conjugate gradients on the same error (in which it is linear too), and W_O again. Where values
+become narrower (`sa_jax.analysis.narrow`), every layer's do, and every W_O is solved. From the first layer that changes
+on, the last projection of each MLP may be refitted in the same way, onto what the dense layer's output lacks: it sees
+the error that attention left and that of the layers before. At last, a few steps of training may bring each group
+nearer (`sa_jax.analysis.reconstruct`). Only sums over tokens are kept, so text streams through batch by batch; on a
+mesh the sums reduce over devices.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sa_jax.analysis import problems, walk
+from sa_jax.analysis import narrow, problems, walk
 from sa_jax.analysis.align import can_map_by_refit, map_by_refit, shared_model, with_map
 from sa_jax.analysis.reconstruct import Reconstructing, Reconstruction
 from sa_jax.analysis.ridge import Sums, relative_error, solve, total
@@ -33,7 +34,7 @@ from sa_jax.config import ModelConfig
 from sa_jax.display import table
 from sa_jax.distributed import check_same_rows
 from sa_jax.errors import UserError
-from sa_jax.fields import Natural, Positive, check_fields
+from sa_jax.fields import Count, Natural, Positive, check_fields
 from sa_jax.nn import Middle, PlanArrays, PlannedBlock, Transformer
 from sa_jax.nn.state import State
 from sa_jax.nn.transformer import check_plan, check_tokens
@@ -55,6 +56,8 @@ class Refit:
   """How strongly W_O is held to the old weights, relative to the mean energy of its inputs."""
   values: Natural = 0
   """Conjugate-gradient steps on a follower's W_V between two solutions for W_O; 0 leaves W_V."""
+  value_dim: Count | None = None
+  """How many numbers a head's values keep; as many as they have when None."""
   mlp: bool = False
   """Whether MLPs are refitted too, from the first follower on: many more weights, which little text overfits."""
   mlp_ridge: Positive = 0.3
@@ -79,9 +82,13 @@ class Refit:
     """Checks that the model can be refitted so.
 
     Raises:
-      UserError: if it has too many pairs of heads to choose maps by refit error, or experts where MLPs are to be
-        refitted.
+      UserError: if it has too many pairs of heads to choose maps by refit error, experts where MLPs are to be
+        refitted, or values that are no wider than they shall be.
     """
+    if self.value_dim is not None and self.value_dim >= config.value_width:
+      raise UserError(
+        f"values of {self.value_dim} numbers are not narrower than the model's, which have {config.value_width}"
+      )
     if self.mlp and config.experts is not None:
       raise UserError(
         "the refit of MLPs solves for one last projection a layer, and in a mixture of experts each has its own: leave "
@@ -89,7 +96,7 @@ class Refit:
       )
     if self.maps and not can_map_by_refit(config):
       raise UserError(
-        f"{config.num_heads} heads × {config.num_kv_heads} KV heads × {config.head_dim} are too many features to "
+        f"{config.num_heads} heads × {config.num_kv_heads} KV heads × {config.value_width} are too many features to "
         "choose head maps by refit error: choose them by similarity and loss, with align, and refit without maps"
       )
 
@@ -189,7 +196,9 @@ def recover_layer(
   done = []
   stream, targets, calibration = text
   fitted = list(zip(stream, targets, strict=True))[:calibration]
-  if not layer.is_anchor:
+  if not layer.is_anchor or refit.value_dim is not None:
+    if layer.is_anchor:
+      fitted = [(keep(walk.with_state(config, block, chunk, layer)), target) for chunk, target in fitted]
     block, before, after, condition = refit_attention(config, block, fitted, layer.head_map, refit)
     done.append(("attention", before, after, condition))
   middle = [keep(_attend(config, block, chunk, layer)) for chunk in stream]
@@ -206,7 +215,7 @@ def recover_layer(
 def refit_attention(
   config: ModelConfig, block: Block, fitted: list[tuple[Chunk, Targets]], head_map: jax.Array, refit: Refit
 ) -> tuple[Block, jax.Array, jax.Array, jax.Array]:
-  """Refits a follower's W_O, or W_O, W_V and W_O again; see `recover_layer`.
+  """Refits a layer's W_O, or W_O, W_V and W_O again, and narrows its values; see `recover_layer`.
 
   Returns:
     The block, its relative error before and after, and the condition of the last solution.
@@ -224,6 +233,12 @@ def refit_attention(
     block = _refit_values(config, block, fitted, head_map, refit)
     sums = sums_of(block)
     kernel, condition = solve(sums, kernel, refit.ridge)
+    block = with_kernel(block, "attention", "o_proj", kernel)
+  if refit.value_dim is not None:
+    block, sums = narrow.narrowed(block, sums, config.num_kv_heads, refit.value_dim)
+    # The ridge is relative to the mean over the directions that are kept.
+    ridge = refit.ridge * config.value_width / refit.value_dim
+    kernel, condition = solve(sums, block["attention"]["o_proj"]["kernel"], ridge)
     block = with_kernel(block, "attention", "o_proj", kernel)
   return block, before, relative_error(sums, kernel), condition
 
@@ -328,12 +343,11 @@ def refit(
 
   Raises:
     UserError: if the parameters lack queries and keys, a token is not in the vocabulary, or the text does not
-      determine the weights in float32.
+      determine the weights in float32; as `Refit.check`.
   """
   how = how or Refit()
   config = walk.walking(model, params)
-  tokens = np.asarray(tokens, np.int32)
-  check_tokens(tokens, None, config.vocab_size)
+  check_tokens(tokens := np.asarray(tokens, np.int32), None, config.vocab_size)
   check_plan(config, plan)
   check_same_rows(params, "tokens", tokens)
   how.check(config)
@@ -341,9 +355,8 @@ def refit(
   shared = dense = walk.start(config, params, tokens, chunk, keep)
   layers = dict(params["layers"])
   reports = []
-  first = min(plan.followers, default=config.num_layers)
-  local = how.local
-  group = None if local is None else Reconstructing(config, plan, local, keep)
+  first = 0 if how.value_dim is not None else min(plan.followers, default=config.num_layers)
+  group = None if how.local is None else Reconstructing(config, plan, how.local, keep, first)
   for layer in range(config.num_layers):
     block, before = layers[str(layer)], shared
     as_dense = PlanArrays.of_layer(layer, config, is_anchor=True)
@@ -356,8 +369,7 @@ def refit(
       if how.maps and not is_anchor:
         head_map = map_by_refit(config, block, list(zip(shared, targets, strict=True)), head_map, how.ridge)
         plan = with_map(plan, layer, head_map)
-      arrays = PlanArrays.of_layer(layer, config, is_anchor, head_map)
-      text = Passage(shared, targets, len(shared))
+      arrays, text = PlanArrays.of_layer(layer, config, is_anchor, head_map), Passage(shared, targets, len(shared))
       layers[str(layer)], shared, done = recover_layer(config, block, arrays, text, how, keep)
       reports += [Report(layer, part, *map(float, fetch(numbers))) for part, *numbers in done]
       check_conditions(reports)
@@ -368,7 +380,10 @@ def refit(
     if progress is not None:
       progress(layer + 1, config.num_layers)
   shared_config = dataclasses.replace(config, attention_state=model.config.attention_state)
-  return Refitted(*shared_model(shared_config, dict(params) | {"layers": layers}, plan), reports, plan)
+  made = dict(params) | {"layers": layers}
+  if how.value_dim is not None:
+    made, shared_config = narrow.cut(made, how.value_dim), dataclasses.replace(shared_config, value_dim=how.value_dim)
+  return Refitted(*shared_model(shared_config, made, plan), reports, plan)
 
 
 def check_conditions(reports: list[Report]) -> None:

@@ -130,6 +130,12 @@ def advance(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) 
 
 
 @program(static_argnames="config")
+def with_state(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) -> Chunk:
+  """A chunk before a layer with the state that the layer attends by, its own or the one carried to it."""
+  return Chunk(chunk.x, call(config, block, PlannedBlock.state, chunk.x, chunk.state, layer))
+
+
+@program(static_argnames="config")
 def dense_layer(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) -> Targets:
   """A chunk through one layer, an anchor, with what it computes on the way."""
   state = call(config, block, PlannedBlock.state, chunk.x, chunk.state, layer)
