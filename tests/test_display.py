@@ -9,6 +9,7 @@ import pytest
 
 import sa_jax
 from sa_jax.analysis import Similarity
+from sa_jax.analysis.mixture import Mixture
 from sa_jax.analysis.refit import Refitted, Report
 from sa_jax.analysis.search import Found
 from sa_jax.analysis.share import Shared
@@ -69,7 +70,7 @@ def test_results_are_tables():
   found = Found(PLAN, np.array([2.6]), 0.0743)
   assert cells(parsed(found)) == [["loss over dense, nats a token", "0.0743"]]
   model = sa_jax.Transformer(sa_jax.ModelConfig.preset("smollm2-135m"), sa_jax.SharingPlan.parse("1:2", 30))
-  shared = Shared(model, {}, {"<text>": scored}, {"<text>": worse}, [], model.plan)
+  shared = Shared(model, {}, {"<text>": scored}, {"<text>": worse}, [], Mixture(model.plan))
   assert cells(parsed(shared)) == [["perplexity", "dense", "shared"], ["<text>", "12.50", "15.00"]]
   refitted = Refitted(model, {}, [Report(2, "attention", 0.25, 0.0625, 0.1)], model.plan)
   assert cells(parsed(refitted))[1] == ["layer 2, attention", "25.0%", "6.2%"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 from sa_jax.config import ModelConfig
 from sa_jax.costs import cost
@@ -13,6 +13,7 @@ from sa_jax.fields import check_fields
 from sa_jax.plan import SharingPlan
 
 Measure = Literal["followers", "kv", "flops", "ppl"]
+Means = Literal["sharing", "values", "int8"]
 _FORMS = "a number of followers, 'kv=80%', 'flops=95%', 'ppl=1.05'"
 
 
@@ -25,13 +26,15 @@ class Budget:
       may remain; ``ppl``, how many times the dense model's perplexity the judged one may be, in the geometric mean over
       texts.
     amount: of it.
+    allow: what a cache may be made smaller by, where it is ``kv``: ``sharing``, narrower ``values``, ``int8``.
 
   Raises:
-    UserError: if the amount is out of range.
+    UserError: if the amount is out of range, or other means than sharing are allowed to something else than ``kv``.
   """
 
   measure: Measure
   amount: float
+  allow: tuple[Means, ...] = ("sharing",)
 
   def __post_init__(self) -> None:
     check_fields(self, "budget")
@@ -40,6 +43,12 @@ class Budget:
       raise UserError(f"{amount:g} followers are impossible: a whole number from 1 is needed")
     if self.measure in ("kv", "flops") and not 0 < amount < 1:
       raise UserError(f"{self.measure}={amount:.3%} is no share of the dense model's: between 0 % and 100 % is needed")
+    if self.measure != "kv" and self.allow != ("sharing",):
+      raise UserError(
+        f"allow={' '.join(self.allow)} makes caches smaller: it needs a budget such as kv=75%, not {self}"
+      )
+    if not self.allow:
+      raise UserError(f"allow is empty: of {', '.join(get_args(Means))} one at least is needed")
     if self.measure == "ppl" and not amount > 1:
       raise UserError(f"ppl={amount:g} allows nothing: it is times the dense model's perplexity, such as 1.05")
 

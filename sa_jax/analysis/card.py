@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from sa_jax.analysis.judge import Text
+from sa_jax.analysis.mixture import bytes_of
 from sa_jax.analysis.share import Effort, Shared
 from sa_jax.costs import cost
 
@@ -27,9 +29,11 @@ def card(source: str, made: Shared, texts: Sequence[Text], effort: Effort, secon
     effort: how much work went into it.
     seconds: how long it took.
   """
-  config, plan = made.model.config, made.plan
-  dense, shared = cost(config, None), cost(config, plan)
+  plan, mixture = made.plan, made.mixture
+  config = dataclasses.replace(made.model.config, dtype="bfloat16", cache_dtype=None, value_dim=None)
+  dense, shared = cost(config, None), cost(mixture.config(config), plan)
   saved = lambda old, new: f"| {old:,} | {new:,} | {100 * (new / old - 1):+.1f} % |"
+  gone = bytes_of(config, mixture)
   rows = [
     "| parameters " + saved(dense.params, shared.params),
     "| KV cache, bytes a token " + saved(dense.kv_bytes_per_token, shared.kv_bytes_per_token),
@@ -37,6 +41,7 @@ def card(source: str, made: Shared, texts: Sequence[Text], effort: Effort, secon
   for name, numbers in results(made).items():
     old, new = numbers["dense"], numbers["shared"]
     rows.append(f"| perplexity, {name} | {old:.3f} | {new:.3f} | {new / old:.3f} × |")
+  served = [] if mixture.cache_dtype is None else [f"Generate with `--cache-dtype {mixture.cache_dtype}`.", ""]
   grouped = any(report.part == "group" for report in made.reports)
   mlps = effort.mlp and config.experts is None
   done = {"W_O": True, "MLPs": mlps, "local reconstruction": grouped, "distillation": made.undistilled}
@@ -50,6 +55,9 @@ def card(source: str, made: Shared, texts: Sequence[Text], effort: Effort, secon
     "|---|---|---|---|",
     *rows,
     "",
+    "Of a token's cache in bfloat16: " + ", ".join(f"{name} {count:,} bytes" for name, count in gone.items()) + ".",
+    "",
+    *served,
     f"Made in {seconds:.0f} s by `sa-jax share`; recovery: {', '.join(name for name, value in done.items() if value)}.",
     "Perplexities are of the judging rows, which nothing was fitted to.",
     "",

@@ -7,6 +7,7 @@ Refits use one part of each text and losses another; losses count per text, not 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
@@ -169,20 +170,26 @@ class Judge:
     return plan.with_head_maps({layer: self.head_map(plan.source[layer], layer) for layer in plan.followers})
 
   @_where_its_model_is
-  def walk(self, plan: SharingPlan, base: Walk | None = None, keep: bool = False) -> Walk:
+  def walk(self, plan: SharingPlan, base: Walk | None = None, keep: bool = False, value_dim: int | None = None) -> Walk:
     """Takes the text through the shared model.
 
     Args:
       plan: without maps: they are `head_map`'s.
-      base: another plan's walk with its streams, whose layers up to the first difference are not repeated.
+      base: another plan's walk with its streams, whose layers up to the first difference are not repeated; of values as
+        wide as they are.
       keep: whether to keep the streams.
+      value_dim: how many numbers a head's values keep; as many as they have when None. Needs a recovery.
 
     Raises:
       UserError: if the model cannot share attention by the plan.
     """
     check_plan(self.config, plan)
-    layers = self.config.num_layers
+    layers, how = self.config.num_layers, self.how
     first = min(plan.followers, default=layers)
+    if value_dim is not None:
+      assert how is not None, "narrow values are a recovery's"
+      assert base is None, "the layers before the first difference are not the other plan's"
+      how, first = dataclasses.replace(how, value_dim=value_dim), 0
     if base is not None and base.streams:
       begin = next((layer for layer in range(layers) if plan.source[layer] != base.plan.source[layer]), layers)
       streams = list(base.streams[: begin + 1])
@@ -194,15 +201,15 @@ class Judge:
       is_anchor = plan.is_anchor(layer)
       head_map = None if is_anchor else self.head_map(plan.source[layer], layer)
       arrays = PlanArrays.of_layer(layer, self.config, is_anchor, head_map)
-      if self.how is None:
+      if how is None:
         stream = tuple(walk.advance(self.config, self.block(layer), chunk, arrays) for chunk in stream)
       else:
         text = Passage(stream, self._trace[layer], self._calibration)
-        stream = recover_layer(self.config, self.block(layer), arrays, text, self.how)[1]
+        stream = recover_layer(self.config, self.block(layer), arrays, text, how)[1]
       if keep:
         streams.append(stream)
     losses = self._losses(stream)
-    self._record.add(plan, losses)
+    self._record.add(_name(plan, value_dim), losses)
     return Walk(plan, tuple(streams) if keep else (), losses)
 
   def _before(self, layer: int) -> Stream:
@@ -211,10 +218,10 @@ class Judge:
       return self._start
     return tuple(Chunk(target.x, target.state) for target in self._trace[layer - 1])
 
-  def losses(self, plan: SharingPlan, base: Walk | None = None) -> np.ndarray:
-    """The plan's losses, float64 ``[texts]``: from the record, or measured now."""
-    known = self._record.get(plan)
-    return self.walk(plan, base).losses if known is None else known
+  def losses(self, plan: SharingPlan, base: Walk | None = None, value_dim: int | None = None) -> np.ndarray:
+    """The plan's losses, float64 ``[texts]``: from the record, or measured now; arguments as in `walk`."""
+    known = self._record.get(_name(plan, value_dim))
+    return self.walk(plan, base, value_dim=value_dim).losses if known is None else known
 
   def increase(self, losses: np.ndarray) -> float:
     """By how much losses exceed the dense model's, mean over texts, in nats."""
@@ -222,9 +229,11 @@ class Judge:
 
   @property
   def measured(self) -> dict[SharingPlan, np.ndarray]:
-    """Every plan measured so far and its losses."""
+    """Every plan measured so far and its losses, with values as wide as they are."""
     return {
-      SharingPlan.parse(text, self.config.num_layers): np.array(losses) for text, losses in self._record.plans.items()
+      SharingPlan.parse(text, self.config.num_layers): np.array(losses)
+      for text, losses in self._record.plans.items()
+      if _VALUES not in text
     }
 
   @_where_its_model_is
@@ -325,6 +334,14 @@ def _weighed_error(
   return jnp.square((error * gradient.astype(jnp.float32)).sum(axis=-1)).sum()
 
 
+_VALUES = " values "
+
+
+def _name(plan: SharingPlan, value_dim: int | None) -> str:
+  """What a plan, and values of this width, are called in the record."""
+  return str(plan) if value_dim is None else f"{plan}{_VALUES}{value_dim}"
+
+
 class Record:
   """The plans measured so far, in memory and, if a file is named, on disk after every one.
 
@@ -351,13 +368,13 @@ class Record:
       if settings != self._settings:
         raise UserError(f"{path} records a search with other settings, {settings}; name another file, or remove it")
 
-  def get(self, plan: SharingPlan) -> np.ndarray | None:
+  def get(self, plan: str) -> np.ndarray | None:
     """The plan's losses, if it has been measured."""
-    losses = self.plans.get(str(plan))
+    losses = self.plans.get(plan)
     return None if losses is None else np.array(losses)
 
-  def add(self, plan: SharingPlan, losses: np.ndarray) -> None:
+  def add(self, plan: str, losses: np.ndarray) -> None:
     """Records a plan's losses."""
-    self.plans[str(plan)] = [float(loss) for loss in losses]
+    self.plans[plan] = [float(loss) for loss in losses]
     if self._path is not None and jax.process_index() == 0:
       write_text(self._path, json.dumps({"settings": self._settings, "plans": self.plans}, indent=1))

@@ -1,9 +1,10 @@
 """Narrow values: a head's values in its few most needed directions.
 
 Of a key head, ``G`` is the sum of its query heads' second moments ``Oᵀ O`` (of what they output), and ``U`` the first r
-left singular vectors of ``G^½ [W_O of its query heads]``. Values become ``v G^-½ U``, r numbers a head, and W_O becomes
-``Uᵀ G^½ W_O``: of all choices of r directions the one with which what the heads add to the residual stream changes
-least, each query head by itself, were their second moments alike. W_O is then solved again, all heads together.
+left singular vectors of ``G^½ [W_O of its query heads]``. Values ``v`` become ``v G^-½ U``, W_O ``Uᵀ G^½ W_O``: of all
+choices of r numbers a head those with which what the heads add to the residual stream changes least, each query head by
+itself, were their second moments alike. Then W_O is solved again, all heads together. The numbers are taken along an
+orthonormal basis of those directions, in which a ridge means what it means of whole values.
 
 Everything here is as wide as before, with zeros behind the first r numbers: the rank is data, and one program serves
 every rank. `cut` takes the zeros away at last.
@@ -31,7 +32,7 @@ class Directions(NamedTuple):
   """Which directions of a layer's values are kept, by key head.
 
   Attributes:
-    down: float32 ``[K, H, H]``, from values to their numbers along the directions, zeros behind the rank.
+    down: float32 ``[K, H, H]``, from values to their numbers: orthonormal columns, and zeros behind the rank.
     up: float32 ``[K, H, H]``, back.
   """
 
@@ -61,8 +62,11 @@ def directions(gram: jax.Array, kernel: jax.Array, kv_heads: int, rank: jax.Arra
   needed = product("KHZ,KGZD->KGHD", half(roots), weights)
   # The left singular vectors, the greatest first.
   left = jnp.linalg.eigh(product("KGHD,KGZD->KHZ", needed, needed))[1][:, :, ::-1]
-  left = jnp.where(jax.lax.broadcasted_iota(jnp.int32, left.shape, 2) < rank, left, 0.0)
-  return Directions(product("KHZ,KZR->KHR", half(1 / roots), left), product("KZR,KZH->KRH", left, half(roots)))
+  kept = jax.lax.broadcasted_iota(jnp.int32, left.shape, 2) < rank
+  left = jnp.where(kept, left, 0.0)
+  basis, triangle = jnp.linalg.qr(product("KHZ,KZR->KHR", half(1 / roots), left))
+  basis = jnp.where(kept, basis, 0.0)
+  return Directions(basis, product("KRZ,KYZ,KYH->KRH", triangle, left, half(roots)))
 
 
 @program()

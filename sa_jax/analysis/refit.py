@@ -380,7 +380,7 @@ def refit(
     if progress is not None:
       progress(layer + 1, config.num_layers)
   shared_config = dataclasses.replace(config, attention_state=model.config.attention_state)
-  made = dict(params) | {"layers": layers}
+  made: Params = dict(params) | {"layers": layers}
   if how.value_dim is not None:
     made, shared_config = narrow.cut(made, how.value_dim), dataclasses.replace(shared_config, value_dim=how.value_dim)
   return Refitted(*shared_model(shared_config, made, plan), reports, plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -15,6 +16,7 @@ from sa_jax.analysis.align import can_map_by_refit
 from sa_jax.analysis.budget import Budget
 from sa_jax.analysis.distilling import Distillation, distill_rows
 from sa_jax.analysis.judge import Judge, Text
+from sa_jax.analysis.mixture import Mixture, judged, within
 from sa_jax.analysis.refit import Refit, Report, refit
 from sa_jax.config import ModelConfig
 from sa_jax.display import table
@@ -135,16 +137,59 @@ def search_plan(judge: Judge, budget: Budget, how: Search, stage: search.Stage =
   return best[-1] if best else search.too_much(budget)
 
 
+def plans_by_followers(
+  judge: Judge, most: int, how: Search, stage: search.Stage = search.no_stage
+) -> list[SharingPlan]:
+  """A plan for each number of followers up to ``most``, as far as there is one; arguments as of `search_plan`."""
+  if how.strategy in ("greedy", "beam"):
+    shortlist = None
+    if how.shortlist is not None:
+      shortlist = search.Shortlist(how.shortlist, judge.costs(how.reach, stage("estimating pairs")))
+    width = how.width if how.strategy == "beam" else 1
+    found = search.beam(judge, most, width=width, shortlist=shortlist, excluded=how.excluded, stage=stage)
+    return [each.plan for each in found]
+  if how.strategy == "spans":
+    return [search_plan(judge, Budget("followers", count), how, stage).plan for count in range(1, most + 1)]
+  costs = judge.costs(how.reach, stage("estimating pairs"))
+  return [search.cheapest(costs, count, how.excluded) for count in range(1, most + 1)]
+
+
+_REFITTED = 2
+"""Of the mixtures that are judged best: so many are refitted with all that the effort allows, and the best is kept."""
+
+
+def find(judge: Judge, budget: Budget, effort: Effort, stage: search.Stage = search.no_stage) -> list[Mixture]:
+  """What is worth to be refitted: the plan within the budget, or of other means too, the mixtures judged best."""
+  if budget.allow == ("sharing",):
+    counted = budget.counted(judge.config, judge.texts[0].judging.shape[1])
+    return [Mixture(search_plan(judge, counted, effort.search, stage).plan)]
+  return list(mixtures(judge, budget, effort.search, stage))[:_REFITTED]
+
+
+def mixtures(judge: Judge, budget: Budget, how: Search, stage: search.Stage = search.no_stage) -> dict[Mixture, float]:
+  """What meets a budget of bytes by the means that it allows, with `Judge.increase`, the least first.
+
+  Raises:
+    UserError: as `search_plan`, or if nothing meets it.
+  """
+  config = judge.config
+  some = [SharingPlan.from_followers(config.num_layers, range(1, count + 1)) for count in range(1, config.num_layers)]
+  most = max(len(mixture.plan.followers) for mixture in within(config, budget, some))
+  plans = plans_by_followers(judge, most, how, stage) if most else []
+  return judged(judge, within(config, budget, plans), stage("measuring mixtures"))
+
+
 class Shared(NamedTuple):
   """What `share` returns.
 
   Attributes:
-    model: of the plan found, with the head maps that could not be folded.
+    model: of the plan found, with the head maps that could not be folded, and the width of values and the type of cache
+      that go with it.
     params: in the layer layout, pruned and refitted: an ordinary checkpoint.
     dense: the dense model's perplexity of each text's judging rows.
     shared: the shared model's.
     reports: what was refitted.
-    plan: with every head map.
+    mixture: what its cache is made smaller by; the plan with every head map.
     undistilled: the shared model's perplexity before distillation; None if there was none. Where distillation has not
       lowered it, the model is the one before.
   """
@@ -154,8 +199,13 @@ class Shared(NamedTuple):
   dense: dict[str, Perplexity]
   shared: dict[str, Perplexity]
   reports: list[Report]
-  plan: SharingPlan
+  mixture: Mixture
   undistilled: dict[str, Perplexity] | None = None
+
+  @property
+  def plan(self) -> SharingPlan:
+    """The plan, with every head map."""
+    return self.mixture.plan
 
   def _repr_html_(self) -> str:
     """The plan as a picture, and perplexities beside the dense model's, for notebooks."""
@@ -200,7 +250,7 @@ def share(
   recovery = effort.recovery(model.config)
   fitted = [text._replace(calibration=text.calibration[: effort.calibration_rows]) for text in texts]
   if isinstance(wanted, SharingPlan):
-    plan = wanted
+    candidates = [Mixture(wanted)]
   else:
     judged = [text._replace(calibration=text.calibration[: effort.search.search_rows]) for text in fitted]
     judge = Judge(
@@ -212,17 +262,22 @@ def share(
       record=record,
       progress=stage("reading the texts"),
     )
-    budget = wanted.counted(model.config, texts[0].judging.shape[1])
-    plan = judge.with_maps(search_plan(judge, budget, effort.search, stage).plan)
+    candidates = [
+      mixture._replace(plan=judge.with_maps(mixture.plan)) for mixture in find(judge, wanted, effort, stage)
+    ]
     del judge
   rows = np.concatenate([text.calibration for text in fitted])
   # No logits are needed for this, which is what limits the rows elsewhere.
   at_once = chunk if jax.default_backend() == "cpu" else max(chunk, _ROWS_OF_A_STEP)
   score = lambda label, each, weights: _perplexities(each, weights, texts, stage(f"scoring, {label}"))
   dense, refitted = score("dense", model, params), None
-  for how in dict.fromkeys([dataclasses.replace(recovery, local_epochs=0), recovery]):
-    made = refit(model, params, plan, rows, how, chunk=at_once, progress=stage("refitting"))
-    found = Shared(*made[:2], dense, score("shared", made.model, made.params), made.reports, made.plan)
+  hows = dict.fromkeys([dataclasses.replace(recovery, local_epochs=0), recovery])
+  for mixture, how in itertools.product(candidates, hows):
+    narrow = dataclasses.replace(how, value_dim=mixture.value_dim)
+    made = refit(model, params, mixture.plan, rows, narrow, chunk=at_once, progress=stage(f"refitting, {mixture}"))
+    made_so = made.model.clone(config=mixture.config(made.model.config))
+    measured = score("shared", made_so, made.params)
+    found = Shared(made_so, made.params, dense, measured, made.reports, mixture._replace(plan=made.plan))
     refitted = found if refitted is None or _loss(found.shared) < _loss(refitted.shared) else refitted
   assert refitted is not None
   if distillation is None:
@@ -245,5 +300,5 @@ def _perplexities(
   model: Transformer, params: Params, texts: Sequence[Text], progress: search.Progress
 ) -> dict[str, Perplexity]:
   """Of each text's judging rows."""
-  runs = as_runs(params, model.plan)
+  runs = as_runs(params, model.plan) if model.config.cache_dtype is None else params
   return {text.name: perplexity(model, runs, text.judging, batch_size=1, progress=progress) for text in texts}

@@ -9,10 +9,12 @@ from typing import Annotated
 
 import tyro
 
+from sa_jax.analysis.budget import Means
 from sa_jax.cli.common import change, console, exact_float32, is_first, show_table, tell, write_json
 from sa_jax.cli.cost import rows_of_cost
 from sa_jax.cli.searching import Searching
 from sa_jax.config import FloatDtype
+from sa_jax.errors import UserError
 from sa_jax.files import check_absent, check_writable, write_text
 
 
@@ -24,6 +26,8 @@ class Share(Searching):
   """The checkpoint to write, which must not exist."""
   dtype: FloatDtype = "bfloat16"
   """Type of the stored parameters."""
+  allow: tuple[Means, ...] = ("sharing",)
+  """With a budget such as kv=75%, what a cache may be made smaller by, one or several: narrower values, for one."""
   plan: str | None = None
   """A plan instead of a search: such as 5:6-7,14:15, or zoo:8 for the known one with 8 followers, of models that
   sa_jax.plans knows."""
@@ -48,7 +52,9 @@ class Share(Searching):
     check_absent(self.out)
     for file in (self.json, self.record):
       check_writable(file)
-    wanted: Budget | SharingPlan = Budget.parse(self.budget)
+    wanted: Budget | SharingPlan = dataclasses.replace(Budget.parse(self.budget), allow=self.allow)
+    if self.plan is not None and self.allow != ("sharing",):
+      raise UserError("a plan says what is shared, and allow what may be searched: give one of the two")
     distillation = None if self.distill_minutes is None else Distillation(minutes=self.distill_minutes)
     model, params, texts = self.prepare(all_rows=distillation is not None)
     length = self.cutting.length
@@ -62,23 +68,29 @@ class Share(Searching):
         chunk=rows_at_once(model.config, length), distillation=distillation, record=self.record, stage=stage,
       )  # fmt: skip
     plan = made.plan
-    table = rows_of_cost(*(cost(model.config, each, 1, length) for each in (None, plan)))
+    dense = dataclasses.replace(model.config, dtype=self.dtype, param_dtype=self.dtype)
+    table = rows_of_cost(cost(dense, None, 1, length), cost(made.mixture.config(dense), plan, 1, length))
     perplexities = results(made)
     for name, numbers in perplexities.items():
       old, new = numbers["dense"], numbers["shared"]
       table.append([f"perplexity, {name}", f"{old:.3f}", f"{new:.3f}", change(new, old)])
-    show_table(f"{len(plan.followers)} followers; {length} tokens", ["", "dense", "shared", "change"], table)
+    show_table(f"{made.mixture}; {length} tokens", ["", "dense", "shared", "change"], table)
     self.opening.save(self.out, self.model, made.model, made.params, self.dtype)
     seconds = time.perf_counter() - begun
     if is_first():
       write_text(self.out / "README.md", card(self.model.name, made, texts, self.settings, seconds))
     console.print(f"\n{plan}\n", style="bold")
     tell(f"saved in {seconds:.0f} s", self.out)
+    if made.mixture.cache_dtype is not None:
+      console.print(
+        f"a checkpoint does not say how it is cached: generate with --cache-dtype {made.mixture.cache_dtype}"
+      )
     write_json(
       self.json,
       {
         "plan": str(plan),
-        "shared_attention": write_plan(plan),
+        "shared_attention": write_plan(plan, made.model.config),
+        "cache_dtype": made.mixture.cache_dtype,
         "seconds": seconds,
         "perplexity": perplexities,
         "refit": [each._asdict() for each in made.reports],

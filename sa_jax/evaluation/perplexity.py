@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -16,9 +17,10 @@ from sa_jax import ops
 from sa_jax.display import table
 from sa_jax.distributed import check_same_rows
 from sa_jax.errors import UserError
-from sa_jax.nn import Transformer
+from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.transformer import check_tokens
 from sa_jax.nn.typed import apply
+from sa_jax.params import as_layers
 from sa_jax.programs import fetch, program
 from sa_jax.sharding import traced_where_parameters_are
 from sa_jax.trees import Params
@@ -80,7 +82,14 @@ def rows_of(
 @program(static_argnames="model")
 def _log_likelihood(model: Transformer, params: Params, tokens: jax.Array) -> jax.Array:
   """Summed log-likelihood of each row's tokens after the first, float32 ``[B]``."""
-  logits = apply(model, params, Transformer.__call__, tokens)
+  if model.config.cache_dtype is None:
+    logits = apply(model, params, Transformer.__call__, tokens)
+  else:
+    rows, length = tokens.shape
+    cache = Cache.empty(model.config, model.plan, rows, length)
+    all_new = ops.Rows(jnp.full(rows, length, jnp.int32), offset=jnp.zeros(rows, jnp.int32))
+    hidden, _ = apply(model, params, Transformer.extend, tokens, cache, all_new)
+    logits = apply(model, params, Transformer.logits, hidden)
   return ops.token_log_likelihoods(logits[:, :-1], tokens[:, 1:]).sum(axis=-1)
 
 
@@ -95,9 +104,12 @@ def perplexity(
 ) -> Perplexity:
   """Perplexity of full rows, each scored on its own: all tokens after a row's first, weighted alike.
 
+  Of a model with an int8 cache, tokens attend to what that holds of keys and values.
+
   Args:
     model: the model.
-    params: in either layout; the run layout compiles one scan.
+    params: in either layout; the run layout compiles one scan. With an int8 cache, the layer layout is needed, and the
+      other one copied.
     tokens: int ``[rows, length]``, for example from `rows_of`.
     batch_size: rows scored at once; logits take ``batch_size * length * V * 4`` bytes. On a mesh, devices share out a
       batch's rows: give each of ``data * fsdp`` at least one.
@@ -113,6 +125,7 @@ def perplexity(
   if batch_size < 1:
     raise UserError(f"batch_size must be at least 1, not {batch_size}")
   check_same_rows(params, "tokens", tokens)
+  params = params if model.config.cache_dtype is None else as_layers(params, model.plan)
   total = 0.0
   for start in range(0, len(tokens), batch_size):
     batch = tokens[start : start + batch_size]

@@ -1,0 +1,76 @@
+"""One budget of bytes: what fits it is counted, what is taken is judged, and the means alone are among it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sa_jax
+from sa_jax.analysis import Judge, Text
+from sa_jax.analysis.budget import Budget
+from sa_jax.analysis.card import card
+from sa_jax.analysis.mixture import Mixture, bytes_of, judged, within
+from sa_jax.analysis.refit import Refit, refit
+from sa_jax.analysis.search import no_stage
+from sa_jax.analysis.share import Effort, Search, share
+from tests import tiny
+
+CONFIG = tiny.config(vocab_size=47, num_layers=4)
+DENSE = sa_jax.Transformer(CONFIG, sa_jax.SharingPlan.dense(4))
+PLANS = [sa_jax.SharingPlan.parse(plan, 4) for plan in ("2:3", "1:2-3", "0:1-3")]
+RNG = np.random.default_rng(0)
+TEXTS = [Text(name, *np.split(RNG.integers(0, 47, (20, 16), np.int32), [16])) for name in ("one", "two")]
+
+
+@pytest.fixture(scope="module")
+def params():
+  return jax.tree.map(jnp.asarray, tiny.params(DENSE))
+
+
+def test_what_fits_is_counted():
+  """48 of 64 numbers a head and token: 8 keys an anchor, and values; int8 takes 12 bytes where bfloat16 takes 16."""
+  allow = ("sharing", "values", "int8")
+  found = within(CONFIG, Budget("kv", 0.75, allow), PLANS)
+  told = [(len(each.plan.followers), each.value_dim, each.cache_dtype) for each in found]
+  assert told == [(0, 4, None), (1, 6, None), (2, None, None), (0, None, "int8")]
+  for each in found:
+    cache = sa_jax.nn.Cache.empty(
+      dataclasses.replace(each.config(CONFIG), dtype="bfloat16"), each.plan, batch=1, capacity=1
+    )
+    assert each.part(CONFIG) == pytest.approx(cache.nbytes / (4 * 2 * 16 * 2))
+    assert each.part(CONFIG) <= 0.75
+    gone = bytes_of(CONFIG, each)
+    assert (sum(gone.values()), gone["left"]) == (256, cache.nbytes)
+  assert str(found[1]) == "1 followers, values of 6"
+  assert [each.value_dim for each in within(CONFIG, Budget("kv", 0.75, ("values",)), PLANS)] == [4]
+  with pytest.raises(ValueError, match=r"nothing brings kv to 40.0% by sharing: the least is 62.5%"):
+    within(CONFIG, Budget("kv", 0.4, ("sharing",)), PLANS)
+  with pytest.raises(ValueError, match="needs a budget such as kv=75%"):
+    Budget("followers", 2, allow)
+
+
+def test_each_is_judged_as_its_refit_would_be(params):
+  """A narrow mixture's judged loss is that of the narrow model; the least comes first."""
+  judge = Judge(DENSE, params, TEXTS, Refit(), maps=False)
+  options = [Mixture(DENSE.plan, 2), Mixture(PLANS[0], 6), Mixture(DENSE.plan, cache_dtype="int8")]
+  found = judged(judge, options, no_stage(""))
+  assert list(found.values()) == sorted(found.values())
+  rows = np.concatenate([text.calibration for text in TEXTS])
+  made = refit(DENSE, params, PLANS[0], rows, Refit(value_dim=6))
+  loss = [sa_jax.perplexity(made.model, made.params, text.judging).loss for text in TEXTS]
+  assert found[options[1]] == pytest.approx(judge.increase(np.array(loss)), abs=1e-4)
+  assert all(" values " not in str(plan) for plan in judge.measured)
+
+
+def test_share_by_bytes(params):
+  effort = Effort(Search("dp"), calibration_rows=16, judging_rows=4)
+  made = share(DENSE, params, TEXTS, Budget("kv", 0.5, ("sharing", "values", "int8")), effort)
+  assert made.mixture.part(CONFIG) <= 0.5
+  assert made.model.config.cache_dtype == made.mixture.cache_dtype
+  assert made.model.config.value_dim == made.mixture.value_dim
+  loss = sa_jax.perplexity(made.model, made.params, TEXTS[0].judging).loss
+  assert loss == pytest.approx(made.shared["one"].loss, abs=1e-5)
+  told = card("tiny", made, TEXTS, effort, 1.0)
+  assert f"left {bytes_of(CONFIG, made.mixture)['left']} bytes" in told
