@@ -104,7 +104,8 @@ def beam(
       costs = shortlist.costs
       candidates = sorted(candidates, key=lambda plan: plan_cost(plan, costs))[: shortlist.size]
     so_far = f", {math.exp(best[-1].increase):.3f} × with {len(best)}" if best else ""
-    progress = stage(f"follower {len(best) + 1}{so_far}")
+    last = f" of {followers}" if math.isinf(budget.nats) else ""
+    progress = stage(f"follower {len(best) + 1}{last}{so_far}")
     found = []
     for index, plan in enumerate(candidates):
       losses = judge.losses(plan, parents[plan])

@@ -1,0 +1,97 @@
+"""This GPU's attention kernels, compiled, against plain JAX in float32; exits with 1 where one is off.
+
+python experiments/efficiency/check_kernels.py
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sa_jax import ops
+from sa_jax.trees import Tree
+
+TOLERANCE = 2e-2
+"""Of the largest magnitude: bfloat16 has 8 bits."""
+
+
+def normal(seed: int, *shapes: tuple[int, ...]) -> list[jax.Array]:
+  """Random bfloat16 arrays."""
+  rng = np.random.default_rng(seed)
+  return [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes]
+
+
+def wide(tree: Tree) -> Tree:
+  """In float32, for which no kernel is chosen."""
+  return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
+
+
+def off(found: Tree, expected: Tree) -> float:
+  """The largest distance, relative to the largest magnitude of each array."""
+  relative = lambda a, b: float(jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / (jnp.max(jnp.abs(b)) + 1e-9))
+  return max(jax.tree.leaves(jax.tree.map(relative, found, expected)))
+
+
+def decoding() -> Iterator[tuple[str, float]]:
+  """One new token a row, with and without sinks, an int8 cache and narrow values."""
+  batch, heads, kv_heads, slots = 4, 16, 4, 512
+  offset = jnp.asarray([0, 70, 128, slots - 1], jnp.int32)
+  for (width, narrow), sinks, int8 in itertools.product(((128, 128), (128, 64), (128, 32), (64, 32)), (0, 1), (0, 1)):
+    q, key, value, keys, values = normal(
+      0, (batch, 1, heads, width), (batch, 1, kv_heads, width), (batch, 1, kv_heads, narrow),
+      (batch, kv_heads, slots, width), (batch, kv_heads, slots, narrow),
+    )  # fmt: skip
+    cached = (ops.Int8.of(keys), ops.Int8.of(values)) if int8 else (keys, values)
+    rows = ops.Rows(offset=offset, sinks=jnp.linspace(-1, 3, heads) if sinks else None)
+
+    @jax.jit
+    def both(q: jax.Array, new: Tree, cached: Tree, rows: ops.Rows = rows) -> tuple[jax.Array, jax.Array]:
+      out, weights, (_, values) = ops.decode_attend(q, new, cached, rows, with_weights=True)
+      return out, ops.decode_follow(weights, new[1], values, rows.offset)[0]
+
+    found = both(q, (key, value), cached)
+    expected = both(*wide((q, (key, value), cached)))
+    yield f"decode H={width} R={narrow}{' sinks' * sinks}{' int8' * int8}", off(found, expected)
+
+
+def gradients(backend: str, rows: ops.Rows) -> Callable[..., Tree]:
+  """Of the output times ``seed``, with respect to queries, keys and values."""
+
+  def total(q: jax.Array, k: jax.Array, v: jax.Array, seed: jax.Array) -> jax.Array:
+    return jnp.sum(ops.attend(q, k, v, rows, backend=backend).astype(jnp.float32) * seed)
+
+  return jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+
+
+def whole_rows() -> Iterator[tuple[str, float]]:
+  """Gradients of whole rows by backend."""
+  for backend, (width, narrow), sinks in (
+    ("flash", (128, 128), True), ("flash", (64, 64), True), ("flash", (128, 64), False),
+    ("cudnn", (128, 128), False), ("cudnn", (128, 64), False), ("auto", (128, 32), False), ("auto", (64, 64), True),
+  ):  # fmt: skip
+    q, k, v, seed = normal(1, (2, 256, 8, width), (2, 256, 2, width), (2, 256, 2, narrow), (2, 256, 8, narrow))
+    rows = ops.Rows(sinks=jnp.linspace(-1, 3, 8) if sinks else None)
+
+    found = gradients(backend, rows)(q, k, v, seed.astype(jnp.float32))
+    expected = gradients("reference", rows)(*wide((q, k, v, seed)))
+    yield f"{backend} H={width} R={narrow}{' sinks' * sinks}, gradients", off(found, expected)
+
+
+def main() -> None:
+  """Prints a line a case."""
+  jax.config.update("jax_default_matmul_precision", "highest")
+  print(jax.devices()[0].device_kind, jax.__version__)
+  wrong = 0
+  for name, distance in itertools.chain(decoding(), whole_rows()):
+    wrong += not distance < TOLERANCE
+    print(f"{'ok' if distance < TOLERANCE else 'WRONG':<6} {distance:.1e}  {name}", flush=True)
+  sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+  main()
