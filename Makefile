@@ -14,7 +14,7 @@ help:
 	@echo "make demo        Shared Attention on SmolLM2-135M: what it saves, what it costs, what it says"
 	@echo "make test        the test suite"
 	@echo "make test-fast   what needs neither torch nor much time"
-	@echo "make coverage    the same, and what it covers; fails below the floor in pyproject.toml"
+	@echo "make coverage    the same, and what it covers; CASES=--once runs one case of each test"
 	@echo "make lint        ruff, formatting, types"
 	@echo "make format      rewrite the code in our format"
 	@echo "make hooks       what pre-commit checks, on all files"

@@ -18,7 +18,7 @@ from sa_jax.ops.attention import dispatch
 from tests import pages
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", *sorted(ROOT.glob("experiments/*/README.md"))]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", *sorted(ROOT.glob("experiments/**/README.md"))]
 PUBLIC = sorted(
   ".".join(path.parent.relative_to(ROOT).parts)
   for path in (ROOT / "sa_jax").rglob("__init__.py")
@@ -117,6 +117,31 @@ def test_scripts_of_the_pages_exist_with_their_flags():
         assert not unknown, f"{page}: {script} has no {unknown}"
         seen.add(script)
   assert len(seen) >= 10
+
+
+def test_what_the_commands_of_experiments_read_is_told():
+  """Variables are set on the page, or on the page of all experiments; a file of the model's is a variable."""
+  folder = ROOT / "experiments"
+  told = set(re.findall(r"export (\w+)=", (folder / "README.md").read_text(encoding="utf-8")))
+  assert told == {"SMOLLM2", "SA_JAX_DATA"}
+  for page in folder.glob("*/README.md"):
+    text = page.read_text(encoding="utf-8")
+    words = [word for line in shell_lines(text) for word in line]
+    used = {name for word in words for name in re.findall(r"\$\{?(\w+)", word)}
+    assert used - told <= set(re.findall(r"\bfor (\w+) in", text)), page
+    assert not [word for word in words if "SmolLM2" in word], page
+
+
+def test_experiments_import_what_there_is():
+  missing = []
+  for path in (ROOT / "experiments").rglob("*.py"):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+      if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sa_jax":
+        module = importlib.import_module(node.module)
+        for name in (alias.name for alias in node.names):
+          if not hasattr(module, name) and importlib.util.find_spec(f"{node.module}.{name}") is None:
+            missing.append(f"{path.name}: {node.module}.{name}")
+  assert not missing
 
 
 def test_links_between_pages_lead_somewhere():

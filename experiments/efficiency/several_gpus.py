@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 from rich.progress import track
 
-from sa_jax import ModelConfig, SharingPlan
-from sa_jax.cli.common import quantity, show_table, write_json
+from sa_jax import ModelConfig, SharingPlan, ops
+from sa_jax.cli.common import show_table, write_json
+from sa_jax.display import quantity
 from sa_jax.hlo import Collective, collectives
 from sa_jax.nn import Runs
 from sa_jax.sharding import make_mesh, named_sharding, on_mesh, tree_shardings
@@ -67,14 +68,14 @@ def compiled(plan: str, layers: int, length: int, devices: int, gradient: bool) 
   x = jax.ShapeDtypeStruct(
     (1, length, preset.embed_dim), jnp.float32, sharding=named_sharding(mesh, ("batch", "length", None))
   )
-  boxed = jax.eval_shape(lambda x: stack.init(jax.random.key(0), x, None), x)
+  boxed = jax.eval_shape(lambda x: stack.init(jax.random.key(0), x, ops.Rows()), x)
   like = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
   params = jax.tree.map(like, nn.unbox(boxed), tree_shardings(boxed, mesh))
 
   def loss(x: jax.Array, params: Any) -> jax.Array:
-    return jnp.square(stack.apply(params, x, None)).sum()
+    return jnp.square(stack.apply(params, x, ops.Rows())).sum()
 
-  program = jax.grad(loss) if gradient else lambda x, params: stack.apply(params, x, None)
+  program = jax.grad(loss) if gradient else lambda x, params: stack.apply(params, x, ops.Rows())
   with on_mesh(mesh):
     return collectives(jax.jit(program).lower(x, params).compile().as_text())
 
