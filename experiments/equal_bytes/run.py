@@ -25,7 +25,7 @@ from sa_jax.formats.hf_plan import write_plan
 sys.path.insert(0, str(Path(__file__).parents[1] / "search"))
 from run import calibration_texts, test_texts
 
-BUDGETS = (0.87, 0.734, 0.5, 0.334, 0.25)
+BUDGETS = (0.875, 0.75, 0.54, 0.4, 0.3)
 METHODS: dict[str, tuple[Means, ...]] = {
   "sharing": ("sharing",),
   "values": ("values",),
