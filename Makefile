@@ -84,13 +84,13 @@ wheel:
 	cd build/wheel && bash -c 'time bin/python $(CURDIR)/tests/pages.py $(CURDIR)/docs/quick-start.md'
 	build/wheel/bin/sa-jax --help > /dev/null
 
-EXTRAS_OF_WHEEL := gguf sentencepiece plots train data wandb eval cuda tpu test lint docs browser notebooks
+EXTRAS_OF_WHEEL = import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'])
 extras:
 	test -f dist/*.whl || { echo "There is no wheel: run make wheel"; exit 1; }
 	rm -rf build/extras
 	$(PYTHON) -m venv build/extras
 	build/extras/bin/python -m pip install --quiet --upgrade pip
-	for extra in $(EXTRAS_OF_WHEEL); do \
+	for extra in $$($(PYTHON) -c "$(EXTRAS_OF_WHEEL)"); do \
 	  build/extras/bin/python -m pip install --quiet --dry-run "$$(ls dist/*.whl)[$$extra]" || exit 1; \
 	  echo "$$extra resolves"; \
 	done

@@ -2,8 +2,8 @@
 # # 3. Distil it back
 #
 # A plan that was chosen without care costs a lot. The dense model can teach the shared one on any text, and low-rank
-# adapters keep that small. On two CPU cores there is time for a few steps only: enough to see the loss fall. With
-# [three minutes on one GPU](../benchmarks.md) a refitted model with 8 followers is as good as the dense one.
+# adapters keep that small. On two CPU cores there is time for a few steps only: enough to see the loss fall. A minute
+# on one GPU brings a refitted model with 8 followers [almost back](../benchmarks.md) to the dense one.
 
 # %%
 import importlib.util

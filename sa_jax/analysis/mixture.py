@@ -54,7 +54,7 @@ class Mixture(NamedTuple):
   def __str__(self) -> str:
     """Such as ``8 followers, values of 48, int8``."""
     followers = len(self.plan.followers)
-    parts = [f"{followers} followers"] if followers else []
+    parts = [f"{followers} follower{'s' if followers > 1 else ''}"] if followers else []
     parts += [f"values of {self.value_dim}"] if self.value_dim is not None else []
     return ", ".join([*parts, *([self.cache_dtype] if self.cache_dtype else [])]) or "dense"
 

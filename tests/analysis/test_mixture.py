@@ -43,7 +43,7 @@ def test_what_fits_is_counted():
     assert each.part(CONFIG) <= 0.75
     gone = bytes_of(CONFIG, each)
     assert (sum(gone.values()), gone["left"]) == (256, cache.nbytes)
-  assert str(found[1]) == "1 followers, values of 6"
+  assert str(found[1]) == "1 follower, values of 6"
   assert [each.value_dim for each in within(CONFIG, Budget("kv", 0.75, ("values",)), PLANS)] == [4]
   with pytest.raises(ValueError, match=r"nothing brings kv to 40.0% by sharing: the least is 62.5%"):
     within(CONFIG, Budget("kv", 0.4, ("sharing",)), PLANS)
