@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
-import contextvars
 import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +21,9 @@ from sa_jax.formats.table import Entry, Index
 from sa_jax.trees import Params, Tree
 
 Progress = Callable[[int, int], None]
-_Job = TypeVar("_Job")
-_Done = TypeVar("_Done")
 
 _LOG = logging.getLogger("sa_jax")
 _CACHE_LINE = 64
-_AHEAD = 2  # tensors that are read at a time
 _NAMED = 5  # names that a warning lists
 
 
@@ -154,42 +148,29 @@ def place(tree: Params, shardings: Tree, progress: Progress | None) -> dict[str,
   each = [shardings] * len(leaves) if isinstance(shardings, Sharding) else jax.tree.leaves(shardings)
   placed: list[jax.Array | None] = [None] * len(leaves)
   finite: list[tuple[str, jax.Array]] = []
+  done, total = 0, sum(len(leaf.readers) for leaf in leaves)
   # The largest first: the memory in flight is then least when the most is placed.
-  order = sorted(range(len(leaves)), key=lambda number: -leaves[number].nbytes)
-  jobs = [(number, layer) for number in order for layer in range(len(leaves[number].readers))]
-
-  def put(job: tuple[int, int]) -> jax.Array:
-    number, layer = job
-    return _put(leaves[number], layer, _of_layer(each[number], len(leaves[number].leading)))
-
-  for done, ((number, layer), piece) in enumerate(zip(jobs, _ahead(put, jobs)), 1):
-    leaf, array = leaves[number], placed[number]
-    finite.append((leaf.names[layer], _is_finite(piece)))
-    if not leaf.leading:
-      array = piece
-    else:
-      array = _empty(leaf.shape, leaf.dtype, each[number]) if array is None else array
-      array = _insert(array, piece, tuple(np.int32(i) for i in np.unravel_index(layer, leaf.leading)))
-    placed[number] = array.block_until_ready()  # so that few tensors are in flight
-    if progress is not None:
-      progress(done, len(jobs))
+  for number in sorted(range(len(leaves)), key=lambda number: -leaves[number].nbytes):
+    leaf, sharding = leaves[number], each[number]
+    array = None
+    for layer in range(len(leaf.readers)):
+      piece = _put(leaf, layer, _of_layer(sharding, len(leaf.leading)))
+      finite.append((leaf.names[layer], _is_finite(piece)))
+      if not leaf.leading:
+        array = piece
+      else:
+        array = _empty(leaf.shape, leaf.dtype, sharding) if array is None else array
+        array = _insert(array, piece, tuple(np.int32(i) for i in np.unravel_index(layer, leaf.leading)))
+      array.block_until_ready()  # so that one tensor at most is in flight
+      done += 1
+      if progress is not None:
+        progress(done, total)
+    placed[number] = array
   # A tensor of the file may hold several parameters.
   if wrong := list(dict.fromkeys(name for name, is_finite in finite if not is_finite)):
     others = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
     _LOG.warning("there are NaN or infinite numbers in %s%s", ", ".join(wrong[:_NAMED]), others)
   return jax.tree.unflatten(structure, placed)
-
-
-def _ahead(work: Callable[[_Job], _Done], jobs: Sequence[_Job]) -> Iterator[_Done]:
-  """What becomes of each job, in order, a few at a time: what reads and unpacks leaves Python's lock to others."""
-  with concurrent.futures.ThreadPoolExecutor(_AHEAD, thread_name_prefix="open") as pool:
-    begun: collections.deque[concurrent.futures.Future[_Done]] = collections.deque()
-    for job in jobs:
-      begun.append(pool.submit(contextvars.copy_context().run, work, job))
-      if len(begun) == _AHEAD:
-        yield begun.popleft().result()
-    while begun:
-      yield begun.popleft().result()
 
 
 @jax.jit
