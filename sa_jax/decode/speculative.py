@@ -219,7 +219,10 @@ class SpeculativeEngine:
     kept = (places <= agreed[:, None]) & ~ended_before & (places < rows.remaining[:, None]) & ~rows.done[:, None]
     told = jnp.where(kept, ops.token_log_likelihoods(logits, tokens), 0.0) if sampler.log_probs else None
     new = Drawn(jnp.where(kept, tokens, -1), told)
-    unsound = jnp.where(rows.done, rows.unsound, unsound_from(rows.unsound, logits[:, 0], rows.positions + 1))
+    unsound = rows.unsound
+    for at in range(self.ahead + 1):
+      found = unsound_from(unsound, logits[:, at], rows.positions + 1 + at)
+      unsound = jnp.where(kept[:, at], found, unsound)
     read_on = dataclasses.replace(state, rows=dataclasses.replace(rows, cache=cache, unsound=unsound))
     return self._advanced(read_on, proposed.histories, new, (ends & kept).any(axis=1), sampler), new
 
