@@ -176,7 +176,41 @@ def pareto_front(
       side = (-6, "right") if saved[at + 1] > max(saved) / 2 else (6, "left")
       axes.annotate(label, (saved[at + 1], added[at + 1]), (side[0], 6), textcoords="offset points", ha=side[1])
   axes.set(title=title, xlabel="KV cache saved, per cent", ylabel="loss added, nats a token")
-  axes.margins(y=0.1)
+  axes.margins(y=0.2)  # labels of two lines
   axes.grid(alpha=0.3)
+  axes.legend()
+  save(figure, path)
+
+
+def perplexity_bars(results: Mapping[str, Mapping[str, float]], path: Path, *, title: str) -> None:
+  """Draws how far a shared model's perplexity is from the dense model's, a bar a text, with its numbers.
+
+  Args:
+    results: name of a text → perplexities, ``dense``, ``shared``, and ``undistilled`` if there was a distillation.
+    path: the PNG to write.
+    title: above the picture.
+
+  Raises:
+    UserError: if matplotlib is not installed.
+  """
+  figure = new_figure(7, 5)
+  axes = figure.subplots()
+  axes.axhline(0, color="grey", linewidth=1)
+  stages = {"undistilled": "refitted", "shared": "distilled"}
+  if not all("undistilled" in each for each in results.values()):
+    stages = {"shared": "shared"}
+  width = 0.8 / len(stages)
+  for number, (stage, label) in enumerate(stages.items()):
+    places = np.arange(len(results)) + (number - (len(stages) - 1) / 2) * width
+    heights = [100 * (each[stage] / each["dense"] - 1) for each in results.values()]
+    bars = axes.bar(places, heights, 0.9 * width, label=label)
+    axes.bar_label(bars, [f"{each[stage]:.2f}" for each in results.values()], padding=2)
+  names = [f"{name}\ndense {each['dense']:.2f}" for name, each in results.items()]
+  axes.set(title=title, ylabel="perplexity over the dense model's, per cent")
+  axes.set_xticks(np.arange(len(results)), names)
+  axes.set_xlim(-0.8, len(results) - 0.2)
+  axes.margins(y=0.15)
+  axes.grid(alpha=0.3, axis="y")
+  axes.set_axisbelow(True)
   axes.legend()
   save(figure, path)

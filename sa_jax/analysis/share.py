@@ -252,6 +252,8 @@ def share(
   if isinstance(wanted, SharingPlan):
     candidates = [Mixture(wanted)]
   else:
+    if wanted.allow == ("sharing",):
+      wanted = wanted.counted(model.config, texts[0].judging.shape[1])  # what cannot be met is told before the work
     judged = [text._replace(calibration=text.calibration[: effort.search.search_rows]) for text in fitted]
     judge = Judge(
       model,

@@ -25,6 +25,8 @@ _DESCRIPTION = f"""Shared Attention for JAX.
 Before the command: --version tells versions; {_NO_CACHE} compiles anew what the user's cache folder may have, as does
 SA_JAX_COMPILATION_CACHE=off."""
 
+_LESS_MEMORY = "shorter rows, fewer of them at a time, a smaller dtype or more devices need less"
+
 
 class Command(Protocol):
   """A parsed subcommand; one that computes in exact float32 has a true ``exact``."""
@@ -71,7 +73,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except BrokenPipeError:  # who read our output has read enough; Python would complain once more at its end
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
+  except Exception as error:
+    if os.environ.get("SA_JAX_DEBUG") or not _is_out_of_memory(error):
+      raise
+    said = str(error).removeprefix("RESOURCE_EXHAUSTED: ").split("\n")[0]
+    print(_fitted(f"sa-jax: error: there is not enough memory ({said}); {_LESS_MEMORY}"), file=sys.stderr)
+    return 2
   return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+  """Whether a device or this machine has not given what was asked for. JAX's own type is not imported for it."""
+  from_jax = type(error).__name__ == "JaxRuntimeError" and str(error).startswith("RESOURCE_EXHAUSTED")
+  return from_jax or isinstance(error, MemoryError)
 
 
 def _fitted(text: str) -> str:

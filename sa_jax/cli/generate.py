@@ -57,6 +57,8 @@ class Generate:
     self.opening.begin()
     tokenizer = self.opening.tokenizer(self.model)
     encoded = [tokenizer.encode(self._prompt(tokenizer, text), special=not self.chat) for text in asked]
+    if empty := [number for number, tokens in enumerate(encoded, 1) if not tokens]:
+      raise UserError.of("prompts", [f"number {number} has no token: write something" for number in empty])
     model, params = self.opening.ready(self.model)
     start = time.perf_counter()
     if len(encoded) == 1:

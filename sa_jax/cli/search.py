@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 from sa_jax.cli.common import console, exact_float32, is_first, show_table, tell, write_json
@@ -89,13 +90,15 @@ class SearchPlan(Searching):
     names = ", ".join(text.name for text in texts)
     title = f"{self.model.stem}: what sharing costs\n{names}, {rows} rows of {self.cutting.length} tokens"
     # A few plans have room for what they are; of many there is how many layers follow.
-    label = lambda plan: str(plan) if len(front) <= 3 else str(len(plan.followers))
+    label = lambda each: (
+      f"{each.plan}\nperplexity × {math.exp(each.increase):.3f}" if len(front) <= 3 else str(len(each.plan.followers))
+    )
     name = how.strategy if len(front) <= 3 else f"{how.strategy} (numbers: followers)"
     if is_first():
       plots.pareto_front(
         {name: [(saved(each.plan), each.increase) for each in front]},
         file,
         title=title,
-        labels={name: [label(each.plan) for each in front]},
+        labels={name: [label(each) for each in front]},
       )
     tell("\nThe front", file)

@@ -33,6 +33,8 @@ class Share(Searching):
   sa_jax.plans knows."""
   distill_minutes: float | None = None
   """Minutes of distillation after the refit, on all rows of the texts that are not judged by."""
+  plot: Path | None = None
+  """Draw perplexities beside the dense model's to this PNG."""
   json: Path | None = None
   """Also write the numbers to this file."""
 
@@ -40,6 +42,7 @@ class Share(Searching):
   def run(self) -> None:
     """Prints dense against shared, and saves."""
     from sa_jax import SharingPlan, cost, plans
+    from sa_jax.analysis import plots
     from sa_jax.analysis.budget import Budget
     from sa_jax.analysis.card import card, results
     from sa_jax.analysis.distilling import Distillation
@@ -50,7 +53,9 @@ class Share(Searching):
 
     begun = time.perf_counter()
     check_absent(self.out)
-    for file in (self.json, self.record):
+    if self.plot is not None:
+      plots.check_installed()
+    for file in (self.json, self.record, self.plot):
       check_writable(file)
     wanted: Budget | SharingPlan = dataclasses.replace(Budget.parse(self.budget), allow=self.allow)
     if self.plan is not None and self.allow != ("sharing",):
@@ -85,6 +90,10 @@ class Share(Searching):
       console.print(
         f"a checkpoint does not say how it is cached: generate with --cache-dtype {made.mixture.cache_dtype}"
       )
+    if self.plot is not None and is_first():
+      rows = sum(len(text.judging) for text in texts)
+      title = f"{self.model.stem} with {made.mixture}\n{rows} rows of {length} tokens"
+      plots.perplexity_bars(perplexities, self.plot, title=title)
     write_json(
       self.json,
       {

@@ -34,3 +34,15 @@ def test_one_plan_is_beside_dense(drawn, tmp_path):
   line = next(line for line in axes.lines if line.get_label() == "greedy")
   np.testing.assert_allclose(line.get_xydata(), [[0, 0], [5, 0.03]])
   assert {text.get_text() for text in axes.texts} == {"dense", "25:26-27"}
+
+
+def test_bars_of_perplexity_have_numbers_and_begin_at_dense(drawn, tmp_path):
+  found = {"a": {"dense": 20.0, "shared": 21.0}, "b": {"dense": 10.0, "shared": 9.5}}
+  plots.perplexity_bars(found, tmp_path, title="t")
+  (axes,) = drawn()
+  np.testing.assert_allclose([bar.get_height() for bar in axes.patches], [5, -5])
+  assert [text.get_text() for text in axes.texts] == ["21.00", "9.50"]
+  assert [text.get_text() for text in axes.get_xticklabels()] == ["a\ndense 20.00", "b\ndense 10.00"]
+  plots.perplexity_bars({"a": {"dense": 20.0, "undistilled": 22.0, "shared": 21.0}}, tmp_path, title="t")
+  (axes,) = drawn()
+  assert [text.get_text() for text in axes.get_legend().get_texts()] == ["refitted", "distilled"]

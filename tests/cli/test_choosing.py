@@ -68,7 +68,8 @@ def test_share_saves_the_model_that_it_measured(folder):
 def test_share_takes_a_plan_and_distils(folder):
   arguments = ["share", str(folder / "model"), str(folder / "one.txt"), "--out", str(folder / "shared"), *SIZES]
   arguments += ["--dtype", "float32", "--json", str(folder / "share.json"), "--effort", "quick"]
-  assert main([*arguments, "--plan", "1:2,4:5-6", "--distill-minutes", "0.02"]) == 0
+  assert main([*arguments, "--plan", "1:2,4:5-6", "--distill-minutes", "0.02", "--plot", str(folder / "p.png")]) == 0
+  assert (folder / "p.png").read_bytes().startswith(b"\x89PNG")
   numbers = json.loads((folder / "share.json").read_text())
   assert numbers["plan"] == "1:2,4:5-6" == str(sa_jax.from_pretrained(folder / "shared")[0].plan)
   assert numbers["perplexity"]["one"]["shared"] <= numbers["perplexity"]["one"]["undistilled"]

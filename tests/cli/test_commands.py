@@ -214,6 +214,7 @@ def test_inspect_tells_kinds_of_our_own_checkpoints_too(folder, tmp_path, capsys
     (["generate", "FOLDER", "1", "--top-k", "3"], "set a temperature above 0"),
     (["generate", "no-such-folder", "1", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
     (["generate", "FOLDER"], "at least one prompt is needed"),
+    (["generate", "FOLDER", "1", ""], "prompts: number 2 has no token"),
     (["generate", "FOLDER", "--prompts", "no-such-file"], "cannot read no-such-file: No such file or directory"),
     (["chat", "FOLDER"], "this model has no chat template"),
     (["chat", "FOLDER", "--options", "thinking"], "'thinking' is not spelt like enable_thinking=false (--options)"),

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from sa_jax import UserError, cli
@@ -60,6 +61,20 @@ def test_faults_of_ours_keep_their_traceback(monkeypatch, fault):
   with pytest.raises(type(fault)) as caught:
     cli.main(["cost", "smollm2-135m"])
   assert caught.value is fault
+
+
+@pytest.mark.parametrize(
+  "fault",
+  [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 97 bytes.\nmore"), MemoryError("97")],
+)
+def test_too_little_memory_is_one_line(monkeypatch, capsys, fault):
+  def fail(self):
+    raise fault
+
+  monkeypatch.setattr(cost.CostOf, "run", fail)
+  assert cli.main(["cost", "smollm2-135m"]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert re.search(r"not enough memory \(.*97.*\); shorter rows", line)
 
 
 @pytest.mark.parametrize(
