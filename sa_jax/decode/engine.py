@@ -180,7 +180,7 @@ class Engine:
         jnp.ones(slots, bool),
         jax.random.split(jax.random.key(0), slots),
         jnp.zeros(slots, jnp.float32),
-        jnp.full(slots, SOUND),
+        jnp.full(slots, SOUND, jnp.int32),
         sampler.begin(Start(tokens[:, None], lengths, capacity + 1, config.vocab_size)),
       )
 
@@ -264,7 +264,7 @@ class Engine:
       jnp.zeros(rows, bool),
       prompts.keys,
       jnp.zeros(rows, jnp.float32),
-      jnp.full(rows, SOUND),
+      jnp.full(rows, SOUND, jnp.int32),
       sampler.begin(start),
     )
     return self._in_place(self.drawn(sampler, logits, state))
