@@ -199,9 +199,9 @@ def _group_step(kind: int, share: Portion) -> Step:
 
 
 class _Alike:
-  """Methods of blocks inside a function that `jax.jit` traces: those that are alike are traced and lowered once.
+  """Methods of blocks inside a function that `jax.jit` traces: those that are alike are traced once.
 
-  A program of 30 layers starts in a fraction of the time; XLA inlines the calls.
+  A program of 30 layers is traced in a fraction of the time, and the compiler sees every layer.
   """
 
   def __init__(self, is_traced: bool):
@@ -216,7 +216,7 @@ class _Alike:
     key = (type(block), method, *static.items())
     if key not in self._known:
       apply: Step = block.clone(parent=None, name=None).apply
-      self._known[key] = jax.jit(functools.partial(apply, method=method, **static))
+      self._known[key] = jax.jit(functools.partial(apply, method=method, **static), inline=True)
     return functools.partial(self._known[key], block.variables)
 
 
