@@ -11,16 +11,18 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from sa_jax import ops
-from sa_jax.config import ModelConfig
+from sa_jax.config import Activation, ModelConfig
 from sa_jax.nn.attention import projection
 from sa_jax.nn.axes import LECUN, Axes, fitting, mesh_axes_of, with_axes
-from sa_jax.nn.mlp import Mlp, gated, is_swiglu
+from sa_jax.nn.mlp import Mlp, gated
 from sa_jax.nn.split import constrain, divides, mesh_axes, spec_of
 
 ROUTER_SCORES = "router_scores"
 """The collection that every mixture leaves its router's scores ``[B, T, X]`` in, stacked as its parameters are."""
 
 _ADAPTERS = ("lora_a", "lora_b")
+_IN_KERNELS: tuple[Activation, ...] = ("silu", "quick_gelu")
+"""The activations that kernels can compute."""
 _INIT = nn.initializers.lecun_normal(batch_axis=(0,))
 
 
@@ -124,7 +126,7 @@ class Moe(nn.Module):
     if x.shape[1] != 1 or not _is_whole():
       return self(x)
     weights, flat = self.experts(), x[:, 0]
-    kernels = is_swiglu(self.config) and ops.has_few_kernels(flat, weights)
+    kernels = self.config.activation in _IN_KERNELS and ops.has_few_kernels(flat, weights)
     routes = jax.tree.map(lambda each: each[:, 0], self.routes(x))
     if kernels or routes.experts.size < weights["down_proj"]["kernel"].shape[0]:
       y = ops.through_few(flat, routes, weights, gated(self.config), kernels)

@@ -157,7 +157,7 @@ def through_few(
     routes: ``[N, C]``.
     weights: of all experts.
     gated: as in `through_experts`.
-    kernels: whether to compute it by kernels, which know SiLU alone, no biases and no adapters.
+    kernels: whether to compute it by kernels, which know no adapters.
 
   Returns:
     ``[N, D]`` in x's dtype.
@@ -170,8 +170,11 @@ def through_few(
   here = routes.experts[None] == places[:, None, None]
   shares = jnp.sum(jnp.where(here, routes.weights[None], 0.0), axis=-1)  # [P, N]
   if kernels:
-    gate, up, down = (weights[name]["kernel"] for name in ("gate_proj", "up_proj", "down_proj"))
-    y = chosen_down(chosen_gated(x, gate, up, places), down, places)
+    of_both = lambda part: [weights[name][part] for name in ("gate_proj", "up_proj") if part in weights[name]]
+    hidden = chosen_gated(x, of_both("kernel"), of_both("bias"), places, gated)
+    down = weights["down_proj"]
+    y = chosen_down(hidden, down["kernel"], places)
+    y = y + down["bias"][jnp.maximum(places, 0)][:, None].astype(y.dtype) if "bias" in down else y
   else:
     held = jax.tree.map(lambda array: array[jnp.maximum(places, 0)], {name: dict(weights[name]) for name in weights})
     product = lambda x, kernel: jnp.einsum("...nd,pdf->pnf" if x.ndim == 2 else "pnd,pdf->pnf", x, kernel)
@@ -184,7 +187,7 @@ def through_few(
 def has_few_kernels(x: jax.Array, weights: Weights) -> bool:
   """Whether kernels can compute `through_few` of x ``[N, D]`` on the present device."""
   each = [weights[name] for name in ("gate_proj", "up_proj", "down_proj")]
-  return all(set(one) == {"kernel"} for one in each) and has_chosen_kernels(x, *(one["kernel"] for one in each))
+  return all(set(one) <= {"kernel", "bias"} for one in each) and has_chosen_kernels(x, *(one["kernel"] for one in each))
 
 
 class Balance(NamedTuple):

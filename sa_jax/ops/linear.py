@@ -4,7 +4,7 @@ Not differentiable: for decoding.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -73,37 +73,43 @@ def gated_linear(x: jax.Array, gate: jax.Array, up: jax.Array, *, interpret: boo
 
 
 def chosen_gated(
-  x: jax.Array, gate: jax.Array, up: jax.Array, places: jax.Array, *, interpret: bool = False
+  x: jax.Array,
+  kernels: Sequence[jax.Array],
+  biases: Sequence[jax.Array],
+  places: jax.Array,
+  gated: Callable[[jax.Array, jax.Array], jax.Array],
+  *,
+  interpret: bool = False,
 ) -> jax.Array:
-  """``silu(x gate[e]) * (x up[e])`` of every row with every chosen expert ``e``; no other expert's weights are read.
+  """``gated(x gate[e], x up[e])`` of every row with every chosen expert ``e``; no other expert's weights are read.
 
   Args:
     x: ``[B, D]``, B up to 64.
-    gate: ``[X, D, F]``; D and F multiples of 64.
-    up: ``[X, D, F]``.
+    kernels: gate and up, ``[X, D, F]`` each; D and F multiples of 64.
+    biases: of both, ``[X, F]`` each, or none.
     places: int32 ``[P]``, the chosen experts; zeros come out where it is negative.
+    gated: such as ``lambda gate, up: silu(gate) * up``, of float32, element by element.
     interpret: runs the kernel on any device, slowly.
 
   Returns:
     ``[P, B, F]`` in x's dtype.
   """
-  batch, features = x.shape
-  weights = pl.BlockSpec((gate.shape[0], features, _BLOCK_OUT), lambda p, i: (0, 0, i))
+  (batch, features), (experts, _, outputs) = x.shape, kernels[0].shape
   return pl.pallas_call(
-    functools.partial(_chosen_gated_kernel, batch=batch),
-    grid=(places.shape[0], gate.shape[2] // _BLOCK_OUT),
+    functools.partial(_chosen_gated_kernel, batch=batch, gated=gated),
+    grid=(places.shape[0], outputs // _BLOCK_OUT),
     in_specs=[
       pl.BlockSpec(places.shape, lambda p, i: (0,)),
       pl.BlockSpec((_padded(x), features), lambda p, i: (0, 0)),
-      weights,
-      weights,
+      *(pl.BlockSpec((experts, features, _BLOCK_OUT), lambda p, i: (0, 0, i)) for _ in kernels),
+      *(pl.BlockSpec((experts, _BLOCK_OUT), lambda p, i: (0, i)) for _ in biases),
     ],
     out_specs=pl.BlockSpec((None, _padded(x), _BLOCK_OUT), lambda p, i: (p, 0, i)),
-    out_shape=jax.ShapeDtypeStruct((places.shape[0], batch, gate.shape[2]), x.dtype),
+    out_shape=jax.ShapeDtypeStruct((places.shape[0], batch, outputs), x.dtype),
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
     interpret=interpret,
     name="chosen_gated",
-  )(places, x, gate, up)
+  )(places, x, *kernels, *biases)
 
 
 def chosen_down(hidden: jax.Array, down: jax.Array, places: jax.Array, *, interpret: bool = False) -> jax.Array:
@@ -207,15 +213,24 @@ def _gated_kernel(x_ref: jax.Ref, gate_ref: jax.Ref, up_ref: jax.Ref, out_ref: j
 
 
 def _chosen_gated_kernel(
-  places_ref: jax.Ref, x_ref: jax.Ref, gate_ref: jax.Ref, up_ref: jax.Ref, out_ref: jax.Ref, *, batch: int
+  places_ref: jax.Ref,
+  x_ref: jax.Ref,
+  gate_ref: jax.Ref,
+  up_ref: jax.Ref,
+  *refs: jax.Ref,
+  batch: int,
+  gated: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> None:
+  *biases, out_ref = refs
   expert = places_ref[pl.program_id(0)]
   real = _real(out_ref.shape[0], _BLOCK_OUT, batch)
 
   @pl.when(expert >= 0)
   def _() -> None:
     gate, up = _products(x_ref, (gate_ref, up_ref), slice(None), batch, (expert,))
-    plgpu.store(out_ref, (jax.nn.silu(gate) * up).astype(out_ref.dtype), mask=real)
+    if biases:
+      gate, up = (y + bias[expert, :].astype(y.dtype)[None] for y, bias in zip((gate, up), biases, strict=True))
+    plgpu.store(out_ref, gated(gate, up).astype(out_ref.dtype), mask=real)
 
   @pl.when(expert < 0)
   def _() -> None:

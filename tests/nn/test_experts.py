@@ -1,7 +1,9 @@
 """A model whose layers are mixtures of experts, on every way that other models go."""
 
 import dataclasses
+import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ import sa_jax
 from sa_jax import ops
 from sa_jax.analysis import look
 from sa_jax.nn import ROUTER_SCORES, PlanArrays, PlannedTransformer
+from sa_jax.nn.experts import Moe
 from sa_jax.train import LoraConfig, abstract_adapters, attach, merge
 from tests import tiny
 
@@ -112,6 +115,21 @@ def test_adapters_of_experts_merge(opened):
   found = logits(model, attach(params, adapters, config))
   np.testing.assert_allclose(found, logits(model, merged), atol=2e-4)
   assert np.abs(np.asarray(found) - np.asarray(logits(model, params))).max() > 0.1
+
+
+@pytest.mark.parametrize("kind", [{}, {"mlp_bias": True, "mlp_clamp": 7.0, "activation": "quick_gelu"}])
+def test_a_step_gathers_the_chosen_experts_and_reads_no_other(kind):
+  """In the compiled text nothing but a gather reads an array of all experts."""
+  moe = Moe(tiny.config(experts=ops.Experts(16, 2), **kind))
+  x = jnp.ones((1, 1, 32))
+  params = nn.unbox(jax.eval_shape(moe.init, jax.random.key(0), x))
+  text = jax.jit(lambda params, x: moe.apply(params, x, method=Moe.step)).lower(params, x).compile().as_text()
+  whole = re.findall(r"(%[\w.]+) = f32\[16,(?:32,48|48,32|48|32)\]\S* (\S+)\(", text)
+  assert {operation for _, operation in whole} == {"parameter"}
+  readers = [line for line in text.splitlines() if any(f"{name}," in line or f"{name})" in line for name, _ in whole)]
+  read = [re.search(r" = \S+ ([\w-]+)\(", line)[1] for line in readers]
+  assert set(read) == {"fusion", "gather"}
+  assert read.count("gather") == (6 if kind else 3)
 
 
 def test_look_sees_what_the_experts_add(opened):

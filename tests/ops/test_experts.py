@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from sa_jax import ops
+from sa_jax.nn.mlp import gated
 from sa_jax.ops import grouped, linear
+from tests import tiny
 
 TOKENS, EXPERTS, CHOSEN, WIDTH, HIDDEN = 20, 6, 2, 16, 24
 
@@ -148,22 +150,27 @@ class TestOnTheDevice:
     for ours, wanted in zip(found, of(jax.lax.ragged_dot, jnp.float32), strict=True):
       np.testing.assert_allclose(ours.astype(jnp.float32), wanted, atol=0.02 * float(jnp.abs(wanted).max()))
 
-  @pytest.mark.parametrize(("tokens", "hidden"), [(1, 256), (5, 64)])
-  def test_kernels_read_the_chosen_experts(self, tokens, hidden):
-    """Experts that nobody chose are NaN, and one place is empty."""
+  @pytest.mark.parametrize(("tokens", "hidden", "clamp"), [(1, 256, None), (5, 64, 0.9)])
+  def test_kernels_read_the_chosen_experts(self, tokens, hidden, clamp):
+    """Experts that nobody chose are NaN, and one place is empty; those with a clamp have biases, too."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape) * 0.2, jnp.bfloat16)
-    gate, up, down = draw(4, 64, hidden), draw(4, 64, hidden), draw(4, hidden, 64)
-    gate, up, down = (kernel.at[jnp.asarray([0, 2])].set(jnp.nan) for kernel in (gate, up, down))
+    shapes = [(64, hidden), (64, hidden), (hidden, 64)] + [(hidden,), (hidden,)] * (clamp is not None)
+    gate, up, down, *biases = (draw(4, *shape).at[jnp.asarray([0, 2])].set(jnp.nan) for shape in shapes)
     x, places = draw(tokens, 64), jnp.asarray([1, 3, -1], jnp.int32)
-    found = linear.chosen_gated(x, gate, up, places, interpret=self.interpret)
+    config = tiny.config() if clamp is None else tiny.config(activation="quick_gelu", mlp_clamp=clamp)
+    found = linear.chosen_gated(x, (gate, up), biases, places, gated(config), interpret=self.interpret)
     np.testing.assert_array_equal(found[2].astype(jnp.float32), 0)
     outputs = linear.chosen_down(found, down, places, interpret=self.interpret)
     np.testing.assert_array_equal(outputs[2], 0)
     wide = lambda array: np.asarray(array.astype(jnp.float32), np.float64)
     for place, expert in enumerate((1, 3)):
-      wanted = wide(x) @ wide(gate[expert])
-      wanted = wanted / (1 + np.exp(-wanted)) * (wide(x) @ wide(up[expert]))
+      left, right = wide(x) @ wide(gate[expert]), wide(x) @ wide(up[expert])
+      if clamp is None:
+        wanted = left / (1 + np.exp(-left)) * right
+      else:
+        left, right = np.minimum(left + wide(biases[0][expert]), clamp), right + wide(biases[1][expert])
+        wanted = left / (1 + np.exp(-1.702 * left)) * (1 + np.clip(right, -clamp, clamp))
       np.testing.assert_allclose(wide(found[place]), wanted, atol=0.005 * np.abs(wanted).max())
       outcome = wide(found[place]) @ wide(down[expert])
       np.testing.assert_allclose(outputs[place], outcome, atol=1e-3 * np.abs(outcome).max())
