@@ -14,7 +14,8 @@ help:
 	@echo "make demo        Shared Attention on SmolLM2-135M: what it saves, what it costs, what it says"
 	@echo "make test        the test suite"
 	@echo "make test-fast   what needs neither torch nor much time"
-	@echo "make coverage    the same, and what it covers; CASES=--once runs one case of each test"
+	@echo "make coverage    the same, and what it covers"
+	@echo "                 with CASES=--cases=2, each of these runs at most two cases of each test"
 	@echo "make lint        ruff, formatting, types"
 	@echo "make format      rewrite the code in our format"
 	@echo "make hooks       what pre-commit checks, on all files"
@@ -39,10 +40,10 @@ demo: $(INSTALLED)
 	$(BIN)/sa-jax demo
 
 test: $(INSTALLED)
-	$(PYTEST)
+	$(PYTEST) $(CASES)
 
 test-fast: $(INSTALLED)
-	$(PYTEST) -m "not slow and not real_model"
+	$(PYTEST) -m "not slow and not real_model" $(CASES)
 
 # From Python 3.12 on, watching lines costs next to nothing.
 coverage: $(INSTALLED)

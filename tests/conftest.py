@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import importlib.util
 import os
+import zlib
 from pathlib import Path
 
 from tests import FAST_COMPILATION
@@ -26,21 +27,23 @@ REFERENCE = Path(__file__).parent / "data" / "reference"
 
 
 def pytest_addoption(parser):
-  parser.addoption("--once", action="store_true", help="of each test one case alone")
+  parser.addoption("--cases", type=int, help="at most so many cases of each test, spread over all that it has")
 
 
 def pytest_collection_modifyitems(config, items):
-  """With ``--once``, the first case of every test: other versions of JAX seldom break one case and not the next."""
-  if not config.getoption("--once"):
+  """With ``--cases``, a part of each test's cases; which ones its name decides, so that tests of families differ."""
+  count = config.getoption("--cases")
+  if not count:
     return
-  seen: set[tuple[str, str]] = set()
-  kept, left = [], []
+  cases: dict[tuple[str, str], list[pytest.Item]] = {}
   for item in items:
-    test = (item.parent.nodeid, getattr(item, "originalname", item.name))
-    (left if test in seen else kept).append(item)
-    seen.add(test)
-  config.hook.pytest_deselected(items=left)
-  items[:] = kept
+    cases.setdefault((item.parent.nodeid, getattr(item, "originalname", item.name)), []).append(item)
+  chosen = set()
+  for test, mine in cases.items():
+    begin = zlib.crc32("::".join(test).encode())
+    chosen.update(mine[(begin + len(mine) * index // count) % len(mine)] for index in range(count))
+  config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+  items[:] = [item for item in items if item in chosen]
 
 
 @pytest.fixture(params=["llama-mha-6l", "llama-gqa-8l"])

@@ -25,7 +25,7 @@ from sa_jax.formats.hf_plan import write_plan
 sys.path.insert(0, str(Path(__file__).parents[1] / "search"))
 from run import calibration_texts, test_texts
 
-BUDGETS = (0.875, 0.75, 0.54, 0.4, 0.3)
+BUDGETS = (0.875, 0.75, 0.54, 0.5, 0.33, 0.25)
 METHODS: dict[str, tuple[Means, ...]] = {
   "sharing": ("sharing",),
   "values": ("values",),
@@ -154,10 +154,17 @@ def plot(file: Path) -> None:
     for name in METHODS:
       mine = sorted((row for row in stored["rows"] if row["method"] == name), key=lambda row: row["part"])
       axis.plot(
-        [100 * row["part"] for row in mine], [row["times_dense"]["test"][text] for row in mine], "o-", label=name
+        [100 * row["part"] for row in mine],
+        [row["times_dense"]["test"][text] for row in mine],
+        marker="o",
+        markersize=12 if len({row["mixture"] for row in mine}) == 1 else 6,
+        label=name,
       )
     axis.set(title=text, xlabel="cache, % of bfloat16's", yscale="log")
+    for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+      which(lambda value, _: f"{value:g}")
     axis.invert_xaxis()
+    axis.grid(alpha=0.3, which="both")
   np.atleast_1d(axes)[0].set_ylabel("perplexity, × dense")
   np.atleast_1d(axes)[0].legend()
   figure.tight_layout()
@@ -176,8 +183,8 @@ def main() -> None:
   add("--rows", type=int, default=176, help="rows of each text to fit to")
   add("--judging", type=int, default=16)
   add("--test", type=int, default=16)
-  add("--search-rows", type=int, default=16, help="of the rows to fit to, how many candidates are judged after")
-  add("--refitted", type=int, default=2, help="candidates of each method that are refitted on all rows")
+  add("--search-rows", type=int, default=8, help="of the rows to fit to, how many candidates are judged after")
+  add("--refitted", type=int, default=1, help="candidates of each method that are refitted on all rows")
   add("--local-epochs", type=int, default=0, help="passes that train each group after the closed form")
   add("--length", type=int, default=512)
   add("--chunk", type=int, default=32)
