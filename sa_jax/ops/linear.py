@@ -215,13 +215,11 @@ def _gated_kernel(x_ref: jax.Ref, gate_ref: jax.Ref, up_ref: jax.Ref, out_ref: j
 def _chosen_gated_kernel(
   places_ref: jax.Ref,
   x_ref: jax.Ref,
-  gate_ref: jax.Ref,
-  up_ref: jax.Ref,
   *refs: jax.Ref,
   batch: int,
   gated: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> None:
-  *biases, out_ref = refs
+  gate_ref, up_ref, *biases, out_ref = refs
   expert = places_ref[pl.program_id(0)]
   real = _real(out_ref.shape[0], _BLOCK_OUT, batch)
 
