@@ -24,16 +24,8 @@ from sa_jax.plan import PlanLike, SharingPlan
 from sa_jax.trees import Params, Tree
 
 _CODE = Path(__file__).parent / "pytorch" / "modeling_shared_attention.py"
-WITHOUT_CODE = {
-  family: why
-  for why, families in {
-    "transformers has no class for it": ("baichuan", "internlm2", "internlm3", "mimo", "minicpm"),
-    "its PyTorch attention makes queries, keys and values in one product": ("phi3", "gpt_neox", "falcon"),
-    "its PyTorch layers pass nothing on to their attention": ("phi", "stablelm", "nemotron"),
-  }.items()
-  for family in families
-}
-"""Families whose followers that code does not cover, and why."""
+WITHOUT_CODE = ("baichuan", "internlm2", "internlm3", "mimo", "minicpm")
+"""Families that transformers has no class for, so that code for their followers has nothing to begin with."""
 _SHARD_BYTES = 500_000_000
 
 
@@ -86,9 +78,11 @@ def _config(config: ModelConfig, plan: SharingPlan) -> dict[str, Any]:
   values = hf_config.write(config)
   if hf_plan.is_plain(config, plan):
     return values
-  if why := WITHOUT_CODE.get(config.family):
+  if config.family in WITHOUT_CODE:
     what = "followers" if plan.followers else "narrow values"
-    raise UserError(f"a {config.family} model with {what} cannot be exported: {why}; without {what} it can")
+    raise UserError(
+      f"a {config.family} model with {what} cannot be exported: transformers has no class for it; without {what} it can"
+    )
   name = f"Shared{values['architectures'][0].removesuffix('ForCausalLM')}"
   return values | {
     "architectures": [f"{name}ForCausalLM"],
@@ -114,7 +108,7 @@ def _generation(config: ModelConfig) -> dict[str, Any]:
 
 def _tensors(config: ModelConfig, plan: SharingPlan) -> list[list[Entry]]:
   """The checkpoint's tensors, each as the parameters that it is made of."""
-  kept = [entry for entry in entries(config) if not entry.is_dropped(plan)]
+  kept = [entry.under(plan) for entry in entries(config) if not entry.is_dropped(plan)]
   return [list(parts) for _, parts in itertools.groupby(kept, key=lambda entry: entry.key)]
 
 

@@ -90,6 +90,15 @@ class Entry(NamedTuple):
     """Whether the parameter is of a kind that followers lack, in a follower."""
     return bool(_ANCHOR_ONLY.match("/".join(self.path))) and not plan.is_anchor(int(self.path[1]))
 
+  def under(self, plan: SharingPlan) -> Entry:
+    """The entry, or of a follower's packed tensor, which has no queries and keys, that of its values alone."""
+    start, end, whole = self.part
+    if self.path[2:3] != ("attention",) or end - start == whole or plan.is_anchor(int(self.path[1])):
+      return self
+    sizes = self.sizes | {"P": end - start}
+    shape = _extents(self.view.split(" -> ")[0], sizes) if self.view else (end - start, *self.shape[1:])
+    return self._replace(shape=shape, part=(0, end - start, end - start))
+
   def our_shape(self) -> tuple[int, ...]:
     """The parameter's shape, or what one expert has of it."""
     return self.to_ours(np.broadcast_to(np.zeros((), np.bool_), self.shape)).shape
@@ -217,6 +226,12 @@ def account(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, plan: Sh
     known.add(entry.key)
     found = shapes.get(entry.key)
     if found is not None and tuple(found) != entry.stored_shape:
+      alone = entry.under(plan)
+      if alone != entry and entry.is_dropped(plan):
+        continue  # what is said of the values of the same tensor is enough
+      if tuple(found) == alone.shape:
+        used.append(alone)
+        continue
       errors[f"wrong shape: {entry.key} is {list(found)}, the config says {list(entry.stored_shape)}"] = None
     elif entry.is_dropped(plan):
       if found is not None:

@@ -13,40 +13,74 @@ The model types are this file's own, so that transformers does not open such a f
 would make random queries and keys for the followers.
 """
 
+import functools
 import inspect
 import sys
+import threading
 
+import torch
 import transformers
 from torch import nn
 from torch.nn.functional import pad
 from transformers import conversion_mapping
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-# What layers and models call the cache that they are given; transformers renamed it in 5.24.
+# What models call the cache that they are given; transformers renamed it in 5.24. Some layers have a name of their own.
 CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters else "past_key_values"
+CACHES = ("cache", "past_key_values", "layer_past")
+# What families call the projections of values, with which some make queries and keys, and of the output.
+VALUES = ("v_proj", "qkv_proj", "query_key_value")
+OUTPUT = ("o_proj", "dense")
+# The weights of this thread's forward pass, by layer. They are no argument, because some families' layers pass none on,
+# and what accelerate dispatches to devices gets copies of its arguments.
+PASS = threading.local()
 
 
-def leaving_weights(attention_class):
-  """A class of attention whose weights are left for followers in the forward pass's ``shared`` dictionary."""
+class Anchor:
+  """Makes the family's attention leave its weights for followers."""
 
-  class AnchorAttention(attention_class):
-    def forward(self, hidden_states, shared, **kwargs):
-      output, weights = super().forward(hidden_states=hidden_states, **kwargs)
-      shared[self.layer_idx] = weights
-      return output, weights
+  def forward(self, hidden_states, **kwargs):
+    output, weights = super().forward(hidden_states, **kwargs)
+    PASS.weights[self.layer_idx] = weights
+    return output, weights
 
-  return AnchorAttention
+
+class Follower:
+  """Makes the family's attention use an anchor's weights: it has values and output alone."""
+
+  def forward(self, hidden_states, **kwargs):
+    values, output = (getattr(self, name) for name in self.names)
+    values = values(hidden_states).unflatten(-1, (-1, self.width)).transpose(1, 2)
+    cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+    if cache is not None:
+      _, values = cache.update(values[..., :0], values, self.layer_idx)
+    weights = PASS.weights[self.source].to(values.device)
+    if self.head_map is not None:
+      weights = weights[:, self.head_map]
+    heads = weights @ values.repeat_interleave(weights.shape[1] // values.shape[1], dim=1)
+    return output(heads.transpose(1, 2).flatten(-2)), weights
+
+
+@functools.cache
+def attention_of(kind, family):
+  """The class of a family's anchors, or of its followers; transformers records the weights of both."""
+  return type(f"{kind.__name__}{family.__name__}", (kind, family), {})
 
 
 class NarrowValues(nn.Linear):
-  """Values of few numbers a head, filled up with zeros to the width of keys, as the family's attention takes them."""
+  """Values of few numbers a head, filled up with zeros to the width of keys, as the family's attention takes them.
 
-  def __init__(self, wide, heads, width):
-    super().__init__(wide.in_features, heads * width, bias=wide.bias is not None)
-    self.width, self.missing = width, wide.out_features // heads - width
+  Queries and keys, where they are made in the same product, come before.
+  """
+
+  def __init__(self, wide, heads, width, missing):
+    super().__init__(wide.in_features, wide.out_features - heads * missing, bias=wide.bias is not None)
+    self.heads, self.width, self.missing = heads, width, missing
 
   def forward(self, hidden_states):
-    return pad(super().forward(hidden_states).unflatten(-1, (-1, self.width)), (0, self.missing)).flatten(-2)
+    queries_and_keys, values = super().forward(hidden_states).tensor_split([-self.heads * self.width], dim=-1)
+    values = pad(values.unflatten(-1, (self.heads, self.width)), (0, self.missing)).flatten(-2)
+    return torch.cat([queries_and_keys, values], dim=-1)
 
 
 class NarrowOutput(nn.Linear):
@@ -58,27 +92,6 @@ class NarrowOutput(nn.Linear):
 
   def forward(self, heads):
     return super().forward(heads.unflatten(-1, (self.heads, -1))[..., : self.width].flatten(-2))
-
-
-class FollowerAttention(nn.Module):
-  """Attention with an anchor's weights: values and output alone."""
-
-  def __init__(self, attention, source, head_map, width):
-    super().__init__()
-    self.source, self.head_map, self.layer_idx, self.width = source, head_map, attention.layer_idx, width
-    self.head_dim, self.groups = attention.head_dim, attention.num_key_value_groups
-    self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
-
-  def forward(self, hidden_states, shared, **kwargs):
-    batch, length, _ = hidden_states.shape
-    values = self.v_proj(hidden_states).view(batch, length, -1, self.head_dim)[..., : self.width].transpose(1, 2)
-    if (cache := kwargs.get(CACHE)) is not None:
-      _, values = cache.update(values[..., :0], values, self.layer_idx)
-    weights = shared[self.source]
-    if self.head_map is not None:
-      weights = weights[:, self.head_map]
-    output = weights @ values.repeat_interleave(self.groups, dim=1)
-    return self.o_proj(output.transpose(1, 2).reshape(batch, length, -1)), weights
 
 
 class NarrowLayer(DynamicLayer):
@@ -116,16 +129,33 @@ class SharedAttention:
     head_map = config.shared_attention.get("head_map") or [None] * len(source)
     self.followers = [layer for layer, anchor in enumerate(source) if layer != anchor]
     self.value_dim = config.shared_attention.get("value_dim")
-    anchor_class = leaving_weights(type(self.model.layers[0].self_attn))
-    for index, (layer, anchor) in enumerate(zip(self.model.layers, source, strict=True)):
-      if self.value_dim is not None:
-        attention, heads = layer.self_attn, config.num_attention_heads
-        attention.o_proj = NarrowOutput(attention.o_proj, heads, self.value_dim)
-        attention.v_proj = NarrowValues(attention.v_proj, heads // attention.num_key_value_groups, self.value_dim)
-      if index == anchor:
-        layer.self_attn.__class__ = anchor_class
-      else:
-        layer.self_attn = FollowerAttention(layer.self_attn, anchor, head_map[index], self.value_dim)
+    attentions = [module for module in self.modules() if type(module).__name__.endswith("Attention")]
+    for attention, anchor, heads in zip(attentions, source, head_map, strict=True):
+      self._share(attention, anchor, heads)
+
+  def _share(self, attention, anchor, head_map):
+    """Makes a layer's attention an anchor's, or a follower's."""
+    names = [next(name for name in names if hasattr(attention, name)) for names in (VALUES, OUTPUT)]
+    values, output = (getattr(attention, name) for name in names)
+    heads = self.config.num_attention_heads
+    head_dim = output.in_features // heads
+    value_heads = values.out_features // head_dim
+    if names[0] != "v_proj":
+      value_heads = (value_heads - heads) // 2
+    width = self.value_dim or head_dim
+    kind = Anchor if attention.layer_idx == anchor else Follower
+    if kind is Follower:
+      for name, _ in [*attention.named_parameters(recurse=False), *attention.named_children()]:
+        delattr(attention, name)
+      values = nn.Linear(values.in_features, value_heads * width, bias=values.bias is not None)
+      output = nn.Linear(heads * width, output.out_features, bias=output.bias is not None)
+      attention.source, attention.head_map, attention.width, attention.names = anchor, head_map, width, names
+    elif width < head_dim:
+      values = NarrowValues(values, value_heads, width, head_dim - width)
+      output = NarrowOutput(output, heads, width)
+    for name, projection in zip(names, (values, output)):
+      setattr(attention, name, projection)
+    attention.__class__ = attention_of(kind, type(attention))
 
   def forward(self, input_ids=None, cache=None, past_key_values=None, use_cache=None, **kwargs):
     use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -134,10 +164,14 @@ class SharedAttention:
       cache = DynamicCache(config=self.config)
     if cache is not None:
       self._cache_what_is_needed(cache)
-    return super().forward(input_ids=input_ids, use_cache=use_cache, shared={}, **{CACHE: cache}, **kwargs)
+    PASS.weights = {}
+    try:
+      return super().forward(input_ids=input_ids, use_cache=use_cache, **{CACHE: cache}, **kwargs)
+    finally:
+      PASS.weights = None
 
   def _cache_what_is_needed(self, cache):
-    missing = len(self.model.layers) - len(cache.layers)
+    missing = self.config.num_hidden_layers - len(cache.layers)
     cache.layers.extend(DynamicLayer() for _ in range(missing))
     if self.value_dim is not None:
       for index in set(range(len(cache.layers))).difference(self.followers):
@@ -148,6 +182,12 @@ class SharedAttention:
         cache.layers[layer] = ValueLayer()
       elif not isinstance(cache.layers[layer], ValueLayer | DynamicSlidingWindowLayer):
         raise ValueError(f"followers take a DynamicCache, not one with a {type(cache.layers[layer]).__name__}")
+
+
+def _read_as(family, own):
+  """What transformers does to a family's tensors as it reads them, such as stacking experts, it does to ours."""
+  if conversion := conversion_mapping.get_checkpoint_conversion_mapping(family):
+    conversion_mapping.register_checkpoint_conversion_mapping(own, conversion, overwrite=True)
 
 
 def __getattr__(name):
@@ -162,10 +202,9 @@ def __getattr__(name):
   config = model.config_class
   if name.endswith("Config"):
     made = type(name, (config,), {"__module__": __name__, "model_type": f"shared_{config.model_type}"})
-    # What transformers does to the family's tensors as it reads them: stacking experts, for example.
-    if conversion := conversion_mapping.get_checkpoint_conversion_mapping(config.model_type):
-      conversion_mapping.register_checkpoint_conversion_mapping(made.model_type, conversion, overwrite=True)
+    _read_as(config.model_type, made.model_type)
   else:
     config = getattr(sys.modules[__name__], f"Shared{family}Config")
     made = type(name, (SharedAttention, model), {"__module__": __name__, "config_class": config})
+    _read_as(model.__name__, name)
   return globals().setdefault(name, made)
