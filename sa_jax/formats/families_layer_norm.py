@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from sa_jax.config import Activation
 from sa_jax.formats import rows_layer_norm as rows
 from sa_jax.formats.family import Family, Key, Spelling
 from sa_jax.formats.reader import Config, Fields, Fixed
@@ -12,10 +11,6 @@ _ALL_BIASES = ("qkv_bias", "output_bias", "mlp_bias")
 _EPS = {"layer_norm_eps": "rms_norm_eps"}
 _NORM_OF_EACH_HEAD = Fixed((False,), "queries and keys are normalised, each head with a scale of its own")
 _BIASED = {"norm": "layer", "norm_bias": True}
-_ACTIVATIONS: dict[str, Activation] = {
-  "silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-  "relu": "relu", "relu2": "relu_squared",
-}  # fmt: skip
 _COHERE_DEFAULTS = {
   "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "pad_token_id": 0, "bos_token_id": 5,
   "eos_token_id": 255_001, "tie_word_embeddings": True, "logit_scale": 0.0625,
@@ -114,7 +109,6 @@ LAYER_NORM_FAMILIES: dict[str, Family] = {
     aliases=_EPS,
     fixed={"qk_layernorm": _NORM_OF_EACH_HEAD},
     defaults={"rms_norm_eps": 1e-5, "hidden_act": "gelu_new", "partial_rotary_factor": 0.5},
-    activations=_ACTIVATIONS,
   ),
   "gpt_neox": Family(
     "GPTNeoXForCausalLM",
@@ -127,7 +121,6 @@ LAYER_NORM_FAMILIES: dict[str, Family] = {
       "attention_bias": True, "use_parallel_residual": True,
     },
     dropped={r"gpt_neox\.layers\.\d+\.attention\.(masked_)?bias": "a causal mask"},
-    activations=_ACTIVATIONS,
   ),
   "falcon": Family(
     "FalconForCausalLM",
@@ -148,7 +141,6 @@ LAYER_NORM_FAMILIES: dict[str, Family] = {
       "rms_norm_eps": 1e-5, "activation": "gelu", "bos_token_id": 11, "eos_token_id": 11, "tie_word_embeddings": True,
     },
     activation="activation",
-    activations=_ACTIVATIONS,
   ),
   "starcoder2": Family(
     "Starcoder2ForCausalLM",
@@ -164,7 +156,6 @@ LAYER_NORM_FAMILIES: dict[str, Family] = {
       "num_key_value_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "use_bias": True,
       "hidden_act": "gelu_pytorch_tanh", "bos_token_id": 50_256, "eos_token_id": 50_256, "tie_word_embeddings": True,
     },
-    activations=_ACTIVATIONS,
     window="all",
   ),
   "nemotron": Family(
@@ -177,7 +168,6 @@ LAYER_NORM_FAMILIES: dict[str, Family] = {
       "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "relu2", "partial_rotary_factor": 0.5,
       "bos_token_id": 2, "eos_token_id": 3,
     },
-    activations=_ACTIVATIONS,
   ),
 }  # fmt: skip
 """By ``model_type``."""

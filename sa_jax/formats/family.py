@@ -34,8 +34,11 @@ class Rule(NamedTuple):
   stacked: bool = False
 
 
-ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-"""By transformers' names."""
+ACTIVATIONS: dict[str, Activation] = {
+  "swish": "silu", "silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+  "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu_squared", "quick_gelu": "quick_gelu",
+}  # fmt: skip
+"""By transformers' names; of several for one, the last is written."""
 
 KeyKind = Literal["flag", "number", "inverse", "inverse_root", "over_root_depth", "over_width"]
 

@@ -46,6 +46,7 @@ CONFIGS = {
   "gemma": dict(head_dim=16),
   "ministral": dict(
     head_dim=16,
+    hidden_act="relu",
     sliding_window=8,
     layer_types=["full_attention", "sliding_attention", "sliding_attention", "sliding_attention"],
   ),
@@ -60,7 +61,7 @@ CONFIGS = {
   "internlm3": dict(head_dim=16, attention_bias=True, mlp_bias=True),
   "mimo": dict(head_dim=16),
   "ernie4_5": dict(head_dim=16, use_bias=True),
-  "helium": dict(head_dim=8, attention_bias=True),
+  "helium": dict(head_dim=8, attention_bias=True, hidden_act="gelu"),
   "glm": dict(head_dim=16, eos_token_id=[95]),
   "glm4": dict(head_dim=16, eos_token_id=[95], rms_norm_eps=1e-5),
   "granite": dict(
