@@ -76,7 +76,7 @@ def _mesh(mesh: MeshSizes) -> Finding:
   except UserError as error:
     return Finding("mesh", str(error), is_fault=True)
   sizes = ", ".join(f"{name} {size}" for name, size in made.shape.items() if size > 1)
-  return Finding("mesh", f"{sizes or 'one device'} over {jax.device_count()} devices")
+  return Finding("mesh", f"{sizes} over {jax.device_count()} devices" if sizes else "one device")
 
 
 def _backends(packed: bool) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 
 def near(name: str, known: Iterable[str]) -> str:
   """What an error adds about a name that is not known: the known ones that are spelt alike, if there are any."""
-  found = difflib.get_close_matches(name, known, 3)
+  spelt = {each.lower(): each for each in known}
+  found = [spelt[each] for each in difflib.get_close_matches(name.lower(), spelt, 3)]
   return f"; did you mean {' or '.join(found)}?" if found else ""
 
 

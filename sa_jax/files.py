@@ -199,6 +199,20 @@ def make_folder(path: Path) -> None:
   check_writable(path / "any")
 
 
+def check_folder(path: Path) -> None:
+  """Checks, before the work that it is for, that a folder can be made, or that files can be written to it.
+
+  Raises:
+    UserError: if they cannot.
+  """
+  path = as_path(path)
+  if is_remote(path) or path.is_dir():
+    return check_writable(path / "any")
+  if path.exists():
+    raise UserError(f"cannot make the folder {path}: it is a file")
+  _check_above(path)
+
+
 def check_absent(path: Path | None) -> None:
   """Checks, before the work that it is for, that a folder does not exist and can be made.
 
@@ -214,6 +228,11 @@ def check_absent(path: Path | None) -> None:
     return check_writable(path / "any")
   if path.exists() or path.is_symlink():
     raise UserError(f"{path} exists already; name a new folder, or remove it first")
+  _check_above(path)
+
+
+def _check_above(path: Path) -> None:
+  """Checks that what does not exist can be made where it shall be."""
   above = next(parent for parent in path.absolute().parents if parent.exists())
   if not above.is_dir():
     raise UserError(f"cannot write {path}: {above} is not a folder")

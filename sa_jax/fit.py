@@ -82,6 +82,8 @@ class Job:
   def __post_init__(self) -> None:
     check_fields(self, "fit")
     wrong = []
+    if self.length >= 2**31:
+      wrong.append(f"length={self.length} (positions are int32: less than {2**31:,} is needed)")
     sizes = mesh_on(self.topology, self.mesh)
     if self.batch % sizes.ways:
       wrong.append(f"batch={self.batch} (a multiple of {sizes.ways_spelt} is needed)")
@@ -386,7 +388,7 @@ def _main(question: str, answer: str) -> None:
   result: Fit | Exception
   try:
     result = compile_job(pickle.loads(Path(question).read_bytes()))
-  except (ValueError, RuntimeError) as error:
+  except (ValueError, RuntimeError, MemoryError) as error:
     result = type(error)(str(error))
   Path(answer).write_bytes(pickle.dumps(result))
 

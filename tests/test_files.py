@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from sa_jax.errors import UserError
-from sa_jax.files import check_absent, check_writable, make_folder, named, new_file, new_folder, read_text, write_text
+from sa_jax.files import (
+  check_absent,
+  check_folder,
+  check_writable,
+  make_folder,
+  named,
+  new_file,
+  new_folder,
+  read_text,
+  write_text,
+)
 
 
 def test_what_the_system_refuses_names_the_file(tmp_path):
@@ -23,6 +33,7 @@ def test_what_the_system_refuses_names_the_file(tmp_path):
     (lambda: check_writable(tmp_path / "no" / "a"), f"cannot write {tmp_path / 'no' / 'a'}: No such file"),
     (lambda: check_writable(tmp_path), "it is a folder"),
     (lambda: make_folder(tmp_path / "file"), f"cannot make the folder {tmp_path / 'file'}: File exists"),
+    (lambda: check_folder(tmp_path / "file"), f"cannot make the folder {tmp_path / 'file'}: it is a file"),
     (lambda: check_absent(tmp_path / "file"), "exists already"),
     (lambda: check_absent(tmp_path / "file" / "b"), f"{tmp_path / 'file'} is not a folder"),
   ):

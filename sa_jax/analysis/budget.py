@@ -42,7 +42,7 @@ class Budget:
     if self.measure == "followers" and not (amount >= 1 and amount == int(amount)):
       raise UserError(f"{amount:g} followers are impossible: a whole number from 1 is needed")
     if self.measure in ("kv", "flops") and not 0 < amount < 1:
-      raise UserError(f"{self.measure}={amount:.3%} is no share of the dense model's: between 0 % and 100 % is needed")
+      raise UserError(f"{self} is no share of the dense model's: between 0 % and 100 % is needed")
     if self.measure != "kv" and self.allow != ("sharing",):
       raise UserError(
         f"allow={' '.join(self.allow)} makes caches smaller: it needs a budget such as kv=75%, not {self}"

@@ -87,12 +87,14 @@ def layer_similarity(
     progress: called with (rows compared, rows in all).
 
   Raises:
-    UserError: if a token is not in the vocabulary, or rows are shorter than ``top_k``.
+    UserError: if a token is not in the vocabulary, rows are shorter than ``top_k``, or ``block`` is not positive.
   """
   tokens = np.asarray(tokens)
   check_tokens(tokens, None, model.config.vocab_size)
   if not 1 <= top_k <= tokens.shape[1]:
     raise UserError(f"top_k must be in 1 to {tokens.shape[1]}, the tokens of a row, not {top_k}")
+  if block < 1:
+    raise UserError(f"block must be at least 1, not {block}")
   check_same_rows(params, "tokens", tokens)
   model = model.clone(config=dataclasses.replace(model.config, attention_state="query_key"))
   layers = as_layers(params, model.plan)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from sa_jax import ops
 from sa_jax.bench.measure import Timing, copy_bandwidth, device_name, matrix_rate, timed, training_rate
-from sa_jax.bench.task import STEPS, Result, Task
+from sa_jax.bench.task import LONGEST_ANSWER, PROMPT, STEPS, Result, Task
 from sa_jax.config import ModelConfig
 from sa_jax.costs import cost
 from sa_jax.decode import Batcher, Engine, Prompts, Sampler
@@ -203,8 +203,8 @@ def batching(task: Task) -> Result:
   model = Transformer(config, plan)
   engine, params = Engine(model), random_tree(abstract_params(model, layout="layers"))
   rng = np.random.default_rng(0)
-  prompts = rng.integers(3, config.vocab_size, (task.requests, 64)).astype(np.int32)
-  lengths = rng.integers(16, 513, task.requests)
+  prompts = rng.integers(3, config.vocab_size, (task.requests, PROMPT)).astype(np.int32)
+  lengths = rng.integers(16, LONGEST_ANSWER + 1, task.requests)
 
   def continuous(count: int, longest_first: bool = False) -> None:
     batcher = Batcher(model, params, slots=task.batch_size, capacity=task.length, longest_first=longest_first)
@@ -217,9 +217,11 @@ def batching(task: Task) -> Result:
   def static(count: int) -> None:
     for start in range(0, count, task.batch_size):
       rows = slice(start, start + task.batch_size)
-      batch = Prompts.of(list(prompts[rows]), 64, lengths[rows].tolist(), 0, range(task.batch_size))
+      batch = Prompts.of(list(prompts[rows]), PROMPT, lengths[rows].tolist(), 0, range(task.batch_size))
       state = engine.prefill(params, batch, sampler=Sampler(), capacity=task.length)
-      jax.block_until_ready(engine.decode(params, state, sampler=Sampler(), steps=511, width=511))
+      jax.block_until_ready(
+        engine.decode(params, state, sampler=Sampler(), steps=LONGEST_ANSWER - 1, width=LONGEST_ANSWER - 1)
+      )
 
   # As many requests as are ever admitted in one program, in each size that there is.
   sizes = [1 << power for power in range(task.batch_size.bit_length()) if 1 << power <= task.batch_size]

@@ -20,6 +20,8 @@ Who = Literal["sa_jax"] | Peer
 
 STEPS = 32
 """Decode steps of one timed call."""
+PROMPT, LONGEST_ANSWER = 64, 512
+"""Tokens of each request in batching, and the most new ones."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,8 @@ class Task(Setting):
       wrong.append(f"`length` {self.length} (peers need {6 * STEPS} slots)")
     if not wrong and self.kind == "batching" and self.requests % self.batch_size:
       wrong.append(f"{self.requests} requests (a multiple of batch_size {self.batch_size} is needed, for batches)")
+    if self.kind == "batching" and self.length < (needed := PROMPT + LONGEST_ANSWER - 1):
+      wrong.append(f"`length` {self.length} ({needed} slots are needed, for the longest request)")
     wrong += [
       f"{field.name} ({self.kind} takes none: it is for {', '.join(_ONLY[field.name])})"
       for field in dataclasses.fields(self)

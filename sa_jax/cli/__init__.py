@@ -43,11 +43,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments: the subcommand and its flags; the process's own when None. Only then are settings made that hold for the
       whole process (see `sa_jax.cli.process`).
   """
+  from sa_jax.cli.process import leave, signal_behind
+
+  try:
+    return _run(arguments)
+  except BaseException as error:
+    if (code := signal_behind(error)) is None:
+      raise
+  return code if arguments is not None else leave(code)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
   from sa_jax.cli.flags import check_flags, explain, fields_of
   from sa_jax.cli.process import own
 
   given = list(sys.argv[1:] if arguments is None else arguments)
-  fields: frozenset[str] = frozenset()
+  fields: dict[str, object] = {}
   if given[:1] == ["--version"]:
     print(_versions())
     return 0
@@ -68,8 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
       raise
     print(_fitted(f"sa-jax: error: {explain(str(error), fields)}"), file=sys.stderr)
     return 2
-  except KeyboardInterrupt:
-    return 130
   except BrokenPipeError:  # who read our output has read enough; Python would complain once more at its end
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1

@@ -13,6 +13,8 @@ from sa_jax.cli.common import console, exact_float32, tell, write_json
 from sa_jax.cli.opening import Opening
 from sa_jax.cli.texts import RowLength
 from sa_jax.config import FloatDtype
+from sa_jax.errors import UserError
+from sa_jax.fields import Count, check_fields
 from sa_jax.files import check_absent, check_writable
 
 
@@ -32,7 +34,7 @@ class Align:
   """Model."""
   cutting: RowLength = dataclasses.field(default_factory=RowLength)
   """Rows."""
-  rows: int = 4
+  rows: Count = 4
   """Rows of each text."""
   out: Path | None = None
   """Save the shared model as this checkpoint, which must not exist."""
@@ -42,6 +44,9 @@ class Align:
   """Also write the maps to this file."""
 
   exact: ClassVar[bool] = True
+
+  def __post_init__(self) -> None:
+    check_fields(self, "align")
 
   @exact_float32()
   def run(self) -> None:
@@ -57,10 +62,12 @@ class Align:
     check_absent(self.out)
     check_writable(self.json)
     self.opening.begin()
+    plan = SharingPlan.parse(self.plan, self.opening.config(self.model).num_layers)
+    if not plan.followers:
+      raise UserError(f"the plan {self.plan!r} has no follower whose heads could be aligned")
     tokenizer = self.opening.tokenizer(self.model)
     tokens = np.concatenate(rows_of_texts(tokenizer, self.texts, self.cutting, self.rows))
     model, params = self.opening.open_dense(self.model)
-    plan = SharingPlan.parse(self.plan, model.config.num_layers)
     with stages() as stage:
       result = align(model, params, plan, tokens, kinds=self.kinds, progress=stage("aligning heads"))
     for layer in plan.followers:

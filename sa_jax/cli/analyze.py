@@ -14,7 +14,8 @@ from sa_jax.cli.opening import Opening
 from sa_jax.cli.progress import progress
 from sa_jax.cli.texts import RowLength
 from sa_jax.errors import UserError
-from sa_jax.files import check_writable, make_folder
+from sa_jax.fields import Count, check_fields
+from sa_jax.files import check_folder, check_writable, make_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +30,11 @@ class Analyze:
   """Model."""
   cutting: RowLength = dataclasses.field(default_factory=RowLength)
   """Rows."""
-  rows: int = 4
+  rows: Count = 4
   """Rows of the text to read."""
-  top_k: int = 8
+  top_k: Count = 8
   """Heaviest keys compared for the top-k overlap."""
-  block: int = 64
+  block: Count = 64
   """Queries compared at once: memory is layers × heads × block × length."""
   out: Path = Path("analysis")
   """Folder for the pictures."""
@@ -41,6 +42,9 @@ class Analyze:
   """Also write all numbers, per head and averaged, to this file."""
 
   exact: ClassVar[bool] = True
+
+  def __post_init__(self) -> None:
+    check_fields(self, "analyze")
 
   @exact_float32()
   def run(self) -> None:
@@ -50,8 +54,10 @@ class Analyze:
 
     if not self.models:
       raise UserError("name at least one model: sa-jax analyze TEXT MODEL ...")
+    if len(set(self.models)) < len(self.models):
+      raise UserError("name each model once: their drift is that between checkpoints")
     plots.check_installed()
-    make_folder(self.out)
+    check_folder(self.out)
     check_writable(self.json)
     self.opening.begin()
     found = {}
@@ -68,6 +74,8 @@ class Analyze:
       ["layer", "cosine", "without sink", "JS, nats", f"top-{self.top_k}", "entropy, nats", "weighted variance"],
       [[str(layer), *_beside(mean, layer)] for layer in range(len(mean.entropy))],
     )
+    if is_first():
+      make_folder(self.out)
     rows_read = f"{self.text.name}, {len(tokens)} {self.cutting.describe(tokenizer)}"
     title = f"{Path(name).stem}\n{rows_read}"
     for field, scale in (

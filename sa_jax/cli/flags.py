@@ -9,7 +9,7 @@ import itertools
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -77,11 +77,11 @@ def _optional(
   )
 
 
-def fields_of(command: Callable[..., Any]) -> frozenset[str]:
-  """The names of a command's flags as fields: of its dataclass or function, and of dataclasses in it."""
+def fields_of(command: Callable[..., Any]) -> dict[str, object]:
+  """A command's flags as fields, with their types: of its dataclass or function, and of dataclasses in it."""
   if isinstance(command, functools.partial):
     command = command.func
-  names: set[str] = set()
+  fields: dict[str, object] = {}
   hints = typing.get_type_hints(command, include_extras=True)
   for name in inspect.signature(command).parameters:
     hint = hints[name]
@@ -90,12 +90,17 @@ def fields_of(command: Callable[..., Any]) -> frozenset[str]:
     hint = hint.__origin__ if hasattr(hint, "__metadata__") else hint
     kinds = filter(inspect.isclass, (hint, *typing.get_args(hint)))
     inner = [kind for kind in kinds if dataclasses.is_dataclass(kind) and kind not in SPELT]
-    names |= set().union(*map(fields_of, inner)) if inner else {name}
-  return frozenset(names)
+    for kind in inner:
+      fields |= fields_of(kind)
+    if not inner:
+      fields[name] = hint
+  return fields
 
 
-def check_flags(command: str, given: Sequence[str], fields: Collection[str]) -> None:
-  """Checks that all flags are the command's; tyro would first ask for what it misses besides.
+def check_flags(command: str, given: Sequence[str], fields: Mapping[str, object]) -> None:
+  """Checks that all flags are the command's, and that those that take several values have one.
+
+  Of the former tyro would first ask for what it misses besides, and none is several for it.
 
   Args:
     command: its name.
@@ -103,13 +108,17 @@ def check_flags(command: str, given: Sequence[str], fields: Collection[str]) -> 
     fields: see `fields_of`.
 
   Raises:
-    UserError: if one is not; near ones are offered.
+    UserError: if one is not, for which near ones are offered; if one has no value.
   """
-  known = {"--help"} | {f"--{no}{name.replace('_', '-')}" for name in fields for no in ("", "no-")}
-  for word in itertools.takewhile(lambda word: word != "--", given):
+  dashed = {f"--{name.replace('_', '-')}": kind for name, kind in fields.items()}
+  known = {"--help", *dashed} | {flag.replace("--", "--no-", 1) for flag, kind in dashed.items() if kind is bool}
+  words = [*itertools.takewhile(lambda word: word != "--", given), "--"]
+  for word, following in itertools.pairwise(words):
     flag = word.partition("=")[0].replace("_", "-")
     if re.match("--[a-z]", flag) and flag not in known and not flag.startswith("--tyro-"):
       raise UserError(f"sa-jax {command} has no flag {flag}{near(flag, sorted(known))}; --help lists them")
+    if typing.get_origin(dashed.get(word.replace("_", "-"))) is tuple and following.startswith("--"):
+      raise UserError(f"{flag} has no value: give one or several, or leave it out")
   for at, word in enumerate(given):
     # `--mesh data=2 fsdp=4`: the second would be taken for something else.
     if word.partition("=")[0] != "--mesh":

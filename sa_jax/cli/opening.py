@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sa_jax.cli.common import silence
 from sa_jax.cli.progress import progress
-from sa_jax.config import FloatDtype
+from sa_jax.config import FloatDtype, ModelConfig
 from sa_jax.distributed import Hosts, start
 from sa_jax.mesh import MeshSizes
 from sa_jax.plan import PlanLike
@@ -34,6 +34,13 @@ class Opening:
     """Joins the other processes, of which the first alone prints and writes; comes before anything asks for devices."""
     start(self.hosts)
     silence()
+
+  def config(self, model: Path) -> ModelConfig:
+    """What the model is, before its weights are read."""
+    from sa_jax.formats.source import model_of, open_source
+
+    config, _ = model_of(open_source(model, self.revision, "config"))
+    return config
 
   def tokenizer(self, model: Path) -> Tokenizer:
     """The model's tokenizer."""

@@ -13,7 +13,9 @@ from sa_jax.cli.opening import Opening
 from sa_jax.cli.progress import progress
 from sa_jax.cli.texts import RowLength, rows_of_texts
 from sa_jax.config import FloatDtype
+from sa_jax.fields import Count, check_fields
 from sa_jax.files import check_writable
+from sa_jax.plan import as_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +32,17 @@ class PerplexityOf:
   """Model."""
   cutting: RowLength = dataclasses.field(default_factory=RowLength)
   """Rows, each scored on its own."""
-  rows: int | None = None
+  rows: Count | None = None
   """Score only the first rows of the text; None scores all."""
-  batch_size: int = 1
+  batch_size: Count = 1
   """Rows scored at once."""
   dtype: FloatDtype | None = "float32"
   """Type of parameters and activations; None for the checkpoint's."""
   json: Path | None = None
   """Also write the numbers to this file."""
+
+  def __post_init__(self) -> None:
+    check_fields(self, "perplexity")
 
   @property
   def exact(self) -> bool:
@@ -50,10 +55,13 @@ class PerplexityOf:
 
     check_writable(self.json)
     self.opening.begin()
+    config = self.opening.config(self.model)
+    for text in self.plan:
+      as_plan(text, config.num_layers)
     tokenizer = self.opening.tokenizer(self.model)
     (tokens,) = rows_of_texts(tokenizer, [self.text], self.cutting, self.rows)
     results = {}
-    for asked in self.plan or (None,):
+    for asked in dict.fromkeys(self.plan) or (None,):
       model, params = self.opening.open(self.model, asked, self.dtype, "runs")
       plan = asked or str(model.plan)
       with progress(f"scoring, {plan}") as report, exact_float32(model.config.dtype):

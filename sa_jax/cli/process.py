@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 _TRITON = "--xla_gpu_enable_triton_gemm"
 _CACHE_BYTES = 2_000_000_000
 CACHE_VARIABLE = "SA_JAX_COMPILATION_CACHE"
 """The environment variable that names the folder for compiled programs, or is ``off``."""
+
+
+class Terminated(SystemExit):
+  """SIGTERM has come."""
 
 
 def own(*, exact: bool, cache: bool = True) -> None:
@@ -68,4 +74,28 @@ def _terminated(number: int, frame: FrameType | None) -> None:
     # What is raised inside garbage collection is printed and lost: once more, when it is over.
     threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
     return
-  sys.exit(128 + number)
+  raise Terminated(128 + number)
+
+
+def signal_behind(error: BaseException) -> int | None:
+  """The exit code of the signal that ended the work; None where none did.
+
+  What a handler raises comes out of code that is not written in Python as an error of its own, with the handler's
+  behind it.
+  """
+  at: BaseException | None = error
+  while at is not None:
+    if isinstance(at, KeyboardInterrupt):
+      return 128 + signal.SIGINT
+    if isinstance(at, Terminated):
+      return 128 + signal.SIGTERM
+    at = at.__cause__ or at.__context__
+  return None
+
+
+def leave(code: int) -> NoReturn:
+  """Ends the process here: taking Python down while XLA compiles in other threads may end in a crash."""
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):  # nobody may read it any more
+      stream.flush()
+  os._exit(code)

@@ -13,6 +13,8 @@ from sa_jax.cli.common import exact_float32, show_table, tell, write_json
 from sa_jax.cli.opening import Opening
 from sa_jax.cli.texts import RowLength
 from sa_jax.config import FloatDtype
+from sa_jax.errors import UserError
+from sa_jax.fields import Count, check_fields
 from sa_jax.files import check_absent, check_writable
 
 
@@ -34,7 +36,7 @@ class RefitModel:
   """Model."""
   cutting: RowLength = dataclasses.field(default_factory=RowLength)
   """Rows."""
-  rows: int = 16
+  rows: Count = 16
   """Rows of each text."""
   dtype: FloatDtype = "bfloat16"
   """Type of the stored parameters."""
@@ -42,6 +44,9 @@ class RefitModel:
   """Also write the errors to this file."""
 
   exact: ClassVar[bool] = True
+
+  def __post_init__(self) -> None:
+    check_fields(self, "refit")
 
   @exact_float32()
   def run(self) -> None:
@@ -56,10 +61,12 @@ class RefitModel:
     check_absent(self.out)
     check_writable(self.json)
     self.opening.begin()
+    plan = SharingPlan.parse(self.plan, self.opening.config(self.model).num_layers)
+    if not plan.followers and self.how.value_dim is None:
+      raise UserError(f"the plan {self.plan!r} has no follower to refit")
     tokenizer = self.opening.tokenizer(self.model)
     tokens = np.concatenate(rows_of_texts(tokenizer, self.texts, self.cutting, self.rows))
     model, params = self.opening.open_dense(self.model)
-    plan = SharingPlan.parse(self.plan, model.config.num_layers)
     with stages() as stage:
       made = refit(model, params, plan, tokens, self.how, progress=stage("refitting"))
     show_table(

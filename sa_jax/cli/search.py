@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sa_jax.cli.common import console, exact_float32, is_first, show_table, tell, write_json
 from sa_jax.cli.searching import Searching
-from sa_jax.files import check_writable, make_folder
+from sa_jax.files import check_folder, check_writable, make_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,12 +37,12 @@ class SearchPlan(Searching):
     from sa_jax.formats.hf_plan import write_plan
 
     plots.check_installed()
-    make_folder(self.out)
+    check_folder(self.out)
     for file in (self.record, self.json):
       check_writable(file)
-    budget = Budget.parse(self.budget)
+    budget, how = Budget.parse(self.budget), self.settings.search
+    budget = budget.counted(self.opening.config(self.model), self.cutting.length)
     model, params, texts = self.prepare()
-    budget, how = budget.counted(model.config, self.cutting.length), self.settings.search
     texts = [text._replace(calibration=text.calibration[: how.search_rows]) for text in texts]
     with stages() as stage:
       judge = Judge(
@@ -95,6 +95,7 @@ class SearchPlan(Searching):
     )
     name = how.strategy if len(front) <= 3 else f"{how.strategy} (numbers: followers)"
     if is_first():
+      make_folder(self.out)
       plots.pareto_front(
         {name: [(saved(each.plan), each.increase) for each in front]},
         file,

@@ -57,16 +57,20 @@ class Share(Searching):
       plots.check_installed()
     for file in (self.json, self.record, self.plot):
       check_writable(file)
-    wanted: Budget | SharingPlan = dataclasses.replace(Budget.parse(self.budget), allow=self.allow)
+    wanted: Budget | SharingPlan
+    wanted = budget = dataclasses.replace(Budget.parse(self.budget), allow=self.allow)
     if self.plan is not None and self.allow != ("sharing",):
       raise UserError("a plan says what is shared, and allow what may be searched: give one of the two")
     distillation = None if self.distill_minutes is None else Distillation(minutes=self.distill_minutes)
+    config, length = self.opening.config(self.model), self.cutting.length
+    known = None if self.plan is None or not self.plan.startswith("zoo:") else self.plan.removeprefix("zoo:")
+    if self.plan is not None and known is None:
+      wanted = SharingPlan.parse(self.plan, config.num_layers)
+    elif self.plan is None and self.allow == ("sharing",):
+      wanted = budget.counted(config, length)
     model, params, texts = self.prepare(all_rows=distillation is not None)
-    length = self.cutting.length
-    if self.plan is not None and self.plan.startswith("zoo:"):
-      wanted = plans.get(model, Budget.parse(self.plan.removeprefix("zoo:")).most(model.config), params).plan
-    elif self.plan is not None:
-      wanted = SharingPlan.parse(self.plan, model.config.num_layers)
+    if known is not None:
+      wanted = plans.get(model, Budget.parse(known).most(config), params).plan
     with stages() as stage:
       made = share(
         model, params, texts, wanted, self.settings,

@@ -59,9 +59,12 @@ def read_documents(path: Path) -> str:
     if not line.strip():
       continue
     try:
-      documents.append(json.loads(line)["text"])
-    except (ValueError, KeyError, TypeError):
-      raise UserError(f"{path}, line {number}, is not a JSON object with a 'text'") from None
+      value = json.loads(line)
+    except ValueError:
+      value = None
+    if not (isinstance(value, dict) and isinstance(value.get("text"), str)):
+      raise UserError(f"{path}, line {number}, is not a JSON object with a 'text' that is one")
+    documents.append(value["text"])
   return "\n\n".join(documents)
 
 

@@ -37,6 +37,7 @@ def test_a_task_that_fails_says_why():
     (["decode", "--attention", "flash"], "attention (decode takes none: it is for prefill, train, step)"),
     (["train", "--cache-dtype", "int8"], "--cache-dtype (train takes none: it is for decode, batching)"),
     (["prefill", "--remat", "dots"], "remat (prefill takes none: it is for step, train)"),
+    (["batching", "--length", "64"], "--length 64 (575 slots are needed, for the longest request)"),
     (["batching", "--requests", "3", "--batch-size", "2"], "3 requests (a multiple of --batch-size 2 is needed"),
     (["decode", "--length", "128", "--peers", "hf-eager"], "--length 128 (peers need 192 slots)"),
     (["decode", "--layers", "0"], "--layers 0 (at least 1 is needed)"),

@@ -124,7 +124,7 @@ def test_analyze_draws_maps_and_drift(folder):
   ("changes", "message"),
   [
     (["--budget", "40"], "40 followers are impossible"),
-    (["--length", "500"], "too few"),
+    (["--length", "500", "--budget", "1"], "too few"),
     (["--budget", "much"], "'much' is none of"),
   ],
 )
@@ -167,7 +167,7 @@ def test_what_would_fail_in_the_end_fails_at_once(folder, capsys, monkeypatch):
     (["align", model, "1:2", text, "--out", model], "exists already; name a new folder"),
     (["search", model, text, "--out", text], "cannot make the folder"),
     (["analyze", text, model, "--out", text], "cannot make the folder"),
-    (["analyze", text, model, "--rows", "0", "--out", str(folder / "out")], "at least one row is needed, not 0"),
+    (["analyze", text, model, "--rows", "0", "--out", str(folder / "out")], "--rows 0 (at least 1 is needed)"),
   ):
     assert main(arguments) == 2
     assert message in capsys.readouterr().err

@@ -206,7 +206,7 @@ def test_inspect_tells_kinds_of_our_own_checkpoints_too(folder, tmp_path, capsys
   [
     (["cost", "smollm2-135m", "--revision", "main"], "--revision main is of models on the hub, and smollm2-135m is a"),
     (["cost", "llama-2-7b", "--plan", "0:2-3"], "the followers of 0 start at 1"),
-    (["cost", "llama-2-7b", "--batch-size", "0"], "must be at least 1"),
+    (["cost", "llama-2-7b", "--batch-size", "0"], "--batch-size 0 (at least 1 is needed)"),
     (["generate", "no-such-folder", "hello"], "no-such-folder"),
     (["perplexity", "FOLDER", "no-such-text"], "cannot read no-such-text"),
     (["convert", "FOLDER", "FOLDER"], "exists already"),
@@ -227,6 +227,36 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder, capsys, arguments, says):
   assert error.startswith("sa-jax: error: ")
   assert error.count("\n") == 1
   assert says in error
+
+
+@pytest.mark.parametrize(
+  ("arguments", "says"),
+  [
+    (["perplexity", "FOLDER", "text.txt", "--plan", "dense", "6:9"], "'6:9' goes past the model"),
+    (["perplexity", "FOLDER", "text.txt", "--batch-size", "0"], "--batch-size 0 (at least 1 is needed)"),
+    (["perplexity", "FOLDER", "numbers.jsonl"], "numbers.jsonl, line 1, is not a JSON object with a 'text'"),
+    (["perplexity", "FOLDER", "text.txt", "--plan"], "--plan has no value"),
+    (["analyze", "text.txt", "FOLDER", "--block", "-4"], "--block -4 (at least 1 is needed)"),
+    (["analyze", "none.txt", "FOLDER"], "cannot read none.txt"),
+    (["analyze", "text.txt", "FOLDER", "FOLDER"], "name each model once"),
+    (["align", "FOLDER", "dense", "text.txt"], "has no follower"),
+    (["refit", "FOLDER", "6:9", "text.txt", "--out", "out"], "'6:9' goes past the model"),
+    (["search", "FOLDER", "text.txt", "--budget", "99"], "99 followers are impossible"),
+    (["share", "FOLDER", "text.txt", "--out", "out", "--budget", "99"], "99 followers are impossible"),
+    (["demo", "--model", "FOLDER", "--plan", "dense"], "name one with followers"),
+    (["cost", "FOLDER", "--json", "none/out.json"], "cannot write none/out.json"),
+  ],
+)
+def test_mistakes_are_told_before_the_work_and_leave_nothing(folder, tmp_path, monkeypatch, capsys, arguments, says):
+  monkeypatch.chdir(tmp_path)
+  Path("text.txt").write_text("1 2 3 4")
+  Path("numbers.jsonl").write_text('{"text": 3}')
+  monkeypatch.setattr("sa_jax.from_pretrained", lambda *given, **named: pytest.fail("the model was opened"))
+  assert main([str(folder) if argument == "FOLDER" else argument for argument in arguments]) == 2
+  said = capsys.readouterr()
+  assert says in said.err
+  assert not said.out
+  assert sorted(os.listdir()) == ["numbers.jsonl", "text.txt"]
 
 
 @pytest.mark.parametrize("revision", [[], ["--revision", "main"]])

@@ -39,4 +39,4 @@ def test_one_thing_has_one_name():
   """Rows, tokens a row and the plan are spelt alike wherever there is such a flag."""
   others = {"batch", "rows_at_once", "seq_len", "seq_length", "context", "sharing", "model_path", "output"}
   for name, command in cli._commands().items():
-    assert not fields_of(command) & others, name
+    assert not fields_of(command).keys() & others, name
