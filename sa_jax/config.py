@@ -184,6 +184,15 @@ class Architecture:
     """Which of `kinds` a layer is."""
     return self.kinds.index(self._kind(layer))
 
+  def window_of(self, layer: int) -> int | None:
+    """How many tokens a layer sees; None for all."""
+    return self._kind(layer).spec.window
+
+  @property
+  def can_follow(self) -> tuple[int, ...]:
+    """The layers that see the same keys as the layer before them: no other can be a follower."""
+    return tuple(each for each in range(1, self.num_layers) if self.window_of(each) == self.window_of(each - 1))
+
   def _kind(self, layer: int) -> LayerKind:
     local = layer in self.local_layers
     spec = AttentionSpec(self.window if local else None, self.attention_softcap, self.attention_scale)

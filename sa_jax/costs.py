@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from sa_jax.config import ModelConfig
 from sa_jax.display import quantity, table
 from sa_jax.errors import UserError
+from sa_jax.nn.transformer import check_plan
 from sa_jax.plan import PlanLike, as_plan
 
 LABELS = {
@@ -77,6 +78,7 @@ def cost(config: ModelConfig, plan: PlanLike, batch: int = 1, seq_len: int = 1) 
     UserError: if the plan does not fit the model, or a size is not positive.
   """
   plan = as_plan(plan, config.num_layers)
+  check_plan(config, plan)
   if batch < 1 or seq_len < 1:
     raise UserError(f"batch and seq_len must be at least 1, not {batch} and {seq_len}")
   layers, anchors = plan.num_layers, len(plan.anchors)

@@ -157,7 +157,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
       steps, most, least = zip(*each["load"], strict=True)
       axes[2].plot(steps, most, color=f"C{number}", label=name)
       axes[2].plot(steps, least, color=f"C{number}", linestyle="--")
-    axes[2].set(title="fullest and emptiest expert of any layer", xlabel="step", ylabel="tokens, of an equal share")
+    axes[2].set(
+      title="fullest (solid) and emptiest (dashed) expert of any layer",
+      xlabel="step",
+      ylabel="tokens, times an equal share",
+    )
     axes[2].legend()
   figure.tight_layout()
   figure.savefig(path, dpi=120)

@@ -100,18 +100,24 @@ class Budget:
     Raises:
       UserError: if no plan can meet the budget.
     """
-    most = config.num_layers - 1
+    able, most = config.can_follow, len(config.can_follow)
+    if not able:
+      raise UserError(
+        f"no layer of the model can follow: each sees other keys than the layer before it (of {config.num_layers} "
+        f"layers, {list(config.local_layers)} are local)"
+      )
     if self.measure == "ppl":
       return most
     if self.measure == "followers":
       if self.amount > most:
         raise UserError(
           f"{self.amount:g} followers are impossible: a model of {config.num_layers} layers can have 1 to {most}"
+          + (", which see the same keys as the layer before them" if most < config.num_layers - 1 else "")
         )
       return int(self.amount)
     measure = {"kv": "kv_cache_bytes", "flops": "flops"}[self.measure]
     of = lambda count: getattr(
-      cost(config, SharingPlan.from_followers(config.num_layers, range(1, count + 1)), 1, seq_len), measure
+      cost(config, SharingPlan.from_followers(config.num_layers, able[:count]), 1, seq_len), measure
     )
     for count in range(most + 1):
       if of(count) <= self.amount * of(0) * (1 + 1e-9):

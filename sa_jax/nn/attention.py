@@ -191,8 +191,8 @@ class AnchorAttention(_Attention):
     return make_state(self.config, q, k, self.with_sinks(rows), kind)
 
   def with_sinks(self, rows: ops.Rows) -> ops.Rows:
-    """The rows with this layer's attention sinks, if it has any."""
-    return dataclasses.replace(rows, sinks=jnp.asarray(self.sinks)) if self.config.sinks else rows
+    """The rows with this layer's attention sinks, float32, if it has any."""
+    return dataclasses.replace(rows, sinks=jnp.asarray(self.sinks, jnp.float32)) if self.config.sinks else rows
 
   def new_token(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What the projections give of one token a row, ``[B, 1, D]``: reading their weights is the cost."""

@@ -162,10 +162,12 @@ class PlannedTransformer(Frame):
 def empty_state(config: ModelConfig, batch: int, length: int) -> State:
   """A state of zeros, for layer 0, which is an anchor and does not read it."""
   shape = lambda heads: jax.ShapeDtypeStruct((batch, length, heads, config.head_dim), jnp.dtype(config.dtype))
+  rows = lambda sinks: ops.Rows(sinks=sinks if config.sinks else None)
   state = jax.eval_shape(
-    lambda q, k, kind: make_state(config, q, k, ops.Rows(), kind if len(config.kinds) > 1 else 0),
+    lambda q, k, kind, sinks: make_state(config, q, k, rows(sinks), kind if len(config.kinds) > 1 else 0),
     shape(config.num_heads),
     shape(config.num_kv_heads),
     jax.ShapeDtypeStruct((), jnp.int32),
+    jax.ShapeDtypeStruct((config.num_heads,), jnp.float32),
   )
   return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)

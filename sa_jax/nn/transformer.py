@@ -312,7 +312,7 @@ def check_plan(config: ModelConfig, plan: SharingPlan) -> None:
   """
   if plan.num_layers != config.num_layers:
     raise UserError(f"the plan is for {plan.num_layers} layers, the model has {config.num_layers}")
-  windows = [config.kinds[config.kind_of(layer)].spec.window for layer in range(config.num_layers)]
+  windows = [config.window_of(layer) for layer in range(config.num_layers)]
   sees = lambda layer: f"{layer} ({'global' if windows[layer] is None else f'local, {windows[layer]} tokens'})"
   if wrong := [layer for layer in plan.followers if windows[layer] != windows[plan.source[layer]]]:
     raise UserError.of(

@@ -1,5 +1,6 @@
 """Budgets by name."""
 
+import dataclasses
 import math
 
 import pytest
@@ -49,3 +50,16 @@ def test_they_are_spelt_as_they_are_read(text):
 def test_bad_ones(text, message):
   with pytest.raises(sa_jax.UserError, match=message):
     Budget.parse(text).most(CONFIG)
+
+
+def test_only_layers_that_see_what_the_one_before_sees_can_follow():
+  """As in gpt-oss and Gemma 2, where every second layer is local: none. Of Gemma 3's six, four can."""
+  local = lambda *layers: dataclasses.replace(CONFIG, num_layers=6, window=8, local_layers=layers)
+  assert local(0, 1, 2, 3, 4).can_follow == (1, 2, 3, 4)
+  assert Budget.parse("kv=70%").most(local(0, 1, 2, 3, 4)) == 4
+  with pytest.raises(ValueError, match=r"5 followers are impossible: .* can have 1 to 4, which see the same keys"):
+    Budget("followers", 5).most(local(0, 1, 2, 3, 4))
+  with pytest.raises(ValueError, match=r"no layer of the model can follow: .* \[0, 2, 4\] are local"):
+    Budget.parse("ppl=1.1").most(local(0, 2, 4))
+  with pytest.raises(ValueError, match="different keys"):
+    sa_jax.cost(local(0, 2, 4), "0:1")

@@ -81,7 +81,9 @@ FURTHER = {
     "qk_norm": "head", "qkv_bias": True, "mlp_bias": True, "post_norms": True, "norm_about_one": True,
     "embedding_scale": 4.0, "attention_softcap": 5.0, "logits_softcap": 3.0, "tie_embeddings": True,
   },
-  "olmo": {"qk_norm": "heads", "post_norms": True, "pre_norms": False, "residual_scale": 0.3, "logits_scale": 0.5},
+  "olmo": {"qk_norm": "heads", "post_norms": True, "pre_norms": False, "residual_scale": 0.3, "logits_scale": 0.5,
+    "sinks": True,
+  },
   "phi": LAYER_NORM | {"shared_norm": True, "head_bias": True, "mlp_bias": True, "qk_norm": "head"},
   "neox": LAYER_NORM | {"norm_about_one": True, "qk_norm": "head", "norm_rotated": True, "residual_scale": 0.3},
 }  # fmt: skip
