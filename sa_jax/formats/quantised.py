@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -69,9 +70,31 @@ class Files(NamedTuple):
       for each, kind in zip(names, others.values(), strict=True):
         if each not in self.stored:
           raise UserError(f"{name} is quantised, and there is no {each} beside it")
-        if not self.stored[each].dtype.startswith(kind):
-          raise UserError(f"{each} is of type {self.stored[each].dtype}, where {kind} is needed")
+        self.check_kind(each, kind)
       yield base, names
+
+  def matrix(self, name: str) -> tuple[int, int]:
+    """How many rows and columns a tensor has.
+
+    Raises:
+      UserError: if it is no matrix.
+    """
+    shape = self.stored[name].shape
+    if len(shape) != 2:
+      raise UserError(f"{name} is {list(shape)}, where a matrix is needed")
+    return shape[0], shape[1]
+
+  def check_kind(self, name: str, kind: str, count: int | None = None) -> None:
+    """Checks the type of a tensor's numbers, and how many there are.
+
+    Raises:
+      UserError: if they are others.
+    """
+    shape, dtype = self.stored[name]
+    if not dtype.startswith(kind):
+      raise UserError(f"{name} is of type {dtype}, where {kind} is needed")
+    if count is not None and math.prod(shape) != count:
+      raise UserError(f"{name} is {list(shape)}, where {count} numbers are needed")
 
   def check(self, name: str, *shapes: tuple[int, ...]) -> None:
     """Checks that a tensor has one of the shapes.
@@ -128,6 +151,7 @@ def _fp8(files: Files) -> Iterable[tuple[str, Recipe]]:
       raise UserError(f"{name} {list(shape)} is of type {dtype}, and is no matrix with a {name}_scale beside it")
     rows, columns = shape
     blocks = (-(-rows // high), -(-columns // wide))
+    files.check_kind(scale, "float")
     files.check(scale, (), (1,), (1, 1), (rows,), (rows, 1), blocks)
     is_blocks = files.stored[scale].shape == blocks and blocks != (1, 1)
     yield name, Recipe(shape, (name, scale), functools.partial(_scaled, block=(high, wide) if is_blocks else None))
@@ -164,8 +188,7 @@ def _awq_weight(weight: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> np
 
 def _awq(files: Files) -> Iterable[tuple[str, Recipe]]:
   for base, names in files.beside("qweight", qweight="int32", qzeros="int32", scales="float"):
-    inputs, packed = files.stored[names[0]].shape
-    groups = files.stored[names[2]].shape[0]
+    (inputs, packed), (groups, _) = (files.matrix(names[each]) for each in (0, 2))
     files.check(names[1], (groups, packed))
     files.check(names[2], (groups, packed * 8))
     if inputs % groups:
@@ -174,11 +197,11 @@ def _awq(files: Files) -> Iterable[tuple[str, Recipe]]:
 
 
 def _gptq(files: Files) -> Iterable[tuple[str, Recipe]]:
-  bits = files.settings.get("bits", 4)
-  above = 0 if files.settings.get("checkpoint_format") == "gptq_v2" else 1
+  bits = int(files.settings.get("bits", 4))
+  above = 0 if _gptq_format(files.settings) == "gptq_v2" else 1
   for base, names in files.beside("qweight", qweight="int32", qzeros="int32", scales="float", g_idx="int"):
-    packed, outputs = files.stored[names[0]].shape
-    inputs, groups = packed * 32 // bits, files.stored[names[2]].shape[0]
+    (packed, outputs), (groups, _) = (files.matrix(names[each]) for each in (0, 2))
+    inputs = packed * 32 // bits
     files.check(names[1], (groups, outputs * bits // 32))
     files.check(names[2], (groups, outputs))
     files.check(names[3], (inputs,))
@@ -200,7 +223,7 @@ def _gptq_weight(
 
 def _bitsandbytes(files: Files) -> Iterable[tuple[str, Recipe]]:
   for base, names in files.beside("SCB", weight="int8", SCB="float"):
-    shape = files.stored[names[0]].shape
+    shape = files.matrix(names[0])
     files.check(names[1], (shape[0],))
     yield f"{base}.weight", Recipe(shape, tuple(names), _bytes)
   for name in files.stored:
@@ -236,8 +259,13 @@ def _four_bits(files: Files, name: str, described: str) -> Recipe:
     )
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f"{described} does not describe a tensor of four bits: {error!r}") from None
-  if int(np.prod(files.stored[name].shape)) * 2 != int(np.prod(state.shape)) or state.block < 1:
+  numbers = math.prod(state.shape)
+  if math.prod(files.stored[name].shape) * 2 != numbers or min(state.block, state.outer_block, *state.shape) < 1:
     raise UserError(f"{described} says that {name} is {list(state.shape)}, which is another number of numbers")
+  blocks = -(-numbers // state.block)
+  needed = [("uint8", numbers // 2), ("uint8" if len(parts) > 3 else "float", blocks), ("float", 16)]
+  for part, (kind, count) in zip(parts, [*needed, ("float", -(-blocks // state.outer_block)), ("float", 256)]):
+    files.check_kind(part, kind, count)
   # The description is a part of it, too, of which nothing more is needed.
   return Recipe(state.shape, (*parts, described), functools.partial(_of_blocks, state))
 
@@ -302,6 +330,25 @@ def _awq_fault(settings: Config) -> str | None:
   return _only("bits", (4,), 4)(settings) or _only("version", ("gemm", "GEMM"), "gemm")(settings)
 
 
+def _gptq_format(settings: Config) -> object:
+  return settings.get("checkpoint_format", settings.get("format", "gptq"))
+
+
+def _gptq_fault(settings: Config) -> str | None:
+  written = {"checkpoint_format": _gptq_format(settings)}
+  return _only("bits", (4, 8), 4)(settings) or _only("checkpoint_format", ("gptq", "gptq_v2"), "gptq")(written)
+
+
+def _compressed_fault(settings: Config) -> str | None:
+  if settings.get("transform_config"):
+    return "by its transform_config, activations are rotated between layers, which is not implemented"
+  return _only("format", ("float-quantized", "naive-quantized"), None)(settings) or _fp8_fault(settings)
+
+
+def _modelopt_fault(settings: Config) -> str | None:
+  return _only("quant_algo", ("FP8",), None)(settings) or _fp8_fault(settings)
+
+
 def _fp8_fault(settings: Config) -> str | None:
   block = settings.get("weight_block_size")
   is_size = lambda size: isinstance(size, int) and size > 0
@@ -312,11 +359,11 @@ def _fp8_fault(settings: Config) -> str | None:
 
 _METHODS: dict[str, _Method] = {
   "fp8": _Method(_fp8, _fp8_fault),
-  "fbgemm_fp8": _Method(_fp8),
-  "compressed-tensors": _Method(_fp8, _only("format", ("float-quantized", "naive-quantized"), None)),
-  "modelopt": _Method(_fp8, _only("quant_algo", ("FP8",), None)),
+  "fbgemm_fp8": _Method(_fp8, _fp8_fault),
+  "compressed-tensors": _Method(_fp8, _compressed_fault),
+  "modelopt": _Method(_fp8, _modelopt_fault),
   "awq": _Method(_awq, _awq_fault),
-  "gptq": _Method(_gptq, _only("bits", (4, 8), 4)),
+  "gptq": _Method(_gptq, _gptq_fault),
   "bitsandbytes": _Method(_bitsandbytes),
   "mxfp4": _Method(_mxfp4),
 }

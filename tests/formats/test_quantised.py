@@ -111,7 +111,7 @@ METHODS = {
   "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True}),
   "gptq v2": (
     lambda name, shape: gptq(name, shape, 8, 0),
-    {"quant_method": "gptq", "bits": 8, "checkpoint_format": "gptq_v2"},
+    {"quant_method": "gptq", "bits": 8.0, "checkpoint_format": "gptq_v2"},
   ),
   "int8": (int8, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
   "nf4": (lambda name, shape: nf4(name, shape, False), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
@@ -168,6 +168,12 @@ def test_the_weights_that_are_meant(name, plain, tmp_path):
     ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version is 'gemv', where 'gemm' or 'GEMM' is read"),
     ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "format is 'pack-quantized'"),
     ({"quant_method": "fp8", "weight_block_size": [0, "x"]}, "weight_block_size is"),
+    ({"quant_algo": "FP8", "weight_block_size": [32]}, "weight_block_size is"),
+    ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
+    (
+      {"quant_method": "compressed-tensors", "format": "float-quantized", "transform_config": {"config_groups": {}}},
+      "activations are rotated between layers",
+    ),
     ("int4", "quantised by a method without a name"),
   ],
 )
@@ -188,6 +194,13 @@ def test_other_methods_are_named(settings, message):
     ("awq", lambda t, key: t.update({f"{key}.scales": torch.ones(3, 3)}), "does not fit the tensors beside it"),
     ("gptq", lambda t, key: t[f"{key}.g_idx"].fill_(9), "a g_idx names group 9 of 2"),
     ("nf4", lambda t, key: t[f"{key}.weight.quant_state.bitsandbytes__nf4"].zero_(), "does not describe a tensor"),
+    ("awq", lambda t, key: t.update({f"{key}.qweight": t[f"{key}.qweight"][None]}), "where a matrix is needed"),
+    ("nf4", lambda t, key: t.update({f"{key}.weight.quant_map": torch.ones(8)}), r"\[8\], where 16 numbers are needed"),
+    (
+      "nf4 nested",
+      lambda t, key: t.update({f"{key}.weight.absmax": t[f"{key}.weight.absmax"].float()}),
+      "absmax is of type float32, where uint8 is needed",
+    ),
     ("int8", lambda t, key: t.pop(f"{key}.SCB"), "q_proj.weight in .* is I8; one of F64, F32, F16, BF16 is needed"),
   ],
 )
