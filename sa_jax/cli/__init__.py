@@ -8,6 +8,7 @@ SIGTERM.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import os
@@ -66,7 +67,7 @@ def _run(arguments: Sequence[str] | None) -> int:
   given = given if cache else given[1:]
   try:
     logging.basicConfig(format="%(name)s: %(message)s", level=os.environ.get("SA_JAX_LOG", "WARNING").upper())
-    commands = _commands()
+    commands = _commands(given[0] if given else None)
     if given and given[0] in commands:
       fields = fields_of(commands[given[0]])
       check_flags(given[0], given[1:], fields)
@@ -119,49 +120,33 @@ def _versions() -> str:
   return f"sa-jax {sa_jax.__version__} ({others}, Python {sys.version.split()[0]})"
 
 
-def _commands() -> dict[str, Callable[..., Command]]:
-  """The subcommands by name."""
-  from sa_jax.cli import (
-    align,
-    analyze,
-    bench,
-    chat,
-    convert,
-    cost,
-    demo,
-    doctor,
-    eval,
-    export,
-    fit,
-    generate,
-    perplexity,
-    push,
-    refit,
-    search,
-    share,
-    train,
-  )
+_COMMANDS = {
+  "demo": "Demo",
+  "convert": "Convert",
+  "export": "Export",
+  "push": "Push",
+  "generate": "Generate",
+  "chat": "Chat",
+  "perplexity": "PerplexityOf",
+  "eval": "Eval",
+  "cost": "CostOf",
+  "analyze": "Analyze",
+  "search": "SearchPlan",
+  "align": "Align",
+  "refit": "RefitModel",
+  "share": "Share",
+  "train": "command",
+  "fit": "FitOf",
+  "doctor": "Doctor",
+  "bench": "Bench",
+}
+"""Subcommands: a module of each name here, with what it is called there."""
 
-  return {
-    "demo": demo.Demo,
-    "convert": convert.Convert,
-    "export": export.Export,
-    "push": push.Push,
-    "generate": generate.Generate,
-    "chat": chat.Chat,
-    "perplexity": perplexity.PerplexityOf,
-    "eval": eval.Eval,
-    "cost": cost.CostOf,
-    "analyze": analyze.Analyze,
-    "search": search.SearchPlan,
-    "align": align.Align,
-    "refit": refit.RefitModel,
-    "share": share.Share,
-    "train": train.command,
-    "fit": fit.FitOf,
-    "doctor": doctor.Doctor,
-    "bench": bench.Bench,
-  }
+
+def _commands(asked: str | None = None) -> dict[str, Callable[..., Command]]:
+  """The subcommands by name; the one that is asked for alone, if it is one, as importing the others takes its time."""
+  names = [asked] if asked in _COMMANDS else list(_COMMANDS)
+  return {name: getattr(importlib.import_module(f"sa_jax.cli.{name}"), _COMMANDS[name]) for name in names}
 
 
 def _parse(commands: dict[str, Callable[..., Command]], given: Sequence[str]) -> Command:
@@ -171,28 +156,10 @@ def _parse(commands: dict[str, Callable[..., Command]], given: Sequence[str]) ->
     UserError: if values contradict each other.
     SystemExit: for ``--help``, and if arguments cannot be parsed, which is told.
   """
-  import tyro
-
-  from sa_jax.cli import search, searching, share, train
-  from sa_jax.cli.flags import registry
-
-  if given and not given[0].startswith("-") and given[0] not in commands:
-    raise UserError(f"there is no command {given[0]!r}; there are {', '.join(commands)}{near(given[0], commands)}")
-
-  commands["train"], given = train.with_file(given)
-  commands["search"] = searching.with_effort(search.SearchPlan, given)
-  commands["share"] = searching.with_effort(share.Share, given)
   said = _Said()
   try:
     with contextlib.redirect_stderr(said):
-      parsed: Command = tyro.extras.subcommand_cli_from_dict(
-        commands,
-        prog="sa-jax",
-        description=_DESCRIPTION,
-        args=given,
-        config=(tyro.conf.OmitArgPrefixes,),
-        registry=registry,
-      )
+      parsed = _parsed(commands, given)
   except SystemExit as stop:
     # What a dataclass of ours refuses, tyro frames as a fault of parsing; it is told as everywhere else instead.
     cause: BaseException | None = stop
@@ -204,6 +171,34 @@ def _parse(commands: dict[str, Callable[..., Command]], given: Sequence[str]) ->
     raise
   sys.stderr.write(said.getvalue())
   return parsed
+
+
+def _parsed(commands: dict[str, Callable[..., Command]], given: Sequence[str]) -> Command:
+  import tyro
+
+  from sa_jax.cli.flags import registry
+
+  config = (tyro.conf.OmitArgPrefixes,)
+  name = given[0] if given else "--help"
+  if name not in commands:
+    if not name.startswith("-"):
+      raise UserError(f"there is no command {name!r}; there are {', '.join(_COMMANDS)}{near(name, _COMMANDS)}")
+    found: Command = tyro.extras.subcommand_cli_from_dict(
+      commands, prog="sa-jax", description=_DESCRIPTION, args=given, config=config, registry=registry
+    )
+    return found
+  command = commands[name]
+  if name == "train":
+    from sa_jax.cli import train
+
+    command, given = train.with_file(given)
+  elif name in ("search", "share"):
+    from sa_jax.cli.searching import Searching, with_effort
+
+    assert isinstance(command, type)
+    assert issubclass(command, Searching)
+    command = with_effort(command, given)
+  return tyro.cli(command, prog=f"sa-jax {name}", args=given[1:], config=config, registry=registry)
 
 
 class _Said(io.StringIO):

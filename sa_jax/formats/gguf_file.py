@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from pathlib import Path
@@ -192,12 +193,20 @@ def _open_parts(path: Path) -> list[gguf.GGUFReader]:
 
 
 def _open(path: Path) -> gguf.GGUFReader:
-  from sa_jax.formats.gguf_reader import QuickReader
-
   try:
-    return QuickReader(local_copy(path))
+    local = local_copy(path)
+    found = local.stat()
+    return _reader(local, found.st_ino, found.st_size, found.st_mtime_ns)
   except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError, OverflowError) as error:
     raise UserError(f"{path} is not a whole GGUF file: {error}") from None
+
+
+@functools.lru_cache(maxsize=1)
+def _reader(path: Path, *_state: int) -> gguf.GGUFReader:
+  """A command opens its model twice, for the tokenizer and for the weights; its metadata are read once."""
+  from sa_jax.formats.gguf_reader import QuickReader
+
+  return QuickReader(path)
 
 
 def _named(
