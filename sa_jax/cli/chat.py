@@ -20,7 +20,7 @@ class Chat:
   """Talk with a model by its own chat template; /new begins again, /exit or Ctrl-D ends, Ctrl-C stops an answer."""
 
   model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-  """A Hugging Face folder, a GGUF file or an sa_jax checkpoint."""
+  """A Hugging Face folder, a GGUF file, an sa_jax checkpoint or a hub id such as org/model."""
   system: str | None = None
   """What the model is told before the conversation."""
   options: TemplateOptions = ()

@@ -29,7 +29,7 @@ class Eval:
   """Evaluate a model on tasks of lm-eval, or on local ones."""
 
   model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-  """A Hugging Face folder, a GGUF file or an sa_jax checkpoint."""
+  """A Hugging Face folder, a GGUF file, an sa_jax checkpoint or a hub id such as org/model."""
   tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK ...")]
   """Tasks, groups or patterns, such as: hellaswag gsm8k mmlu_*."""
   plan: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PLAN ...")] = ()

@@ -27,7 +27,7 @@ class Generate:
   """Continue one or more prompts."""
 
   model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-  """A Hugging Face folder, a GGUF file or an sa_jax checkpoint."""
+  """A Hugging Face folder, a GGUF file, an sa_jax checkpoint or a hub id such as org/model."""
   prompt: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PROMPT ...")] = ()
   """One or more prompts; - is what comes through a pipe."""
   prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None

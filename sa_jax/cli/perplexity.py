@@ -23,7 +23,7 @@ class PerplexityOf:
   """Perplexity of a model on a text, under one or more plans."""
 
   model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-  """A Hugging Face folder, a GGUF file or an sa_jax checkpoint."""
+  """A Hugging Face folder, a GGUF file, an sa_jax checkpoint or a hub id such as org/model."""
   text: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TEXT")]
   """A UTF-8 text file, or a .jsonl file with a "text" a line."""
   plan: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PLAN ...")] = ()

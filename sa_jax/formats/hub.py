@@ -69,5 +69,7 @@ def locate(name: str | Path, revision: str | None = None, need: Need = "weights"
       download(allow_patterns=["pytorch_model*.bin"])
   except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
     first = str(error).strip().split("\n")[0]
-    raise UserError(f"{name} is no file or folder, and the hub gives no model of that name: {first}") from None
+    answered = isinstance(error, HfHubHTTPError | HFValidationError)
+    fault = "the hub gives no model of that name" if answered else "the hub cannot be reached for a model of that name"
+    raise UserError(f"{name} is no file or folder, and {fault}: {first}") from None
   return files

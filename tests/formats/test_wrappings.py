@@ -52,6 +52,13 @@ def test_prefixes(llama, prefix, tmp_path):
   assert_same(rewritten(llama, tmp_path / "model", change), llama)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_two_names_of_one_tensor(llama, prefix, tmp_path):
+  twice = rewritten(llama, tmp_path / "model", lambda tensors: tensors | {f"{prefix}model.norm.weight": np.ones(32)})
+  with pytest.raises(ValueError, match="are two names of one tensor, and the files have both"):
+    sa_jax.from_pretrained(twice)
+
+
 BESIDE = {
   "model.rotary_emb.inv_freq": "recomputed from rope_theta",
   "model.layers.1.self_attn.rotary_emb.cos_cached": "recomputed from rope_theta",
