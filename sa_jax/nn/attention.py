@@ -16,7 +16,7 @@ import numpy as np
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
-from sa_jax.nn.axes import LECUN, with_axes
+from sa_jax.nn.axes import LECUN, of_vector, with_axes
 from sa_jax.nn.cache import LayerCache
 from sa_jax.nn.norm import Norm
 from sa_jax.nn.split import Heads, constrain, on_each_device, split_for_attention
@@ -48,7 +48,7 @@ def projection(
   name: str,
   bias: bool = False,
 ) -> _Projection:
-  """A linear map whose kernel carries its logical axes, ``inputs`` then ``outputs``, and its bias ``outputs``."""
+  """A linear map whose kernel carries its logical axes, ``inputs`` then ``outputs``, and its bias a vector's."""
   return _Projection(
     features,
     axis=tuple(range(-len(inputs), 0)),
@@ -57,7 +57,7 @@ def projection(
     param_dtype=config.param_dtype,
     # DenseGeneral initialises it as a matrix, all inputs by all outputs.
     kernel_init=with_axes(LECUN, inputs + outputs),
-    bias_init=with_axes(nn.initializers.zeros, outputs),
+    bias_init=with_axes(nn.initializers.zeros, of_vector(outputs)),
     name=name,
   )
 

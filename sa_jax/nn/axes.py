@@ -56,6 +56,15 @@ def with_axes(init: Callable[..., jax.Array], names: Axes) -> Callable[..., Any]
   return lambda *args: WithAxes(_traced_once(init)(*args), names)
 
 
+def of_vector(names: Axes) -> Axes:
+  """The axes of a vector: ``embed`` splits matrices alone.
+
+  A norm's scale or a bias is so small that to gather it takes longer than to read it; and for a single row, XLA could
+  make it whole as a last resort only, with a warning for each.
+  """
+  return tuple(None if name == "embed" else name for name in names)
+
+
 @functools.cache
 def _traced_once(init: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
   return jax.jit(init, static_argnums=(1, 2))

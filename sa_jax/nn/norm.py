@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
-from sa_jax.nn.axes import with_axes
+from sa_jax.nn.axes import of_vector, with_axes
 
 
 class Norm(nn.Module):
@@ -28,7 +28,7 @@ class Norm(nn.Module):
     shape = x.shape[-len(self.axes) :]
     init = nn.initializers.zeros if config.norm_about_one else nn.initializers.ones
     vector = lambda name, init: jnp.asarray(
-      self.param(name, with_axes(init, self.axes), shape, config.param_dtype)
+      self.param(name, with_axes(init, of_vector(self.axes)), shape, config.param_dtype)
     ).reshape(-1)
     scale = vector("scale", init)
     flat = x.reshape(*x.shape[: -len(self.axes)], -1)
