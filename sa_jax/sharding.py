@@ -38,6 +38,7 @@ DEFAULT_RULES: Rules = (
   ("batch", ("slice", "data", "fsdp", "expert")),
   ("length", "sequence"),
   ("embed", "fsdp"),
+  ("vector", None),
   ("heads", "tensor"),
   ("kv_heads", "tensor"),
   ("head_dim", None),

@@ -39,6 +39,6 @@ class Doctor:
       for each in found:
         if each.is_fault:  # which is told at the end, once
           continue
-        console.print(Text.assemble((each.about, "bold"), f": {each.found}"), soft_wrap=True)
+        console.print(Text.assemble((each.about, "bold"), f": {each.found}"), soft_wrap=not console.is_terminal)
     if faults := [f"{each.about}: {each.found}" for each in found if each.is_fault]:
       raise UserError.of(f"process {jax.process_index()}", faults)

@@ -71,6 +71,8 @@ class Share(Searching):
     model, params, texts = self.prepare(all_rows=distillation is not None)
     if known is not None:
       wanted = plans.get(model, Budget.parse(known).most(config), params).plan
+    if self.settings.mlp and config.experts is not None:
+      tell("MLPs", "left as they are, being experts")
     with stages() as stage:
       made = share(
         model, params, texts, wanted, self.settings,

@@ -29,6 +29,8 @@ _GROWTH = 1000
 
 _USUAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 """The tokens of SentencePiece's and Mistral's vocabularies, of which settings need not tell."""
+_SPLIT = "split_special_tokens"
+"""The setting by which special tokens in a text are text, and not themselves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +165,8 @@ class Tokenizer:
     """Writes ``tokenizer.json`` and ``tokenizer_config.json``, which `read_tokenizer` and transformers read."""
     (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
     values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"} | dict(self.special)
+    if self.backend.encode_special_tokens:
+      values[_SPLIT] = True
     if self.chat_template is not None:
       values["chat_template"] = self.chat_template
     if self.templates:
@@ -307,6 +311,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
   # Whatever a tokenizer was last called with is saved with it, and is no property of the model.
   backend.no_truncation()
   backend.no_padding()
+  backend.encode_special_tokens = values.get(_SPLIT) is True
   special = add_tokens(backend, values, path)
   templates = _chat_templates(values.get("chat_template"), path)
   default = templates.pop("default", None)

@@ -191,8 +191,9 @@ class Screen:
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Prints a line."""
     text = "  ".join(_SHOWN[name](value) for name, value in values.items() if name in _SHOWN)
-    # A line is one line, however narrow the terminal is: files and pipes have no width.
-    self._console.print(f"step {step}/{self._steps}  {text}", highlight=False, soft_wrap=True)
+    # A file or a pipe has no width: there a line is one line.
+    wide = not self._console.is_terminal
+    self._console.print(f"step {step}/{self._steps}  {text}", highlight=False, soft_wrap=wide)
 
   def close(self) -> None:
     """Takes the bar away."""

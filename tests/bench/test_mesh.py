@@ -67,8 +67,8 @@ def test_step(preset, monkeypatch):
   result = ours.step(
     Task("step", "tiny", "0:1", batch_size=2, length=8, layers=2, repeats=1, mesh=MeshSizes(**{"data": 1} | sizes))
   )
-  # Stacked norms are matrices too; over tensor, every device has them whole.
-  assert params == states == {2, 4}
+  # Stacked norms are matrices too, which every device has whole.
+  assert params == states == {1, 4}
   assert batches == {4}
   assert 0 < result.low <= result.seconds <= result.high < math.inf
   assert result.device == "8 × cpu"
@@ -81,7 +81,7 @@ def test_random_parameters_are_the_same_on_any_mesh_and_nowhere_whole():
   shapes, mesh = abstract_params(model), make_mesh(fsdp=8)
   shardings = param_shardings(model, mesh)
   whole, split = ours.random_tree(shapes), ours.random_tree(shapes, shardings)
-  assert parts(split) == {8}
+  assert parts(split) == {1, 8}  # stacked norms, which are vectors, and all others
   jax.tree.map(np.testing.assert_array_equal, whole, split)
   fill = jax.jit(ours._normal, static_argnames=("shape", "dtype"), out_shardings=shardings["embed"]["embedding"])
   memory = fill.lower(jax.random.key(0), (1024, 64), "float32").compile().memory_analysis()

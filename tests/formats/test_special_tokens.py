@@ -75,6 +75,7 @@ CASES = {
   ),
   "words of the vocabulary": ({"eos_token": "hi", "extra_special_tokens": ["fox"]}, {}),
   "a role's flags": ({"eos_token": token("<img>", __type="AddedToken", lstrip=True)}, {}),
+  "split": ({"split_special_tokens": True, "eos_token": "</s>"}, {}),
   "nulls": ({"bos_token": None, "extra_special_tokens": None, "eos_token": "</s>"}, {MAP: {"eos_token": None}}),
 }  # fmt: skip
 
@@ -93,8 +94,10 @@ def test_as_transformers_reads_them(backend, tmp_path, name):
   assert len(theirs) == ours.backend.get_vocab_size()
 
 
-def test_what_is_saved_reads_the_same(backend, tmp_path):
+@pytest.mark.parametrize("split", [False, True])
+def test_what_is_saved_reads_the_same(backend, tmp_path, split):
   config = {"extra_special_tokens": {"image_token": "<img>"}, "eos_token": "</s>", "pad_token": "<pad>"}
+  config |= {"split_special_tokens": split}
   read = load_tokenizer(written(backend, tmp_path, config, {}))
   (tmp_path / "saved").mkdir()
   read.save(tmp_path / "saved")

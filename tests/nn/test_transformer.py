@@ -245,7 +245,7 @@ def test_no_gradient_flows_into_padding(state):
 
 @pytest.mark.parametrize("layout", ["runs", "layers"])
 def test_every_parameter_names_its_axes(layout):
-  known = {"embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "groups", "followers"}
+  known = {"embed", "vector", "heads", "kv_heads", "head_dim", "mlp", "vocab", "groups", "followers"}
   boxes, _ = jax.tree.flatten(
     abstract_params(tiny.model(), layout=layout, boxed=True), is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
   )
@@ -270,7 +270,7 @@ def test_names_of_axes():
     "embed",
   )
   assert run["followers"]["mlp"]["down_proj"]["kernel"].names == ("groups", "followers", "mlp", "embed")
-  assert run["followers"]["mlp_norm"]["scale"].names == ("groups", "followers", "embed")
+  assert run["followers"]["mlp_norm"]["scale"].names == ("groups", "followers", "vector")
 
 
 def test_init_makes_the_run_layout():
