@@ -155,7 +155,7 @@ class TestRefused:
   @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-      ("hidden_act", "gelu", "not implemented; 'silu' or"),
+      ("hidden_act", "mish", "not implemented; 'swish' or 'silu' or"),
       ("quantization_config", {"bits": 4}, "the weights are quantised by a method without a name, which is not read"),
       ("is_encoder_decoder", True, "the model has an encoder, which is not implemented; False is"),
       ("rope_interleaved", True, "queries and keys are rotated in pairs of neighbouring numbers, which is not"),
@@ -212,8 +212,8 @@ class TestRefused:
     self.refuse({"dtype": "float32"}, "torch_dtype = 'bfloat16'")
 
   def test_everything_at_once(self):
-    changes = {"hidden_act": "gelu", "attention_bias": "no", "vocab_size": -1, "novel": 1}
-    known = ("hidden_act = 'gelu'", "attention_bias = 'no'", "vocab_size = -1")
+    changes = {"hidden_act": "mish", "attention_bias": "no", "vocab_size": -1, "novel": 1}
+    known = ("hidden_act = 'mish'", "attention_bias = 'no'", "vocab_size = -1")
     self.refuse(changes, *known)
     with pytest.raises(ValueError, match="config.json cannot be used") as caught:
       ModelConfig.from_hf(LLAMA_2 | changes, strict=True)

@@ -42,8 +42,8 @@ class Similarity(NamedTuple):
       queries.
     top_k_overlap: of a query's k heaviest keys, the share that two layers have in common; mean over the queries that
       see at least k keys in both.
-    entropy: ``[L, N]``, of the weights in nats, mean over queries; what sinks (`sa_jax.ops.Rows.sinks`) take is not among
-      the weights, which then sum to less than one.
+    entropy: ``[L, N]``, of the weights in nats, mean over queries; what sinks (`sa_jax.ops.Rows.sinks`) take is not
+      among the weights, which then sum to less than one.
     weighted_variance: ``[L, N]``, the variance of a query's weights over the keys that it sees (whose mean is one over
       their number), averaged over queries with that number as weight.
   """

@@ -59,8 +59,8 @@ def with_axes(init: Callable[..., jax.Array], names: Axes) -> Callable[..., Any]
 def of_vector(names: Axes) -> Axes:
   """The axes of a norm's scale or a bias, where ``embed`` is called ``vector``, because it is not split by default.
 
-  A vector is so small that to gather it takes longer than to read it; and for a single row, XLA could make it whole as a
-  last resort only, with a warning for each.
+  A vector is so small that to gather it takes longer than to read it; and for a single row, XLA could make it whole as
+  a last resort only, with a warning for each.
   """
   return tuple("vector" if name == "embed" else name for name in names)
 

@@ -79,8 +79,8 @@ class TestDamagedFolder:
     assert not (folder.parent / "out").exists()
 
   def test_value_that_is_not_implemented(self, folder):
-    edit_config(folder, hidden_act="gelu")
-    self.refuse(folder, "hidden_act = 'gelu': not implemented; 'silu' or 'gelu_pytorch_tanh' is")
+    edit_config(folder, hidden_act="mish")
+    self.refuse(folder, "hidden_act = 'mish': not implemented; 'swish' or 'silu' or")
 
   @pytest.mark.parametrize(
     ("shared", "message"),
