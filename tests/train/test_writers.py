@@ -114,7 +114,9 @@ def test_lines_stay_on_the_screen(terminal):
     console.print("said by another")
     write(2, LINE)
   assert "said by another" in out.getvalue()
-  assert SAID in out.getvalue()
+  # A terminal's lines end between words, a file's where they end.
+  whole = " ".join(out.getvalue().split())
+  assert " ".join(SAID.split()) in whole if terminal else SAID in out.getvalue()
   if not terminal:
     assert out.getvalue() == f"said by another\n{SAID}\n"
 
