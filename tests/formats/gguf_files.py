@@ -200,14 +200,18 @@ def swap(weight: np.ndarray, heads: int) -> np.ndarray:
   return weight[[h * size + side * size // 2 + i for h in range(heads) for i in range(size // 2) for side in (0, 1)]]
 
 
-def metadata(writer: gguf.GGUFWriter, config: sa_jax.ModelConfig, more: dict) -> None:
-  prefix = writer.arch
+def sizes(writer: gguf.GGUFWriter, config: sa_jax.ModelConfig) -> None:
   writer.add_block_count(config.num_layers)
   writer.add_context_length(config.max_length)
   writer.add_embedding_length(config.embed_dim)
   writer.add_feed_forward_length(config.mlp_dim)
   writer.add_head_count(config.num_heads)
   writer.add_head_count_kv(config.num_kv_heads)
+
+
+def metadata(writer: gguf.GGUFWriter, config: sa_jax.ModelConfig, more: dict) -> None:
+  prefix = writer.arch
+  sizes(writer, config)
   writer.add_key_length(config.head_dim)
   writer.add_value_length(config.head_dim)
   (writer.add_layer_norm_rms_eps if config.norm == "rms" else writer.add_layer_norm_eps)(config.norm_eps)

@@ -12,45 +12,20 @@ from sa_jax import SharingPlan
 from sa_jax.formats.gguf_reader import QuickReader
 from sa_jax.ops import RopeConfig
 from tests import tiny
+from tests.formats.gguf_files import ATTENTION, MLP, NORMS, sizes, swap
 from tests.tiny import assert_trees_equal
 
 # Sizes that the blocks of 32 values of quantised types divide.
 SMALL = {"plan": "dense", "num_layers": 2, "vocab_size": 64, "mlp_dim": 64, "norm_eps": 1e-5, "bos_token_id": 1}
-NAMES = {
-  "model.embed_tokens": "token_embd",
-  "model.norm": "output_norm",
-  "lm_head": "output",
-  "input_layernorm": "attn_norm",
-  "self_attn.q_proj": "attn_q",
-  "self_attn.k_proj": "attn_k",
-  "self_attn.v_proj": "attn_v",
-  "self_attn.o_proj": "attn_output",
-  "post_attention_layernorm": "ffn_norm",
-  "mlp.gate_proj": "ffn_gate",
-  "mlp.up_proj": "ffn_up",
-  "mlp.down_proj": "ffn_down",
-}
+NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"} | NORMS | ATTENTION | MLP
 QUANTISED = gguf.GGMLQuantizationType
-
-
-def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-  """Llama's query and key rows as llama.cpp's converter permutes them, one row at a time."""
-  size = weight.shape[0] // heads
-  half = size // 2
-  rows = [head * size + side * half + plane for head in range(heads) for plane in range(half) for side in (0, 1)]
-  return weight[rows]
 
 
 def write_gguf(path: Path, model, params, kind=QUANTISED.F32, change=None) -> Path:
   """The model as llama.cpp's converter writes it: matrices in one type, norms in float32."""
   config = model.config
   writer = gguf.GGUFWriter(path, "llama")
-  writer.add_block_count(config.num_layers)
-  writer.add_context_length(config.max_length)
-  writer.add_embedding_length(config.embed_dim)
-  writer.add_feed_forward_length(config.mlp_dim)
-  writer.add_head_count(config.num_heads)
-  writer.add_head_count_kv(config.num_kv_heads)
+  sizes(writer, config)
   writer.add_layer_norm_rms_eps(config.norm_eps)
   writer.add_rope_freq_base(config.rope.theta)
   writer.add_rope_dimension_count(config.head_dim)
@@ -65,7 +40,7 @@ def write_gguf(path: Path, model, params, kind=QUANTISED.F32, change=None) -> Pa
       name = NAMES[name]
     for letter, heads in (("q", config.num_heads), ("k", config.num_kv_heads)):
       if name.endswith(f"attn_{letter}"):
-        weight = interleave(weight, heads)
+        weight = swap(weight, heads)
     if weight.ndim == 1 or kind == QUANTISED.F32:
       writer.add_tensor(f"{name}.weight", weight)
     else:
