@@ -31,7 +31,14 @@ from sa_jax.ops.experts import (
 )
 from sa_jax.ops.head import logits
 from sa_jax.ops.linear import gated_linear, has_linear_kernels, linears
-from sa_jax.ops.loss import ToLogits, distillation_loss, next_token_loss, token_log_likelihoods
+from sa_jax.ops.loss import (
+  Predictions,
+  Teaching,
+  ToLogits,
+  distillation_loss,
+  next_token_loss,
+  token_log_likelihoods,
+)
 from sa_jax.ops.norm import layer_norm, rms_norm, rms_norm_about_one
 from sa_jax.ops.quantize import Int8, Stored
 from sa_jax.ops.rope import RopeConfig, apply_rope, grow_queries, rope_frequencies
@@ -42,6 +49,8 @@ __all__ = [
   "Backend",
   "Balance",
   "Experts",
+  "Predictions",
+  "Teaching",
   "ToLogits",
   "Int8",
   "RopeConfig",

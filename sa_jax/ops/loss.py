@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,31 @@ from sa_jax.trees import Tree
 
 ToLogits = Callable[[jax.Array], jax.Array]
 """From hidden states ``[B, chunk, D]`` to logits ``[B, chunk, V]``."""
+
+
+class Predictions(NamedTuple):
+  """What a model says of the next tokens.
+
+  Attributes:
+    head: from hidden states to logits.
+    hidden: ``[B, T, D]``.
+  """
+
+  head: ToLogits
+  hidden: jax.Array
+
+
+class Teaching(NamedTuple):
+  """What a student learns of a teacher's predictions.
+
+  Attributes:
+    temperature: positive; logits are divided by it.
+    alpha: 0 to 1, how much the teacher counts, and not the text's own tokens.
+  """
+
+  temperature: float = 1.0
+  alpha: float = 1.0
+
 
 # Logits that exist at once on a device when the caller does not say: 2 GiB in float32. Each chunk reads the head's
 # weights and adds to their gradient: in chunks much shorter than the embedding dimension, that would cost the most.
@@ -76,15 +102,12 @@ def next_token_loss(
 
 
 def distillation_loss(
-  head: ToLogits,
-  hidden: jax.Array,
-  teacher_head: ToLogits,
-  teacher_hidden: jax.Array,
+  student: Predictions,
+  teacher: Predictions,
   tokens: jax.Array,
   weights: jax.Array | None = None,
   *,
-  temperature: float = 1.0,
-  alpha: float = 1.0,
+  how: Teaching = Teaching(),
   chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """``(1 - alpha) * cross-entropy + alpha * temperature² * KL(teacher ‖ student)`` of each next token's distribution.
@@ -93,14 +116,11 @@ def distillation_loss(
   gradient's scale. The teacher gets no gradient.
 
   Args:
-    head: the student's.
-    hidden: the student's, ``[B, T, D]``.
-    teacher_head: the teacher's.
-    teacher_hidden: the teacher's, ``[B, T, D']``.
+    student: its predictions.
+    teacher: its predictions, of the same tokens, from hidden states of any width.
     tokens: as in `next_token_loss`.
     weights: as in `next_token_loss`.
-    temperature: positive.
-    alpha: 0 to 1.
+    how: the temperature and alpha.
     chunk: as in `next_token_loss`.
 
   Returns:
@@ -109,21 +129,24 @@ def distillation_loss(
   Raises:
     UserError: if shapes do not fit, or a number is out of range.
   """
+  temperature, alpha = how
   if not temperature > 0 or not 0 <= alpha <= 1:
     raise UserError(f"temperature is positive and alpha from 0 to 1, not {temperature} and {alpha}")
-  if teacher_hidden.shape[:2] != hidden.shape[:2]:
-    raise UserError(f"teacher and student see the same tokens, not {teacher_hidden.shape[:2]} and {hidden.shape[:2]}")
-  targets, weights = _predicted(hidden, tokens, weights)
+  if teacher.hidden.shape[:2] != student.hidden.shape[:2]:
+    raise UserError(
+      f"teacher and student see the same tokens, not {teacher.hidden.shape[:2]} and {student.hidden.shape[:2]}"
+    )
+  targets, weights = _predicted(student.hidden, tokens, weights)
 
   def term(hidden: jax.Array, teacher_hidden: jax.Array, targets: jax.Array) -> jax.Array:
-    student = head(hidden).astype(jnp.float32)
-    teacher = jax.lax.stop_gradient(teacher_head(teacher_hidden).astype(jnp.float32))
-    student_log, teacher_log = (jax.nn.log_softmax(logits / temperature) for logits in (student, teacher))
+    logits = student.head(hidden).astype(jnp.float32)
+    taught = jax.lax.stop_gradient(teacher.head(teacher_hidden).astype(jnp.float32))
+    student_log, teacher_log = (jax.nn.log_softmax(each / temperature) for each in (logits, taught))
     divergence = jnp.sum(jnp.exp(teacher_log) * (teacher_log - student_log), axis=-1)
-    return (1 - alpha) * _cross_entropy(student, targets) + alpha * temperature**2 * divergence
+    return (1 - alpha) * _cross_entropy(logits, targets) + alpha * temperature**2 * divergence
 
-  arrays = (hidden, jax.lax.stop_gradient(teacher_hidden), targets)
-  return _over_positions(term, arrays, weights, _chunk(chunk, head, hidden)), weights.sum()
+  arrays = (student.hidden, jax.lax.stop_gradient(teacher.hidden), targets)
+  return _over_positions(term, arrays, weights, _chunk(chunk, *student)), weights.sum()
 
 
 def _cross_entropy(logits: jax.Array, targets: jax.Array, z_loss: float = 0.0) -> jax.Array:

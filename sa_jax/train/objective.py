@@ -101,8 +101,8 @@ def distill(
   Args:
     student: whose parameters, in the run layout, are trained.
     teacher: whose parameters are what is frozen.
-    temperature: see `sa_jax.ops.distillation_loss`.
-    alpha: see `sa_jax.ops.distillation_loss`.
+    temperature: see `sa_jax.ops.Teaching`.
+    alpha: see `sa_jax.ops.Teaching`.
     hidden_weight: with how much weight every block's output is drawn to the teacher's: the squared distance over the
       teacher's squared norm, averaged over blocks. The teacher is then a `sa_jax.nn.GradualTransformer` of the plan.
     share: of a student that is a `sa_jax.nn.GradualTransformer`; it shares fully when None.
@@ -122,10 +122,9 @@ def distill(
     hidden, outputs = _hidden(student, params, batch, sharing, mutable=kept)
     frozen = jax.lax.stop_gradient(frozen)
     taught, teacher_outputs = _hidden(teacher, frozen, batch, as_dense, mutable=kept)
-    total, weight = ops.distillation_loss(
-      _head(student, params), hidden, _head(teacher, frozen), taught, batch.tokens, batch.weights,
-      temperature=temperature, alpha=alpha,
-    )  # fmt: skip
+    predicted = ops.Predictions(_head(student, params), hidden), ops.Predictions(_head(teacher, frozen), taught)
+    how = ops.Teaching(temperature, alpha)
+    total, weight = ops.distillation_loss(*predicted, batch.tokens, batch.weights, how=how)
     if hidden_weight:
       distances = jax.tree.leaves(jax.tree.map(_distance, outputs, teacher_outputs))
       mean = sum(each.sum(axis=0) for each in distances) / student.plan.num_layers

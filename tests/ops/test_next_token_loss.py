@@ -82,10 +82,11 @@ TEACHER = RNG.normal(size=(2, 11, 5)).astype(np.float32)
 TEACHER_KERNEL = RNG.normal(size=(5, 17)).astype(np.float32)
 
 
-def distilled(hidden, kernel, teacher=TEACHER, **how):
-  heads = lambda hidden: hidden @ kernel, lambda hidden: hidden @ TEACHER_KERNEL
+def distilled(hidden, kernel, teacher=TEACHER, chunk=None, **how):
+  student = ops.Predictions(lambda hidden: hidden @ kernel, hidden)
+  teacher = ops.Predictions(lambda hidden: hidden @ TEACHER_KERNEL, jnp.asarray(teacher))
   arrays = jnp.asarray(TOKENS), jnp.asarray(WEIGHTS)
-  return ops.distillation_loss(heads[0], hidden, heads[1], jnp.asarray(teacher), *arrays, **how)[0]
+  return ops.distillation_loss(student, teacher, *arrays, how=ops.Teaching(**how), chunk=chunk)[0]
 
 
 @pytest.mark.parametrize(("temperature", "alpha", "chunk"), [(1.0, 1.0, 4), (2.5, 0.3, 11), (0.7, 0.0, None)])
@@ -132,7 +133,8 @@ def test_temporaries_do_not_grow_with_the_vocabulary(monkeypatch, teach):
   def loss(hidden, kernel, teacher, tokens):
     head = lambda kernel: lambda hidden: hidden @ kernel
     if teach:
-      return ops.distillation_loss(head(kernel), hidden, head(teacher), hidden, tokens, alpha=0.5)[0]
+      student, taught = (ops.Predictions(head(each), hidden) for each in (kernel, teacher))
+      return ops.distillation_loss(student, taught, tokens, how=ops.Teaching(alpha=0.5))[0]
     return ops.next_token_loss(head(kernel), hidden, tokens)[0]
 
   def temporaries(vocab):
