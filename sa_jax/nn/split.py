@@ -84,9 +84,9 @@ def attend(
   """`sa_jax.ops.attend`, of each device's queries, rows and heads by itself where XLA cannot split it over the mesh.
 
   Rows, heads and queries do not see each other, and what each needs is where `split_for_attention` has brought it, so
-  this adds no communication. Inside a `jax.shard_map` of the caller's there is nothing left to split. Rows that do not
-  divide (one row over two devices) are not split: every device attends in all of them. Where there are key heads for
-  fewer devices than query heads, every device has all of them, and takes those of its queries.
+  this adds no communication. Inside a `jax.shard_map` of the caller's there is nothing left to split. Rows and queries
+  that do not divide (one row over two devices) are not split: every device attends in all of them. Where there are key
+  heads for fewer devices than query heads, every device has all of them, and takes those of its queries.
   """
   ambient = jax.sharding.get_abstract_mesh()
   # Outside any context, arrays know what they are spread over, also under `jax.jit`.
@@ -95,7 +95,8 @@ def attend(
     return ops.attend(q, k, v, rows, spec, backend)
   ops.check_shapes(q, k, v, rows)
   heads = Heads(q.shape[2], k.shape[2])
-  along = query_axis(mesh, heads)
+  queries = fitting(attention_axes(mesh, "heads", heads), q.shape, mesh.shape)
+  along = queries[1]
   part = rows if along is None else dataclasses.replace(rows, offset=jnp.int32(0))
   platform = mesh.abstract_device.platform if ambient.empty and mesh.abstract_device else None
   name = ops.choose_backend(backend, q, k, part, spec, platform)
@@ -123,9 +124,7 @@ def attend(
       k, v = (_of_queries(x, first, q.shape[2], heads) for x in (k, v))
     return chosen.attend(q, k, v, rows, spec)
 
-  queries, keys = (attention_axes(mesh, each, heads) for each in ("heads", "kv_heads"))
-  if not divides(mesh, PartitionSpec(queries[0]), q.shape):
-    queries, keys = (PartitionSpec(None, *axes[1:]) for axes in (queries, keys))
+  keys = PartitionSpec(queries[0], *attention_axes(mesh, "kv_heads", heads)[1:])
   in_specs = (queries, keys, keys, _rows_axes(rows, queries))
   return jax.shard_map(of_a_device, in_specs=in_specs, out_specs=queries, check_vma=False)(q, k, v, rows)
 

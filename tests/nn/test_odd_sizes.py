@@ -67,6 +67,15 @@ def test_perplexity(sizes, changes):
   assert sa_jax.perplexity(made, params, tokens, batch_size=4).loss == pytest.approx(expected.loss, rel=1e-6)
 
 
+@pytest.mark.parametrize("length", [13, 16])
+def test_perplexity_where_tokens_are_split(length):
+  """Thirteen tokens over four devices: each attends in all of them."""
+  made = model()
+  alone, params = placed(made, make_mesh(tensor=2, sequence=4), "runs")
+  expected = sa_jax.perplexity(made, alone, tiny.tokens(4, length), batch_size=4)
+  assert sa_jax.perplexity(made, params, tiny.tokens(4, length), batch_size=4).loss == pytest.approx(expected.loss)
+
+
 @over_meshes
 def test_generate(sizes, changes):
   made = model(**changes)
