@@ -68,7 +68,7 @@ def exchange(what: str, mine: str, seconds: float = _PATIENCE) -> list[str]:
   It passes by the coordinator, not over the devices: processes that have stopped, or ask other things, are named.
 
   Raises:
-    UserError: if one does not answer in time.
+    UserError: if one does not answer in time, or the processes have not joined.
   """
   if jax.process_count() == 1:
     return [mine]
@@ -86,7 +86,12 @@ def _key(what: str) -> str:
 def _client() -> Any:
   from jax._src import distributed  # JAX has no public way to it; Orbax and others take this one
 
-  return distributed.global_state.client
+  if (client := distributed.global_state.client) is None:  # a TPU host knows of the others without it
+    raise UserError(
+      f"this is one of {jax.process_count()} processes, and they have not joined: call jax.distributed.initialize() "
+      "first, or give the command --multihost"
+    )
+  return client
 
 
 def _answer(key: str, process: int, what: str, seconds: float) -> str:

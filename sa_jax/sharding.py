@@ -146,7 +146,11 @@ def rules_of(config: ModelConfig, params: Params, mesh: Mesh) -> Rules:
     config: the model.
     params: in either layout, whole: arrays, or shapes with shardings.
     mesh: theirs.
+
+  Raises:
+    UserError: if some of them are on other devices.
   """
+  _check_together(params, mesh)
   block = params["runs"]["0"]["anchor"] if "runs" in params else params["layers"]["0"]
   leaves = _by_path(nn.unbox(dict(params) | {"layers": {"0": block}}))
   found: dict[str, tuple[str, ...]] = {}
@@ -177,6 +181,19 @@ def rules_of(config: ModelConfig, params: Params, mesh: Mesh) -> Rules:
   # Spelt as `rules_on` spells them, so that equal rules are the same rules to `jax.jit`.
   spelt = lambda name, axes: axes[0] if len(axes) == 1 and name != "batch" else axes or None
   return tuple((name, spelt(name, found.get(name, ()))) for name, _ in DEFAULT_RULES)
+
+
+def _check_together(params: Params, mesh: Mesh) -> None:
+  """Checks that all parameters are on the devices of a mesh, or on none that they have to stay on."""
+  devices = set(mesh.devices.flat)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    bound = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed
+    if bound and leaf.sharding.device_set != devices:
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      raise UserError(
+        f"{name} is on {len(leaf.sharding.device_set)} of the devices, others are on a mesh of {len(devices)}: put "
+        "all on one, as jax.device_put(params, sa_jax.sharding.param_shardings(model, mesh, layout=...)) does"
+      )
 
 
 @functools.lru_cache

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import sa_jax
 from sa_jax import UserError
+from sa_jax.distributed import exchange
 from sa_jax.mesh import MeshSizes
 from sa_jax.sharding import (
   DEFAULT_RULES,
@@ -169,6 +170,31 @@ def test_meshes_that_cannot_be_used_are_refused_where_a_model_is_opened(tmp_path
   tokens = tiny.tokens(4, 8, 64)
   alone = sa_jax.perplexity(*sa_jax.from_pretrained(folder), tokens, batch_size=4).loss
   assert sa_jax.perplexity(opened, params, tokens, batch_size=4).loss == pytest.approx(alone, rel=1e-5)
+
+
+def test_what_is_no_mesh_is_refused_where_a_model_is_opened(tmp_path):
+  for mesh in ("fsdp=8", 8, make_mesh(fsdp=8).abstract_mesh):
+    with pytest.raises(UserError, match=r"mesh is a mesh of devices, such as sa_jax.sharding.make_mesh\(fsdp=8\), not"):
+      sa_jax.from_pretrained(tmp_path, mesh=mesh)
+  with pytest.raises(UserError, match="there is no mesh: give mesh= too"):
+    sa_jax.from_pretrained(tmp_path, rules=(("embed", "fsdp"),))
+
+
+@pytest.mark.parametrize("use", ["perplexity", "generate"])
+def test_parameters_on_two_meshes_are_refused(use):
+  model = tiny.model("dense", num_layers=2, vocab_size=64)
+  meshes = make_mesh(fsdp=4, tensor=2), make_mesh(tensor=2, devices=jax.devices()[:2])
+  params, other = (jax.device_put(tiny.params(model), param_shardings(model, mesh, layout="layers")) for mesh in meshes)
+  params["layers"]["1"] = other["layers"]["1"]
+  with pytest.raises(UserError, match=r"layers/1/attention/\w+/kernel is on 2 of the devices, .* a mesh of 8: put all"):
+    getattr(sa_jax, use)(model, params, tiny.tokens(2, 8, 64))
+
+
+def test_processes_that_have_not_joined_are_told_how(monkeypatch):
+  """As on the hosts of a TPU pod, which know of each other from the start."""
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(UserError, match=r"one of 2 processes, .* jax.distributed.initialize\(\) .*--multihost"):
+    exchange("a question", "mine")
 
 
 def test_an_axis_that_no_rule_names_is_told(caplog):

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from sa_jax.distributed import done_by_first, on_all
-from sa_jax.errors import UserError
+from sa_jax.errors import UserError, shown
 from sa_jax.files import as_path, check_absent
 from sa_jax.formats import checkpoint
 from sa_jax.formats.lazy import Progress, place, stack_lazily
@@ -63,10 +63,15 @@ def from_pretrained(
 
   Raises:
     UserError: if the checkpoint is damaged, of an unsupported architecture, not what its config describes, or lacks
-      weights that the plan needs. Every mismatch is listed.
+      weights that the plan needs. Every mismatch is listed. If the mesh is none, or none that the rules can split the
+      parameters over.
   """
   if layout not in ("runs", "layers"):
     raise UserError(f"there is no layout {layout!r}; there are 'runs' and 'layers'")
+  if not isinstance(mesh, Mesh | None):
+    raise UserError(f"mesh is a mesh of devices, such as sa_jax.sharding.make_mesh(fsdp=8), not {shown(repr(mesh))}")
+  if mesh is None and rules != DEFAULT_RULES:
+    raise UserError("rules say how a mesh splits parameters, and there is no mesh: give mesh= too")
   read = functools.partial(open_model, path, plan, dtype, revision, strict)
   # Where all processes open one model together, a file that one of them lacks must not leave the others waiting.
   opened = (
