@@ -84,8 +84,6 @@ class Job:
     wrong = []
     if self.length >= 2**31:
       wrong.append(f"length={self.length} (positions are int32: less than {2**31:,} is needed)")
-    if self.kind == "loop" and self.length < 2:
-      wrong.append(f"length={self.length} (a loop needs a prompt's token and one to add: at least 2)")
     sizes = mesh_on(self.topology, self.mesh)
     if self.batch % sizes.ways:
       wrong.append(f"batch={self.batch} (a multiple of {sizes.ways_spelt} is needed)")

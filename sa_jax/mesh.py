@@ -143,6 +143,23 @@ def make_mesh(
   )
 
 
+def check_devices(params: object, mesh: Mesh) -> None:
+  """Checks that all parameters are on the devices of a mesh, or on none that they have to stay on.
+
+  Raises:
+    UserError: if one is elsewhere.
+  """
+  devices = set(mesh.devices.flat)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    bound = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed
+    if bound and leaf.sharding.device_set != devices:
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      raise UserError(
+        f"{name} is on {len(leaf.sharding.device_set)} of the devices, others are on a mesh of {len(devices)}: put "
+        "all on one, as jax.device_put(params, sa_jax.sharding.param_shardings(model, mesh, layout=...)) does"
+      )
+
+
 def _check_sizes(sizes: Mapping[str, int], slices: int, devices: Sequence[jax.Device]) -> None:
   shown = {name: size for name, size in (("slice", slices), *sizes.items()) if name in _SHOWN or size != 1}
   product = slices * math.prod(sizes.values())

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
+from sa_jax.mesh import check_devices
 from sa_jax.mesh import make_mesh as make_mesh  # what the rules are for
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.axes import bare, fitting, mesh_axes_of
@@ -150,7 +151,7 @@ def rules_of(config: ModelConfig, params: Params, mesh: Mesh) -> Rules:
   Raises:
     UserError: if some of them are on other devices.
   """
-  _check_together(params, mesh)
+  check_devices(params, mesh)
   block = params["runs"]["0"]["anchor"] if "runs" in params else params["layers"]["0"]
   leaves = _by_path(nn.unbox(dict(params) | {"layers": {"0": block}}))
   found: dict[str, tuple[str, ...]] = {}
@@ -181,19 +182,6 @@ def rules_of(config: ModelConfig, params: Params, mesh: Mesh) -> Rules:
   # Spelt as `rules_on` spells them, so that equal rules are the same rules to `jax.jit`.
   spelt = lambda name, axes: axes[0] if len(axes) == 1 and name != "batch" else axes or None
   return tuple((name, spelt(name, found.get(name, ()))) for name, _ in DEFAULT_RULES)
-
-
-def _check_together(params: Params, mesh: Mesh) -> None:
-  """Checks that all parameters are on the devices of a mesh, or on none that they have to stay on."""
-  devices = set(mesh.devices.flat)
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    bound = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed
-    if bound and leaf.sharding.device_set != devices:
-      name = jax.tree_util.keystr(path, simple=True, separator="/")
-      raise UserError(
-        f"{name} is on {len(leaf.sharding.device_set)} of the devices, others are on a mesh of {len(devices)}: put "
-        "all on one, as jax.device_put(params, sa_jax.sharding.param_shardings(model, mesh, layout=...)) does"
-      )
 
 
 @functools.lru_cache
