@@ -196,6 +196,8 @@ class _Process:
       UserError: if the process was ended by it.
     """
     with self._turn:
+      if self._running is not None and self._running.poll() is not None:
+        self.end()  # what has ended it was not this template
       running = self._running or self._start()
       assert running.stdin is not None
       assert running.stdout is not None

@@ -22,8 +22,13 @@ from pathlib import Path
 
 def _serve(seconds: int, memory: int, characters: int) -> None:
   """Answers requests until the input ends."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-  watch = _limited(seconds, memory)
+  for number in (signal.SIGINT, signal.SIGTERM):  # which a terminal or a scheduler sends to all: the parent answers
+    signal.signal(number, signal.SIG_IGN)
+  _limit(memory)
+  import jinja2.ext  # with the limits in place, and before computing is counted
+  import jinja2.sandbox  # noqa: F401
+
+  watch = functools.partial(_watch, seconds)
   for line in sys.stdin:
     try:
       answer: dict[str, object] = {"done": _rendered(json.loads(line), watch, characters)}
@@ -35,26 +40,23 @@ def _serve(seconds: int, memory: int, characters: int) -> None:
     print(json.dumps(answer), flush=True)
 
 
-def _limited(seconds: int, memory: int) -> Callable[[], None]:
-  """Bounds this process's memory; returns what gives it so many seconds more of computing, after which it is ended."""
-  try:
+def _limit(memory: int) -> None:
+  """Bounds this process's memory, where the system has such limits."""
+  with contextlib.suppress(ImportError, ValueError, OSError):
     import resource
-  except ImportError:  # not a Unix
-    return lambda: None
 
-  def bound(kind: int, value: int) -> None:
-    hard = resource.getrlimit(kind)[1]
-    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+    for kind, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, memory)):
+      hard = resource.getrlimit(kind)[1]
+      resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
-  with contextlib.suppress(ValueError, OSError):  # where a system has no such limit
-    bound(resource.RLIMIT_CORE, 0)
-    bound(resource.RLIMIT_AS, memory)
 
-  def watch() -> None:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    bound(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + seconds + 1)
+def _watch(seconds: float) -> None:
+  """Gives this process so many seconds of computing from here on, after which SIGPROF ends it.
 
-  return watch
+  What it has used before does not count, nor does waiting for a processor.
+  """
+  if hasattr(signal, "setitimer"):  # on Unix
+    signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _rendered(request: dict[str, object], watch: Callable[[], None], characters: int) -> list[dict[str, object]]:
@@ -86,7 +88,7 @@ def _rendered(request: dict[str, object], watch: Callable[[], None], characters:
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(template: str):  # type: ignore[no-untyped-def]  # jinja2 is imported with the limits in place
+def _compiled(template: str):  # type: ignore[no-untyped-def]  # jinja2 is imported late
   """A template, and the environment that is its own: Jinja as transformers' `chat_template_utils` sets it up."""
   import jinja2
   from jinja2 import nodes

@@ -4,7 +4,9 @@ import datetime
 import functools
 import json
 import logging
+import os
 import resource
+import signal
 import time
 
 import pytest
@@ -135,6 +137,20 @@ def test_one_process_serves_all_chats(impatient):
     tokenizer.chat([USER])
   assert impatient._running.pid == number
   assert time.monotonic() - began < 10  # compiled for each, it would take a millisecond or more; a process, 60
+
+
+def test_signals_to_a_whole_group_leave_the_process_and_one_that_was_killed_is_started_again(impatient):
+  tokenizer = ours(CHATML)
+  said = tokenizer.chat([USER])
+  number = impatient._running.pid
+  for each in (signal.SIGINT, signal.SIGTERM):
+    os.kill(number, each)
+  assert tokenizer.chat([USER]) == said
+  assert impatient._running.pid == number
+  os.kill(number, signal.SIGKILL)
+  impatient._running.wait()
+  assert tokenizer.chat([USER]) == said
+  assert impatient._running.pid != number
 
 
 def test_the_date_is_what_the_tokenizer_says():
