@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -28,6 +29,10 @@ def own(*, exact: bool, cache: bool = True) -> None:
     exact: whether products are in exact float32.
     cache: whether compiled programs are kept for the next command.
   """
+  # Modules stay, and tracing a program makes many small things that live: to look for cycles in all of it each time
+  # takes half a second until a first token.
+  gc.freeze()
+  gc.set_threshold(20_000)
   # So that what is being written is removed, and finished parts stay: the default would end the process where it is.
   signal.signal(signal.SIGTERM, _terminated)
   # With XLA's Triton products, exact ones are tuned for minutes: `share` was unfinished on a GPU after 170 s; without,

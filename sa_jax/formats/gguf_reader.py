@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from gguf import GGUFReader, GGUFValueType
+from gguf import GGUFReader, GGUFValueType, ReaderField
+
+
+class _Strings(ReaderField):
+  """A field that holds strings, whose last part is their list."""
+
+  def contents(self, index_or_slice: int | slice = slice(None)) -> Any:
+    return self.parts[-1][index_or_slice]
 
 
 class QuickReader(GGUFReader):
-  """`gguf.GGUFReader`, whose fields hold the same contents; SmolLM2's metadata are read in a tenth of the time."""
+  """`gguf.GGUFReader`, whose fields have the same contents; SmolLM2's metadata are read in a tenth of the time.
+
+  Strings are no parts of their field: the last part is the list of them.
+  """
+
+  def _push_field(self, field: ReaderField, skip_sum: bool = False) -> int:
+    if field.types == [GGUFValueType.ARRAY, GGUFValueType.STRING]:
+      field = _Strings(*field)
+    return super()._push_field(field, skip_sum)
 
   def _get_field_parts(
     self, orig_offs: int, raw_type: int
@@ -23,7 +40,7 @@ class QuickReader(GGUFReader):
     types = [GGUFValueType.ARRAY, kind] if count else [GGUFValueType.ARRAY]
     if kind == GGUFValueType.STRING:
       end, strings = _strings(data, begin, count)
-      return end - orig_offs, [*head, *strings], list(range(len(head), len(head) + count)), types
+      return end - orig_offs, [*head, strings], [len(head)] if count else [], types
     if kind not in self.gguf_scalar_to_np:  # an array of arrays
       return super()._get_field_parts(orig_offs, raw_type)
     dtype = np.dtype(self.gguf_scalar_to_np[kind])
@@ -34,8 +51,8 @@ class QuickReader(GGUFReader):
     return end - orig_offs, [*head, numbers], [len(head)] if count else [], types
 
 
-def _strings(data: np.ndarray, at: int, count: int) -> tuple[int, list[np.ndarray]]:
-  """Where strings that follow each other end, and the bytes of each."""
+def _strings(data: np.ndarray, at: int, count: int) -> tuple[int, list[str]]:
+  """Where strings that follow each other end, and the strings."""
   bytes_of = data.data
   found = []
   for _ in range(count):
@@ -43,7 +60,7 @@ def _strings(data: np.ndarray, at: int, count: int) -> tuple[int, list[np.ndarra
     at = begin + int.from_bytes(bytes_of[at:begin], "little")
     if at > len(data):
       raise ValueError("it ends within its metadata")
-    found.append(data[begin:at])
+    found.append(str(bytes_of[begin:at], "utf-8"))
   return at, found
 
 
