@@ -16,6 +16,7 @@ import jax
 from tasks import write_tasks
 
 import sa_jax
+from sa_jax import SharingPlan
 from sa_jax.evaluation.harness import metrics, run_tasks
 from sa_jax.evaluation.lm import SharedAttentionLM
 from sa_jax.evaluation.settings import Asking, Limits
@@ -32,7 +33,10 @@ PLANS = {
 
 TASKS = ("mmlu", "gsm8k", "hellaswag", "rte", "cola", "mrpc", "sst2", "wnli")
 MORE = ("arc_easy", "arc_challenge", "piqa", "winogrande", "boolq", "lambada_openai")
+TELLING = ("hellaswag", "arc_easy", "piqa", "lambada_openai")
+"""Tasks on which a model of 135M parameters is well above chance."""
 TEXTS = ("wikitext-2 valid", "LAMBADA")
+LAYERS = 30
 SHOWN = {"gsm8k": ("exact_match, strict-match",), "hellaswag": ("acc_norm",), "cola": ("mcc",)}
 """Of each task's metrics, the ones in the table; ``acc`` of the others."""
 
@@ -76,18 +80,23 @@ class Table:
     return self.folder / f"{name.replace(':', '.').replace(',', '+')}.json"
 
   def show(self) -> None:
-    """Prints Markdown: a row a plan, values in per cent with their standard errors."""
-    stored = [json.loads(file.read_text()) for file in sorted(self.folder.glob("*.json"))]
-    stored.sort(key=lambda each: (each["name"] != "dense", each["name"]))
-    columns = [task for task in (*TASKS, *MORE) if any(task in each["results"] for each in stored)]
-    texts = [text for text in TEXTS if any(text in each["results"] for each in stored)]
-    print("| | plan | " + " | ".join(columns + texts) + " |\n|---|---|" + "---:|" * len(columns + texts))
-    for each in stored:
-      done = each["results"]
-      cells = [_cell(task, done.get(task, {})) for task in columns]
-      cells += [f"{done[text]['perplexity']:.2f}" if text in done else "" for text in texts]
-      label = "" if each["name"] == each["plan"] else each["name"]
-      print(f"| {label} | `{each['plan']}` | " + " | ".join(cells) + " |")
+    """Prints Markdown, the tasks that tell something and the others: values in per cent with standard errors."""
+    stored = [json.loads(file.read_text()) for file in self.folder.glob("*.json")]
+    stored.sort(key=lambda each: (_followers(each["plan"]), each["plan"], each["name"]))
+    for tasks, texts in ((TELLING, TEXTS), ([task for task in (*TASKS, *MORE) if task not in TELLING], ())):
+      columns = [task for task in tasks if any(task in each["results"] for each in stored)]
+      rows = [each for each in stored if set(columns) & set(each["results"])]
+      print("\n| plan | " + " | ".join((*columns, *texts)) + " |\n|---|" + "---:|" * len((*columns, *texts)))
+      for each in rows:
+        done = each["results"]
+        cells = [_cell(task, done.get(task, {})) for task in columns]
+        cells += [f"{done[text]['perplexity']:.2f}" if text in done else "" for text in texts]
+        label = "" if each["name"] == each["plan"] else ", refitted"
+        print(f"| {_followers(each['plan'])}: `{each['plan']}`{label} | " + " | ".join(cells) + " |")
+
+
+def _followers(plan: str) -> int:
+  return 0 if plan == "dense" else len(SharingPlan.parse(plan, LAYERS).followers)
 
 
 def _cell(name: str, values: dict[str, Any]) -> str:

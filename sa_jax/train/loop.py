@@ -162,6 +162,7 @@ class Loop:
     self._first = self.done + 1
     self._clock = Clock()
     self._rate = schedule(config.optimizer, config.steps)
+    self._rate_at(0)  # compiled now: the first line of metrics would take the time from the steps after it
     flops = train_flops(run.model.config, run.model.plan, config.batch_size, config.data.length)
     peak = peak_tflops(config.log.peak_tflops)
     self._mfu_seconds = flops / (peak * 1e12 * jax.device_count()) if peak else None
@@ -239,12 +240,10 @@ class Loop:
     """The metrics of a step; tokens read are all slots of the rows, those learnt are what the loss is over."""
     seconds = self._clock.lap()
     slots = self._config.batch_size * self._config.data.length
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes types, which the caller may have forbidden
-      rate = float(self._rate(max(step - 1 - self.window.skipped, 0)))
     values = {
       "loss": self.window.close(),
       "grad_norm": norm,
-      "learning_rate": rate,
+      "learning_rate": self._rate_at(max(step - 1 - self.window.skipped, 0)),
       "tokens_learnt": self.window.seen,
       "tokens_read": float(step * slots),
     }
@@ -256,6 +255,11 @@ class Loop:
         values["mfu"] = self._mfu_seconds / seconds
       values["seconds_left"] = (self._config.steps - step) * seconds
     return values
+
+  def _rate_at(self, update: int) -> float:
+    """The learning rate of an update, counted from 0."""
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes types, which the caller may have forbidden
+      return float(self._rate(update))
 
   def _evaluate(self) -> None:
     """Loss and perplexity on the evaluation data."""

@@ -13,11 +13,13 @@ import sa_jax
 from sa_jax import SharingPlan, cli
 from sa_jax.formats.checkpoint import save_checkpoint
 from sa_jax.mesh import MeshSizes
+from sa_jax.train import loop
 from sa_jax.train.checkpoints import Checkpoints
 from sa_jax.train.config import DistillConfig, LogConfig, LoraConfig, load_config
 from sa_jax.train.data import byte_tokenizer
 from sa_jax.train.learner import model_of
 from sa_jax.train.loop import train
+from sa_jax.train.metrics import Clock
 from sa_jax.train.setup import prepare
 from tests import tiny
 from tests.train.tiny_run import SHAPE, config
@@ -41,6 +43,21 @@ def from_dense(dense, out, **changes):
   """Two steps from the dense checkpoint on one text."""
   small = {"shape": None, "model": dense, "steps": 2, "log": LogConfig(log_every=1, tensorboard=False)}
   return config(out, **(small | changes))
+
+
+def test_the_first_line_of_metrics_takes_no_time_from_the_steps_after_it(tmp_path, monkeypatch):
+  """The learning rate's schedule has been compiled before the clock runs."""
+  events = []
+  tick, make = Clock.tick, loop.schedule
+
+  def schedule(*given):
+    made = make(*given)
+    return lambda update: [events.append("rate"), made(update)][1]
+
+  monkeypatch.setattr(loop, "schedule", schedule)
+  monkeypatch.setattr(Clock, "tick", lambda clock: [events.append("tick"), tick(clock)])
+  train(config(tmp_path / "run", steps=4, log=LogConfig(log_every=2, save_every=4, tensorboard=False)))
+  assert events == ["rate", "tick", "tick", "rate", "tick", "tick", "rate"]
 
 
 @pytest.mark.slow
