@@ -14,6 +14,7 @@ import pytest
 import sa_jax
 from sa_jax import cli
 from sa_jax.formats.families import FAMILIES
+from sa_jax.mesh import MeshSizes
 from sa_jax.ops.attention import dispatch
 from tests import pages
 
@@ -117,6 +118,14 @@ def test_scripts_of_the_pages_exist_with_their_flags():
         assert not unknown, f"{page}: {script} has no {unknown}"
         seen.add(script)
   assert len(seen) >= 10
+
+
+def test_under_slurm_each_process_has_a_gpu_and_the_mesh_has_all():
+  text = (ROOT / "experiments" / "pods" / "slurm.sh").read_text(encoding="utf-8")
+  asked = {name: int(count) for name, count in re.findall(r"#SBATCH --([\w-]+)=(\d+)$", text, re.MULTILINE)}
+  assert asked["ntasks-per-node"] == asked["gpus-per-node"]  # a task has the GPU of its number, as JAX starts it
+  meshes = re.findall(r"--mesh (\S+)", text)
+  assert {MeshSizes.parse(mesh).size for mesh in meshes} == {asked["nodes"] * asked["gpus-per-node"]}
 
 
 def test_what_the_commands_of_experiments_read_is_told():
