@@ -119,11 +119,11 @@ def check_same(what: str, value: object) -> None:
   _raise_unless_equal(what, exchange(what, f"{checksum(value)} on {socket.gethostname()}"))
 
 
-def check_same_rows(params: Params, what: str, value: object) -> None:
-  """`check_same` of what is computed with parameters that are spread over processes; errors as there."""
+def check_same_rows(params: Params, what: str, rows: np.ndarray, settings: object = None) -> None:
+  """`check_same` of what is computed with parameters that are spread over processes, and how; errors as there."""
   mesh = mesh_of(params)
   if mesh is not None and mesh.is_multi_process:
-    check_same(what, value)
+    check_same(*((what, rows) if settings is None else (f"{what} or settings", (checksum(rows), settings))))
 
 
 def _raise_unless_equal(what: str, answers: Sequence[str]) -> None:

@@ -128,6 +128,7 @@ def faults(folder: Path, rank: int) -> list[str]:
     said(lambda: train(dataclasses.replace(run, seed=rank))),
     said(lambda: train(run)),
     said(lambda: distributed.exchange("a step that process 1 leaves out", "", 1.0)) if rank == 0 else "",
+    said(lambda: sa_jax.generate(shared, params, tiny.tokens(4, 16, 64), max_new_tokens=3 + rank)),
   ]
 
 

@@ -90,8 +90,14 @@ def test_files(found):
 def test_faults_are_told_by_every_process(found):
   """Each in one line that names the processes, with their checksums where two have different things."""
   _, _, (first, second) = found
-  tokens, files, conversion, configs, texts, left_out = first["faults"]
-  for place, what, said in ((0, "tokens", tokens), (3, "configs", configs), (4, r"text\.txt", texts)):
+  tokens, files, conversion, configs, texts, left_out, prompts = first["faults"]
+  different = {
+    0: ("tokens or settings", tokens),
+    3: ("configs", configs),
+    4: (r"text\.txt", texts),
+    6: ("prompts or settings", prompts),
+  }
+  for place, (what, said) in different.items():
     match = re.fullmatch(
       rf"processes have different {what}: (\w{{8}}) on process 0 \(.+\); (\w{{8}}) on process 1 \(.+\); give all .*",
       said,

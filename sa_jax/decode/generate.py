@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -109,7 +110,8 @@ def generate(
       f"fit a cache of {capacity} slots; {max(needed, tokens.shape[1])} are needed"
     )
   check_room(model, min(len(tokens), slots), capacity, mesh_of(params))
-  check_same_rows(params, "prompts", tokens)
+  settings = (lengths.tolist(), max_new_tokens, samples, seed, capacity, slots, without_processors(sampler))
+  check_same_rows(params, "prompts", tokens, settings)
   if len(prompts) * samples > slots:
     batcher = Batcher(model, params, slots=slots, capacity=capacity, sampler=sampler, prefix=prefix)
     drawn = _continuous(batcher, [row for row in prompts for _ in range(samples)], max_new_tokens, seed)
@@ -131,6 +133,11 @@ def _one_sampler(sampler: Sampler | None, temperature: float) -> Sampler:
   if temperature:
     raise UserError("give a sampler, which has a temperature, or a temperature, not both")
   return sampler
+
+
+def without_processors(sampler: Sampler) -> Sampler:
+  """What processes can compare: a processor need not say all of itself."""
+  return dataclasses.replace(sampler, processors=())
 
 
 def _as_rows(tokens: ArrayLike) -> np.ndarray:
@@ -191,6 +198,7 @@ def stream(
   prompt = np.asarray(prompt)
   capacity = capacity_for(max(1, _slots_for(prompt.size, max_new_tokens)))
   chosen = _one_sampler(sampler, temperature)
+  check_same_rows(params, "prompts", prompt, (max_new_tokens, seed, chunk, without_processors(chosen)))
   batcher = Batcher(model, params, slots=1, capacity=capacity, sampler=chosen, chunk=chunk)
   request = batcher.submit(prompt, max_new_tokens, seed=seed)
   yield batcher.enter()[id(request)]

@@ -124,7 +124,7 @@ def perplexity(
     raise UserError(f"rows need at least 2 tokens, one to predict from and one to predict, not {tokens.shape[1]}")
   if batch_size < 1:
     raise UserError(f"batch_size must be at least 1, not {batch_size}")
-  check_same_rows(params, "tokens", tokens)
+  check_same_rows(params, "tokens", tokens, batch_size)
   params = params if model.config.cache_dtype is None else as_layers(params, model.plan)
   total = 0.0
   for start in range(0, len(tokens), batch_size):
