@@ -231,8 +231,9 @@ def topology_mesh(job: Job) -> Mesh:
   Raises:
     UserError: if libtpu does not know the topology, or its devices are not as many as the mesh needs.
   """
+  devices = tpu_devices(job.topology, job.mesh.slice)
   try:
-    return job.mesh.mesh(tpu_devices(job.topology, job.mesh.slice))
+    return job.mesh.mesh(devices)
   except UserError as error:
     raise UserError(f"{job.topology}: {error}") from None
 
@@ -247,8 +248,7 @@ def tpu_devices(topology: str, slices: int = 1) -> Sequence[jax.Device]:
   """
   from jax.experimental import topologies
 
-  for name, value in _ENVIRONMENT.items():
-    os.environ.setdefault(name, value)
+  os.environ.update({**_ENVIRONMENT, **os.environ})
   try:
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices).devices
   except Exception as error:

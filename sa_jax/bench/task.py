@@ -86,6 +86,8 @@ class Task(Setting):
       wrong.append(f"{' and '.join(refused)} ({what} {takes})")
     if self.value_dim is not None and self.who != "sa_jax":
       wrong.append(f"value_dim {self.value_dim} (the peer {self.who} has values as wide as keys)")
+    if self.batch_size * self.length >= _MOST:
+      wrong.append(f"batch_size {self.batch_size} of `length` {self.length} (fewer than {_MOST:,} tokens are needed)")
     if not wrong and self.batch_size % self.mesh.ways:
       wrong.append(f"batch_size {self.batch_size} (a multiple of {self.mesh.ways_spelt} is needed)")
     if not wrong and self.length % self.mesh.sequence:
@@ -129,6 +131,9 @@ class Task(Setting):
     """Tokens a row."""
     return self.length if self.filled is None else self.filled
 
+
+_MOST = 2**31
+"""Tokens at once that no device has room for."""
 
 _MESHES = {"step": MESH_AXES, "decode": ("tensor",)}
 """The axes over which a kind can be split."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -47,14 +48,32 @@ def tell(about: str, found: object) -> None:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-  """Prints a table: the first column names the row, the others are numbers."""
+  """Prints a table: the first column names the row, the others are numbers.
+
+  Where a terminal is too narrow for it, a line a number: a table would leave numbers out.
+  """
   console.print(title, style="bold")  # not the table's own, which is folded to its width
+  if _narrowest(rows) > console.width:
+    for name, *cells in rows:
+      console.print(name, style="bold", soft_wrap=True)
+      for column, cell in zip(columns[1:], cells, strict=True):
+        if cell:
+          console.print(f"  {column}: {cell}", soft_wrap=True)
+    return
   table = Table()
   for index, column in enumerate(columns):
     table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
   for row in rows:
     table.add_row(*row)
   console.print(table)
+
+
+def _narrowest(rows: Sequence[Sequence[str]]) -> int:
+  """Characters that a table of these rows needs: the whole of each name, and of other cells the longest word."""
+  names, *others = zip(*rows) if rows else [()]
+  widths = [max(map(cell_len, names), default=0)]
+  widths += [max(cell_len(word) for cell in column for word in ["", *cell.split()]) for column in others]
+  return sum(width + 3 for width in widths) + 1
 
 
 def markdown(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

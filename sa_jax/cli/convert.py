@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-  """Convert a Hugging Face folder or a GGUF file into an sa_jax checkpoint."""
+  """Convert a Hugging Face folder, a hub id or a GGUF file into an sa_jax checkpoint."""
 
   src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
   """The model to read: a folder, a GGUF file or a hub id such as org/model."""

@@ -34,8 +34,8 @@ class CostOf:
   """Count parameters, FLOPs and cache bytes of a model, dense and under a plan."""
 
   model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-  """A preset (gpt-oss-20b, llama-2-7b, llama-2-13b, llama-3-8b, mixtral-8x7b, smollm2-135m), a folder, a GGUF file,
-  a checkpoint or a hub id."""
+  """A preset (gpt-oss-20b, llama-2-7b, llama-2-13b, llama-3-8b, mixtral-8x7b, smollm2-135m),
+  or a folder, a GGUF file, a checkpoint or a hub id."""
   plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None
   """Which layers share, such as 22:23-26; None for the model's own plan, dense for a preset."""
   batch_size: Count = 1

@@ -26,7 +26,7 @@ class Searching:
   """A model, the texts that plans are judged by, and how to search."""
 
   model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-  """A dense Hugging Face folder, GGUF file or sa_jax checkpoint."""
+  """A dense model: a Hugging Face folder, a GGUF file, an sa_jax checkpoint or a hub id."""
   texts: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT ...")]
   """Text files (or .jsonl with a "text" a line) to calibrate on and judge by; each counts alike."""
   budget: str = "8"

@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 
 import sa_jax
 from sa_jax.cli import main
-from sa_jax.cli.common import change, console
+from sa_jax.cli.common import change, console, show_table
 from sa_jax.cli.demo import picture
 from sa_jax.cli.generate import read_prompts
 from sa_jax.cli.process import own
@@ -315,3 +315,14 @@ def test_names_are_printed_as_they_are(tmp_path, capsys):
   assert f"storage {tmp_path}/[bold] :smile:: does not exist yet, and can be made in {tmp_path}, " in (
     capsys.readouterr().out
   )
+
+
+@pytest.mark.parametrize("width", [30, 40, 80])
+def test_a_terminal_is_never_too_narrow_for_a_number(width, monkeypatch, capsys):
+  monkeypatch.setattr(console, "width", width)
+  columns = ["", "dense", "8:9", "change"]
+  show_table("cost", columns, [["bytes read by a decode step", "134.52 MB", "130.00 MB", "-3.4 %"]])
+  said = capsys.readouterr().out
+  assert all(number in said for number in ("134.52 MB", "130.00 MB", "-3.4 %")) or width == 80
+  assert all(number in said for number in ("134.52", "130.00", "-3.4"))
+  assert ("│" in said) == (width == 80)

@@ -44,6 +44,11 @@ def test_faults_stand_one_a_line(capsys):
   assert all(word in "\n".join(error) for word in ("--batch-size 0 (at least 1", "--length 0 (at least 1"))
 
 
+def test_more_rows_than_any_device_has_room_for_are_refused_at_once(capsys):
+  assert cli.main(["bench", "decode", "--model", "smollm2-135m", "--batch-size", "99999999999"]) == 2
+  assert "--batch-size 99999999999" in capsys.readouterr().err
+
+
 def test_contradicting_settings_are_told_as_flags(capsys):
   assert cli.main(["train", "--out", "x", "--preset", "smollm2-135m", "--mode", "distill", "--gradual-steps", "3"]) == 2
   assert capsys.readouterr().err.splitlines() == [
