@@ -15,7 +15,7 @@ AttentionState = Literal["query_key", "attention_weights"]
 AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn", "flash", "splash"]
 RematPolicy = Literal["none", "full", "attention", "dots"]
 FloatDtype = Literal["float32", "bfloat16", "float16"]
-CacheDtype = Literal["int8", None]
+CacheDtype = Literal["int8", "int4", None]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared", "quick_gelu"]
 NormKind = Literal["rms", "layer"]
 MlpKind = Literal["gated", "plain"]
@@ -212,8 +212,8 @@ class Compute:
   Attributes:
     dtype: what activations are computed in, a NumPy dtype name.
     param_dtype: what parameters are stored in, a NumPy dtype name.
-    cache_dtype: what keys and values are cached in: ``int8``, with a float32 scale for each head of each token, or None
-      for ``dtype``.
+    cache_dtype: what keys and values are cached in: ``int8`` or ``int4``, with a scale for each head of each token
+      (`sa_jax.ops.FORMATS`), or None for ``dtype``.
     attention: the attention backend, ours or one of `sa_jax.ops.register_backend`; see `sa_jax.ops.attend`.
     attention_state: what an anchor hands its followers: ``query_key`` (its rotary-encoded q and k, O(T) memory, any
       fused kernel) or ``attention_weights`` (the softmaxed weights, O(T S) memory, the paper's literal algorithm).
@@ -228,6 +228,11 @@ class Compute:
   attention: str = "auto"
   attention_state: AttentionState = "query_key"
   remat: RematPolicy = "none"
+
+  @property
+  def cache_format(self) -> ops.Format | None:
+    """How ``cache_dtype`` stores vectors; None where they are stored as they are."""
+    return None if self.cache_dtype is None else ops.FORMATS[self.cache_dtype]
 
   def unknown(self) -> list[str]:
     """Which names nobody knows, one line each."""
@@ -251,6 +256,15 @@ class ModelConfig(Compute, Architecture):
   def __post_init__(self) -> None:
     if wrong := misfits(self) + self.unknown() or self.contradictions():
       raise UserError.of("model config", wrong)
+
+  def contradictions(self) -> list[str]:
+    """Which values do not fit each other, one line each."""
+    odd = [] if self.cache_format is None else [
+      f"{name}={width} (a cache in {self.cache_dtype} needs a multiple of {self.cache_format.a_byte})"
+      for name, width in (("head_dim", self.head_dim), ("value_dim", self.value_width))
+      if width % self.cache_format.a_byte
+    ]  # fmt: skip
+    return super().contradictions() + odd
 
   @property
   def architecture(self) -> Architecture:

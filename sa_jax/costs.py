@@ -123,8 +123,9 @@ def cost(config: ModelConfig, plan: PlanLike, batch: int = 1, seq_len: int = 1) 
 
 
 def _cached(config: ModelConfig, width: int) -> int:
-  """Bytes of one head's key or value of one token; of int8, it has a float32 scale."""
-  return width + 4 if config.cache_dtype == "int8" else width * jnp.dtype(config.dtype).itemsize
+  """Bytes of one head's key or value of one token; a quantised one has a scale."""
+  form = config.cache_format
+  return width * jnp.dtype(config.dtype).itemsize if form is None else form.nbytes(width)
 
 
 def expert_bytes(config: ModelConfig, part: float = 1.0, tokens: int | None = None) -> float:

@@ -21,9 +21,9 @@ WIDTH = 3
 PLAN = sa_jax.SharingPlan.parse(tiny.PLAN, 7).with_head_maps({2: (2, 0, 3, 3)})
 
 
-def models(**changes):
-  """A model with values of 3 numbers where keys have 8, and the same with zeros behind them."""
-  narrow = Transformer(tiny.config(value_dim=WIDTH, **changes), PLAN)
+def models(width=WIDTH, **changes):
+  """A model with values of fewer numbers where keys have 8, and the same with zeros behind them."""
+  narrow = Transformer(tiny.config(value_dim=width, **changes), PLAN)
   return narrow, Transformer(dataclasses.replace(narrow.config, value_dim=None), PLAN)
 
 
@@ -109,10 +109,10 @@ def test_files(tmp_path):
     dataclasses.replace(narrow.config, family="internlm2").to_hf()
 
 
-@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+@pytest.mark.parametrize("cache_dtype", [None, "int8", "int4"])
 def test_generation_and_its_bytes(cache_dtype):
   """Batched, one by one, and by draft, from a cache of as many bytes as are counted."""
-  narrow, wide = models(cache_dtype=cache_dtype)
+  narrow, wide = models(WIDTH + 1, cache_dtype=cache_dtype)  # an even number, for two in a byte
   params = tiny.params(narrow)
   tokens = tiny.tokens(3, 9)
   wanted = sa_jax.generate(wide, tiny.filled(params), tokens, max_new_tokens=8).tokens

@@ -38,15 +38,16 @@ def off(found: Tree, expected: Tree) -> float:
 
 
 def decoding() -> Iterator[tuple[str, float]]:
-  """One new token a row, with and without sinks, an int8 cache and narrow values."""
+  """One new token a row, with and without sinks, quantised caches and narrow values."""
   batch, heads, kv_heads, slots = 4, 16, 4, 512
   offset = jnp.asarray([0, 70, 128, slots - 1], jnp.int32)
-  for (width, narrow), sinks, int8 in itertools.product(((128, 128), (128, 64), (128, 32), (64, 32)), (0, 1), (0, 1)):
+  widths = (128, 128), (128, 64), (128, 32), (64, 32)
+  for (width, narrow), sinks, cache_dtype in itertools.product(widths, (0, 1), (None, *ops.FORMATS)):
     q, key, value, keys, values = normal(
       0, (batch, 1, heads, width), (batch, 1, kv_heads, width), (batch, 1, kv_heads, narrow),
       (batch, kv_heads, slots, width), (batch, kv_heads, slots, narrow),
     )  # fmt: skip
-    cached = (ops.Int8.of(keys), ops.Int8.of(values)) if int8 else (keys, values)
+    cached = (keys, values) if cache_dtype is None else tuple(map(ops.FORMATS[cache_dtype].store, (keys, values)))
     rows = ops.Rows(offset=offset, sinks=jnp.linspace(-1, 3, heads) if sinks else None)
 
     @jax.jit
@@ -56,7 +57,7 @@ def decoding() -> Iterator[tuple[str, float]]:
 
     found = both(q, (key, value), cached)
     expected = both(*wide((q, (key, value), cached)))
-    yield f"decode H={width} R={narrow}{' sinks' * sinks}{' int8' * int8}", off(found, expected)
+    yield f"decode H={width} R={narrow}{' sinks' * sinks}, cache in {cache_dtype or 'bfloat16'}", off(found, expected)
 
 
 def gradients(backend: str, rows: ops.Rows) -> Callable[..., Tree]:

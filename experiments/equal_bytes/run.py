@@ -25,13 +25,14 @@ from sa_jax.formats.hf_plan import write_plan
 sys.path.insert(0, str(Path(__file__).parents[1] / "search"))
 from run import calibration_texts, test_texts
 
-BUDGETS = (0.875, 0.75, 0.54, 0.5, 0.33, 0.25)
+BUDGETS = (0.875, 0.75, 0.54, 0.5, 0.33, 0.27, 0.25, 0.2)
 METHODS: dict[str, tuple[Means, ...]] = {
   "sharing": ("sharing",),
   "values": ("values",),
   "int8": ("int8",),
+  "int4": ("int4",),
   "mixture, no int8": ("sharing", "values"),
-  "mixture": ("sharing", "values", "int8"),
+  "mixture": ("sharing", "values", "int8", "int4"),
 }
 Json = dict[str, Any]
 
@@ -75,7 +76,7 @@ class Board:
     }
 
   def measure(self, mixture: Mixture) -> Json:
-    """A mixture refitted on all rows, times the dense model's perplexity; what int8 alone changes is measured too."""
+    """A mixture refitted on all rows, times the dense model's perplexity; and a quantised cache is read."""
     if mixture not in self.made:
       begun = time.perf_counter()
       rows = np.concatenate([text.calibration for text in self.texts])

@@ -13,7 +13,7 @@ from sa_jax.fields import check_fields
 from sa_jax.plan import SharingPlan
 
 Measure = Literal["followers", "kv", "flops", "ppl"]
-Means = Literal["sharing", "values", "int8"]
+Means = Literal["sharing", "values", "int8", "int4"]
 _FORMS = "a number of followers, 'kv=80%', 'flops=95%', 'ppl=1.05'"
 
 
@@ -26,7 +26,8 @@ class Budget:
       may remain; ``ppl``, how many times the dense model's perplexity the judged one may be, in the geometric mean over
       texts.
     amount: of it.
-    allow: what a cache may be made smaller by, where it is ``kv``: ``sharing``, narrower ``values``, ``int8``.
+    allow: what a cache may be made smaller by, where it is ``kv``: ``sharing``, narrower ``values``, ``int8``,
+      ``int4``.
 
   Raises:
     UserError: if the amount is out of range, or other means than sharing are allowed to something else than ``kv``.

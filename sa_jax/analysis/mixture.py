@@ -1,4 +1,4 @@
-"""One budget of cache bytes, and what meets it: followers, narrower values, int8, or some of each.
+"""One budget of cache bytes, and what meets it: followers, narrower values, int8 or int4, or some of each.
 
 Which mixtures fit is counted; which of them loses least is measured, with the recovery that they would get. The means
 by themselves are among them, so that a mixture is taken only where it is judged better than each of them.
@@ -21,6 +21,7 @@ from sa_jax.costs import cost
 from sa_jax.errors import UserError
 from sa_jax.evaluation import perplexity
 from sa_jax.nn import Transformer
+from sa_jax.ops import FORMATS
 from sa_jax.plan import SharingPlan
 
 _STEPS = 8
@@ -60,7 +61,7 @@ class Mixture(NamedTuple):
 
 
 def within(config: ModelConfig, budget: Budget, plans: Sequence[SharingPlan]) -> list[Mixture]:
-  """The mixtures within a budget: with int8 and without, each plan with the widest values that it leaves room for.
+  """The mixtures within a budget: in each type of cache, each plan with the widest values that it leaves room for.
 
   Plans with more followers than a plan with values as wide are left out.
 
@@ -75,12 +76,13 @@ def within(config: ModelConfig, budget: Budget, plans: Sequence[SharingPlan]) ->
   width = config.value_width
   step = max(1, width // _STEPS)
   widths = [width, *(range(width - step, 0, -step) if "values" in budget.allow else [])]
-  dtypes: tuple[CacheDtype, ...] = (None, "int8") if "int8" in budget.allow else (None,)
+  quantised: tuple[CacheDtype, ...] = ("int8", "int4")
+  dtypes = (None, *(each for each in quantised if each in budget.allow))
   found, least = [], math.inf
   for cache_dtype in dtypes:
-    widest = 0
+    widest, together = 0, 1 if cache_dtype is None else FORMATS[cache_dtype].a_byte
     for plan in (SharingPlan.dense(config.num_layers), *(plans if "sharing" in budget.allow else [])):
-      for value_dim in widths:
+      for value_dim in (each for each in widths if each % together == 0):
         mixture = Mixture(plan, None if value_dim == width else value_dim, cache_dtype)
         part = mixture.part(config)
         least = min(least, part)
@@ -97,19 +99,21 @@ def within(config: ModelConfig, budget: Budget, plans: Sequence[SharingPlan]) ->
 def judged(judge: Judge, mixtures: Sequence[Mixture], progress: Progress) -> dict[Mixture, float]:
   """By how much each raises the loss, mean over texts, in nats: the least first.
 
-  What int8 costs is measured once, on the dense model, and added.
+  What a quantised cache costs is measured once, on the dense model, and added.
   """
-  int8 = _int8_increase(judge) if any(mixture.cache_dtype for mixture in mixtures) else 0.0
+  dtypes = dict.fromkeys(mixture.cache_dtype for mixture in mixtures)
+  rounding = {each: 0.0 if each is None else _increase(judge, each) for each in dtypes}
   found: dict[Mixture, float] = {}
   for index, mixture in enumerate(mixtures):
     losses = judge.losses(mixture.plan, value_dim=mixture.value_dim)
-    found[mixture] = judge.increase(losses) + (int8 if mixture.cache_dtype else 0.0)
+    found[mixture] = judge.increase(losses) + rounding[mixture.cache_dtype]
     progress(index + 1, len(mixtures))
   return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
-def _int8_increase(judge: Judge) -> float:
-  dense = Mixture(SharingPlan.dense(judge.config.num_layers), cache_dtype="int8")
+def _increase(judge: Judge, cache_dtype: CacheDtype) -> float:
+  """By how much a quantised cache raises the dense model's loss."""
+  dense = Mixture(SharingPlan.dense(judge.config.num_layers), cache_dtype=cache_dtype)
   model = Transformer(dense.config(judge.config), dense.plan)
   losses = [perplexity(model, judge.params, text.judging).loss for text in judge.texts]
   return judge.increase(np.array(losses))
@@ -121,7 +125,7 @@ def bytes_of(config: ModelConfig, mixture: Mixture) -> Mapping[str, int]:
   steps = {
     "followers' keys": Mixture(mixture.plan),
     "narrower values": Mixture(mixture.plan, mixture.value_dim),
-    "int8": mixture,
+    mixture.cache_dtype or "bfloat16": mixture,
   }
   left = cost(config, None).kv_bytes_per_token
   gone = {}

@@ -37,7 +37,7 @@ class Setting:
   remat: RematPolicy = "full"
   """step and train: what the backward pass computes again; peers checkpoint gradients unless it is none."""
   cache_dtype: CacheDtype = None
-  """int8 instead of bfloat16, in decode and batching."""
+  """int8 or int4 instead of bfloat16, in decode and batching."""
   value_dim: Count | None = None
   """How many numbers a head's values have; as many as its keys when None."""
   requests: Count = 256

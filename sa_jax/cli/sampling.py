@@ -29,7 +29,8 @@ class Speaker(Opening):
   dtype: FloatDtype | None = None
   """Type of parameters and activations; None for the checkpoint's."""
   cache_dtype: CacheDtype = None
-  """int8 caches keys and values in about half of bfloat16's bytes; None in the type of activations."""
+  """int8 caches keys and values in about half of bfloat16's bytes, int4 in about a quarter; None in the type of
+  activations."""
 
   def ready(self, model: Path) -> tuple[Transformer, Params]:
     """The model, and its parameters in the layer layout."""

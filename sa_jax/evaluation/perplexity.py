@@ -104,12 +104,12 @@ def perplexity(
 ) -> Perplexity:
   """Perplexity of full rows, each scored on its own: all tokens after a row's first, weighted alike.
 
-  Of a model with an int8 cache, tokens attend to what that holds of keys and values.
+  Of a model with a quantised cache, tokens attend to what that holds of keys and values.
 
   Args:
     model: the model.
-    params: in either layout; the run layout compiles one scan. With an int8 cache, the layer layout is needed, and the
-      other one copied.
+    params: in either layout; the run layout compiles one scan. With a quantised cache, the layer layout is needed, and
+      the other one copied.
     tokens: int ``[rows, length]``, for example from `rows_of`.
     batch_size: rows scored at once; logits take ``batch_size * length * V * 4`` bytes. On a mesh, devices share out a
       batch's rows: give each of ``data * fsdp`` at least one.

@@ -150,6 +150,8 @@ class AnchorAttention(_Attention):
       q, k = self._normalised(*self._rotated(q, k, rows, kind))
     else:
       q, k = self._rotated(*self._normalised(q, k), rows, kind)
+    if self.config.cache_format is not None and self.config.cache_format.rotates_keys:
+      q, k = ops.hadamard(q), ops.hadamard(k)
     return self._for_attention(q, "heads"), self._for_attention(k, "kv_heads")
 
   def _normalised(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:

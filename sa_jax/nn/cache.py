@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -17,7 +19,7 @@ class LayerCache:
   """One layer's cache. Token ``i`` of a row sits at slot ``i``.
 
   Attributes:
-    values: ``[B, K, S, R]``, in the compute dtype or as `sa_jax.ops.Int8`.
+    values: ``[B, K, S, R]``, in the compute dtype or as `sa_jax.ops.Quantised`.
     keys: ``[B, K, S, H]`` rotary-encoded, of the same type, or None in a follower, which never sees a key.
   """
 
@@ -33,7 +35,7 @@ class LayerCache:
 
 def _stored(config: ModelConfig, x: jax.Array) -> ops.Stored:
   """Keys ``[B, K, S, H]`` or values ``[B, K, S, R]`` in the compute dtype, as the config stores them."""
-  return ops.Int8.of(x) if config.cache_dtype == "int8" else x
+  return x if config.cache_format is None else config.cache_format.store(x)
 
 
 @struct.dataclass
@@ -49,7 +51,12 @@ class Cache:
   @classmethod
   def empty(cls, config: ModelConfig, plan: SharingPlan, batch: int, capacity: int) -> Cache:
     """A zeroed cache of ``capacity`` slots a row."""
-    zeros = lambda width: _stored(config, jnp.zeros((batch, config.num_kv_heads, capacity, width), config.dtype))
+
+    def zeros(width: int) -> ops.Stored:
+      vectors = jax.ShapeDtypeStruct((batch, config.num_kv_heads, capacity, width), config.dtype)
+      stored = jax.eval_shape(partial(_stored, config), vectors)  # XLA would round zeros while it compiles
+      return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), stored)
+
     keys = lambda layer: zeros(config.head_dim) if plan.is_anchor(layer) else None
     return cls(tuple(LayerCache(zeros(config.value_width), keys(layer)) for layer in range(plan.num_layers)))
 

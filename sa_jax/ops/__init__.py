@@ -40,7 +40,7 @@ from sa_jax.ops.loss import (
   token_log_likelihoods,
 )
 from sa_jax.ops.norm import layer_norm, rms_norm, rms_norm_about_one
-from sa_jax.ops.quantize import Int8, Stored
+from sa_jax.ops.quantize import FORMATS, Format, Quantised, Stored, hadamard
 from sa_jax.ops.rope import RopeConfig, apply_rope, grow_queries, rope_frequencies
 
 __all__ = [
@@ -52,10 +52,13 @@ __all__ = [
   "Predictions",
   "Teaching",
   "ToLogits",
-  "Int8",
   "RopeConfig",
   "Routes",
   "DEMANDS",
+  "FORMATS",
+  "Format",
+  "Quantised",
+  "hadamard",
   "Rows",
   "Stored",
   "apply_rope",

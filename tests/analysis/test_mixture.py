@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import sa_jax
+from sa_jax import ops
 from sa_jax.analysis import Judge, Text
 from sa_jax.analysis.budget import Budget
 from sa_jax.analysis.card import card
@@ -30,11 +31,11 @@ def params():
 
 
 def test_what_fits_is_counted():
-  """48 of 64 numbers a head and token: 8 keys an anchor, and values; int8 takes 12 bytes where bfloat16 takes 16."""
-  allow = ("sharing", "values", "int8")
+  """48 of 64 numbers a head and token: 8 keys an anchor, and values; bytes a vector 16, in int8 12, in int4 6."""
+  allow = ("sharing", "values", "int8", "int4")
   found = within(CONFIG, Budget("kv", 0.75, allow), PLANS)
   told = [(len(each.plan.followers), each.value_dim, each.cache_dtype) for each in found]
-  assert told == [(0, 4, None), (1, 6, None), (2, None, None), (0, None, "int8")]
+  assert told == [(0, 4, None), (1, 6, None), (2, None, None), (0, None, "int8"), (0, None, "int4")]
   for each in found:
     cache = sa_jax.nn.Cache.empty(
       dataclasses.replace(each.config(CONFIG), dtype="bfloat16"), each.plan, batch=1, capacity=1
@@ -45,6 +46,8 @@ def test_what_fits_is_counted():
     assert (sum(gone.values()), gone["left"]) == (256, cache.nbytes)
   assert str(found[1]) == "1 follower, values of 6"
   assert [each.value_dim for each in within(CONFIG, Budget("kv", 0.75, ("values",)), PLANS)] == [4]
+  of_int4 = [str(each) for each in within(CONFIG, Budget("kv", 0.3, allow), PLANS)[2:]]
+  assert of_int4 == ["values of 2, int4", "1 follower, values of 6, int4", "2 followers, int4"]  # two numbers a byte
   with pytest.raises(ValueError, match=r"nothing brings kv to 40.0% by sharing: the least is 62.5%"):
     within(CONFIG, Budget("kv", 0.4, ("sharing",)), PLANS)
   with pytest.raises(ValueError, match="needs a budget such as kv=75%"):
@@ -54,7 +57,7 @@ def test_what_fits_is_counted():
 def test_each_is_judged_as_its_refit_would_be(params):
   """A narrow mixture's judged loss is that of the narrow model; the least comes first."""
   judge = Judge(DENSE, params, TEXTS, Refit(), maps=False)
-  options = [Mixture(DENSE.plan, 2), Mixture(PLANS[0], 6), Mixture(DENSE.plan, cache_dtype="int8")]
+  options = [Mixture(DENSE.plan, 2), Mixture(PLANS[0], 6), *(Mixture(DENSE.plan, None, each) for each in ops.FORMATS)]
   found = judged(judge, options, no_stage(""))
   assert list(found.values()) == sorted(found.values())
   rows = np.concatenate([text.calibration for text in TEXTS])

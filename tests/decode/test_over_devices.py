@@ -12,7 +12,7 @@ from sa_jax.sharding import make_mesh, on_mesh, param_shardings
 from tests import tiny
 
 
-@pytest.mark.parametrize(("cache_dtype", "tolerance"), [(None, 1e-5), ("int8", 1e-2)])
+@pytest.mark.parametrize(("cache_dtype", "tolerance"), [(None, 1e-5), ("int8", 1e-2), ("int4", 0.2)])
 def test_decoding_over_heads(cache_dtype, tolerance):
   model = tiny.model("1:2", num_layers=3, vocab_size=64, cache_dtype=cache_dtype)
   params = jax.tree.map(jax.numpy.asarray, tiny.params(model))
@@ -34,9 +34,9 @@ def test_decoding_over_heads(cache_dtype, tolerance):
   cache, tokens = run(split, mesh)
   np.testing.assert_array_equal(tokens, expected)
   assert (np.asarray(tokens) >= 0).all()
-  is_int8 = lambda x: isinstance(x, ops.Int8)
-  vectors = lambda x: x.data.astype("float32") * x.scale if is_int8(x) else x
-  read = lambda cache: jax.tree.map(vectors, cache.layers, is_leaf=is_int8)
+  quantised = lambda x: isinstance(x, ops.Quantised)
+  vectors = lambda x: x.numbers().astype("float32") * x.scale.astype("float32") if quantised(x) else x
+  read = lambda cache: jax.tree.map(vectors, cache.layers, is_leaf=quantised)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), read(cache), read(expected_cache))
   for leaf in jax.tree.leaves(cache):
     assert leaf.addressable_shards[0].data.shape[1] == 1

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sa_jax import ops
+from sa_jax.ops import kernels
 from sa_jax.ops.attention import decode, flash_decode
 from tests import tiny
 
@@ -49,11 +50,13 @@ def test_flash_decode_equals_its_parts(heads, kv_heads):
 
 
 @pytest.mark.slow
-def test_flash_decode_of_an_int8_cache_is_that_of_the_vectors_it_stands_for():
+@pytest.mark.parametrize("cache_dtype", ["int8", "int4"])
+def test_flash_decode_of_a_quantised_cache_is_that_of_the_vectors_it_stands_for(cache_dtype):
   """Over several splits, and a new token that is rounded as it is stored."""
+  store = ops.FORMATS[cache_dtype].store
   slots, head_dim, positions = 256, 32, jnp.asarray([5, 200], jnp.int32)
   q, key, value, keys, values = arrays(5, (2, 4, head_dim), *[(2, 2, head_dim)] * 2, *[(2, 2, slots, head_dim)] * 2)
-  stored = ops.Int8.of(keys), ops.Int8.of(values * 3)
+  stored = store(keys), store(values * 3)
   attend = functools.partial(flash_decode.attend, scale=0.2, with_weights=True, interpret=True)
   out, weights, *written = attend(q, key, value, *stored, positions)
   expected = [ops.write_slot(each, new, positions) for each, new in zip(stored, (key, value), strict=True)]
@@ -61,7 +64,7 @@ def test_flash_decode_of_an_int8_cache_is_that_of_the_vectors_it_stands_for():
   followed, new_values = flash_decode.follow(weights, value, stored[1], positions, interpret=True)
   np.testing.assert_allclose(followed, out, atol=5e-6)
   jax.tree.map(np.testing.assert_array_equal, new_values, expected[1])
-  k, v = (np.asarray(each.data, np.float64) * np.asarray(each.scale, np.float64) for each in expected)
+  k, v = (np.asarray(each.numbers(), np.float64) * np.asarray(each.scale, np.float64) for each in expected)
   for row, position in enumerate(positions.tolist()):
     for head in range(4):
       scores = 0.2 * k[row, head // 2, : position + 1] @ np.asarray(q[row, head], np.float64)
@@ -120,14 +123,14 @@ class TestOnTheDevice:
 
   interpret = jax.default_backend() == "cpu"
 
-  @pytest.mark.parametrize("int8", [False, True])
+  @pytest.mark.parametrize("cache_dtype", [None, "int8", "int4"])
   @pytest.mark.parametrize(("kv_heads", "head_dim"), [(8, 64), (2, 128)])
-  def test_flash_decode(self, kv_heads, head_dim, int8):
+  def test_flash_decode(self, kv_heads, head_dim, cache_dtype):
     positions = jnp.asarray([3, 300], jnp.int32)
     token, cached = (2, kv_heads, head_dim), (2, kv_heads, 512, head_dim)
     q, key, value, keys, values = half(6, (2, 8, head_dim), token, token, cached, cached)
-    if int8:
-      keys, values = ops.Int8.of(keys), ops.Int8.of(values)
+    if cache_dtype is not None:
+      keys, values = map(ops.FORMATS[cache_dtype].store, (keys, values))
     attend = functools.partial(flash_decode.attend, scale=0.1, with_weights=True, interpret=self.interpret)
     out, weights, *written = attend(q, key, value, keys, values, positions)
     expected = [ops.write_slot(each, new, positions) for each, new in ((keys, key), (values, value))]
@@ -154,6 +157,24 @@ class TestOnTheDevice:
     close(ops.gated_linear(x, gate, up, interpret=self.interpret), jax.nn.silu(product) * other, 0.01)
 
 
+@pytest.mark.skipif(kernels.triton is None, reason="this JAX has no Triton")
+@pytest.mark.parametrize("cache_dtype", [None, *ops.FORMATS])
+def test_kernels_are_lowered_for_a_gpu_where_there_is_none(cache_dtype):
+  """To Triton's own language, with values of half the keys' width."""
+  shapes = (2, 8, 64), (2, 2, 64), (2, 2, 32), (2, 2, 512, 64), (2, 2, 512, 32)
+
+  def both(q, key, value, keys, values):
+    if cache_dtype is not None:
+      keys, values = map(ops.FORMATS[cache_dtype].store, (keys, values))
+    positions = jnp.asarray([3, 300], jnp.int32)
+    out, weights, _, values = flash_decode.attend(q, key, value, keys, values, positions, scale=0.1, with_weights=True)
+    return out, flash_decode.follow(weights, value, values, positions)[0]
+
+  traced = jax.jit(both).trace(*(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes))
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert ("flash_decode" in text, "flash_follow" in text) == (True, True)
+
+
 def test_kernels_are_not_for_this_device():
   """On the CPU decoding takes the plain path: float32, and no interpreter."""
   (x,) = arrays(3, (1, 64))
@@ -165,6 +186,8 @@ def test_kernels_are_not_for_this_device():
   [
     (1, "bfloat16", ("bfloat16", 128, 64), True),
     (1, "float16", ("int8", 64, 64), True),
+    (1, "bfloat16", ("int4", 32, 64), True),
+    (1, "bfloat16", ("int4", 16, 64), False),  # halves that are too narrow for a product
     (2, "bfloat16", ("bfloat16", 128, 64), False),  # several tokens a row
     (1, "float32", ("float32", 128, 64), False),
     (1, "bfloat16", ("float16", 128, 64), False),
@@ -175,13 +198,14 @@ def test_kernels_are_not_for_this_device():
 def test_what_attention_s_kernels_take(monkeypatch, tokens, dtype, stored, takes):
   monkeypatch.setattr(decode, "has_gpu_kernels", lambda _: True)
   kind, head_dim, slots = stored
-  cache = jnp.zeros((2, 1, slots, head_dim), kind)
-  cache = ops.Int8(cache, jnp.ones((2, 1, slots, 1))) if kind == "int8" else cache
+  form = ops.FORMATS.get(kind)
+  cache = jnp.zeros((2, 1, slots, head_dim), kind if form is None else "float32")
+  cache = cache if form is None else form.store(cache)
   assert decode._has_kernel(tokens, jnp.zeros(1, dtype).dtype, cache) == takes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+@pytest.mark.parametrize("cache_dtype", [None, "int8", "int4"])
 def test_a_model_that_decodes_with_the_kernels_is_the_same_model(monkeypatch, cache_dtype):
   """A step against a cache, with all kernels interpreted: an anchor alone, and an anchor with a follower."""
   shapes = dict(embed_dim=64, num_heads=2, num_kv_heads=1, head_dim=64, mlp_dim=64)

@@ -8,7 +8,7 @@ from sa_jax.ops.attention.reference import apply_weights, attention_weights
 from sa_jax.ops.attention.rows import OFFSETS, SINKS, Rows
 from sa_jax.ops.attention.spec import AttentionSpec
 from sa_jax.ops.kernels import has_gpu_kernels
-from sa_jax.ops.quantize import Int8, Stored, as_stored, product_dtype
+from sa_jax.ops.quantize import Quantised, Stored, as_stored, product_dtype
 
 
 def write_slot(cache: Stored, new: jax.Array, slots: jax.Array) -> Stored:
@@ -30,11 +30,11 @@ def write_slot(cache: Stored, new: jax.Array, slots: jax.Array) -> Stored:
 def _read(stored: Stored, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array | None]:
   """The cache as attention takes it, ``[B, S, K, H]``, and what remains to be multiplied in, ``[B, K, S]``.
 
-  A scale can be multiplied into an int8 vector's product instead of into its elements: then the cache that a product
-  reads is int8, and no copy of it is made in another dtype.
+  A scale can be multiplied into a quantised vector's product instead of into its elements: then the cache that a
+  product reads is of whole numbers, and no copy of it is made in another dtype.
   """
-  if isinstance(stored, Int8):
-    return jnp.swapaxes(stored.data, 1, 2).astype(dtype), stored.scale[..., 0]
+  if isinstance(stored, Quantised):
+    return jnp.swapaxes(stored.numbers(), 1, 2).astype(dtype), stored.scale[..., 0].astype(jnp.float32)
   return jnp.swapaxes(stored, 1, 2), None
 
 
@@ -126,12 +126,12 @@ def decode_follow(
 
 def _has_kernel(tokens: int, dtype: jax.typing.DTypeLike, stored: Stored) -> bool:
   """Whether kernels take so many new tokens a row, queries or weights of this dtype, and this cache."""
-  data = stored.data if isinstance(stored, Int8) else stored
+  data, width = (stored.data, stored.width) if isinstance(stored, Quantised) else (stored, stored.shape[3])
   return (
     has_gpu_kernels(data)
     and tokens == 1
     and dtype in (jnp.bfloat16, jnp.float16)
-    and data.dtype in (dtype, jnp.int8)
-    and data.shape[3] in (32, 64, 128)
+    and (isinstance(stored, Quantised) or stored.dtype == dtype)
+    and width in (32, 64, 128)
     and data.shape[2] % flash_decode.BLOCK == 0
   )

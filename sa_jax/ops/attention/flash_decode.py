@@ -7,6 +7,7 @@ maximum, sum and accumulator over its slots; a small reduction joins the splits,
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax.experimental import pallas as pl
 
 from sa_jax.ops.attention.reference import MASKED
 from sa_jax.ops.kernels import triton as plgpu
-from sa_jax.ops.quantize import Int8, Stored, as_stored, product_dtype
+from sa_jax.ops.quantize import Quantised, Stored, as_stored, product_dtype
 
 # Tensor cores multiply at least 16 rows.
 _MIN_ROWS = 16
@@ -67,8 +68,8 @@ def attend(
   cache = keys, values
   before = 2 + len(jax.tree.leaves(token))  # arrays before the cache's: positions, queries, the token's
   # How many blocks are on their way from memory: three, unless shared memory then has no room for all programs at once
-  # (32 KB a block of keys and values, 128 wide in bfloat16; int8 takes half).
-  stages = 3 if isinstance(keys, Int8) or batch * kv_heads * splits <= 2 * _PROCESSORS else 2
+  # (32 KB a block of keys and values, 128 wide in bfloat16; int8 takes half, int4 a quarter).
+  stages = 3 if isinstance(keys, Quantised) or batch * kv_heads * splits <= 2 * _PROCESSORS else 2
   out, log_total, *cache, scores = pl.pallas_call(
     functools.partial(_attend_kernel, group=group, scale=scale),
     grid=(batch, kv_heads, splits),
@@ -151,7 +152,7 @@ def _rows(group: int) -> int:
   return max(_MIN_ROWS, pl.next_power_of_2(group))
 
 
-# What of an array a program ``(row, key head, split)`` has. Of an int8 cache, vectors and scales have a spec each.
+# What of an array a program ``(row, key head, split)`` has. Of a quantised cache, numbers and scales have a spec each.
 _A_ROW = pl.BlockSpec((None,), lambda b, k, s: (b,))
 
 
@@ -184,6 +185,10 @@ def choose_split(rows: int, slots: int, programs: int, longest: int) -> int:
   return split
 
 
+_Scales = jax.Array | None
+_Carry = tuple[list[jax.Array], jax.Array, jax.Array, tuple[_Scales, _Scales]]
+
+
 def _attend_kernel(
   position_ref: jax.Ref,
   q_ref: jax.Ref,
@@ -200,18 +205,17 @@ def _attend_kernel(
   group: int,
   scale: float,
 ) -> None:
-  rows, width = q_ref.shape[0], out_ref.shape[-1]
-  split = jax.tree.leaves(key_ref)[0].shape[0]
+  rows, split = q_ref.shape[0], jax.tree.leaves(key_ref)[0].shape[0]
   new = position_ref[...] - pl.program_id(2) * split  # the new token's slot, counted from this program's first
   kept = jax.lax.broadcasted_iota(jnp.int32, (rows,), 0) < group
-  kept_of = lambda shape: jax.lax.broadcasted_iota(jnp.int32, shape, 0) < group
-  q = plgpu.load(q_ref, mask=kept_of(q_ref.shape), other=0.0)
+  q = [plgpu.load(part, mask=_kept(part, group), other=0.0) for part in _parts_of(q_ref, key_ref)]
 
-  def block(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    accumulated, maximum, total = carry
-    here = pl.ds(index * BLOCK, BLOCK)
-    k, key_scale = _block(key_ref, here, q.dtype)
-    scores = plgpu.dot(q, k.T) * (scale * key_scale)
+  def block(index: jax.Array, carry: _Carry) -> _Carry:
+    accumulated, maximum, total, (key_scales, value_scales) = carry
+    here, ahead = pl.ds(index * BLOCK, BLOCK), jnp.minimum(index + 1, blocks - 1)
+    next_scales = _scales(key_ref, ahead), _scales(value_ref, ahead)
+    k = _block(key_ref, here, q_ref.dtype)
+    scores = _scaled(sum(plgpu.dot(a, b.T) for a, b in zip(q, k, strict=True)) * scale, key_scales)
     before = _before(new, index, rows)
     if scores_ref is not None:
       plgpu.store(scores_ref.at[:, here], scores, mask=kept[:, None] & before)
@@ -219,28 +223,34 @@ def _attend_kernel(
     new_maximum = jnp.maximum(maximum, scores.max(axis=1))
     weights = jnp.exp(scores - new_maximum[:, None])
     shrink = jnp.exp(maximum - new_maximum)
-    v, value_scale = _block(value_ref, here, product_dtype(value_ref, q.dtype))
-    accumulated = accumulated * shrink[:, None] + plgpu.dot((weights * value_scale).astype(v.dtype), v)
-    return accumulated, new_maximum, total * shrink + weights.sum(axis=1)
+    v = _block(value_ref, here, product_dtype(value_ref, q_ref.dtype))
+    scaled = _scaled(weights, value_scales).astype(v[0].dtype)
+    accumulated = [a * shrink[:, None] + plgpu.dot(scaled, b) for a, b in zip(accumulated, v, strict=True)]
+    return accumulated, new_maximum, total * shrink + weights.sum(axis=1), next_scales
 
+  blocks = _blocks(new, split)
+  outs = _parts_of(out_ref, value_ref)
   start = (
-    jnp.zeros((rows, width), jnp.float32),
+    [jnp.zeros(out.shape, jnp.float32) for out in outs],
     jnp.full((rows,), MASKED, jnp.float32),
     jnp.zeros((rows,), jnp.float32),
+    (_scales(key_ref, 0), _scales(value_ref, 0)),
   )
-  accumulated, maximum, total = jax.lax.fori_loop(0, _blocks(new, split), block, start)
+  accumulated, maximum, total, _ = jax.lax.fori_loop(0, blocks, block, start)
 
   # The new token joins from registers: the loop above stays a plain stream of the cache, which pipelines.
   mine = (new >= 0) & (new < split)
-  score = (q.astype(jnp.float32) * _float(new_key_ref)[None, :]).sum(axis=1) * scale
+  products = zip(q, _float(new_key_ref), strict=True)
+  score = sum((a.astype(jnp.float32) * b[None, :]).sum(axis=1) for a, b in products) * scale
   score = jnp.where(mine, score, MASKED)
   new_maximum = jnp.maximum(maximum, score)
   weight, shrink = jnp.where(mine, jnp.exp(score - new_maximum), 0.0), jnp.exp(maximum - new_maximum)
-  accumulated = accumulated * shrink[:, None] + weight[:, None] * _float(new_value_ref)[None, :]
   maximum, total = new_maximum, total * shrink + weight
   # A split past the row's end has no slot to weigh: its share in the whole is nothing, of numbers that are finite.
-  mean = accumulated / jnp.where(total > 0, total, 1.0)[:, None]
-  plgpu.store(out_ref, mean.astype(out_ref.dtype), mask=kept_of(out_ref.shape))
+  whole = jnp.where(total > 0, total, 1.0)[:, None]
+  for out, before, value in zip(outs, accumulated, _float(new_value_ref), strict=True):
+    mean = (before * shrink[:, None] + weight[:, None] * value[None, :]) / whole
+    plgpu.store(out, mean.astype(out.dtype), mask=_kept(out, group))
   plgpu.store(log_total_ref, maximum + jnp.log(total), mask=kept)
 
   slot = jnp.clip(new, 0, split - 1)
@@ -264,17 +274,22 @@ def _follow_kernel(
   new = position_ref[...] - pl.program_id(2) * split
   kept = jax.lax.broadcasted_iota(jnp.int32, (rows,), 0) < group
 
-  def block(index: jax.Array, accumulated: jax.Array) -> jax.Array:
-    here = pl.ds(index * BLOCK, BLOCK)
+  def block(index: jax.Array, carry: tuple[list[jax.Array], _Scales]) -> tuple[list[jax.Array], _Scales]:
+    accumulated, scales = carry
+    here, next_scales = pl.ds(index * BLOCK, BLOCK), _scales(value_ref, jnp.minimum(index + 1, blocks - 1))
     weights = plgpu.load(weights_ref.at[:, here], mask=kept[:, None] & _before(new, index, rows), other=0.0)
-    v, value_scale = _block(value_ref, here, product_dtype(value_ref, weights.dtype))
-    return accumulated + plgpu.dot((weights.astype(jnp.float32) * value_scale).astype(v.dtype), v)
+    v = _block(value_ref, here, product_dtype(value_ref, weights.dtype))
+    scaled = _scaled(weights.astype(jnp.float32), scales).astype(v[0].dtype)
+    return [a + plgpu.dot(scaled, b) for a, b in zip(accumulated, v, strict=True)], next_scales
 
-  accumulated = jax.lax.fori_loop(0, _blocks(new, split), block, jnp.zeros((rows, out_ref.shape[-1]), jnp.float32))
+  blocks = _blocks(new, split)
+  outs = _parts_of(out_ref, value_ref)
+  start = [jnp.zeros(out.shape, jnp.float32) for out in outs], _scales(value_ref, 0)
+  accumulated, _ = jax.lax.fori_loop(0, blocks, block, start)
   mine, slot = (new >= 0) & (new < split), jnp.clip(new, 0, split - 1)
   weight = plgpu.load(weights_ref.at[:, slot], mask=kept & mine, other=0.0).astype(jnp.float32)
-  accumulated += weight[:, None] * _float(new_value_ref)[None, :]
-  plgpu.store(out_ref, accumulated.astype(out_ref.dtype), mask=jnp.broadcast_to(kept[:, None], out_ref.shape))
+  for out, before, value in zip(outs, accumulated, _float(new_value_ref), strict=True):
+    plgpu.store(out, (before + weight[:, None] * value[None, :]).astype(out.dtype), mask=_kept(out, group))
   _write(value_out_ref, new_value_ref, slot, mine)
 
 
@@ -294,15 +309,43 @@ def _write(cache_ref: Stored | jax.Ref, new_ref: Stored | jax.Ref, slot: jax.Arr
     plgpu.store(into.at[slot, :], ref[...], mask=jnp.broadcast_to(mine, ref.shape))
 
 
-def _block(ref: Stored | jax.Ref, here: Any, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array | float]:
-  """A block of cached vectors, and what is to be multiplied into their products instead of into each of them."""
-  if isinstance(ref, Int8):
-    return ref.data[here, :].astype(dtype), ref.scale[here, 0][None, :]
-  return ref[here, :], 1.0
+def _kept(ref: jax.Ref, group: int) -> jax.Array:
+  """Which rows of ``[rows, n]`` are a head's; the others fill the product up."""
+  return jax.lax.broadcasted_iota(jnp.int32, ref.shape, 0) < group
 
 
-def _float(ref: Stored | jax.Ref) -> jax.Array:
-  """A new token's vector, as its cache has it."""
-  if isinstance(ref, Int8):
-    return ref.data[...].astype(jnp.float32) * ref.scale[...]
-  return ref[...].astype(jnp.float32)
+def _parts_of(ref: jax.Ref, stored: Stored | jax.Ref) -> list[jax.Ref]:
+  """``[rows, n]`` in the parts that a block of cached vectors comes in."""
+  parts = stored.format.a_byte if isinstance(stored, Quantised) else 1
+  size = ref.shape[1] // parts
+  return [ref.at[:, pl.ds(part * size, size)] for part in range(parts)]
+
+
+def _block(ref: Stored | jax.Ref, here: Any, dtype: jax.typing.DTypeLike) -> list[jax.Array]:
+  """A block of cached vectors, in parts, without their scales."""
+  if isinstance(ref, Quantised):
+    return [part.astype(dtype) for part in ref.format.parts(ref.data[here, :])]
+  return [ref[here, :]]
+
+
+def _scales(ref: Stored | jax.Ref, index: jax.Array | int) -> _Scales:
+  """The scales of a block, for its products instead of its vectors; None of vectors that are stored as they are.
+
+  They are loaded a block ahead, since Triton leaves loads of less than 32 bits a thread where they are used.
+  """
+  if isinstance(ref, Quantised):
+    return ref.scale[pl.ds(index * BLOCK, BLOCK), 0].astype(jnp.float32)
+  return None
+
+
+def _scaled(products: jax.Array, scales: _Scales) -> jax.Array:
+  """Products ``[rows, BLOCK]`` with a block's vectors, or weights for them, times its scales."""
+  return products if scales is None else products * scales[None, :]
+
+
+def _float(ref: Stored | jax.Ref) -> Sequence[jax.Array]:
+  """A new token's vector, in parts, as its cache has it."""
+  if isinstance(ref, Quantised):
+    scale = ref.scale[...].astype(jnp.float32)
+    return [part.astype(jnp.float32) * scale for part in ref.format.parts(ref.data[...])]
+  return [ref[...].astype(jnp.float32)]

@@ -1,4 +1,4 @@
-"""What an int8 cache changes in SmolLM2-135M's perplexity, everything that is attended to being read from the cache."""
+"""What quantised caches change in SmolLM2-135M's perplexity, everything that is attended to being read from them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def main() -> None:
   tokens = sa_jax.rows_of(tokenizer.encode(text, special=False), 512, arguments.rows, tokenizer.opening())
   for dtype in ("float32", "bfloat16"):
     model, params = sa_jax.from_pretrained(arguments.model, None, dtype, layout="layers")
-    for cache_dtype in (None, "int8"):
+    for cache_dtype in (None, *ops.FORMATS):
       config = dataclasses.replace(model.config, cache_dtype=cache_dtype)
       of_row = jax.jit(lambda params, row, model=sa_jax.Transformer(config, model.plan): loss(params, row, model))
       perplexity = math.exp(np.mean([float(of_row(params, row[None])) for row in tokens]))
