@@ -44,7 +44,7 @@ def progress(label: str, *, shown: bool = True) -> Iterator[Callable[[int, int],
   from sa_jax.bars import bar
 
   screen = Console(stderr=True)
-  visible = shown and (screen.is_terminal or screen.is_jupyter)
+  visible = shown and (screen.is_interactive or screen.is_jupyter)
   with bar(label, screen) if visible else contextlib.nullcontext(lambda done, total: None) as report:
     yield report
 

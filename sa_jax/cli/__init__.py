@@ -2,7 +2,7 @@
 
 A subcommand is a dataclass whose fields are its flags and whose ``run`` does the work. Exit codes: 0 done; 1 a fault of
 ours, with its traceback; 2 something that the user can mend, told in a few lines; 130 and 143 ended by Ctrl-C and by
-SIGTERM.
+SIGTERM; 141 who read the output wanted no more.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Protocol
 from sa_jax.errors import UserError, near
 
 _NO_CACHE = "--no-compilation-cache"
+_CLOSED_PIPE = 128 + 13
+"""As shells say that SIGPIPE ended a process, on systems without it, too."""
 _DESCRIPTION = f"""Shared Attention for JAX.
 
 Before the command: --version tells versions; {_NO_CACHE} compiles anew what the user's cache folder may have, as does
@@ -82,7 +84,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     return 2
   except BrokenPipeError:  # who read our output has read enough; Python would complain once more at its end
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
+    return _CLOSED_PIPE
   except Exception as error:
     if os.environ.get("SA_JAX_DEBUG") or not _is_out_of_memory(error):
       raise

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -18,7 +18,13 @@ from rich.text import Text
 from sa_jax import display
 from sa_jax.files import write_text
 
-console = Console(highlight=False, markup=False, emoji=False)  # names of files are printed as they are
+
+class _Screen(Console):
+  def on_broken_pipe(self) -> NoReturn:
+    raise BrokenPipeError  # which `main` answers; rich would end the process with 1, a fault of ours
+
+
+console = _Screen(highlight=False, markup=False, emoji=False)  # names of files are printed as they are
 if not console.is_terminal and "COLUMNS" not in os.environ:
   console.width = 160  # a file or a pipe has no width, and rich would fold tables to 80 columns
 

@@ -31,7 +31,7 @@ def rows_of_cost(dense: Cost, shared: Cost) -> list[list[str]]:
 
 @dataclasses.dataclass(frozen=True)
 class CostOf:
-  """Count parameters, FLOPs and cache bytes of a model, dense and under a plan."""
+  """Count parameters, FLOPs and cache bytes of a model, dense and, if there is one, under a plan."""
 
   model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
   """A preset (gpt-oss-20b, llama-2-7b, llama-2-13b, llama-3-8b, mixtral-8x7b, smollm2-135m),
@@ -57,7 +57,9 @@ class CostOf:
     plan = own if self.plan is None else as_plan(self.plan, config.num_layers)
     dense, shared = cost(config, None, self.batch_size, self.length), cost(config, plan, self.batch_size, self.length)
     title = f"{self.model}, {self.batch_size} × {self.length} tokens, {config.dtype}"
-    show_table(title, ["", "dense", str(plan), "change"], rows_of_cost(dense, shared))
+    columns, rows = ["", "dense", str(plan), "change"], rows_of_cost(dense, shared)
+    some = slice(None) if plan.followers else slice(2)  # a dense model beside itself says nothing
+    show_table(title, columns[some], [row[some] for row in rows])
     write_json(self.json, {"model": self.model, "plan": str(plan), "dense": dense, "shared": shared})
 
 

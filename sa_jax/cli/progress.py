@@ -20,8 +20,8 @@ _SECONDS = 20.0
 @contextlib.contextmanager
 def progress(label: str) -> Iterator[Report]:
   """Shows how far work is, on the first process: on the terminal that tables go to, else on stderr."""
-  screen = console if console.is_terminal else Console(stderr=True)
-  shown = _nothing if not is_first() else bar if screen.is_terminal else _lines
+  screen = console if console.is_interactive else Console(stderr=True)
+  shown = _nothing if not is_first() else bar if screen.is_interactive else _lines
   with shown(label, screen) as report:
     yield report
 

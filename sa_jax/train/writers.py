@@ -179,7 +179,7 @@ class Screen:
     self._console, self._steps = console, steps
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     self._bar = Progress(
-      *columns, console=console, transient=True, disable=not (console.is_terminal or console.is_jupyter)
+      *columns, console=console, transient=True, disable=not (console.is_interactive or console.is_jupyter)
     )
     self._task = self._bar.add_task("", total=steps, completed=start)
     self._bar.start()

@@ -64,6 +64,17 @@ def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path, unchanged, vari
   assert folder is not None or jax.config.jax_compilation_cache_dir == before
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["cost", "smollm2-135m"], ["--help"]])
+def test_a_pipe_that_nobody_reads_ends_it_with_141(words):
+  reading, writing = os.pipe()
+  os.close(reading)
+  command = [sys.executable, "-c", "import sys; from sa_jax.cli import main; sys.exit(main())", *words]
+  found = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+  os.close(writing)
+  assert (found.stderr, found.returncode) == ("", 141)
+
+
 def test_a_numpy_of_the_current_folder_is_not_run(monkeypatch, tmp_path):
   """By the process that bench starts, whose interpreter is asked the same way."""
   (tmp_path / "numpy.py").write_text("raise SystemExit('foreign')")

@@ -27,6 +27,16 @@ def test_through_a_pipe_there_is_a_line_now_and_then(clock, capsys):
   assert lines == ["reading: 1/10", "reading: 4/10, 48 s left", "reading: 7/10, 24 s left", "reading: done in 2 min"]
 
 
+@pytest.mark.parametrize("terminal", ["dumb", "xterm"])
+def test_a_terminal_without_cursor_has_no_bar(monkeypatch, capsys, terminal):
+  screen = Console(file=io.StringIO(), force_terminal=True, width=80, _environ={"TERM": terminal})
+  monkeypatch.setattr(module, "console", screen)
+  with progress("reading") as report:
+    report(1, 2)
+  assert bool(screen.file.getvalue()) == (terminal == "xterm")
+  assert capsys.readouterr() == ("", "")
+
+
 def test_what_is_soon_done_says_nothing(clock, capsys):
   with stages() as stage:
     for name in ("one", "two"):
