@@ -6,19 +6,24 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import socket
-from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar, cast
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import jax
 import numpy as np
 
 from sa_jax.errors import UserError
+from sa_jax.nn import Transformer
 from sa_jax.sharding import mesh_of
 from sa_jax.trees import Params
 
 P = ParamSpec("P")
+M = TypeVar("M", bound=Transformer)
+Q = TypeVar("Q", bound=Params)
 T = TypeVar("T")
 
 
@@ -119,30 +124,93 @@ def check_same(what: str, value: object) -> None:
   _raise_unless_equal(what, exchange(what, f"{checksum(value)} on {socket.gethostname()}"))
 
 
-def check_same_rows(params: Params, what: str, rows: np.ndarray, settings: object = None) -> None:
-  """`check_same` of what is computed with parameters that are spread over processes, and how; errors as there."""
+def check_given(call: str, given: Mapping[str, object]) -> None:
+  """Checks that all processes give a call the same; functions, such as those that show progress, may differ.
+
+  Args:
+    call: its name, for people.
+    given: its arguments by name.
+
+  Raises:
+    UserError: on every process, with what each gives for an argument, or its checksum.
+  """
+  if jax.process_count() == 1:
+    return
+  host = socket.gethostname()
+  mine = {name: f"{_brief(value)} on {host}" for name, value in given.items()}
+  answers = [json.loads(answer) for answer in exchange(call, json.dumps(mine))]
+  for name in given:
+    _raise_unless_equal(f"{name} for {call}", [answer[name] for answer in answers])
+
+
+def is_spread(params: Params) -> bool:
+  """Whether parameters are on devices of several processes, so that these compute with them together."""
   mesh = mesh_of(params)
-  if mesh is not None and mesh.is_multi_process:
-    check_same(*((what, rows) if settings is None else (f"{what} or settings", (checksum(rows), settings))))
+  return mesh is not None and mesh.is_multi_process
+
+
+def check_call(params: Params, function: Callable[P, object], *arguments: P.args, **named: P.kwargs) -> None:
+  """`check_given` of all that a function is given but ``self`` and ``params``, if these are spread; errors as there."""
+  if is_spread(params):
+    call = inspect.signature(function).bind(*arguments, **named)
+    call.apply_defaults()
+    given = {name: value for name, value in call.arguments.items() if name not in ("self", "params")}
+    check_given(function.__qualname__, given)
+
+
+def called_alike(function: Callable[Concatenate[M, Q, P], T]) -> Callable[Concatenate[M, Q, P], T]:
+  """A function of a model and its parameters that all processes, where these are spread over several, call alike."""
+
+  @functools.wraps(function)
+  def call(model: M, params: Q, *arguments: P.args, **named: P.kwargs) -> T:
+    check_call(params, function, model, params, *arguments, **named)
+    return function(model, params, *arguments, **named)
+
+  return call
 
 
 def _raise_unless_equal(what: str, answers: Sequence[str]) -> None:
   by_checksum: dict[str, list[str]] = {}
   for process, answer in enumerate(answers):
-    found, _, host = answer.partition(" on ")
+    found, _, host = answer.rpartition(" on ")
     by_checksum.setdefault(found, []).append(f"{process} ({host})")
   if len(by_checksum) > 1:
     said = "; ".join(f"{found} on process {', '.join(who)}" for found, who in by_checksum.items())
     raise UserError(f"processes have different {what}: {said}; give all of them the same")
 
 
+def _brief(value: object) -> str:
+  """A value for people, or its checksum where it is long."""
+  short = repr(value)
+  return short if isinstance(value, int | float | str | None) and len(short) <= 16 else checksum(value)
+
+
 def checksum(value: object) -> str:
-  """Eight digits that tell values apart."""
-  if isinstance(value, np.ndarray):
-    data = repr((value.shape, str(value.dtype))).encode() + np.ascontiguousarray(value).tobytes()
-  else:
-    data = value if isinstance(value, bytes) else repr(value).encode()
-  return hashlib.sha256(data).hexdigest()[:8]
+  """Eight digits that tell values apart, on whatever process they are."""
+  return hashlib.sha256(repr(_plain(value)).encode()).hexdigest()[:8]
+
+
+def _plain(value: object) -> object:
+  """What a value says on every process alike: no address, no order of a set, and nothing of functions."""
+  if isinstance(value, jax.core.Tracer) or (isinstance(value, jax.Array) and not value.is_fully_addressable):
+    return value.shape, str(value.dtype)
+  if isinstance(value, np.ndarray | jax.Array):
+    array = np.asarray(value)
+    return array.shape, str(array.dtype), hashlib.sha256(array.tobytes()).hexdigest()
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return type(value).__name__, _plain(fields)
+  if isinstance(value, Mapping):
+    return [(name, _plain(each)) for name, each in value.items()]
+  if isinstance(value, tuple | list):
+    return [_plain(each) for each in value]
+  if isinstance(value, set | frozenset):
+    return sorted(map(repr, value))
+  if isinstance(value, types.FunctionType | types.MethodType | types.BuiltinFunctionType | functools.partial):
+    return repr(None)  # as where there is none
+  if type(value).__repr__ is object.__repr__:
+    return repr(None) if callable(value) else type(value).__name__
+  return repr(value)
 
 
 def on_all(what: str, work: Callable[[], T], value_of: Callable[[T], object], seconds: float = _PATIENCE) -> T:

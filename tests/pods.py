@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from sa_jax import UserError, distributed
 from sa_jax.analysis import Text
 from sa_jax.analysis.align import align
 from sa_jax.analysis.judge import Judge
+from sa_jax.analysis.refit import refit
 from sa_jax.analysis.share import Effort, share
 from sa_jax.analysis.similarity import layer_similarity
 from sa_jax.evaluation import Scorer
@@ -128,7 +130,30 @@ def faults(folder: Path, rank: int) -> list[str]:
     said(lambda: train(dataclasses.replace(run, seed=rank))),
     said(lambda: train(run)),
     said(lambda: distributed.exchange("a step that process 1 leaves out", "", 1.0)) if rank == 0 else "",
-    said(lambda: sa_jax.generate(shared, params, tiny.tokens(4, 16, 64), max_new_tokens=3 + rank)),
+    *map(said, different_calls(folder, rank)),
+  ]
+
+
+def different_calls(folder: Path, rank: int) -> list[Callable[[], object]]:
+  """What processes ask for differently."""
+  mesh = make_mesh(fsdp=jax.device_count())
+  dense, params = sa_jax.from_pretrained(folder / "model", "dense", "float32", mesh=mesh, layout="layers")
+  tokens, plan = tiny.tokens(4, 16, 64), sa_jax.SharingPlan.parse(PLAN, 4)
+  texts = [Text("text", tokens[:2], tokens[2:])]
+  batcher = sa_jax.decode.Batcher(dense, params, slots=2, capacity=32)
+  batcher.submit(tokens[rank], 4)
+  request = (tokens[0], [3])
+  judge = Judge(dense, params, texts, None)
+  return [
+    lambda: sa_jax.generate(dense, params, tokens, max_new_tokens=3 + rank),
+    batcher.step,
+    lambda: Scorer(dense, params, batch_tokens=64 << rank)([request]),
+    lambda: Scorer(dense, params)([request] * (1 + rank)),
+    lambda: refit(dense, params, plan, tokens, chunk=1 + rank),
+    lambda: align(dense, params, sa_jax.SharingPlan.parse(("1:2", "0:1")[rank], 4), tokens),
+    lambda: share(dense, params, texts, 1 + rank),
+    lambda: judge.losses(sa_jax.SharingPlan.parse(("1:2", "0:1")[rank], 4)),
+    lambda: sa_jax.from_pretrained(folder / "model", mesh=mesh, layout=("runs", "layers")[rank]),
   ]
 
 

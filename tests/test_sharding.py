@@ -5,12 +5,13 @@ import math
 
 import flax.linen
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 import sa_jax
 from sa_jax import UserError
-from sa_jax.distributed import exchange
+from sa_jax.distributed import checksum, exchange
 from sa_jax.mesh import MeshSizes
 from sa_jax.sharding import (
   DEFAULT_RULES,
@@ -273,3 +274,18 @@ def test_a_function_is_traced_anew_under_other_rules():
     with on_mesh(mesh, rules):
       function(1.0)
   assert seen == [P("tensor", None), P(None, "tensor")]
+
+
+def test_processes_compare_what_a_value_says():
+  """All of long arrays, no address of a function or an object, and no order of a set."""
+
+  class Rule:
+    pass
+
+  def alike(progress=lambda: None):
+    return [np.arange(5000), Rule(), frozenset(map(str, range(20))), progress]
+
+  assert checksum(alike()) == checksum(alike()) == checksum(alike(None))
+  long = np.arange(5000)
+  assert checksum(long) == checksum(long.copy())
+  assert len({checksum(each) for each in (long, np.where(long == 2500, 0, long), long[None], long.tolist())}) == 4

@@ -90,16 +90,23 @@ def test_files(found):
 def test_faults_are_told_by_every_process(found):
   """Each in one line that names the processes, with their checksums where two have different things."""
   _, _, (first, second) = found
-  tokens, files, conversion, configs, texts, left_out, prompts = first["faults"]
-  different = {
-    0: ("tokens or settings", tokens),
-    3: ("configs", configs),
-    4: (r"text\.txt", texts),
-    6: ("prompts or settings", prompts),
-  }
+  tokens, files, conversion, configs, texts, left_out, *calls = first["faults"]
+  different = {0: ("tokens for perplexity", tokens), 3: ("configs", configs), 4: (r"text\.txt", texts)}
+  named = (
+    "max_new_tokens for generate",
+    "requests for a step of the batcher",
+    "batch_tokens for scores",
+    "requests for scores",
+    "chunk for refit",
+    "plan for align",
+    "wanted for share",
+    "plan for Judge.walk",
+    "layout for from_pretrained",
+  )
+  different |= dict(enumerate(zip(named, calls, strict=True), start=6))
   for place, (what, said) in different.items():
     match = re.fullmatch(
-      rf"processes have different {what}: (\w{{8}}) on process 0 \(.+\); (\w{{8}}) on process 1 \(.+\); give all .*",
+      rf"processes have different {what}: (.{{1,8}}) on process 0 \(.+\); (.{{1,8}}) on process 1 \(.+\); give all .*",
       said,
     )
     assert match

@@ -20,7 +20,7 @@ from sa_jax import ops
 from sa_jax.analysis import problems, walk
 from sa_jax.analysis.ridge import Sums, gain, total
 from sa_jax.config import ModelConfig
-from sa_jax.distributed import check_same_rows
+from sa_jax.distributed import called_alike
 from sa_jax.errors import UserError
 from sa_jax.nn import PlanArrays, PlannedBlock, PlannedTransformer, Transformer
 from sa_jax.nn.state import QueryKey, State
@@ -213,6 +213,7 @@ def _loss(config: ModelConfig, params: Params, tokens: jax.Array, plan: PlanArra
   return -ops.token_log_likelihoods(logits[:, :-1], tokens[:, 1:]).mean()
 
 
+@called_alike
 @traced_where_parameters_are
 def align(
   model: Transformer,
@@ -243,7 +244,6 @@ def align(
   config = walk.walking(model, params)
   tokens = np.asarray(tokens, np.int32)
   check_tokens(tokens, None, config.vocab_size)
-  check_same_rows(params, "tokens", tokens)
   trace = walk.dense_trace(config, params, walk.start(config, params, tokens, chunk))
   stacked = stack(params, SharingPlan.dense(config.num_layers))
 

@@ -20,6 +20,7 @@ import optax
 
 from sa_jax.analysis.reconstruct import RELATIVE_ADAM
 from sa_jax.config import FloatDtype
+from sa_jax.distributed import check_call
 from sa_jax.errors import UserError
 from sa_jax.fields import Count, Portion, Positive, Seed, check_fields
 from sa_jax.nn import Transformer
@@ -111,6 +112,7 @@ def distill_rows(
   if not len(rows):
     raise UserError("distillation needs at least one row of text")
   model, params = student
+  check_call(params, distill_rows, student, teacher, rows, how, progress)
   dtype = how.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
   computed = lambda model: model.clone(config=dataclasses.replace(model.config, dtype=dtype))
   runs, frozen = stack(params, model.plan), _frozen(*teacher, jnp.dtype(dtype))

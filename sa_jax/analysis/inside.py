@@ -18,6 +18,7 @@ from flax import struct
 from numpy.typing import ArrayLike
 
 from sa_jax import ops
+from sa_jax.distributed import called_alike
 from sa_jax.errors import UserError
 from sa_jax.nn import AnchorAttention, AttentionWeights, FollowerAttention, Mlp, Moe, Transformer
 from sa_jax.nn.block import Block
@@ -112,6 +113,7 @@ class Looked(NamedTuple):
   seen: dict[str, tuple[Tree, ...]]
 
 
+@called_alike
 def look(
   model: Transformer,
   params: Params,

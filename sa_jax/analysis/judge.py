@@ -24,7 +24,7 @@ from sa_jax.analysis.refit import Passage, Refit, head_sums, recover_layer
 from sa_jax.analysis.ridge import solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
-from sa_jax.distributed import check_same_rows, of_first
+from sa_jax.distributed import check_call, check_given, is_spread, of_first
 from sa_jax.errors import UserError
 from sa_jax.files import as_path, read_text, write_text
 from sa_jax.nn import PlanArrays, PlannedBlock, Transformer
@@ -72,6 +72,7 @@ def _where_its_model_is(method: Callable[Concatenate[Judge, P], T]) -> Callable[
 
   @functools.wraps(method)
   def call(self: Judge, *arguments: P.args, **named: P.kwargs) -> T:
+    check_call(self.params, method, self, *arguments, **named)
     with where_parameters_are(self.config, self.params):
       return method(self, *arguments, **named)
 
@@ -108,14 +109,14 @@ class Judge:
     record: Path | None = None,
     progress: Progress | None = None,
   ):
+    if is_spread(params):
+      check_given("the judge", {"model": model, "texts": texts, "how": how, "maps": maps, "chunk": chunk})
     self.config = walk.walking(model, params)
     for text in texts:
       for tokens in (text.calibration, text.judging):
         check_tokens(np.asarray(tokens), None, self.config.vocab_size)
     if how is not None:
       how.check(self.config)
-    for text in texts:
-      check_same_rows(params, f"rows of {text.name}", np.concatenate([text.calibration, text.judging]))
     self.params, self.texts, self.how, self.maps, self.chunk = params, tuple(texts), how, maps, chunk
     self._maps: dict[tuple[int, int], HeadMap | None] = {}
     self._read_texts(progress)

@@ -32,7 +32,7 @@ from sa_jax.analysis.ridge import Sums, relative_error, solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
 from sa_jax.display import table
-from sa_jax.distributed import check_same_rows
+from sa_jax.distributed import called_alike
 from sa_jax.errors import UserError
 from sa_jax.fields import Count, Natural, Positive, check_fields
 from sa_jax.nn import Middle, PlanArrays, PlannedBlock, Transformer
@@ -316,6 +316,7 @@ class Refitted(NamedTuple):
     return self.plan._repr_html_() + table(rows, ["error, of the target's energy", "before", "after"])
 
 
+@called_alike
 @traced_where_parameters_are
 def refit(
   model: Transformer,
@@ -349,7 +350,6 @@ def refit(
   config = walk.walking(model, params)
   check_tokens(tokens := np.asarray(tokens, np.int32), None, config.vocab_size)
   check_plan(config, plan)
-  check_same_rows(params, "tokens", tokens)
   how.check(config)
   keep = walk.on_device if on_device else walk.on_host
   shared = dense = walk.start(config, params, tokens, chunk, keep)

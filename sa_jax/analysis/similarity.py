@@ -18,7 +18,7 @@ from jax.scipy.special import entr
 from numpy.typing import ArrayLike
 
 from sa_jax.display import maps_picture
-from sa_jax.distributed import check_same_rows
+from sa_jax.distributed import called_alike
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.nn.state import QueryKey, State
@@ -67,6 +67,7 @@ class Similarity(NamedTuple):
     )
 
 
+@called_alike
 @traced_where_parameters_are
 def layer_similarity(
   model: Transformer,
@@ -96,7 +97,6 @@ def layer_similarity(
     raise UserError(f"top_k must be in 1 to {tokens.shape[1]}, the tokens of a row, not {top_k}")
   if block < 1:
     raise UserError(f"block must be at least 1, not {block}")
-  check_same_rows(params, "tokens", tokens)
   model = model.clone(config=dataclasses.replace(model.config, attention_state="query_key"))
   layers = as_layers(params, model.plan)
   block = min(block, tokens.shape[1])

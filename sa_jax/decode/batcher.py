@@ -17,6 +17,7 @@ from sa_jax.decode.engine import Drawn, Engine, Prompts, pad_to, retire
 from sa_jax.decode.prefix import PromptCache
 from sa_jax.decode.sampling import Sampler
 from sa_jax.decode.unsound import tell_unsound
+from sa_jax.distributed import check_given, is_spread
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_tokens
@@ -153,9 +154,23 @@ class Batcher:
 
   def _step(self, chunk: int) -> dict[int, list[int]]:
     with self._stepping:
+      self._check_alike(chunk)
       self._drop_cancelled()
       first = self._fill_slots()
       return self._collect(first, self._decode(chunk) if chunk else None) if self._running else {}
+
+  def _check_alike(self, chunk: int) -> None:
+    """Checks that processes which step together have the same requests, in the same order."""
+    if is_spread(self._params):
+      with self._queue:
+        requests = [
+          (each.prompt, each.max_new_tokens, each.seed, each.row, each.status)
+          for each in (*self._running.values(), *self._waiting)
+        ]
+      sizes = self.slots, self.capacity, self.chunk, self.longest_first
+      check_given(
+        "a step of the batcher", {"requests": requests, "sampler": self.sampler, "sizes": sizes, "chunk": chunk}
+      )
 
   def _decode(self, chunk: int) -> Drawn:
     """A chunk of tokens, still on the device."""

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from sa_jax.decode.engine import Engine, Prompts, capacity_for, pad_to
 from sa_jax.decode.generate import checked_prompts, pad_token
-from sa_jax.distributed import check_same_rows
+from sa_jax.distributed import called_alike
 from sa_jax.fields import Count, check_fields
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.typed import apply
@@ -93,6 +93,7 @@ class _Search:
   ended: _Ranked
 
 
+@called_alike
 def beam_search(
   model: Transformer, params: Params, tokens: ArrayLike, lengths: ArrayLike | None = None, how: Beams = Beams()
 ) -> Found:
@@ -111,8 +112,7 @@ def beam_search(
   Raises:
     UserError: if a token is not in the vocabulary, or a length does not fit.
   """
-  prompts, counts = checked_prompts(model, tokens, lengths)
-  check_same_rows(params, "prompts", np.asarray(tokens), (counts.tolist(), how))
+  prompts, _ = checked_prompts(model, tokens, lengths)
   layers = as_layers(params, model.plan)
   longest = max(map(len, prompts))
   capacity = capacity_for(longest + how.max_new_tokens)

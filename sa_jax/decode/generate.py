@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from sa_jax.decode.prefix import PromptCache
 from sa_jax.decode.room import check_room
 from sa_jax.decode.sampling import Sampler
 from sa_jax.decode.unsound import tell_unsound
-from sa_jax.distributed import check_same_rows
+from sa_jax.distributed import called_alike
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_tokens
@@ -51,6 +50,7 @@ class Generated(NamedTuple):
     return cls(tokens, there.sum(axis=1).astype(np.int32), drawn.log_probs)
 
 
+@called_alike
 def generate(
   model: Transformer,
   params: Params,
@@ -110,8 +110,6 @@ def generate(
       f"fit a cache of {capacity} slots; {max(needed, tokens.shape[1])} are needed"
     )
   check_room(model, min(len(tokens), slots), capacity, mesh_of(params))
-  settings = (lengths.tolist(), max_new_tokens, samples, seed, capacity, slots, without_processors(sampler))
-  check_same_rows(params, "prompts", tokens, settings)
   if len(prompts) * samples > slots:
     batcher = Batcher(model, params, slots=slots, capacity=capacity, sampler=sampler, prefix=prefix)
     drawn = _continuous(batcher, [row for row in prompts for _ in range(samples)], max_new_tokens, seed)
@@ -133,11 +131,6 @@ def _one_sampler(sampler: Sampler | None, temperature: float) -> Sampler:
   if temperature:
     raise UserError("give a sampler, which has a temperature, or a temperature, not both")
   return sampler
-
-
-def without_processors(sampler: Sampler) -> Sampler:
-  """What processes can compare: a processor need not say all of itself."""
-  return dataclasses.replace(sampler, processors=())
 
 
 def _as_rows(tokens: ArrayLike) -> np.ndarray:
@@ -169,6 +162,7 @@ def pad_token(model: Transformer) -> int:
   return config.pad_token_id if config.pad_token_id is not None else (*config.eos_token_ids, 0)[0]
 
 
+@called_alike
 def stream(
   model: Transformer,
   params: Params,
@@ -198,7 +192,6 @@ def stream(
   prompt = np.asarray(prompt)
   capacity = capacity_for(max(1, _slots_for(prompt.size, max_new_tokens)))
   chosen = _one_sampler(sampler, temperature)
-  check_same_rows(params, "prompts", prompt, (max_new_tokens, seed, chunk, without_processors(chosen)))
   batcher = Batcher(model, params, slots=1, capacity=capacity, sampler=chosen, chunk=chunk)
   request = batcher.submit(prompt, max_new_tokens, seed=seed)
   yield batcher.enter()[id(request)]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sa_jax.decode.engine import Begun, Engine, Prompts, pad_to
+from sa_jax.distributed import check_given, is_spread
 from sa_jax.errors import UserError
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.transformer import check_tokens
@@ -58,6 +59,8 @@ class PromptCache:
         "the model's rotary embedding depends on a row's length, so that a cached beginning fits no longer row: "
         "give whole prompts, without a prefix"
       )
+    if is_spread(params):
+      check_given("PromptCache.read", {"model": model, "tokens": row})
     layers = as_layers(params, model.plan)
     return cls(row[0].astype(np.int32), _read(Engine.of(model, layers), layers, row.astype(np.int32)), model)
 

@@ -17,11 +17,11 @@ from numpy.typing import ArrayLike
 
 from sa_jax import ops
 from sa_jax.decode.engine import DecodeState, Drawn, Engine, Prompts, capacity_for, newest, pad_to
-from sa_jax.decode.generate import Generated, checked_prompts, without_processors
+from sa_jax.decode.generate import Generated, checked_prompts
 from sa_jax.decode.sampling import Sampler
 from sa_jax.decode.settings import Settings
 from sa_jax.decode.unsound import tell_unsound, unsound_from
-from sa_jax.distributed import check_same_rows
+from sa_jax.distributed import called_alike
 from sa_jax.errors import UserError
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.typed import apply
@@ -351,6 +351,7 @@ class Speculated(NamedTuple):
   rounds: np.ndarray
 
 
+@called_alike
 def speculate(
   model: Transformer,
   params: Params,
@@ -377,8 +378,6 @@ def speculate(
     UserError: as `sa_jax.generate`.
   """
   prompts, counts = checked_prompts(model, np.asarray(tokens), lengths)
-  settings = (counts.tolist(), dataclasses.replace(how, sampler=without_processors(how.sampler)))
-  check_same_rows(params, "prompts", np.asarray(tokens), settings)
   how.sampler.check(model.config.vocab_size)
   layers = as_layers(params, model.plan)
   engine = SpeculativeEngine.of(model, layers, draft)

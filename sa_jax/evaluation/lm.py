@@ -21,6 +21,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 
 from sa_jax.decode import Batcher, Sampler, capacity_for, pad_to
+from sa_jax.distributed import check_given, is_spread
 from sa_jax.errors import UserError
 from sa_jax.evaluation.answers import Answers, Request
 from sa_jax.evaluation.scoring import Scorer, part, together
@@ -251,11 +252,12 @@ class SharedAttentionLM(TemplateLM):
     stops, longest, sampler = self._read_settings(settings)
     if longest >= self.max_length:
       raise UserError(f"{longest} new tokens leave no room for a prompt in the model's {self.max_length}")
+    check_given("generation", {"contexts": contexts, "settings": settings, "slots": self.slots})
     self._encode_ahead(contexts)
     prompts = [self.tok_encode(context)[-(self.max_length - longest) :] or [self._start] for context in contexts]
     self._encoded = {}
     # Where the model is spread over processes, all of them run it together.
-    spread = self._scorer.is_spread
+    spread = is_spread(self._params)
     mine = range(len(prompts)) if spread else part(range(len(prompts)), jax.process_index(), jax.process_count())
     # The capacity is that of all prompts, so that every process compiles the same programs.
     needed = max(map(len, prompts)) + longest - 1

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from sa_jax import ops
 from sa_jax.display import table
-from sa_jax.distributed import check_same_rows
+from sa_jax.distributed import called_alike
 from sa_jax.errors import UserError
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.transformer import check_tokens
@@ -93,6 +93,7 @@ def _log_likelihood(model: Transformer, params: Params, tokens: jax.Array) -> ja
   return ops.token_log_likelihoods(logits[:, :-1], tokens[:, 1:]).sum(axis=-1)
 
 
+@called_alike
 @traced_where_parameters_are
 def perplexity(
   model: Transformer,
@@ -124,7 +125,6 @@ def perplexity(
     raise UserError(f"rows need at least 2 tokens, one to predict from and one to predict, not {tokens.shape[1]}")
   if batch_size < 1:
     raise UserError(f"batch_size must be at least 1, not {batch_size}")
-  check_same_rows(params, "tokens", tokens, batch_size)
   params = params if model.config.cache_dtype is None else as_layers(params, model.plan)
   total = 0.0
   for start in range(0, len(tokens), batch_size):

@@ -14,7 +14,7 @@ import numpy as np
 from sa_jax import ops
 from sa_jax.costs import cost
 from sa_jax.decode.padding import right_pad
-from sa_jax.distributed import check_same_rows
+from sa_jax.distributed import check_given, is_spread
 from sa_jax.errors import UserError
 from sa_jax.evaluation.prefixes import Family, Row, families, padded_size, rows_of_requests
 from sa_jax.nn import Cache, Transformer
@@ -183,12 +183,13 @@ class Scorer:
         )
       read.append((tokens[:-1], len(context) - 1))
       targets.append(tokens[len(context) :])
-    check_same_rows(self._params, "requests", np.concatenate([tokens for tokens, _ in read] or [np.zeros(0, np.int32)]))
+    check_given("scores", {"requests": (read, targets), "batch_tokens": self.batch_tokens})
+    spread = is_spread(self._params)
     rows = rows_of_requests(read, merge=self._share)
     grouped = families(rows) if self._share else [Family((row,), 0) for row in rows]
     scores = np.zeros(len(requests)), np.zeros(len(requests), np.int64)
     with_targets = _Requests([first for _, first in read], targets)
-    mine = grouped if self.is_spread else part(grouped, jax.process_index(), jax.process_count())
+    mine = grouped if spread else part(grouped, jax.process_index(), jax.process_count())
     total, done = sum(len(family.rows) for family in mine), 0
     # One batch behind, so that the device computes while the host prepares the next.
     waiting: list[tuple[list[int], Any, int]] = []
@@ -199,17 +200,11 @@ class Scorer:
         if progress is not None:
           progress(done, total)
       waiting = [] if batch is None else [batch]
-    log_likelihoods, hits = scores if self.is_spread else together(scores)
+    log_likelihoods, hits = scores if spread else together(scores)
     return [
       Scored(float(value), int(hit) == len(target))
       for value, hit, target in zip(log_likelihoods, hits, targets, strict=True)
     ]
-
-  @property
-  def is_spread(self) -> bool:
-    """Whether the parameters are on devices of several processes."""
-    mesh = mesh_of(self._params)
-    return mesh is not None and mesh.is_multi_process
 
   def _batches(self, grouped: Sequence[Family], requests: _Requests) -> Iterator[tuple[list[int], Any, int]]:
     """Numbers of requests, one for each score; scores, on device; and how many rows they took."""

@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from sa_jax.distributed import done_by_first, on_all
+from sa_jax.distributed import check_given, done_by_first, on_all
 from sa_jax.errors import UserError, shown
 from sa_jax.files import as_path, check_absent
 from sa_jax.formats import checkpoint
@@ -72,11 +72,12 @@ def from_pretrained(
     raise UserError(f"mesh is a mesh of devices, such as sa_jax.sharding.make_mesh(fsdp=8), not {shown(repr(mesh))}")
   if mesh is None and rules != DEFAULT_RULES:
     raise UserError("rules say how a mesh splits parameters, and there is no mesh: give mesh= too")
+  spread = mesh is not None and mesh.is_multi_process
+  if spread:
+    check_given("from_pretrained", {"mesh": mesh, "rules": rules, "dtype": dtype, "plan": plan, "layout": layout})
   read = functools.partial(open_model, path, plan, dtype, revision, strict)
   # Where all processes open one model together, a file that one of them lacks must not leave the others waiting.
-  opened = (
-    on_all("the files of the model", read, _fingerprint) if mesh is not None and mesh.is_multi_process else read()
-  )
+  opened = on_all("the files of the model", read, _fingerprint) if spread else read()
   model = Transformer(opened.config, opened.plan)
   tree = opened.tree()
   if layout == "runs":
