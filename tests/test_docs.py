@@ -1,11 +1,16 @@
 """The site: its examples run, its commands exist, and every public name is documented."""
 
 import ast
+import contextlib
+import functools
 import importlib
 import importlib.util
 import inspect
+import io
+import itertools
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import jax
@@ -13,6 +18,7 @@ import pytest
 
 import sa_jax
 from sa_jax import cli
+from sa_jax.config import PRESETS
 from sa_jax.formats.families import FAMILIES
 from sa_jax.mesh import MeshSizes
 from sa_jax.ops.attention import dispatch
@@ -91,18 +97,57 @@ def commands(text: str) -> list[list[str]]:
   return [rest for program, *rest in shell_lines(text) if program == "sa-jax"]
 
 
-def test_commands_and_flags_of_the_pages_exist(capsys):
-  flags: dict[str, set[str]] = {}
+@functools.cache
+def flags_of(command: str) -> frozenset[str]:
+  """The flags that a command's help names; none if there is no such command."""
+  told = io.StringIO()
+  with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told), pytest.raises(SystemExit) as ended:
+    cli.main([command, "--help"])
+  return frozenset(re.findall(r"--[a-z0-9-]+", told.getvalue())) if ended.value.code == 0 else frozenset()
+
+
+def test_commands_and_flags_of_the_pages_exist():
+  seen = set()
   for page in PAGES:
     for command, *rest in commands(page.read_text(encoding="utf-8")):
-      if command not in flags:
-        with pytest.raises(SystemExit) as ended:
-          cli.main([command, "--help"])
-        assert ended.value.code == 0, f"{page.name}: there is no command {command}"
-        flags[command] = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
-      unknown = {word.split("=")[0] for word in rest if word.startswith("--")} - flags[command]
+      unknown = {word.split("=")[0] for word in rest if word.startswith("--")} - flags_of(command)
+      assert flags_of(command), f"{page.name}: there is no command {command}"
       assert not unknown, f"{page.name}: sa-jax {command} has no {unknown}"
-  assert len(flags) >= 8
+      seen.add(command)
+  assert len(seen) >= 8
+
+
+def test_flags_that_sentences_name_exist():
+  known = frozenset().union(*(flags_of(command) for command in cli._COMMANDS))
+  known |= {"--version", "--no-compilation-cache", "--tyro-print-completion"}
+  for page in [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"]:
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    named = {
+      flag for code in re.findall(r"`([^`\n]+)`", prose) for flag in re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", code)
+    }
+    assert not named - known, f"{page.name}: there is no {named - known}"
+
+
+def test_plans_of_the_pages_fit_the_layers_beside_them():
+  seen = 0
+  for page in PAGES:
+    for words in commands(page.read_text(encoding="utf-8")):
+      if "--plan" in words and "--model" in words and words[words.index("--model") + 1] in PRESETS:
+        layers = sa_jax.ModelConfig.preset(words[words.index("--model") + 1]).num_layers
+        layers = int(words[words.index("--layers") + 1]) if "--layers" in words else layers
+        for plan in itertools.takewhile(lambda word: not word.startswith("-"), words[words.index("--plan") + 1 :]):
+          sa_jax.SharingPlan.parse(plan, layers)
+          seen += 1
+  assert seen >= 5
+
+
+def test_every_extra_of_users_is_told():
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+  told = re.findall(
+    r"`(\w+)`", "".join(re.findall(r"^\|([^|]*)\|", (ROOT / "docs/how-to/install.md").read_text(), re.M))
+  )
+  ours = {"test", "test-torch", "lint", "docs", "browser", "notebooks"}  # `make` installs them
+  assert set(told) == project["optional-dependencies"].keys() - ours
 
 
 def test_scripts_of_the_pages_exist_with_their_flags():
