@@ -32,7 +32,7 @@ from sa_jax.decode import generate
 from sa_jax.errors import UserError
 from sa_jax.evaluation import Scorer, perplexity
 from sa_jax.fields import Count, check_fields
-from sa_jax.hlo import Collective, collectives
+from sa_jax.hlo import Collective, added, collectives
 from sa_jax.mesh import MeshSizes
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.typed import apply
@@ -84,6 +84,8 @@ class Job:
     wrong = []
     if self.length >= 2**31:
       wrong.append(f"length={self.length} (positions are int32: less than {2**31:,} is needed)")
+    if self.kind == "loop" and self.length < 2:
+      wrong.append(f"length={self.length} (a loop needs a prompt's token and one to add: at least 2)")
     sizes = mesh_on(self.topology, self.mesh)
     if self.batch % sizes.ways:
       wrong.append(f"batch={self.batch} (a multiple of {sizes.ways_spelt} is needed)")
@@ -191,7 +193,7 @@ def compile_job(job: Job) -> Fit:
     problem=problem,
     peak_bytes=max((each.peak_memory_in_bytes for each in memory), default=None),
     argument_bytes=max((each.argument_size_in_bytes for each in memory), default=None),
-    collectives=_added([collectives(each.as_text() or "") for each in executables]),
+    collectives=added([collectives(each.as_text() or "") for each in executables]),
     compute_seconds=compute / (info.bf16_ops_per_second * cores),
     memory_seconds=moved / (info.mem_bw_bytes_per_second * cores),
     compile_seconds=time.perf_counter() - start,
@@ -213,16 +215,6 @@ def executables_of(job: Job, mesh: Mesh) -> list[jax.stages.Compiled]:
     _CALLS[job.kind](job, mesh)
   # What a loop runs once, its prefill, is another kind.
   return [each.executable for each in programs if job.kind != "loop" or each.name == "decode"]
-
-
-def _added(found: Sequence[tuple[Collective, ...]]) -> tuple[Collective, ...]:
-  """The collectives of several programs, each run once."""
-  each = [collective for one in found for collective in one]
-  same = lambda kind: [collective for collective in each if collective.kind == kind]
-  return tuple(
-    Collective(kind, sum(one.count for one in same(kind)), sum(one.bytes for one in same(kind)))
-    for kind in dict.fromkeys(one.kind for one in each)
-  )
 
 
 def topology_mesh(job: Job) -> Mesh:

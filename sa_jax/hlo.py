@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -139,3 +139,13 @@ def _bytes(shape: str, is_start: bool) -> int:
     if not (is_start and kind in "us" and not dims):  # A context word of the runtime.
       sizes.append(count * width // 8)
   return sum(sizes[len(sizes) // 2 :]) if is_start else sum(sizes)
+
+
+def added(found: Sequence[tuple[Collective, ...]]) -> tuple[Collective, ...]:
+  """The collectives of several programs, each run once."""
+  each = [collective for one in found for collective in one]
+  same = lambda kind: [collective for collective in each if collective.kind == kind]
+  return tuple(
+    Collective(kind, sum(one.count for one in same(kind)), sum(one.bytes for one in same(kind)))
+    for kind in dict.fromkeys(one.kind for one in each)
+  )

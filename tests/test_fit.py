@@ -116,6 +116,8 @@ def test_sizes_are_checked_before_anything_is_compiled():
     job("dense", "train", length=0)
   with pytest.raises(ValueError, match="calibration needs followers"):
     job("dense", "calibration")
+  with pytest.raises(ValueError, match=r"length=1 \(a loop needs .*: at least 2\)"):
+    job("dense", "loop", length=1)
 
 
 def test_without_libtpu_one_line_says_what_to_install(monkeypatch, capsys):
