@@ -36,13 +36,14 @@ with sa_jax.progress("comparing layers") as bar:
 similarity
 
 # %% [markdown]
-# On the left nearly everything looks alike. On the right the weights on the first key are left out, and blocks of
-# layers that really attend alike appear.
+# On the left nearly everything looks alike. On the right the weights on the first key are left out, which leaves the
+# blocks of layers that really attend alike.
 #
 # ## The sink
 #
-# Most heads put most of their weight on the first token, whatever the text. It says nothing about the text, and it
-# makes any two layers look alike. Here is how much weight it gets, without the first query, which sees nothing else.
+# Many heads put much of their weight on the first token, whatever the text. That says nothing about the text, and it
+# makes any two layers look alike. Here is how much weight the first key gets, averaged over heads and over all queries
+# but the first, which sees nothing else.
 
 # %%
 config = dataclasses.replace(model.config, attention_state="query_key")
@@ -60,7 +61,7 @@ plt.show()
 # ## Isotropy
 #
 # The paper calls a layer's attention isotropic where its weights are spread evenly: their variance is small. The
-# entropy says the same in nats. Layers that spread alike are the ones that can share.
+# entropy says the same in nats. The paper's argument is that neighbours that spread alike can share.
 
 # %% alt="Variance and entropy of the attention weights, layer by layer"
 by_layer = similarity.mean()

@@ -83,21 +83,44 @@ class Edit:
 
 
 def ablate(site: Site, layer: ArrayLike, heads: ArrayLike | None = None, positions: ArrayLike | None = None) -> Edit:
-  """Sets a layer's array at a site to zero, at some heads and positions."""
+  """Sets a layer's array at a site to zero, at some heads and positions.
+
+  Args:
+    site: where.
+    layer: int ``[]``, of which layer.
+    heads: int ``[h]``, which heads; all when None.
+    positions: int ``[p]``, which tokens (of weights: which queries); all when None.
+  """
   return Edit(site, layer, 0.0, 0.0, heads, positions)
 
 
 def patch(
   site: Site, layer: ArrayLike, value: ArrayLike, heads: ArrayLike | None = None, positions: ArrayLike | None = None
 ) -> Edit:
-  """Sets a layer's array at a site to another one, such as what `look` has captured in another model or text."""
+  """Sets a layer's array at a site to another one, such as what `look` has captured in another model or text.
+
+  Args:
+    site: where.
+    layer: int ``[]``, of which layer.
+    value: what broadcasts to the whole array of the site (see `Site`).
+    heads: int ``[h]``, which heads; all when None.
+    positions: int ``[p]``, which tokens (of weights: which queries); all when None.
+  """
   return Edit(site, layer, value, 0.0, heads, positions)
 
 
 def steer(
   site: Site, layer: ArrayLike, value: ArrayLike, heads: ArrayLike | None = None, positions: ArrayLike | None = None
 ) -> Edit:
-  """Adds to a layer's array at a site."""
+  """Adds to a layer's array at a site.
+
+  Args:
+    site: where.
+    layer: int ``[]``, of which layer.
+    value: what is added; it broadcasts to the whole array of the site (see `Site`).
+    heads: int ``[h]``, which heads; all when None.
+    positions: int ``[p]``, which tokens (of weights: which queries); all when None.
+  """
   return Edit(site, layer, value, 1.0, heads, positions)
 
 

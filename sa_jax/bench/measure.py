@@ -31,7 +31,16 @@ class Timing(NamedTuple):
 
 
 def timed(call: Callable[[], Any], repeats: int = 10, warmup: int = 2) -> Timing:
-  """Times a call to its end on the device; the first ``warmup`` calls compile and are not counted."""
+  """Times a call to its end on the device.
+
+  Args:
+    call: what it returns is waited for.
+    repeats: timed calls.
+    warmup: calls before them, which compile and are not counted.
+
+  Returns:
+    Median, least and most seconds.
+  """
   for _ in range(warmup):
     jax.block_until_ready(call())
   seconds = []

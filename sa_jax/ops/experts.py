@@ -72,7 +72,15 @@ class Routes(NamedTuple):
 
 
 def route(scores: jax.Array, experts: Experts) -> Routes:
-  """The experts of the highest scores, float32 ``[..., X]``, and their weights."""
+  """The experts of the highest scores, and their weights.
+
+  Args:
+    scores: float32 ``[..., X]``, the router's, before any softmax.
+    experts: how many are chosen, and whether the weights of those chosen sum to 1.
+
+  Returns:
+    Numbers and weights, ``[..., C]`` each, highest score first.
+  """
   highest, numbers = jax.lax.top_k(scores, experts.chosen)
   if experts.normalised:
     return Routes(numbers, jax.nn.softmax(highest))

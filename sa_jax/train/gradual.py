@@ -23,6 +23,13 @@ from sa_jax.errors import UserError
 def rising(steps: int, start: int = 0) -> Callable[[jax.Array], jax.Array]:
   """λ as a function of the step, float32: 0 up to ``start``, then linearly to 1 within ``steps``.
 
+  Args:
+    steps: over how many it rises, at least 1.
+    start: the last step at which it is 0.
+
+  Returns:
+    From an int ``[]`` step to a float32 ``[]``.
+
   Raises:
     UserError: if a number is negative, or ``steps`` is 0.
   """

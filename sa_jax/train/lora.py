@@ -58,7 +58,18 @@ class LoraConfig:
 
 
 def abstract_adapters(model: Transformer, config: LoraConfig, *, layout: str = "runs", boxed: bool = False) -> Tree:
-  """The adapters' shapes, float32; with their logical axes if ``boxed``, as `sa_jax.sharding.tree_shardings` takes."""
+  """The shapes of a model's adapters.
+
+  Args:
+    model: whose projections are adapted.
+    config: which of them, and the rank.
+    layout: ``runs`` or ``layers``, that of the parameters.
+    boxed: with their logical axes, as `sa_jax.sharding.tree_shardings` takes them.
+
+  Returns:
+    A tree like the parameters', with a float32 ``lora_a`` ``[..., inputs, rank]`` and a ``lora_b``
+    ``[..., rank, outputs]`` for each adapted kernel; inputs and outputs are one axis or two, as in the kernel.
+  """
 
   def of(node: Tree) -> Tree:
     found = {}
@@ -74,7 +85,17 @@ def abstract_adapters(model: Transformer, config: LoraConfig, *, layout: str = "
 
 
 def init_adapters(model: Transformer, config: LoraConfig, key: jax.Array, *, layout: str = "runs") -> Tree:
-  """Adapters that change nothing yet: A random, B zero."""
+  """Adapters that change nothing yet: A is random with variance 1 / inputs, B is zero (Hu et al., arXiv 2106.09685).
+
+  Args:
+    model: as in `abstract_adapters`.
+    config: as in `abstract_adapters`.
+    key: for A.
+    layout: ``runs`` or ``layers``, that of the parameters.
+
+  Returns:
+    The tree of `abstract_adapters`, as arrays.
+  """
   leaves, structure = jax.tree_util.tree_flatten_with_path(abstract_adapters(model, config, layout=layout, boxed=False))
 
   def init(path: Any, leaf: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
@@ -88,14 +109,29 @@ def init_adapters(model: Transformer, config: LoraConfig, key: jax.Array, *, lay
 
 
 def attach(params: Tree, adapters: Tree, config: LoraConfig) -> Tree:
-  """Parameters that apply the adapters, from frozen ones and theirs. It copies nothing of the former."""
+  """Parameters that apply the adapters: the frozen ones, not copied, and the adapters beside them.
+
+  Args:
+    params: frozen, in either layout.
+    adapters: in the same layout, as from `init_adapters`.
+    config: for the scale, ``alpha / rank``.
+  """
   if "lora_a" in adapters:
     return {**params, "lora_a": adapters["lora_a"], "lora_b": config.scale * adapters["lora_b"]}
   return {**params, **{name: attach(params[name], child, config) for name, child in adapters.items()}}
 
 
 def merge(params: Tree, adapters: Tree, config: LoraConfig) -> Tree:
-  """Parameters of the plain model, ``W + (alpha / rank) A B`` in W's dtype, in the layout of both; for export."""
+  """Parameters of the plain model, ``W + (alpha / rank) A B``, for export.
+
+  Args:
+    params: in either layout.
+    adapters: in the same layout, as from `init_adapters`.
+    config: for the scale.
+
+  Returns:
+    Parameters in that layout, each in its own dtype.
+  """
 
   def merged(params: Tree, adapters: Tree, name: str) -> Tree:
     if "lora_a" in adapters:
