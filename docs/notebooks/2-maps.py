@@ -36,8 +36,8 @@ with sa_jax.progress("comparing layers") as bar:
 similarity
 
 # %% [markdown]
-# On the left nearly everything looks alike. On the right the weights on the first key are left out, which leaves the
-# blocks of layers that really attend alike.
+# On the left large blocks look alike. On the right the weights on the first key are left out, and only layers that
+# really attend alike stay dark.
 #
 # ## The sink
 #
