@@ -100,6 +100,8 @@ EFFORTS: dict[EffortName, Effort] = {
 """By name. ``good`` is what `experiments/search` measures."""
 
 
+READING = "reading the texts"
+"""The stage that comes first where a plan is searched for."""
 _ROWS_OF_A_STEP = 32
 """Of local reconstruction on an accelerator."""
 
@@ -264,7 +266,7 @@ def share(
       dataclasses.replace(recovery, mlp=False, local_epochs=0),
       chunk=chunk,
       record=record,
-      progress=stage("reading the texts"),
+      progress=stage(READING),
     )
     candidates = [
       mixture._replace(plan=judge.with_maps(mixture.plan)) for mixture in find(judge, wanted, effort, stage)

@@ -46,6 +46,7 @@ class Share(Searching):
     from sa_jax.analysis.budget import Budget
     from sa_jax.analysis.card import card, results
     from sa_jax.analysis.distilling import Distillation
+    from sa_jax.analysis.forecast import foretold, work
     from sa_jax.analysis.share import share
     from sa_jax.cli.progress import stages
     from sa_jax.cli.texts import rows_at_once
@@ -74,6 +75,9 @@ class Share(Searching):
     if self.settings.mlp and config.experts is not None:
       tell("MLPs", "left as they are, being experts")
     with stages() as stage:
+      if isinstance(wanted, Budget) and wanted.measure == "followers":
+        flops = work(config, texts, int(wanted.amount), self.settings)
+        stage = foretold(flops, stage, lambda text: tell("time", text))
       made = share(
         model, params, texts, wanted, self.settings,
         chunk=rows_at_once(model.config, length), distillation=distillation, record=self.record, stage=stage,

@@ -1,0 +1,114 @@
+"""How long `sa_jax.analysis.share` will take: its work is counted, and its speed is that of its first stage.
+
+What is counted is FLOPs of matrix products, with what the layers before a plan's first follower save by the half. What
+compiles comes on top, which on a GPU is most of the time with a small model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from sa_jax.analysis import search
+from sa_jax.analysis.judge import Text
+from sa_jax.analysis.share import READING, Effort, Search
+from sa_jax.config import ModelConfig
+from sa_jax.costs import cost
+from sa_jax.durations import duration
+
+
+class Counts(NamedTuple):
+  """What a search for a plan does.
+
+  Attributes:
+    pairs: of an anchor and a follower whose cost is estimated.
+    plans: that are measured, or walked to go on from.
+  """
+
+  pairs: int
+  plans: int
+
+  @classmethod
+  def of(cls, config: ModelConfig, followers: int, how: Search) -> Counts:
+    """Of a search for a plan with so many followers; at most, where plans are measured once only."""
+    layers, step = config.num_layers, how.width if how.strategy == "beam" else 1
+    kinds = [config.kind_of(layer) for layer in range(layers)]
+    near = lambda layer: range(max(0, layer - how.reach), layer)
+    pairs = sum(kinds[anchor] == kinds[layer] for layer in range(1, layers) for anchor in near(layer))
+    if how.strategy == "spans":
+      return cls(0, len(list(search.late_spans(layers, followers))))
+    if how.strategy == "dp":
+      return cls(pairs, 1 + how.swaps)
+    candidates = [how.shortlist or step * (layers - 1 - count) for count in range(followers)]
+    return cls(pairs if how.shortlist else 0, 1 + sum(candidates) + step * (followers - 1))
+
+
+def work(config: ModelConfig, texts: Sequence[Text], followers: int, effort: Effort) -> dict[str, float]:
+  """FLOPs of reading the texts, of the search, of the refits, and of scoring.
+
+  Args:
+    config: the dense model.
+    texts: to fit to and to judge by.
+    followers: that the plan shall have.
+    effort: how much work.
+  """
+  layers, length = config.num_layers, texts[0].judging.shape[1]
+  fit, few = (
+    sum(min(len(text.calibration), rows) for text in texts)
+    for rows in (
+      effort.calibration_rows,
+      min(effort.calibration_rows, effort.search.search_rows or effort.calibration_rows),
+    )
+  )
+  judging = sum(len(text.judging) for text in texts)
+  head = 2 * length * config.vocab_size * config.embed_dim
+  block = (cost(config, None, 1, length).flops - head) / layers
+  sums = lambda features: 2 * length * features * (features + config.embed_dim)
+  of_heads = sums(config.num_heads * config.value_width)
+  counts, recovery = Counts.of(config, followers, effort.search), effort.recovery(config)
+  maps = sums(config.num_heads * config.num_kv_heads * config.value_width) if recovery.maps else 0
+  walk = (few + judging) * layers * block
+  estimates = counts.pairs * few * (block / 2 + of_heads)
+  estimates += 3 * few * (layers * block + head) if counts.pairs else 0  # the gradients that pairs are weighed by
+  refit = fit * (2 * layers * block + followers * (of_heads + maps))
+  refit += fit * layers * sums(config.mlp_dim) if recovery.mlp else 0
+  # Forward, backward, and the anchor's weights once more for its followers.
+  local = 4 * effort.local_epochs * fit * min(2 * followers, layers) * block
+  return {
+    "reading": walk + judging * head,
+    "search": estimates + counts.plans * (walk / 2 + judging * head + few * followers / 2 * of_heads),
+    "refit": (2 if effort.local_epochs else 1) * refit + local,
+    "scoring": (3 if effort.local_epochs else 2) * judging * (layers * block + head),
+  }
+
+
+def foretold(flops: dict[str, float], stage: search.Stage, say: Callable[[str], None]) -> search.Stage:
+  """A stage that says how long all of it will take, once the texts have been read.
+
+  Args:
+    flops: as `work` counts.
+    stage: what is told besides.
+    say: takes the text.
+  """
+
+  def begin(name: str) -> search.Progress:
+    report = stage(name)
+    if name != READING:
+      return report
+    first: list[tuple[float, int]] = []
+
+    def timed(done: int, total: int) -> None:
+      report(done, total)
+      if not first:  # with a compilation in it
+        first.append((time.monotonic(), done))
+      elif done == total:
+        since, before = first[0]
+        seconds = (time.monotonic() - since) / (total - before) * total / flops["reading"]
+        parts = {part: count * seconds for part, count in flops.items() if part != "reading"}
+        shown = ", ".join(f"{part} {duration(each)}" for part, each in parts.items())
+        say(f"about {duration(sum(parts.values()))}, and what compiles: {shown}")
+
+    return timed
+
+  return begin
