@@ -69,7 +69,8 @@ def work(config: ModelConfig, texts: Sequence[Text], followers: int, effort: Eff
   counts, recovery = Counts.of(config, followers, effort.search), effort.recovery(config)
   maps = sums(config.num_heads * config.num_kv_heads * config.value_width) if recovery.maps else 0
   walk = (few + judging) * layers * block
-  estimates = counts.pairs * few * (block / 2 + of_heads)
+  # A pair's heads are compared with each other, and its error is weighed: as much time as two layers take.
+  estimates = counts.pairs * few * (2 * block + of_heads)
   estimates += 3 * few * (layers * block + head) if counts.pairs else 0  # the gradients that pairs are weighed by
   refit = fit * (2 * layers * block + followers * (of_heads + maps))
   refit += fit * layers * sums(config.mlp_dim) if recovery.mlp else 0
