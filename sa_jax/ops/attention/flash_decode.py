@@ -331,7 +331,7 @@ def _block(ref: Stored | jax.Ref, here: Any, dtype: jax.typing.DTypeLike) -> lis
 def _scales(ref: Stored | jax.Ref, index: jax.Array | int) -> _Scales:
   """The scales of a block, for its products instead of its vectors; None of vectors that are stored as they are.
 
-  They are loaded a block ahead, since Triton leaves loads of less than 32 bits a thread where they are used.
+  They are loaded a block ahead, so that a block need not wait for its own.
   """
   if isinstance(ref, Quantised):
     return ref.scale[pl.ds(index * BLOCK, BLOCK), 0].astype(jnp.float32)
