@@ -12,7 +12,17 @@ from pathlib import Path
 HERE = Path(__file__).parent
 OUT = HERE / "RESULTS.md"
 GB = 1e9
-KINDS = {"decode": "decode", "train": "gradient of the layers", "step": "train step", "batching": "requests"}
+KINDS = {
+  "decode": "decode",
+  "prefill": "prefill",
+  "train": "gradient of the layers",
+  "step": "train step",
+  "batching": "requests",
+}
+
+
+CEILINGS = ("decode", "prefill")
+"""Kinds of which the part of the ceiling is told."""
 
 
 def read() -> dict[str, list[dict]]:
@@ -49,7 +59,7 @@ def bench_rows(results: list[dict]) -> Iterator[list[str]]:
   for result in results:
     task, seconds = result["task"], result["seconds"]
     base = dense.get((result["file"], conditions(task)))
-    share = result["work"] / seconds / result["ceiling"] if result["ceiling"] and task["kind"] == "decode" else None
+    share = result["work"] / seconds / result["ceiling"] if result["ceiling"] and task["kind"] in CEILINGS else None
     yield [
       KINDS[task["kind"]],
       *conditions(task),
@@ -108,10 +118,11 @@ def results() -> str:
     "# Results of `experiments/efficiency`",
     "Made by `python experiments/efficiency/tables.py` from the JSON files beside it; the README has the commands. "
     "Times are medians, with the fastest and the slowest: of one token for decode, of the whole for requests. "
-    "*Against dense* is dense's time over the row's, in the same run. *Of copy* is the part of the copy bandwidth that "
-    "was measured in the same process. GB are temporaries of the program on one device.",
+    "*Against dense* is dense's time over the row's, in the same run. *Of ceiling* is the part of the copy bandwidth "
+    "(decode) or of the rate of a large matrix product (prefill) that was measured in the same process. GB are "
+    "temporaries of the program on one device.",
   ]
-  columns = ["what", "model", "rows × tokens", "setting", "plan", "ms", "against dense", "of copy", "GB", "more"]
+  columns = ["what", "model", "rows × tokens", "setting", "plan", "ms", "against dense", "of ceiling", "GB", "more"]
   for machine, found in read().items():
     parts += [f"## {machine}", table(columns, bench_rows(found))]
   for path in sorted(HERE.glob("gpu/**/smollm2.json")):

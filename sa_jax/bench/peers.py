@@ -16,6 +16,8 @@ from sa_jax.errors import UserError
 from sa_jax.formats import hf_config
 from sa_jax.trees import Tree
 
+_DEVICE = "cuda"
+
 
 def _build(task: Task, head: bool, dtype: str = "bfloat16") -> tuple[Any, ModelConfig]:
   """A randomly initialised model on the GPU, in the shapes of the preset."""
@@ -33,7 +35,7 @@ def _build(task: Task, head: bool, dtype: str = "bfloat16") -> tuple[Any, ModelC
   values = hf_config.write(config) | {"bos_token_id": 0, "eos_token_id": 1}
   made = transformers.CONFIG_MAPPING[config.family](**values, attn_implementation="sdpa")  # type: ignore[call-arg]
   torch.set_default_dtype(getattr(torch, dtype))
-  with torch.device("cuda"):
+  with torch.device(_DEVICE):
     model = (transformers.AutoModelForCausalLM if head else transformers.AutoModel).from_config(made)
   return model, config
 
@@ -69,11 +71,11 @@ def decode(task: Task) -> Result:
     return out.logits[:, -1:].argmax(-1)
 
   with torch.no_grad():
-    prompt = torch.randint(2, config.vocab_size, (task.batch_size, 16), device="cuda")
+    prompt = torch.randint(2, config.vocab_size, (task.batch_size, 16), device=_DEVICE)
     token = model(prompt, use_cache=True, **{name: cache}).logits[:, -1:].argmax(-1)
     if task.who == "hf-compiled":
       step = torch.compile(step, mode="reduce-overhead", dynamic=False)
-    positions = [torch.full((task.batch_size, 1), 16 + index, device="cuda") for index in range(STEPS)]
+    positions = [torch.full((task.batch_size, 1), 16 + index, device=_DEVICE) for index in range(STEPS)]
 
     def call() -> None:
       nonlocal token
@@ -90,17 +92,30 @@ def decode(task: Task) -> Result:
   )
 
 
+def prefill(task: Task) -> Result:
+  """The forward pass of a stack of layers, SDPA; compiled."""
+  import torch
+
+  model, config = _build(task, head=False)
+  model.eval()
+  if task.who == "hf-compiled":
+    model.compile()
+  x = torch.randn(task.batch_size, task.length, config.embed_dim, device=_DEVICE)
+  with torch.no_grad():
+    timing = _timed(lambda: model(inputs_embeds=x, use_cache=False).last_hidden_state, task.repeats)
+  return _of_stack(task, config, timing, passes=1)
+
+
 def train(task: Task) -> Result:
   """The gradient of a stack of layers, SDPA, gradient checkpointing; compiled."""
   import torch
-  import transformers
 
   model, config = _build(task, head=False)
   model.train()
   model.gradient_checkpointing_enable()
   if task.who == "hf-compiled":
     model.compile()
-  x = torch.randn(task.batch_size, task.length, config.embed_dim, device="cuda", requires_grad=True)
+  x = torch.randn(task.batch_size, task.length, config.embed_dim, device=_DEVICE, requires_grad=True)
 
   def call() -> None:
     model.zero_grad(set_to_none=True)
@@ -108,9 +123,16 @@ def train(task: Task) -> Result:
     out = model(inputs_embeds=x, use_cache=False).last_hidden_state
     out.float().square().mean().backward()
 
-  timing = _timed(call, task.repeats)
+  return _of_stack(task, config, _timed(call, task.repeats), passes=3)
+
+
+def _of_stack(task: Task, config: ModelConfig, timing: Timing, passes: int) -> Result:
+  """What was measured of a stack of layers: a gradient is three passes, of which one is the forward pass."""
+  import torch
+  import transformers
+
   head = 2 * task.batch_size * task.length * config.vocab_size * config.embed_dim
-  flops = (cost(config, None, task.batch_size, task.length).flops - head) * 3
+  flops = (cost(config, None, task.batch_size, task.length).flops - head) * passes
   peak = torch.cuda.max_memory_allocated()
   detail = f"transformers {transformers.__version__}, peak {peak / 1e9:.1f} GB"
   return Result(task, *timing, flops, 0.0, torch.cuda.get_device_name(), detail=detail)
@@ -128,7 +150,7 @@ def step(task: Task) -> Result:
   if task.who == "hf-compiled":
     model.compile()
   optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-  tokens = torch.randint(0, config.vocab_size, (task.batch_size, task.length), device="cuda")
+  tokens = torch.randint(0, config.vocab_size, (task.batch_size, task.length), device=_DEVICE)
 
   def call() -> None:
     with torch.autocast("cuda", torch.bfloat16):

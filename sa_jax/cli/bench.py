@@ -91,8 +91,8 @@ class Bench(Setting):
       dataclasses.replace(base, plan=plan, length=length, attention_state=state, attention=attention)
       for length, state, attention, plan in itertools.product(self.length, self.attention_state, self.attention, plans)
     ]
-    if self.peers and self.task not in ("decode", "train", "step"):
-      raise UserError(f"peers are timed in decode, train and step, not in {self.task}")
+    if self.peers and self.task == "batching":
+      raise UserError("peers are timed in decode, prefill, train and step, not in batching")
     tasks += [
       dataclasses.replace(base, length=length, who=who) for who, length in itertools.product(self.peers, self.length)
     ]

@@ -133,8 +133,27 @@ def test_a_cache_may_have_more_slots_than_tokens(monkeypatch):
 
 
 def test_peers_are_refused_where_there_are_none(capsys):
-  assert main(["bench", "prefill", "--peers", "hf-compiled"]) == 2
-  assert "peers are timed in decode, train and step, not in prefill" in capsys.readouterr().err
+  assert main(["bench", "batching", "--peers", "hf-compiled"]) == 2
+  assert "peers are timed in decode, prefill, train and step, not in batching" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")  # the newer name is not in every transformers 5
+@pytest.mark.parametrize("kind", ["prefill", "train"])
+def test_a_peer_does_the_work_of_the_same_layers(monkeypatch, kind):
+  torch = pytest.importorskip("torch")
+  from sa_jax.bench import ours, peers
+  from sa_jax.config import PRESETS
+  from tests import tiny
+
+  monkeypatch.setitem(PRESETS, "tiny", tiny.config(num_layers=2))
+  monkeypatch.setattr(peers, "_DEVICE", "cpu")
+  for name, answer in {"synchronize": None, "max_memory_allocated": 0, "get_device_name": "a card"}.items():
+    monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+  monkeypatch.setattr(torch, "set_default_dtype", lambda dtype: None)
+  task = Task(kind, "tiny", length=8, batch_size=2, repeats=1, who="hf-eager")
+  result = getattr(peers, kind)(task)
+  assert result.work == getattr(ours, kind)(dataclasses.replace(task, who="sa_jax")).work
+  assert result.low == result.seconds > 0
 
 
 def test_a_train_step_is_measured(monkeypatch):
