@@ -1,4 +1,4 @@
-"""Searched plans against hand-picked ones on SmolLM2-135M, without training; see README.md beside this file."""
+"""Searched plans against hand-picked ones, without training; see README.md beside this file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from sa_jax.analysis import Judge, Text, plots, search
 from sa_jax.analysis.align import align, shared_model
 from sa_jax.analysis.refit import Refit, refit
 from sa_jax.evaluation import rare_words_unknown
+from sa_jax.formats.opened import open_model
 from sa_jax.plan import SharingPlan
 
 BUDGETS = (2, 4, 6, 8, 12, 16, 20)
-TARGETS = {8: 1.12, 12: 1.25, 16: 1.5, 20: 2.0}
 HAND_PICKED = {
   "four pairs": "5:6,8:9,14:15,26:27",
   "eight pairs": "5:6,7:8,9:10,12:13,14:15,21:22,24:25,26:27",
@@ -31,10 +32,10 @@ HAND_PICKED = {
   "first greedy, 12": "1:2,5:6-8,11:12,14:15,18:19,20:21,23:24,25:26,27:28-29",
   "first greedy, 16": "1:2-3,5:6-9,11:12,13:14-15,18:19,20:21,23:24,25:26-29",
 }
-"""Of the project's first measurements: chosen by eye from similarity maps, and by a first greedy search."""
+"""Of SmolLM2-135M: chosen by eye from similarity maps, and by a first greedy search."""
 
 SINGLE = (1, 3, 4, 6, 10, 11, 15, 16, 18, 19, 20, 29)
-"""Layers that follow the layer before them in plans of one follower, of the same measurements."""
+"""Layers that follow the layer before them in plans of one follower."""
 
 
 def jsonl(path: Path, *fields: str) -> str:
@@ -178,9 +179,8 @@ def ablation(experiment: Experiment, mapper: Judge, names: list[str], labels: li
   """What each ingredient contributes, on plans chosen by hand."""
   results: dict[str, Any] = {}
   for name in names:
-    text = HAND_PICKED[name]
-    plain = SharingPlan.parse(text, experiment.model.config.num_layers)
-    results[name] = {"plan": text}
+    plain = SharingPlan.parse(HAND_PICKED.get(name, name), experiment.model.config.num_layers)
+    results[name] = {"plan": str(plain)}
     for label in labels:
       maps, how = recoveries()[label]
       values = experiment.measure(mapper.with_maps(plain) if maps else plain, how)
@@ -189,7 +189,7 @@ def ablation(experiment: Experiment, mapper: Judge, names: list[str], labels: li
     experiment.save("ablation", results)
 
 
-def singles(experiment: Experiment, rows: int) -> None:
+def singles(experiment: Experiment, rows: int, layers: Sequence[int]) -> None:
   """Plans of one follower: the loss that sharing adds, with the same heads and with those that `align` chooses."""
   calibration = np.concatenate([each[:rows] for each in experiment.calibration.values()])
   dense = sa_jax.SharingPlan.dense(experiment.model.config.num_layers)
@@ -199,7 +199,7 @@ def singles(experiment: Experiment, rows: int) -> None:
     ).perplexity
   )
   results: dict[str, Any] = {}
-  for layer in SINGLE:
+  for layer in layers:
     plan = SharingPlan.from_followers(dense.num_layers, [layer])
     aligned = align(experiment.model, experiment.params, plan, calibration, chunk=experiment.chunk)
     added = {
@@ -234,35 +234,28 @@ def ridges(experiment: Experiment, mapper: Judge) -> None:
   experiment.save("ridges", results)
 
 
-def searched(
-  experiment: Experiment,
-  judge: Judge,
-  strategy: str,
-  width: int,
-  shortlist: int | None,
-  labels: list[str],
-  stored: Path,
-) -> None:
+def searched(experiment: Experiment, judge: Judge, strategy: str, arguments: argparse.Namespace) -> None:
   """Plans of one strategy at every budget, or those of a file, refitted and measured on the test texts."""
-  layers = judge.config.num_layers
+  layers, budgets, shortlist = judge.config.num_layers, arguments.budgets, arguments.shortlist
   costs = judge.costs(reach=8) if strategy == "dp" or shortlist else None
   if strategy in ("greedy", "beam"):
     chosen = None if shortlist is None else search.Shortlist(shortlist, costs)
-    best = search.beam(judge, max(BUDGETS), width=width, shortlist=chosen)
-    plans = {count: best[count - 1].plan for count in BUDGETS}
+    width = arguments.width if strategy == "beam" else 1
+    best = search.beam(judge, max(budgets), width=width, shortlist=chosen)
+    plans = {count: best[count - 1].plan for count in budgets}
   elif strategy == "dp":
     assert costs is not None
-    plans = {count: search.cheapest(costs, count) for count in BUDGETS}
+    plans = {count: search.cheapest(costs, count) for count in budgets}
   elif strategy == "stored":
-    found = json.loads(stored.read_text())["results"]
-    plans = {int(count): SharingPlan.parse(values["plan"], layers) for count, values in found.items()}
+    found = json.loads(arguments.stored.read_text())["results"]
+    plans = {count: SharingPlan.parse(found[str(count)]["plan"], layers) for count in budgets}
   else:
-    plans = {count: search.best_of(judge, list(search.late_spans(layers, count))).plan for count in BUDGETS}
+    plans = {count: search.best_of(judge, list(search.late_spans(judge.config, count))).plan for count in budgets}
   results: dict[str, Any] = {}
   for count, plan in plans.items():
     losses = judge.losses(plan)
     results[str(count)] = {"plan": str(plan), "judged": [math.exp(x) for x in losses - judge.dense]}
-    for label in labels:
+    for label in arguments.recoveries or SEARCHED:
       maps, how = recoveries()[label]
       values = experiment.measure(judge.with_maps(plan) if maps else plan, how)
       results[str(count)][label] = values
@@ -270,22 +263,22 @@ def searched(
     experiment.save(strategy, results)
 
 
-def report(out: Path) -> None:
+def report(out: Path, model: Path) -> None:
   """The table and the picture, from whatever has been measured."""
+  layers = open_model(model).config.num_layers
   lines: dict[str, list[tuple[float, float]]] = {}
   for strategy in ("spans", "dp", "greedy", "beam", "stored"):
     file = out / f"{strategy}.json"
     if not file.exists():
       continue
     stored = json.loads(file.read_text())
-    print(f"\n{strategy}: worse of both texts, times dense (target)")
+    print(f"\n{strategy}: worse of both texts, times dense")
     for count, values in stored["results"].items():
       best = {label: each["worse"] for label, each in values.items() if isinstance(each, dict)}
-      target = TARGETS.get(int(count))
-      print(f"  {count:>2} {'' if target is None else f'({target})':7}", {k: round(v, 3) for k, v in best.items()})
-      lines.setdefault(strategy, []).append((int(count) / 60, math.log(min(best.values()))))
+      print(f"  {count:>2}", {label: round(value, 3) for label, value in best.items()})
+      lines.setdefault(strategy, []).append((int(count) / layers / 2, math.log(min(best.values()))))
   if lines:
-    plots.pareto_front(lines, out / "pareto.png", title="SmolLM2-135M without training, worse of two texts")
+    plots.pareto_front(lines, out / "pareto.png", title=f"{model.stem} without training, worse of two texts")
 
 
 def main() -> None:
@@ -310,8 +303,10 @@ def main() -> None:
   parser.add_argument("--width", type=int, default=3, help="of the beam")
   parser.add_argument("--shortlist", type=int, default=None, help="candidates measured a step; all if not given")
   parser.add_argument("--judge-mlp", action="store_true", help="refit MLPs inside the search too")
+  parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, help="numbers of followers")
+  parser.add_argument("--singles", type=int, nargs="+", default=SINGLE, help="followers of the stage `singles`")
   parser.add_argument(
-    "--plans", nargs="+", default=list(HAND_PICKED), choices=list(HAND_PICKED), help="of the ablation"
+    "--plans", nargs="+", default=list(HAND_PICKED), help=f"of the ablation: {', '.join(HAND_PICKED)}; or any plan"
   )
   parser.add_argument(
     "--recoveries",
@@ -324,21 +319,21 @@ def main() -> None:
   if arguments.stages == ["texts"]:
     write_texts(arguments.data, arguments.out)
     return
-  if arguments.stages == ["report"]:
-    report(arguments.out)
-    return
-  jax.config.update("jax_default_matmul_precision", "highest")
   if arguments.model is None:
     from sa_jax.cli.demo import packaged_model
 
     arguments.model = packaged_model()
+  if arguments.stages == ["report"]:
+    report(arguments.out, arguments.model)
+    return
+  jax.config.update("jax_default_matmul_precision", "highest")
   experiment = Experiment(
     arguments.model, arguments.data, arguments.out, arguments.length, arguments.rows,
     arguments.judging_rows, arguments.test_rows, arguments.chunk,
   )  # fmt: skip
   print("dense", experiment.dense, flush=True)
   if arguments.stages == ["singles"]:
-    singles(experiment, arguments.search_rows)
+    singles(experiment, arguments.search_rows, arguments.singles)
     return
   judge = Judge(
     experiment.model,
@@ -355,15 +350,13 @@ def main() -> None:
     elif stage == "ridges":
       ridges(experiment, judge)
     elif stage in ("spans", "dp", "greedy", "beam", "stored"):
-      width = arguments.width if stage == "beam" else 1
-      labels = arguments.recoveries or SEARCHED
-      searched(experiment, judge, stage, width, arguments.shortlist, labels, arguments.stored)
+      searched(experiment, judge, stage, arguments)
     else:
       parser.error(
         f"no stage {stage!r}; there are spans, dp, greedy, beam, stored, ablation, singles, ridges, texts, report"
       )
     print(f"{stage}: {time.perf_counter() - begun:.0f} s\n", flush=True)
-  report(arguments.out)
+  report(arguments.out, arguments.model)
 
 
 if __name__ == "__main__":

@@ -211,11 +211,16 @@ def too_much(budget: Budget) -> NoReturn:
   raise UserError(f"with one follower the judged loss already exceeds the budget of {budget}")
 
 
-def late_spans(num_layers: int, followers: int) -> Iterator[SharingPlan]:
-  """The paper's recipe: one contiguous span of followers, in the later half of the model as far as it fits there."""
-  earliest = min(num_layers // 2, num_layers - followers - 1)
-  for anchor in range(max(earliest, 0), num_layers - followers):
-    yield SharingPlan.from_followers(num_layers, range(anchor + 1, anchor + 1 + followers))
+def late_spans(config: ModelConfig, followers: int) -> Iterator[SharingPlan]:
+  """The paper's recipe: one contiguous span of followers, in the later half of the model as far as it fits there.
+
+  Layers of a span that see other keys than the layer before them stay anchors.
+  """
+  layers, free = config.num_layers, config.can_follow
+  latest = len(free) - followers
+  for first in range(latest + 1):
+    if first == latest or free[first] > layers // 2:
+      yield SharingPlan.from_followers(layers, free[first : first + followers])
 
 
 def best_of(judge: Judge, plans: Sequence[SharingPlan], progress: Progress | None = None) -> Found:

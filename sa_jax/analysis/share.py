@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -73,17 +74,23 @@ class Effort:
 
   search: Search = Search()
   """Search."""
-  calibration_rows: Count = 176
-  """Most rows of each text to fit to."""
+  calibration_rows: Count | None = None
+  """Most rows of each text to fit to; when None 176, and 64 on a CPU."""
   judging_rows: Count = 16
   """Most further rows of each text to judge by."""
   mlp: bool = False
   """Whether MLPs are refitted; experts never are."""
   local_epochs: Natural = 0
-  """Passes over the text that train each group towards the dense model's blocks, kept if judged better with them."""
+  """Passes over the text, 32 rows at once, that train each group towards the dense model's blocks. Where fewer rows are
+  computed at once, as on a CPU, fewer passes make as many steps."""
 
   def __post_init__(self) -> None:
     check_fields(self, "effort")
+
+  @property
+  def most_rows(self) -> int:
+    """Most rows of each text to fit to, on this machine."""
+    return self.calibration_rows or (64 if jax.default_backend() == "cpu" else 176)
 
   def recovery(self, config: ModelConfig) -> Refit:
     """The refit of the plan that is found."""
@@ -95,15 +102,39 @@ EffortName = Literal["quick", "good", "best"]
 EFFORTS: dict[EffortName, Effort] = {
   "quick": Effort(calibration_rows=8, judging_rows=4),
   "good": Effort(Search("greedy", shortlist=8, search_rows=16), mlp=True, local_epochs=8),
-  "best": Effort(Search("beam", width=3, shortlist=16, search_rows=32), mlp=True, local_epochs=16),
+  "best": Effort(Search("beam", width=3, shortlist=16, search_rows=32), 176, mlp=True, local_epochs=16),
 }
 """By name. ``good`` is what `experiments/search` measures."""
 
 
 READING = "reading the texts"
 """The stage that comes first where a plan is searched for."""
+SCORING_DENSE = "scoring, dense"
+"""The stage that comes first where it is not."""
 _ROWS_OF_A_STEP = 32
 """Of local reconstruction on an accelerator."""
+_MUCH_TEXT = 128
+"""Rows to fit to with which local reconstruction has always been judged better; see `experiments/search`."""
+
+
+def rows_at_once(chunk: int) -> int:
+  """Of a refit, which needs no logits, the ones that limit the rows elsewhere."""
+  return chunk if jax.default_backend() == "cpu" else max(chunk, _ROWS_OF_A_STEP)
+
+
+def refits(recovery: Refit, rows: int, at_once: int) -> list[Refit]:
+  """What is made to keep the best of: the recovery and, where text is little, the same without local reconstruction.
+
+  Args:
+    recovery: see `Effort.recovery`.
+    rows: to fit to.
+    at_once: of them, in a step of local reconstruction.
+  """
+  passes = math.ceil(recovery.local_epochs * min(at_once, _ROWS_OF_A_STEP) / _ROWS_OF_A_STEP)
+  trained = dataclasses.replace(recovery, local_epochs=passes)
+  if rows >= _MUCH_TEXT:
+    return [trained]
+  return list(dict.fromkeys([dataclasses.replace(recovery, local_epochs=0), trained]))
 
 
 def search_plan(judge: Judge, budget: Budget, how: Search, stage: search.Stage = search.no_stage) -> search.Found:
@@ -122,8 +153,8 @@ def search_plan(judge: Judge, budget: Budget, how: Search, stage: search.Stage =
   if how.strategy == "spans":
 
     def best_span(count: int) -> search.Found:
-      spans = search.late_spans(judge.config.num_layers, count)
-      allowed = [plan for plan in spans if not set(excluded) & set(plan.followers) and search.fits(judge.config, plan)]
+      spans = search.late_spans(judge.config, count)
+      allowed = [plan for plan in spans if not set(excluded) & set(plan.followers)]
       return search.best_of(judge, allowed, stage(f"measuring spans of {count}"))
 
     return search.most_within(budget, followers, best_span)
@@ -252,7 +283,7 @@ def share(
   effort = effort or Effort()
   wanted = Budget("followers", wanted) if isinstance(wanted, int) else wanted
   recovery = effort.recovery(model.config)
-  fitted = [text._replace(calibration=text.calibration[: effort.calibration_rows]) for text in texts]
+  fitted = [text._replace(calibration=text.calibration[: effort.most_rows]) for text in texts]
   if isinstance(wanted, SharingPlan):
     candidates = [Mixture(wanted)]
   else:
@@ -273,16 +304,14 @@ def share(
     ]
     del judge
   rows = np.concatenate([text.calibration for text in fitted])
-  # No logits are needed for this, which is what limits the rows elsewhere.
-  at_once = chunk if jax.default_backend() == "cpu" else max(chunk, _ROWS_OF_A_STEP)
-  score = lambda label, each, weights: _perplexities(each, weights, texts, stage(f"scoring, {label}"))
-  dense, refitted = score("dense", model, params), None
-  hows = dict.fromkeys([dataclasses.replace(recovery, local_epochs=0), recovery])
-  for mixture, how in itertools.product(candidates, hows):
+  at_once = rows_at_once(chunk)
+  score = lambda label, each, weights: _perplexities(each, weights, texts, stage(label))
+  dense, refitted = score(SCORING_DENSE, model, params), None
+  for mixture, how in itertools.product(candidates, refits(recovery, len(rows), at_once)):
     narrow = dataclasses.replace(how, value_dim=mixture.value_dim)
     made = refit(model, params, mixture.plan, rows, narrow, chunk=at_once, progress=stage(f"refitting, {mixture}"))
     made_so = made.model.clone(config=mixture.config(made.model.config))
-    measured = score("shared", made_so, made.params)
+    measured = score("scoring, shared", made_so, made.params)
     found = Shared(made_so, made.params, dense, measured, made.reports, mixture._replace(plan=made.plan))
     refitted = found if refitted is None or _loss(found.shared) < _loss(refitted.shared) else refitted
   assert refitted is not None
@@ -291,7 +320,7 @@ def share(
   student, shared = (refitted.model, refitted.params), refitted.shared
   rows = np.concatenate([text.calibration for text in texts])
   done = distill_rows(student, (model, params), rows, distillation, stage("distilling"))
-  distilled = score("distilled", refitted.model, done.params)
+  distilled = score("scoring, distilled", refitted.model, done.params)
   if _loss(distilled) > _loss(shared):
     return refitted._replace(undistilled=shared)
   return refitted._replace(params=done.params, shared=distilled, undistilled=shared)

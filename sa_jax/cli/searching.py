@@ -55,7 +55,7 @@ class Searching:
 
     self.opening.begin()
     tokenizer = self.opening.tokenizer(self.model)
-    rows = self.settings.calibration_rows, self.settings.judging_rows
+    rows = self.settings.most_rows, self.settings.judging_rows
     texts = split_texts(tokenizer, self.texts, self.cutting, *rows, all_rows)
     described = self.cutting.describe(tokenizer)
     for text in texts:

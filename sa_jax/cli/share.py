@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from sa_jax.analysis.budget import Means
+from sa_jax.analysis.share import EFFORTS
 from sa_jax.cli.common import change, console, exact_float32, is_first, show_table, tell, write_json
 from sa_jax.cli.cost import rows_of_cost
 from sa_jax.cli.searching import Searching
@@ -30,13 +32,20 @@ class Share(Searching):
   """With a budget such as kv=75%, what a cache may be made smaller by, one or several: narrower values, for one."""
   plan: str | None = None
   """A plan instead of a search: such as 5:6-7,14:15, or zoo:8 for the known one with 8 followers, of models that
-  sa_jax.plans knows."""
+  sa_jax.plans knows. On a CPU, good takes a known plan by itself unless told how to search, or by --plan search."""
   distill_minutes: float | None = None
   """Minutes of distillation after the refit, on all rows of the texts that are not judged by."""
   plot: Path | None = None
   """Draw perplexities beside the dense model's to this PNG."""
   json: Path | None = None
   """Also write the numbers to this file."""
+
+  def saves_a_search(self) -> bool:
+    """Whether a known plan is taken: where a search takes an hour, and nothing is said of how to search."""
+    import jax
+
+    told = self.plan is not None or self.record is not None or self.settings.search != EFFORTS["good"].search
+    return self.effort == "good" and not told and jax.default_backend() == "cpu"
 
   @exact_float32()
   def run(self) -> None:
@@ -60,27 +69,33 @@ class Share(Searching):
       check_writable(file)
     wanted: Budget | SharingPlan
     wanted = budget = dataclasses.replace(Budget.parse(self.budget), allow=self.allow)
-    if self.plan is not None and self.allow != ("sharing",):
+    asked = None if self.plan == "search" else self.plan
+    if asked is not None and self.allow != ("sharing",):
       raise UserError("a plan says what is shared, and allow what may be searched: give one of the two")
     distillation = None if self.distill_minutes is None else Distillation(minutes=self.distill_minutes)
     config, length = self.opening.config(self.model), self.cutting.length
-    known = None if self.plan is None or not self.plan.startswith("zoo:") else self.plan.removeprefix("zoo:")
-    if self.plan is not None and known is None:
-      wanted = SharingPlan.parse(self.plan, config.num_layers)
-    elif self.plan is None and self.allow == ("sharing",):
+    known = None if asked is None or not asked.startswith("zoo:") else asked.removeprefix("zoo:")
+    if asked is not None and known is None:
+      wanted = SharingPlan.parse(asked, config.num_layers)
+    elif asked is None and self.allow == ("sharing",):
       wanted = budget.counted(config, length)
     model, params, texts = self.prepare(all_rows=distillation is not None)
     if known is not None:
       wanted = plans.get(model, Budget.parse(known).most(config), params).plan
+    elif isinstance(wanted, Budget) and wanted.measure == "followers" and self.saves_a_search():
+      with contextlib.suppress(UserError):
+        wanted = plans.get(model, int(wanted.amount), params).plan
+        tell("plan", f"{wanted}, known of this model; --plan search searches for one on these texts")
     if self.settings.mlp and config.experts is not None:
       tell("MLPs", "left as they are, being experts")
     with stages() as stage:
-      if isinstance(wanted, Budget) and wanted.measure == "followers":
-        flops = work(config, texts, int(wanted.amount), self.settings)
-        stage = foretold(flops, stage, lambda text: tell("time", text))
+      chunk = rows_at_once(model.config, length)
+      if isinstance(wanted, SharingPlan) or wanted.measure == "followers":
+        count = wanted if isinstance(wanted, SharingPlan) else int(wanted.amount)
+        stage = foretold(work(config, texts, count, self.settings, chunk), stage, lambda text: tell("time", text))
       made = share(
         model, params, texts, wanted, self.settings,
-        chunk=rows_at_once(model.config, length), distillation=distillation, record=self.record, stage=stage,
+        chunk=chunk, distillation=distillation, record=self.record, stage=stage,
       )  # fmt: skip
     plan = made.plan
     dense = dataclasses.replace(model.config, dtype=self.dtype, param_dtype=self.dtype)

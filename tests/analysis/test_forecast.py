@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import sa_jax
 from sa_jax.analysis import forecast
 from sa_jax.analysis.budget import Budget
 from sa_jax.analysis.forecast import Counts, foretold, work
 from sa_jax.analysis.judge import Judge
 from sa_jax.analysis.refit import Refit
-from sa_jax.analysis.share import EFFORTS, READING, Effort, Search, search_plan
+from sa_jax.analysis.share import EFFORTS, READING, Effort, Search, refits, search_plan
 from tests import tiny
 from tests.analysis.test_search import CONFIG, DENSE, TEXTS
 
@@ -52,19 +53,29 @@ def test_the_first_stages_speed_tells_the_time(monkeypatch):
   now, said, seen = [0.0], [], []
   monkeypatch.setattr(forecast.time, "monotonic", lambda: now[0])
   stage = foretold(
-    {"reading": 10.0, "search": 600.0, "refit": 60.0}, lambda _: lambda *done: seen.append(done), said.append
+    {READING: 10.0, "search": 600.0, "refit": 60.0}, lambda _: lambda *done: seen.append(done), said.append
   )
   stage("another")(1, 1)
-  report = stage(READING)
-  for layer in range(1, 6):
-    now[0] += 100 if layer == 1 else 2  # the first compiles
-    report(layer, 5)
+  for _ in range(2):
+    report = stage(READING)
+    for layer in range(1, 6):
+      now[0] += 100 if layer == 1 else 2  # the first compiles
+      report(layer, 5)
   assert said == ["about 11 min, and what compiles: search 10 min, refit 60 s"]
-  assert seen == [(1, 1), *((layer, 5) for layer in range(1, 6))]
+  assert seen == [(1, 1), *((layer, 5) for _ in range(2) for layer in range(1, 6))]
+
+
+@pytest.mark.parametrize(
+  ("rows", "at_once", "passes"), [(128, 32, [8]), (352, 4, [1]), (352, 6, [2]), (352, 64, [8]), (127, 32, [0, 8])]
+)
+def test_small_batches_take_fewer_passes_and_little_text_is_tried_without(rows, at_once, passes):
+  assert [each.local_epochs for each in refits(Refit(local_epochs=8), rows, at_once)] == passes
+  assert [each.local_epochs for each in refits(Refit(), rows, at_once)] == [0]
 
 
 def test_more_effort_is_more_work_and_twice_the_rows_are_twice_the_work():
-  total = lambda effort, texts=TEXTS, followers=2: sum(work(CONFIG, texts, followers, effort).values())
+  total = lambda effort, texts=TEXTS, wanted=2: sum(work(CONFIG, texts, wanted, effort, 4).values())
   assert total(EFFORTS["quick"]) < total(EFFORTS["good"]) < total(EFFORTS["best"])
-  assert total(Effort(), followers=1) < total(Effort())
+  assert total(Effort(), wanted=1) < total(Effort())
+  assert total(EFFORTS["good"], wanted=sa_jax.SharingPlan.from_followers(5, (1, 3))) < total(EFFORTS["good"])
   assert total(Effort(), TEXTS + TEXTS) == pytest.approx(2 * total(Effort()))

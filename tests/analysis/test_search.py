@@ -1,5 +1,6 @@
 """Judging and searching plans."""
 
+import dataclasses
 import itertools
 import math
 
@@ -129,10 +130,17 @@ def test_pareto_front_has_no_dominated_plan(judge):
 
 
 def test_spans_and_budgets():
-  spans = [str(plan) for plan in search.late_spans(6, 2)]
-  assert spans == ["3:4-5"]
-  assert [str(plan) for plan in search.late_spans(8, 2)] == ["4:5-6", "5:6-7"]
-  assert [str(plan) for plan in search.late_spans(4, 3)] == ["0:1-3"]
+  def spans(layers, followers, **kinds):
+    config = dataclasses.replace(CONFIG, num_layers=layers, **kinds)
+    return [str(plan) for plan in search.late_spans(config, followers)]
+
+  assert spans(6, 2) == ["3:4-5"]
+  assert spans(8, 2) == ["4:5-6", "5:6-7"]
+  assert spans(4, 3) == ["0:1-3"]
+  assert spans(4, 4) == []
+  kinds = {"window": 4, "local_layers": (0, 1, 2, 4, 5, 6)}  # as Gemma's: layers 3 and 7 see everything
+  assert spans(8, 2, **kinds) == ["4:5-6"]
+  assert spans(8, 3, **kinds) == ["1:2,4:5-6"]
 
 
 class Priced:

@@ -188,7 +188,7 @@ class TestEffort:
       (["--effort=quick"], "dp", 5, (8, 4), ()),
       (["--effort=quick", "--effort", "best"], "beam", 5, (176, 16), ()),
       (["--effort", "best", "--effort=quick"], "dp", 5, (8, 4), ()),
-      (["--excluded", "1"], "greedy", 5, (176, 16), (1,)),
+      (["--excluded", "1"], "greedy", 5, (64, 16), (1,)),  # on a CPU
       (["--effort", "best", "--calibration-rows", "9"], "beam", 5, (9, 16), ()),
     ],
   )
@@ -197,7 +197,23 @@ class TestEffort:
 
     settings = _parse(_commands(), ["share", "m", "t", "--out", "o", *flags]).settings
     assert (settings.search.strategy, settings.search.reach, settings.search.excluded) == (strategy, reach, excluded)
-    assert (settings.calibration_rows, settings.judging_rows) == rows
+    assert (settings.most_rows, settings.judging_rows) == rows
+
+  @pytest.mark.parametrize(
+    ("flags", "known"),
+    [
+      ([], True),
+      (["--budget", "4", "--judging-rows", "8"], True),
+      (["--plan", "search"], False),
+      (["--reach", "3"], False),
+      (["--effort", "quick"], False),
+      (["--record", "plans.json"], False),
+    ],
+  )
+  def test_a_known_plan_is_taken_unless_told_how_to_search(self, flags, known):
+    from sa_jax.cli import _commands, _parse
+
+    assert _parse(_commands(), ["share", "m", "t", "--out", "o", *flags]).saves_a_search() == known
 
   def test_a_text_gives_what_it_has(self, folder):
     tokenizer = sa_jax.load_tokenizer(folder / "model")
