@@ -140,10 +140,13 @@ def distillation_loss(
 
   def term(hidden: jax.Array, teacher_hidden: jax.Array, targets: jax.Array) -> jax.Array:
     logits = student.head(hidden).astype(jnp.float32)
-    taught = jax.lax.stop_gradient(teacher.head(teacher_hidden).astype(jnp.float32))
-    student_log, teacher_log = (jax.nn.log_softmax(each / temperature) for each in (logits, taught))
-    divergence = jnp.sum(jnp.exp(teacher_log) * (teacher_log - student_log), axis=-1)
-    return (1 - alpha) * _cross_entropy(logits, targets) + alpha * temperature**2 * divergence
+    losses = jnp.zeros(targets.shape, jnp.float32)
+    if alpha < 1:
+      losses += (1 - alpha) * _cross_entropy(logits, targets)
+    if alpha > 0:
+      taught = teacher.head(teacher_hidden).astype(jnp.float32)
+      losses += alpha * temperature**2 * _divergence(logits / temperature, taught / temperature)
+    return losses
 
   arrays = (student.hidden, jax.lax.stop_gradient(teacher.hidden), targets)
   return _over_positions(term, arrays, weights, _chunk(chunk, *student)), weights.sum()
@@ -153,6 +156,35 @@ def _cross_entropy(logits: jax.Array, targets: jax.Array, z_loss: float = 0.0) -
   """Of float32 logits ``[..., V]``: float32 ``[...]``."""
   losses = -token_log_likelihoods(logits, targets)
   return losses + z_loss * jnp.square(jax.nn.logsumexp(logits, axis=-1)) if z_loss else losses
+
+
+@jax.custom_vjp
+def _divergence(student: jax.Array, teacher: jax.Array) -> jax.Array:
+  """KL(teacher ‖ student) of the distributions of float32 logits ``[..., V]``: float32 ``[...]``.
+
+  The teacher gets no gradient. Logits are read once for their maxima, once for all sums, and once for the gradient,
+  which is the difference of the two distributions.
+  """
+  return _divergence_forward(student, teacher)[0]
+
+
+def _divergence_forward(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  maxima = [logits.max(axis=-1, keepdims=True) for logits in (student, teacher)]
+  below, below_taught = student - maxima[0], teacher - maxima[1]
+  weights = jnp.exp(below_taught)
+  sums = [jnp.sum(each, axis=-1, keepdims=True) for each in (jnp.exp(below), weights)]
+  apart = jnp.sum(weights * (below_taught - below), axis=-1, keepdims=True)
+  divergence = apart / sums[1] + jnp.log(sums[0]) - jnp.log(sums[1])
+  log_sums = [top + jnp.log(total) for top, total in zip(maxima, sums, strict=True)]
+  return divergence[..., 0], (student, teacher, *log_sums)
+
+
+def _divergence_backward(residuals: tuple[jax.Array, ...], d_out: jax.Array) -> tuple[jax.Array, None]:
+  student, teacher, log_sum, log_sum_taught = residuals
+  return d_out[..., None] * (jnp.exp(student - log_sum) - jnp.exp(teacher - log_sum_taught)), None
+
+
+_divergence.defvjp(_divergence_forward, _divergence_backward)
 
 
 def _predicted(hidden: jax.Array, tokens: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, jax.Array]:
