@@ -23,7 +23,7 @@ from sa_jax.analysis.align import best_map, head_similarity
 from sa_jax.analysis.refit import Passage, Refit, head_sums, recover_layer
 from sa_jax.analysis.ridge import solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
-from sa_jax.config import ModelConfig
+from sa_jax.config import CacheDtype, ModelConfig
 from sa_jax.distributed import check_call, check_given, is_spread, of_first
 from sa_jax.errors import UserError
 from sa_jax.files import as_path, read_text, write_text
@@ -128,10 +128,10 @@ class Judge:
     begin = functools.partial(walk.start, self.config, self.params, chunk=self.chunk)
     calibration = begin(np.concatenate([text.calibration for text in self.texts]))
     self._calibration = len(calibration)
-    self._judging = [begin(np.asarray(text.judging)) for text in self.texts]
-    self._start: Stream = sum(self._judging, calibration)
+    self._judging = np.concatenate([text.judging for text in self.texts])
+    self._start: Stream = calibration + begin(self._judging)
     self._trace = walk.dense_trace(self.config, self.params, self._start, progress)
-    self.dense = self._losses(tuple(Chunk(target.x, target.state) for target in self._trace[-1]))
+    self.dense = self._losses(self._before(self.config.num_layers)[self._calibration :])
 
   def _settings(self) -> dict[str, Any]:
     return {
@@ -141,13 +141,17 @@ class Judge:
       "dense": [round(float(loss), 4) for loss in self.dense],
     }
 
-  def _losses(self, stream: Stream) -> np.ndarray:
-    """Mean loss of each text, from the stream after the last layer."""
-    rest, out = stream[self._calibration :], []
-    for text, begun in zip(self.texts, self._judging, strict=True):
-      out.append(walk.losses(self.config, self.params, rest[: len(begun)], np.asarray(text.judging)).mean())
-      rest = rest[len(begun) :]
-    return np.array(out)
+  def _losses(self, judging: Stream) -> np.ndarray:
+    """Mean loss of each text, from the judging rows after the last layer."""
+    rows = walk.losses(self.config, self.params, judging, self._judging)
+    ends = np.cumsum([len(text.judging) for text in self.texts])
+    return np.array([each.mean() for each in np.split(rows, ends[:-1])])
+
+  @_where_its_model_is
+  def rounded(self, cache_dtype: CacheDtype) -> np.ndarray:
+    """The dense model's losses with keys and values as such a cache has them, float64 ``[texts]``."""
+    config, dense = dataclasses.replace(self.config, cache_dtype=cache_dtype), SharingPlan.dense(self.config.num_layers)
+    return self._losses(walk.through(config, self.params, dense, self._start[self._calibration :]))
 
   def block(self, layer: int) -> Block:
     """The dense model's block."""
@@ -209,7 +213,7 @@ class Judge:
         stream = recover_layer(self.config, self.block(layer), arrays, text, how)[1]
       if keep:
         streams.append(stream)
-    losses = self._losses(stream)
+    losses = self._losses(stream[self._calibration :])
     self._record.add(_name(plan, value_dim), losses)
     return Walk(plan, tuple(streams) if keep else (), losses)
 

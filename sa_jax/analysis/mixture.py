@@ -11,16 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from sa_jax.analysis.budget import Budget
 from sa_jax.analysis.judge import Judge
 from sa_jax.analysis.search import Progress
 from sa_jax.config import CacheDtype, ModelConfig
 from sa_jax.costs import cost
 from sa_jax.errors import UserError
-from sa_jax.evaluation import perplexity
-from sa_jax.nn import Transformer
 from sa_jax.ops import FORMATS
 from sa_jax.plan import SharingPlan
 
@@ -102,21 +98,13 @@ def judged(judge: Judge, mixtures: Sequence[Mixture], progress: Progress) -> dic
   What a quantised cache costs is measured once, on the dense model, and added.
   """
   dtypes = dict.fromkeys(mixture.cache_dtype for mixture in mixtures)
-  rounding = {each: 0.0 if each is None else _increase(judge, each) for each in dtypes}
+  rounding = {each: 0.0 if each is None else judge.increase(judge.rounded(each)) for each in dtypes}
   found: dict[Mixture, float] = {}
   for index, mixture in enumerate(mixtures):
     losses = judge.losses(mixture.plan, value_dim=mixture.value_dim)
     found[mixture] = judge.increase(losses) + rounding[mixture.cache_dtype]
     progress(index + 1, len(mixtures))
   return dict(sorted(found.items(), key=lambda item: item[1]))
-
-
-def _increase(judge: Judge, cache_dtype: CacheDtype) -> float:
-  """By how much a quantised cache raises the dense model's loss."""
-  dense = Mixture(SharingPlan.dense(judge.config.num_layers), cache_dtype=cache_dtype)
-  model = Transformer(dense.config(judge.config), dense.plan)
-  losses = [perplexity(model, judge.params, text.judging).loss for text in judge.texts]
-  return judge.increase(np.array(losses))
 
 
 def bytes_of(config: ModelConfig, mixture: Mixture) -> Mapping[str, int]:

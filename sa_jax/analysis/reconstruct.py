@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
 from sa_jax.fields import Count, Positive, check_fields
 from sa_jax.nn import PlanArrays, PlannedBlock
+from sa_jax.nn.state import State
 from sa_jax.plan import SharingPlan
 from sa_jax.programs import fetch, program
 from sa_jax.trees import Params, Tree
@@ -79,13 +80,17 @@ def _distance(
   targets: tuple[jax.Array, ...],
 ) -> jax.Array:
   """Mean over layers and tokens of the squared relative distance."""
-  x, state, total = chunk.x, chunk.state, jnp.float32(0.0)
-  for block, layer, target in zip(blocks, layers, targets, strict=True):
-    x, state = walk.call(config, block, PlannedBlock.__call__, x, state, layer)
+
+  def step(stream: tuple[jax.Array, State], part: tuple[Block, PlanArrays, jax.Array]) -> tuple[Any, jax.Array]:
+    block, layer, target = part
+    x, state = walk.call(config, block, PlannedBlock.__call__, *stream, layer)
     wide = target.astype(jnp.float32)
     energy = jnp.maximum(jnp.sum(jnp.square(wide), axis=-1), jnp.finfo(jnp.float32).tiny)
-    total += jnp.mean(jnp.sum(jnp.square(x.astype(jnp.float32) - wide), axis=-1) / energy)
-  return total / len(layers)
+    return (x, state), jnp.mean(jnp.sum(jnp.square(x.astype(jnp.float32) - wide), axis=-1) / energy)
+
+  # A scan, so that a large group compiles no longer than a small one.
+  parts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(blocks, layers, targets, strict=True))
+  return jax.lax.scan(step, (chunk.x, chunk.state), parts)[1].mean()
 
 
 _measured = program(static_argnames="config")(_distance)

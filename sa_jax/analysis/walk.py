@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
@@ -21,6 +22,7 @@ from sa_jax.nn import PlanArrays, PlannedBlock, PlannedTransformer, Transformer
 from sa_jax.nn.planned import empty_state
 from sa_jax.nn.state import State
 from sa_jax.nn.typed import apply
+from sa_jax.plan import SharingPlan
 from sa_jax.programs import fetch, program
 from sa_jax.trees import Params, Tree
 
@@ -145,11 +147,58 @@ def dense_layer(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArra
   return Targets(y, call(config, block, PlannedBlock.add_mlp, middle), state)
 
 
+def through(config: ModelConfig, params: Params, plan: SharingPlan, stream: Stream) -> Stream:
+  """A stream before layer 0 taken through all layers of a plan, and of a type of cache if the config names one.
+
+  One program serves every plan: ``params`` are as `whole` makes them.
+  """
+  for layer in range(config.num_layers):
+    arrays = PlanArrays.of_layer(layer, config, plan.is_anchor(layer), plan.head_map_of(layer))
+    stream = tuple(advance(config, params["layers"][str(layer)], chunk, arrays) for chunk in stream)
+  return stream
+
+
+def whole(params: Params, dense: Params) -> Params:
+  """A shared model's parameters in the shapes of its dense original's, both in the layer layout.
+
+  A follower gets the dense layer's queries and keys, which nothing reads; narrow values get zeros behind them.
+  """
+
+  def of(block: Block, old: Block) -> Block:
+    attention, like = dict(old["attention"]) | dict(block["attention"]), old["attention"]
+    for part, axis in (("v_proj", -1), ("o_proj", 1)):
+      leaves = attention[part] if part == "v_proj" else {"kernel": attention[part]["kernel"]}
+      padded = {name: _padded(leaf, like[part][name].shape[axis], axis) for name, leaf in leaves.items()}
+      attention[part] = dict(attention[part]) | padded
+    return dict(block) | {"attention": attention}
+
+  layers = {layer: of(block, dense["layers"][layer]) for layer, block in params["layers"].items()}
+  return dict(params) | {"layers": layers}
+
+
+def _padded(leaf: jax.Array, size: int, axis: int) -> jax.Array:
+  room = [(0, 0)] * leaf.ndim
+  room[axis] = (0, size - leaf.shape[axis])
+  return jnp.pad(leaf, room)
+
+
+_LOGITS = 2**31
+"""Bytes of logits that there may be at once."""
+
+
 @program(static_argnames="config")
 def row_losses(config: ModelConfig, params: Params, x: jax.Array, tokens: jax.Array) -> jax.Array:
   """Mean negative log-likelihood of each row's tokens after its first, ``[B]``, from the last block's output."""
-  logits = apply(PlannedTransformer(config), params, PlannedTransformer.read, x)
-  return -ops.token_log_likelihoods(logits[:, :-1], tokens[:, 1:]).mean(axis=-1)
+
+  def of(x: jax.Array, tokens: jax.Array) -> jax.Array:
+    logits = apply(PlannedTransformer(config), params, PlannedTransformer.read, x)
+    return -ops.token_log_likelihoods(logits[:, :-1], tokens[:, 1:]).mean(axis=-1)
+
+  count, length = tokens.shape
+  at_once = max(1, _LOGITS // (4 * length * config.vocab_size))
+  if count <= at_once:
+    return of(x, tokens)
+  return jax.lax.map(lambda row: of(row[0][None], row[1][None])[0], (x, tokens), batch_size=at_once)
 
 
 def losses(config: ModelConfig, params: Params, stream: Stream, tokens: np.ndarray) -> np.ndarray:

@@ -70,12 +70,18 @@ class PlannedAttention(AnchorAttention):
     """The state of the layer's group: its own if it is an anchor, otherwise the one carried to it."""
     rows = ops.Rows()
     kind = jnp.asarray(layer.kind) if len(self.config.kinds) > 1 else 0
-    own = self.new_state(*self.query_key(x, rows, kind), rows, kind)
+    q, k = self.query_key(x, rows, kind)
+    own = self.new_state(q, self._cached(k), rows, kind)
     return jax.tree.map(lambda mine, theirs: jnp.where(layer.is_anchor, mine, theirs), own, carried)
 
   def heads(self, x: jax.Array, state: State, head_map: jax.Array) -> jax.Array:
     """What the output projection reads, ``[B, T, N, R]``."""
-    return state.take_heads(head_map).attend(self.values(x))
+    return state.take_heads(head_map).attend(self._cached(self.values(x)))
+
+  def _cached(self, x: jax.Array) -> jax.Array:
+    """Keys or values as a cache of the config's type has them."""
+    stored = self.config.cache_format
+    return x if stored is None else stored.store(x).vectors(x.dtype)
 
 
 class PlannedBlock(Block):

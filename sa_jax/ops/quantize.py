@@ -95,6 +95,10 @@ class Quantised:
     """The whole numbers, int8 ``[..., H]``."""
     return jnp.concatenate(self.format.parts(self.data), axis=-1)
 
+  def vectors(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The vectors that are meant, ``[..., H]``."""
+    return (self.numbers().astype(jnp.float32) * self.scale.astype(jnp.float32)).astype(dtype)
+
 
 Stored = jax.Array | Quantised
 """Vectors as a cache may hold them, keys or values ``[B, K, S, H]`` for example."""

@@ -9,7 +9,7 @@ import pytest
 
 import sa_jax
 from sa_jax import ops
-from sa_jax.analysis import Judge, Text
+from sa_jax.analysis import Judge, Text, walk
 from sa_jax.analysis.budget import Budget
 from sa_jax.analysis.card import card
 from sa_jax.analysis.mixture import Mixture, bytes_of, judged, within
@@ -65,6 +65,18 @@ def test_each_is_judged_as_its_refit_would_be(params):
   loss = [sa_jax.perplexity(made.model, made.params, text.judging).loss for text in TEXTS]
   assert found[options[1]] == pytest.approx(judge.increase(np.array(loss)), abs=1e-4)
   assert all(" values " not in str(plan) for plan in judge.measured)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, *ops.FORMATS])
+def test_a_walk_rounds_as_the_cache_does(params, cache_dtype):
+  """With followers, a head map that cannot be folded, and narrow values: a walk is the model that reads its cache."""
+  made = refit(DENSE, params, PLANS[1].with_head_maps({3: (0, 0, 3, 1)}), TEXTS[0].calibration, Refit(value_dim=4))
+  config = dataclasses.replace(walk.walking(DENSE, params), cache_dtype=cache_dtype)
+  rows, padded = TEXTS[0].judging, walk.whole(made.params, params)
+  after = walk.through(config, padded, made.model.plan, walk.start(config, padded, rows, 2))
+  model = made.model.clone(config=dataclasses.replace(made.model.config, cache_dtype=cache_dtype))
+  want = sa_jax.perplexity(model, made.params, rows).loss
+  assert walk.losses(config, padded, after, rows).mean() == pytest.approx(want, abs=1e-5)
 
 
 def test_share_by_bytes(params):

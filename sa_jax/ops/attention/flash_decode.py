@@ -7,8 +7,9 @@ maximum, sum and accumulator over its slots; a small reduction joins the splits,
 """
 
 import functools
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,29 @@ from sa_jax.ops.quantize import Quantised, Stored, as_stored, product_dtype
 # Tensor cores multiply at least 16 rows.
 _MIN_ROWS = 16
 BLOCK = 64
-"""Slots read at once; a cache's slots must be a multiple of it."""
+"""Slots read at once, or a multiple; a cache's slots must be a multiple of it."""
 _PROCESSORS = 132
 """Multiprocessors of an H100 or H200."""
+
+
+class Tiling(NamedTuple):
+  """How a program goes through its part of a cache.
+
+  Attributes:
+    block: slots read at once.
+    warps: of a program.
+    stages: how many blocks are on their way from memory, at most.
+    longest: slots that a program has, at most.
+  """
+
+  block: int = BLOCK
+  warps: int = 4
+  stages: int = 3
+  longest: int = 2048
+
+
+TILINGS = {16: Tiling(stages=2), 8: Tiling(), 4: Tiling()}
+"""An anchor's, by the bits of a cached number."""
 
 
 def attend(
@@ -60,18 +81,19 @@ def attend(
   kv_heads, slots = jax.tree.leaves(keys)[0].shape[1:3]
   width = new_value.shape[2]
   group = heads // kv_heads
+  tiles = TILINGS[keys.format.bits if isinstance(keys, Quantised) else 16]
+  block = math.gcd(slots, tiles.block)
   # Every multiprocessor has work.
-  split = choose_split(batch * kv_heads, slots, programs=_PROCESSORS * 3 // 4, longest=2048)
-  splits = slots // split
+  split = choose_split(batch * kv_heads, slots, programs=_PROCESSORS * 3 // 4, longest=tiles.longest)
+  block, splits = min(block, split), slots // split
 
   token = as_stored(new_key, keys), as_stored(new_value, values)
   cache = keys, values
   before = 2 + len(jax.tree.leaves(token))  # arrays before the cache's: positions, queries, the token's
-  # How many blocks are on their way from memory: three, unless shared memory then has no room for all programs at once
-  # (32 KB a block of keys and values, 128 wide in bfloat16; int8 takes half, int4 a quarter).
-  stages = 3 if isinstance(keys, Quantised) or batch * kv_heads * splits <= 2 * _PROCESSORS else 2
+  # Few programs have all the shared memory they need: 32 KB for 64 slots of keys and values, 128 wide in bfloat16.
+  stages = max(3, tiles.stages) if batch * kv_heads * splits <= 2 * _PROCESSORS else tiles.stages
   out, log_total, *cache, scores = pl.pallas_call(
-    functools.partial(_attend_kernel, group=group, scale=scale),
+    functools.partial(_attend_kernel, group=group, scale=scale, size=block),
     grid=(batch, kv_heads, splits),
     in_specs=[_A_ROW, _of_head(_rows(group), head_dim), *map(_new, token), *(_cached(x, split) for x in cache)],
     out_specs=[
@@ -87,7 +109,7 @@ def attend(
       jax.ShapeDtypeStruct((batch, kv_heads, group, slots), jnp.float32) if with_weights else None,
     ],
     input_output_aliases={before + leaf: 2 + leaf for leaf in range(len(jax.tree.leaves(cache)))},
-    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=stages),
+    compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=stages),
     interpret=interpret,
     name="flash_decode",
   )(positions, q.reshape(batch, kv_heads, group, head_dim), *token, *cache)
@@ -204,6 +226,7 @@ def _attend_kernel(
   *,
   group: int,
   scale: float,
+  size: int,
 ) -> None:
   rows, split = q_ref.shape[0], jax.tree.leaves(key_ref)[0].shape[0]
   new = position_ref[...] - pl.program_id(2) * split  # the new token's slot, counted from this program's first
@@ -212,11 +235,11 @@ def _attend_kernel(
 
   def block(index: jax.Array, carry: _Carry) -> _Carry:
     accumulated, maximum, total, (key_scales, value_scales) = carry
-    here, ahead = pl.ds(index * BLOCK, BLOCK), jnp.minimum(index + 1, blocks - 1)
-    next_scales = _scales(key_ref, ahead), _scales(value_ref, ahead)
+    here, ahead = pl.ds(index * size, size), jnp.minimum(index + 1, blocks - 1)
+    next_scales = _scales(key_ref, ahead, size), _scales(value_ref, ahead, size)
     k = _block(key_ref, here, q_ref.dtype)
     scores = _scaled(sum(plgpu.dot(a, b.T) for a, b in zip(q, k, strict=True)) * scale, key_scales)
-    before = _before(new, index, rows)
+    before = _before(new, index, (rows, size))
     if scores_ref is not None:
       plgpu.store(scores_ref.at[:, here], scores, mask=kept[:, None] & before)
     scores = jnp.where(before, scores, MASKED)
@@ -228,13 +251,13 @@ def _attend_kernel(
     accumulated = [a * shrink[:, None] + plgpu.dot(scaled, b) for a, b in zip(accumulated, v, strict=True)]
     return accumulated, new_maximum, total * shrink + weights.sum(axis=1), next_scales
 
-  blocks = _blocks(new, split)
+  blocks = _blocks(new, split, size)
   outs = _parts_of(out_ref, value_ref)
   start = (
     [jnp.zeros(out.shape, jnp.float32) for out in outs],
     jnp.full((rows,), MASKED, jnp.float32),
     jnp.zeros((rows,), jnp.float32),
-    (_scales(key_ref, 0), _scales(value_ref, 0)),
+    (_scales(key_ref, 0, size), _scales(value_ref, 0, size)),
   )
   accumulated, maximum, total, _ = jax.lax.fori_loop(0, blocks, block, start)
 
@@ -276,15 +299,15 @@ def _follow_kernel(
 
   def block(index: jax.Array, carry: tuple[list[jax.Array], _Scales]) -> tuple[list[jax.Array], _Scales]:
     accumulated, scales = carry
-    here, next_scales = pl.ds(index * BLOCK, BLOCK), _scales(value_ref, jnp.minimum(index + 1, blocks - 1))
-    weights = plgpu.load(weights_ref.at[:, here], mask=kept[:, None] & _before(new, index, rows), other=0.0)
+    here, next_scales = pl.ds(index * BLOCK, BLOCK), _scales(value_ref, jnp.minimum(index + 1, blocks - 1), BLOCK)
+    weights = plgpu.load(weights_ref.at[:, here], mask=kept[:, None] & _before(new, index, (rows, BLOCK)), other=0.0)
     v = _block(value_ref, here, product_dtype(value_ref, weights.dtype))
     scaled = _scaled(weights.astype(jnp.float32), scales).astype(v[0].dtype)
     return [a + plgpu.dot(scaled, b) for a, b in zip(accumulated, v, strict=True)], next_scales
 
-  blocks = _blocks(new, split)
+  blocks = _blocks(new, split, BLOCK)
   outs = _parts_of(out_ref, value_ref)
-  start = [jnp.zeros(out.shape, jnp.float32) for out in outs], _scales(value_ref, 0)
+  start = [jnp.zeros(out.shape, jnp.float32) for out in outs], _scales(value_ref, 0, BLOCK)
   accumulated, _ = jax.lax.fori_loop(0, blocks, block, start)
   mine, slot = (new >= 0) & (new < split), jnp.clip(new, 0, split - 1)
   weight = plgpu.load(weights_ref.at[:, slot], mask=kept & mine, other=0.0).astype(jnp.float32)
@@ -293,14 +316,14 @@ def _follow_kernel(
   _write(value_out_ref, new_value_ref, slot, mine)
 
 
-def _blocks(new: jax.Array, split: int) -> jax.Array:
-  """How many of a program's blocks have slots before the new token's."""
-  return jnp.clip(pl.cdiv(new, BLOCK), 0, split // BLOCK)
+def _blocks(new: jax.Array, split: int, size: int) -> jax.Array:
+  """How many of a program's blocks of so many slots have slots before the new token's."""
+  return jnp.clip(pl.cdiv(new, size), 0, split // size)
 
 
-def _before(new: jax.Array, index: jax.Array, rows: int) -> jax.Array:
-  """Which slots of a block are before the new token's, for every row of a product."""
-  return index * BLOCK + jax.lax.broadcasted_iota(jnp.int32, (rows, BLOCK), 1) < new
+def _before(new: jax.Array, index: jax.Array, shape: tuple[int, int]) -> jax.Array:
+  """Which slots of a block are before the new token's, for every row of a product: ``[rows, size]``."""
+  return index * shape[1] + jax.lax.broadcasted_iota(jnp.int32, shape, 1) < new
 
 
 def _write(cache_ref: Stored | jax.Ref, new_ref: Stored | jax.Ref, slot: jax.Array, mine: jax.Array) -> None:
@@ -328,18 +351,18 @@ def _block(ref: Stored | jax.Ref, here: Any, dtype: jax.typing.DTypeLike) -> lis
   return [ref[here, :]]
 
 
-def _scales(ref: Stored | jax.Ref, index: jax.Array | int) -> _Scales:
+def _scales(ref: Stored | jax.Ref, index: jax.Array | int, size: int) -> _Scales:
   """The scales of a block, for its products instead of its vectors; None of vectors that are stored as they are.
 
   They are loaded a block ahead, so that a block need not wait for its own.
   """
   if isinstance(ref, Quantised):
-    return ref.scale[pl.ds(index * BLOCK, BLOCK), 0].astype(jnp.float32)
+    return ref.scale[pl.ds(index * size, size), 0].astype(jnp.float32)
   return None
 
 
 def _scaled(products: jax.Array, scales: _Scales) -> jax.Array:
-  """Products ``[rows, BLOCK]`` with a block's vectors, or weights for them, times its scales."""
+  """Products ``[rows, slots]`` with a block's vectors, or weights for them, times its scales."""
   return products if scales is None else products * scales[None, :]
 
 
