@@ -158,6 +158,8 @@ def test_scripts_of_the_pages_exist_with_their_flags():
         path = next((folder / script for folder in (ROOT, page.parent) if (folder / script).is_file()), None)
         assert path is not None, f"{page}: there is no {script}"
         source = path.read_text(encoding="utf-8")
+        beside = (path.parent / f"{name}.py" for name in re.findall(r"^from (\w+) import", source, re.MULTILINE))
+        source += "".join(each.read_text(encoding="utf-8") for each in beside if each.is_file())
         flags = {word.split("=")[0] for word in rest if word.startswith("--")} - {"--help"}
         unknown = {flag for flag in flags if f'"{flag}"' not in source}
         assert not unknown, f"{page}: {script} has no {unknown}"
