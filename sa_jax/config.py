@@ -220,6 +220,9 @@ class Compute:
     remat: what the backward pass recomputes in each group: ``none``, ``full`` (all of it), ``attention`` (all but what
       fused attention gives: one more array like the block's input a layer is kept), or ``dots`` (all but matrix
       products with parameters).
+    group_backward: whether what followers contribute to their anchor's queries' and keys' gradients is computed at once
+      (`sa_jax.ops.attention.group`): fewer products, for each follower's values and output's gradient until then.
+      Where a backend has no such backward pass, or followers have head maps, each layer has its own.
   """
 
   dtype: str = "float32"
@@ -228,6 +231,7 @@ class Compute:
   attention: str = "auto"
   attention_state: AttentionState = "query_key"
   remat: RematPolicy = "none"
+  group_backward: bool = False
 
   @property
   def cache_format(self) -> ops.Format | None:

@@ -83,12 +83,40 @@ def whole_rows() -> Iterator[tuple[str, float]]:
     yield f"{backend} H={width} R={narrow}{' sinks' * sinks}, gradients", off(found, expected)
 
 
+def groups() -> Iterator[tuple[str, float]]:
+  """Gradients of the layers of a group that have one backward pass, of each device's own kernels."""
+  length, layers, spec = 4096, 4, ops.AttentionSpec()
+  for heads, kv_heads in ((4, 2), (2, 2)):
+    q, k, v, seeds = normal(
+      2, (2, length, heads, 128), (2, length, kv_heads, 128),
+      (layers, 2, length, kv_heads, 128), (layers, 2, length, heads, 128),
+    )  # fmt: skip
+    parts = ops.backends["cudnn"].parts
+    if parts is None or not parts.takes(q, ops.Rows(), spec):
+      return
+    how = ops.Followers(parts, spec, layers, 128)
+
+    def together(q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array, how: ops.Followers = how) -> jax.Array:
+      taps = ops.taps(q, k, ops.Rows(), how)
+      layer = lambda v, tap, seed: jnp.sum(ops.follow(q, k, v, tap, ops.Rows(), how).astype(jnp.float32) * seed)
+      return jnp.sum(jax.lax.map(lambda each: layer(*each), (v, taps, seeds)))
+
+    def apart(q: jax.Array, k: jax.Array, v: jax.Array, seeds: jax.Array) -> jax.Array:
+      layer = lambda v, seed: jnp.sum(ops.attend(q, k, v, backend="chunked") * seed)
+      return jnp.sum(jax.lax.map(lambda each: layer(*each), (v, seeds)))
+
+    gradient = lambda total: jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+    found = gradient(together)(q, k, v, seeds.astype(jnp.float32))
+    expected = gradient(apart)(*wide((q, k, v, seeds)))
+    yield f"one backward pass, {layers} followers, {heads} heads of {kv_heads}, gradients", off(found, expected)
+
+
 def main() -> None:
   """Prints a line a case."""
   jax.config.update("jax_default_matmul_precision", "highest")
   print(jax.devices()[0].device_kind, jax.__version__)
   wrong = 0
-  for name, distance in itertools.chain(decoding(), whole_rows()):
+  for name, distance in itertools.chain(decoding(), whole_rows(), groups()):
     wrong += not distance < TOLERANCE
     print(f"{'ok' if distance < TOLERANCE else 'WRONG':<6} {distance:.1e}  {name}", flush=True)
   sys.exit(bool(wrong))

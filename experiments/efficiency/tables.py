@@ -50,7 +50,8 @@ def what(task: dict) -> str:
   """The program and its plan."""
   if task["who"] != "sa_jax":
     return {"hf-compiled": "transformers, compiled", "hf-eager": "transformers, eager"}.get(task["who"], task["who"])
-  return f"`{task['plan']}`" + (", attention weights" if task["attention_state"] == "attention_weights" else "")
+  weights = ", attention weights" if task["attention_state"] == "attention_weights" else ""
+  return f"`{task['plan']}`{weights}" + (", one backward pass a group" if task.get("group_backward") else "")
 
 
 def bench_rows(results: list[dict]) -> Iterator[list[str]]:

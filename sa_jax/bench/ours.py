@@ -110,7 +110,7 @@ def train(task: Task) -> Result:
 
 def step(task: Task) -> Result:
   """A whole train step: next-token loss, gradients, clipping and AdamW, on float32 parameters and moments."""
-  config = dataclasses.replace(task.config, remat=task.remat, param_dtype="float32")
+  config = dataclasses.replace(task.config, remat=task.remat, group_backward=task.group_backward, param_dtype="float32")
   plan = SharingPlan.parse(task.plan, config.num_layers)
   model = Transformer(config, plan)
   mesh = mesh_of(task)
@@ -169,7 +169,7 @@ def _backend(config: ModelConfig, length: int, mesh: Mesh | None = None) -> str:
 
 
 def _stack_of_layers(task: Task, gradient: bool) -> Result:
-  config = dataclasses.replace(task.config, remat=task.remat)
+  config = dataclasses.replace(task.config, remat=task.remat, group_backward=task.group_backward)
   plan = SharingPlan.parse(task.plan, config.num_layers)
   ceiling = _matrix_rate()
   layers = Runs(config, plan)

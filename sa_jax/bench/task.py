@@ -36,6 +36,8 @@ class Setting:
   """Depth; the preset's when None."""
   remat: RematPolicy = "full"
   """step and train: what the backward pass computes again; peers checkpoint gradients unless it is none."""
+  group_backward: bool = False
+  """step and train: whether a group's followers have one backward pass for queries and keys."""
   cache_dtype: CacheDtype = None
   """int8 or int4 instead of bfloat16, in decode and batching."""
   value_dim: Count | None = None
@@ -146,6 +148,7 @@ _ONLY = {
   "attention": _STACKS,
   "attention_state": _STACKS,
   "remat": ("step", "train"),
+  "group_backward": ("step", "train"),
 }
 """The kinds that a setting means something to, where it does not to all."""
 

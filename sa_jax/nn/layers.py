@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -16,8 +17,9 @@ from sa_jax.config import ModelConfig
 from sa_jax.nn.block import BLOCK_OUTPUTS, AnchorBlock, Blocks, FollowerBlock, MixedBlock
 from sa_jax.nn.cache import Cache
 from sa_jax.nn.experts import ROUTER_SCORES
-from sa_jax.nn.state import STATE, Kind, State
+from sa_jax.nn.state import STATE, Kind, State, tapped
 from sa_jax.plan import HeadMap, Run, SharingPlan
+from sa_jax.trees import Tree
 
 Portion = jax.Array | float | None
 """How much of its anchor's weights a follower uses that has its own too, 0 to 1; None where followers have none."""
@@ -123,8 +125,14 @@ class Group(nn.Module):
       unroll = min(_UNROLL, self.followers) if config.remat == "dots" else 1
       follower = _remat(config, follow, self.groups * -(-self.followers // unroll))
 
-      def step(block: Any, x: jax.Array, state: State, head_map: jax.Array | None) -> tuple[jax.Array, None]:
-        return follower(block, checkpoint_name(x, _BLOCK_INPUT), _with_heads(state, head_map)), None
+      # A follower of somebody's own may use the state for more than attention over its values.
+      once = config.group_backward and head_maps is None and block is FollowerBlock
+      together = tapped(state, self.followers, config.value_width) if once else None
+
+      def step(block: Any, x: jax.Array, state: State, own: tuple[Tree, Tree]) -> tuple[jax.Array, None]:
+        head_map, tap = own
+        used = _with_heads(state, head_map) if together is None else dataclasses.replace(together, tap=tap)
+        return follower(block, checkpoint_name(x, _BLOCK_INPUT), used), None
 
       scan = nn.scan(
         step,
@@ -136,7 +144,8 @@ class Group(nn.Module):
         unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "followers"},
       )
-      x, _ = scan(block(config, name="followers"), x, state, head_maps)
+      taps = None if together is None else together.tap
+      x, _ = scan(block(config, name="followers"), x, state, (head_maps, taps))
     return x
 
 

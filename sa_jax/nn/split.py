@@ -129,6 +129,48 @@ def attend(
   return jax.shard_map(of_a_device, in_specs=in_specs, out_specs=queries, check_vma=False)(q, k, v, rows)
 
 
+def parts_of_group(
+  q: jax.Array, k: jax.Array, rows: ops.Rows, spec: ops.AttentionSpec, backend: str
+) -> ops.Parts | None:
+  """What a group's one backward pass is made of where these arrays are; None if each layer has its own there.
+
+  That is so where the backend has none, or cannot compute these rows with it, and on a mesh that splits a row's
+  queries, or query heads from their keys.
+  """
+  ambient = jax.sharding.get_abstract_mesh()
+  mesh = jax.typeof(q).sharding.mesh if ambient.empty else ambient
+  parts = ops.backends[ops.choose_backend(backend, q, k, rows, spec)].parts
+  if parts is None or not parts.takes(q, rows, spec):
+    return None
+  if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+    return parts
+  heads = Heads(q.shape[2], k.shape[2])
+  if ambient.empty or query_axis(mesh, heads) is not None or not heads_stay_with_their_keys(mesh, heads):
+    return None
+  return parts if parts.partitions else _of_each_device(parts)
+
+
+def _of_each_device(parts: ops.Parts) -> ops.Parts:
+  """The parts as each device computes them, of rows that hold no arrays."""
+  queries, keys, statistic = ("batch", None, "heads", None), ("batch", None, "kv_heads", None), ("batch", "heads", None)
+  gathered = (None, *queries), (None, *keys), statistic, statistic
+
+  def split(part: Callable[..., Tree], inputs: tuple[Axes, ...], outputs: Tree) -> Callable[..., Tree]:
+    def call(*arguments: Tree) -> Tree:
+      *arrays, rows, spec = arguments
+      flat, tree = jax.tree.flatten(arrays)
+      computed = lambda *flat: part(*jax.tree.unflatten(tree, flat), rows, spec)
+      return on_each_device(computed, inputs, outputs)(*flat)
+
+    return call
+
+  return parts._replace(
+    forward=split(parts.forward, (queries, keys, keys), (queries, statistic)),
+    d_values=split(parts.d_values, (queries, keys, statistic, queries), keys),
+    d_query_key=split(parts.d_query_key, (queries, keys, *gathered), (queries, keys)),
+  )
+
+
 def _of_queries(x: jax.Array, first: jax.Array, count: int, heads: Heads) -> jax.Array:
   """Keys or values ``[B, S, K, H]`` of so many query heads, from the first on: one head if it serves all of them."""
   group = heads.queries // heads.keys

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
-from sa_jax.nn.split import attend
+from sa_jax.nn.split import attend, parts_of_group
 
 STATE = "attention_state"
 """The name of a state's arrays for rematerialisation."""
@@ -69,6 +69,25 @@ class QueryKey:
 
 
 @struct.dataclass
+class Tapped(QueryKey):
+  """The state as one follower of a group with one backward pass has it; see `sa_jax.ops.attention.group`.
+
+  Attributes:
+    tap: this follower's.
+    how: what is known of the followers.
+  """
+
+  tap: ops.Tap | None = None
+  how: ops.Followers | None = struct.field(pytree_node=False, default=None)
+
+  def attend(self, v: jax.Array) -> jax.Array:
+    """The anchor's attention over the follower's values, once: ``[B, S, K, R]`` → ``[B, T, N, R]``."""
+    assert self.tap is not None, "a tap serves one call"
+    assert self.how is not None, "what followers have in common is known"
+    return ops.follow(self.q, self.k, v, self.tap, self.rows, self.how)
+
+
+@struct.dataclass
 class AttentionWeights:
   """The anchor's softmaxed attention weights: O(T S) memory, the paper's literal algorithm.
 
@@ -92,6 +111,20 @@ class AttentionWeights:
 
 
 State = QueryKey | AttentionWeights
+
+
+def tapped(state: State, followers: int, width: int) -> Tapped | None:
+  """The states of so many followers with values of ``width`` numbers, for one backward pass; None if they have none.
+
+  The tap's arrays have a first axis, of followers; the others are what all followers have.
+  """
+  if not isinstance(state, QueryKey) or state.kind is not None:
+    return None
+  parts = parts_of_group(state.q, state.k, state.rows, state.specs[0], state.backend)
+  if parts is None or followers < parts.least or (width < state.q.shape[3] and not parts.narrow):
+    return None
+  how = ops.Followers(parts, state.specs[0], followers, width)
+  return Tapped(**vars(state), tap=ops.taps(state.q, state.k, state.rows, how), how=how)
 
 
 def make_state(config: ModelConfig, q: jax.Array, k: jax.Array, rows: ops.Rows, kind: Kind) -> State:

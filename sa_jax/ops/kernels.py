@@ -1,5 +1,6 @@
 """Whether kernels may run where the arrays are."""
 
+import importlib.util
 from typing import Any
 
 import jax
@@ -17,6 +18,15 @@ def platform() -> str:
   if device is None:
     return jax.default_backend()
   return device if isinstance(device, str) else device.platform
+
+
+def is_hopper() -> bool:
+  """Whether this process has an H100 or H200 for arrays, and Pallas Mosaic GPU for kernels."""
+  if platform() not in ("gpu", "cuda") or jax.default_backend() != "gpu":
+    return False
+  if importlib.util.find_spec("jax.experimental.pallas.mosaic_gpu") is None:
+    return False
+  return str(getattr(jax.local_devices()[0], "compute_capability", "")) == "9.0"
 
 
 def has_gpu_kernels(array: jax.Array) -> bool:

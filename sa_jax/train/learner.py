@@ -69,7 +69,9 @@ def model_of(config: TrainConfig, tokenizer: Tokenizer) -> Transformer:
     if not shape.eos_token_ids and end is not None:
       shape = dataclasses.replace(shape, eos_token_ids=(end,))
     model = Transformer(shape, as_plan(config.plan, shape.num_layers))
-  computed = dataclasses.replace(model.config, dtype=config.dtype, param_dtype="float32", remat=config.remat)
+  computed = dataclasses.replace(
+    model.config, dtype=config.dtype, param_dtype="float32", remat=config.remat, group_backward=True
+  )
   return Transformer(computed, model.plan)
 
 

@@ -6,6 +6,7 @@
 
 from sa_jax.ops.attention.decode import decode_apply, decode_attend, decode_follow, decode_weights, write_slot
 from sa_jax.ops.attention.dispatch import Backend, attend, backends, check_shapes, choose_backend, register_backend
+from sa_jax.ops.attention.group import Followers, Parts, Tap, follow, taps
 from sa_jax.ops.attention.reference import apply_weights, attention_weights
 from sa_jax.ops.attention.rows import DEMANDS, Rows
 from sa_jax.ops.attention.spec import KEPT, AttentionSpec
@@ -15,7 +16,10 @@ __all__ = [
   "AttentionSpec",
   "Backend",
   "DEMANDS",
+  "Followers",
+  "Parts",
   "Rows",
+  "Tap",
   "apply_weights",
   "attend",
   "attention_weights",
@@ -26,6 +30,8 @@ __all__ = [
   "decode_attend",
   "decode_follow",
   "decode_weights",
+  "follow",
   "register_backend",
+  "taps",
   "write_slot",
 ]

@@ -5,16 +5,21 @@ The forward pass keeps, per query, a running maximum, a running sum and an accum
 algorithm 4). Loops over blocks run from the window's edge to the diagonal, so what is masked costs nothing.
 """
 
+from __future__ import annotations
+
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from sa_jax.ops.attention.group import Gathered
 from sa_jax.ops.attention.reference import MASKED, Segments, segments_at, visible
 from sa_jax.ops.attention.rows import Rows
 from sa_jax.ops.attention.spec import KEPT, AttentionSpec
+from sa_jax.trees import Tree
 
 _BLOCK = 256
 
@@ -47,24 +52,121 @@ class _How(NamedTuple):
   causal: bool
 
 
+class _Call(NamedTuple):
+  """A call of `attend`, in whole blocks.
+
+  Attributes:
+    q: ``[B, T, K, G, H]``.
+    k: ``[B, S, K, H]``.
+    sinks: float32 ``[K, G]``, or None.
+    sight: which keys the queries may see.
+    how: what is known before the arrays are.
+  """
+
+  q: jax.Array
+  k: jax.Array
+  sinks: jax.Array | None
+  sight: _Sight
+  how: _How
+
+  @classmethod
+  def of(cls, q: jax.Array, k: jax.Array, rows: Rows, spec: AttentionSpec, block: int = _BLOCK) -> _Call:
+    """From what `attend` is given."""
+    batch, length = q.shape[:2]
+    block = min(block, length)
+    keys = jnp.full((batch,), k.shape[1], jnp.int32)
+    lengths = keys if rows.lengths is None else jnp.minimum(rows.lengths.astype(jnp.int32), keys)
+    pair = None
+    if rows.segments is not None:
+      pair = (_filled(segments_at(rows.segments, rows.positions(length)), block), _filled(rows.segments, block))
+    sinks = None if rows.sinks is None else rows.sinks.astype(jnp.float32).reshape(k.shape[2], -1)
+    sight = _Sight(lengths, jnp.int32(0) if rows.offset is None else rows.offset, pair)
+    how = _How(spec, block, rows.causal)
+    return cls(_grouped(q, k.shape[2], block), _filled(k, block), sinks, sight, how)
+
+  def keys(self, x: jax.Array) -> jax.Array:
+    """Values ``[B, S, K, R]`` in whole blocks."""
+    return _filled(x, self.how.block)
+
+  def queries(self, x: jax.Array) -> jax.Array:
+    """Something of each query, ``[B, T, N, R]``, as ``q`` is."""
+    return _grouped(x, self.k.shape[2], self.how.block)
+
+  def per_query(self, x: jax.Array) -> jax.Array:
+    """A number a query, ``[B, N, T]``, in blocks: ``[T / block, B, K, G, block]``."""
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % self.how.block)))
+    return jnp.moveaxis(x.reshape(x.shape[0], *self.q.shape[2:4], -1, self.how.block), 3, 0)
+
+
+def _filled(x: jax.Array, block: int) -> jax.Array:
+  """``[B, T, ...]`` filled up with zeros to whole blocks."""
+  return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)) + ((0, 0),) * (x.ndim - 2))
+
+
+def _grouped(x: jax.Array, kv_heads: int, block: int) -> jax.Array:
+  """``[B, T, N, H]`` → ``[B, T, K, G, H]`` in whole blocks."""
+  x = _filled(x, block)
+  return x.reshape(*x.shape[:2], kv_heads, x.shape[2] // kv_heads, x.shape[3])
+
+
+def _ungrouped(x: jax.Array, like: jax.Array) -> jax.Array:
+  """``[B, T, K, G, H]`` in whole blocks → ``[B, T, N, H]``, as many as another array has of queries and heads."""
+  return x[:, : like.shape[1]].reshape(*like.shape[:3], x.shape[4])
+
+
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: AttentionSpec, block: int = _BLOCK) -> jax.Array:
   """Blockwise attention; shapes as in `sa_jax.ops.attend`. ``block`` is the block length in tokens."""
-  batch, length, heads, head_dim = q.shape
-  if not length * k.shape[1]:
+  if not q.shape[1] * k.shape[1]:
     return jnp.zeros((*q.shape[:3], v.shape[3]), v.dtype)
-  block = min(block, length)
-  pad = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)) + ((0, 0),) * (x.ndim - 2))
-  keys = jnp.full((batch,), k.shape[1], jnp.int32)
-  lengths = keys if rows.lengths is None else jnp.minimum(rows.lengths.astype(jnp.int32), keys)
-  pair = None
-  if rows.segments is not None:
-    pair = (pad(segments_at(rows.segments, rows.positions(length))), pad(rows.segments))
-  padded = pad(q)
-  grouped = padded.reshape(batch, padded.shape[1], k.shape[2], heads // k.shape[2], head_dim)
-  sinks = None if rows.sinks is None else rows.sinks.astype(jnp.float32).reshape(k.shape[2], -1)
-  sight = _Sight(lengths, jnp.int32(0) if rows.offset is None else rows.offset, pair)
-  out = _attend(grouped, pad(k), pad(v), sinks, sight, _How(spec, block, rows.causal))
-  return out[:, :length].reshape(*q.shape[:3], v.shape[3])
+  call = _Call.of(q, k, rows, spec, block)
+  return _ungrouped(_attend(call.q, call.k, call.keys(v), call.sinks, call.sight, call.how), q)
+
+
+def forward(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
+  """`attend`, and each query's log of sums; see `sa_jax.ops.attention.group.Parts`."""
+  call = _Call.of(q, k, rows, spec)
+  out, (*_, log_sums) = _forward(call.q, call.k, call.keys(v), call.sinks, call.sight, call.how)
+  log_sums = jnp.moveaxis(log_sums, 0, 3)
+  return _ungrouped(out, q), log_sums.reshape(q.shape[0], q.shape[2], -1)[..., : q.shape[1]]
+
+
+def d_values(
+  q: jax.Array, k: jax.Array, log_sums: jax.Array, d_out: jax.Array, rows: Rows, spec: AttentionSpec
+) -> jax.Array:
+  """The gradient of values; see `sa_jax.ops.attention.group.Parts`."""
+  call = _Call.of(q, k, rows, spec)
+  d_out_blocks = _blocks(call.queries(d_out), call.how.block)
+  backward = _Backward.of(call, call.per_query(log_sums))
+
+  def block(i: jax.Array, j: jax.Array, k_j: jax.Array, carry: tuple[None, jax.Array]) -> tuple[None, jax.Array]:
+    _, weights = backward.weights(i, j, k_j)
+    return None, carry[1] + _product("BKGTS,BTKGH->BSKH", weights.astype(d_out.dtype), d_out_blocks[i])
+
+  sums = jax.ShapeDtypeStruct((*call.k.shape[:3], d_out.shape[3]), d_out.dtype)
+  return backward.over_blocks(block, None, call.k, sums)[1][:, : k.shape[1]]
+
+
+def d_query_key(
+  q: jax.Array, k: jax.Array, gathered: Gathered, rows: Rows, spec: AttentionSpec
+) -> tuple[jax.Array, jax.Array]:
+  """The gradients of queries and keys; see `sa_jax.ops.attention.group.Parts`."""
+  call = _Call.of(q, k, rows, spec)
+  of_layers = lambda cut, x: jnp.moveaxis(jax.vmap(cut)(x), 0, -2)  # [..., L, R]: one product, over L R
+  v = of_layers(call.keys, gathered.v)
+  d_out_blocks = _blocks(of_layers(call.queries, gathered.d_out), call.how.block)
+  inner = call.per_query(gathered.inner)
+  backward = _Backward.of(call, call.per_query(gathered.log_sums))
+
+  def block(
+    i: jax.Array, j: jax.Array, of_keys: tuple[jax.Array, jax.Array], carry: tuple[jax.Array, jax.Array]
+  ) -> tuple[jax.Array, jax.Array]:
+    k_j, v_j = of_keys
+    scores, weights = backward.weights(i, j, k_j)
+    d_weights = _product("BTKGLH,BSKLH->BKGTS", d_out_blocks[i], v_j)
+    return backward.add(i, backward.d_scores(scores, weights, d_weights, inner[i]), k_j, *carry)
+
+  d_q, d_k = backward.over_blocks(block, backward.zeros, (call.k, v), call.k)
+  return _ungrouped(_unblocks(d_q).astype(q.dtype), q), d_k[:, : k.shape[1]]
 
 
 def _blocks(x: jax.Array, block: int) -> jax.Array:
@@ -163,46 +265,108 @@ def _forward(
   return out, (q, k, v, sinks, sight, out, log_sums)
 
 
+class _Backward(NamedTuple):
+  """What the blocks of a backward pass have in common.
+
+  Attributes:
+    q: ``[T / block, B, block, K, G, H]``.
+    log_sums: float32 ``[T / block, B, K, G, block]``.
+    sight: which keys the queries may see.
+    how: what is known before the arrays are.
+  """
+
+  q: jax.Array
+  log_sums: jax.Array
+  sight: _Sight
+  how: _How
+
+  @classmethod
+  def of(cls, call: _Call, log_sums: jax.Array) -> _Backward:
+    """The backward pass of a call."""
+    return cls(_blocks(call.q, call.how.block), log_sums, call.sight, call.how)
+
+  @property
+  def zeros(self) -> jax.Array:
+    """Where queries' gradients are summed, in float32."""
+    return jnp.zeros(self.q.shape, jnp.float32)
+
+  def weights(self, i: jax.Array, j: jax.Array, k_j: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scores and weights ``[B, K, G, block, block]``, computed again."""
+    scores = _scores(self.q[i], k_j, i, j, self.sight, self.how)
+    return scores, jnp.exp(scores - self.log_sums[i][..., None])
+
+  def d_scores(self, scores: jax.Array, weights: jax.Array, d_weights: jax.Array, inner: jax.Array) -> jax.Array:
+    """The gradient of ``q kᵀ``, from that of the weights; ``inner`` is D, ``[B, K, G, block]``."""
+    spec = self.how.spec
+    d_scores = weights * (d_weights - inner[..., None]) * spec.scale_for(self.q.shape[-1])
+    if spec.softcap is not None:
+      # The slope of tanh; masked scores lie far outside the cap.
+      d_scores *= jnp.clip(1.0 - jnp.square(jnp.maximum(scores, -spec.softcap) / spec.softcap), 0.0)
+    return d_scores.astype(self.q.dtype)
+
+  def add(
+    self, i: jax.Array, d_scores: jax.Array, k_j: jax.Array, dq: jax.Array, dk_j: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """The gradients of queries and of a block's keys, with what a block of scores adds to them."""
+    dk_j = dk_j + _product("BKGTS,BTKGH->BSKH", d_scores, self.q[i])
+    return dq.at[i].add(_product("BKGTS,BSKH->BTKGH", d_scores, k_j)), dk_j
+
+  def over_blocks(
+    self, step: Callable[[jax.Array, jax.Array, Tree, Tree], Tree], of_queries: Tree, of_keys: Tree, like: Tree
+  ) -> tuple[Tree, Tree]:
+    """Sums over all blocks of scores that are not masked as a whole.
+
+    Args:
+      step: of i, j, the arrays of key block j, and the sums of queries and of that block's keys; it adds to them.
+      of_queries: what the sums of queries are at first.
+      of_keys: the arrays ``[B, S, ...]``, cut into blocks for the steps.
+      like: of which shapes and dtypes the sums of keys are; they are summed in float32.
+
+    Returns:
+      The sums of queries and of keys.
+    """
+    cut = functools.partial(_blocks, block=self.how.block)
+    blocks = jax.tree.map(cut, of_keys)
+
+    def key_block(of_queries: Tree, inputs: tuple[jax.Array, Tree]) -> tuple[Tree, Tree]:
+      j, of_j = inputs
+      zeros = jax.tree.map(lambda x: jnp.zeros((x.shape[0], self.how.block, *x.shape[2:]), jnp.float32), like)
+      seen = _query_blocks(j, self.sight.offset, self.how, len(self.q))
+      of_queries, sums = jax.lax.fori_loop(*seen, lambda i, carry: step(i, j, of_j, carry), (of_queries, zeros))
+      return of_queries, jax.tree.map(lambda x, like: x.astype(like.dtype), sums, like)
+
+    count = len(jax.tree.leaves(blocks)[0])
+    of_queries, sums = jax.lax.scan(key_block, of_queries, (jnp.arange(count), blocks))
+    return of_queries, jax.tree.map(_unblocks, sums)
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
 def _backward(how: _How, residuals: tuple[Any, ...], d_out: jax.Array) -> tuple[jax.Array | None, ...]:
   q, k, v, sinks, sight, out, log_sums = residuals
-  spec, block = how.spec, how.block
-  q_blocks, k_blocks, v_blocks, d_out_blocks = (_blocks(x, block) for x in (q, k, v, d_out))
+  backward = _Backward(_blocks(q, how.block), log_sums, sight, how)
+  d_out_blocks = _blocks(d_out, how.block)
   # D = rowsum(dO ∘ O), the softmax Jacobian's rank-one part.
-  inner = jnp.einsum("BTKGH,BTKGH->BKGT", d_out, out, preferred_element_type=jnp.float32)
-  inner_blocks = jnp.moveaxis(inner.reshape(*inner.shape[:3], -1, block), 3, 0)
-  scale = spec.scale_for(q.shape[-1])
+  inner = _product("BTKGH,BTKGH->BKGT", d_out, out)
+  inner_blocks = jnp.moveaxis(inner.reshape(*inner.shape[:3], -1, how.block), 3, 0)
 
-  def key_block(dq: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    j, k_j, v_j = inputs
+  def block(
+    i: jax.Array, j: jax.Array, of_keys: tuple[jax.Array, jax.Array], carry: tuple[jax.Array, Tree]
+  ) -> tuple[jax.Array, Tree]:
+    (k_j, v_j), (dq, (dk_j, dv_j)) = of_keys, carry
+    scores, weights = backward.weights(i, j, k_j)
+    d_weights = _product("BTKGH,BSKH->BKGTS", d_out_blocks[i], v_j)
+    dv_j = dv_j + _product("BKGTS,BTKGH->BSKH", weights.astype(v.dtype), d_out_blocks[i])
+    dq, dk_j = backward.add(i, backward.d_scores(scores, weights, d_weights, inner_blocks[i]), k_j, dq, dk_j)
+    return dq, (dk_j, dv_j)
 
-    def query_block(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-      dq, dk_j, dv_j = carry
-      scores = _scores(q_blocks[i], k_j, i, j, sight, how)
-      weights = jnp.exp(scores - log_sums[i][..., None])
-      d_weights = jnp.einsum("BTKGH,BSKH->BKGTS", d_out_blocks[i], v_j, preferred_element_type=jnp.float32)
-      d_scores = weights * (d_weights - inner_blocks[i][..., None]) * scale
-      if spec.softcap is not None:
-        # The slope of tanh; masked scores lie far outside the cap.
-        d_scores *= jnp.clip(1.0 - jnp.square(jnp.maximum(scores, -spec.softcap) / spec.softcap), 0.0)
-      d_scores = d_scores.astype(q.dtype)
-      product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-      dv_j = dv_j + product("BKGTS,BTKGH->BSKH", weights.astype(v.dtype), d_out_blocks[i])
-      dk_j = dk_j + product("BKGTS,BTKGH->BSKH", d_scores, q_blocks[i])
-      return dq.at[i].add(product("BKGTS,BSKH->BTKGH", d_scores, k_j)), dk_j, dv_j
-
-    zeros = (jnp.zeros(x.shape, jnp.float32) for x in (k_j, v_j))
-    seen = _query_blocks(j, sight.offset, how, len(q_blocks))
-    dq, dk_j, dv_j = jax.lax.fori_loop(*seen, query_block, (dq, *zeros))
-    return dq, (dk_j.astype(k.dtype), dv_j.astype(v.dtype))
-
-  dq, (dk, dv) = jax.lax.scan(
-    key_block, jnp.zeros(q_blocks.shape, jnp.float32), (jnp.arange(len(k_blocks)), k_blocks, v_blocks)
-  )
+  dq, (dk, dv) = backward.over_blocks(block, backward.zeros, (k, v), (k, v))
   d_sinks = None
   if sinks is not None:
     of_sinks = jnp.exp(sinks[None, None, :, :, None] - log_sums)
     d_sinks = -jnp.einsum("nBKGT,nBKGT->KG", of_sinks, inner_blocks)
-  return _unblocks(dq).astype(q.dtype), _unblocks(dk), _unblocks(dv), d_sinks, None
+  return _unblocks(dq).astype(q.dtype), dk, dv, d_sinks, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from sa_jax.errors import UserError
 from sa_jax.ops import kernels
-from sa_jax.ops.attention import blockwise, chunked, cudnn, flash, reference, splash
+from sa_jax.ops.attention import blockwise, chunked, cudnn, flash, hopper, reference, splash
+from sa_jax.ops.attention.group import Parts
 from sa_jax.ops.attention.rows import (
   BIAS,
   DEMANDS,
@@ -44,6 +45,7 @@ class Backend(NamedTuple):
     partitions: whether XLA can split it over a mesh; what it cannot split runs under `jax.shard_map`, as
       `sa_jax.nn.QueryKey` does.
     narrow: whether it takes values narrower than keys as they are; otherwise it gets them filled up with zeros.
+    parts: what a group's one backward pass is made of; None where each layer has its own.
   """
 
   attend: Callable[[jax.Array, jax.Array, jax.Array, Rows, AttentionSpec], jax.Array]
@@ -53,6 +55,7 @@ class Backend(NamedTuple):
   unsupported: Callable[[jax.Array, AttentionSpec], str | None] = lambda *_: None
   partitions: bool = True
   narrow: bool = False
+  parts: Parts | None = None
 
   def taking_narrow(self) -> Backend:
     """The backend that takes values of any width: itself, or one that fills them up with zeros."""
@@ -96,14 +99,23 @@ def _flash_unsupported(q: jax.Array, spec: AttentionSpec) -> str | None:  # noqa
 
 _GPU, _HALF = ("gpu", "cuda"), ("bfloat16", "float16")
 _ALL, _OF_FLASH = frozenset(DEMANDS), frozenset({SEGMENTS, OFFSET, SINKS})
+_OF_BLOCKWISE = _OF_FLASH | {NOT_CAUSAL}
+_PARTS_OF_BLOCKWISE = Parts(
+  blockwise.forward,
+  blockwise.d_values,
+  blockwise.d_query_key,
+  takes=lambda q, rows, spec: set(rows.demands) <= _OF_BLOCKWISE - {SINKS},
+)
 
 backends: dict[str, Backend] = {
   name: backend.taking_narrow()
   for name, backend in {
-    "cudnn": Backend(cudnn.attend, frozenset({BIAS, MASK, NOT_CAUSAL}), _GPU, _HALF, _cudnn_unsupported),
+    "cudnn": Backend(
+      cudnn.attend, frozenset({BIAS, MASK, NOT_CAUSAL}), _GPU, _HALF, _cudnn_unsupported, parts=hopper.PARTS
+    ),
     "flash": Backend(flash.attend, _OF_FLASH, _GPU, _HALF, _flash_unsupported, partitions=False),
     "splash": Backend(splash.attend, frozenset({SEGMENTS, SINKS}), ("tpu",), partitions=False),
-    "blockwise": Backend(blockwise.attend, frozenset({SEGMENTS, OFFSET, NOT_CAUSAL, SINKS}), narrow=True),
+    "blockwise": Backend(blockwise.attend, _OF_BLOCKWISE, narrow=True, parts=_PARTS_OF_BLOCKWISE),
     "reference": Backend(reference.attend, _ALL, narrow=True),
     "chunked": Backend(chunked.attend, _ALL, narrow=True),
   }.items()
