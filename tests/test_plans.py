@@ -9,11 +9,17 @@ import pytest
 
 import sa_jax
 from sa_jax import plans
+from sa_jax.analysis.budget import Budget
 from sa_jax.config import ModelConfig
 from sa_jax.nn.transformer import check_plan
 from tests import tiny
 
 SMOLLM2 = ModelConfig.preset("smollm2-135m")
+GEMMA = ModelConfig(
+  vocab_size=262144, embed_dim=640, num_layers=18, num_heads=4, num_kv_heads=1, head_dim=256, mlp_dim=2048,
+  tie_embeddings=True, post_norms=True, qk_norm="head", local_layers=(*range(5), *range(6, 11), *range(12, 17)),
+  window=512,
+)  # fmt: skip
 DATA = [
   json.loads(file.read_text()) for file in resources.files("sa_jax.plans").iterdir() if file.name.endswith(".json")
 ]
@@ -22,7 +28,7 @@ DATA = [
 def test_every_plan_is_one_and_says_what_it_cost():
   assert {each["model"] for each in DATA} == {"SmolLM2-135M-Instruct", "Gemma 3 270M"}
   for each in DATA:
-    assert len(each["plans"]) >= 4
+    assert len(each["plans"]) >= 5
     layers = len(each["plans"][0]["shared_attention"]["source"])
     counts = [entry["followers"] for entry in each["plans"]]
     assert counts == sorted(set(counts))
@@ -40,6 +46,13 @@ def test_a_model_is_found_by_its_shape():
   assert found.model == "SmolLM2-135M-Instruct"
   check_plan(SMOLLM2, found.plan)
   assert len(plans.get(sa_jax.Transformer(SMOLLM2, sa_jax.SharingPlan.dense(30)), 16).plan.followers) == 16
+
+
+@pytest.mark.parametrize("followers", [2, 3, 4, 6, 8, 10])
+def test_every_budget_of_gemma_is_found_as_share_asks_for_it(followers):
+  found = plans.get(GEMMA, Budget.parse(str(followers)).most(GEMMA))
+  assert (found.model, len(found.plan.followers)) == ("Gemma 3 270M", followers)
+  check_plan(GEMMA, found.plan)
 
 
 def test_another_model_is_not():

@@ -1,7 +1,7 @@
 """Writes the data of `sa_jax.plans` from the results of ``recovery.py``.
 
-python experiments/search/zoo.py --model MODEL --name "Gemma 3 270M" --results results/recovery-gemma-3-270m.json \
-      --out sa_jax/plans/gemma-3-270m.json
+python experiments/search/zoo.py --model MODEL --name "Gemma 3 270M" --out sa_jax/plans/gemma-3-270m.json \
+      --results results/recovery-gemma-3-270m.json results/recovery-gemma-3-270m-10.json
 """
 
 from __future__ import annotations
