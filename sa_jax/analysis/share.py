@@ -90,7 +90,7 @@ class Effort:
   @property
   def most_rows(self) -> int:
     """Most rows of each text to fit to, on this machine."""
-    return self.calibration_rows or (64 if jax.default_backend() == "cpu" else 176)
+    return self.calibration_rows or _usual_rows()
 
   def recovery(self, config: ModelConfig) -> Refit:
     """The refit of the plan that is found."""
@@ -104,7 +104,7 @@ EFFORTS: dict[EffortName, Effort] = {
   "good": Effort(Search("greedy", shortlist=8, search_rows=16), mlp=True, local_epochs=8),
   "best": Effort(Search("beam", width=3, shortlist=16, search_rows=32), 176, mlp=True, local_epochs=16),
 }
-"""By name. ``good`` is what `experiments/search` measures."""
+"""By name. On an accelerator, ``good`` is what `experiments/search` measures."""
 
 
 READING = "reading the texts"
@@ -113,8 +113,11 @@ SCORING_DENSE = "scoring, dense"
 """The stage that comes first where it is not."""
 _ROWS_OF_A_STEP = 32
 """Of local reconstruction on an accelerator."""
-_MUCH_TEXT = 128
-"""Rows to fit to with which local reconstruction has always been judged better; see `experiments/search`."""
+
+
+def _usual_rows() -> int:
+  """Most rows of each text to fit to, if nothing else is said."""
+  return 64 if jax.default_backend() == "cpu" else 176
 
 
 def rows_at_once(chunk: int) -> int:
@@ -123,7 +126,8 @@ def rows_at_once(chunk: int) -> int:
 
 
 def refits(recovery: Refit, rows: int, at_once: int) -> list[Refit]:
-  """What is made to keep the best of: the recovery and, where text is little, the same without local reconstruction.
+  """What is made to keep the best of: the recovery and, where text is less than two texts usually give, the same
+  without local reconstruction.
 
   Args:
     recovery: see `Effort.recovery`.
@@ -132,7 +136,7 @@ def refits(recovery: Refit, rows: int, at_once: int) -> list[Refit]:
   """
   passes = math.ceil(recovery.local_epochs * min(at_once, _ROWS_OF_A_STEP) / _ROWS_OF_A_STEP)
   trained = dataclasses.replace(recovery, local_epochs=passes)
-  if rows >= _MUCH_TEXT:
+  if rows >= 2 * _usual_rows():  # On an accelerator it was always judged better with these: `experiments/search`.
     return [trained]
   return list(dict.fromkeys([dataclasses.replace(recovery, local_epochs=0), trained]))
 

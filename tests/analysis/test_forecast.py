@@ -73,6 +73,12 @@ def test_small_batches_take_fewer_passes_and_little_text_is_tried_without(rows, 
   assert [each.local_epochs for each in refits(Refit(), rows, at_once)] == [0]
 
 
+def test_on_a_gpu_all_text_that_was_not_measured_with_is_tried_without_too(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert [len(refits(Refit(local_epochs=8), rows, 32)) for rows in (176, 351, 352)] == [2, 2, 1]
+  assert Effort().most_rows == 176
+
+
 def test_more_effort_is_more_work_and_twice_the_rows_are_twice_the_work():
   total = lambda effort, texts=TEXTS, wanted=2: sum(work(CONFIG, texts, wanted, effort, 4).values())
   assert total(EFFORTS["quick"]) < total(EFFORTS["good"]) < total(EFFORTS["best"])
