@@ -85,6 +85,8 @@ class Table:
     stored.sort(key=lambda each: (_followers(each["plan"]), each["plan"], each["name"]))
     for tasks, texts in ((TELLING, TEXTS), ([task for task in (*TASKS, *MORE) if task not in TELLING], ())):
       columns = [task for task in tasks if any(task in each["results"] for each in stored)]
+      if not columns:
+        continue
       rows = [each for each in stored if set(columns) & set(each["results"])]
       print("\n| plan | " + " | ".join((*columns, *texts)) + " |\n|---|" + "---:|" * len((*columns, *texts)))
       for each in rows:
