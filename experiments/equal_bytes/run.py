@@ -16,6 +16,7 @@ from sa_jax.analysis.mixture import Mixture, judged, within
 from sa_jax.analysis.search import no_stage
 
 BUDGETS = (0.875, 0.75, 0.54, 0.5, 0.33, 0.27, 0.25, 0.2)
+TICKS = (1, 1.1, 1.2, 1.3, 1.5, 1.7, 2, 2.5, 3, 4, 5)
 METHODS: dict[str, tuple[Means, ...]] = {
   "sharing": ("sharing",),
   "values": ("values",),
@@ -57,25 +58,28 @@ def plot(file: Path) -> None:
 
   stored = json.loads(file.read_text(encoding="utf-8"))
   texts = list(stored["settings"]["dense"]["test"])
-  figure, axes = plt.subplots(1, len(texts), figsize=(5 * len(texts), 4), sharey=True)
+  figure, axes = plt.subplots(1, len(texts), figsize=(5 * len(texts), 4), sharey=True, layout="constrained")
+  methods = [name for name in METHODS if any(row["method"] == name for row in stored["rows"])]
   for axis, text in zip(np.atleast_1d(axes), texts, strict=True):
-    for name in METHODS:
+    for name in methods:
       mine = sorted((row for row in stored["rows"] if row["method"] == name), key=lambda row: row["part"])
       axis.plot(
         [100 * row["part"] for row in mine],
         [row["times_dense"]["test"][text] for row in mine],
         marker="o",
         markersize=12 if len({row["mixture"] for row in mine}) == 1 else 6,
+        color=f"C{list(METHODS).index(name)}",
         label=name,
       )
     axis.set(title=text, xlabel="cache, % of bfloat16's", yscale="log")
-    for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-      which(lambda value, _: f"{value:g}")
+    low, high = axis.get_ylim()
+    axis.set_yticks([tick for tick in TICKS if low < tick < high], minor=False)
+    axis.set_yticks([], minor=True)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.invert_xaxis()
-    axis.grid(alpha=0.3, which="both")
+    axis.grid(alpha=0.3)
   np.atleast_1d(axes)[0].set_ylabel("perplexity, × dense")
-  np.atleast_1d(axes)[0].legend()
-  figure.tight_layout()
+  figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
   figure.savefig(file.with_suffix(".png"), dpi=150)
 
 
