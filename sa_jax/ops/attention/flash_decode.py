@@ -8,7 +8,6 @@ maximum, sum and accumulator over its slots; a small reduction joins the splits,
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from sa_jax.ops.attention.reference import MASKED
+from sa_jax.ops.attention.stored import Scales, block_of, floats_of, parts_of, scales_of, times_scales
 from sa_jax.ops.kernels import triton as plgpu
 from sa_jax.ops.quantize import Quantised, Stored, as_stored, product_dtype
 
@@ -43,8 +43,16 @@ class Tiling(NamedTuple):
   longest: int = 2048
 
 
-TILINGS = {16: Tiling(stages=2), 8: Tiling(), 4: Tiling()}
-"""An anchor's, by the bits of a cached number."""
+TILINGS = {
+  (16, False): Tiling(stages=2),
+  (16, True): Tiling(128, stages=2),
+  (8, False): Tiling(128),
+  (8, True): Tiling(128),
+  (4, False): Tiling(warps=1),
+  (4, True): Tiling(128, warps=2),
+}
+"""An anchor's, by the bits of a cached number and whether values are narrower than keys: nearly the fastest of those
+that `experiments/efficiency/decode_tilings.py` tries, for 16 rows of 16,384 tokens on an H200."""
 
 
 def attend(
@@ -81,7 +89,7 @@ def attend(
   kv_heads, slots = jax.tree.leaves(keys)[0].shape[1:3]
   width = new_value.shape[2]
   group = heads // kv_heads
-  tiles = TILINGS[keys.format.bits if isinstance(keys, Quantised) else 16]
+  tiles = TILINGS[keys.format.bits if isinstance(keys, Quantised) else 16, width < head_dim]
   block = math.gcd(slots, tiles.block)
   # Every multiprocessor has work.
   split = choose_split(batch * kv_heads, slots, programs=_PROCESSORS * 3 // 4, longest=tiles.longest)
@@ -93,7 +101,7 @@ def attend(
   # Few programs have all the shared memory they need: 32 KB for 64 slots of keys and values, 128 wide in bfloat16.
   stages = max(3, tiles.stages) if batch * kv_heads * splits <= 2 * _PROCESSORS else tiles.stages
   out, log_total, *cache, scores = pl.pallas_call(
-    functools.partial(_attend_kernel, group=group, scale=scale, size=block),
+    functools.partial(_attend_kernel, group=group, scale=scale, size=block, interpret=interpret),
     grid=(batch, kv_heads, splits),
     in_specs=[_A_ROW, _of_head(_rows(group), head_dim), *map(_new, token), *(_cached(x, split) for x in cache)],
     out_specs=[
@@ -153,7 +161,7 @@ def follow(
   token = as_stored(new_value, values)
   before = 2 + len(jax.tree.leaves(token))
   out, values = pl.pallas_call(
-    functools.partial(_follow_kernel, group=group),
+    functools.partial(_follow_kernel, group=group, interpret=interpret),
     grid=(batch, kv_heads, splits),
     in_specs=[_A_ROW, _weights(_rows(group), split), _new(token), _cached(values, split)],
     out_specs=[_of_program(_rows(group), width), _cached(values, split)],
@@ -207,8 +215,7 @@ def choose_split(rows: int, slots: int, programs: int, longest: int) -> int:
   return split
 
 
-_Scales = jax.Array | None
-_Carry = tuple[list[jax.Array], jax.Array, jax.Array, tuple[_Scales, _Scales]]
+_Carry = tuple[list[jax.Array], jax.Array, jax.Array, tuple[Scales, Scales]]
 
 
 def _attend_kernel(
@@ -227,18 +234,19 @@ def _attend_kernel(
   group: int,
   scale: float,
   size: int,
+  interpret: bool,
 ) -> None:
   rows, split = q_ref.shape[0], jax.tree.leaves(key_ref)[0].shape[0]
   new = position_ref[...] - pl.program_id(2) * split  # the new token's slot, counted from this program's first
   kept = jax.lax.broadcasted_iota(jnp.int32, (rows,), 0) < group
-  q = [plgpu.load(part, mask=_kept(part, group), other=0.0) for part in _parts_of(q_ref, key_ref)]
+  q = [plgpu.load(part, mask=_kept(part, group), other=0.0) for part in parts_of(q_ref, key_ref)]
 
   def block(index: jax.Array, carry: _Carry) -> _Carry:
     accumulated, maximum, total, (key_scales, value_scales) = carry
     here, ahead = pl.ds(index * size, size), jnp.minimum(index + 1, blocks - 1)
-    next_scales = _scales(key_ref, ahead, size), _scales(value_ref, ahead, size)
-    k = _block(key_ref, here, q_ref.dtype)
-    scores = _scaled(sum(plgpu.dot(a, b.T) for a, b in zip(q, k, strict=True)) * scale, key_scales)
+    next_scales = scales_of(key_ref, ahead, size), scales_of(value_ref, ahead, size)
+    k = block_of(key_ref, here, q_ref.dtype, interpret)
+    scores = times_scales(sum(plgpu.dot(a, b.T) for a, b in zip(q, k, strict=True)) * scale, key_scales)
     before = _before(new, index, (rows, size))
     if scores_ref is not None:
       plgpu.store(scores_ref.at[:, here], scores, mask=kept[:, None] & before)
@@ -246,24 +254,24 @@ def _attend_kernel(
     new_maximum = jnp.maximum(maximum, scores.max(axis=1))
     weights = jnp.exp(scores - new_maximum[:, None])
     shrink = jnp.exp(maximum - new_maximum)
-    v = _block(value_ref, here, product_dtype(value_ref, q_ref.dtype))
-    scaled = _scaled(weights, value_scales).astype(v[0].dtype)
+    v = block_of(value_ref, here, product_dtype(value_ref, q_ref.dtype), interpret)
+    scaled = times_scales(weights, value_scales).astype(v[0].dtype)
     accumulated = [a * shrink[:, None] + plgpu.dot(scaled, b) for a, b in zip(accumulated, v, strict=True)]
     return accumulated, new_maximum, total * shrink + weights.sum(axis=1), next_scales
 
   blocks = _blocks(new, split, size)
-  outs = _parts_of(out_ref, value_ref)
+  outs = parts_of(out_ref, value_ref)
   start = (
     [jnp.zeros(out.shape, jnp.float32) for out in outs],
     jnp.full((rows,), MASKED, jnp.float32),
     jnp.zeros((rows,), jnp.float32),
-    (_scales(key_ref, 0, size), _scales(value_ref, 0, size)),
+    (scales_of(key_ref, 0, size), scales_of(value_ref, 0, size)),
   )
   accumulated, maximum, total, _ = jax.lax.fori_loop(0, blocks, block, start)
 
   # The new token joins from registers: the loop above stays a plain stream of the cache, which pipelines.
   mine = (new >= 0) & (new < split)
-  products = zip(q, _float(new_key_ref), strict=True)
+  products = zip(q, floats_of(new_key_ref), strict=True)
   score = sum((a.astype(jnp.float32) * b[None, :]).sum(axis=1) for a, b in products) * scale
   score = jnp.where(mine, score, MASKED)
   new_maximum = jnp.maximum(maximum, score)
@@ -271,7 +279,7 @@ def _attend_kernel(
   maximum, total = new_maximum, total * shrink + weight
   # A split past the row's end has no slot to weigh: its share in the whole is nothing, of numbers that are finite.
   whole = jnp.where(total > 0, total, 1.0)[:, None]
-  for out, before, value in zip(outs, accumulated, _float(new_value_ref), strict=True):
+  for out, before, value in zip(outs, accumulated, floats_of(new_value_ref), strict=True):
     mean = (before * shrink[:, None] + weight[:, None] * value[None, :]) / whole
     plgpu.store(out, mean.astype(out.dtype), mask=_kept(out, group))
   plgpu.store(log_total_ref, maximum + jnp.log(total), mask=kept)
@@ -292,26 +300,27 @@ def _follow_kernel(
   value_out_ref: Stored | jax.Ref,
   *,
   group: int,
+  interpret: bool,
 ) -> None:
   rows, split = weights_ref.shape
   new = position_ref[...] - pl.program_id(2) * split
   kept = jax.lax.broadcasted_iota(jnp.int32, (rows,), 0) < group
 
-  def block(index: jax.Array, carry: tuple[list[jax.Array], _Scales]) -> tuple[list[jax.Array], _Scales]:
+  def block(index: jax.Array, carry: tuple[list[jax.Array], Scales]) -> tuple[list[jax.Array], Scales]:
     accumulated, scales = carry
-    here, next_scales = pl.ds(index * BLOCK, BLOCK), _scales(value_ref, jnp.minimum(index + 1, blocks - 1), BLOCK)
+    here, next_scales = pl.ds(index * BLOCK, BLOCK), scales_of(value_ref, jnp.minimum(index + 1, blocks - 1), BLOCK)
     weights = plgpu.load(weights_ref.at[:, here], mask=kept[:, None] & _before(new, index, (rows, BLOCK)), other=0.0)
-    v = _block(value_ref, here, product_dtype(value_ref, weights.dtype))
-    scaled = _scaled(weights.astype(jnp.float32), scales).astype(v[0].dtype)
+    v = block_of(value_ref, here, product_dtype(value_ref, weights.dtype), interpret)
+    scaled = times_scales(weights.astype(jnp.float32), scales).astype(v[0].dtype)
     return [a + plgpu.dot(scaled, b) for a, b in zip(accumulated, v, strict=True)], next_scales
 
   blocks = _blocks(new, split, BLOCK)
-  outs = _parts_of(out_ref, value_ref)
-  start = [jnp.zeros(out.shape, jnp.float32) for out in outs], _scales(value_ref, 0, BLOCK)
+  outs = parts_of(out_ref, value_ref)
+  start = [jnp.zeros(out.shape, jnp.float32) for out in outs], scales_of(value_ref, 0, BLOCK)
   accumulated, _ = jax.lax.fori_loop(0, blocks, block, start)
   mine, slot = (new >= 0) & (new < split), jnp.clip(new, 0, split - 1)
   weight = plgpu.load(weights_ref.at[:, slot], mask=kept & mine, other=0.0).astype(jnp.float32)
-  for out, before, value in zip(outs, accumulated, _float(new_value_ref), strict=True):
+  for out, before, value in zip(outs, accumulated, floats_of(new_value_ref), strict=True):
     plgpu.store(out, (before + weight[:, None] * value[None, :]).astype(out.dtype), mask=_kept(out, group))
   _write(value_out_ref, new_value_ref, slot, mine)
 
@@ -335,40 +344,3 @@ def _write(cache_ref: Stored | jax.Ref, new_ref: Stored | jax.Ref, slot: jax.Arr
 def _kept(ref: jax.Ref, group: int) -> jax.Array:
   """Which rows of ``[rows, n]`` are a head's; the others fill the product up."""
   return jax.lax.broadcasted_iota(jnp.int32, ref.shape, 0) < group
-
-
-def _parts_of(ref: jax.Ref, stored: Stored | jax.Ref) -> list[jax.Ref]:
-  """``[rows, n]`` in the parts that a block of cached vectors comes in."""
-  parts = stored.format.a_byte if isinstance(stored, Quantised) else 1
-  size = ref.shape[1] // parts
-  return [ref.at[:, pl.ds(part * size, size)] for part in range(parts)]
-
-
-def _block(ref: Stored | jax.Ref, here: Any, dtype: jax.typing.DTypeLike) -> list[jax.Array]:
-  """A block of cached vectors, in parts, without their scales."""
-  if isinstance(ref, Quantised):
-    return [part.astype(dtype) for part in ref.format.parts(ref.data[here, :])]
-  return [ref[here, :]]
-
-
-def _scales(ref: Stored | jax.Ref, index: jax.Array | int, size: int) -> _Scales:
-  """The scales of a block, for its products instead of its vectors; None of vectors that are stored as they are.
-
-  They are loaded a block ahead, so that a block need not wait for its own.
-  """
-  if isinstance(ref, Quantised):
-    return ref.scale[pl.ds(index * size, size), 0].astype(jnp.float32)
-  return None
-
-
-def _scaled(products: jax.Array, scales: _Scales) -> jax.Array:
-  """Products ``[rows, slots]`` with a block's vectors, or weights for them, times its scales."""
-  return products if scales is None else products * scales[None, :]
-
-
-def _float(ref: Stored | jax.Ref) -> Sequence[jax.Array]:
-  """A new token's vector, in parts, as its cache has it."""
-  if isinstance(ref, Quantised):
-    scale = ref.scale[...].astype(jnp.float32)
-    return [part.astype(jnp.float32) * scale for part in ref.format.parts(ref.data[...])]
-  return [ref[...].astype(jnp.float32)]
