@@ -7,6 +7,7 @@ Importing this takes half a second, so that only `sa_jax.ops.attention.hopper` d
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 
@@ -80,7 +81,7 @@ def d_values(q: jax.Array, k: jax.Array, log_sums: jax.Array, d_out: jax.Array, 
         mosaic.barrier_wait(here.at[slot])
         # Transposed, [keys, queries], so that weights are an operand as they are.
         scores = _plus_product(_zeros(_HALF, BLOCK), mine, queries.at[slot].transpose((1, 0)))
-        of_queries = mosaic.load(sums.at[slot], (), layout=mosaic.Layout.WGMMA.reduce(0))
+        of_queries = _load(sums.at[slot], mosaic.Layout.WGMMA.reduce(0))
         mosaic.barrier_arrive(free.at[slot])
         weights = jnp.exp2(scores * (scale * _LOG2_E) - jax.lax.broadcast_in_dim(of_queries, scores.shape, [1]))
         seen = lambda x: jnp.where(_iota(x, 1) >= _iota(x, 0) + me * _HALF, x, 0.0)
@@ -180,9 +181,7 @@ def d_scores(
 
       scores = jax.lax.fori_loop(0, parts, step, _zeros(_HALF, WIDE))
       inner, sums = (
-        jax.lax.broadcast_in_dim(
-          mosaic.load(of_queries.at[me, index], (), layout=mosaic.Layout.WGMMA.reduce(1)), scores.shape, [0]
-        )
+        jax.lax.broadcast_in_dim(_load(of_queries.at[me, index], mosaic.Layout.WGMMA.reduce(1)), scores.shape, [0])
         for index in range(2)
       )
       weights = jnp.exp2(scores * (scale * _LOG2_E) - sums)
@@ -234,6 +233,15 @@ def _store(x: jax.Array, shared: Tree, ref: Tree) -> None:
   mosaic.commit_smem()
   mosaic.copy_smem_to_gmem(shared, ref)
   mosaic.wait_smem_to_gmem(0)
+
+
+_INDEX = [()] if "idx" in inspect.signature(mosaic.load).parameters else []
+"""Of a whole array, for `mosaic.load` before JAX 0.12."""
+
+
+def _load(ref: Tree, layout: Tree) -> jax.Array:
+  """An array in shared memory, in a warpgroup's registers."""
+  return mosaic.load(ref, *_INDEX, layout=layout)
 
 
 def _zeros(*shape: int) -> jax.Array:
