@@ -127,7 +127,7 @@ class Group(nn.Module):
 
       # A follower of somebody's own may use the state for more than attention over its values.
       once = config.group_backward and head_maps is None and block is FollowerBlock
-      together = tapped(state, self.followers, config.value_width) if once else None
+      together = tapped(state, self.followers, config) if once else None
 
       def step(block: Any, x: jax.Array, state: State, own: tuple[Tree, Tree]) -> tuple[jax.Array, None]:
         head_map, tap = own

@@ -113,13 +113,15 @@ class AttentionWeights:
 State = QueryKey | AttentionWeights
 
 
-def tapped(state: State, followers: int, width: int) -> Tapped | None:
-  """The states of so many followers with values of ``width`` numbers, for one backward pass; None if they have none.
+def tapped(state: State, followers: int, config: ModelConfig) -> Tapped | None:
+  """The states of so many followers for one backward pass; None if they have none: each layer then has its own.
 
   The tap's arrays have a first axis, of followers; the others are what all followers have.
   """
-  if not isinstance(state, QueryKey) or state.kind is not None:
+  # Somebody's own anchor may hand out a state that attends otherwise, or other heads.
+  if type(state) is not QueryKey or state.kind is not None or state.k.shape[2] != config.num_kv_heads:
     return None
+  width = config.value_width
   parts = parts_of_group(state.q, state.k, state.rows, state.specs[0], state.backend)
   if parts is None or followers < parts.least or (width < state.q.shape[3] and not parts.narrow):
     return None

@@ -230,6 +230,8 @@ def recorded(config: TrainConfig) -> dict[str, Any]:
   values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
   values["data"]["reading"].pop("cache")
   values["data"].pop("eval")
+  if config.shape is not None:
+    values["shape"].pop("group_backward")  # how a model is computed, and training has it always
   return {name: value for name, value in values.items() if name not in free}
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from sa_jax import SharingPlan, Transformer, nn, ops
 from sa_jax.sharding import abstract_params, make_mesh, named_sharding, on_mesh, param_shardings
-from sa_jax.train.config import TrainConfig
+from sa_jax.train.config import TrainConfig, check_same, recorded
 from sa_jax.train.learner import model_of
 from tests import tiny
 
@@ -69,6 +69,39 @@ def test_parts_that_take_no_narrow_values_get_none(monkeypatch, followed):
     assert bool(followed) == (value_dim is None)
 
 
+class Twice(nn.QueryKey):
+  """A state that attends otherwise."""
+
+  def attend(self, v):
+    return 2 * super().attend(v)
+
+
+class TwiceAttention(nn.AnchorAttention):
+  """Its followers get somebody's own state."""
+
+  def new_state(self, q, k, rows, kind):
+    return Twice(**vars(super().new_state(q, k, rows, kind)))
+
+
+class PickedAttention(nn.AnchorAttention):
+  """Its followers get a key head for each query head."""
+
+  def new_state(self, q, k, rows, kind):
+    return super().new_state(q, k, rows, kind).take_heads(jnp.arange(q.shape[2]))
+
+
+class TwiceBlock(nn.AnchorBlock):
+  """With `TwiceAttention`."""
+
+  attention_type = TwiceAttention
+
+
+class PickedBlock(nn.AnchorBlock):
+  """With `PickedAttention`."""
+
+  attention_type = PickedAttention
+
+
 class OwnFollower(nn.FollowerBlock):
   """Somebody's own, which may use the state otherwise."""
 
@@ -81,6 +114,8 @@ class OwnFollower(nn.FollowerBlock):
     ("0:1-2", {"num_layers": 3, "sinks": True}, nn.Blocks()),
     ("0:1-2", {"num_layers": 3, "attention_state": "attention_weights"}, nn.Blocks()),
     ("0:1-2", {"num_layers": 3}, nn.Blocks(follower=OwnFollower)),
+    ("0:1-2", {"num_layers": 3}, nn.Blocks(anchor=TwiceBlock)),
+    ("0:1-2", {"num_layers": 3}, nn.Blocks(anchor=PickedBlock)),
   ],
 )
 def test_where_each_layer_keeps_its_own(plan, changes, blocks, followed):
@@ -139,6 +174,12 @@ def test_rows_split_over_devices_keep_each_layers_own(followed):
     found = gradient(once, jax.device_put(params, param_shardings(once, mesh)), tokens)
   same(jax.device_get(found), gradient(apart, params, tokens))
   assert not followed
+
+
+def test_a_run_of_before_is_the_same_run():
+  config = TrainConfig(Path("run"), shape=tiny.config())
+  check_same(config, recorded(config), config.out)
+  assert "group_backward" not in str(recorded(config))
 
 
 def test_training_has_it():

@@ -76,6 +76,38 @@ def test_gradients_of_each_example():
   np.testing.assert_allclose(one(together)(*split), one(apart)(*split), atol=1e-4)
 
 
+@pytest.mark.parametrize("jit", [jax.jit, lambda call: call])
+def test_derivatives_of_gradients_in_a_direction(jit):
+  """Forward over reverse: nothing of q and k is lost on the way."""
+  q, k, v, seeds = (x[..., :64, :, :] for x in arrays())
+  rows, spec = ops.Rows(), ops.AttentionSpec()
+
+  def along(total):
+    gradient = lambda q, k, v: jax.grad(lambda *qkv: jnp.square(total(rows, spec, *qkv, seeds)), argnums=(0, 1, 2))(
+      q, k, v
+    )
+    return jit(lambda *qkv: jax.jvp(gradient, qkv, qkv)[1])(q, k, v)
+
+  def close(a, b):
+    np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
+
+  jax.tree.map(close, along(together), along(apart))
+
+
+def test_gradients_of_batches_in_lengths_alone():
+  """What followers have in common, and a `jax.vmap` has several of, has taps of its own."""
+  q, k, v, seeds = arrays()
+  seeds = seeds.at[:, :, 100:].set(0.0)
+  lengths = jnp.asarray([[100, LENGTH], [LENGTH, 120]])
+
+  def total(of, q, k):
+    one = lambda lengths: of(ops.Rows(lengths=lengths), ops.AttentionSpec(), q, k, v, seeds)
+    return jax.vmap(one)(lengths).sum()
+
+  found, expected = (jax.jit(jax.grad(functools.partial(total, of), argnums=(0, 1)))(q, k) for of in (together, apart))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5 * float(jnp.abs(b).max())), found, expected)
+
+
 def products(jaxpr) -> int:
   """Multiplications in its matrix products, loops counted once."""
   total = 0

@@ -85,13 +85,19 @@ class Followers(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def taps(q: jax.Array, k: jax.Array, rows: Rows, how: Followers) -> Tap:  # noqa: ARG001
+def taps(q: jax.Array, k: jax.Array, rows: Rows, how: Followers) -> Tap:
   """What the followers of these queries and keys are given, each its own: the first axis is theirs."""
+  return _zeros(q, k, rows, how)
+
+
+def _zeros(q: jax.Array, k: jax.Array, rows: Rows, how: Followers) -> Tap:
+  # Made of all that followers have in common, so that under `jax.vmap` there are as many as of any of it.
+  none = lambda x: jax.lax.select(jnp.zeros((), bool), x[(0,) * x.ndim].astype(jnp.float32), jnp.float32(0))
+  nothing = sum(map(none, jax.tree.leaves((q, k, rows))), jnp.float32(0))
 
   def zeros(x: jax.Array) -> jax.Array:
-    # Made of q and k, so that under `jax.vmap` there are as many.
     x = jax.lax.select(jnp.zeros(x.shape, bool), x, jnp.zeros_like(x))
-    return jnp.broadcast_to(x, (how.layers, *x.shape))
+    return jnp.broadcast_to(x + nothing.astype(x.dtype), (how.layers, *x.shape))
 
   per_query = jnp.swapaxes(q[..., 0], 1, 2).astype(jnp.float32)
   return Tap(zeros(q[..., : how.width]), zeros(k[..., : how.width]), zeros(per_query), zeros(per_query))
@@ -100,7 +106,7 @@ def taps(q: jax.Array, k: jax.Array, rows: Rows, how: Followers) -> Tap:  # noqa
 def _taps_forward(
   q: jax.Array, k: jax.Array, rows: Rows, how: Followers
 ) -> tuple[Tap, tuple[jax.Array, jax.Array, Rows]]:
-  return taps(q, k, rows, how), (q, k, rows)
+  return _zeros(q, k, rows, how), (q, k, rows)
 
 
 def _taps_backward(
@@ -114,13 +120,9 @@ def _taps_backward(
 taps.defvjp(_taps_forward, _taps_backward)
 
 
-def follow(q: jax.Array, k: jax.Array, v: jax.Array, tap: Tap, rows: Rows, how: Followers) -> jax.Array:
-  """A follower's attention: `sa_jax.ops.attend`, whose gradients of q and k take the way through the tap."""
-  return _follow(jax.lax.stop_gradient(q), jax.lax.stop_gradient(k), v, tap, rows, how)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _follow(q: jax.Array, k: jax.Array, v: jax.Array, tap: Tap, rows: Rows, how: Followers) -> jax.Array:  # noqa: ARG001
+def follow(q: jax.Array, k: jax.Array, v: jax.Array, tap: Tap, rows: Rows, how: Followers) -> jax.Array:  # noqa: ARG001
+  """A follower's attention: `sa_jax.ops.attend`, whose gradients of q and k take the way through the tap."""
   return how.parts.forward(q, k, v, rows, how.spec)[0]
 
 
@@ -149,4 +151,4 @@ def _follow_backward(
   return None, None, d_v.astype(v.dtype), Tap(d_out, v, inner, log_sums), None
 
 
-_follow.defvjp(_follow_forward, _follow_backward)
+follow.defvjp(_follow_forward, _follow_backward)
