@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import json
 import time
@@ -79,8 +78,9 @@ def measure(cache: Cache, tiling: Tiling, plain: bool, interpret: bool) -> dict[
   def steps(token: list[jax.Array], arrays: tuple[Tree, Tree], positions: jax.Array) -> tuple[jax.Array, Tree, Tree]:
     def step(_: jax.Array, carry: tuple[jax.Array, Tree, Tree]) -> tuple[jax.Array, Tree, Tree]:
       total, keys, values = carry
-      attend = functools.partial(flash_decode.attend, scale=WIDTH**-0.5, interpret=interpret)
-      out, _, keys, values = attend(*token, keys, values, positions)
+      q, key, value = token
+      rows, how = ops.Rows(offset=positions), flash_decode.How(WIDTH**-0.5)
+      out, _, (keys, values) = flash_decode.attend(q, (key, value), (keys, values), rows, how, interpret)
       return total + out.astype(jnp.float32), keys, values
 
     return jax.lax.fori_loop(0, STEPS, step, (jnp.zeros(expected.shape, jnp.float32), *arrays))

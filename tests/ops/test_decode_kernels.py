@@ -11,6 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from sa_jax import ops
 from sa_jax.ops import kernels
 from sa_jax.ops.attention import decode, flash_decode
+from sa_jax.ops.attention.flash_decode import How
 from tests import tiny
 
 
@@ -26,9 +27,9 @@ def test_flash_decode_equals_its_parts(heads, kv_heads):
   positions = jnp.asarray([0, 70, 128, slots - 1], jnp.int32)
   cached = (4, kv_heads, slots, head_dim)
   q, key, value, keys, values = arrays(0, (4, heads, head_dim), *[(4, kv_heads, head_dim)] * 2, cached, cached)
-  attend = functools.partial(flash_decode.attend, scale=head_dim**-0.5, interpret=True)
-  out, weights, new_keys, new_values = attend(q, key, value, keys, values, positions, with_weights=True)
-  alone, nothing, *_ = attend(q, key, value, keys, values, positions)
+  attend = functools.partial(flash_decode.attend, q, (key, value), (keys, values), ops.Rows(offset=positions))
+  out, weights, (new_keys, new_values) = attend(How(head_dim**-0.5, with_weights=True), interpret=True)
+  alone, nothing, _ = attend(How(head_dim**-0.5), interpret=True)
   np.testing.assert_array_equal(alone, out)
   assert nothing is None
   followed, followed_values = flash_decode.follow(weights, 2 * value, 2 * values, positions, interpret=True)
@@ -58,10 +59,10 @@ def test_flash_decode_of_a_quantised_cache_is_that_of_the_vectors_it_stands_for(
   slots, head_dim, positions = 256, 32, jnp.asarray([5, 200], jnp.int32)
   q, key, value, keys, values = arrays(5, (2, 4, head_dim), *[(2, 2, head_dim)] * 2, *[(2, 2, slots, head_dim)] * 2)
   stored = store(keys), store(values * 3)
-  attend = functools.partial(flash_decode.attend, scale=0.2, with_weights=True, interpret=True)
-  out, weights, *written = attend(q, key, value, *stored, positions)
+  rows, how = ops.Rows(offset=positions), How(0.2, with_weights=True)
+  out, weights, written = flash_decode.attend(q, (key, value), stored, rows, how, interpret=True)
   expected = [ops.write_slot(each, new, positions) for each, new in zip(stored, (key, value), strict=True)]
-  jax.tree.map(np.testing.assert_array_equal, written, expected)
+  jax.tree.map(np.testing.assert_array_equal, list(written), expected)
   followed, new_values = flash_decode.follow(weights, value, stored[1], positions, interpret=True)
   np.testing.assert_allclose(followed, out, atol=5e-6)
   jax.tree.map(np.testing.assert_array_equal, new_values, expected[1])
@@ -77,8 +78,8 @@ def test_flash_decode_reads_nothing_past_the_end():
   """Slots after a row's token may hold anything, NaN included, where no block before it holds them too."""
   keys, values = (jnp.full((1, 1, 128, 16), jnp.nan).at[:, :, :64].set(1.0) for _ in range(2))
   q, key, value = arrays(1, (1, 2, 16), (1, 1, 16), (1, 1, 16))
-  attend = functools.partial(flash_decode.attend, scale=0.25, with_weights=True, interpret=True)
-  out, weights, _, values = attend(q, key, value, keys, values, jnp.asarray([63]))
+  rows, how = ops.Rows(offset=jnp.asarray([63])), How(0.25, with_weights=True)
+  out, weights, (_, values) = flash_decode.attend(q, (key, value), (keys, values), rows, how, interpret=True)
   followed, _ = flash_decode.follow(weights, value, values, jnp.asarray([63]), interpret=True)
   assert all(np.isfinite(each).all() for each in (out, weights, followed))
 
@@ -132,10 +133,10 @@ class TestOnTheDevice:
     q, key, value, keys, values = half(6, (2, 8, head_dim), token, token, cached, cached)
     if cache_dtype is not None:
       keys, values = map(ops.FORMATS[cache_dtype].store, (keys, values))
-    attend = functools.partial(flash_decode.attend, scale=0.1, with_weights=True, interpret=self.interpret)
-    out, weights, *written = attend(q, key, value, keys, values, positions)
+    rows, how = ops.Rows(offset=positions), How(0.1, with_weights=True)
+    out, weights, written = flash_decode.attend(q, (key, value), (keys, values), rows, how, self.interpret)
     expected = [ops.write_slot(each, new, positions) for each, new in ((keys, key), (values, value))]
-    jax.tree.map(np.testing.assert_array_equal, written, expected)
+    jax.tree.map(np.testing.assert_array_equal, list(written), expected)
     plain = ops.decode_weights(q[:, None], expected[0], ops.Rows(offset=positions), ops.AttentionSpec(scale=0.1))
     close(weights, plain[:, :, 0], 0.002)
     close(out, ops.decode_apply(plain, expected[1])[:, 0], 0.01)
@@ -168,8 +169,9 @@ def test_kernels_are_lowered_for_a_gpu_where_there_is_none(cache_dtype):
   def both(q, key, value, keys, values):
     if cache_dtype is not None:
       keys, values = map(ops.FORMATS[cache_dtype].store, (keys, values))
-    positions = jnp.asarray([3, 300], jnp.int32)
-    out, weights, _, values = flash_decode.attend(q, key, value, keys, values, positions, scale=0.1, with_weights=True)
+    positions, how = jnp.asarray([3, 300], jnp.int32), How(0.1, with_weights=True)
+    rows = ops.Rows(offset=positions)
+    out, weights, (_, values) = flash_decode.attend(q, (key, value), (keys, values), rows, how)
     return out, flash_decode.follow(weights, value, values, positions)[0]
 
   card = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")

@@ -84,8 +84,8 @@ def test_new_tokens(arrays):
   out, weights, _ = ops.decode_attend(at(q)[:, None], (at(k)[:, None], at(v)[:, None]), cached, rows, with_weights=True)
   whole = jax.jit(lambda *qkv: reference.attend(*qkv, ops.Rows(sinks=sinks), ops.AttentionSpec()))(q, k, v)
   np.testing.assert_allclose(out[:, 0], at(whole), atol=2e-6)
-  kernel = functools.partial(flash_decode.attend, scale=H**-0.5, with_weights=True, interpret=True)
-  found, of_kernel, *_ = kernel(at(q), at(k), at(v), *cached, offset, sinks=sinks)
+  how = flash_decode.How(H**-0.5, with_weights=True)
+  found, of_kernel, _ = flash_decode.attend(at(q), (at(k), at(v)), cached, rows, how, interpret=True)
   np.testing.assert_allclose(found, out[:, 0], atol=2e-6)
   np.testing.assert_allclose(of_kernel, weights[:, :, 0], atol=1e-6)
   assert float(weights.sum(axis=-1).max()) < 1

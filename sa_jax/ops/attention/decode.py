@@ -92,11 +92,9 @@ def decode_attend(
   assert rows.offset is not None, "new tokens have a slot in the cache"
   plain = spec.window is None and spec.softcap is None and not set(rows.demands) - {OFFSETS, SINKS}
   if all(_has_kernel(q.shape[1], q.dtype, each) for each in cached) and plain:
-    token = q[:, 0], new[0][:, 0], new[1][:, 0]
-    out, weights, keys, values = flash_decode.attend(
-      *token, *cached, rows.offset, scale=spec.scale_for(q.shape[-1]), sinks=rows.sinks, with_weights=with_weights
-    )
-    return out[:, None], None if weights is None else weights[:, :, None], (keys, values)
+    how = flash_decode.How(spec.scale_for(q.shape[-1]), with_weights)
+    out, weights, cached = flash_decode.attend(q[:, 0], (new[0][:, 0], new[1][:, 0]), cached, rows, how)
+    return out[:, None], None if weights is None else weights[:, :, None], cached
   slots = rows.positions(q.shape[1])
   keys, values = (write_slot(stored, x, slots) for stored, x in zip(cached, new, strict=True))
   weights = decode_weights(q, keys, rows, spec)

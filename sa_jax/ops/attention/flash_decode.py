@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from sa_jax.ops.attention.reference import MASKED
+from sa_jax.ops.attention.rows import Rows
 from sa_jax.ops.attention.stored import Scales, block_of, floats_of, parts_of, scales_of, times_scales
 from sa_jax.ops.kernels import triton as plgpu
 from sa_jax.ops.quantize import Quantised, Stored, as_stored, product_dtype
@@ -55,36 +56,41 @@ TILINGS = {
 that `experiments/efficiency/decode_tilings.py` tries, for 16 rows of 16,384 tokens on an H200."""
 
 
+class How(NamedTuple):
+  """What is known before the arrays are.
+
+  Attributes:
+    scale: what multiplies ``q kᵀ``.
+    with_weights: whether to hand out the softmaxed weights, for followers.
+  """
+
+  scale: float
+  with_weights: bool = False
+
+
 def attend(
   q: jax.Array,
-  new_key: jax.Array,
-  new_value: jax.Array,
-  keys: Stored,
-  values: Stored,
-  positions: jax.Array,
-  *,
-  scale: float,
-  sinks: jax.Array | None = None,
-  with_weights: bool = False,
+  new: tuple[jax.Array, jax.Array],
+  cached: tuple[Stored, Stored],
+  rows: Rows,
+  how: How,
   interpret: bool = False,
-) -> tuple[jax.Array, jax.Array | None, Stored, Stored]:
+) -> tuple[jax.Array, jax.Array | None, tuple[Stored, Stored]]:
   """Attention of one new token a row over the cache that it joins.
 
   Args:
     q: ``[B, N, H]``.
-    new_key: ``[B, K, H]``.
-    new_value: ``[B, K, R]``.
-    keys: ``[B, K, S, H]``.
-    values: ``[B, K, S, R]``.
-    positions: int32 ``[B]``, the slot that each row's token takes.
-    scale: what multiplies ``q kᵀ``.
-    sinks: ``[N]``, of each head, or None; see `Rows`.
-    with_weights: whether to hand out the softmaxed weights, for followers.
+    new: key ``[B, K, H]`` and value ``[B, K, R]`` of the token.
+    cached: keys ``[B, K, S, H]`` and values ``[B, K, S, R]``.
+    rows: whose offset, int32 ``[B]``, is the slot that each row's token takes; and its sinks.
+    how: what else is known.
     interpret: runs the kernel on any device, slowly.
 
   Returns:
-    ``[B, N, R]``; the weights ``[B, N, S]`` in q's dtype, or None; keys and values with the new ones.
+    ``[B, N, R]``; the weights ``[B, N, S]`` in q's dtype, or None; cached keys and values with the new ones.
   """
+  assert rows.offset is not None, "a new token has a slot in the cache"
+  (keys, values), (new_key, new_value), positions, sinks = cached, new, rows.offset, rows.sinks
   batch, heads, head_dim = q.shape
   kv_heads, slots = jax.tree.leaves(keys)[0].shape[1:3]
   width = new_value.shape[2]
@@ -96,31 +102,30 @@ def attend(
   block, splits = min(block, split), slots // split
 
   token = as_stored(new_key, keys), as_stored(new_value, values)
-  cache = keys, values
   before = 2 + len(jax.tree.leaves(token))  # arrays before the cache's: positions, queries, the token's
   # Few programs have all the shared memory they need: 32 KB for 64 slots of keys and values, 128 wide in bfloat16.
   stages = max(3, tiles.stages) if batch * kv_heads * splits <= 2 * _PROCESSORS else tiles.stages
-  out, log_total, *cache, scores = pl.pallas_call(
-    functools.partial(_attend_kernel, group=group, scale=scale, size=block, interpret=interpret),
+  out, log_total, keys, values, scores = pl.pallas_call(
+    functools.partial(_attend_kernel, group=group, scale=how.scale, size=block, interpret=interpret),
     grid=(batch, kv_heads, splits),
-    in_specs=[_A_ROW, _of_head(_rows(group), head_dim), *map(_new, token), *(_cached(x, split) for x in cache)],
+    in_specs=[_A_ROW, _of_head(_rows(group), head_dim), *map(_new, token), *(_cached(x, split) for x in cached)],
     out_specs=[
       _of_program(_rows(group), width),
       _of_program(_rows(group)),
-      *(_cached(x, split) for x in cache),
-      _weights(_rows(group), split) if with_weights else None,
+      *(_cached(x, split) for x in cached),
+      _weights(_rows(group), split) if how.with_weights else None,
     ],
     out_shape=[
       jax.ShapeDtypeStruct((batch, kv_heads, splits, group, width), q.dtype if splits == 1 else jnp.float32),
       jax.ShapeDtypeStruct((batch, kv_heads, splits, group), jnp.float32),
-      *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), cache),
-      jax.ShapeDtypeStruct((batch, kv_heads, group, slots), jnp.float32) if with_weights else None,
+      *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), cached),
+      jax.ShapeDtypeStruct((batch, kv_heads, group, slots), jnp.float32) if how.with_weights else None,
     ],
-    input_output_aliases={before + leaf: 2 + leaf for leaf in range(len(jax.tree.leaves(cache)))},
+    input_output_aliases={before + leaf: 2 + leaf for leaf in range(len(jax.tree.leaves(cached)))},
     compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=stages),
     interpret=interpret,
     name="flash_decode",
-  )(positions, q.reshape(batch, kv_heads, group, head_dim), *token, *cache)
+  )(positions, q.reshape(batch, kv_heads, group, head_dim), *token, *cached)
   if splits > 1:
     out = jnp.einsum("BKSGH,BKSG->BKGH", out, jax.nn.softmax(log_total, axis=2))
   log_total = jax.nn.logsumexp(log_total, axis=2)
@@ -129,12 +134,12 @@ def attend(
     without, log_total = log_total, jnp.logaddexp(log_total, sinks.astype(jnp.float32).reshape(1, kv_heads, group))
     out = out.reshape(batch, kv_heads, group, width) * jnp.exp(without - log_total)[..., None].astype(out.dtype)
   weights = None
-  if with_weights:
+  if how.with_weights:
     # The kernel leaves slots past a row's end as they are in memory, which may be anything.
     seen = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 3) <= positions[:, None, None, None]
     weights = jnp.where(seen, jnp.exp(scores - log_total[..., None]), 0.0)
     weights = weights.astype(q.dtype).reshape(batch, heads, slots)
-  return out.astype(q.dtype).reshape(batch, heads, width), weights, *cache
+  return out.astype(q.dtype).reshape(batch, heads, width), weights, (keys, values)
 
 
 def follow(
