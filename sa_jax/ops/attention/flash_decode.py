@@ -52,8 +52,8 @@ TILINGS = {
   (4, False): Tiling(warps=1),
   (4, True): Tiling(128, warps=2),
 }
-"""An anchor's, by the bits of a cached number and whether values are narrower than keys: nearly the fastest of those
-that `experiments/efficiency/decode_tilings.py` tries, for 16 rows of 16,384 tokens on an H200."""
+"""An anchor's, by the bits of a cached number and whether values are narrower than keys; chosen for 16 rows of 16,384
+tokens on an H200 (`experiments/efficiency`), but for narrow values in int8, which were not timed."""
 
 
 class How(NamedTuple):
