@@ -86,7 +86,7 @@ def work(
   score = layers * block + head
   scoring = (1 + len(made)) * judging * score
   if not isinstance(wanted, int):
-    dense = len(texts[0].judging) * score
+    dense = judging * score
     return {SCORING_DENSE: dense, "refit": refit, "scoring": scoring - dense}
   return {
     READING: walk + judging * head,

@@ -338,6 +338,11 @@ def _loss(found: dict[str, Perplexity]) -> float:
 def _perplexities(
   model: Transformer, params: Params, texts: Sequence[Text], progress: search.Progress
 ) -> dict[str, Perplexity]:
-  """Of each text's judging rows."""
+  """Of each text's judging rows; the progress is that through all of them."""
   runs = as_runs(params, model.plan) if model.config.cache_dtype is None else params
-  return {text.name: perplexity(model, runs, text.judging, batch_size=1, progress=progress) for text in texts}
+  total, before, found = sum(len(text.judging) for text in texts), 0, {}
+  for text in texts:
+    through_all = lambda done, _, before=before: progress(before + done, total)
+    found[text.name] = perplexity(model, runs, text.judging, batch_size=1, progress=through_all)
+    before += len(text.judging)
+  return found

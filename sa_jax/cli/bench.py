@@ -104,6 +104,8 @@ def _row(result: Result) -> list[str]:
   name = task.plan if task.who == "sa_jax" else task.who
   if task.attention_state != "query_key":
     name += f" {task.attention_state}"
+  if task.group_backward and task.who == "sa_jax" and task.plan != "dense":
+    name += ", one backward pass a group"
   work = {"decode": "B", "batching": "tokens"}.get(task.kind, "FLOP")
   return [
     name,

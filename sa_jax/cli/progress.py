@@ -60,7 +60,9 @@ def _lines(label: str, screen: Console) -> Iterator[Report]:
     nonlocal first
     now = time.monotonic()
     if now - said >= _SECONDS and done < total:
-      left = f", {duration((now - first[0]) / (done - first[1]) * (total - done))} left" if first else ""
+      left = ""
+      if first is not None and done > first[1]:
+        left = f", {duration((now - first[0]) / (done - first[1]) * (total - done))} left"
       say(f"{done}/{total}{left}")
     # The first piece of work has a compilation in it: what is left is told from those after it.
     if first is None and done:

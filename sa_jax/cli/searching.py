@@ -33,7 +33,7 @@ class Searching:
   """A number of followers; what may remain of the dense cost: kv=80%, flops=95%; or ppl=1.05, the most followers with
   which the judged perplexity stays within so many times the dense one."""
   effort: EffortName = "good"
-  """quick: a minute, little text; good: as in the published results; best: a wider search. Sets defaults below."""
+  """quick: a minute, little text; good: all that pays, on more text; best: a wider search. Sets defaults below."""
   settings: Effort = EFFORTS["good"]
   """Effort."""
   opening: Opening = Opening()

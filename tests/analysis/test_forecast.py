@@ -10,7 +10,7 @@ from sa_jax.analysis.budget import Budget
 from sa_jax.analysis.forecast import Counts, foretold, work
 from sa_jax.analysis.judge import Judge
 from sa_jax.analysis.refit import Refit
-from sa_jax.analysis.share import EFFORTS, READING, Effort, Search, refits, search_plan
+from sa_jax.analysis.share import EFFORTS, READING, SCORING_DENSE, Effort, Search, refits, search_plan, share
 from tests import tiny
 from tests.analysis.test_search import CONFIG, DENSE, TEXTS
 
@@ -63,6 +63,19 @@ def test_the_first_stages_speed_tells_the_time(monkeypatch):
       report(layer, 5)
   assert said == ["about 11 min, and what compiles: search 10 min, refit 60 s"]
   assert seen == [(1, 1), *((layer, 5) for _ in range(2) for layer in range(1, 6))]
+
+
+def test_scoring_is_told_through_all_texts():
+  """Where nothing is searched, it is also what the rest of the time is foretold by: counted, and done, all rows."""
+  seen = {}
+  plan = sa_jax.SharingPlan.parse("2:3", CONFIG.num_layers)
+  stage = lambda name: lambda *done: seen.setdefault(name, []).append(done)
+  params = jax.tree.map(jnp.asarray, tiny.params(DENSE))
+  share(DENSE, params, TEXTS, plan, Effort(local_epochs=0), stage=stage)
+  rows = sum(len(text.judging) for text in TEXTS)
+  assert seen[SCORING_DENSE] == seen["scoring, shared"] == [(done, rows) for done in range(1, rows + 1)]
+  counted = work(CONFIG, TEXTS, plan, Effort(local_epochs=0), 4)
+  assert counted["scoring"] == pytest.approx(counted[SCORING_DENSE])
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from sa_jax import UserError
 from sa_jax.bench import Result, Task, Timing, run_task, timed
 from sa_jax.cli import main
+from sa_jax.cli.bench import _row
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +48,13 @@ def test_a_task_that_fails_says_why():
 def test_what_means_nothing_is_refused(capsys, arguments, why):
   assert main(["bench", *arguments]) == 2
   assert why in " ".join(capsys.readouterr().err.split())
+
+
+def test_rows_of_the_table_say_what_sets_them_apart():
+  told = lambda **how: _row(Result(Task("step", "tiny", "0:1-2", **how), 0.5, 0.4, 0.6, 1.0, 0.0, "a card"))[0]
+  assert told() == "0:1-2"
+  assert told(attention_state="attention_weights") == "0:1-2 attention_weights"
+  assert told(group_backward=True) == "0:1-2, one backward pass a group"
 
 
 def test_what_was_measured_is_told_though_the_next_fails(monkeypatch, capsys, tmp_path):

@@ -27,6 +27,22 @@ def test_through_a_pipe_there_is_a_line_now_and_then(clock, capsys):
   assert lines == ["reading: 1/10", "reading: 4/10, 48 s left", "reading: 7/10, 24 s left", "reading: done in 2 min"]
 
 
+def test_work_that_begins_anew_is_told_without_time_left(clock, capsys):
+  with progress("scoring") as report:
+    for done in (2, 3, 1, 2, 3):
+      clock[0] += 30
+      report(done, 4)
+  lines = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]
+  assert lines == [
+    "scoring: 2/4",
+    "scoring: 3/4",
+    "scoring: 1/4",
+    "scoring: 2/4",
+    "scoring: 3/4",
+    "scoring: done in 2 min",
+  ]
+
+
 @pytest.mark.parametrize("terminal", ["dumb", "xterm"])
 def test_a_terminal_without_cursor_has_no_bar(monkeypatch, capsys, terminal):
   screen = Console(file=io.StringIO(), force_terminal=True, width=80, _environ={"TERM": terminal})
