@@ -140,7 +140,7 @@ def different_calls(folder: Path, rank: int) -> list[Callable[[], object]]:
   dense, params = sa_jax.from_pretrained(folder / "model", "dense", "float32", mesh=mesh, layout="layers")
   tokens, plan = tiny.tokens(4, 16, 64), sa_jax.SharingPlan.parse(PLAN, 4)
   texts = [Text("text", tokens[:2], tokens[2:])]
-  batcher = sa_jax.decode.Batcher(dense, params, slots=2, capacity=32)
+  batcher = sa_jax.decode.Batcher(dense, params, sa_jax.decode.Serving(slots=2, capacity=32))
   batcher.submit(tokens[rank], 4)
   request = (tokens[0], [3])
   judge = Judge(dense, params, texts, None)

@@ -11,7 +11,7 @@ import pytest
 
 import sa_jax
 from sa_jax import ops
-from sa_jax.decode import Batcher
+from sa_jax.decode import Batcher, Serving
 from sa_jax.nn import Transformer
 from sa_jax.train.batch import Batch
 from sa_jax.train.objective import next_token
@@ -117,7 +117,7 @@ def test_generation_and_its_bytes(cache_dtype):
   tokens = tiny.tokens(3, 9)
   wanted = sa_jax.generate(wide, tiny.filled(params), tokens, max_new_tokens=8).tokens
   np.testing.assert_array_equal(sa_jax.generate(narrow, params, tokens, max_new_tokens=8).tokens, wanted)
-  batcher = Batcher(narrow, params, slots=2, capacity=32)
+  batcher = Batcher(narrow, params, Serving(slots=2, capacity=32))
   requests = [batcher.submit(row, 8) for row in tokens]
   batcher.run()
   np.testing.assert_array_equal([request.tokens for request in requests], wanted)

@@ -18,7 +18,7 @@ import numpy as np
 from rich.progress import track
 
 import sa_jax
-from sa_jax.decode import Batcher
+from sa_jax.decode import Batcher, Serving
 from sa_jax.sharding import abstract_params
 
 LONGEST_PROMPT, LONGEST_ANSWER, CAPACITY = 2000, 32, 2048
@@ -47,7 +47,7 @@ def main() -> int:
   limits = rng.integers(1, LONGEST_ANSWER + 1, count).tolist()
 
   start = time.perf_counter()
-  batcher = Batcher(model, params, slots=16, capacity=CAPACITY, chunk=4)
+  batcher = Batcher(model, params, Serving(slots=16, capacity=CAPACITY, chunk=4))
   requests, refused = [], 0
   for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
     if index % 50 == 49:

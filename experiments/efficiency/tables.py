@@ -88,6 +88,27 @@ def draft_rows(values: dict) -> Iterator[list[str]]:
     yield [name, f"{row['tokens_per_round']:.2f}", f"{speed:,.0f}", f"{speed / greedy:.2f}"]
 
 
+def serving_rows(values: dict) -> Iterator[list[str]]:
+  """Rows of ``serving*.json``."""
+  for row in values["rows"]:
+    how, between = row["how"], row.get("between", {})
+    name = "static batches"
+    if how is not None:
+      pages = "" if how["cache_slots"] is None else f" in pages of {how['cache_slots']:,} slots"
+      more = [f"{key} {how[key]}" for key in ("together", "read") if how[key] not in (None, 1)]
+      more += ["longest first"] if how["longest_first"] else []
+      more += [f"a look every {how['chunk']}"] if row["watched"] else []
+      name = ", ".join([f"{how['slots']} rows{pages}", *more])
+    yield [
+      f"{row['load']}, {row['requests']}",
+      name,
+      f"{row['seconds']:.2f} ({row['low']:.2f}–{row['high']:.2f})",
+      f"{row['tokens_per_second']:,.0f}",
+      f"{row['against_static']:.2f} ×",
+      *(f"{1e3 * between[key]:.1f}" if between else "" for key in ("p50", "p99", "longest")),
+    ]
+
+
 def fit_rows() -> Iterator[list[str]]:
   """Rows of the programs that were compiled for TPUs."""
   for path in sorted(HERE.glob("tpu/*.json")):
@@ -135,6 +156,12 @@ def results() -> str:
     title = f"## Speculative decoding of SmolLM2-135M, one row, {values['ahead']} proposals a round, {values['device']}"
     parts += [title, f"`{path.relative_to(HERE)}`"]
     parts.append(table(["draft", "tokens a round", "tokens/s", "of greedy's"], draft_rows(values)))
+  for path in sorted(HERE.glob("gpu/**/serving*.json")):
+    values = json.loads(path.read_text(encoding="utf-8"))
+    parts += [f"## Serving, {values['model']}, {values['layers']} layers, {values['device']}"]
+    parts += [f"`{path.relative_to(HERE)}`; times between two tokens of a request are in milliseconds"]
+    columns = ["requests", "served", "seconds", "tokens/s", "of static batches", "p50", "p99", "longest"]
+    parts.append(table(columns, serving_rows(values)))
   columns = ["file", "slice", "program", "plan", "peak, GB", "memory, GB", "roofline, ms", "collectives: times / GB"]
   parts += ["## TPU, compiled ahead of time; nothing ran", table(columns, fit_rows())]
   return "\n\n".join(parts) + "\n"

@@ -19,7 +19,7 @@ from sa_jax.bench.measure import Timing, copy_bandwidth, device_name, matrix_rat
 from sa_jax.bench.task import LONGEST_ANSWER, PROMPT, STEPS, Result, Task
 from sa_jax.config import ModelConfig
 from sa_jax.costs import cost
-from sa_jax.decode import Batcher, Engine, Prompts, Sampler
+from sa_jax.decode import Batcher, Engine, Prompts, Sampler, Serving, capacity_for
 from sa_jax.errors import UserError
 from sa_jax.nn import Runs, Transformer
 from sa_jax.nn.split import Heads, query_axis
@@ -196,7 +196,8 @@ def _stack_of_layers(task: Task, gradient: bool) -> Result:
 def batching(task: Task) -> Result:
   """Requests with 64 prompt tokens and 16 to 512 new ones, longest first.
 
-  ``detail`` compares with the same in order of arrival, and with static batches, which wait for their longest row.
+  ``detail`` compares with the same in order of arrival, also in pages of as much cache, and with static batches, which
+  wait for their longest row.
   """
   config = task.config
   plan = SharingPlan.parse(task.plan, config.num_layers)
@@ -206,8 +207,13 @@ def batching(task: Task) -> Result:
   prompts = rng.integers(3, config.vocab_size, (task.requests, PROMPT)).astype(np.int32)
   lengths = rng.integers(16, LONGEST_ANSWER + 1, task.requests)
 
-  def continuous(count: int, longest_first: bool = False) -> None:
-    batcher = Batcher(model, params, slots=task.batch_size, capacity=task.length, longest_first=longest_first)
+  in_rows = Serving(slots=task.batch_size, capacity=task.length)
+  cache_slots = task.batch_size * capacity_for(task.length)
+  # On average, a request needs half of the longest one's slots.
+  in_pages = Serving(slots=2 * task.batch_size, capacity=task.length, cache_slots=cache_slots, together=4)
+
+  def continuous(count: int, how: Serving) -> None:
+    batcher = Batcher(model, params, how)
     requests = [
       batcher.submit(prompt, int(length)) for prompt, length in zip(prompts[:count], lengths[:count], strict=True)
     ]
@@ -224,18 +230,20 @@ def batching(task: Task) -> Result:
       )
 
   # As many requests as are ever admitted in one program, in each size that there is.
-  sizes = [1 << power for power in range(task.batch_size.bit_length()) if 1 << power <= task.batch_size]
-  for size in sizes:
-    continuous(size)
+  for how in (in_rows, in_pages):
+    for power in range(how.slots.bit_length()):
+      continuous(min(1 << power, task.requests), how)
   static(task.batch_size)
-  ours, arrival, static_batches = (
-    _wall(functools.partial(run, task.requests), task.repeats)
-    for run in (functools.partial(continuous, longest_first=True), continuous, static)
+  longest_first = dataclasses.replace(in_rows, longest_first=True)
+  ours, arrival, pages = (
+    _wall(functools.partial(continuous, task.requests, how), task.repeats) for how in (longest_first, in_rows, in_pages)
   )
+  static_batches = _wall(functools.partial(static, task.requests), task.repeats)
   tokens = int(lengths.sum())
   detail = (
     f"{static_batches.median / ours.median:.2f} × static batches ({tokens / static_batches.median:.0f} tokens/s); "
-    f"in order of arrival {static_batches.median / arrival.median:.2f} ×"
+    f"in order of arrival {static_batches.median / arrival.median:.2f} ×, "
+    f"with {in_pages.slots} rows in pages of as much cache {static_batches.median / pages.median:.2f} ×"
   )
   return Result(task, *ours, tokens, 0.0, device_name(), detail=detail)
 

@@ -3,7 +3,7 @@
 from sa_jax.decode.batcher import Batcher, Request
 from sa_jax.decode.beams import Beams, Found, beam_search
 from sa_jax.decode.detokenizer import Detokenizer
-from sa_jax.decode.engine import Begun, DecodeState, Drawn, Engine, Prompts, capacity_for, insert, pad_to, retire
+from sa_jax.decode.engine import Begun, Engine, capacity_for, pad_to
 from sa_jax.decode.generate import Generated, generate, stream
 from sa_jax.decode.padding import right_pad, to_right_padded
 from sa_jax.decode.prefix import PromptCache
@@ -20,8 +20,10 @@ from sa_jax.decode.processors import (
   Start,
 )
 from sa_jax.decode.sampling import Sampler
+from sa_jax.decode.serving import Serving
 from sa_jax.decode.settings import Settings, TextSettings
 from sa_jax.decode.speculative import Draft, Speculated, SpeculativeEngine, SpeculativeState, accept, speculate
+from sa_jax.decode.state import DecodeState, Drawn, Prompts, insert, retire
 from sa_jax.decode.text import Text, continue_texts, stream_text
 from sa_jax.nn.cache import Cache, LayerCache
 
@@ -65,6 +67,7 @@ __all__ = [
   # Requests that come and go.
   "Batcher",
   "Request",
+  "Serving",
   # The compiled parts.
   "Begun",
   "Cache",

@@ -13,9 +13,12 @@ from typing import Literal
 import numpy as np
 
 from sa_jax.decode.arguments import as_count, check_seed
-from sa_jax.decode.engine import Drawn, Engine, Prompts, pad_to, retire
+from sa_jax.decode.engine import Engine, pad_to
 from sa_jax.decode.prefix import PromptCache
+from sa_jax.decode.reading import Reading, admit_read, begin, read
 from sa_jax.decode.sampling import Sampler
+from sa_jax.decode.serving import PageTable, Serving
+from sa_jax.decode.state import Drawn, Prompts, retire
 from sa_jax.decode.unsound import tell_unsound
 from sa_jax.distributed import check_given, is_spread
 from sa_jax.errors import UserError
@@ -53,18 +56,14 @@ class Request:
 
 
 class Batcher:
-  """Generates for many requests at once, in a batch of ``slots`` rows.
+  """Generates for many requests at once, in a batch of ``how.slots`` rows.
 
-  A request waits for a free slot, is prefilled (padded to one of a few lengths, so that few programs are compiled),
-  joins the running batch, and frees its slot when it ends. What it generates does not depend on the requests beside it.
+  A request waits for a free slot, and for pages where the cache has them, is prefilled (padded to one of a few lengths,
+  so that few programs are compiled), joins the running batch, and frees its slot when it ends. What it generates does
+  not depend on the requests beside it.
 
   Attributes:
-    slots: rows of the batch.
-    capacity: cache slots a row: a prompt and its continuation, but for the last token, must fit.
-    chunk: most decode steps on device between two looks of the host, at which new tokens and cancellations are seen; a
-      slot that becomes free while a request waits for it ends them early.
-    longest_first: whether the waiting request with the most tokens to add goes first, so that the batch stays full to
-      the end, where all requests are known from the start; otherwise they go in the order of their arrival.
+    how: sizes, and who goes first.
     sampler: how tokens are drawn.
     prefix: a beginning that prompts may share, which is not read again; see `PromptCache`.
   """
@@ -73,26 +72,25 @@ class Batcher:
     self,
     model: Transformer,
     params: Params,
+    how: Serving = Serving(),
     *,
-    slots: int = 16,
-    capacity: int = 2048,
     sampler: Sampler = Sampler(),
-    chunk: int = 16,
-    longest_first: bool = False,
     prefix: PromptCache | None = None,
   ):
     sampler.check(model.config.vocab_size)
-    if slots < 1 or capacity < 1 or chunk < 1:
-      raise UserError(f"slots, capacity and chunk must be at least 1, not {slots}, {capacity} and {chunk}")
-    self.slots, self.capacity, self.chunk, self.longest_first = slots, capacity, chunk, longest_first
-    self.prefix = prefix
+    self.how, self.prefix = how, prefix
     self._params, self.sampler = as_layers(params, model.plan), sampler
     self._engine = Engine.of(model, self._params)
-    self._state = self._engine.empty(slots, capacity, sampler)
+    self._table = None if how.cache_slots is None else PageTable(how)
+    pages = None if self._table is None else self._table.pages()
+    capacity = how.capacity if pages is None else pages.table.shape[1] * how.page_size
+    self._state = self._engine.empty(how.slots, capacity, sampler, pages)
     self._waiting: collections.deque[Request] = collections.deque()
     # Any thread may submit and cancel; one steps at a time.
     self._queue, self._stepping = threading.Lock(), threading.Lock()
     self._running: dict[int, Request] = {}
+    self._begun: _Begun | None = None
+    self._held = False  # whether more could enter, were it not for the rows that run
     self._told = False
 
   def submit(self, prompt: Sequence[int] | np.ndarray, max_new_tokens: int, *, seed: int = 0, row: int = 0) -> Request:
@@ -108,10 +106,10 @@ class Batcher:
     check_tokens(tokens[None], None, self._engine.model.config.vocab_size)
     check_seed(seed)
     max_new_tokens = as_count("max_new_tokens", max_new_tokens)
-    if (needed := len(tokens) + max_new_tokens - 1) > self.capacity:
+    if (needed := len(tokens) + max_new_tokens - 1) > self.how.capacity:
       raise UserError(
         f"a prompt of {len(tokens)} tokens with {max_new_tokens} new ones needs {needed} cache slots, "
-        f"and a row has {self.capacity}"
+        f"and a row has {self.how.capacity}"
       )
     request = Request(tokens.astype(np.int32), max_new_tokens, seed, row)
     with self._queue:
@@ -137,7 +135,7 @@ class Batcher:
     Returns:
       New tokens by ``id(request)``, for streaming; they are in ``request.tokens`` too.
     """
-    return self._step(self.chunk)
+    return self._step(self.how.chunk)
 
   def enter(self) -> dict[int, list[int]]:
     """Fills free slots and collects first tokens, for who waits for them: `step` gives them with a chunk of others.
@@ -150,7 +148,7 @@ class Batcher:
   def run(self) -> None:
     """Steps until no request is left; as nobody looks in between, the host does only where a slot is to be filled."""
     while self.busy:
-      self._step(max(self.chunk, _UNWATCHED))
+      self._step(max(self.how.chunk, _UNWATCHED))
 
   def _step(self, chunk: int) -> dict[int, list[int]]:
     with self._stepping:
@@ -167,21 +165,22 @@ class Batcher:
           (each.prompt, each.max_new_tokens, each.seed, each.row, each.status)
           for each in (*self._running.values(), *self._waiting)
         ]
-      sizes = self.slots, self.capacity, self.chunk, self.longest_first
       check_given(
-        "a step of the batcher", {"requests": requests, "sampler": self.sampler, "sizes": sizes, "chunk": chunk}
+        "a step of the batcher", {"requests": requests, "sampler": self.sampler, "how": self.how, "chunk": chunk}
       )
 
   def _decode(self, chunk: int) -> Drawn:
     """A chunk of tokens, still on the device."""
-    # While requests wait, one row that ends is enough to stop for: its slot is free.
-    enough = np.int32(self.slots - len(self._running) + 1 if self._waiting else self.slots)
+    # While requests wait, a few rows that end are enough to stop for: their slots are free.
+    slots = self.how.slots
+    wanted = self._waiting and not self._held
+    enough = np.int32(min(slots, slots - len(self._running) + self.how.together) if wanted else slots)
     self._state, out = self._engine.decode(
       self._params,
       self._state,
       sampler=self.sampler,
-      steps=np.int32(chunk),
-      width=max(self.chunk, _UNWATCHED),  # one program, whoever watches
+      steps=np.int32(min(chunk, self.how.chunk) if self._held else chunk),
+      width=max(self.how.chunk, _UNWATCHED),  # one program, whoever watches
       enough=enough,
     )
     return out
@@ -209,16 +208,23 @@ class Batcher:
   def _drop_cancelled(self) -> None:
     cancelled = [slot for slot, request in self._running.items() if request.status == "cancelled"]
     if cancelled:
-      self._state = retire(self._state, np.isin(np.arange(self.slots), cancelled))
+      self._state = retire(self._state, np.isin(np.arange(self.how.slots), cancelled))
     for slot in cancelled:
       del self._running[slot]
 
   def _fill_slots(self) -> list[tuple[np.ndarray, Drawn]]:
     """Prefills waiting requests into free slots; returns slots and first tokens, on device."""
-    free = [slot for slot in range(self.slots) if slot not in self._running]
+    if self._table is not None:
+      self._table.keep(self._running)
+    free = [slot for slot in range(self.how.slots) if slot not in self._running]
+    chosen = [] if self._begun else self._next(len(free))
+    if chosen and self._is_long(chosen[0]):
+      self._begun = _Begun.of(self._engine, chosen[0], self.how, self.prefix)
+    if self._begun is not None:
+      return self._read_on(self._begun, free)
     by_length: dict[int, dict[int, Request]] = collections.defaultdict(dict)
-    for slot, request in zip(free, self._next(len(free))):
-      by_length[pad_to(len(request.prompt), self.capacity)][slot] = request
+    for slot, request in zip(free, chosen):
+      by_length[self._padded(request)][slot] = request
     first = []
     for length, requests in by_length.items():
       slots = list(requests)
@@ -230,27 +236,121 @@ class Batcher:
     return first
 
   def _next(self, count: int) -> list[Request]:
-    """The waiting requests whose turn it is, at most so many."""
+    """The waiting requests whose turn it is: at most so many, as there are pages for, and as may be read at once."""
     with self._queue:
-      if self.longest_first:
-        return heapq.nlargest(count, self._waiting, key=lambda request: request.max_new_tokens)
-      return list(itertools.islice(self._waiting, count))
+      if self.how.longest_first:
+        order = heapq.nlargest(count, self._waiting, key=lambda request: request.max_new_tokens)
+      else:
+        order = list(itertools.islice(self._waiting, count))
+    pages = tokens = 0
+    self._held = False
+    for at, request in enumerate(order):
+      pages, tokens = pages + self._pages_for(request), tokens + self._padded(request)
+      if self._table is not None and pages > self._table.free:
+        return order[:at]
+      if self._running and self.how.read is not None and tokens > self.how.read and at > 0:
+        self._held = True
+        return order[:at]
+    return order
+
+  def _padded(self, request: Request) -> int:
+    return pad_to(len(request.prompt), self.how.capacity)
+
+  def _pages_for(self, request: Request) -> int:
+    return self.how.pages_for(len(request.prompt) + request.max_new_tokens - 1)
+
+  def _is_long(self, request: Request) -> bool:
+    """Whether running rows would wait too long for a request's whole prompt."""
+    return bool(self._running) and self.how.read is not None and len(request.prompt) > self.how.read
+
+  def _read_on(self, begun: _Begun, free: Sequence[int]) -> list[tuple[np.ndarray, Drawn]]:
+    """Reads a chunk of a long prompt, or all that is left of it if no row runs; returns what `_fill_slots` does."""
+    # An interruption loses what has been read, and not the request, which waits.
+    self._begun, self._held = None, False
+    while begun.request.status == "waiting" and not begun.is_read:
+      begun = begun.read_on(self._engine, self._params)
+      if self._running:
+        break
+    if begun.request.status != "waiting":
+      return []
+    if not begun.is_read:
+      self._begun, self._held = begun, True
+      return []
+    slots = np.array(free[:1], np.int32)
+    self._give_pages(slots, [begun.request])
+    self._state, first = admit_read(self._engine, self._params, self._state, slots, begun.reading, sampler=self.sampler)
+    self._run_at(slots, [begun.request])
+    return [(slots, first)]
 
   def _admit(self, slots: np.ndarray, requests: Sequence[Request], length: int) -> tuple[np.ndarray, Drawn]:
     """Prefills requests into slots, padded to a length. Only then do they run: an interruption loses none."""
-    rows, new, seeds, numbers = zip(*((each.prompt, each.max_new_tokens, each.seed, each.row) for each in requests))
-    prompts = Prompts.of(rows, length, new, seeds, numbers)
+    prompts = _prompts(requests, length)
     begun = None if self.prefix is None else self.prefix.begun(prompts, self._engine.model)
+    self._give_pages(slots, requests)
     self._state, first = self._engine.admit(
       self._params, self._state, slots, prompts, sampler=self.sampler, begun=begun
     )
+    self._run_at(slots, requests)
+    return slots, first
+
+  def _give_pages(self, slots: np.ndarray, requests: Sequence[Request]) -> None:
+    """Gives the rows of a cache of pages what their requests need."""
+    if self._table is not None:
+      for slot, request in zip(slots.tolist(), requests, strict=True):
+        self._table.take(slot, self._pages_for(request))
+      cache = dataclasses.replace(self._state.cache, pages=self._table.pages())
+      self._state = dataclasses.replace(self._state, cache=cache)
+
+  def _run_at(self, slots: np.ndarray, requests: Sequence[Request]) -> None:
+    """Notes that requests, which waited, run at slots."""
     with self._queue:
       for slot, request in zip(slots.tolist(), requests, strict=True):
         self._running[slot] = request
         if request.status == "waiting":  # not cancelled meanwhile
           request.status = "running"
       self._waiting = collections.deque(request for request in self._waiting if request.status == "waiting")
-    return slots, first
+
+
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+  """A request whose prompt is read in chunks.
+
+  Attributes:
+    request: it waits.
+    reading: its prompt.
+    chunk: tokens of a chunk.
+    start: how many have been read.
+  """
+
+  request: Request
+  reading: Reading
+  chunk: int
+  start: int = 0
+
+  @classmethod
+  def of(cls, engine: Engine, request: Request, how: Serving, prefix: PromptCache | None) -> _Begun:
+    assert how.read is not None, "prompts are read whole"
+    prompts = _prompts([request], pad_to(len(request.prompt), how.capacity))
+    # A beginning in a quantised cache is not what its tokens show to those after them.
+    if prefix is None or engine.model.config.cache_format is not None:
+      return cls(request, begin(engine, prompts), how.read)
+    begun = prefix.begun(prompts, engine.model)
+    return cls(request, begin(engine, prompts, begun), how.read, int(begun.shared[0]))
+
+  @property
+  def is_read(self) -> bool:
+    return self.start >= len(self.request.prompt)
+
+  def read_on(self, engine: Engine, params: Params) -> _Begun:
+    """With a chunk more."""
+    reading = read(engine, params, self.reading, np.int32(self.start), chunk=self.chunk)
+    return dataclasses.replace(self, reading=reading, start=self.start + self.chunk)
+
+
+def _prompts(requests: Sequence[Request], length: int) -> Prompts:
+  """Requests' prompts, padded to a length."""
+  rows, new, seeds, numbers = zip(*((each.prompt, each.max_new_tokens, each.seed, each.row) for each in requests))
+  return Prompts.of(rows, length, new, seeds, numbers)
 
 
 def _row(drawn: Drawn, row: int) -> tuple[list[int], list[float]]:

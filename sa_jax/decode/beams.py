@@ -12,8 +12,9 @@ import numpy as np
 from flax import struct
 from numpy.typing import ArrayLike
 
-from sa_jax.decode.engine import Engine, Prompts, capacity_for, pad_to
+from sa_jax.decode.engine import Engine, capacity_for, pad_to
 from sa_jax.decode.generate import checked_prompts, pad_token
+from sa_jax.decode.state import Prompts
 from sa_jax.distributed import called_alike
 from sa_jax.fields import Count, check_fields
 from sa_jax.nn import Cache, Transformer

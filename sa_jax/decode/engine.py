@@ -1,15 +1,13 @@
-"""The compiled parts of generation: prefill, the token loop on device, and putting a prefilled row into a batch."""
+"""The compiled parts of generation: prefill, alone or into a running batch, and the token loop on device."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
@@ -17,7 +15,9 @@ from sa_jax import ops
 from sa_jax.decode.processors import Start
 from sa_jax.decode.room import check_room
 from sa_jax.decode.sampling import Sampler
+from sa_jax.decode.state import DecodeState, Drawn, Prompts, insert, newest
 from sa_jax.decode.unsound import SOUND, unsound_from
+from sa_jax.errors import UserError
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.typed import apply
 from sa_jax.programs import program
@@ -27,88 +27,6 @@ from sa_jax.trees import Params, Tree
 _LOG = logging.getLogger("sa_jax")
 
 _SHORTEST = 64
-
-
-@struct.dataclass
-class Prompts:
-  """Rows to be continued.
-
-  Attributes:
-    tokens: int32 ``[B, T]``, right-padded.
-    lengths: int32 ``[B]``.
-    new: int32 ``[B]``, most tokens to add to each row, at least one.
-    seeds: uint32 ``[B]``.
-    numbers: int32 ``[B]``; a row's samples depend on its seed and its number, and on nothing else.
-  """
-
-  tokens: Tree
-  lengths: Tree
-  new: Tree
-  seeds: Tree
-  numbers: Tree
-
-  @classmethod
-  def of(
-    cls, rows: Sequence[np.ndarray], length: int, new: Sequence[int], seeds: Any, numbers: Sequence[int]
-  ) -> Prompts:
-    """Rows of tokens, padded to a length; ``seeds`` is one for all or one for each."""
-    tokens = np.zeros((len(rows), length), np.int32)
-    for padded, row in zip(tokens, rows, strict=True):
-      padded[: len(row)] = row
-    lengths = np.array([len(row) for row in rows], np.int32)
-    seeds = np.broadcast_to(np.asarray(seeds, np.uint32), len(rows))
-    return cls(tokens, lengths, np.asarray(new, np.int32), seeds, np.asarray(numbers, np.int32))
-
-  def repeated(self, samples: int) -> Prompts:
-    """Each row so many times, one after the other, with numbers of their own: as many answers to each prompt."""
-    tokens, lengths, new, seeds, numbers = (
-      jnp.repeat(jnp.asarray(x), samples, axis=0) for x in dataclasses.astuple(self)
-    )
-    return Prompts(tokens, lengths, new, seeds, numbers * samples + jnp.arange(numbers.shape[0]) % samples)
-
-  @property
-  def keys(self) -> jax.Array:
-    """``[B]`` PRNG keys of the rows."""
-    return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(self.seeds, self.numbers)
-
-
-@struct.dataclass
-class DecodeState:
-  """A batch in the middle of generation.
-
-  Attributes:
-    cache: of everything before ``tokens``.
-    tokens: int32 ``[B]``, the newest token of each row, not yet in the cache.
-    positions: int32 ``[B]``, the slot that it will take.
-    remaining: int32 ``[B]``, how many tokens the row may still add.
-    done: bool ``[B]``, whether the row has ended: by an end token, or with none remaining.
-    keys: ``[B]`` PRNG keys of the rows.
-    log_probs: float32 ``[B]``, of the newest tokens, where the sampler tells them; otherwise zeros.
-    unsound: int32 ``[B]``, see `unsound_from`.
-    history: the states of the sampler's rules.
-  """
-
-  cache: Cache
-  tokens: jax.Array
-  positions: jax.Array
-  remaining: jax.Array
-  done: jax.Array
-  keys: jax.Array
-  log_probs: jax.Array
-  unsound: jax.Array
-  history: tuple[Tree, ...] = ()
-
-
-class Drawn(NamedTuple):
-  """Tokens that were drawn, and what is told of them.
-
-  Attributes:
-    tokens: int32 ``[B, width]``, -1 where there is none.
-    log_probs: float32 ``[B, width]``, or None where the sampler does not tell them.
-  """
-
-  tokens: Tree
-  log_probs: Tree
 
 
 @struct.dataclass
@@ -124,6 +42,11 @@ class Begun:
   cache: Cache
   shared: Tree
   rest: int = struct.field(pytree_node=False)
+
+  def rows(self, count: int, capacity: int) -> Cache:
+    """The cache of so many rows that begin so, in ``capacity`` slots each."""
+    cut = lambda x: jnp.broadcast_to(x[:, :, :capacity], (count, *x[0, :, :capacity].shape))
+    return jax.tree.map(cut, self.cache).grow(capacity)
 
 
 def pad_to(length: int, longest: int) -> int:
@@ -164,16 +87,31 @@ class Engine:
     mesh = mesh_of(params)
     return cls(model) if mesh is None else cls(model, mesh, rules_of(model.config, params, mesh))
 
-  def empty(self, slots: int, capacity: int, sampler: Sampler = Sampler()) -> DecodeState:
-    """A batch of rows that have all ended, for `admit` to fill; made in parts where it lies on a mesh."""
+  def empty(
+    self, slots: int, capacity: int, sampler: Sampler = Sampler(), pages: ops.Pages | None = None
+  ) -> DecodeState:
+    """A batch of rows that have all ended, for `admit` to fill; made in parts where it lies on a mesh.
+
+    Args:
+      slots: rows.
+      capacity: cache slots a row.
+      sampler: how tokens are drawn.
+      pages: where the rows lie in a cache of pages, whose size is ``capacity`` over the most of a row.
+
+    Raises:
+      UserError: if there is no room for it, or it has pages and lies on a mesh.
+    """
     config, plan = self.model.config, self.model.plan
-    check_room(self.model, slots, capacity, self.mesh)
+    if pages is not None and self.mesh is not None:
+      raise UserError("a cache of pages lies on one device: leave out cache_slots on a mesh")
+    shape = (slots, capacity) if pages is None else (len(pages.owners), capacity // pages.table.shape[1])
+    check_room(self.model, *shape, self.mesh)
 
     def make() -> DecodeState:
       # Not one array several times: the state is donated, and a buffer can be donated only once.
       tokens, positions, remaining, lengths = (jnp.zeros(slots, jnp.int32) for _ in range(4))
       return DecodeState(
-        Cache.empty(config, plan, slots, capacity),
+        dataclasses.replace(Cache.empty(config, plan, *shape), pages=jax.tree.map(jnp.array, pages)),
         tokens,
         positions,
         remaining,
@@ -216,7 +154,7 @@ class Engine:
       begun: what need not be read again, if anything.
       samples: how many rows continue each prompt, which is read once; see `Prompts.repeated`.
     """
-    logits, cache = self._read(params, prompts, begun, capacity)
+    logits, cache = self._prefilled(params, prompts, begun, capacity)
     if samples > 1:
       prompts = prompts.repeated(samples)
       logits, cache = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (logits, cache))
@@ -239,11 +177,23 @@ class Engine:
       The batch, and the rows' first tokens ``[rows, 1]``.
     """
     capacity = prompts.tokens.shape[1] if begun is None else state.cache.capacity
-    logits, cache = self._read(params, prompts, begun, capacity)
+    logits, cache = self._prefilled(params, prompts, begun, capacity)
+    return self.admitted(state, slots, prompts, (logits, cache), sampler)
+
+  def admitted(
+    self,
+    state: DecodeState,
+    slots: jax.Array,
+    prompts: Prompts,
+    known: tuple[jax.Array, Cache],
+    sampler: Sampler,
+  ) -> tuple[DecodeState, Drawn]:
+    """The batch with rows at ``slots``, and their first tokens; logits ``[rows, V]`` and cache of prompts are known."""
+    logits, cache = known
     rows = self._first(sampler, prompts, logits, cache, state.cache.capacity + 1)
     return self._in_place(insert(state, rows, slots)), newest(rows.tokens, rows.log_probs, sampler)
 
-  def _read(self, params: Params, prompts: Prompts, begun: Begun | None, capacity: int) -> tuple[jax.Array, Cache]:
+  def _prefilled(self, params: Params, prompts: Prompts, begun: Begun | None, capacity: int) -> tuple[jax.Array, Cache]:
     """Logits ``[B, V]`` after prompts, and their cache of ``capacity`` slots."""
     _LOG.info("compiling prefill of %s × %s tokens into %s slots", *prompts.tokens.shape, capacity)
     with traced_on(self.mesh, self.rules):
@@ -271,12 +221,11 @@ class Engine:
 
   def _read_on(self, params: Params, prompts: Prompts, begun: Begun, capacity: int) -> tuple[jax.Array, Cache]:
     """What `Transformer.prefill` gives, of prompts whose beginnings are cached; the cache has ``capacity`` slots."""
-    rows = prompts.tokens.shape[0]
-    cache = jax.tree.map(lambda x: jnp.broadcast_to(x[:, :, :capacity], (rows, *x[0, :, :capacity].shape)), begun.cache)
+    cache = begun.rows(prompts.tokens.shape[0], capacity)
     places = begun.shared[:, None] + jnp.arange(begun.rest)[None]
     tokens = jnp.take_along_axis(prompts.tokens, places, axis=1, mode="clip")
     sight = ops.Rows(jnp.asarray(prompts.lengths), offset=jnp.asarray(begun.shared))
-    hidden, cache = apply(self.model, params, Transformer.extend, tokens, cache.grow(capacity), sight)
+    hidden, cache = apply(self.model, params, Transformer.extend, tokens, cache, sight)
     last = jnp.take_along_axis(hidden, (prompts.lengths - begun.shared - 1)[:, None, None], axis=1)
     return apply(self.model, params, Transformer.logits, last)[:, 0], cache
 
@@ -360,33 +309,3 @@ class Engine:
   def _in_place(self, state: DecodeState) -> DecodeState:
     """The state where the mesh has it: it comes back as it was given, or the next call would compile again."""
     return state if self.mesh is None else jax.lax.with_sharding_constraint(state, self.shardings(len(state.tokens)))
-
-
-def newest(tokens: Tree, log_probs: Tree, sampler: Sampler) -> Drawn:
-  """The newest token of each row, ``[B, 1]``, of a state's ``tokens`` and ``log_probs``."""
-  return Drawn(tokens[:, None], log_probs[:, None] if sampler.log_probs else None)
-
-
-@program(donate_argnames="state")
-def insert(state: DecodeState, rows: DecodeState, slots: jax.Array) -> DecodeState:
-  """Puts rows, prefilled into at most as many cache slots, at places int32 ``slots [rows]`` of a batch (donated)."""
-
-  def put(into: jax.Array, new: jax.Array) -> jax.Array:
-    return into.at[slots].set(new, unique_indices=True)
-
-  @jax.jit  # traced once for all layers
-  def put_slots(into: jax.Array, new: jax.Array) -> jax.Array:
-    # What the row before has left would be multiplied by zero, and it may have left NaN.
-    into = into.at[slots, :, new.shape[2] :].set(0, unique_indices=True)
-    return into.at[slots, :, : new.shape[2]].set(new, unique_indices=True)
-
-  # Not a set: its order is another in every process, and with it the program, which no cache would have.
-  names = [field.name for field in dataclasses.fields(state) if field.name != "cache"]
-  others = {name: jax.tree.map(put, getattr(state, name), getattr(rows, name)) for name in names}
-  return dataclasses.replace(state, cache=jax.tree.map(put_slots, state.cache, rows.cache), **others)
-
-
-@program(donate_argnames="state")
-def retire(state: DecodeState, rows: jax.Array) -> DecodeState:
-  """Ends the rows that bool ``rows [B]`` names, whatever they were doing."""
-  return dataclasses.replace(state, done=state.done | rows)

@@ -12,11 +12,13 @@ from numpy.typing import ArrayLike
 
 from sa_jax.decode.arguments import as_count, check_seed
 from sa_jax.decode.batcher import Batcher
-from sa_jax.decode.engine import DecodeState, Drawn, Engine, Prompts, capacity_for, newest, pad_to
+from sa_jax.decode.engine import Engine, capacity_for, pad_to
 from sa_jax.decode.padding import to_right_padded
 from sa_jax.decode.prefix import PromptCache
 from sa_jax.decode.room import check_room
 from sa_jax.decode.sampling import Sampler
+from sa_jax.decode.serving import Serving
+from sa_jax.decode.state import DecodeState, Drawn, Prompts, newest
 from sa_jax.decode.unsound import tell_unsound
 from sa_jax.distributed import called_alike
 from sa_jax.errors import UserError
@@ -111,7 +113,7 @@ def generate(
     )
   check_room(model, min(len(tokens), slots), capacity, mesh_of(params))
   if len(prompts) * samples > slots:
-    batcher = Batcher(model, params, slots=slots, capacity=capacity, sampler=sampler, prefix=prefix)
+    batcher = Batcher(model, params, Serving(slots=slots, capacity=capacity), sampler=sampler, prefix=prefix)
     drawn = _continuous(batcher, [row for row in prompts for _ in range(samples)], max_new_tokens, seed)
   else:
     length, new, numbers = pad_to(tokens.shape[1], capacity), [max_new_tokens] * len(prompts), range(len(prompts))
@@ -192,7 +194,7 @@ def stream(
   prompt = np.asarray(prompt)
   capacity = capacity_for(max(1, _slots_for(prompt.size, max_new_tokens)))
   chosen = _one_sampler(sampler, temperature)
-  batcher = Batcher(model, params, slots=1, capacity=capacity, sampler=chosen, chunk=chunk)
+  batcher = Batcher(model, params, Serving(slots=1, capacity=capacity, chunk=chunk), sampler=chosen)
   request = batcher.submit(prompt, max_new_tokens, seed=seed)
   yield batcher.enter()[id(request)]
   while batcher.busy:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sa_jax.decode.engine import Begun, Engine, Prompts, pad_to
+from sa_jax.decode.engine import Begun, Engine, pad_to
+from sa_jax.decode.state import Prompts
 from sa_jax.distributed import check_given, is_spread
 from sa_jax.errors import UserError
 from sa_jax.nn import Cache, Transformer

@@ -16,10 +16,11 @@ from flax import struct
 from numpy.typing import ArrayLike
 
 from sa_jax import ops
-from sa_jax.decode.engine import DecodeState, Drawn, Engine, Prompts, capacity_for, newest, pad_to
+from sa_jax.decode.engine import Engine, capacity_for, pad_to
 from sa_jax.decode.generate import Generated, checked_prompts
 from sa_jax.decode.sampling import Sampler
 from sa_jax.decode.settings import Settings
+from sa_jax.decode.state import DecodeState, Drawn, Prompts, newest
 from sa_jax.decode.unsound import tell_unsound, unsound_from
 from sa_jax.distributed import called_alike
 from sa_jax.errors import UserError

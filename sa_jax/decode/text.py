@@ -11,6 +11,7 @@ import numpy as np
 from sa_jax.decode.batcher import Batcher, Request
 from sa_jax.decode.detokenizer import Detokenizer
 from sa_jax.decode.engine import capacity_for
+from sa_jax.decode.serving import Serving
 from sa_jax.decode.settings import TextSettings
 from sa_jax.nn import Transformer
 from sa_jax.trees import Params
@@ -91,14 +92,9 @@ class _Work:
   ):
     encoded = [tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     longest = max(map(len, encoded), default=1)
-    self._batcher = Batcher(
-      model,
-      params,
-      slots=max(1, min(how.slots, len(encoded))),
-      capacity=capacity_for(max(1, longest + how.max_new_tokens - 1)),
-      sampler=how.sampler,
-      chunk=how.chunk,
-    )
+    capacity = capacity_for(max(1, longest + how.max_new_tokens - 1))
+    serving = Serving(slots=max(1, min(how.slots, len(encoded))), capacity=capacity, chunk=how.chunk)
+    self._batcher = Batcher(model, params, serving, sampler=how.sampler)
     self.requests: list[Request] = [
       self._batcher.submit(np.asarray(row), how.max_new_tokens, seed=how.seed, row=number)
       for number, row in enumerate(encoded)

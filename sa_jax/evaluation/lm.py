@@ -20,7 +20,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
-from sa_jax.decode import Batcher, Sampler, capacity_for, pad_to
+from sa_jax.decode import Batcher, Sampler, Serving, capacity_for, pad_to
 from sa_jax.distributed import check_given, is_spread
 from sa_jax.errors import UserError
 from sa_jax.evaluation.answers import Answers, Request
@@ -264,8 +264,7 @@ class SharedAttentionLM(TemplateLM):
     batcher = Batcher(
       self._model,
       self._params,
-      slots=min(self.slots, pad_to(len(mine), self.slots)),
-      capacity=capacity_for(needed),
+      Serving(slots=min(self.slots, pad_to(len(mine), self.slots)), capacity=capacity_for(needed)),
       sampler=sampler,
     )
     running = {number: batcher.submit(prompts[number], longest, row=number) for number in mine}
@@ -273,7 +272,7 @@ class SharedAttentionLM(TemplateLM):
       while batcher.busy:
         batcher.step()
         for request in running.values():
-          if request.status == "running" and self._stopped(request.tokens, batcher.chunk + 1, stops):
+          if request.status == "running" and self._stopped(request.tokens, batcher.how.chunk + 1, stops):
             batcher.cancel(request)
         report(sum(request.status in ("done", "cancelled") for request in running.values()), len(running))
     tokens = np.zeros((len(prompts), longest + 1), np.int64)

@@ -272,8 +272,8 @@ class FollowerAttention(_Attention):
     self, x: jax.Array, state: AttentionWeights, cache: LayerCache, rows: ops.Rows
   ) -> tuple[jax.Array, LayerCache]:
     """Attention of new tokens with the anchor's weights; shapes as in `AnchorAttention.extend`."""
-    follow = on_each_device(ops.decode_follow, (_WEIGHTS, _KEYS, _CACHED, ("batch",)), (_QUERIES, _CACHED))
-    heads, values = follow(state.probs, self.values(x), cache.values, rows.offset)
+    follow = on_each_device(ops.decode_follow, (_WEIGHTS, _KEYS, _CACHED, ("batch",), ()), (_QUERIES, _CACHED))
+    heads, values = follow(state.probs, self.values(x), cache.values, rows.offset, rows.pages)
     return self.output(heads), LayerCache(values)
 
 

@@ -43,10 +43,12 @@ class Cache:
   """The cache of all layers.
 
   Attributes:
-    layers: one `LayerCache` a layer, in order.
+    layers: one `LayerCache` a layer, in order; with pages, their first axis is P and their slots are a page's.
+    pages: where the rows lie; None where row ``b`` is the arrays' ``b``.
   """
 
   layers: tuple[LayerCache, ...]
+  pages: ops.Pages | None = None
 
   @classmethod
   def empty(cls, config: ModelConfig, plan: SharingPlan, batch: int, capacity: int) -> Cache:
@@ -64,8 +66,10 @@ class Cache:
     """The cache with room for more tokens, in ``capacity`` slots a row.
 
     Raises:
-      UserError: if it has more slots already.
+      UserError: if it has more slots already, or pages.
     """
+    if self.pages is not None:
+      raise UserError("a cache of pages does not grow: make one with more pages")
     if capacity < self.capacity:
       raise UserError(
         f"a cache of {self.capacity} slots cannot shrink to {capacity}; grow it to at least {self.capacity}"
@@ -75,8 +79,9 @@ class Cache:
 
   @property
   def capacity(self) -> int:
-    """Slots a row."""
-    return jax.tree.leaves(self.layers[0].values)[0].shape[2]
+    """Slots a row; with pages, the most that one can have."""
+    slots = jax.tree.leaves(self.layers[0].values)[0].shape[2]
+    return slots if self.pages is None else slots * self.pages.table.shape[1]
 
   @property
   def nbytes(self) -> int:

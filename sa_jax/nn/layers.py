@@ -267,10 +267,11 @@ class Layers(nn.Module):
   def extend(self, x: jax.Array, cache: Cache, rows: ops.Rows) -> tuple[jax.Array, Cache]:
     """New tokens, ``[B, T, D]``, against the cache; rows as in `AnchorAttention.extend`."""
     caches, alike = list(cache.layers), _Alike(isinstance(x, jax.core.Tracer))
+    rows = dataclasses.replace(rows, pages=cache.pages)
     for anchor, followers in self.plan.groups:
       extend = alike(self.stack[anchor], "extend", kind=self.config.kind_of(anchor), followed=bool(followers))
       x, state, caches[anchor] = extend(x, caches[anchor], rows)
       for layer in followers:
         used = _with_heads(state, self.plan.head_map_of(layer))
         x, caches[layer] = alike(self.stack[layer], "extend")(x, used, caches[layer], rows)
-    return x, Cache(tuple(caches))
+    return x, Cache(tuple(caches), cache.pages)

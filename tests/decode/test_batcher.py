@@ -9,7 +9,8 @@ import pytest
 
 import sa_jax
 from sa_jax import Transformer
-from sa_jax.decode import Batcher, Engine, Sampler, pad_to
+from sa_jax.decode import Batcher, Engine, Serving, pad_to, right_pad
+from sa_jax.decode import batcher as batcher_module
 from tests import tiny
 
 LONGEST, CAPACITY = 24, 256
@@ -41,7 +42,7 @@ def alone(model, params, prompts):
 
 
 def test_sixty_requests_get_what_each_gets_alone(model, params, prompts, alone):
-  batcher = Batcher(model, params, slots=4, capacity=CAPACITY, chunk=5)
+  batcher = Batcher(model, params, Serving(slots=4, capacity=CAPACITY, chunk=5))
   limits = np.random.default_rng(1).integers(1, LONGEST + 1, len(prompts)).tolist()
   requests = [batcher.submit(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
   batcher.run()
@@ -53,7 +54,7 @@ def test_sixty_requests_get_what_each_gets_alone(model, params, prompts, alone):
 
 
 def test_a_cancelled_request_frees_its_slot(model, params, prompts, alone):
-  batcher = Batcher(model, params, slots=1, capacity=CAPACITY, chunk=2)
+  batcher = Batcher(model, params, Serving(slots=1, capacity=CAPACITY, chunk=2))
   long = max(range(len(alone)), key=lambda index: len(alone[index]))
   first, waiting, last = (batcher.submit(prompts[index], LONGEST) for index in (long, 1, 2))
   batcher.step()
@@ -72,7 +73,7 @@ def test_logits_that_are_not_finite_are_told_once(model, params, caplog):
   whole, unseen = [5, 9, 3], 60
   embedding[unseen] = np.nan
   damaged = {**params, "embed": {"embedding": embedding}}
-  batcher = Batcher(model, damaged, slots=2, capacity=CAPACITY, chunk=2)
+  batcher = Batcher(model, damaged, Serving(slots=2, capacity=CAPACITY, chunk=2))
   batcher.submit(whole, 3)
   batcher.submit([*whole, unseen], 3, row=7)
   batcher.run()
@@ -84,7 +85,7 @@ def test_logits_that_are_not_finite_are_told_once(model, params, caplog):
 
 
 def test_a_request_that_does_not_fit_is_refused_alone(model, params, prompts, alone):
-  batcher = Batcher(model, params, slots=2, capacity=CAPACITY)
+  batcher = Batcher(model, params, Serving(slots=2, capacity=CAPACITY))
   good = batcher.submit(prompts[0], LONGEST)
   with pytest.raises(ValueError, match="250 tokens with 24 new ones needs 273 cache slots, and a row has 256"):
     batcher.submit(np.zeros(250, np.int32), LONGEST)
@@ -97,7 +98,7 @@ def test_a_request_that_does_not_fit_is_refused_alone(model, params, prompts, al
 
 
 def test_streamed_tokens_are_the_requests_tokens(model, params, prompts):
-  batcher = Batcher(model, params, slots=2, capacity=CAPACITY, chunk=3)
+  batcher = Batcher(model, params, Serving(slots=2, capacity=CAPACITY, chunk=3))
   requests = [batcher.submit(prompt, 9) for prompt in prompts[:3]]
   streamed = {id(request): [] for request in requests}
   while batcher.busy:
@@ -116,13 +117,20 @@ def test_generate_batches_continuously_beyond_its_slots(model, params, prompts):
   np.testing.assert_array_equal(static.lengths, continuous.lengths)
 
 
-def test_sizes_are_checked(model, params):
-  with pytest.raises(ValueError, match="slots, capacity and chunk must be at least 1, not 0, 64 and 16"):
-    Batcher(model, params, slots=0, capacity=64, sampler=Sampler())
+@pytest.mark.parametrize(
+  ("sizes", "message"),
+  [
+    ({"slots": 0, "chunk": 0}, "slots 0, chunk 0: at least 1 is needed"),
+    ({"capacity": 200, "cache_slots": 192}, "hold no row of 200 .capacity.: in pages of 64, 256 are needed"),
+  ],
+)
+def test_sizes_are_checked(sizes, message):
+  with pytest.raises(sa_jax.UserError, match=message):
+    Serving(**sizes)
 
 
 def test_longest_first_changes_the_order_and_not_the_tokens(model, params, prompts, alone):
-  batcher = Batcher(model, params, slots=1, capacity=CAPACITY, longest_first=True)
+  batcher = Batcher(model, params, Serving(slots=1, capacity=CAPACITY, longest_first=True))
   limits = [2, 5, 1, 4]
   requests = [batcher.submit(prompt, limit) for prompt, limit in zip(prompts, limits)]
   ended = []
@@ -134,7 +142,7 @@ def test_longest_first_changes_the_order_and_not_the_tokens(model, params, promp
 
 
 def test_a_slot_that_is_waited_for_ends_the_steps(model, params, prompts, alone):
-  batcher = Batcher(model, params, slots=2, capacity=CAPACITY, chunk=LONGEST)
+  batcher = Batcher(model, params, Serving(slots=2, capacity=CAPACITY, chunk=LONGEST))
   long = [index for index, tokens in enumerate(alone) if len(tokens) > 8][:2]
   first, _, waiting = (batcher.submit(prompts[index], limit) for index, limit in zip([*long, 0], [3, 8, 1]))
   news = batcher.step()
@@ -152,7 +160,7 @@ def test_run_comes_back_for_a_slot_and_not_for_every_chunk(model, params, prompt
 
   def tokens(work):
     calls.clear()
-    batcher = Batcher(endless, params, slots=1, capacity=CAPACITY, chunk=4)
+    batcher = Batcher(endless, params, Serving(slots=1, capacity=CAPACITY, chunk=4))
     requests = [batcher.submit(prompt[:20], 17) for prompt in prompts[:2]]
     work(batcher)
     return [request.tokens for request in requests], len(calls)
@@ -168,7 +176,7 @@ def test_run_comes_back_for_a_slot_and_not_for_every_chunk(model, params, prompt
 
 def test_what_a_row_leaves_behind_harms_no_other(model, params, prompts, alone):
   """NaN, say, of a model that overflows: the next row in the slot sees zero times what is past its end."""
-  batcher = Batcher(model, params, slots=1, capacity=CAPACITY)
+  batcher = Batcher(model, params, Serving(slots=1, capacity=CAPACITY))
   broken = jax.tree.map(lambda x: jax.numpy.full_like(x, np.nan), batcher._state.cache)
   batcher._state = dataclasses.replace(batcher._state, cache=broken)
   shortest = min(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -179,7 +187,7 @@ def test_what_a_row_leaves_behind_harms_no_other(model, params, prompts, alone):
 
 
 def test_an_interruption_loses_no_request(model, params, prompts, alone, monkeypatch):
-  batcher = Batcher(model, params, slots=2, capacity=CAPACITY)
+  batcher = Batcher(model, params, Serving(slots=2, capacity=CAPACITY))
   requests = [batcher.submit(prompt, LONGEST) for prompt in prompts[:3]]
 
   def interrupted(*_, **__):
@@ -195,7 +203,7 @@ def test_an_interruption_loses_no_request(model, params, prompts, alone, monkeyp
 
 
 def test_other_threads_submit_and_cancel_while_one_steps(model, params, prompts, alone):
-  batcher = Batcher(model, params, slots=2, capacity=CAPACITY, chunk=1)
+  batcher = Batcher(model, params, Serving(slots=2, capacity=CAPACITY, chunk=1))
   requests = [batcher.submit(prompt, LONGEST) for prompt in prompts[:3]]
 
   def busy():
@@ -213,9 +221,38 @@ def test_other_threads_submit_and_cancel_while_one_steps(model, params, prompts,
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**70, 1.5])
 def test_a_seed_that_is_none_harms_nobody(model, params, prompts, alone, seed):
-  batcher = Batcher(model, params, slots=1, capacity=CAPACITY)
+  batcher = Batcher(model, params, Serving(slots=1, capacity=CAPACITY))
   request = batcher.submit(prompts[0], LONGEST)
   with pytest.raises(sa_jax.UserError, match="a seed is an integer in 0 to 4294967295"):
     batcher.submit(prompts[1], LONGEST, seed=seed)
   batcher.run()
   assert request.tokens == alone[0]
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"local_layers": (0, 1), "window": 24},
+    pytest.param({"cache_dtype": "int8"}, marks=pytest.mark.slow),
+    pytest.param({"cache_dtype": "int4"}, marks=pytest.mark.slow),
+  ],
+  ids=str,
+)
+def test_chunks_of_prompts_and_pages_change_no_token(changes, monkeypatch):
+  """Of a model with grouped heads and a follower; two rows of the longest would need four of five pages."""
+  model = tiny.model("0:1", num_layers=3, max_length=CAPACITY, head_dim=16, **changes)
+  params, rng, chunks = tiny.params(model), np.random.default_rng(2), []
+  prompts = [rng.integers(0, 61, length).astype(np.int32) for length in (3, 20, 7, 1, 90, 33)]
+  limits = [20, 3, 9, 1, 5, 6]
+  alone = sa_jax.generate(model, params, *right_pad(prompts), max(limits), cache_length=128).tokens.tolist()
+  read = batcher_module.read
+  monkeypatch.setattr(batcher_module, "read", lambda *given, chunk: chunks.append(chunk) or read(*given, chunk=chunk))
+  batcher = Batcher(model, params, Serving(slots=4, capacity=128, cache_slots=320, chunk=1, together=2, read=32))
+  requests = [batcher.submit(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
+  running = []
+  while batcher.busy:
+    batcher.step()
+    running.append(len(batcher._running))
+  assert [request.tokens for request in requests] == [row[:limit] for row, limit in zip(alone, limits, strict=True)]
+  assert chunks == [32] * 5, "prompts of 90 and 33 tokens are 3 and 2 chunks"
+  assert max(running) > 2, "more rows than fit in one piece"

@@ -306,7 +306,7 @@ def test_a_cache_that_is_larger_than_memory_is_refused_before_anything_is_alloca
     lambda: sa_jax.generate(model, params, [[1, 2]], max_new_tokens=3, cache_length=10**18),
     lambda: sa_jax.generate(model, params, [[1, 2]], max_new_tokens=10**18),
     lambda: next(sa_jax.decode.stream(model, params, [1, 2], 10**18)),
-    lambda: sa_jax.decode.Batcher(model, params, capacity=10**13),
+    lambda: sa_jax.decode.Batcher(model, params, sa_jax.decode.Serving(capacity=10**13)),
   ):
     with pytest.raises(
       sa_jax.UserError, match=r"^a cache of \d+ rows of [\d,]+ tokens takes [\d,.]+ GB, and there are"

@@ -10,7 +10,7 @@ import scipy.linalg
 
 import sa_jax
 from sa_jax import ops
-from sa_jax.decode import Batcher
+from sa_jax.decode import Batcher, Serving
 from sa_jax.nn import Cache
 from sa_jax.ops.attention import decode, flash_decode
 from tests import tiny
@@ -176,7 +176,7 @@ def test_logits_are_those_of_keys_and_values_rounded_by_numpy(monkeypatch, cache
 
 def test_a_request_gets_the_same_alone_and_in_a_batch(quantised, params):
   prompts = [[5, 9, 3, 7], [11, 2], [40, 41, 42]]
-  batcher = Batcher(quantised, params, slots=2, capacity=64)
+  batcher = Batcher(quantised, params, Serving(slots=2, capacity=64))
   requests = [batcher.submit(prompt, 6) for prompt in prompts]
   batcher.run()
   for prompt, request in zip(prompts, requests, strict=True):

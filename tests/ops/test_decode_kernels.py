@@ -1,5 +1,6 @@
 """The GPU kernels of decoding, interpreted on the CPU, against plain JAX."""
 
+import dataclasses
 import functools
 
 import jax
@@ -72,6 +73,45 @@ def test_flash_decode_of_a_quantised_cache_is_that_of_the_vectors_it_stands_for(
       scores = 0.2 * k[row, head // 2, : position + 1] @ np.asarray(q[row, head], np.float64)
       weights = np.exp(scores - scores.max())
       np.testing.assert_allclose(out[row, head], weights @ v[row, head // 2, : position + 1] / weights.sum(), atol=5e-6)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_pages_are_rows_whose_parts_lie_apart(sinks):
+  """Of a kernel and of plain JAX, beside rows in one piece: pages that are full, begun and still empty, and strays."""
+  size, most, head_dim, offset = 64, 3, 32, jnp.asarray([63, 130, 5], jnp.int32)
+  q, key, value, keys, values = arrays(
+    7, (3, 4, head_dim), *[(3, 2, head_dim)] * 2, *[(3, 2, size * most, head_dim)] * 2
+  )
+  table = np.array([[4, 6, 8], [0, 5, 2], [3, 8, 8]])
+  owners, firsts = np.array([1, -1, 1, 2, 0, 1, 0, -1]), np.array([0, 0, 128, 0, 0, 64, 64, 0])
+  pages = ops.Pages(*(jnp.asarray(x, jnp.int32) for x in (table, owners, firsts)))
+
+  def paged(x):
+    parts = np.full((len(owners), 2, size, head_dim), np.nan, np.float32)  # of no row: never seen
+    for page, (owner, first) in enumerate(zip(owners, firsts)):
+      if owner >= 0:
+        parts[page] = x[owner, :, first : first + size]
+    return jnp.asarray(parts)
+
+  rows = ops.Rows(offset=offset, sinks=arrays(8, (4,))[0] if sinks else None)
+  how, new = How(head_dim**-0.5, with_weights=True), (key, value)
+  out, weights, whole = flash_decode.attend(q, new, (keys, values), rows, how, interpret=True)
+  followed, _ = flash_decode.follow(weights, 2 * value, 2 * values, offset, interpret=True)
+  rows, cached = dataclasses.replace(rows, pages=pages), (paged(keys), paged(values))
+  found, shares, written = flash_decode.attend(q, new, cached, rows, how, interpret=True)
+  plain, plain_shares, plain_written = decode.decode_attend(
+    q[:, None], (key[:, None], value[:, None]), cached, rows, with_weights=True
+  )
+  for each in (written, plain_written):
+    jax.tree.map(np.testing.assert_array_equal, each, tuple(map(paged, whole)))
+  np.testing.assert_allclose(found, out, atol=2e-6)
+  np.testing.assert_allclose(plain[:, 0], out, atol=2e-6)
+  doubled = 2 * paged(values)
+  for each in (
+    flash_decode.follow(shares, 2 * value, doubled, offset, pages, interpret=True)[0],
+    decode.decode_follow(plain_shares, 2 * value[:, None], doubled, offset, pages)[0][:, 0],
+  ):
+    np.testing.assert_allclose(each, followed, atol=4e-6)
 
 
 def test_flash_decode_reads_nothing_past_the_end():

@@ -7,6 +7,7 @@
 from sa_jax.ops.attention.decode import decode_apply, decode_attend, decode_follow, decode_weights, write_slot
 from sa_jax.ops.attention.dispatch import Backend, attend, backends, check_shapes, choose_backend, register_backend
 from sa_jax.ops.attention.group import Followers, Parts, Tap, follow, taps
+from sa_jax.ops.attention.pages import Pages
 from sa_jax.ops.attention.reference import apply_weights, attention_weights
 from sa_jax.ops.attention.rows import DEMANDS, Rows
 from sa_jax.ops.attention.spec import KEPT, AttentionSpec
@@ -17,6 +18,7 @@ __all__ = [
   "Backend",
   "DEMANDS",
   "Followers",
+  "Pages",
   "Parts",
   "Rows",
   "Tap",

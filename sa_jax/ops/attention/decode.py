@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from sa_jax.ops.attention import flash_decode
+from sa_jax.ops.attention.pages import Pages
 from sa_jax.ops.attention.reference import apply_weights, attention_weights
-from sa_jax.ops.attention.rows import OFFSETS, SINKS, Rows
+from sa_jax.ops.attention.rows import OFFSETS, PAGES, SINKS, Rows
 from sa_jax.ops.attention.spec import AttentionSpec
 from sa_jax.ops.kernels import has_gpu_kernels
 from sa_jax.ops.quantize import Quantised, Stored, as_stored, product_dtype
@@ -43,12 +44,12 @@ def decode_weights(q: jax.Array, keys: Stored, rows: Rows, spec: AttentionSpec =
 
   Args:
     q: ``[B, T, N, H]``.
-    keys: ``[B, K, S, H]``, the tokens' own among them.
-    rows: whose offset, int32 ``[B]``, is the slot of each row's first new token.
+    keys: ``[B, K, S, H]``, the tokens' own among them; with pages ``[P, K, S, H]``.
+    rows: whose offset, int32 ``[B]``, is the slot of each row's first new token; and the pages, if there are any.
     spec: window, soft cap and scale.
 
   Returns:
-    ``[B, N, T, S]`` in q's dtype.
+    ``[B, N, T, S]`` in q's dtype; with pages ``[P, N, T, S]``.
   """
   data, scale = _read(keys, q.dtype)
   return attention_weights(q, data, rows, spec, key_scale=scale)
@@ -81,45 +82,61 @@ def decode_attend(
   Args:
     q: ``[B, T, N, H]``.
     new: keys ``[B, T, K, H]`` and values ``[B, T, K, R]`` of the tokens.
-    cached: keys ``[B, K, S, H]`` and values ``[B, K, S, R]``.
-    rows: whose offset, int32 ``[B]``, is the slot that each row's first new token takes.
+    cached: keys ``[B, K, S, H]`` and values ``[B, K, S, R]``; with pages, P of them instead of B.
+    rows: whose offset, int32 ``[B]``, is the slot that each row's first new token takes; and its pages, if it has any.
     spec: window, soft cap and scale.
     with_weights: whether followers need the weights; without, a kernel may keep them.
 
   Returns:
-    ``[B, T, N, R]``; the softmaxed weights ``[B, N, T, S]``, or None; cached keys and values with the new ones.
+    ``[B, T, N, R]``; the softmaxed weights ``[B, N, T, S]``, with pages ``[P, N, T, S]``, or None; cached keys and
+    values with the new ones.
   """
   assert rows.offset is not None, "new tokens have a slot in the cache"
-  plain = spec.window is None and spec.softcap is None and not set(rows.demands) - {OFFSETS, SINKS}
+  plain = spec.window is None and spec.softcap is None and not set(rows.demands) - {OFFSETS, SINKS, PAGES}
   if all(_has_kernel(q.shape[1], q.dtype, each) for each in cached) and plain:
     how = flash_decode.How(spec.scale_for(q.shape[-1]), with_weights)
     out, weights, cached = flash_decode.attend(q[:, 0], (new[0][:, 0], new[1][:, 0]), cached, rows, how)
     return out[:, None], None if weights is None else weights[:, :, None], cached
-  slots = rows.positions(q.shape[1])
-  keys, values = (write_slot(stored, x, slots) for stored, x in zip(cached, new, strict=True))
+  keys, values = (_with_new(stored, x, rows.offset, rows.pages) for stored, x in zip(cached, new, strict=True))
   weights = decode_weights(q, keys, rows, spec)
-  return decode_apply(weights, values), weights if with_weights else None, (keys, values)
+  return _apply(weights, values, rows.pages), weights if with_weights else None, (keys, values)
+
+
+def _with_new(cache: Stored, new: jax.Array, offset: jax.Array, pages: Pages | None) -> Stored:
+  """The cache with new tokens' vectors ``[B, T, K, H]`` from each row's offset on."""
+  if pages is None:
+    return write_slot(cache, new, Rows(offset=offset).positions(new.shape[1]))
+  slots, size = Rows(offset=pages.offsets(offset)).positions(new.shape[1]), jax.tree.leaves(cache)[0].shape[2]
+  # Slots before a page are not in it, and counted from its end they would be.
+  return write_slot(cache, pages.of_rows(new), jnp.where(slots < 0, size - slots, slots))
+
+
+def _apply(weights: jax.Array, values: Stored, pages: Pages | None) -> jax.Array:
+  """`decode_apply`, and the sum over each row's pages."""
+  out = decode_apply(weights, values)
+  return out if pages is None else pages.summed(out.astype(jnp.float32)).astype(out.dtype)
 
 
 def decode_follow(
-  weights: jax.Array, new_values: jax.Array, values: Stored, offset: jax.Array
+  weights: jax.Array, new_values: jax.Array, values: Stored, offset: jax.Array, pages: Pages | None = None
 ) -> tuple[jax.Array, Stored]:
   """A follower's attention of new tokens over the values that theirs join; a kernel where `decode_attend` is one.
 
   Args:
-    weights: ``[B, N, T, S]``, the anchor's.
+    weights: ``[B, N, T, S]``, the anchor's; with pages ``[P, N, T, S]``.
     new_values: ``[B, T, K, R]``.
-    values: ``[B, K, S, R]``.
+    values: ``[B, K, S, R]``; with pages ``[P, K, S, R]``.
     offset: int32 ``[B]``, the slot that each row's first new token takes.
+    pages: where the rows lie in a cache of pages.
 
   Returns:
     ``[B, T, N, R]``, and the values with the new ones.
   """
   if _has_kernel(weights.shape[2], weights.dtype, values):
-    out, values = flash_decode.follow(weights[:, :, 0], new_values[:, 0], values, offset)
+    out, values = flash_decode.follow(weights[:, :, 0], new_values[:, 0], values, offset, pages)
     return out[:, None], values
-  values = write_slot(values, new_values, Rows(offset=offset).positions(new_values.shape[1]))
-  return decode_apply(weights, values), values
+  values = _with_new(values, new_values, offset, pages)
+  return _apply(weights, values, pages), values
 
 
 def _has_kernel(tokens: int, dtype: jax.typing.DTypeLike, stored: Stored) -> bool:

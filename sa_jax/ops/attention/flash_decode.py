@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from sa_jax.ops.attention.pages import Pages
 from sa_jax.ops.attention.reference import MASKED
 from sa_jax.ops.attention.rows import Rows
 from sa_jax.ops.attention.stored import Scales, block_of, floats_of, parts_of, scales_of, times_scales
@@ -81,16 +82,20 @@ def attend(
   Args:
     q: ``[B, N, H]``.
     new: key ``[B, K, H]`` and value ``[B, K, R]`` of the token.
-    cached: keys ``[B, K, S, H]`` and values ``[B, K, S, R]``.
-    rows: whose offset, int32 ``[B]``, is the slot that each row's token takes; and its sinks.
+    cached: keys ``[B, K, S, H]`` and values ``[B, K, S, R]``; with pages, P of them instead of B.
+    rows: whose offset, int32 ``[B]``, is the slot that each row's token takes; its sinks, and its pages.
     how: what else is known.
     interpret: runs the kernel on any device, slowly.
 
   Returns:
-    ``[B, N, R]``; the weights ``[B, N, S]`` in q's dtype, or None; cached keys and values with the new ones.
+    ``[B, N, R]``; the weights ``[B, N, S]`` in q's dtype, with pages ``[P, N, S]``, or None; cached keys and values
+    with the new ones.
   """
   assert rows.offset is not None, "a new token has a slot in the cache"
-  (keys, values), (new_key, new_value), positions, sinks = cached, new, rows.offset, rows.sinks
+  (keys, values), (new_key, new_value), positions, sinks, pages = cached, new, rows.offset, rows.sinks, rows.pages
+  if pages is not None:
+    q, new_key, new_value = (pages.of_rows(x) for x in (q, new_key, new_value))
+    positions = pages.offsets(positions)
   batch, heads, head_dim = q.shape
   kv_heads, slots = jax.tree.leaves(keys)[0].shape[1:3]
   width = new_value.shape[2]
@@ -116,7 +121,7 @@ def attend(
       _weights(_rows(group), split) if how.with_weights else None,
     ],
     out_shape=[
-      jax.ShapeDtypeStruct((batch, kv_heads, splits, group, width), q.dtype if splits == 1 else jnp.float32),
+      jax.ShapeDtypeStruct((batch, kv_heads, splits, group, width), _part_dtype(q, splits, pages)),
       jax.ShapeDtypeStruct((batch, kv_heads, splits, group), jnp.float32),
       *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), cached),
       jax.ShapeDtypeStruct((batch, kv_heads, group, slots), jnp.float32) if how.with_weights else None,
@@ -128,35 +133,51 @@ def attend(
   )(positions, q.reshape(batch, kv_heads, group, head_dim), *token, *cached)
   if splits > 1:
     out = jnp.einsum("BKSGH,BKSG->BKGH", out, jax.nn.softmax(log_total, axis=2))
-  log_total = jax.nn.logsumexp(log_total, axis=2)
+  log_total = mine = jax.nn.logsumexp(log_total, axis=2)
+  if pages is not None:
+    log_total = pages.log_totals(log_total)
   if sinks is not None:
-    # One key more, whose value is zero: the sums grow, and the output shrinks as they do.
-    without, log_total = log_total, jnp.logaddexp(log_total, sinks.astype(jnp.float32).reshape(1, kv_heads, group))
-    out = out.reshape(batch, kv_heads, group, width) * jnp.exp(without - log_total)[..., None].astype(out.dtype)
+    # One key more, whose value is zero.
+    log_total = jnp.logaddexp(log_total, sinks.astype(jnp.float32).reshape(1, kv_heads, group))
+  if pages is not None:
+    log_total = pages.of_rows(log_total)
+  if log_total is not mine:
+    # The sums have grown, and the output shrinks as they do.
+    out = out.reshape(batch, kv_heads, group, width) * jnp.exp(mine - log_total)[..., None].astype(out.dtype)
   weights = None
   if how.with_weights:
     # The kernel leaves slots past a row's end as they are in memory, which may be anything.
     seen = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 3) <= positions[:, None, None, None]
     weights = jnp.where(seen, jnp.exp(scores - log_total[..., None]), 0.0)
     weights = weights.astype(q.dtype).reshape(batch, heads, slots)
-  return out.astype(q.dtype).reshape(batch, heads, width), weights, (keys, values)
+  out = out.reshape(batch, heads, width)
+  return (out if pages is None else pages.summed(out)).astype(q.dtype), weights, (keys, values)
 
 
 def follow(
-  weights: jax.Array, new_value: jax.Array, values: Stored, positions: jax.Array, *, interpret: bool = False
+  weights: jax.Array,
+  new_value: jax.Array,
+  values: Stored,
+  positions: jax.Array,
+  pages: Pages | None = None,
+  *,
+  interpret: bool = False,
 ) -> tuple[jax.Array, Stored]:
   """A follower's attention of one new token a row: an anchor's weights over the cache of values that it joins.
 
   Args:
-    weights: ``[B, N, S]``.
+    weights: ``[B, N, S]``; with pages ``[P, N, S]``.
     new_value: ``[B, K, R]``.
-    values: ``[B, K, S, R]``.
+    values: ``[B, K, S, R]``; with pages ``[P, K, S, R]``.
     positions: int32 ``[B]``, the slot that each row's token takes.
+    pages: where the rows lie in a cache of pages.
     interpret: runs the kernel on any device, slowly.
 
   Returns:
     ``[B, N, R]`` in the dtype of the weights, and the values with the new ones.
   """
+  if pages is not None:
+    new_value, positions = pages.of_rows(new_value), pages.offsets(positions)
   batch, heads, slots = weights.shape
   kv_heads, width = new_value.shape[1:]
   group = heads // kv_heads
@@ -171,7 +192,7 @@ def follow(
     in_specs=[_A_ROW, _weights(_rows(group), split), _new(token), _cached(values, split)],
     out_specs=[_of_program(_rows(group), width), _cached(values, split)],
     out_shape=[
-      jax.ShapeDtypeStruct((batch, kv_heads, splits, group, width), weights.dtype if splits == 1 else jnp.float32),
+      jax.ShapeDtypeStruct((batch, kv_heads, splits, group, width), _part_dtype(weights, splits, pages)),
       jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), values),
     ],
     input_output_aliases={before + leaf: 1 + leaf for leaf in range(len(jax.tree.leaves(values)))},
@@ -179,7 +200,13 @@ def follow(
     interpret=interpret,
     name="flash_follow",
   )(positions, weights.reshape(batch, kv_heads, group, slots), token, values)
-  return out.sum(axis=2).astype(weights.dtype).reshape(batch, heads, width), values
+  out = out.sum(axis=2).reshape(batch, heads, width)
+  return (out if pages is None else pages.summed(out)).astype(weights.dtype), values
+
+
+def _part_dtype(like: jax.Array, splits: int, pages: Pages | None) -> jnp.dtype:
+  """Of what programs give: float32 where it is a part of a row's sum."""
+  return like.dtype if splits == 1 and pages is None else jnp.dtype(jnp.float32)
 
 
 def _rows(group: int) -> int:

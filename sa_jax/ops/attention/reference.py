@@ -1,5 +1,7 @@
 """Attention as the formula says it, with the weights in memory."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -60,15 +62,20 @@ def attention_weights(
 
   Args:
     q: ``[B, T, N, H]``.
-    k: ``[B, S, K, H]``.
+    k: ``[B, S, K, H]``; with pages ``[P, S, K, H]``.
     rows: which keys the queries may see.
     spec: window, soft cap and scale.
     positions: int32 ``[T]`` or ``[B, T]``, the slot of each query among the keys; when None, that of the rows.
     key_scale: ``[B, K, S]``, what each key is to be multiplied by; None when keys are as they are.
 
   Returns:
-    ``[B, N, T, S]`` in q's dtype; rows sum to one, or with sinks to less.
+    ``[B, N, T, S]`` in q's dtype; rows sum to one, or with sinks to less. With pages ``[P, N, T, S]``: those of a row's
+    pages together do.
   """
+  pages = rows.pages
+  if pages is not None:
+    assert rows.offset is not None, "a query of pages has a slot"
+    q, rows = pages.of_rows(q), dataclasses.replace(rows, offset=pages.offsets(rows.offset))
   batch, queries, heads, head_dim = q.shape
   keys, kv_heads = k.shape[1], k.shape[2]
   grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
@@ -85,11 +92,16 @@ def attention_weights(
   if rows.mask is not None:
     seen = seen & heads_grouped(rows.mask, kv_heads)
   scores = jnp.where(seen, scores, MASKED)
-  if rows.sinks is None:
+  if rows.sinks is None and pages is None:
     weights = jax.nn.softmax(scores, axis=-1)
   else:
-    sinks = rows.sinks.astype(scores.dtype).reshape(1, kv_heads, -1, 1)
-    log_sums = jnp.logaddexp(jax.nn.logsumexp(scores, axis=-1), sinks)
+    log_sums = jax.nn.logsumexp(scores, axis=-1)
+    if pages is not None:
+      log_sums = pages.log_totals(log_sums)
+    if rows.sinks is not None:
+      log_sums = jnp.logaddexp(log_sums, rows.sinks.astype(scores.dtype).reshape(1, kv_heads, -1, 1))
+    if pages is not None:
+      log_sums = pages.of_rows(log_sums)
     weights = jnp.exp(scores - log_sums[..., None])
   return weights.astype(q.dtype).reshape(batch, heads, queries, keys)
 

@@ -8,11 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from sa_jax.ops.attention.pages import Pages
+
 SEGMENTS, BIAS, MASK = "segments", "bias of the scores", "mask"
 OFFSET, OFFSETS = "offset of the queries among the keys", "offset of the queries for each row by itself"
 NOT_CAUSAL, SINKS = "attention that is not causal", "attention sinks"
 DEMANDS = (SEGMENTS, BIAS, MASK, OFFSET, OFFSETS, NOT_CAUSAL, SINKS)
 """What rows may ask of a backend besides causal attention over whole right-padded rows (`Backend.serves`)."""
+PAGES = "keys in pages"
+"""What no backend serves: `decode_attend` does."""
 
 
 @jax.tree_util.register_dataclass
@@ -36,6 +40,7 @@ class Rows:
       its followers attend with.
     causal: whether a query sees no key after its own slot. If not, queries and keys may differ in number, as in
       cross-attention, and a window reaches to both sides.
+    pages: where the rows lie in a cache of pages, whose first axis is P and not B; None for a slot after the other.
   """
 
   lengths: jax.Array | None = None
@@ -45,6 +50,7 @@ class Rows:
   mask: jax.Array | None = None
   sinks: jax.Array | None = None
   causal: bool = dataclasses.field(default=True, metadata={"static": True})
+  pages: Pages | None = None
 
   def positions(self, queries: int) -> jax.Array:
     """The slots of so many queries among the keys, int32 ``[T]``, or ``[B, T]`` where rows differ."""
@@ -64,6 +70,7 @@ class Rows:
       MASK: self.mask is not None,
       NOT_CAUSAL: not self.causal,
       SINKS: self.sinks is not None,
+      PAGES: self.pages is not None,
     }
     return tuple(name for name, here in asked.items() if here)
 
