@@ -218,8 +218,8 @@ class Compute:
     attention_state: what an anchor hands its followers: ``query_key`` (its rotary-encoded q and k, O(T) memory, any
       fused kernel) or ``attention_weights`` (the softmaxed weights, O(T S) memory, the paper's literal algorithm).
     remat: what the backward pass recomputes in each group: ``none``, ``full`` (all of it), ``attention`` (all but what
-      fused attention gives: one more array like the block's input a layer is kept), or ``dots`` (all but matrix
-      products with parameters).
+      fused attention gives: one more array like the block's input a layer is kept), or ``dots`` (all but that
+      and matrix products with parameters, so that what is left costs little).
     group_backward: whether what followers contribute to their anchor's queries' and keys' gradients is computed at once
       (`sa_jax.ops.attention.group`): fewer products, for each follower's values and output's gradient until then.
       Where a backend has no such backward pass, or followers have head maps, each layer has its own.

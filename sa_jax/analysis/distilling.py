@@ -114,7 +114,8 @@ def distill_rows(
   model, params = student
   check_call(params, distill_rows, student, teacher, rows, how, progress)
   dtype = how.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-  computed = lambda model: model.clone(config=dataclasses.replace(model.config, dtype=dtype))
+  # To keep everything takes more memory, and more time to write it, than to compute what is cheap again.
+  computed = lambda model: model.clone(config=dataclasses.replace(model.config, dtype=dtype, remat="dots"))
   runs, frozen = stack(params, model.plan), _frozen(*teacher, jnp.dtype(dtype))
   trained = {name: runs[name] for name in _TRAINED}
   optimizer = optax.chain(

@@ -34,16 +34,19 @@ def _are(name: str) -> Callable[..., bool]:
   return lambda primitive, *_, **__: name in primitive.name
 
 
+_both = jax.checkpoint_policies.save_from_both_policies
+_ATTENTION = _both(
+  _are("dot_product_attention_fwd"),  # cuDNN's attention, which leaves no names
+  jax.checkpoint_policies.save_only_these_names(ops.KEPT),
+)
+_PRODUCTS = _both(
+  _are("ragged_dot"),  # products with the parameters of several experts
+  jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+)
 _REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
-  "attention": jax.checkpoint_policies.save_from_both_policies(
-    _are("dot_product_attention_fwd"),  # cuDNN's attention, which leaves no names
-    jax.checkpoint_policies.save_only_these_names(ops.KEPT),
-  ),
-  "dots": jax.checkpoint_policies.save_from_both_policies(
-    _are("ragged_dot"),  # products with the parameters of several experts
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  ),
+  "attention": _ATTENTION,
+  "dots": _both(_ATTENTION, _PRODUCTS),
 }
 
 _BLOCK_INPUT = "block_input"
@@ -68,7 +71,7 @@ def _remat(config: ModelConfig, step: Step, repeats: int, *kept: str) -> Step:
   if config.remat == "none":
     return step
   named = jax.checkpoint_policies.save_only_these_names(*kept)
-  policy = jax.checkpoint_policies.save_from_both_policies(_REMAT_POLICIES[config.remat], named)
+  policy = _both(_REMAT_POLICIES[config.remat], named)
   # A loop of one iteration is no loop to the compiler, which would find the recomputation superfluous.
   return nn.remat(step, prevent_cse=repeats == 1, policy=policy)
 

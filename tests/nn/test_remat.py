@@ -61,12 +61,10 @@ def exponentials_of(equation) -> int:
   return (equation.primitive.name == "exp") + sum(map(exponentials_of, inner))
 
 
-@pytest.mark.parametrize("plan", ["dense", "0:1-3"])
-def test_attention_is_kept_on_request(plan):
+@pytest.mark.parametrize(("plan", "kept"), [("dense", "attention"), ("0:1-3", "attention"), ("dense", "dots")])
+def test_attention_is_kept_on_request(plan, kept):
   """Not computed again, at the price of its output and each query's log of sums a layer; gradients are the same."""
-  models = {
-    remat: tiny.model(plan, num_layers=4, attention="blockwise", remat=remat) for remat in ("full", "attention")
-  }
+  models = {remat: tiny.model(plan, num_layers=4, attention="blockwise", remat=remat) for remat in ("full", kept)}
   params, tokens = jax.tree.map(jnp.asarray, tiny.params(models["full"], "runs")), tiny.tokens(1, LENGTH)
 
   def gradient(model):
@@ -77,7 +75,7 @@ def test_attention_is_kept_on_request(plan):
   # The backward pass is the last loop of the program; it has one exponential in a block, an anchor's or a follower's.
   blocks = 1 if plan == "dense" else 2
   loops = lambda model: [each for each in jax.make_jaxpr(gradient(model))(params).jaxpr.eqns if exponentials_of(each)]
-  assert exponentials_of(loops(models["attention"])[-1]) == blocks
+  assert exponentials_of(loops(models[kept])[-1]) == blocks
   assert exponentials_of(loops(models["full"])[-1]) == 3 * blocks
 
 
