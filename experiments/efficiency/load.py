@@ -2,9 +2,10 @@
 
     python experiments/efficiency/load.py
 
-Prompts of 1 to 2,000 tokens, random limits, four end tokens of 61, 16 slots, a tiny model, CPU. Every tenth request is
-cancelled while it runs or waits, and every fiftieth asks for more than the cache holds. Expected: 0 differences, every
-oversized request refused, every slot free at the end. Prints a line, and exits with 1 if anything differs.
+Prompts of 1 to 2,000 tokens, random limits, four end tokens of 61, 16 slots in pages for 10 of the longest, chunks of
+512 prompt tokens, a tiny model, CPU. Every tenth request is cancelled while it runs or waits, and every fiftieth asks
+for more than the cache holds. Expected: 0 differences, every oversized request refused, every slot free at the end.
+Prints a line, and exits with 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def main() -> int:
   limits = rng.integers(1, LONGEST_ANSWER + 1, count).tolist()
 
   start = time.perf_counter()
-  batcher = Batcher(model, params, Serving(slots=16, capacity=CAPACITY, chunk=4))
+  how = Serving(slots=16, capacity=CAPACITY, cache_slots=10 * CAPACITY, chunk=4, together=2, read=512)
+  batcher = Batcher(model, params, how)
   requests, refused = [], 0
   for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
     if index % 50 == 49:

@@ -217,6 +217,8 @@ class Batcher:
     if self._table is not None:
       self._table.keep(self._running)
     free = [slot for slot in range(self.how.slots) if slot not in self._running]
+    if self._begun is not None and self._begun.request.status != "waiting":  # cancelled
+      self._begun = None
     chosen = [] if self._begun else self._next(len(free))
     if chosen and self._is_long(chosen[0]):
       self._begun = _Begun.of(self._engine, chosen[0], self.how, self.prefix)

@@ -9,7 +9,7 @@ import pytest
 
 import sa_jax
 from sa_jax import Transformer
-from sa_jax.decode import Batcher, Engine, Serving, pad_to, right_pad
+from sa_jax.decode import Batcher, Engine, PromptCache, Serving, pad_to, right_pad
 from sa_jax.decode import batcher as batcher_module
 from tests import tiny
 
@@ -256,3 +256,23 @@ def test_chunks_of_prompts_and_pages_change_no_token(changes, monkeypatch):
   assert [request.tokens for request in requests] == [row[:limit] for row, limit in zip(alone, limits, strict=True)]
   assert chunks == [32] * 5, "prompts of 90 and 33 tokens are 3 and 2 chunks"
   assert max(running) > 2, "more rows than fit in one piece"
+
+
+def test_a_long_prompt_that_is_being_read_goes_on_after_its_beginning_and_can_be_cancelled(
+  model, params, prompts, alone, monkeypatch
+):
+  long = max(range(len(prompts)), key=lambda index: len(prompts[index]))
+  lasting = max(range(len(prompts)), key=lambda index: (len(alone[index]), -len(prompts[index])))
+  prefix, read, starts = PromptCache.read(model, params, prompts[long][:70]), batcher_module.read, []
+  seen = lambda *given, chunk: starts.append(int(given[3])) or read(*given, chunk=chunk)
+  monkeypatch.setattr(batcher_module, "read", seen)
+  batcher = Batcher(model, params, Serving(slots=2, capacity=CAPACITY, chunk=1, read=64), prefix=prefix)
+  first = batcher.submit(prompts[lasting], LONGEST)
+  batcher.step()
+  cancelled, second = (batcher.submit(prompts[long], LONGEST) for _ in range(2))
+  batcher.step()
+  assert (starts, cancelled.status) == ([70], "waiting")
+  batcher.cancel(cancelled)
+  batcher.run()
+  assert starts == [70, *range(70, len(prompts[long]), 64)]
+  assert (cancelled.tokens, first.tokens, second.tokens) == ([], alone[lasting], alone[long])

@@ -6,7 +6,7 @@ import pytest
 
 import sa_jax
 from sa_jax import ops
-from sa_jax.decode import Engine, Prompts, Sampler, insert
+from sa_jax.decode import Batcher, Engine, Prompts, Sampler, Serving, insert
 from sa_jax.nn import Cache
 from sa_jax.sharding import make_mesh, on_mesh, param_shardings
 from tests import tiny
@@ -70,3 +70,22 @@ def test_fewer_rows_than_devices():
   tokens = tiny.tokens(2, 3, 64)
   found, wanted = (sa_jax.generate(model, each, tokens, max_new_tokens=4).tokens for each in (split, params))
   np.testing.assert_array_equal(found, wanted)
+
+
+def test_chunks_of_a_prompt_over_heads_and_no_pages():
+  model = tiny.model("1:2", num_layers=3, vocab_size=64)
+  params, prompts = tiny.params(model), [row[:length] for row, length in zip(tiny.tokens(2, 40), (3, 40))]
+  mesh = make_mesh(tensor=2, devices=jax.devices()[:2])
+  split = jax.device_put(params, param_shardings(model, mesh, layout="layers"))
+  with pytest.raises(sa_jax.UserError, match="a cache of pages lies on one device: leave out cache_slots on a mesh"):
+    Batcher(model, split, Serving(slots=2, capacity=64, cache_slots=128))
+  batcher = Batcher(model, split, Serving(slots=2, capacity=64, chunk=1, read=16))
+  short = batcher.submit(prompts[0], 6)
+  batcher.step()
+  long = batcher.submit(prompts[1], 3)
+  batcher.step()
+  assert long.status == "waiting"
+  batcher.run()
+  for request, prompt in zip((short, long), prompts, strict=True):
+    alone = sa_jax.generate(model, params, prompt[None], None, request.max_new_tokens)
+    assert request.tokens == alone.tokens[0].tolist()
