@@ -14,6 +14,7 @@ from sa_jax.ops import AttentionSpec, Experts, RopeConfig
 AttentionState = Literal["query_key", "attention_weights"]
 AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn", "flash", "splash"]
 RematPolicy = Literal["none", "full", "attention", "dots"]
+RematChoice = Literal["auto", "none", "full", "attention", "dots"]
 FloatDtype = Literal["float32", "bfloat16", "float16"]
 CacheDtype = Literal["int8", "int4", None]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared", "quick_gelu"]

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sa_jax.config import ModelConfig
+from sa_jax.config import ModelConfig, RematPolicy
 from sa_jax.costs import cost, expert_bytes
 from sa_jax.decode import generate
 from sa_jax.errors import UserError
@@ -69,6 +69,7 @@ class Job:
     batch: rows in all, ``B``.
     length: tokens a row; when decoding, the slots of the cache.
     mesh: its sizes; of ``data``, when not given, what the topology's name leaves.
+    remat: what a train step recomputes.
   """
 
   config: ModelConfig
@@ -78,10 +79,13 @@ class Job:
   batch: Count
   length: Count
   mesh: MeshSizes = MeshSizes()
+  remat: RematPolicy = "full"
 
   def __post_init__(self) -> None:
     check_fields(self, "fit")
     wrong = []
+    if self.kind != "train" and self.remat != "full":
+      wrong.append(f"remat={self.remat} ({self.kind} takes none: it is for train)")
     if self.length >= 2**31:
       wrong.append(f"length={self.length} (positions are int32: less than {2**31:,} is needed)")
     if self.kind == "loop" and self.length < 2:
@@ -118,8 +122,8 @@ class Fit:
     peak_bytes: the most memory in use at one time, arguments included; None when it does not fit.
     argument_bytes: of that, parameters, state, cache and batch.
     collectives: what it sends and receives in one execution, by kind.
-    compute_seconds: analytic: the model's FLOPs (of a train step with full rematerialisation, four forward passes)
-      at the peak matrix rate.
+    compute_seconds: analytic: the model's FLOPs at the peak matrix rate; of a train step three forward passes, and a
+      fourth where products with parameters are computed again.
     memory_seconds: analytic: the bytes that must be read and written, at the peak memory rate.
     compile_seconds: how long compiling took here.
   """
@@ -261,7 +265,7 @@ def program(job: Job, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[Tree, ...]]
 
 
 def _train(job: Job, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[Tree, ...]]:
-  model = Transformer(dataclasses.replace(job.config, remat="full"), job.plan)
+  model = Transformer(dataclasses.replace(job.config, remat=job.remat), job.plan)
   optimizer = make_optimizer(OptimizerConfig(), total_steps=1000)
   params = abstract_params(model)
   shardings = state_shardings(optimizer, params, param_shardings(model, mesh))
@@ -366,9 +370,10 @@ def _roofline(job: Job, mesh: Mesh) -> tuple[float, float]:
     read = (counted.param_bytes + dense.param_bytes - 2 * elsewhere()) / tensor
     return (counted.flops + dense.flops - 2 * head) / devices, read
   arguments = program(job, mesh)[1]
-  # Forward, recomputed, and twice as much backward; parameters and state are read and written once more to update.
+  # Forward, perhaps again, and twice as much backward; parameters and state are read and written once more to update.
+  passes = 3 if job.remat in ("none", "dots") else 4
   held = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(arguments[0]))
-  return 4 * counted.flops / devices, 3 * params + 2 * held
+  return passes * counted.flops / devices, 3 * params + 2 * held
 
 
 def _shard_bytes(array: jax.ShapeDtypeStruct) -> int:

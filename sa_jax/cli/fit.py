@@ -12,7 +12,7 @@ import tyro
 from sa_jax.cli.common import change, console, show_table, write_json
 from sa_jax.cli.cost import model_of
 from sa_jax.cli.progress import progress
-from sa_jax.config import FloatDtype
+from sa_jax.config import FloatDtype, RematPolicy
 from sa_jax.display import quantity
 from sa_jax.files import check_writable
 from sa_jax.fit import Fit, Job, Kind, fit, mesh_on
@@ -79,6 +79,8 @@ class FitOf:
   """Tokens a row; of the cache when decoding (decode, loop)."""
   dtype: FloatDtype = "bfloat16"
   """Of parameters and activations."""
+  remat: RematPolicy = "full"
+  """What a training step's backward pass recomputes."""
   json: Path | None = None
   """Also write the numbers to this file."""
 
@@ -92,7 +94,7 @@ class FitOf:
     plans = dict.fromkeys((plan,) if self.kind == "calibration" else (as_plan(None, config.num_layers), plan))
     sizes = mesh_on(self.topology, self.mesh)
     batch = sizes.ways if self.batch_size is None else self.batch_size
-    jobs = [Job(config, plan, self.kind, self.topology, batch, self.length, sizes) for plan in plans]
+    jobs = [Job(config, plan, self.kind, self.topology, batch, self.length, sizes, self.remat) for plan in plans]
     fits: list[Fit] = []
     with progress("compiling") as update:
       for job in jobs:

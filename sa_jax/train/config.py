@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sa_jax.config import FloatDtype, ModelConfig, RematPolicy
+from sa_jax.config import FloatDtype, ModelConfig, RematChoice
 from sa_jax.errors import UserError
 from sa_jax.fields import Count, Natural, NotNegative, Portion, Positive, Seed, Such, check_fields
 from sa_jax.files import as_path
@@ -144,8 +144,9 @@ class TrainConfig:
   """In how many parts a batch is computed, one after the other."""
   steps: Count = 1000
   """How many steps to train."""
-  remat: RematPolicy = "none"
-  """What the backward pass recomputes."""
+  remat: RematChoice = "auto"
+  """What the backward pass recomputes; auto for the fastest that fits in a device's memory, and none where devices do
+  not tell how much they have."""
   dtype: FloatDtype = "bfloat16"
   """What is computed in, and what the model is saved in at the end; trained parameters are float32."""
   z_loss: float = 0.0
@@ -246,6 +247,8 @@ def check_same(config: TrainConfig, before: Mapping[str, object], folder: Path) 
   now, then = _flat(recorded(config)), usual | _flat(before)
   if config.date is None:
     now["date"] = then.get("date")
+  if config.remat == "auto":
+    now["remat"] = then.get("remat")
   different = [name for name in {**now, **then} if now.get(name) != then.get(name)]
   if different == ["steps"]:
     if config.optimizer.schedule == "constant":

@@ -11,10 +11,12 @@ import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 import filelock
 import jax
 
+from sa_jax.config import RematChoice
 from sa_jax.distributed import by_first, of_first_process, wait_for_all
 from sa_jax.errors import UserError
 from sa_jax.files import is_remote, move, read_text, remove, write_text
@@ -85,7 +87,7 @@ def is_missing(model: Path) -> bool:
 
 
 def checked(config: TrainConfig) -> TrainConfig:
-  """The run, if its folder is free or holds this run, with the date on which it began.
+  """The run, if its folder is free or holds this run, with the date on which it began and with what it recomputes.
 
   A folder in which nothing was saved yet holds no run: a start that failed stands in nobody's way.
 
@@ -102,6 +104,8 @@ def checked(config: TrainConfig) -> TrainConfig:
       )
     before = read_json(path)
     configs.check_same(config, before, config.out)
+  if config.remat == "auto" and "remat" in before:
+    config = dataclasses.replace(config, remat=cast(RematChoice, before["remat"]))
   if config.date is not None:
     return config
   if isinstance(then := before.get("date"), str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from sa_jax.config import ModelConfig
+from sa_jax.config import ModelConfig, RematPolicy
 from sa_jax.errors import UserError
 from sa_jax.formats import Tokenizer, from_pretrained
 from sa_jax.formats.load import describe
@@ -37,7 +38,7 @@ class Learner:
     abstract: their shapes and dtypes.
     shardings: their shardings.
     frozen: parameters that stay as they are: ``base``, which adapters adapt, and ``teacher``.
-    objective: what is minimised.
+    objective: what is minimised, by what its backward pass recomputes.
     judge: what is evaluated: the plain loss of the model, fully shared.
     finish: trained and frozen parameters → those of the model, in the run layout.
   """
@@ -46,7 +47,7 @@ class Learner:
   abstract: Tree
   shardings: Tree
   frozen: dict[str, Any]
-  objective: Objective
+  objective: Callable[[RematPolicy], Objective]
   judge: Objective
   finish: Callable[[Tree, Tree], Tree]
 
@@ -70,7 +71,7 @@ def model_of(config: TrainConfig, tokenizer: Tokenizer) -> Transformer:
       shape = dataclasses.replace(shape, eos_token_ids=(end,))
     model = Transformer(shape, as_plan(config.plan, shape.num_layers))
   computed = dataclasses.replace(
-    model.config, dtype=config.dtype, param_dtype="float32", remat=config.remat, group_backward=True
+    model.config, dtype=config.dtype, param_dtype="float32", remat="none", group_backward=True
   )
   return Transformer(computed, model.plan)
 
@@ -81,26 +82,13 @@ def make_learner(config: TrainConfig, model: Transformer, mesh: Mesh) -> Learner
   Raises:
     UserError: if the model does not fit the mesh, or a checkpoint lacks weights.
   """
-  student = GradualTransformer(model.config, model.plan) if config.gradual_steps else model
-  share = rising(config.gradual_steps) if config.gradual_steps else None
+  if model.config.experts is None and config.router != RouterConfig():
+    raise UserError("`load_balance` and `router_z_loss` are of mixtures of experts, and this model is none")
+  student = _student(config, model)
+  objective = functools.partial(_objective, config, model)
   frozen: dict[str, Any] = {}
   if config.mode == "distill":
-    # Before it shares it is the dense model, and its blocks correspond to the student's.
-    teacher = GradualTransformer(model.config, model.plan)
-    frozen["teacher"] = _unpruned(config.teacher or config.model, teacher, config.dtype, mesh)
-    taught = distill(
-      student,
-      teacher,
-      temperature=config.distill.temperature,
-      alpha=config.distill.teacher_weight,
-      hidden_weight=config.distill.hidden_weight,
-      share=share,
-    )
-    objective = _of_part(taught, "teacher")
-  else:
-    if model.config.experts is None and config.router != RouterConfig():
-      raise UserError("`load_balance` and `router_z_loss` are of mixtures of experts, and this model is none")
-    objective = next_token(student, z_loss=config.z_loss, share=share, router=config.router)
+    frozen["teacher"] = _unpruned(config.teacher or config.model, _teacher(model), config.dtype, mesh)
   finish = lambda params: prune(params, model.plan) if config.gradual_steps else params
   if config.method == "full":
     shardings = param_shardings(student, mesh)
@@ -122,10 +110,38 @@ def make_learner(config: TrainConfig, model: Transformer, mesh: Mesh) -> Learner
     abstract=abstract_adapters(student, lora),
     shardings=shardings,
     frozen=frozen,
-    objective=adapted(objective, lora, base),
+    objective=lambda remat: adapted(objective(remat), lora, base),
     judge=adapted(next_token(student), lora, base),
     finish=lambda params, frozen: finish(merge(frozen["base"], params, lora)),
   )
+
+
+def _student(config: TrainConfig, model: Transformer) -> Transformer:
+  """What is trained, which may become the model gradually."""
+  return GradualTransformer(model.config, model.plan) if config.gradual_steps else model
+
+
+def _teacher(model: Transformer) -> GradualTransformer:
+  """Before it shares it is the dense model, and its blocks correspond to the student's."""
+  return GradualTransformer(model.config, model.plan)
+
+
+def _objective(config: TrainConfig, model: Transformer, remat: RematPolicy) -> Objective:
+  """What is minimised where the backward pass recomputes so much; nothing is read for it."""
+  student = _student(config, Transformer(dataclasses.replace(model.config, remat=remat), model.plan))
+  share = rising(config.gradual_steps) if config.gradual_steps else None
+  if config.mode != "distill":
+    return next_token(student, z_loss=config.z_loss, share=share, router=config.router)
+  how = config.distill
+  taught = distill(
+    student,
+    _teacher(model),
+    temperature=how.temperature,
+    alpha=how.teacher_weight,
+    hidden_weight=how.hidden_weight,
+    share=share,
+  )
+  return _of_part(taught, "teacher")
 
 
 def _of_part(objective: Objective, name: str) -> Objective:

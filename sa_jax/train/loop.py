@@ -74,6 +74,7 @@ def train(
   with locked(config.out) as check_ours:
     config = checked(config)
     run = prepare(config, say, source)
+    config = dataclasses.replace(config, remat=run.remat.policy)
     say(describe(echo(config, run)))
     claim(config)
     with Checkpoints(config.out / "checkpoints", config.log.keep) as checkpoints:
@@ -201,7 +202,7 @@ class Loop:
     Before a line of metrics nothing is left under way, so that the line counts just the time of its own steps.
     """
     batch = to_devices(next(self._data), self._run.batch_sharding, self._config.batch_size)
-    self.state, metrics = self._run.step(self.state, self._run.frozen, batch)
+    self.state, metrics = self._run.remat.step(self.state, self._run.frozen, batch)
     self.done += 1
     self._look()
     self._unseen = self.done, metrics

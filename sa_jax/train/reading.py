@@ -39,10 +39,12 @@ class TrainingData(NamedTuple):
   """Attributes:
   batches: makes the iterator over this host's rows, at its beginning.
   identity: how many rows, and a checksum, by which the data are known again; zeros where that cannot be.
+  has_segments: whether the batches tell documents apart.
   """
 
   batches: Callable[[], BatchIterator]
   identity: tuple[int, int]
+  has_segments: bool
 
 
 def training_data(
@@ -73,7 +75,7 @@ def training_data(
   if source is None and data.dataset is None:
     rows = corpus_rows(config, model, tokenizer, data.train, say)
     make = functools.partial(shuffled, rows, config.batch_size, config.seed, mine)
-    return TrainingData(make, (len(rows), rows.corpus.checksum))
+    return TrainingData(make, (len(rows), rows.corpus.checksum), rows.has_segments)
   # Hosts that hold the same rows read the same examples.
   part = Part(mine[0] // len(mine), config.batch_size // len(mine))
   if part.count * len(mine) != config.batch_size or list(mine) != list(range(mine[0], mine[0] + len(mine))):
@@ -91,7 +93,7 @@ def training_data(
     cursor = Cursor(examples, config.seed, Part() if hub else part)
     return Gathered(Stream(cursor, tokenizer, shape, data.reading), part, gathered)
 
-  return TrainingData(batches, (0, 0))
+  return TrainingData(batches, (0, 0), data.packing == "rows")
 
 
 def tokenizer_of(config: TrainConfig) -> Tokenizer:

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from sa_jax.config import RematPolicy
 from sa_jax.distributed import wait_for_all
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
@@ -24,7 +26,8 @@ from sa_jax.train.learner import make_learner, model_of
 from sa_jax.train.optimizer import make_optimizer
 from sa_jax.train.peft_format import save_adapters
 from sa_jax.train.reading import corpus_rows, tokenizer_of, training_data
-from sa_jax.train.step import Metrics, TrainState, make_eval, make_state, make_step, state_shardings
+from sa_jax.train.remat import Remat, fastest
+from sa_jax.train.step import TrainState, make_eval, make_state, make_step, state_shardings
 from sa_jax.trees import Tree
 
 
@@ -40,7 +43,7 @@ class Setup:
     mine: which of a batch's rows this host reads.
     batch_sharding: of a batch's arrays, ``[B, T]``.
     frozen: parameters that stay as they are.
-    step: ``(state, frozen, batch)`` → the next state and metrics; donates the state.
+    remat: the step, which donates the state, and what its backward pass recomputes.
     evaluate: ``(params, frozen, batch)`` → sum of losses and its weight.
     make_state: the state before the first step.
     abstract_state: its shapes, dtypes and shardings.
@@ -55,7 +58,7 @@ class Setup:
   mine: list[int]
   batch_sharding: NamedSharding
   frozen: Tree
-  step: Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics]]
+  remat: Remat
   evaluate: Callable[[Tree, Tree, Batch], tuple[jax.Array, jax.Array]]
   make_state: Callable[[], TrainState]
   abstract_state: Callable[[], TrainState]
@@ -97,6 +100,14 @@ def prepare(
     like = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return jax.tree.map(like, shapes, shardings)
 
+  def step(policy: RematPolicy) -> jax.stages.Wrapped:
+    return make_step(learner.objective(policy), optimizer, shardings=shardings, accumulate=config.accumulate)
+
+  if config.remat == "auto":
+    batch = _batch_shape(config, data.has_segments, batch_sharding)
+    remat = fastest(step, (abstract_state(), learner.frozen, batch), mesh)
+  else:
+    remat = Remat(config.remat, step(config.remat))
   return Setup(
     model=model,
     batches=data.batches,
@@ -105,7 +116,7 @@ def prepare(
     mine=mine,
     batch_sharding=batch_sharding,
     frozen=learner.frozen,
-    step=make_step(learner.objective, optimizer, shardings=shardings, accumulate=config.accumulate),
+    remat=remat,
     evaluate=make_eval(learner.judge, mesh=mesh),
     make_state=lambda: make_state(optimizer, learner.start(), shardings),
     abstract_state=abstract_state,
@@ -114,6 +125,12 @@ def prepare(
     ),
     adapters=adapters_of(config, model),
   )
+
+
+def _batch_shape(config: TrainConfig, has_segments: bool, sharding: NamedSharding) -> Batch:
+  """A step's batch, as the data make it."""
+  of = lambda dtype: jax.ShapeDtypeStruct((config.batch_size, config.data.length), dtype, sharding=sharding)
+  return Batch(of(jnp.int32), of(jnp.float32), of(jnp.int32) if has_segments else None)
 
 
 def adapters_of(config: TrainConfig, model: Transformer) -> Callable[[Tree, Path], None] | None:
@@ -147,5 +164,6 @@ def echo(config: TrainConfig, run: Setup) -> dict[str, str]:
     "plan": f"{run.model.plan}: {len(run.model.plan.followers)} of {run.model.config.num_layers} layers follow",
     "a step": f"{config.batch_size} rows of {config.data.length} tokens, {tokens:,} tokens",
     "steps": f"{config.steps:,}{epochs}, {config.steps * tokens:,} tokens",
+    "remat": str(run.remat),
     "saved in": str(config.out),
   }

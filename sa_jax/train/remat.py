@@ -1,0 +1,108 @@
+"""What a run's backward pass recomputes: the fastest policy whose compiled step fits in a device's memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+
+from sa_jax.config import RematPolicy
+from sa_jax.distributed import exchange
+from sa_jax.errors import UserError
+from sa_jax.train.batch import Batch
+from sa_jax.train.step import Metrics, TrainState
+from sa_jax.trees import Tree
+
+Step = Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics]]
+
+BY_TIME: tuple[RematPolicy, ...] = ("dots", "attention", "full")
+"""The fastest first. ``none`` takes more memory than ``dots`` and no less time: what that computes again costs less
+than to keep it (`experiments/efficiency`)."""
+
+_USABLE = 0.95
+"""Of a device's memory; the rest is for gaps, and for what evaluation and data hold beside a step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Remat:
+  """What is recomputed, and the step that does so.
+
+  Attributes:
+    policy: which of `RematPolicy`.
+    step: ``(state, frozen, batch)`` → the next state and metrics; compiled if that was needed to choose.
+    reason: why it was chosen, for people; empty where it was asked for.
+  """
+
+  policy: RematPolicy
+  step: Step
+  reason: str = ""
+
+  def __str__(self) -> str:
+    return f"{self.policy} ({self.reason})" if self.reason else self.policy
+
+
+def fastest(
+  make: Callable[[RematPolicy], jax.stages.Wrapped], arguments: tuple[TrainState, Tree, Batch], mesh: Mesh
+) -> Remat:
+  """The first of `BY_TIME` that fits, compiled; nothing is recomputed where devices do not tell their memory.
+
+  Args:
+    make: the jitted step under a policy.
+    arguments: of the step: arrays, or shapes with shardings.
+    mesh: what it runs on.
+
+  Raises:
+    UserError: if the compiler says that no step fits, or a process does not answer.
+  """
+  memory = device_memory(mesh)
+  if memory is None:
+    return Remat("none", make("none"), "devices of this kind do not tell how much memory they have")
+  gb = lambda number: f"{number / 1e9:,.3g} GB"
+  refused = ""
+  for policy in BY_TIME:
+    compiled = _compiled(make(policy), arguments)
+    needed = _of_all(None if compiled is None else step_bytes(compiled))
+    if compiled is not None and needed is not None and (needed <= _USABLE * memory or policy == BY_TIME[-1]):
+      told = f"of {gb(memory)}: {gb(needed)} needed" + ("" if needed <= _USABLE * memory else ", and so it may not fit")
+      return Remat(policy, compiled, told + refused)
+    refused += f"; {policy} would need {gb(needed) if needed else 'more than there is'}"
+  raise UserError(
+    f"a step does not fit in a device's {gb(memory)} under any `remat`: give it fewer rows (`batch_size`, "
+    "`accumulate`), shorter ones, or more devices (`mesh`)"
+  )
+
+
+def step_bytes(compiled: jax.stages.Compiled) -> int:
+  """The most bytes that a compiled program takes of a device, arguments and results included."""
+  memory = compiled.memory_analysis()
+  assert memory is not None, "devices that tell their memory tell a program's"
+  held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return int(held + memory.temp_size_in_bytes)
+
+
+def device_memory(mesh: Mesh) -> int | None:
+  """Bytes that arrays may take of a device, of the smallest one on any process; None where one does not tell.
+
+  Raises:
+    UserError: if a process does not answer.
+  """
+  found = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in mesh.local_devices]
+  return min(map(int, exchange("the devices' memory", str(min(found))))) or None
+
+
+def _compiled(step: jax.stages.Wrapped, arguments: tuple[TrainState, Tree, Batch]) -> jax.stages.Compiled | None:
+  """The step for these arguments; None if the compiler finds that it does not fit."""
+  try:
+    return step.lower(*arguments).compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return None
+
+
+def _of_all(needed: int | None) -> int | None:
+  """The most that a process's devices need; None if one of them needs more than there is."""
+  answers = exchange("the bytes of a step", str(needed or 0))
+  return None if "0" in answers else max(map(int, answers))
