@@ -18,7 +18,6 @@ measurement.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -141,8 +140,8 @@ def warm(model: sa_jax.Transformer, params: dict, variant: Variant) -> None:
     short, *_, long = sorted(load.prompts, key=len)
     parts.append(some([short, long], [32, 2]))
   watched = dataclasses.replace(how, chunk=1)
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    list(pool.map(lambda part: serve(model, params, Variant(part, watched)), parts))
+  for part in parts:
+    serve(model, params, Variant(part, watched))
 
 
 def variants(requests: tuple[int, int], vocab_size: int) -> list[Variant]:
