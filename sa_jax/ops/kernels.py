@@ -30,12 +30,17 @@ def is_hopper() -> bool:
 
 
 def has_gpu_kernels(array: jax.Array) -> bool:
+  """Whether a Triton kernel may take the array: where `may_run`, and where JAX has Triton."""
+  return triton is not None and may_run(array)
+
+
+def may_run(array: jax.Array) -> bool:
   """Whether a kernel for NVIDIA GPUs may take the array: on such a GPU, and not while it is spread over several.
 
   XLA cannot split a kernel: every device would gather all of its arrays and compute all of it. Under `jax.shard_map`,
   where an array is a device's own part, it may run; `sa_jax.nn` calls kernels so.
   """
-  if triton is None or platform() not in ("gpu", "cuda"):
+  if platform() not in ("gpu", "cuda"):
     return False
   ambient = jax.sharding.get_abstract_mesh()
   mesh = jax.typeof(array).sharding.mesh if ambient.empty else ambient

@@ -11,9 +11,19 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from sa_jax import ops
 from sa_jax.ops import kernels
-from sa_jax.ops.attention import decode, flash_decode
+from sa_jax.ops.attention import decode, flash_decode, hopper_decode
 from sa_jax.ops.attention.flash_decode import How
 from tests import tiny
+
+MODULES = {"triton": flash_decode, "mosaic": hopper_decode}
+
+
+@pytest.fixture(params=MODULES)
+def attention(request):
+  """Each implementation of attention's kernels, as far as it can run here."""
+  if request.param == "mosaic" and not hopper_decode.CAN_INTERPRET and not kernels.is_hopper():
+    pytest.skip("this JAX has no interpreter of Mosaic GPU that takes these kernels")
+  return MODULES[request.param]
 
 
 def arrays(seed: int, *shapes: tuple[int, ...]) -> list[jax.Array]:
@@ -22,18 +32,18 @@ def arrays(seed: int, *shapes: tuple[int, ...]) -> list[jax.Array]:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (2, 2), (24, 1)])
-def test_flash_decode_equals_its_parts(heads, kv_heads):
+def test_flash_decode_equals_its_parts(attention, heads, kv_heads):
   """Rows that end in the first slot, inside a block, on a block's border and in the last slot, and a follower's."""
   slots, head_dim = 256, 32
   positions = jnp.asarray([0, 70, 128, slots - 1], jnp.int32)
   cached = (4, kv_heads, slots, head_dim)
   q, key, value, keys, values = arrays(0, (4, heads, head_dim), *[(4, kv_heads, head_dim)] * 2, cached, cached)
-  attend = functools.partial(flash_decode.attend, q, (key, value), (keys, values), ops.Rows(offset=positions))
+  attend = functools.partial(attention.attend, q, (key, value), (keys, values), ops.Rows(offset=positions))
   out, weights, (new_keys, new_values) = attend(How(head_dim**-0.5, with_weights=True), interpret=True)
   alone, nothing, _ = attend(How(head_dim**-0.5), interpret=True)
   np.testing.assert_array_equal(alone, out)
   assert nothing is None
-  followed, followed_values = flash_decode.follow(weights, 2 * value, 2 * values, positions, interpret=True)
+  followed, followed_values = attention.follow(weights, 2 * value, 2 * values, positions, interpret=True)
   written = [np.array(keys), np.array(values)]
   for row, position in enumerate(positions.tolist()):
     written[0][row, :, position], written[1][row, :, position] = key[row], value[row]
@@ -54,17 +64,19 @@ def test_flash_decode_equals_its_parts(heads, kv_heads):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cache_dtype", ["int8", "int4"])
-def test_flash_decode_of_a_quantised_cache_is_that_of_the_vectors_it_stands_for(cache_dtype):
+def test_flash_decode_of_a_quantised_cache_is_that_of_the_vectors_it_stands_for(attention, cache_dtype):
   """Over several splits, and a new token that is rounded as it is stored."""
+  if attention is hopper_decode and cache_dtype == "int4":
+    pytest.skip("not of int4")
   store = ops.FORMATS[cache_dtype].store
   slots, head_dim, positions = 256, 32, jnp.asarray([5, 200], jnp.int32)
   q, key, value, keys, values = arrays(5, (2, 4, head_dim), *[(2, 2, head_dim)] * 2, *[(2, 2, slots, head_dim)] * 2)
   stored = store(keys), store(values * 3)
   rows, how = ops.Rows(offset=positions), How(0.2, with_weights=True)
-  out, weights, written = flash_decode.attend(q, (key, value), stored, rows, how, interpret=True)
+  out, weights, written = attention.attend(q, (key, value), stored, rows, how, interpret=True)
   expected = [ops.write_slot(each, new, positions) for each, new in zip(stored, (key, value), strict=True)]
   jax.tree.map(np.testing.assert_array_equal, list(written), expected)
-  followed, new_values = flash_decode.follow(weights, value, stored[1], positions, interpret=True)
+  followed, new_values = attention.follow(weights, value, stored[1], positions, interpret=True)
   np.testing.assert_allclose(followed, out, atol=5e-6)
   jax.tree.map(np.testing.assert_array_equal, new_values, expected[1])
   k, v = (np.asarray(each.numbers(), np.float64) * np.asarray(each.scale, np.float64) for each in expected)
@@ -76,7 +88,7 @@ def test_flash_decode_of_a_quantised_cache_is_that_of_the_vectors_it_stands_for(
 
 
 @pytest.mark.parametrize("sinks", [False, True])
-def test_pages_are_rows_whose_parts_lie_apart(sinks):
+def test_pages_are_rows_whose_parts_lie_apart(attention, sinks):
   """Of a kernel and of plain JAX, beside rows in one piece: pages that are full, begun and still empty, and strays."""
   size, most, head_dim, offset = 64, 3, 32, jnp.asarray([63, 130, 5], jnp.int32)
   q, key, value, keys, values = arrays(
@@ -95,10 +107,10 @@ def test_pages_are_rows_whose_parts_lie_apart(sinks):
 
   rows = ops.Rows(offset=offset, sinks=arrays(8, (4,))[0] if sinks else None)
   how, new = How(head_dim**-0.5, with_weights=True), (key, value)
-  out, weights, whole = flash_decode.attend(q, new, (keys, values), rows, how, interpret=True)
-  followed, _ = flash_decode.follow(weights, 2 * value, 2 * values, offset, interpret=True)
+  out, weights, whole = attention.attend(q, new, (keys, values), rows, how, interpret=True)
+  followed, _ = attention.follow(weights, 2 * value, 2 * values, offset, interpret=True)
   rows, cached = dataclasses.replace(rows, pages=pages), (paged(keys), paged(values))
-  found, shares, written = flash_decode.attend(q, new, cached, rows, how, interpret=True)
+  found, shares, written = attention.attend(q, new, cached, rows, how, interpret=True)
   plain, plain_shares, plain_written = decode.decode_attend(
     q[:, None], (key[:, None], value[:, None]), cached, rows, with_weights=True
   )
@@ -108,19 +120,19 @@ def test_pages_are_rows_whose_parts_lie_apart(sinks):
   np.testing.assert_allclose(plain[:, 0], out, atol=2e-6)
   doubled = 2 * paged(values)
   for each in (
-    flash_decode.follow(shares, 2 * value, doubled, offset, pages, interpret=True)[0],
+    attention.follow(shares, 2 * value, doubled, offset, pages, interpret=True)[0],
     decode.decode_follow(plain_shares, 2 * value[:, None], doubled, offset, pages)[0][:, 0],
   ):
     np.testing.assert_allclose(each, followed, atol=4e-6)
 
 
-def test_flash_decode_reads_nothing_past_the_end():
+def test_flash_decode_reads_nothing_past_the_end(attention):
   """Slots after a row's token may hold anything, NaN included, where no block before it holds them too."""
-  keys, values = (jnp.full((1, 1, 128, 16), jnp.nan).at[:, :, :64].set(1.0) for _ in range(2))
-  q, key, value = arrays(1, (1, 2, 16), (1, 1, 16), (1, 1, 16))
+  keys, values = (jnp.full((1, 1, 128, 32), jnp.nan).at[:, :, :64].set(1.0) for _ in range(2))
+  q, key, value = arrays(1, (1, 2, 32), (1, 1, 32), (1, 1, 32))
   rows, how = ops.Rows(offset=jnp.asarray([63])), How(0.25, with_weights=True)
-  out, weights, (_, values) = flash_decode.attend(q, (key, value), (keys, values), rows, how, interpret=True)
-  followed, _ = flash_decode.follow(weights, value, values, jnp.asarray([63]), interpret=True)
+  out, weights, (_, values) = attention.attend(q, (key, value), (keys, values), rows, how, interpret=True)
+  followed, _ = attention.follow(weights, value, values, jnp.asarray([63]), interpret=True)
   assert all(np.isfinite(each).all() for each in (out, weights, followed))
 
 
@@ -167,14 +179,16 @@ class TestOnTheDevice:
 
   @pytest.mark.parametrize("cache_dtype", [None, "int8", "int4"])
   @pytest.mark.parametrize(("kv_heads", "head_dim"), [(8, 64), (2, 128)])
-  def test_flash_decode(self, kv_heads, head_dim, cache_dtype):
+  def test_flash_decode(self, attention, kv_heads, head_dim, cache_dtype):
+    if attention is hopper_decode and (cache_dtype, head_dim) not in [(None, 64), (None, 128), ("int8", 128)]:
+      pytest.skip("not of int4, nor of int8 in narrow heads")
     positions = jnp.asarray([3, 300], jnp.int32)
     token, cached = (2, kv_heads, head_dim), (2, kv_heads, 512, head_dim)
     q, key, value, keys, values = half(6, (2, 8, head_dim), token, token, cached, cached)
     if cache_dtype is not None:
       keys, values = map(ops.FORMATS[cache_dtype].store, (keys, values))
     rows, how = ops.Rows(offset=positions), How(0.1, with_weights=True)
-    out, weights, written = flash_decode.attend(q, (key, value), (keys, values), rows, how, self.interpret)
+    out, weights, written = attention.attend(q, (key, value), (keys, values), rows, how, self.interpret)
     expected = [ops.write_slot(each, new, positions) for each, new in ((keys, key), (values, value))]
     jax.tree.map(np.testing.assert_array_equal, list(written), expected)
     plain = ops.decode_weights(q[:, None], expected[0], ops.Rows(offset=positions), ops.AttentionSpec(scale=0.1))
@@ -182,7 +196,7 @@ class TestOnTheDevice:
     close(out, ops.decode_apply(plain, expected[1])[:, 0], 0.01)
     # The follower has other values, which this token's joins too.
     others = jax.tree.map(jnp.flip, values)
-    followed, new_others = flash_decode.follow(weights, key, others, positions, interpret=self.interpret)
+    followed, new_others = attention.follow(weights, key, others, positions, interpret=self.interpret)
     expected_others = ops.write_slot(others, key, positions)
     jax.tree.map(np.testing.assert_array_equal, new_others, expected_others)
     close(followed, ops.decode_apply(weights[:, :, None], expected_others)[:, 0], 0.01)
@@ -199,26 +213,36 @@ class TestOnTheDevice:
     close(ops.gated_linear(x, gate, up, interpret=self.interpret), jax.nn.silu(product) * other, 0.01)
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="this JAX has no Triton")
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-@pytest.mark.parametrize("cache_dtype", [None, *ops.FORMATS])
-def test_kernels_are_lowered_for_a_gpu_where_there_is_none(cache_dtype):
-  """To Triton's own language, with values of half the keys' width."""
-  shapes = (2, 8, 64), (2, 2, 64), (2, 2, 32), (2, 2, 512, 64), (2, 2, 512, 32)
+@pytest.mark.parametrize(
+  ("module", "cache_dtype"),
+  [*((flash_decode, kind) for kind in (None, *ops.FORMATS)), (hopper_decode, None), (hopper_decode, "int8")],
+)
+def test_kernels_are_lowered_for_a_gpu_where_there_is_none(module, cache_dtype):
+  """To Triton's or Mosaic's own language, some with values of half the keys' width; caches are written in place."""
+  if module is flash_decode and kernels.triton is None:
+    pytest.skip("this JAX has no Triton")
+  wide = 64 if cache_dtype is None else 128
+  shapes = (2, 8, 128), (2, 2, 128), (2, 2, wide), (2, 2, 512, 128), (2, 2, 512, wide)
 
   def both(q, key, value, keys, values):
     if cache_dtype is not None:
       keys, values = map(ops.FORMATS[cache_dtype].store, (keys, values))
     positions, how = jnp.asarray([3, 300], jnp.int32), How(0.1, with_weights=True)
     rows = ops.Rows(offset=positions)
-    out, weights, (_, values) = flash_decode.attend(q, (key, value), (keys, values), rows, how)
-    return out, flash_decode.follow(weights, value, values, positions)[0]
+    out, weights, (_, values) = module.attend(q, (key, value), (keys, values), rows, how)
+    return out, module.follow(weights, value, values, positions)[0]
 
   card = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
   with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=card)):
     traced = jax.jit(both).trace(*(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  assert ("flash_decode" in text, "flash_follow" in text) == (True, True)
+  if module is flash_decode:
+    assert ("flash_decode" in text, "flash_follow" in text) == (True, True)
+  else:
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 2
+  if cache_dtype is None:
+    assert text.count("output_operand_alias<") == 3
 
 
 def test_kernels_are_not_for_this_device():
@@ -250,10 +274,39 @@ def test_what_attention_s_kernels_take(monkeypatch, tokens, dtype, stored, takes
   assert decode._has_kernel(tokens, jnp.zeros(1, dtype).dtype, cache) == takes
 
 
+@pytest.mark.parametrize(
+  ("triton", "hopper", "preferred", "stored", "which"),
+  [
+    (True, True, "flash_decode", ("bfloat16", 128), "flash_decode"),
+    (True, True, "hopper_decode", ("bfloat16", 128), "hopper_decode"),
+    (True, False, "hopper_decode", ("bfloat16", 128), "flash_decode"),
+    (True, True, "hopper_decode", ("bfloat16", 32), "flash_decode"),  # heads narrower than a product
+    (True, True, "hopper_decode", ("int8", 128), "hopper_decode"),
+    (True, True, "hopper_decode", ("int4", 128), "flash_decode"),
+    (False, True, "flash_decode", ("bfloat16", 64), "hopper_decode"),  # a JAX without Triton
+    (False, True, "flash_decode", ("int8", 64), None),
+    (False, False, "flash_decode", ("bfloat16", 64), None),
+  ],
+)
+def test_which_kernels_run(monkeypatch, triton, hopper, preferred, stored, which):
+  """Triton's while JAX has it and nobody prefers Hopper's own, of what they take."""
+  monkeypatch.setattr(decode, "has_gpu_kernels", lambda _: triton)
+  monkeypatch.setattr(decode, "is_hopper", lambda: hopper)
+  monkeypatch.setattr(decode, "may_run", lambda _: True)
+  monkeypatch.setattr(decode, "PREFERRED", preferred)
+  kind, head_dim = stored
+  cache = jnp.zeros((2, 1, 64, head_dim), "bfloat16")
+  cache = ops.FORMATS[kind].store(cache) if kind in ops.FORMATS else cache
+  assert decode.which_kernels(1, jnp.dtype("bfloat16"), cache) == which
+  assert decode.which_kernels(1, jnp.dtype("bfloat16"), cache, jnp.zeros((2, 1, 64, 48), "bfloat16")) is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cache_dtype", [None, "int8", "int4"])
-def test_a_model_that_decodes_with_the_kernels_is_the_same_model(monkeypatch, cache_dtype):
+def test_a_model_that_decodes_with_the_kernels_is_the_same_model(monkeypatch, attention, cache_dtype):
   """A step against a cache, with all kernels interpreted: an anchor alone, and an anchor with a follower."""
+  if attention is hopper_decode and cache_dtype == "int4":
+    pytest.skip("not of int4")
   shapes = dict(embed_dim=64, num_heads=2, num_kv_heads=1, head_dim=64, mlp_dim=64)
   model = tiny.model("1:2", num_layers=3, max_length=64, cache_dtype=cache_dtype, **shapes)
   params = jax.tree.map(jnp.asarray, tiny.params(model))
@@ -277,9 +330,9 @@ def test_a_model_that_decodes_with_the_kernels_is_the_same_model(monkeypatch, ca
   monkeypatch.setattr(ops, "has_linear_kernels", lambda *_: True)
   monkeypatch.setattr(ops, "linears", counted("linears", ops.linears))
   monkeypatch.setattr(ops, "gated_linear", counted("gated_linear", ops.gated_linear))
-  monkeypatch.setattr(decode, "_has_kernel", lambda *_: True)
-  monkeypatch.setattr(flash_decode, "attend", counted("attend", flash_decode.attend))
-  monkeypatch.setattr(flash_decode, "follow", counted("follow", flash_decode.follow))
+  monkeypatch.setattr(decode, "_kernels", lambda *_: attention)
+  monkeypatch.setattr(attention, "attend", counted("attend", attention.attend))
+  monkeypatch.setattr(attention, "follow", counted("follow", attention.follow))
   logits, new_cache = step()
   assert used == {"linears": 2, "gated_linear": 3, "attend": 2, "follow": 1}
   np.testing.assert_allclose(logits, expected, atol=2e-5)

@@ -1,5 +1,9 @@
 """Attention of new tokens over a cache that holds the tokens before them."""
 
+import importlib
+from types import ModuleType
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
@@ -8,8 +12,13 @@ from sa_jax.ops.attention.pages import Pages
 from sa_jax.ops.attention.reference import apply_weights, attention_weights
 from sa_jax.ops.attention.rows import OFFSETS, PAGES, SINKS, Rows
 from sa_jax.ops.attention.spec import AttentionSpec
-from sa_jax.ops.kernels import has_gpu_kernels
+from sa_jax.ops.kernels import has_gpu_kernels, is_hopper, may_run
 from sa_jax.ops.quantize import Quantised, Stored, as_stored, product_dtype
+
+Kernels = Literal["flash_decode", "hopper_decode"]
+"""Implementations of the decode kernels, by the module: in Pallas Triton, and in Pallas Mosaic GPU for Hopper alone."""
+PREFERRED: Kernels = "flash_decode"
+"""Which runs where both could."""
 
 
 def write_slot(cache: Stored, new: jax.Array, slots: jax.Array) -> Stored:
@@ -93,9 +102,10 @@ def decode_attend(
   """
   assert rows.offset is not None, "new tokens have a slot in the cache"
   plain = spec.window is None and spec.softcap is None and not set(rows.demands) - {OFFSETS, SINKS, PAGES}
-  if all(_has_kernel(q.shape[1], q.dtype, each) for each in cached) and plain:
+  kernels = _kernels(q.shape[1], q.dtype, *cached)
+  if kernels is not None and plain:
     how = flash_decode.How(spec.scale_for(q.shape[-1]), with_weights)
-    out, weights, cached = flash_decode.attend(q[:, 0], (new[0][:, 0], new[1][:, 0]), cached, rows, how)
+    out, weights, cached = kernels.attend(q[:, 0], (new[0][:, 0], new[1][:, 0]), cached, rows, how)
     return out[:, None], None if weights is None else weights[:, :, None], cached
   keys, values = (_with_new(stored, x, rows.offset, rows.pages) for stored, x in zip(cached, new, strict=True))
   weights = decode_weights(q, keys, rows, spec)
@@ -132,11 +142,44 @@ def decode_follow(
   Returns:
     ``[B, T, N, R]``, and the values with the new ones.
   """
-  if _has_kernel(weights.shape[2], weights.dtype, values):
-    out, values = flash_decode.follow(weights[:, :, 0], new_values[:, 0], values, offset, pages)
+  kernels = _kernels(weights.shape[2], weights.dtype, values)
+  if kernels is not None:
+    out, values = kernels.follow(weights[:, :, 0], new_values[:, 0], values, offset, pages)
     return out[:, None], values
   values = _with_new(values, new_values, offset, pages)
   return _apply(weights, values, pages), values
+
+
+def _kernels(tokens: int, dtype: jax.typing.DTypeLike, *cached: Stored) -> ModuleType | None:
+  """The module whose kernels take the call, the preferred one if both do; None where neither does."""
+  name = which_kernels(tokens, dtype, *cached)
+  return None if name is None else importlib.import_module(f"sa_jax.ops.attention.{name}")
+
+
+def which_kernels(tokens: int, dtype: jax.typing.DTypeLike, *cached: Stored) -> Kernels | None:
+  """Which implementation takes so many new tokens a row, queries or weights of this dtype, and these caches, if any."""
+  takes: dict[Kernels, bool] = {
+    "flash_decode": all(_has_kernel(tokens, dtype, each) for each in cached),
+    "hopper_decode": all(_has_hopper_kernel(tokens, dtype, each) for each in cached),
+  }
+  return next((name for name in (PREFERRED, *takes) if takes[name]), None)
+
+
+def _has_hopper_kernel(tokens: int, dtype: jax.typing.DTypeLike, stored: Stored) -> bool:
+  """Whether Hopper's kernels take so many new tokens a row, queries or weights of this dtype, and this cache."""
+  data = stored.data if isinstance(stored, Quantised) else stored
+  if isinstance(stored, Quantised):
+    takes = stored.format.bits == 8 and stored.width == 128
+  else:
+    takes = stored.dtype == dtype and stored.shape[3] in (64, 128)
+  return (
+    takes
+    and is_hopper()
+    and may_run(data)
+    and tokens == 1
+    and dtype in (jnp.bfloat16, jnp.float16)
+    and data.shape[2] % flash_decode.BLOCK == 0
+  )
 
 
 def _has_kernel(tokens: int, dtype: jax.typing.DTypeLike, stored: Stored) -> bool:

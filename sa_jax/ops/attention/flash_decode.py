@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 from sa_jax.ops.attention.pages import Pages
 from sa_jax.ops.attention.reference import MASKED
@@ -69,6 +70,20 @@ class How(NamedTuple):
   with_weights: bool = False
 
 
+class Partial(NamedTuple):
+  """What a kernel makes of each part of a row's slots.
+
+  Attributes:
+    out: ``[B, K, P, G, R]``, the sum of values as a part's own weights weigh them.
+    log_total: float32 ``[B, K, P, G]``, the log of the sum that these were divided by.
+    scores: float32 ``[B, K, G, S]``, scaled, for weights; or None.
+  """
+
+  out: jax.Array
+  log_total: jax.Array
+  scores: jax.Array | None
+
+
 def attend(
   q: jax.Array,
   new: tuple[jax.Array, jax.Array],
@@ -92,7 +107,7 @@ def attend(
     with the new ones.
   """
   assert rows.offset is not None, "a new token has a slot in the cache"
-  (keys, values), (new_key, new_value), positions, sinks, pages = cached, new, rows.offset, rows.sinks, rows.pages
+  (keys, values), (new_key, new_value), positions, pages = cached, new, rows.offset, rows.pages
   if pages is not None:
     q, new_key, new_value = (pages.of_rows(x) for x in (q, new_key, new_value))
     positions = pages.offsets(positions)
@@ -131,27 +146,38 @@ def attend(
     interpret=interpret,
     name="flash_decode",
   )(positions, q.reshape(batch, kv_heads, group, head_dim), *token, *cached)
+  out, weights = joined(Partial(out, log_total, scores if how.with_weights else None), rows, q.dtype)
+  return out, weights, (keys, values)
+
+
+def joined(parts: Partial, rows: Rows, dtype: DTypeLike) -> tuple[jax.Array, jax.Array | None]:
+  """What all parts of a row's slots, or of its pages', are together: what `attend` returns of them."""
+  (out, log_total, scores), positions, pages = parts, rows.offset, rows.pages
+  batch, kv_heads, splits, group, width = out.shape
+  assert positions is not None, "a new token has a slot in the cache"
+  if pages is not None:
+    positions = pages.offsets(positions)
   if splits > 1:
     out = jnp.einsum("BKSGH,BKSG->BKGH", out, jax.nn.softmax(log_total, axis=2))
   log_total = mine = jax.nn.logsumexp(log_total, axis=2)
   if pages is not None:
     log_total = pages.log_totals(log_total)
-  if sinks is not None:
+  if rows.sinks is not None:
     # One key more, whose value is zero.
-    log_total = jnp.logaddexp(log_total, sinks.astype(jnp.float32).reshape(1, kv_heads, group))
+    log_total = jnp.logaddexp(log_total, rows.sinks.astype(jnp.float32).reshape(1, kv_heads, group))
   if pages is not None:
     log_total = pages.of_rows(log_total)
   if log_total is not mine:
     # The sums have grown, and the output shrinks as they do.
     out = out.reshape(batch, kv_heads, group, width) * jnp.exp(mine - log_total)[..., None].astype(out.dtype)
   weights = None
-  if how.with_weights:
+  if scores is not None:
     # The kernel leaves slots past a row's end as they are in memory, which may be anything.
     seen = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 3) <= positions[:, None, None, None]
     weights = jnp.where(seen, jnp.exp(scores - log_total[..., None]), 0.0)
-    weights = weights.astype(q.dtype).reshape(batch, heads, slots)
-  out = out.reshape(batch, heads, width)
-  return (out if pages is None else pages.summed(out)).astype(q.dtype), weights, (keys, values)
+    weights = weights.astype(dtype).reshape(batch, kv_heads * group, -1)
+  out = out.reshape(batch, kv_heads * group, width)
+  return (out if pages is None else pages.summed(out)).astype(dtype), weights
 
 
 def follow(
