@@ -87,15 +87,15 @@ def test_flash_decode_of_a_quantised_cache_is_that_of_the_vectors_it_stands_for(
       np.testing.assert_allclose(out[row, head], weights @ v[row, head // 2, : position + 1] / weights.sum(), atol=5e-6)
 
 
-@pytest.mark.parametrize("sinks", [False, True])
-def test_pages_are_rows_whose_parts_lie_apart(attention, sinks):
+@pytest.mark.parametrize(("size", "sinks"), [(64, False), (128, True)])
+def test_pages_are_rows_whose_parts_lie_apart(attention, size, sinks):
   """Of a kernel and of plain JAX, beside rows in one piece: pages that are full, begun and still empty, and strays."""
-  size, most, head_dim, offset = 64, 3, 32, jnp.asarray([63, 130, 5], jnp.int32)
+  most, head_dim, offset = 3, 32, jnp.asarray([size - 1, 2 * size + 2, 5], jnp.int32)
   q, key, value, keys, values = arrays(
     7, (3, 4, head_dim), *[(3, 2, head_dim)] * 2, *[(3, 2, size * most, head_dim)] * 2
   )
   table = np.array([[4, 6, 8], [0, 5, 2], [3, 8, 8]])
-  owners, firsts = np.array([1, -1, 1, 2, 0, 1, 0, -1]), np.array([0, 0, 128, 0, 0, 64, 64, 0])
+  owners, firsts = np.array([1, -1, 1, 2, 0, 1, 0, -1]), size * np.array([0, 0, 2, 0, 0, 1, 1, 0])
   pages = ops.Pages(*(jnp.asarray(x, jnp.int32) for x in (table, owners, firsts)))
 
   def paged(x):

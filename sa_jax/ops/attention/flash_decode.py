@@ -157,9 +157,12 @@ def joined(parts: Partial, rows: Rows, dtype: DTypeLike) -> tuple[jax.Array, jax
   assert positions is not None, "a new token has a slot in the cache"
   if pages is not None:
     positions = pages.offsets(positions)
+  mine = jax.nn.logsumexp(log_total, axis=2)
   if splits > 1:
-    out = jnp.einsum("BKSGH,BKSG->BKGH", out, jax.nn.softmax(log_total, axis=2))
-  log_total = mine = jax.nn.logsumexp(log_total, axis=2)
+    # Of a page that is still empty, all parts are.
+    shares = jnp.exp(log_total - jnp.maximum(mine, MASKED)[:, :, None])
+    out = jnp.einsum("BKSGH,BKSG->BKGH", out, shares)
+  log_total = mine
   if pages is not None:
     log_total = pages.log_totals(log_total)
   if rows.sinks is not None:

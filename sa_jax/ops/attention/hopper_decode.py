@@ -80,7 +80,7 @@ def attend(
   assert rows.offset is not None, "a new token has a slot in the cache"
   positions, pages = rows.offset, rows.pages
   if pages is not None:
-    q, *new = (pages.of_rows(x) for x in (q, *new))
+    q, new = pages.of_rows(q), (pages.of_rows(new[0]), pages.of_rows(new[1]))
     positions = pages.offsets(positions)
   (keys, values), (batch, heads, width), wide = cached, q.shape, new[1].shape[2]
   kv_heads, slots = jax.tree.leaves(keys)[0].shape[1:3]
