@@ -30,18 +30,16 @@ def is_hopper() -> bool:
 
 
 def has_gpu_kernels(array: jax.Array) -> bool:
-  """Whether a Triton kernel may take the array: where `may_run`, and where JAX has Triton."""
-  return triton is not None and may_run(array)
+  """Whether a Triton kernel may take the array: JAX has Triton, the array `is_whole`, and it is on an NVIDIA GPU."""
+  return triton is not None and platform() in ("gpu", "cuda") and is_whole(array)
 
 
-def may_run(array: jax.Array) -> bool:
-  """Whether a kernel for NVIDIA GPUs may take the array: on such a GPU, and not while it is spread over several.
+def is_whole(array: jax.Array) -> bool:
+  """Whether a kernel may take the array: not while it is spread over several devices.
 
   XLA cannot split a kernel: every device would gather all of its arrays and compute all of it. Under `jax.shard_map`,
   where an array is a device's own part, it may run; `sa_jax.nn` calls kernels so.
   """
-  if platform() not in ("gpu", "cuda"):
-    return False
   ambient = jax.sharding.get_abstract_mesh()
   mesh = jax.typeof(array).sharding.mesh if ambient.empty else ambient
   return mesh.empty or mesh.size == 1 or len(mesh.manual_axes) == len(mesh.axis_names)

@@ -292,7 +292,6 @@ def test_which_kernels_run(monkeypatch, triton, hopper, preferred, stored, which
   """Triton's while JAX has it and nobody prefers Hopper's own, of what they take."""
   monkeypatch.setattr(decode, "has_gpu_kernels", lambda _: triton)
   monkeypatch.setattr(decode, "is_hopper", lambda: hopper)
-  monkeypatch.setattr(decode, "may_run", lambda _: True)
   monkeypatch.setattr(decode, "PREFERRED", preferred)
   kind, head_dim = stored
   cache = jnp.zeros((2, 1, 64, head_dim), "bfloat16")
@@ -330,7 +329,7 @@ def test_a_model_that_decodes_with_the_kernels_is_the_same_model(monkeypatch, at
   monkeypatch.setattr(ops, "has_linear_kernels", lambda *_: True)
   monkeypatch.setattr(ops, "linears", counted("linears", ops.linears))
   monkeypatch.setattr(ops, "gated_linear", counted("gated_linear", ops.gated_linear))
-  monkeypatch.setattr(decode, "_kernels", lambda *_: attention)
+  monkeypatch.setattr(decode, "which_kernels", lambda *_: attention.__name__.rpartition(".")[2])
   monkeypatch.setattr(attention, "attend", counted("attend", attention.attend))
   monkeypatch.setattr(attention, "follow", counted("follow", attention.follow))
   logits, new_cache = step()

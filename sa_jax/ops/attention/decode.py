@@ -1,7 +1,7 @@
 """Attention of new tokens over a cache that holds the tokens before them."""
 
+import functools
 import importlib
-from types import ModuleType
 from typing import Literal
 
 import jax
@@ -12,7 +12,7 @@ from sa_jax.ops.attention.pages import Pages
 from sa_jax.ops.attention.reference import apply_weights, attention_weights
 from sa_jax.ops.attention.rows import OFFSETS, PAGES, SINKS, Rows
 from sa_jax.ops.attention.spec import AttentionSpec
-from sa_jax.ops.kernels import has_gpu_kernels, is_hopper, may_run
+from sa_jax.ops.kernels import has_gpu_kernels, is_hopper, is_whole
 from sa_jax.ops.quantize import Quantised, Stored, as_stored, product_dtype
 
 Kernels = Literal["flash_decode", "hopper_decode"]
@@ -102,8 +102,9 @@ def decode_attend(
   """
   assert rows.offset is not None, "new tokens have a slot in the cache"
   plain = spec.window is None and spec.softcap is None and not set(rows.demands) - {OFFSETS, SINKS, PAGES}
-  kernels = _kernels(q.shape[1], q.dtype, *cached)
-  if kernels is not None and plain:
+  name = which_kernels(q.shape[1], q.dtype, *cached)
+  if name is not None and plain:
+    kernels = importlib.import_module(f"sa_jax.ops.attention.{name}")
     how = flash_decode.How(spec.scale_for(q.shape[-1]), with_weights)
     out, weights, cached = kernels.attend(q[:, 0], (new[0][:, 0], new[1][:, 0]), cached, rows, how)
     return out[:, None], None if weights is None else weights[:, :, None], cached
@@ -142,27 +143,22 @@ def decode_follow(
   Returns:
     ``[B, T, N, R]``, and the values with the new ones.
   """
-  kernels = _kernels(weights.shape[2], weights.dtype, values)
-  if kernels is not None:
+  name = which_kernels(weights.shape[2], weights.dtype, values)
+  if name is not None:
+    kernels = importlib.import_module(f"sa_jax.ops.attention.{name}")
     out, values = kernels.follow(weights[:, :, 0], new_values[:, 0], values, offset, pages)
     return out[:, None], values
   values = _with_new(values, new_values, offset, pages)
   return _apply(weights, values, pages), values
 
 
-def _kernels(tokens: int, dtype: jax.typing.DTypeLike, *cached: Stored) -> ModuleType | None:
-  """The module whose kernels take the call, the preferred one if both do; None where neither does."""
-  name = which_kernels(tokens, dtype, *cached)
-  return None if name is None else importlib.import_module(f"sa_jax.ops.attention.{name}")
-
-
 def which_kernels(tokens: int, dtype: jax.typing.DTypeLike, *cached: Stored) -> Kernels | None:
   """Which implementation takes so many new tokens a row, queries or weights of this dtype, and these caches, if any."""
   takes: dict[Kernels, bool] = {
-    "flash_decode": all(_has_kernel(tokens, dtype, each) for each in cached),
-    "hopper_decode": all(_has_hopper_kernel(tokens, dtype, each) for each in cached),
+    "flash_decode": all(map(functools.partial(_has_kernel, tokens, dtype), cached)),
+    "hopper_decode": all(map(functools.partial(_has_hopper_kernel, tokens, dtype), cached)),
   }
-  return next((name for name in (PREFERRED, *takes) if takes[name]), None)
+  return PREFERRED if takes[PREFERRED] else next((name for name in takes if takes[name]), None)
 
 
 def _has_hopper_kernel(tokens: int, dtype: jax.typing.DTypeLike, stored: Stored) -> bool:
@@ -175,7 +171,7 @@ def _has_hopper_kernel(tokens: int, dtype: jax.typing.DTypeLike, stored: Stored)
   return (
     takes
     and is_hopper()
-    and may_run(data)
+    and is_whole(data)
     and tokens == 1
     and dtype in (jnp.bfloat16, jnp.float16)
     and data.shape[2] % flash_decode.BLOCK == 0

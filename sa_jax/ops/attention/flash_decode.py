@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.typing import DTypeLike
 
+from sa_jax.ops.attention.joined import Partial, joined
 from sa_jax.ops.attention.pages import Pages
 from sa_jax.ops.attention.reference import MASKED
 from sa_jax.ops.attention.rows import Rows
@@ -68,20 +68,6 @@ class How(NamedTuple):
 
   scale: float
   with_weights: bool = False
-
-
-class Partial(NamedTuple):
-  """What a kernel makes of each part of a row's slots.
-
-  Attributes:
-    out: ``[B, K, P, G, R]``, the sum of values as a part's own weights weigh them.
-    log_total: float32 ``[B, K, P, G]``, the log of the sum that these were divided by.
-    scores: float32 ``[B, K, G, S]``, scaled, for weights; or None.
-  """
-
-  out: jax.Array
-  log_total: jax.Array
-  scores: jax.Array | None
 
 
 def attend(
@@ -148,39 +134,6 @@ def attend(
   )(positions, q.reshape(batch, kv_heads, group, head_dim), *token, *cached)
   out, weights = joined(Partial(out, log_total, scores if how.with_weights else None), rows, q.dtype)
   return out, weights, (keys, values)
-
-
-def joined(parts: Partial, rows: Rows, dtype: DTypeLike) -> tuple[jax.Array, jax.Array | None]:
-  """What all parts of a row's slots, or of its pages', are together: what `attend` returns of them."""
-  (out, log_total, scores), positions, pages = parts, rows.offset, rows.pages
-  batch, kv_heads, splits, group, width = out.shape
-  assert positions is not None, "a new token has a slot in the cache"
-  if pages is not None:
-    positions = pages.offsets(positions)
-  mine = jax.nn.logsumexp(log_total, axis=2)
-  if splits > 1:
-    # Of a page that is still empty, all parts are.
-    shares = jnp.exp(log_total - jnp.maximum(mine, MASKED)[:, :, None])
-    out = jnp.einsum("BKSGH,BKSG->BKGH", out, shares)
-  log_total = mine
-  if pages is not None:
-    log_total = pages.log_totals(log_total)
-  if rows.sinks is not None:
-    # One key more, whose value is zero.
-    log_total = jnp.logaddexp(log_total, rows.sinks.astype(jnp.float32).reshape(1, kv_heads, group))
-  if pages is not None:
-    log_total = pages.of_rows(log_total)
-  if log_total is not mine:
-    # The sums have grown, and the output shrinks as they do.
-    out = out.reshape(batch, kv_heads, group, width) * jnp.exp(mine - log_total)[..., None].astype(out.dtype)
-  weights = None
-  if scores is not None:
-    # The kernel leaves slots past a row's end as they are in memory, which may be anything.
-    seen = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 3) <= positions[:, None, None, None]
-    weights = jnp.where(seen, jnp.exp(scores - log_total[..., None]), 0.0)
-    weights = weights.astype(dtype).reshape(batch, kv_heads * group, -1)
-  out = out.reshape(batch, kv_heads * group, width)
-  return (out if pages is None else pages.summed(out)).astype(dtype), weights
 
 
 def follow(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mosaic
 
-from sa_jax.ops.attention.flash_decode import How, Partial, choose_split, joined
+from sa_jax.ops.attention.flash_decode import How, choose_split
 from sa_jax.ops.attention.hopper_blocks import (
   Side,
   columns_of,
@@ -31,6 +31,7 @@ from sa_jax.ops.attention.hopper_blocks import (
   start_fetching,
   store_columns,
 )
+from sa_jax.ops.attention.joined import Partial, joined
 from sa_jax.ops.attention.pages import Pages
 from sa_jax.ops.attention.reference import MASKED
 from sa_jax.ops.attention.rows import Rows
