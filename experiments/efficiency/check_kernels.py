@@ -5,6 +5,7 @@ python experiments/efficiency/check_kernels.py
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_jax import ops
+from sa_jax.ops.attention import decode
 from sa_jax.trees import Tree
 
 TOLERANCE = 2e-2
@@ -37,6 +39,17 @@ def off(found: Tree, expected: Tree) -> float:
   return max(jax.tree.leaves(jax.tree.map(relative, found, expected)))
 
 
+def attended(q: jax.Array, new: Tree, cached: Tree, rows: ops.Rows) -> tuple[jax.Array, jax.Array]:
+  """What an anchor and a follower give for a new token."""
+  out, weights, (_, values) = ops.decode_attend(q, new, cached, rows, with_weights=True)
+  return out, ops.decode_follow(weights, new[1], values, rows.offset, rows.pages)[0]
+
+
+def stored(cache_dtype: str | None, *cached: jax.Array) -> Tree:
+  """Keys and values as a cache holds them."""
+  return cached if cache_dtype is None else tuple(map(ops.FORMATS[cache_dtype].store, cached))
+
+
 def decoding() -> Iterator[tuple[str, float]]:
   """One new token a row, with and without sinks, quantised caches and narrow values."""
   batch, heads, kv_heads, slots = 4, 16, 4, 512
@@ -47,17 +60,26 @@ def decoding() -> Iterator[tuple[str, float]]:
       0, (batch, 1, heads, width), (batch, 1, kv_heads, width), (batch, 1, kv_heads, narrow),
       (batch, kv_heads, slots, width), (batch, kv_heads, slots, narrow),
     )  # fmt: skip
-    cached = (keys, values) if cache_dtype is None else tuple(map(ops.FORMATS[cache_dtype].store, (keys, values)))
     rows = ops.Rows(offset=offset, sinks=jnp.linspace(-1, 3, heads) if sinks else None)
+    given = q, (key, value), stored(cache_dtype, keys, values)
+    distance = off(jax.jit(attended)(*given, rows), jax.jit(attended)(*wide(given), rows))
+    yield f"decode H={width} R={narrow}{' sinks' * sinks}, cache in {cache_dtype or 'bfloat16'}", distance
 
-    @jax.jit
-    def both(q: jax.Array, new: Tree, cached: Tree, rows: ops.Rows = rows) -> tuple[jax.Array, jax.Array]:
-      out, weights, (_, values) = ops.decode_attend(q, new, cached, rows, with_weights=True)
-      return out, ops.decode_follow(weights, new[1], values, rows.offset)[0]
 
-    found = both(q, (key, value), cached)
-    expected = both(*wide((q, (key, value), cached)))
-    yield f"decode H={width} R={narrow}{' sinks' * sinks}, cache in {cache_dtype or 'bfloat16'}", off(found, expected)
+def in_pages() -> Iterator[tuple[str, float]]:
+  """One new token a row of caches in pages: rows of one, three and two, and two that no row has."""
+  size, none = 64, 8
+  table = jnp.asarray([[4, 6, none], [0, 5, 2], [3, none, none]], jnp.int32)
+  owners = jnp.asarray([1, -1, 1, 2, 0, 1, 0, -1], jnp.int32)
+  firsts = size * jnp.asarray([0, 0, 2, 0, 0, 1, 1, 0], jnp.int32)
+  rows = ops.Rows(offset=jnp.asarray([63, 130, 5], jnp.int32), pages=ops.Pages(table, owners, firsts))
+  for cache_dtype in (None, *ops.FORMATS):
+    q, key, value, keys, values = normal(
+      3, (3, 1, 32, 128), (3, 1, 8, 128), (3, 1, 8, 128), (none, 8, size, 128), (none, 8, size, 128)
+    )
+    given = q, (key, value), stored(cache_dtype, keys, values)
+    distance = off(jax.jit(attended)(*given, rows), jax.jit(attended)(*wide(given), rows))
+    yield f"decode, cache in pages, in {cache_dtype or 'bfloat16'}", distance
 
 
 def gradients(backend: str, rows: ops.Rows) -> Callable[..., Tree]:
@@ -111,12 +133,20 @@ def groups() -> Iterator[tuple[str, float]]:
     yield f"one backward pass, {layers} followers, {heads} heads of {kv_heads}, gradients", off(found, expected)
 
 
+CASES = {"decode": decoding, "pages": in_pages, "rows": whole_rows, "groups": groups}
+
+
 def main() -> None:
   """Prints a line a case."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+  parser.add_argument("--decode-kernels", default=decode.PREFERRED, choices=["flash_decode", "hopper_decode"])
+  given = parser.parse_args()
+  decode.PREFERRED = given.decode_kernels
   jax.config.update("jax_default_matmul_precision", "highest")
   print(jax.devices()[0].device_kind, jax.__version__)
   wrong = 0
-  for name, distance in itertools.chain(decoding(), whole_rows(), groups()):
+  for name, distance in itertools.chain.from_iterable(CASES[case]() for case in given.cases):
     wrong += not distance < TOLERANCE
     print(f"{'ok' if distance < TOLERANCE else 'WRONG':<6} {distance:.1e}  {name}", flush=True)
   sys.exit(bool(wrong))
