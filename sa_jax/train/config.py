@@ -145,8 +145,8 @@ class TrainConfig:
   steps: Count = 1000
   """How many steps to train."""
   remat: RematChoice = "auto"
-  """What the backward pass recomputes; auto for the fastest that fits in a device's memory, and none where devices do
-  not tell how much they have."""
+  """What the backward pass recomputes; auto for the fastest that fits in what JAX may take of a device, and none where
+  devices do not tell how much that is."""
   dtype: FloatDtype = "bfloat16"
   """What is computed in, and what the model is saved in at the end; trained parameters are float32."""
   z_loss: float = 0.0
@@ -247,8 +247,7 @@ def check_same(config: TrainConfig, before: Mapping[str, object], folder: Path) 
   now, then = _flat(recorded(config)), usual | _flat(before)
   if config.date is None:
     now["date"] = then.get("date")
-  if config.remat == "auto":
-    now["remat"] = then.get("remat")
+  now["remat"] = then.get("remat")  # how a step is computed, and on a smaller device it may have to be otherwise
   different = [name for name in {**now, **then} if now.get(name) != then.get(name)]
   if different == ["steps"]:
     if config.optimizer.schedule == "constant":

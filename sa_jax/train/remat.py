@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh
 
 from sa_jax.config import RematPolicy
-from sa_jax.distributed import exchange
+from sa_jax.distributed import FOREVER, exchange
 from sa_jax.errors import UserError
 from sa_jax.train.batch import Batch
 from sa_jax.train.step import Metrics, TrainState
@@ -18,11 +19,13 @@ from sa_jax.trees import Tree
 Step = Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics]]
 
 BY_TIME: tuple[RematPolicy, ...] = ("dots", "attention", "full")
-"""The fastest first. ``none`` takes more memory than ``dots`` and no less time: what that computes again costs less
-than to keep it (`experiments/efficiency`)."""
+"""The fastest first. ``none`` takes more memory than ``dots``, and took more time where both were measured
+(`experiments/efficiency`)."""
 
 _USABLE = 0.95
-"""Of a device's memory; the rest is for gaps, and for what evaluation and data hold beside a step."""
+"""Of what JAX may take of a device; the rest is for gaps, and for what evaluation and data hold beside a step."""
+_REFUSED = "refused"
+"""A process's answer whose compiler finds that a step does not fit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,10 @@ class Remat:
 
 
 def fastest(
-  make: Callable[[RematPolicy], jax.stages.Wrapped], arguments: tuple[TrainState, Tree, Batch], mesh: Mesh
+  make: Callable[[RematPolicy], jax.stages.Wrapped],
+  arguments: tuple[TrainState, Tree, Batch],
+  mesh: Mesh,
+  say: Callable[[str], None] = lambda text: None,
 ) -> Remat:
   """The first of `BY_TIME` that fits, compiled; nothing is recomputed where devices do not tell their memory.
 
@@ -52,6 +58,7 @@ def fastest(
     make: the jitted step under a policy.
     arguments: of the step: arrays, or shapes with shardings.
     mesh: what it runs on.
+    say: is told what is compiled.
 
   Raises:
     UserError: if the compiler says that no step fits, or a process does not answer.
@@ -60,17 +67,18 @@ def fastest(
   if memory is None:
     return Remat("none", make("none"), "devices of this kind do not tell how much memory they have")
   gb = lambda number: f"{number / 1e9:,.3g} GB"
-  refused = ""
+  refused, twice = "", _twice(arguments)
   for policy in BY_TIME:
+    say(f"compiling a step with remat {policy}, to see whether it fits in memory")
     compiled = _compiled(make(policy), arguments)
-    needed = _of_all(None if compiled is None else step_bytes(compiled))
+    needed = _of_all(None if compiled is None else step_bytes(compiled) - twice)
     if compiled is not None and needed is not None and (needed <= _USABLE * memory or policy == BY_TIME[-1]):
       told = f"of {gb(memory)}: {gb(needed)} needed" + ("" if needed <= _USABLE * memory else ", and so it may not fit")
       return Remat(policy, compiled, told + refused)
     refused += f"; {policy} would need {gb(needed) if needed else 'more than there is'}"
   raise UserError(
-    f"a step does not fit in a device's {gb(memory)} under any `remat`: give it fewer rows (`batch_size`, "
-    "`accumulate`), shorter ones, or more devices (`mesh`)"
+    f"a step does not fit in the {gb(memory)} that JAX may take of a device under any `remat`: give it "
+    "fewer rows (`batch_size`, `accumulate`), shorter ones, or more devices (`mesh`)"
   )
 
 
@@ -83,13 +91,15 @@ def step_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def device_memory(mesh: Mesh) -> int | None:
-  """Bytes that arrays may take of a device, of the smallest one on any process; None where one does not tell.
+  """Bytes that JAX may take of a device, of the smallest one on any process; None where one does not tell.
+
+  Of a GPU that is three quarters of its memory, unless ``XLA_PYTHON_CLIENT_MEM_FRACTION`` says otherwise.
 
   Raises:
     UserError: if a process does not answer.
   """
   found = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in mesh.local_devices]
-  return min(map(int, exchange("the devices' memory", str(min(found))))) or None
+  return min(map(int, exchange("the devices' memory", str(min(found)), FOREVER))) or None
 
 
 def _compiled(step: jax.stages.Wrapped, arguments: tuple[TrainState, Tree, Batch]) -> jax.stages.Compiled | None:
@@ -102,7 +112,17 @@ def _compiled(step: jax.stages.Wrapped, arguments: tuple[TrainState, Tree, Batch
     return None
 
 
+def _twice(arguments: tuple[TrainState, Tree, Batch]) -> int:
+  """Bytes that a device's part of the arguments would take again, of arrays that are given more than once."""
+  leaves = jax.tree.leaves(arguments)
+  of = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+  return sum(map(of, leaves)) - sum(map(of, {id(leaf): leaf for leaf in leaves}.values()))
+
+
 def _of_all(needed: int | None) -> int | None:
-  """The most that a process's devices need; None if one of them needs more than there is."""
-  answers = exchange("the bytes of a step", str(needed or 0))
-  return None if "0" in answers else max(map(int, answers))
+  """The most that a process's devices need; None if one of them needs more than there is.
+
+  Compiling takes longer on one host than on another, where the one has compiled the step before, for example.
+  """
+  answers = exchange("the bytes of a step", _REFUSED if needed is None else str(needed), FOREVER)
+  return None if _REFUSED in answers else max(map(int, answers))

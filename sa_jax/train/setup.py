@@ -1,4 +1,4 @@
-"""From a config to what the loop runs: data, model, step. What can be wrong is found here, before anything compiles."""
+"""From a config to what the loop runs: data, model, step. What can be wrong is found here, before the first step."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def prepare(
 
   if config.remat == "auto":
     batch = _batch_shape(config, data.has_segments, batch_sharding)
-    remat = fastest(step, (abstract_state(), learner.frozen, batch), mesh)
+    remat = fastest(step, (abstract_state(), learner.frozen, batch), mesh, say)
   else:
     remat = Remat(config.remat, step(config.remat))
   return Setup(
