@@ -20,6 +20,7 @@ from sa_jax.ops.attention.reference import MASKED, segments_at
 from sa_jax.ops.attention.rows import Rows
 from sa_jax.ops.attention.spec import KEPT, AttentionSpec
 from sa_jax.ops.kernels import triton as plgpu
+from sa_jax.trees import Tree
 
 BLOCK = 64
 """Queries, and keys, that a program works on at once."""
@@ -102,10 +103,10 @@ def _forward(
   calls = _Calls(q, k, how.interpret)
   out, log_sums = calls.over_queries(
     functools.partial(_forward_kernel, spec=how.spec),
-    [calls.query, calls.keys, calls.keys, calls.bound, calls.bound],
+    [calls.query, (calls.keys, calls.keys), (calls.bound, calls.bound)],
     [(calls.query, q), (calls.per_query, calls.statistic)],
     "flash_forward",
-  )(q, k, v, bounds.first, bounds.last)
+  )(q, (k, v), (bounds.first, bounds.last))
   if sinks is not None:
     # One key more, whose value is zero: the sums grow, and the output shrinks as they do.
     without, log_sums = log_sums, jnp.logaddexp2(log_sums, _in_base_2(sinks))
@@ -126,19 +127,23 @@ def _backward(how: _How, residuals: tuple[Any, ...], d_out: jax.Array) -> tuple[
   shared = jnp.einsum("BTNH,BTNH->BNT", d_out, out, preferred_element_type=jnp.float32)
   (d_q,) = calls.over_queries(
     functools.partial(_d_q_kernel, spec=spec),
-    [calls.query, calls.keys, calls.keys, calls.bound, calls.bound, calls.query, calls.per_query, calls.per_query],
+    [
+      *(calls.query, (calls.keys, calls.keys), (calls.bound, calls.bound)),
+      _After(calls.query, calls.per_query, calls.per_query),
+    ],
     [(calls.query, q)],
     "flash_d_q",
-  )(q, k, v, bounds.first, bounds.last, d_out, log_sums, shared)
+  )(q, (k, v), (bounds.first, bounds.last), _After(d_out, log_sums, shared))
   d_k, d_v = calls.over_keys(
     functools.partial(_d_kv_kernel, spec=spec),
     [
-      *(calls.queries, calls.key, calls.key, calls.all_bounds, calls.all_bounds, calls.at_key, calls.at_key),
-      *(calls.queries, calls.statistics, calls.statistics),
+      *(calls.queries, (calls.key, calls.key)),
+      (calls.all_bounds, calls.all_bounds, calls.at_key, calls.at_key),
+      _After(calls.queries, calls.statistics, calls.statistics),
     ],
     [(calls.key, k), (calls.key, v)],
     "flash_d_kv",
-  )(q, k, v, *bounds, d_out, log_sums, shared)
+  )(q, (k, v), tuple(bounds), _After(d_out, log_sums, shared))
   d_sinks = None
   if sinks is not None:
     d_sinks = -jnp.einsum("BNT,BNT->N", jnp.exp2(_in_base_2(sinks) - log_sums), shared).astype(sinks.dtype)
@@ -180,7 +185,7 @@ class _Calls:
     self, kernel: Any, grid: tuple[int, ...], inputs: list[Any], outputs: list[tuple[Any, Any]], name: str
   ) -> Any:
     return pl.pallas_call(
-      kernel,
+      lambda *refs: kernel(*refs[: len(inputs)], refs[len(inputs) :]),
       grid=grid,
       in_specs=inputs,
       out_specs=[spec for spec, _ in outputs],
@@ -200,18 +205,26 @@ def _scores(
   return spec.scores(plgpu.dot(q, k.T), q.shape[1]), seen
 
 
-def _forward_kernel(
-  q_ref: jax.Ref,
-  k_ref: jax.Ref,
-  v_ref: jax.Ref,
-  first_ref: jax.Ref,
-  last_ref: jax.Ref,
-  out_ref: jax.Ref,
-  sums_ref: jax.Ref,
-  *,
-  spec: AttentionSpec,
-) -> None:
-  q, first, last = q_ref[...], first_ref[...], last_ref[...]
+class _After(NamedTuple):
+  """What a backward pass has that the forward pass had not.
+
+  Attributes:
+    d_out: the output's gradient.
+    sums: each query's log of sums, in base 2.
+    shared: what each row of the softmax's gradient has in common.
+  """
+
+  d_out: Tree
+  sums: Tree
+  shared: Tree
+
+
+_Refs = tuple[jax.Ref, ...]
+
+
+def _forward_kernel(q_ref: jax.Ref, keys: _Refs, bounds: _Refs, made: _Refs, *, spec: AttentionSpec) -> None:
+  (k_ref, v_ref), (out_ref, sums_ref) = keys, made
+  q, first, last = q_ref[...], *(ref[...] for ref in bounds)
 
   def block(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     accumulated, maximum, total = carry
@@ -247,21 +260,10 @@ def _d_scores(
   return d_scores * spec.scale_for(head_dim)
 
 
-def _d_q_kernel(
-  q_ref: jax.Ref,
-  k_ref: jax.Ref,
-  v_ref: jax.Ref,
-  first_ref: jax.Ref,
-  last_ref: jax.Ref,
-  d_out_ref: jax.Ref,
-  sums_ref: jax.Ref,
-  shared_ref: jax.Ref,
-  d_q_ref: jax.Ref,
-  *,
-  spec: AttentionSpec,
-) -> None:
-  q, first, last, d_out = q_ref[...], first_ref[...], last_ref[...], d_out_ref[...]
-  sums, shared = sums_ref[...], shared_ref[...]
+def _d_q_kernel(q_ref: jax.Ref, keys: _Refs, bounds: _Refs, after: _After, made: _Refs, *, spec: AttentionSpec) -> None:
+  (k_ref, v_ref), [d_q_ref] = keys, made
+  q, first, last = q_ref[...], *(ref[...] for ref in bounds)
+  d_out, sums, shared = (ref[...] for ref in after)
 
   def block(index: jax.Array, d_q: jax.Array) -> jax.Array:
     here = pl.ds(index * BLOCK, BLOCK)
@@ -276,31 +278,19 @@ def _d_q_kernel(
 
 
 def _d_kv_kernel(
-  q_ref: jax.Ref,
-  k_ref: jax.Ref,
-  v_ref: jax.Ref,
-  first_ref: jax.Ref,
-  last_ref: jax.Ref,
-  begin_ref: jax.Ref,
-  end_ref: jax.Ref,
-  d_out_ref: jax.Ref,
-  sums_ref: jax.Ref,
-  shared_ref: jax.Ref,
-  d_k_ref: jax.Ref,
-  d_v_ref: jax.Ref,
-  *,
-  spec: AttentionSpec,
+  q_ref: jax.Ref, keys: _Refs, bounds: _Refs, after: _After, made: _Refs, *, spec: AttentionSpec
 ) -> None:
-  k, v, start = k_ref[...], v_ref[...], pl.program_id(0) * BLOCK
+  (first_ref, last_ref, begin_ref, end_ref), (d_k_ref, d_v_ref) = bounds, made
+  k, v, start = *(ref[...] for ref in keys), pl.program_id(0) * BLOCK
 
   def block(head: int, index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     d_k, d_v = carry
     here = pl.ds(index * BLOCK, BLOCK)
-    q, d_out = q_ref[here, head, :], d_out_ref[here, head, :]
+    q, d_out = q_ref[here, head, :], after.d_out[here, head, :]
     scores, seen = _scores(q, k, first_ref[here], last_ref[here], start, spec)
-    weights = jnp.where(seen, jnp.exp2(scores * _LOG2_E - sums_ref[head, here][:, None]), 0.0)
+    weights = jnp.where(seen, jnp.exp2(scores * _LOG2_E - after.sums[head, here][:, None]), 0.0)
     d_v = d_v + plgpu.dot(weights.astype(d_out.dtype).T, d_out)
-    d_scores = _d_scores(weights, plgpu.dot(d_out, v.T), shared_ref[head, here], scores, q.shape[1], spec)
+    d_scores = _d_scores(weights, plgpu.dot(d_out, v.T), after.shared[head, here], scores, q.shape[1], spec)
     return d_k + plgpu.dot(d_scores.astype(q.dtype).T, q), d_v
 
   zeros = jnp.zeros(k.shape, jnp.float32)

@@ -21,6 +21,7 @@ from sa_jax.ops.attention.rows import Rows
 from sa_jax.ops.attention.stored import Scales, block_of, floats_of, parts_of, scales_of, times_scales
 from sa_jax.ops.kernels import triton as plgpu
 from sa_jax.ops.quantize import Quantised, Stored, as_stored, product_dtype
+from sa_jax.trees import Tree
 
 # Tensor cores multiply at least 16 rows.
 _MIN_ROWS = 16
@@ -111,29 +112,38 @@ def attend(
   before = 2 + len(jax.tree.leaves(token))  # arrays before the cache's: positions, queries, the token's
   # Few programs have all the shared memory they need: 32 KB for 64 slots of keys and values, 128 wide in bfloat16.
   stages = max(3, tiles.stages) if batch * kv_heads * splits <= 2 * _PROCESSORS else tiles.stages
-  out, log_total, keys, values, scores = pl.pallas_call(
-    functools.partial(_attend_kernel, group=group, scale=how.scale, size=block, interpret=interpret),
+  [made] = pl.pallas_call(
+    functools.partial(_attend_kernel, of=_Call(group, block, interpret, how.scale)),
     grid=(batch, kv_heads, splits),
-    in_specs=[_A_ROW, _of_head(_rows(group), head_dim), *map(_new, token), *(_cached(x, split) for x in cached)],
+    in_specs=[
+      _A_ROW,
+      _of_head(_rows(group), head_dim),
+      tuple(map(_new, token)),
+      tuple(_cached(x, split) for x in cached),
+    ],
     out_specs=[
-      _of_program(_rows(group), width),
-      _of_program(_rows(group)),
-      *(_cached(x, split) for x in cached),
-      _weights(_rows(group), split) if how.with_weights else None,
+      _Made(
+        _of_program(_rows(group), width),
+        _of_program(_rows(group)),
+        tuple(_cached(x, split) for x in cached),
+        _weights(_rows(group), split) if how.with_weights else None,
+      )
     ],
     out_shape=[
-      jax.ShapeDtypeStruct((batch, kv_heads, splits, group, width), _part_dtype(q, splits, pages)),
-      jax.ShapeDtypeStruct((batch, kv_heads, splits, group), jnp.float32),
-      *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), cached),
-      jax.ShapeDtypeStruct((batch, kv_heads, group, slots), jnp.float32) if how.with_weights else None,
+      _Made(
+        jax.ShapeDtypeStruct((batch, kv_heads, splits, group, width), _part_dtype(q, splits, pages)),
+        jax.ShapeDtypeStruct((batch, kv_heads, splits, group), jnp.float32),
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), cached),
+        jax.ShapeDtypeStruct((batch, kv_heads, group, slots), jnp.float32) if how.with_weights else None,
+      )
     ],
     input_output_aliases={before + leaf: 2 + leaf for leaf in range(len(jax.tree.leaves(cached)))},
     compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=stages),
     interpret=interpret,
     name="flash_decode",
-  )(positions, q.reshape(batch, kv_heads, group, head_dim), *token, *cached)
-  out, weights = joined(Partial(out, log_total, scores if how.with_weights else None), rows, q.dtype)
-  return out, weights, (keys, values)
+  )(positions, q.reshape(batch, kv_heads, group, head_dim), token, cached)
+  out, weights = joined(Partial(made.out, made.log_total, made.scores), rows, q.dtype)
+  return out, weights, made.cached
 
 
 def follow(
@@ -168,14 +178,16 @@ def follow(
   splits = slots // split
   token = as_stored(new_value, values)
   before = 2 + len(jax.tree.leaves(token))
-  out, values = pl.pallas_call(
-    functools.partial(_follow_kernel, group=group, interpret=interpret),
+  [(out, values)] = pl.pallas_call(
+    functools.partial(_follow_kernel, of=_Call(group, BLOCK, interpret)),
     grid=(batch, kv_heads, splits),
     in_specs=[_A_ROW, _weights(_rows(group), split), _new(token), _cached(values, split)],
-    out_specs=[_of_program(_rows(group), width), _cached(values, split)],
+    out_specs=[(_of_program(_rows(group), width), _cached(values, split))],
     out_shape=[
-      jax.ShapeDtypeStruct((batch, kv_heads, splits, group, width), _part_dtype(weights, splits, pages)),
-      jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), values),
+      (
+        jax.ShapeDtypeStruct((batch, kv_heads, splits, group, width), _part_dtype(weights, splits, pages)),
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), values),
+      )
     ],
     input_output_aliases={before + leaf: 1 + leaf for leaf in range(len(jax.tree.leaves(values)))},
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
@@ -232,26 +244,51 @@ def choose_split(rows: int, slots: int, programs: int, longest: int) -> int:
 _Carry = tuple[list[jax.Array], jax.Array, jax.Array, tuple[Scales, Scales]]
 
 
+class _Call(NamedTuple):
+  """What a kernel is told before it runs.
+
+  Attributes:
+    group: query heads of a key head.
+    size: slots of a block.
+    interpret: whether any device runs the kernel.
+    scale: what multiplies ``q kᵀ`` in an anchor's.
+  """
+
+  group: int
+  size: int
+  interpret: bool
+  scale: float = 1.0
+
+
+class _Made(NamedTuple):
+  """What an anchor's kernel writes.
+
+  Attributes:
+    out: ``[B, K, P, G, R]``, of P parts.
+    log_total: ``[B, K, P, G]``.
+    cached: keys and values.
+    scores: ``[B, K, G, S]``, or None.
+  """
+
+  out: Tree
+  log_total: Tree
+  cached: tuple[Tree, Tree]
+  scores: Tree
+
+
 def _attend_kernel(
   position_ref: jax.Ref,
   q_ref: jax.Ref,
-  new_key_ref: Stored | jax.Ref,
-  new_value_ref: Stored | jax.Ref,
-  key_ref: Stored | jax.Ref,
-  value_ref: Stored | jax.Ref,
-  out_ref: jax.Ref,
-  log_total_ref: jax.Ref,
-  key_out_ref: Stored | jax.Ref,
-  value_out_ref: Stored | jax.Ref,
-  scores_ref: jax.Ref | None,
+  new: tuple[Stored | jax.Ref, Stored | jax.Ref],
+  cached: tuple[Stored | jax.Ref, Stored | jax.Ref],
+  made: _Made,
   *,
-  group: int,
-  scale: float,
-  size: int,
-  interpret: bool,
+  of: _Call,
 ) -> None:
+  (new_key_ref, new_value_ref), (key_ref, value_ref) = new, cached
+  group, size = of.group, of.size
   rows, split = q_ref.shape[0], jax.tree.leaves(key_ref)[0].shape[0]
-  new = position_ref[...] - pl.program_id(2) * split  # the new token's slot, counted from this program's first
+  at = position_ref[...] - pl.program_id(2) * split  # the new token's slot, counted from this program's first
   kept = jax.lax.broadcasted_iota(jnp.int32, (rows,), 0) < group
   q = [plgpu.load(part, mask=_kept(part, group), other=0.0) for part in parts_of(q_ref, key_ref)]
 
@@ -259,22 +296,22 @@ def _attend_kernel(
     accumulated, maximum, total, (key_scales, value_scales) = carry
     here, ahead = pl.ds(index * size, size), jnp.minimum(index + 1, blocks - 1)
     next_scales = scales_of(key_ref, ahead, size), scales_of(value_ref, ahead, size)
-    k = block_of(key_ref, here, q_ref.dtype, interpret)
-    scores = times_scales(sum(plgpu.dot(a, b.T) for a, b in zip(q, k, strict=True)) * scale, key_scales)
-    before = _before(new, index, (rows, size))
-    if scores_ref is not None:
-      plgpu.store(scores_ref.at[:, here], scores, mask=kept[:, None] & before)
+    k = block_of(key_ref, here, q_ref.dtype, of.interpret)
+    scores = times_scales(sum(plgpu.dot(a, b.T) for a, b in zip(q, k, strict=True)) * of.scale, key_scales)
+    before = _before(at, index, (rows, size))
+    if made.scores is not None:
+      plgpu.store(made.scores.at[:, here], scores, mask=kept[:, None] & before)
     scores = jnp.where(before, scores, MASKED)
     new_maximum = jnp.maximum(maximum, scores.max(axis=1))
     weights = jnp.exp(scores - new_maximum[:, None])
     shrink = jnp.exp(maximum - new_maximum)
-    v = block_of(value_ref, here, product_dtype(value_ref, q_ref.dtype), interpret)
+    v = block_of(value_ref, here, product_dtype(value_ref, q_ref.dtype), of.interpret)
     scaled = times_scales(weights, value_scales).astype(v[0].dtype)
     accumulated = [a * shrink[:, None] + plgpu.dot(scaled, b) for a, b in zip(accumulated, v, strict=True)]
     return accumulated, new_maximum, total * shrink + weights.sum(axis=1), next_scales
 
-  blocks = _blocks(new, split, size)
-  outs = parts_of(out_ref, value_ref)
+  blocks = _blocks(at, split, size)
+  outs = parts_of(made.out, value_ref)
   start = (
     [jnp.zeros(out.shape, jnp.float32) for out in outs],
     jnp.full((rows,), MASKED, jnp.float32),
@@ -284,9 +321,9 @@ def _attend_kernel(
   accumulated, maximum, total, _ = jax.lax.fori_loop(0, blocks, block, start)
 
   # The new token joins from registers: the loop above stays a plain stream of the cache, which pipelines.
-  mine = (new >= 0) & (new < split)
+  mine = (at >= 0) & (at < split)
   products = zip(q, floats_of(new_key_ref), strict=True)
-  score = sum((a.astype(jnp.float32) * b[None, :]).sum(axis=1) for a, b in products) * scale
+  score = sum((a.astype(jnp.float32) * b[None, :]).sum(axis=1) for a, b in products) * of.scale
   score = jnp.where(mine, score, MASKED)
   new_maximum = jnp.maximum(maximum, score)
   weight, shrink = jnp.where(mine, jnp.exp(score - new_maximum), 0.0), jnp.exp(maximum - new_maximum)
@@ -296,13 +333,13 @@ def _attend_kernel(
   for out, before, value in zip(outs, accumulated, floats_of(new_value_ref), strict=True):
     mean = (before * shrink[:, None] + weight[:, None] * value[None, :]) / whole
     plgpu.store(out, mean.astype(out.dtype), mask=_kept(out, group))
-  plgpu.store(log_total_ref, maximum + jnp.log(total), mask=kept)
+  plgpu.store(made.log_total, maximum + jnp.log(total), mask=kept)
 
-  slot = jnp.clip(new, 0, split - 1)
-  if scores_ref is not None:
-    plgpu.store(scores_ref.at[:, slot], score, mask=kept & mine)
-  _write(key_out_ref, new_key_ref, slot, mine)
-  _write(value_out_ref, new_value_ref, slot, mine)
+  slot = jnp.clip(at, 0, split - 1)
+  if made.scores is not None:
+    plgpu.store(made.scores.at[:, slot], score, mask=kept & mine)
+  for into, token in zip(made.cached, new, strict=True):
+    _write(into, token, slot, mine)
 
 
 def _follow_kernel(
@@ -310,13 +347,11 @@ def _follow_kernel(
   weights_ref: jax.Ref,
   new_value_ref: Stored | jax.Ref,
   value_ref: Stored | jax.Ref,
-  out_ref: jax.Ref,
-  value_out_ref: Stored | jax.Ref,
+  made: tuple[jax.Ref, Stored | jax.Ref],
   *,
-  group: int,
-  interpret: bool,
+  of: _Call,
 ) -> None:
-  rows, split = weights_ref.shape
+  (rows, split), group, (out_ref, value_out_ref) = weights_ref.shape, of.group, made
   new = position_ref[...] - pl.program_id(2) * split
   kept = jax.lax.broadcasted_iota(jnp.int32, (rows,), 0) < group
 
@@ -324,7 +359,7 @@ def _follow_kernel(
     accumulated, scales = carry
     here, next_scales = pl.ds(index * BLOCK, BLOCK), scales_of(value_ref, jnp.minimum(index + 1, blocks - 1), BLOCK)
     weights = plgpu.load(weights_ref.at[:, here], mask=kept[:, None] & _before(new, index, (rows, BLOCK)), other=0.0)
-    v = block_of(value_ref, here, product_dtype(value_ref, weights.dtype), interpret)
+    v = block_of(value_ref, here, product_dtype(value_ref, weights.dtype), of.interpret)
     scaled = times_scales(weights.astype(jnp.float32), scales).astype(v[0].dtype)
     return [a + plgpu.dot(scaled, b) for a, b in zip(accumulated, v, strict=True)], next_scales
 
