@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,13 @@ class Load:
     lengths = [2048 if number % 4 == 3 else 64 for number in range(requests)]
     prompts = [rng.integers(3, vocab_size, length).astype(np.int32) for length in lengths]
     return cls("mixed", prompts, rng.integers(16, 257, requests).tolist(), 16, 2304)
+
+  @property
+  def steps(self) -> tuple[int, int]:
+    """Decode steps of static batches in order of arrival, and of a batch of as many rows that is full to the end."""
+    after_first = [limit - 1 for limit in self.limits]  # which the prompt's pass gives
+    static = sum(max(after_first[first : first + self.rows]) for first in range(0, len(after_first), self.rows))
+    return static, math.ceil(sum(after_first) / self.rows)
 
 
 class Variant(NamedTuple):
@@ -198,7 +206,9 @@ def main() -> None:
   model = sa_jax.Transformer(config, sa_jax.SharingPlan.dense(layers))
   params = random_tree(abstract_params(model, layout="layers"))
   wanted = variants(tuple(arguments.requests), config.vocab_size)
-  told = {"device": device_name(), "model": arguments.model, "layers": layers, "rows": []}
+  steps = {variant.load.name: variant.load.steps for variant in wanted}
+  print(f"decode steps of static batches, and of as many rows that are always full: {steps}", flush=True)
+  told = {"device": device_name(), "model": arguments.model, "layers": layers, "steps": steps, "rows": []}
   of_static = {}
   for variant in wanted:
     if time.perf_counter() - start > arguments.seconds:
