@@ -52,7 +52,9 @@ def fastest(
   mesh: Mesh,
   say: Callable[[str], None] = lambda text: None,
 ) -> Remat:
-  """The first of `BY_TIME` that fits, compiled; nothing is recomputed where devices do not tell their memory.
+  """The first of `BY_TIME` that fits, compiled, or the one that needs least if none does.
+
+  Nothing is recomputed where devices do not tell their memory.
 
   Args:
     make: the jitted step under a policy.
@@ -67,15 +69,25 @@ def fastest(
   if memory is None:
     return Remat("none", make("none"), "devices of this kind do not tell how much memory they have")
   gb = lambda number: f"{number / 1e9:,.3g} GB"
-  refused, twice = "", _twice(arguments)
+  twice = _twice(arguments)
+  tried: dict[RematPolicy, tuple[int, jax.stages.Compiled]] = {}
+  told: dict[RematPolicy, str] = {}
   for policy in BY_TIME:
     say(f"compiling a step with remat {policy}, to see whether it fits in memory")
     compiled = _compiled(make(policy), arguments)
     needed = _of_all(None if compiled is None else step_bytes(compiled) - twice)
-    if compiled is not None and needed is not None and (needed <= _USABLE * memory or policy == BY_TIME[-1]):
-      told = f"of {gb(memory)}: {gb(needed)} needed" + ("" if needed <= _USABLE * memory else ", and so it may not fit")
-      return Remat(policy, compiled, told + refused)
-    refused += f"; {policy} would need {gb(needed) if needed else 'more than there is'}"
+    told[policy] = f"; {policy} would need {gb(needed) if needed else 'more than there is'}"
+    if compiled is not None and needed is not None:
+      tried[policy] = needed, compiled
+      if needed <= _USABLE * memory:
+        break
+  if tried:
+    # Slower ones are told to need less, and of small steps they do not always.
+    policy = min(reversed(tried), key=lambda policy: tried[policy][0])
+    needed, compiled = tried[policy]
+    doubt = "" if needed <= _USABLE * memory else ", and so it may not fit"
+    others = "".join(words for other, words in told.items() if other != policy)
+    return Remat(policy, compiled, f"of {gb(memory)}: {gb(needed)} needed{doubt}{others}")
   raise UserError(
     f"a step does not fit in the {gb(memory)} that JAX may take of a device under any `remat`: give it "
     "fewer rows (`batch_size`, `accumulate`), shorter ones, or more devices (`mesh`)"

@@ -72,8 +72,18 @@ def test_the_fastest_that_fits(monkeypatch, memory, told):
 def test_what_the_compiler_refuses_does_not_fit(monkeypatch):
   found, _ = chosen(monkeypatch, 100, NEEDED | {"dots": None, "attention": 95})
   assert found == "attention (of 100 GB: 95 GB needed; dots would need more than there is)"
+  found, _ = chosen(monkeypatch, 80, NEEDED | {"full": None})
+  assert found.startswith("attention (of 80 GB: 98 GB needed, and so it may not fit")
   with pytest.raises(UserError, match=r"a step does not fit in the 100 GB that JAX may take of a device"):
     chosen(monkeypatch, 100, dict.fromkeys(NEEDED))
+
+
+def test_where_none_fits_the_one_that_needs_least_is_tried(monkeypatch):
+  """Of a small step the slowest is not always it."""
+  found, compiled = chosen(monkeypatch, 80, NEEDED | {"full": 100})
+  assert found.startswith("attention (of 80 GB: 98 GB needed, and so it may not fit; ")
+  assert found.endswith("dots would need 120 GB; full would need 100 GB)")
+  assert compiled == list(NEEDED)
 
 
 def test_an_array_that_is_given_twice_is_there_once(monkeypatch):
