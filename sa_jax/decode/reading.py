@@ -30,13 +30,19 @@ class Reading:
   Attributes:
     prompts: to be read.
     cache: of what has been read, with a slot for each of their tokens. It is not quantised, whatever the batch's is: a
-      token sees those of earlier chunks as `Engine.prefill` shows them.
+      token sees those of earlier chunks as `Engine.prefill` shows them. After a beginning it is stored as that is, and
+      so are the tokens that `Engine.admit` reads after one.
     last: ``[B, D]``, what the head reads at each prompt's last token, once that has been read.
   """
 
   prompts: Prompts
   cache: Cache
   last: jax.Array
+
+
+def _is_plain(cache: Cache) -> bool:
+  """Whether a cache is in the compute dtype."""
+  return isinstance(cache.layers[0].values, jax.Array)
 
 
 def _plain(engine: Engine) -> Engine:
@@ -47,19 +53,22 @@ def _plain(engine: Engine) -> Engine:
 
 def begin(engine: Engine, prompts: Prompts, begun: Begun | None = None) -> Reading:
   """Prompts of which nothing has been read, or their beginnings."""
-  engine = _plain(engine)
+  if begun is None:
+    return _begin(_plain(engine), prompts, None)
+  # How much is left of a prompt does not matter here, and other programs would be compiled for it.
+  return _begin(engine, prompts, dataclasses.replace(begun, rest=0))
+
+
+@program(static_argnames="engine")
+def _begin(engine: Engine, prompts: Prompts, begun: Begun | None) -> Reading:
   config, plan = engine.model.config, engine.model.plan
-
-  def make() -> Reading:
-    if begun is None:
-      cache = Cache.empty(config, plan, *prompts.tokens.shape)
-    else:
-      cache = begun.rows(*prompts.tokens.shape)
-    if engine.mesh is not None:
-      cache = jax.lax.with_sharding_constraint(cache, cache_shardings(engine.model, engine.mesh, engine.rules))
-    return Reading(prompts, cache, jnp.zeros((len(prompts.tokens), config.embed_dim), config.dtype))
-
-  return make() if engine.mesh is None else jax.jit(make)()
+  if begun is None:
+    cache = Cache.empty(config, plan, *prompts.tokens.shape)
+  else:
+    cache = begun.rows(*prompts.tokens.shape)
+  if engine.mesh is not None:
+    cache = jax.lax.with_sharding_constraint(cache, cache_shardings(engine.model, engine.mesh, engine.rules))
+  return Reading(prompts, cache, jnp.zeros((len(prompts.tokens), config.embed_dim), config.dtype))
 
 
 @program(static_argnames=("engine", "chunk"), donate_argnames="reading")
@@ -79,7 +88,8 @@ def read(engine: Engine, params: Params, reading: Reading, start: jax.Array | in
   tokens = jnp.take(jnp.asarray(prompts.tokens), start + jnp.arange(chunk), axis=1, mode="clip")
   sight = ops.Rows(jnp.asarray(prompts.lengths), offset=jnp.full(rows, start))
   with traced_on(engine.mesh, engine.rules):
-    hidden, cache = apply(_plain(engine).model, params, Transformer.extend, tokens, reading.cache, sight)
+    model = (_plain(engine) if _is_plain(reading.cache) else engine).model
+    hidden, cache = apply(model, params, Transformer.extend, tokens, reading.cache, sight)
   at = (prompts.lengths - 1 - start)[:, None]
   here = jnp.take_along_axis(hidden, at[..., None], axis=1, mode="clip")[:, 0]
   return Reading(prompts, cache, jnp.where((at >= 0) & (at < chunk), here, reading.last))
@@ -96,9 +106,9 @@ def admit_read(
 
 
 def _stored(config: ModelConfig, cache: Cache) -> Cache:
-  """A cache in the compute dtype, as the config stores it."""
+  """A cache as the config stores it, of one that may be in the compute dtype."""
   form = config.cache_format
-  if form is None:
+  if form is None or not _is_plain(cache):
     return cache
 
   def stored(x: ops.Stored | None, rotates: bool) -> ops.Stored:

@@ -7,6 +7,7 @@ import pytest
 import sa_jax
 from sa_jax import ops
 from sa_jax.decode import Batcher, Engine, Prompts, Sampler, Serving, insert
+from sa_jax.decode.reading import begin
 from sa_jax.nn import Cache
 from sa_jax.sharding import make_mesh, on_mesh, param_shardings
 from tests import tiny
@@ -70,6 +71,18 @@ def test_fewer_rows_than_devices():
   tokens = tiny.tokens(2, 3, 64)
   found, wanted = (sa_jax.generate(model, each, tokens, max_new_tokens=4).tokens for each in (split, params))
   np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_prompt_on_a_mesh_begins_without_compiling_again(monkeypatch):
+  model = tiny.model("0:1", num_layers=2, vocab_size=64)
+  mesh = make_mesh(tensor=2, devices=jax.devices()[:2])
+  engine, traced, empty = Engine(model, mesh), [], Cache.empty
+  monkeypatch.setattr(Cache, "empty", lambda *given: traced.append(given) or empty(*given))
+  calls = []
+  for seed in range(3):
+    begin(engine, Prompts.of(list(tiny.tokens(1, 40, seed=seed)), 64, [1], 0, range(1)))
+    calls.append(len(traced))
+  assert calls == calls[:1] * 3
 
 
 def test_chunks_of_a_prompt_over_heads_and_no_pages():

@@ -10,7 +10,8 @@ import scipy.linalg
 
 import sa_jax
 from sa_jax import ops
-from sa_jax.decode import Batcher, Serving
+from sa_jax.decode import Batcher, Engine, PromptCache, Prompts, Sampler, Serving
+from sa_jax.decode.reading import _stored, begin, read
 from sa_jax.nn import Cache
 from sa_jax.ops.attention import decode, flash_decode
 from tests import tiny
@@ -181,6 +182,22 @@ def test_a_request_gets_the_same_alone_and_in_a_batch(quantised, params):
   batcher.run()
   for prompt, request in zip(prompts, requests, strict=True):
     assert request.tokens == sa_jax.generate(quantised, params, [prompt], max_new_tokens=6).tokens[0].tolist()
+
+
+def test_chunks_after_a_beginning_are_what_it_is_read_with_at_once():
+  """A beginning's tokens are rounded to those after it, and so are the tokens of a chunk to those of the next one."""
+  model = tiny.model("0:1", num_layers=2, head_dim=16, cache_dtype="int4")
+  params = tiny.params(model)
+  prompts = Prompts.of([tiny.tokens(1, 60)[0]], 64, [1], 0, range(1))
+  begun = PromptCache.read(model, params, prompts.tokens[0, :20]).begun(prompts, model)
+  engine = Engine(model)
+  reading = begin(engine, prompts, begun)
+  for start in (20, 40):
+    reading = read(engine, params, reading, start, chunk=20)
+  whole = engine.prefill(params, prompts, sampler=Sampler(), capacity=64, begun=begun).cache
+  chunks = _stored(model.config, reading.cache)
+  cut = lambda cache: jax.tree.map(lambda leaf: leaf[:, :, :60], cache)
+  tiny.assert_trees_equal(cut(chunks), cut(whole))
 
 
 def test_other_types_are_refused():
