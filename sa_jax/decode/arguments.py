@@ -15,6 +15,16 @@ def check_seed(seed: int) -> None:
     raise UserError(f"a seed is an integer in 0 to {(1 << 32) - 1}, not {seed!r}")
 
 
+def check_row(row: int) -> None:
+  """Checks a number that tells rows with one seed apart.
+
+  Raises:
+    UserError: if it is not an integer that an int32 holds, 0 or more.
+  """
+  if not isinstance(row, int | np.integer) or not 0 <= row < 1 << 31:
+    raise UserError(f"a row's number is an integer in 0 to {(1 << 31) - 1}, not {row!r}")
+
+
 def as_count(name: str, value: int) -> int:
   """A number of things, of any integer type.
 

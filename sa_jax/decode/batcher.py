@@ -12,10 +12,11 @@ from typing import Literal
 
 import numpy as np
 
-from sa_jax.decode.arguments import as_count, check_seed
+from sa_jax.decode.arguments import as_count, check_row, check_seed
 from sa_jax.decode.engine import Engine, pad_to
 from sa_jax.decode.prefix import PromptCache
 from sa_jax.decode.reading import Reading, admit_read, begin, read
+from sa_jax.decode.room import check_room
 from sa_jax.decode.sampling import Sampler
 from sa_jax.decode.serving import PageTable, Serving
 from sa_jax.decode.state import Drawn, Prompts, retire
@@ -77,10 +78,19 @@ class Batcher:
     sampler: Sampler = Sampler(),
     prefix: PromptCache | None = None,
   ):
+    """An empty batch.
+
+    Raises:
+      UserError: if there is no room for it, it has pages and lies on a mesh, or the prefix is another model's.
+    """
     sampler.check(model.config.vocab_size)
+    if prefix is not None:
+      prefix.check(model)
     self.how, self.prefix = how, prefix
     self._params, self.sampler = as_layers(params, model.plan), sampler
     self._engine = Engine.of(model, self._params)
+    if how.cache_slots is not None:  # the host's table of pages that are too many does not fit either
+      check_room(model, how.page_count, how.page_size, self._engine.mesh)
     self._table = None if how.cache_slots is None else PageTable(how)
     pages = None if self._table is None else self._table.pages()
     capacity = how.capacity if pages is None else pages.table.shape[1] * how.page_size
@@ -98,13 +108,17 @@ class Batcher:
 
     Raises:
       UserError: if the prompt is empty, has a token outside the vocabulary, or does not fit the cache with its
-        continuation. Other requests go on.
+        continuation, or the seed or the row is no such number. Other requests go on.
     """
-    tokens = np.asarray(prompt)
+    try:
+      tokens = np.asarray(prompt)
+    except ValueError:
+      raise UserError("a prompt is a list of tokens, not of lists of different lengths") from None
     if tokens.ndim != 1 or not tokens.size:
       raise UserError(f"a prompt is a list of at least one token, not of shape {tokens.shape}")
     check_tokens(tokens[None], None, self._engine.model.config.vocab_size)
     check_seed(seed)
+    check_row(row)
     max_new_tokens = as_count("max_new_tokens", max_new_tokens)
     if (needed := len(tokens) + max_new_tokens - 1) > self.how.capacity:
       raise UserError(
@@ -117,9 +131,15 @@ class Batcher:
     return request
 
   def cancel(self, request: Request) -> None:
-    """Stops a request; its slot is free at the next `step`. What it has generated stays in ``request.tokens``."""
+    """Stops a request; its slot is free at the next `step`. What it has generated stays in ``request.tokens``.
+
+    Raises:
+      UserError: if it waits at another batcher.
+    """
     with self._queue:
       if request.status == "waiting":
+        if request not in self._waiting:
+          raise UserError("the request waits at another batcher: cancel it where it was submitted")
         self._waiting.remove(request)
       if request.status in ("waiting", "running"):
         request.status = "cancelled"
@@ -172,15 +192,15 @@ class Batcher:
   def _decode(self, chunk: int) -> Drawn:
     """A chunk of tokens, still on the device."""
     # While requests wait, a few rows that end are enough to stop for: their slots are free.
-    slots = self.how.slots
+    slots, width = self.how.slots, min(max(self.how.chunk, _UNWATCHED), self.how.capacity)  # a row has no more tokens
     wanted = self._waiting and not self._held
     enough = np.int32(min(slots, slots - len(self._running) + self.how.together) if wanted else slots)
     self._state, out = self._engine.decode(
       self._params,
       self._state,
       sampler=self.sampler,
-      steps=np.int32(min(chunk, self.how.chunk) if self._held else chunk),
-      width=max(self.how.chunk, _UNWATCHED),  # one program, whoever watches
+      steps=np.int32(min(chunk, self.how.chunk if self._held else width, width)),
+      width=width,  # one program, whoever watches
       enough=enough,
     )
     return out
@@ -201,7 +221,9 @@ class Batcher:
       request.log_probs += [value for _, values in parts for value in values]
       news[id(request)] = new
       if done[slot]:
-        request.status = "done"
+        with self._queue:
+          if request.status == "running":  # not cancelled meanwhile
+            request.status = "done"
         del self._running[slot]
     return news
 
@@ -333,8 +355,7 @@ class _Begun:
   def of(cls, engine: Engine, request: Request, how: Serving, prefix: PromptCache | None) -> _Begun:
     assert how.read is not None, "prompts are read whole"
     prompts = _prompts([request], pad_to(len(request.prompt), how.capacity))
-    # A beginning in a quantised cache is not what its tokens show to those after them.
-    if prefix is None or engine.model.config.cache_format is not None:
+    if prefix is None:
       return cls(request, begin(engine, prompts), how.read)
     begun = prefix.begun(prompts, engine.model)
     return cls(request, begin(engine, prompts, begun), how.read, int(begun.shared[0]))

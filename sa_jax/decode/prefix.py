@@ -69,6 +69,19 @@ class PromptCache:
     """What of some prompts need not be read again; at least the last token of each is.
 
     Raises:
+      UserError: as `check`.
+    """
+    self.check(model)
+    tokens, lengths = np.asarray(prompts.tokens), np.asarray(prompts.lengths)
+    width = min(tokens.shape[1], len(self.tokens))
+    same = np.cumprod(tokens[:, :width] == self.tokens[:width], axis=1).sum(axis=1)
+    shared = np.minimum(same, lengths - 1).astype(np.int32)
+    return Begun(self.cache, shared, pad_to(int((lengths - shared).max()), tokens.shape[1]))
+
+  def check(self, model: Transformer) -> None:
+    """Checks that it is of use to a model.
+
+    Raises:
       UserError: if another model, or the same under another plan, read the beginning.
     """
     if (self.model.config, self.model.plan) != (model.config, model.plan):
@@ -76,8 +89,3 @@ class PromptCache:
         f"the prompt cache was read by another model (plan {self.model.plan}) than this one (plan {model.plan}): "
         "read the tokens again with PromptCache.read"
       )
-    tokens, lengths = np.asarray(prompts.tokens), np.asarray(prompts.lengths)
-    width = min(tokens.shape[1], len(self.tokens))
-    same = np.cumprod(tokens[:, :width] == self.tokens[:width], axis=1).sum(axis=1)
-    shared = np.minimum(same, lengths - 1).astype(np.int32)
-    return Begun(self.cache, shared, pad_to(int((lengths - shared).max()), tokens.shape[1]))

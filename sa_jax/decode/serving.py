@@ -11,6 +11,7 @@ import numpy as np
 
 from sa_jax import ops
 from sa_jax.errors import UserError
+from sa_jax.fields import Count, check_fields
 
 _PAGE = 64
 """Slots of the shortest page: the decode kernels read no fewer at once."""
@@ -37,21 +38,19 @@ class Serving:
       the end, where all requests are known from the start; otherwise they go in the order of their arrival.
 
   Raises:
-    UserError: if a number is less than 1, or the cache has no room for the longest row.
+    UserError: if a number is no integer or less than 1, or the cache has no room for the longest row.
   """
 
-  slots: int = 16
-  capacity: int = 2048
-  cache_slots: int | None = None
-  chunk: int = 16
-  together: int = 1
-  read: int | None = None
+  slots: Count = 16
+  capacity: Count = 2048
+  cache_slots: Count | None = None
+  chunk: Count = 16
+  together: Count = 1
+  read: Count | None = None
   longest_first: bool = False
 
   def __post_init__(self) -> None:
-    numbers = {name: getattr(self, name) for name in ("slots", "capacity", "cache_slots", "chunk", "together", "read")}
-    if wrong := [f"{name} {number}" for name, number in numbers.items() if number is not None and number < 1]:
-      raise UserError(f"{', '.join(wrong)}: at least 1 is needed")
+    check_fields(self, "serving")
     if self.cache_slots is not None and self.page_count < (needed := self.pages_for(self.capacity)):
       raise UserError(
         f"cache_slots {self.cache_slots} hold no row of {self.capacity} (capacity): in pages of {self.page_size}, "

@@ -93,6 +93,8 @@ def test_a_request_that_does_not_fit_is_refused_alone(model, params, prompts, al
     batcher.submit([61], LONGEST)
   with pytest.raises(ValueError, match="at least one token"):
     batcher.submit([], LONGEST)
+  with pytest.raises(sa_jax.UserError, match="a list of tokens, not of lists"):
+    batcher.submit([[1, 2], [3]], LONGEST)
   batcher.run()
   assert good.tokens == alone[0]
 
@@ -120,13 +122,36 @@ def test_generate_batches_continuously_beyond_its_slots(model, params, prompts):
 @pytest.mark.parametrize(
   ("sizes", "message"),
   [
-    ({"slots": 0, "chunk": 0}, "slots 0, chunk 0: at least 1 is needed"),
+    (
+      {"slots": 0, "chunk": 0},
+      r"serving:\n  slots=0 \(at least 1 is needed\)\n  chunk=0 \(at least 1 is needed\)",
+    ),
+    ({"slots": 2.5}, r"serving: slots=2.5 \(an integer is needed\)"),
+    ({"capacity": "64"}, r"serving: capacity='64' \(an integer is needed\)"),
+    ({"chunk": None}, r"serving: chunk=None \(an integer is needed\)"),
     ({"capacity": 200, "cache_slots": 192}, "hold no row of 200 .capacity.: in pages of 64, 256 are needed"),
   ],
 )
 def test_sizes_are_checked(sizes, message):
   with pytest.raises(sa_jax.UserError, match=message):
     Serving(**sizes)
+
+
+def test_sizes_may_be_numpys():
+  how = Serving(slots=np.int64(2), capacity=np.int32(200), cache_slots=np.int64(256))
+  assert (how.page_size, how.page_count) == (64, 4)
+
+
+def test_more_pages_than_there_is_memory_are_refused_before_anything_is_made(model, params):
+  with pytest.raises(sa_jax.UserError, match=r"a cache of 15625000000000 rows of 64 tokens takes .* GB"):
+    Batcher(model, params, Serving(slots=1, capacity=64, cache_slots=10**15))
+
+
+def test_a_chunk_may_be_longer_than_any_row(model, params, prompts, alone):
+  batcher = Batcher(model, params, Serving(slots=1, capacity=CAPACITY, chunk=1 << 40))
+  request = batcher.submit(prompts[0], LONGEST)
+  batcher.step()
+  assert request.tokens == alone[0]
 
 
 def test_longest_first_changes_the_order_and_not_the_tokens(model, params, prompts, alone):
@@ -227,6 +252,33 @@ def test_a_seed_that_is_none_harms_nobody(model, params, prompts, alone, seed):
     batcher.submit(prompts[1], LONGEST, seed=seed)
   batcher.run()
   assert request.tokens == alone[0]
+
+
+@pytest.mark.parametrize("row", [-1, 2**31, 1.5, None])
+def test_a_row_that_is_none_harms_nobody(model, params, prompts, alone, row):
+  batcher = Batcher(model, params, Serving(slots=1, capacity=CAPACITY))
+  request = batcher.submit(prompts[0], LONGEST)
+  with pytest.raises(sa_jax.UserError, match="a row's number is an integer in 0 to 2147483647"):
+    batcher.submit(prompts[1], LONGEST, row=row)
+  batcher.run()
+  assert request.tokens == alone[0]
+
+
+def test_what_is_cancelled_while_its_last_tokens_are_generated_stays_so(model, params, prompts, alone, monkeypatch):
+  batcher = Batcher(model, params, Serving(slots=1, capacity=CAPACITY))
+  request, decode = batcher.submit(prompts[0], 2), Engine.decode
+  cancelling = lambda *given, **options: batcher.cancel(request) or decode(*given, **options)
+  monkeypatch.setattr(Engine, "decode", cancelling)
+  batcher.step()
+  assert (request.status, request.tokens, batcher.busy) == ("cancelled", alone[0][:2], False)
+
+
+def test_a_request_is_cancelled_where_it_waits(model, params, prompts):
+  one, other = (Batcher(model, params, Serving(slots=1, capacity=CAPACITY)) for _ in range(2))
+  request = one.submit(prompts[0], LONGEST)
+  with pytest.raises(sa_jax.UserError, match="waits at another batcher"):
+    other.cancel(request)
+  assert (request.status, one.busy) == ("waiting", True)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 
 import sa_jax
 from sa_jax import ops
-from sa_jax.decode import PromptCache, Sampler, right_pad
+from sa_jax.decode import Batcher, PromptCache, Sampler, Serving, right_pad
 from sa_jax.nn import Transformer
 from tests import tiny
 
@@ -58,6 +58,8 @@ def test_a_beginning_that_another_plan_read_is_refused(model, params):
   dense = tiny.model("dense", num_layers=model.config.num_layers)
   with pytest.raises(sa_jax.UserError, match="was read by another model .* than this one \\(plan dense\\)"):
     sa_jax.generate(dense, tiny.params(dense), np.array([BEGINNING]), max_new_tokens=2, prefix=prefix)
+  with pytest.raises(sa_jax.UserError, match="was read by another model"):
+    Batcher(dense, tiny.params(dense), Serving(slots=1, capacity=64), prefix=prefix)
 
 
 @pytest.mark.parametrize("slots", [64, 3])
