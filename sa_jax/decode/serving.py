@@ -33,7 +33,7 @@ class Serving:
     together: how many slots must be free for that; more let prompts be read together, and leave slots empty meanwhile.
     read: most prompt tokens that are read between two looks while rows run, or one short prompt's: longer prompts are
       read in chunks of so many, and nothing else enters meanwhile. None for whole prompts, however long running rows
-      wait. With a `PromptCache` in a quantised cache, chunks read a shared beginning again, unrounded.
+      wait.
     longest_first: whether the waiting request with the most tokens to add goes first, so that the batch stays full to
       the end, where all requests are known from the start; otherwise they go in the order of their arrival.
 
