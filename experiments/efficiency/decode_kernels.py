@@ -11,6 +11,7 @@ import json
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,23 +26,42 @@ HEADS, WIDTH = 32, 128
 KERNELS = {"triton": flash_decode, "mosaic": hopper_decode}
 
 
+Carry = tuple[jax.Array, ops.Stored, ops.Stored]
+"""What was given so far, in all, and the cache."""
+
+
+class Shape(NamedTuple):
+  """A step of decoding: rows, key heads, and the slots of the cache, all of them filled."""
+
+  batch: int
+  kv_heads: int
+  slots: int
+
+  def cached(self, cache_dtype: str | None) -> list[ops.Stored]:
+    """Random keys and values."""
+    shape = self.batch, self.kv_heads, self.slots, WIDTH
+    store = ops.FORMATS[cache_dtype].store if cache_dtype else lambda x: x
+    return [store(jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)) for seed in (3, 4)]
+
+
 def measure(
-  kernel: ModuleType, batch: int, kv_heads: int, slots: int, count: int, interpret: bool
+  kernel: ModuleType, shape: Shape, cache_dtype: str | None, count: int, interpret: bool
 ) -> tuple[float, np.ndarray]:
-  """Median seconds of an anchor's kernel, all slots filled, in a program of so many, and what these give in all."""
+  """Median seconds of an anchor's kernel in a program of so many, and what these give in all."""
+  batch, kv_heads, slots = shape
   normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
   q, key, value = normal(0, batch, HEADS, WIDTH), normal(1, batch, kv_heads, WIDTH), normal(2, batch, kv_heads, WIDTH)
   rows = ops.Rows(offset=jnp.full(batch, slots - 1, jnp.int32))
   how = flash_decode.How(WIDTH**-0.5)
 
-  def steps(q: jax.Array, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    def step(_: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def steps(q: jax.Array, keys: ops.Stored, values: ops.Stored) -> Carry:
+    def step(_: jax.Array, carry: Carry) -> Carry:
       out, _, (keys, values) = kernel.attend(q, (key, value), carry[1:], rows, how, interpret)
       return carry[0] + out.astype(jnp.float32), keys, values
 
     return jax.lax.fori_loop(0, count, step, (jnp.zeros(q.shape, jnp.float32), keys, values))
 
-  cache = [normal(seed, batch, kv_heads, slots, WIDTH) for seed in (3, 4)]
+  cache = shape.cached(cache_dtype)
   compiled = jax.jit(steps, donate_argnums=(1, 2)).lower(q, *cache).compile()
   seconds = []
   for _ in range(6):
@@ -57,18 +77,21 @@ def main() -> None:
   parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 16])
   parser.add_argument("--kv-heads", type=int, nargs="+", default=[8, 32])
   parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384])
+  parser.add_argument("--cache-dtype", choices=["int8"], help="bfloat16 if not given")
   parser.add_argument("--steps", type=int, default=32, help="in one program")
   parser.add_argument("--interpret", action="store_true", help="on any device, slowly")
   parser.add_argument("--json", type=Path)
   given = parser.parse_args()
   found = []
   for batch, kv_heads, slots in itertools.product(given.batch_sizes, given.kv_heads, given.lengths):
-    shape = batch, kv_heads, slots
-    made = {name: measure(each, *shape, given.steps, given.interpret) for name, each in KERNELS.items()}
+    shape = Shape(batch, kv_heads, slots)
+    how = given.cache_dtype, given.steps, given.interpret
+    made = {name: measure(each, shape, *how) for name, each in KERNELS.items()}
     (triton, expected), (mosaic, total) = made.values()
     off = float(np.abs(total - expected).max() / np.abs(expected).max())
-    read = 2 * batch * kv_heads * slots * WIDTH * 2
-    row = {"batch": batch, "kv_heads": kv_heads, "slots": slots, "triton": triton, "mosaic": mosaic, "differ": off}
+    cached = jax.eval_shape(lambda shape=shape: shape.cached(given.cache_dtype))
+    read = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cached))
+    row = shape._asdict() | {"triton": triton, "mosaic": mosaic, "differ": off}
     found.append(row | {"bytes_per_second": read / mosaic})
   tell = lambda each: [
     *(str(each[name]) for name in ("batch", "kv_heads", "slots")),
@@ -79,7 +102,10 @@ def main() -> None:
   columns = ["rows", "key heads", "slots", *(f"{name}, µs" for name in KERNELS), "Mosaic's of Triton's", "differ by"]
   show_table(f"decode kernels, {jax.devices()[0].device_kind}, jax {jax.__version__}", columns, list(map(tell, found)))
   if given.json:
-    given.json.write_text(json.dumps({"device": jax.devices()[0].device_kind, "rows": found}, indent=1) + "\n")
+    given.json.write_text(
+      json.dumps({"device": jax.devices()[0].device_kind, "cache_dtype": given.cache_dtype, "rows": found}, indent=1)
+      + "\n"
+    )
 
 
 if __name__ == "__main__":
