@@ -195,6 +195,7 @@ def main() -> None:
   parser.add_argument("--model", default="llama-3-8b", help="a preset, or tiny")
   parser.add_argument("--layers", type=int, default=16)
   parser.add_argument("--requests", type=int, nargs=2, default=(256, 64), help="of even, of mixed")
+  parser.add_argument("--loads", nargs="+", default=["even", "mixed"], choices=["even", "mixed"])
   parser.add_argument("--repeats", type=int, default=2)
   parser.add_argument("--seconds", type=float, default=600, help="begin nothing after so many")
   parser.add_argument("--out", type=Path, required=True)
@@ -205,7 +206,8 @@ def main() -> None:
   config = dataclasses.replace(preset, num_layers=layers, eos_token_ids=())
   model = sa_jax.Transformer(config, sa_jax.SharingPlan.dense(layers))
   params = random_tree(abstract_params(model, layout="layers"))
-  wanted = variants(tuple(arguments.requests), config.vocab_size)
+  known = variants(tuple(arguments.requests), config.vocab_size)
+  wanted = [variant for variant in known if variant.load.name in arguments.loads]
   steps = {variant.load.name: variant.load.steps for variant in wanted}
   print(f"decode steps of static batches, and of as many rows that are always full: {steps}", flush=True)
   told = {"device": device_name(), "model": arguments.model, "layers": layers, "steps": steps, "rows": []}
