@@ -53,6 +53,23 @@ class Text(NamedTuple):
   judging: np.ndarray
 
 
+def check_texts(texts: Sequence[Text], vocab_size: int) -> None:
+  """Checks what plans are to be fitted to and judged by.
+
+  Raises:
+    UserError: if there is no text, two have one name, rows are no tokens of the vocabulary, or differ in length.
+  """
+  names = [text.name for text in texts]
+  if not names or len(set(names)) < len(names):
+    raise UserError(f"one text or several of different names are needed, not {', '.join(names) or 'none'}")
+  for part in ("calibration", "judging"):
+    rows = [np.asarray(getattr(text, part)) for text in texts]
+    for tokens in rows:
+      check_tokens(tokens, None, vocab_size)
+    if len(lengths := sorted({tokens.shape[1] for tokens in rows})) > 1:
+      raise UserError(f"rows of all texts need one length; those for {part} have {', '.join(map(str, lengths))} tokens")
+
+
 class Walk(NamedTuple):
   """A plan taken through the text.
 
@@ -112,9 +129,7 @@ class Judge:
     if is_spread(params):
       check_given("the judge", {"model": model, "texts": texts, "how": how, "maps": maps, "chunk": chunk})
     self.config = walk.walking(model, params)
-    for text in texts:
-      for tokens in (text.calibration, text.judging):
-        check_tokens(np.asarray(tokens), None, self.config.vocab_size)
+    check_texts(texts, self.config.vocab_size)
     if how is not None:
       how.check(self.config)
     self.params, self.texts, self.how, self.maps, self.chunk = params, tuple(texts), how, maps, chunk

@@ -79,10 +79,11 @@ def beam(
     The best plan found for each number of followers from 1 up; none, if the first already exceeds the budget.
 
   Raises:
-    UserError: if there are too few layers.
+    UserError: if there are too few layers, or there is no layer that is excluded.
   """
   budget = Budget("followers", budget) if isinstance(budget, int) else budget
   layers = judge.config.num_layers
+  check_excluded(excluded, layers)
   free = sorted(set(range(1, layers)) - set(excluded))
   followers = budget.most(judge.config)
   if followers > len(free) and math.isinf(budget.nats):
@@ -120,6 +121,16 @@ def beam(
   return best
 
 
+def check_excluded(excluded: Sequence[int], layers: int) -> None:
+  """Checks layers that are to stay anchors against a model's number of them.
+
+  Raises:
+    UserError: if it has no such layer.
+  """
+  if outside := [layer for layer in excluded if not 0 <= layer < layers]:
+    raise UserError(f"there are no layers {outside} to exclude; the model has 0 to {layers - 1}")
+
+
 def plan_cost(plan: SharingPlan, costs: np.ndarray) -> float:
   """Summed cost of a plan's pairs of anchor and follower."""
   return float(sum(costs[plan.source[layer], layer] for layer in plan.followers))
@@ -137,8 +148,7 @@ def cheapest(costs: np.ndarray, followers: int, excluded: Sequence[int] = ()) ->
     UserError: if there is no such plan, or no such layer.
   """
   layers = len(costs)
-  if outside := [layer for layer in excluded if not 0 <= layer < layers]:
-    raise UserError(f"there are no layers {outside} to exclude; the model has 0 to {layers - 1}")
+  check_excluded(excluded, layers)
   allowed = costs.copy()
   allowed[:, list(excluded)] = np.inf
   # best[l][f]: least cost of layers before l with f followers, where l starts a group; and where that group starts.

@@ -16,7 +16,7 @@ from sa_jax.analysis import search
 from sa_jax.analysis.align import can_map_by_refit
 from sa_jax.analysis.budget import Budget
 from sa_jax.analysis.distilling import Distillation, distill_rows
-from sa_jax.analysis.judge import Judge, Text
+from sa_jax.analysis.judge import Judge, Text, check_texts
 from sa_jax.analysis.mixture import Mixture, judged, within
 from sa_jax.analysis.refit import Refit, Report, refit
 from sa_jax.config import ModelConfig
@@ -59,6 +59,14 @@ class Search:
 
   def __post_init__(self) -> None:
     check_fields(self, "search")
+
+  def check(self, config: ModelConfig) -> None:
+    """Checks it against a model, before anything is computed.
+
+    Raises:
+      UserError: if the model has no layer that is excluded.
+    """
+    search.check_excluded(self.excluded, config.num_layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +161,7 @@ def search_plan(judge: Judge, budget: Budget, how: Search, stage: search.Stage =
   Raises:
     UserError: if no plan has so many followers under the search's limits, or none is within the budget.
   """
+  how.check(judge.config)
   excluded, followers = how.excluded, budget.most(judge.config)
   if how.strategy == "spans":
 
@@ -285,14 +294,16 @@ def share(
     UserError: as `Judge`, `search_plan`, `refit` and `distill_rows`.
   """
   effort = effort or Effort()
-  wanted = Budget("followers", wanted) if isinstance(wanted, int) else wanted
+  wanted = Budget("followers", int(wanted)) if isinstance(wanted, int | np.integer) else wanted
+  check_texts(texts, model.config.vocab_size)
   recovery = effort.recovery(model.config)
   fitted = [text._replace(calibration=text.calibration[: effort.most_rows]) for text in texts]
   if isinstance(wanted, SharingPlan):
     candidates = [Mixture(wanted)]
   else:
+    effort.search.check(model.config)  # what cannot be met is told before the work
     if wanted.allow == ("sharing",):
-      wanted = wanted.counted(model.config, texts[0].judging.shape[1])  # what cannot be met is told before the work
+      wanted = wanted.counted(model.config, texts[0].judging.shape[1])
     judged = [text._replace(calibration=text.calibration[: effort.search.search_rows]) for text in fitted]
     judge = Judge(
       model,

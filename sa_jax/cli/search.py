@@ -41,7 +41,9 @@ class SearchPlan(Searching):
     for file in (self.record, self.json):
       check_writable(file)
     budget, how = Budget.parse(self.budget), self.settings.search
-    budget = budget.counted(self.opening.config(self.model), self.cutting.length)
+    config = self.opening.config(self.model)
+    how.check(config)
+    budget = budget.counted(config, self.cutting.length)
     model, params, texts = self.prepare()
     texts = [text._replace(calibration=text.calibration[: how.search_rows]) for text in texts]
     with stages() as stage:

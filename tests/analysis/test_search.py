@@ -102,6 +102,33 @@ def test_cheapest_plan_by_trying_all(excluded):
     search.cheapest(np.full((7, 7), np.inf), 2)
 
 
+@pytest.mark.parametrize(
+  "how", [Search("greedy", excluded=(5,)), Search("spans", excluded=(5,)), Search("dp", excluded=(9, 5, 2))]
+)
+def test_only_layers_that_there_are_stay_anchors(params, judge, how):
+  """Told before any text is read."""
+  message = r"no layers \[(9, )?5\] to exclude; the model has 0 to 4"
+  with pytest.raises(sa_jax.UserError, match=message):
+    search_plan(judge, Budget("followers", 2), how)
+  with pytest.raises(sa_jax.UserError, match=message):
+    share(DENSE, params, TEXTS, 2, Effort(how), stage=pytest.fail)
+
+
+@pytest.mark.parametrize("wanted", [np.int64(2), sa_jax.SharingPlan.parse("1:2", 5)])
+@pytest.mark.parametrize(
+  ("texts", "message"),
+  [
+    ([], "one text or several of different names are needed, not none"),
+    ([TEXTS[0], TEXTS[1]._replace(name="one")], "different names are needed, not one, one"),
+    ([TEXTS[0], TEXTS[1]._replace(calibration=TEXTS[1].calibration[:, 1:])], "for calibration have 15, 16 tokens"),
+    ([TEXTS[0], TEXTS[1]._replace(judging=TEXTS[1].judging[:0])], "at least one row"),
+  ],
+)
+def test_texts_that_cannot_be_judged_by_are_refused_at_the_door(params, wanted, texts, message):
+  with pytest.raises(sa_jax.UserError, match=message):
+    share(DENSE, params, texts, wanted, stage=pytest.fail)
+
+
 def test_a_search_resumes_from_its_record(params, tmp_path):
   record = tmp_path / "record.json"
   first = Judge(DENSE, params, TEXTS, HOW, chunk=8, record=record)
