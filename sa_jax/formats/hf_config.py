@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from sa_jax.config import Architecture, ModelConfig
-from sa_jax.errors import UserError
+from sa_jax.errors import UserError, near
 from sa_jax.formats import hf_experts, hf_plan, hf_rope, quantised
 from sa_jax.formats.families import FAMILIES
 from sa_jax.formats.family import Family, KeyKind
@@ -269,8 +269,12 @@ def write(config: ModelConfig, spelling: Literal["v4", "v5"] = "v5") -> Fields:
     config: the model.
     spelling: ``v5`` writes ``rope_parameters`` and ``dtype`` (transformers 5); ``v4`` writes ``rope_theta``,
       ``rope_scaling`` and ``torch_dtype``.
+
+  Raises:
+    UserError: if there is no such family, or its ``config.json`` cannot describe the model.
   """
-  family = FAMILIES[config.family]
+  if (family := FAMILIES.get(config.family)) is None:
+    raise UserError(f"there is no family {config.family!r} to write a config.json of{near(config.family, FAMILIES)}")
   activations = {ours: theirs for theirs, ours in family.activations.items()}
   eos = config.eos_token_ids
   values = {

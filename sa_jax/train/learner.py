@@ -58,7 +58,7 @@ def model_of(config: TrainConfig, tokenizer: Tokenizer) -> Transformer:
   From scratch, it begins and ends texts as the tokenizer does, unless a shape of the config's own says otherwise.
 
   Raises:
-    UserError: if the checkpoint or the plan does not fit.
+    UserError: if the checkpoint or the plan does not fit, or no ``config.json`` can describe the model.
   """
   if config.model is not None:
     model = describe(config.model, config.plan)
@@ -70,6 +70,7 @@ def model_of(config: TrainConfig, tokenizer: Tokenizer) -> Transformer:
     if not shape.eos_token_ids and end is not None:
       shape = dataclasses.replace(shape, eos_token_ids=(end,))
     model = Transformer(shape, as_plan(config.plan, shape.num_layers))
+  model.config.to_hf()  # told now, and not when what was trained is to be written
   computed = dataclasses.replace(
     model.config, dtype=config.dtype, param_dtype="float32", remat="none", group_backward=True
   )

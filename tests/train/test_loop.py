@@ -128,6 +128,11 @@ def test_contradictions(tmp_path, changes, message):
     ({"plan": "2:3"}, "goes past the model"),
     ({"data": "no file"}, "name at least one file of training data"),
     ({"preset": "llama-9", "shape": None}, "no preset 'llama-9'"),
+    ({"shape": dataclasses.replace(SHAPE, family="lama")}, "no family 'lama' to write a config.json of.*llama"),
+    (
+      {"shape": dataclasses.replace(SHAPE, window=8, local_layers=(0,))},
+      r"a llama config.json cannot describe this model: window=8 \(it has None\); local_layers=\(0,\)",
+    ),
   ],
 )
 def test_what_does_not_fit_is_refused_before_compilation(tmp_path, monkeypatch, changes, message):
