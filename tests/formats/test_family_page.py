@@ -21,7 +21,7 @@ def test_every_family_has_a_row():
 
 def test_every_family_whose_plans_are_not_exported_is_named():
   head = " ".join(PAGE.read_text(encoding="utf-8").split("\n|")[0].split())
-  without, narrow = head.split("Narrower values are refused")
+  without, narrow = head.split("Narrower values are not supported")
   assert set(re.findall(r"`(\w+)`", without)) - {"model_type"} == set(WITHOUT_CODE)
   assert set(re.findall(r"`(\w+)`", narrow)) == {"falcon", "gpt_neox"}
 
