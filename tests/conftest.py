@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import importlib.util
+import json
 import os
 import zlib
 from pathlib import Path
@@ -28,9 +29,48 @@ REFERENCE = Path(__file__).parent / "data" / "reference"
 
 def pytest_addoption(parser):
   parser.addoption("--cases", type=int, help="at most so many cases of each test, spread over all that it has")
+  parser.addoption("--durations-to", type=Path, help="write how many seconds each test took to this JSON file")
+  parser.addoption("--durations-from", type=Path, help="such a file, of an earlier run")
+  parser.addoption("--faster-than", type=float, help="only tests that took fewer seconds in --durations-from")
+
+
+class Durations:
+  """Collects the seconds of each test, and writes them when the session ends."""
+
+  def __init__(self, path: Path) -> None:
+    self.path = path
+    self.seconds: dict[str, float] = {}
+
+  def pytest_runtest_logreport(self, report):
+    self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+
+  def pytest_sessionfinish(self):
+    self.path.write_text(json.dumps(self.seconds, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def pytest_configure(config):
+  path = config.getoption("--durations-to")
+  if path and not hasattr(config, "workerinput"):  # xdist's workers report to the process that started them
+    config.pluginmanager.register(Durations(path.absolute()))
 
 
 def pytest_collection_modifyitems(config, items):
+  keep_cases(config, items)
+  keep_fast(config, items)
+
+
+def keep_fast(config, items):
+  """With ``--faster-than``, the tests that were faster when ``--durations-from`` was written, and those not in it."""
+  limit = config.getoption("--faster-than")
+  if limit is None:
+    return
+  seconds = json.loads(config.getoption("--durations-from").read_text(encoding="utf-8"))
+  slow = [item for item in items if seconds.get(item.nodeid, 0) >= limit]
+  config.hook.pytest_deselected(items=slow)
+  items[:] = [item for item in items if seconds.get(item.nodeid, 0) < limit]
+
+
+def keep_cases(config, items):
   """With ``--cases``, a part of each test's cases; which ones its name decides, so that tests of families differ."""
   count = config.getoption("--cases")
   if not count:
