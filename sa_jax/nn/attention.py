@@ -289,7 +289,7 @@ class MixedAttention(AnchorAttention):
       x: ``[B, T, D]``.
       state: the anchor's.
       share: 0 to 1.
-      kind: as the anchor's.
+      kind: which of the config's ``kinds`` this layer is: it sees what its anchor sees, and may be rotated otherwise.
 
     Returns:
       ``[B, T, D]``.

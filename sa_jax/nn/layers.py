@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -76,6 +76,19 @@ def _remat(config: ModelConfig, step: Step, repeats: int, *kept: str) -> Step:
   return nn.remat(step, prevent_cse=repeats == 1, policy=policy)
 
 
+class Own(NamedTuple):
+  """What followers have of their own besides parameters.
+
+  Attributes:
+    head_maps: int32 ``[followers, N]``, or None where no follower has one.
+    kinds: int32 ``[followers]``, which of the config's ``kinds`` they are, for those that mix attention; None where
+      each is its anchor's.
+  """
+
+  head_maps: jax.Array | None = None
+  kinds: jax.Array | None = None
+
+
 class Group(nn.Module):
   """An anchor block and its followers; the state is broadcast into a scan over them.
 
@@ -100,7 +113,7 @@ class Group(nn.Module):
     x: jax.Array,
     rows: ops.Rows = ops.Rows(),
     kind: Kind = 0,
-    head_maps: jax.Array | None = None,
+    own: Own = Own(),
     share: Portion = None,
   ) -> jax.Array:
     """The group's layers.
@@ -108,8 +121,8 @@ class Group(nn.Module):
     Args:
       x: ``[B, T, D]``.
       rows: which tokens the tokens may see.
-      kind: which of the config's ``kinds`` the layers are.
-      head_maps: int32 ``[followers, N]``, or None where no follower has one.
+      kind: which of the config's ``kinds`` the anchor is.
+      own: what the followers have of their own.
       share: see `Portion`.
 
     Returns:
@@ -122,20 +135,20 @@ class Group(nn.Module):
     x, state = anchor(self.blocks.anchor(config, name="anchor"), x, rows)
     if self.followers:
       block: type[FollowerBlock] | type[MixedBlock] = self.blocks.follower if share is None else MixedBlock
-      follow: Step = self.blocks.follower.__call__
+      follow: Step = lambda block, x, state, own_kind: block(x, state)
       if share is not None:
-        follow = lambda block, x, state: block(x, state, share, kind)
+        follow = lambda block, x, state, own_kind: block(x, state, share, kind if own_kind is None else own_kind)
       unroll = min(_UNROLL, self.followers) if config.remat == "dots" else 1
       follower = _remat(config, follow, self.groups * -(-self.followers // unroll))
 
       # A follower of somebody's own may use the state for more than attention over its values.
-      once = config.group_backward and head_maps is None and block is FollowerBlock
+      once = config.group_backward and own.head_maps is None and block is FollowerBlock
       together = tapped(state, self.followers, config) if once else None
 
-      def step(block: Any, x: jax.Array, state: State, own: tuple[Tree, Tree]) -> tuple[jax.Array, None]:
-        head_map, tap = own
+      def step(block: Any, x: jax.Array, state: State, own: tuple[Own, Tree]) -> tuple[jax.Array, None]:
+        (head_map, own_kind), tap = own
         used = _with_heads(state, head_map) if together is None else dataclasses.replace(together, tap=tap)
-        return follower(block, checkpoint_name(x, _BLOCK_INPUT), used), None
+        return follower(block, checkpoint_name(x, _BLOCK_INPUT), used, own_kind), None
 
       scan = nn.scan(
         step,
@@ -148,7 +161,7 @@ class Group(nn.Module):
         metadata_params={nn.PARTITION_NAME: "followers"},
       )
       taps = None if together is None else together.tap
-      x, _ = scan(block(config, name="followers"), x, state, (head_maps, taps))
+      x, _ = scan(block(config, name="followers"), x, state, (own, taps))
     return x
 
 
@@ -168,7 +181,8 @@ class Runs(nn.Module):
     for index, run in enumerate(self.plan.runs):
       # Where the run's groups differ in kind, each tells its own: one program, whatever the pattern and the depth.
       kinds = [self.config.kind_of(layer) for layer in run.layers if self.plan.is_anchor(layer)]
-      own = jnp.asarray(kinds, jnp.int32) if len(set(kinds)) > 1 else None
+      kind = jnp.asarray(kinds, jnp.int32) if len(set(kinds)) > 1 else None
+      own = Own(self._head_maps(run), None if share is None else self._follower_kinds(run))
       step = _group_step(kinds[0], share)
       # Under `dots` the products that queries and keys are made of are kept anyway; under `attention` a group's queries
       # and keys are little beside its layers' outputs.
@@ -185,7 +199,7 @@ class Runs(nn.Module):
         metadata_params={nn.PARTITION_NAME: "groups"},
       )
       group = Group(self.config, run.followers, run.groups, self.blocks, name=str(index))
-      x, _ = scan(group, x, rows, (own, self._head_maps(run)))
+      x, _ = scan(group, x, rows, (kind, own))
     return x
 
   def _head_maps(self, run: Run) -> jax.Array | None:
@@ -197,15 +211,21 @@ class Runs(nn.Module):
     filled = [tuple(range(self.config.num_heads)) if entry is None else entry for entry in maps]
     return jnp.asarray(filled, jnp.int32).reshape(run.groups, run.followers, self.config.num_heads)
 
+  def _follower_kinds(self, run: Run) -> jax.Array | None:
+    """The kinds of a run's followers, int32 ``[groups, followers]``; None if each is its anchor's."""
+    followers = [layer for layer in run.layers if not self.plan.is_anchor(layer)]
+    kinds = [self.config.kind_of(layer) for layer in followers]
+    if kinds == [self.config.kind_of(self.plan.source[layer]) for layer in followers]:
+      return None
+    return jnp.asarray(kinds, jnp.int32).reshape(run.groups, run.followers)
+
 
 def _group_step(kind: int, share: Portion) -> Step:
-  """One step of the scan over a run's groups: of its own kind or of the first's, with its head maps."""
+  """One step of the scan over a run's groups: of its own kind or of the first's."""
 
-  def step(
-    group: Group, x: jax.Array, rows: ops.Rows, own: tuple[jax.Array | None, jax.Array | None]
-  ) -> tuple[jax.Array, None]:
-    own_kind, head_maps = own
-    return group(x, rows, kind if own_kind is None else own_kind, head_maps, share), None
+  def step(group: Group, x: jax.Array, rows: ops.Rows, own: tuple[jax.Array | None, Own]) -> tuple[jax.Array, None]:
+    own_kind, of_followers = own
+    return group(x, rows, kind if own_kind is None else own_kind, of_followers, share), None
 
   return step
 

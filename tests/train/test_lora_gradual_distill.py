@@ -69,6 +69,17 @@ class TestGradual:
       jax.jit(lambda params: WHOLE.apply({"params": params}, TOKENS, None, BATCH.segments, share=0.0))(whole()), dense
     )
 
+  def test_followers_are_rotated_as_in_the_dense_model(self):
+    """SmolLM3's followers without rotary embedding behind an anchor with one, and the reverse."""
+    config = tiny.config(num_layers=4, local_layers=(2,), local_rope=sa_jax.ops.RopeConfig(scaling="none"))
+    dense = Transformer(config, SharingPlan.dense(4))
+    layers = tiny.params(dense)
+    want = jax.jit(dense.apply)({"params": layers}, TOKENS)
+    for plan in (SharingPlan.parse("1:2-3", 4), SharingPlan.parse("0:1,2:3", 4)):
+      model = nn.GradualTransformer(config, plan)
+      apply = jax.jit(lambda params: model.apply({"params": params}, TOKENS, share=0.0))
+      close(apply(sa_jax.stack_unpruned(layers, plan)), want)
+
   def test_its_weights_are_the_mixture(self):
     """One follower right after its anchor: the same block output as with weights mixed by hand."""
     config = tiny.config(num_layers=2)
