@@ -189,10 +189,14 @@ class Architecture:
     """How many tokens a layer sees; None for all."""
     return self._kind(layer).spec.window
 
+  def may_follow(self, layer: int, anchor: int) -> bool:
+    """Whether a layer may use another's attention weights: it sees the same keys. It may be rotated otherwise."""
+    return self.window_of(layer) == self.window_of(anchor)
+
   @property
   def can_follow(self) -> tuple[int, ...]:
-    """The layers that see the same keys as the layer before them: no other can be a follower."""
-    return tuple(each for each in range(1, self.num_layers) if self.window_of(each) == self.window_of(each - 1))
+    """The layers that may follow the layer before them: no other can be a follower."""
+    return tuple(each for each in range(1, self.num_layers) if self.may_follow(each, each - 1))
 
   def _kind(self, layer: int) -> LayerKind:
     local = layer in self.local_layers

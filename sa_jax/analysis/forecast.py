@@ -34,9 +34,8 @@ class Counts(NamedTuple):
   def of(cls, config: ModelConfig, followers: int, how: Search) -> Counts:
     """Of a search for a plan with so many followers; at most, where plans are measured once only."""
     layers, step = config.num_layers, how.width if how.strategy == "beam" else 1
-    kinds = [config.kind_of(layer) for layer in range(layers)]
     near = lambda layer: range(max(0, layer - how.reach), layer)
-    pairs = sum(kinds[anchor] == kinds[layer] for layer in range(1, layers) for anchor in near(layer))
+    pairs = sum(config.may_follow(layer, anchor) for layer in range(1, layers) for anchor in near(layer))
     if how.strategy == "spans":
       return cls(0, len(list(search.late_spans(config, followers))))
     if how.strategy == "dp":

@@ -276,9 +276,8 @@ class Judge:
     for layer in range(layers - 1, 0, -1):
       gradient = next(gradients)
       for anchor in range(max(0, layer - reach), layer):
-        if self.config.kind_of(anchor) != self.config.kind_of(layer):
-          continue
-        out[anchor, layer] = self._pair_cost(anchor, layer, gradient)
+        if self.config.may_follow(layer, anchor):
+          out[anchor, layer] = self._pair_cost(anchor, layer, gradient)
       if progress is not None:
         progress(layers - layer, layers - 1)
     return out

@@ -99,7 +99,7 @@ def beam(
     }
     parents = {plan: base for plan, base in parents.items() if fits(judge.config, plan)}
     if not parents and math.isinf(budget.nats):
-      raise UserError(f"no layer can follow any more with {len(best)} followers: layers of different kinds alternate")
+      raise UserError(f"no layer can follow any more with {len(best)} followers: no anchor sees what those left see")
     candidates = list(parents)
     if shortlist is not None:
       costs = shortlist.costs

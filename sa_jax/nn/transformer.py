@@ -312,12 +312,12 @@ def check_plan(config: ModelConfig, plan: SharingPlan) -> None:
   """
   if plan.num_layers != config.num_layers:
     raise UserError(f"the plan is for {plan.num_layers} layers, the model has {config.num_layers}")
-  windows = [config.window_of(layer) for layer in range(config.num_layers)]
-  sees = lambda layer: f"{layer} ({'global' if windows[layer] is None else f'local, {windows[layer]} tokens'})"
-  if wrong := [layer for layer in plan.followers if windows[layer] != windows[plan.source[layer]]]:
+  window = config.window_of
+  sees = lambda layer: f"{layer} ({'global' if window(layer) is None else f'local, {window(layer)} tokens'})"
+  if wrong := [layer for layer in plan.followers if not config.may_follow(layer, plan.source[layer])]:
     raise UserError.of(
-      f"the plan '{plan}' shares weights between layers that see different keys, and a follower needs an anchor of its "
-      f"own kind (this model's local layers are {list(config.local_layers)})",
+      f"the plan '{plan}' shares weights between layers that see different keys, and a follower needs an anchor that "
+      f"sees the same (this model's local layers are {list(config.local_layers)})",
       [f"{sees(layer)} follows {sees(plan.source[layer])}" for layer in wrong],
     )
   plan.check_heads(config.num_heads)

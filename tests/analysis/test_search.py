@@ -13,6 +13,7 @@ import sa_jax
 from sa_jax.analysis import align, search
 from sa_jax.analysis.budget import Budget
 from sa_jax.analysis.distilling import Distillation
+from sa_jax.analysis.forecast import Counts
 from sa_jax.analysis.judge import Judge, Text, Walk
 from sa_jax.analysis.refit import Refit, refit
 from sa_jax.analysis.share import Effort, Search, search_plan, share
@@ -87,6 +88,17 @@ def test_pair_costs_predict_measured_losses(judge):
   assert swapped.increase == min(
     judge.increase(judge.losses(sa_jax.SharingPlan.from_followers(5, [layer]))) for layer in range(1, 5)
   )
+
+
+def test_layers_that_are_rotated_otherwise_may_follow():
+  """As in SmolLM3, where every fourth layer has no rotary embedding: what a budget promises, a search can choose."""
+  still = sa_jax.ops.RopeConfig(scaling="none")
+  config = dataclasses.replace(CONFIG, num_layers=3, local_layers=(1,), local_rope=still)
+  model = sa_jax.Transformer(config, sa_jax.SharingPlan.dense(3))
+  judge = Judge(model, jax.tree.map(jnp.asarray, tiny.params(model)), TEXTS[:1], None, maps=False, chunk=8)
+  costs, most = judge.costs(reach=2), Budget("followers", 2).most(config)
+  assert np.isfinite(costs).sum() == 3 == Counts.of(config, most, Search("dp", reach=2)).pairs
+  assert str(search.cheapest(costs, most)) == "0:1-2"
 
 
 @pytest.mark.parametrize("excluded", [(), (3,)])
