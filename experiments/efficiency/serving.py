@@ -133,25 +133,6 @@ def serve(model: sa_jax.Transformer, params: dict, variant: Variant) -> Run:
   return Run(seconds, np.array(between))
 
 
-def warm(model: sa_jax.Transformer, params: dict, variant: Variant) -> None:
-  """Compiles what a variant runs: prompts of each length, as many together as enter at once, and in chunks."""
-  load, how = variant.load, variant.how
-  some = lambda prompts, limits: dataclasses.replace(load, prompts=prompts, limits=limits)
-  if how is None:
-    static(model, params, some(load.prompts[: load.rows], load.limits[: load.rows]))
-    return
-  parts = []
-  for length in {len(prompt) for prompt in load.prompts}:
-    alike = [prompt for prompt in load.prompts[: how.slots] if len(prompt) == length]
-    parts += [some(alike[: 1 << power], [2] * (1 << power)) for power in range(len(alike).bit_length())]
-  if how.read is not None:  # the long one while a short one runs
-    short, *_, long = sorted(load.prompts, key=len)
-    parts.append(some([short, long], [32, 2]))
-  watched = dataclasses.replace(how, chunk=1)
-  for part in parts:
-    serve(model, params, Variant(part, watched))
-
-
 def variants(requests: tuple[int, int], vocab_size: int) -> list[Variant]:
   """What is measured, the most important first."""
   even, mixed = Load.even(vocab_size, requests[0]), Load.mixed(vocab_size, requests[1])
@@ -216,12 +197,13 @@ def main() -> None:
     if time.perf_counter() - start > arguments.seconds:
       break
     load, tokens = variant.load, sum(variant.load.limits)
-    warm(model, params, variant)
-    print(f"compiled after {time.perf_counter() - start:.0f} s", flush=True)
     if variant.how is None:
-      row = measured(functools.partial(static, model, params, load), 1, tokens)
+      run, repeats = functools.partial(static, model, params, load), 1
     else:
-      row = measured(functools.partial(serve, model, params, variant), arguments.repeats, tokens)
+      run, repeats = functools.partial(serve, model, params, variant), arguments.repeats
+    run()  # compiles
+    print(f"compiled after {time.perf_counter() - start:.0f} s", flush=True)
+    row = measured(run, repeats, tokens)
     of_static.setdefault(load.name, row["seconds"])
     how = None if variant.how is None else dataclasses.asdict(variant.how)
     row |= {"load": load.name, "requests": len(load.prompts), "how": how, "watched": variant.watched}

@@ -149,15 +149,15 @@ class Batcher:
     """Whether any request is waiting or running."""
     return bool(self._waiting or self._running)
 
-  def step(self) -> dict[int, list[int]]:
+  def step(self) -> dict[Request, list[int]]:
     """Fills free slots, decodes up to ``chunk`` tokens a row, and collects them.
 
     Returns:
-      New tokens by ``id(request)``, for streaming; they are in ``request.tokens`` too.
+      New tokens by request, for streaming; they are in ``request.tokens`` too.
     """
     return self._step(self.how.chunk)
 
-  def enter(self) -> dict[int, list[int]]:
+  def enter(self) -> dict[Request, list[int]]:
     """Fills free slots and collects first tokens, for who waits for them: `step` gives them with a chunk of others.
 
     Returns:
@@ -170,7 +170,7 @@ class Batcher:
     while self.busy:
       self._step(max(self.how.chunk, _UNWATCHED))
 
-  def _step(self, chunk: int) -> dict[int, list[int]]:
+  def _step(self, chunk: int) -> dict[Request, list[int]]:
     with self._stepping:
       self._check_alike(chunk)
       self._drop_cancelled()
@@ -199,13 +199,13 @@ class Batcher:
       self._params,
       self._state,
       sampler=self.sampler,
-      steps=np.int32(min(chunk, self.how.chunk if self._held else width, width)),
+      steps=np.int32(min(chunk, 1 if self._held else width)),  # free slots wait for what is being read
       width=width,  # one program, whoever watches
       enough=enough,
     )
     return out
 
-  def _collect(self, first: list[tuple[np.ndarray, Drawn]], out: Drawn | None) -> dict[int, list[int]]:
+  def _collect(self, first: list[tuple[np.ndarray, Drawn]], out: Drawn | None) -> dict[Request, list[int]]:
     """Fetches first tokens by slot, and a chunk's; one transfer: for a small model the host's work is most of it."""
     out, done, unsound, first = fetch((out, self._state.done, self._state.unsound, first))
     if not self._told:
@@ -219,7 +219,7 @@ class Batcher:
       new = [token for tokens, _ in parts for token in tokens]
       request.tokens += new
       request.log_probs += [value for _, values in parts for value in values]
-      news[id(request)] = new
+      news[request] = new
       if done[slot]:
         with self._queue:
           if request.status == "running":  # not cancelled meanwhile

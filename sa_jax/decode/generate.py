@@ -196,9 +196,9 @@ def stream(
   chosen = _one_sampler(sampler, temperature)
   batcher = Batcher(model, params, Serving(slots=1, capacity=capacity, chunk=chunk), sampler=chosen)
   request = batcher.submit(prompt, max_new_tokens, seed=seed)
-  yield batcher.enter()[id(request)]
+  yield batcher.enter()[request]
   while batcher.busy:
-    yield batcher.step()[id(request)]
+    yield batcher.step()[request]
 
 
 def _slots_for(prompt: int, new: int) -> int:

@@ -106,7 +106,7 @@ class _Work:
     advance = self._batcher.enter
     while self._batcher.busy:
       news, advance = advance(), self._batcher.step
-      self.new = [self._read(number, news.get(id(request), [])) for number, request in enumerate(self.requests)]
+      self.new = [self._read(number, news.get(request, [])) for number, request in enumerate(self.requests)]
       yield
 
   def _read(self, number: int, tokens: Sequence[int]) -> str:

@@ -102,12 +102,12 @@ def test_a_request_that_does_not_fit_is_refused_alone(model, params, prompts, al
 def test_streamed_tokens_are_the_requests_tokens(model, params, prompts):
   batcher = Batcher(model, params, Serving(slots=2, capacity=CAPACITY, chunk=3))
   requests = [batcher.submit(prompt, 9) for prompt in prompts[:3]]
-  streamed = {id(request): [] for request in requests}
+  streamed = {request: [] for request in requests}
   while batcher.busy:
     for request, new in batcher.step().items():
       assert len(new) <= 4, "a chunk, and the token of the prefill"
       streamed[request] += new
-  assert [streamed[id(request)] for request in requests] == [request.tokens for request in requests]
+  assert [streamed[request] for request in requests] == [request.tokens for request in requests]
 
 
 def test_generate_batches_continuously_beyond_its_slots(model, params, prompts):
@@ -318,12 +318,14 @@ def test_a_long_prompt_that_is_being_read_goes_on_after_its_beginning_and_can_be
   prefix, read, starts = PromptCache.read(model, params, prompts[long][:70]), batcher_module.read, []
   seen = lambda *given, chunk: starts.append(int(given[3])) or read(*given, chunk=chunk)
   monkeypatch.setattr(batcher_module, "read", seen)
-  batcher = Batcher(model, params, Serving(slots=2, capacity=CAPACITY, chunk=1, read=64), prefix=prefix)
+  batcher = Batcher(model, params, Serving(slots=2, capacity=CAPACITY, chunk=4, read=64), prefix=prefix)
   first = batcher.submit(prompts[lasting], LONGEST)
   batcher.step()
+  assert len(first.tokens) == 5
   cancelled, second = (batcher.submit(prompts[long], LONGEST) for _ in range(2))
   batcher.step()
   assert (starts, cancelled.status) == ([70], "waiting")
+  assert len(first.tokens) == 6, "one decode step lies between two pieces"
   batcher.cancel(cancelled)
   batcher.run()
   assert starts == [70, *range(70, len(prompts[long]), 64)]
