@@ -90,7 +90,7 @@ class Batcher:
     self._params, self.sampler = as_layers(params, model.plan), sampler
     self._engine = Engine.of(model, self._params)
     if how.cache_slots is not None:  # the host's table of pages that are too many does not fit either
-      check_room(model, how.page_count, how.page_size, self._engine.mesh)
+      check_room(how.page_count, how.page_size, self._engine.mesh, model)
     self._table = None if how.cache_slots is None else PageTable(how)
     pages = None if self._table is None else self._table.pages()
     capacity = how.capacity if pages is None else pages.table.shape[1] * how.page_size

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from sa_jax.decode.engine import Engine, capacity_for, pad_to
 from sa_jax.decode.generate import checked_prompts, pad_token
+from sa_jax.decode.room import check_room
 from sa_jax.decode.state import Prompts
 from sa_jax.distributed import called_alike
 from sa_jax.fields import Count, check_fields
@@ -21,7 +22,7 @@ from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.typed import apply
 from sa_jax.params import as_layers
 from sa_jax.programs import fetch, program
-from sa_jax.sharding import traced_on
+from sa_jax.sharding import mesh_of, traced_on
 from sa_jax.trees import Params
 
 _LOG = logging.getLogger("sa_jax")
@@ -111,12 +112,13 @@ def beam_search(
     how: width, length and what is best.
 
   Raises:
-    UserError: if a token is not in the vocabulary, or a length does not fit.
+    UserError: if a token is not in the vocabulary, a length does not fit, or there is no memory for the cache.
   """
   prompts, _ = checked_prompts(model, tokens, lengths)
-  layers = as_layers(params, model.plan)
   longest = max(map(len, prompts))
   capacity = capacity_for(longest + how.max_new_tokens)
+  check_room(len(prompts) * how.width, capacity, mesh_of(params), model)
+  layers = as_layers(params, model.plan)
   batch = Prompts.of(prompts, pad_to(longest, capacity), [how.max_new_tokens] * len(prompts), 0, range(len(prompts)))
   static = dataclasses.replace(how, length_penalty=0.0)  # one program for all penalties
   penalty = np.float32(how.length_penalty)

@@ -105,7 +105,7 @@ class Engine:
     if pages is not None and self.mesh is not None:
       raise UserError("a cache of pages lies on one device: leave out cache_slots on a mesh")
     shape = (slots, capacity) if pages is None else (len(pages.owners), capacity // pages.table.shape[1])
-    check_room(self.model, *shape, self.mesh)
+    check_room(*shape, self.mesh, self.model)
 
     def make() -> DecodeState:
       # Not one array several times: the state is donated, and a buffer can be donated only once.

@@ -111,7 +111,7 @@ def generate(
       f"prompts of up to {int(lengths.max())} tokens (rows of {tokens.shape[1]}) with {max_new_tokens} new ones do not "
       f"fit a cache of {capacity} slots; {max(needed, tokens.shape[1])} are needed"
     )
-  check_room(model, min(len(tokens), slots), capacity, mesh_of(params))
+  check_room(min(len(tokens) * samples, slots), capacity, mesh_of(params), model)
   if len(prompts) * samples > slots:
     batcher = Batcher(model, params, Serving(slots=slots, capacity=capacity), sampler=sampler, prefix=prefix)
     drawn = _continuous(batcher, [row for row in prompts for _ in range(samples)], max_new_tokens, seed)

@@ -12,24 +12,25 @@ from sa_jax.errors import UserError
 from sa_jax.nn import Cache, Transformer
 
 
-def check_room(model: Transformer, rows: int, capacity: int, mesh: Mesh | None) -> None:
-  """Checks that a cache is not larger than all memory: XLA ends the process where sizes overflow.
+def check_room(rows: int, capacity: int, mesh: Mesh | None, *models: Transformer) -> None:
+  """Checks that the caches of models are not larger than all memory: XLA ends the process where sizes overflow.
 
   Args:
-    model: whose cache.
     rows: at once.
     capacity: slots a row.
-    mesh: the devices that share it; None for one.
+    mesh: the devices that share them; None for one.
+    models: whose caches there are at once.
 
   Raises:
-    UserError: if it is.
+    UserError: if they are.
   """
-  shapes = jax.eval_shape(lambda: Cache.empty(model.config, model.plan, rows, capacity))
+  shapes = jax.eval_shape(lambda: [Cache.empty(model.config, model.plan, rows, capacity) for model in models])
   needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
   devices = jax.local_devices()[:1] if mesh is None else list(mesh.devices.flat)
   if (have := _memory(devices)) is not None and needed > have:
+    what, take = ("a cache", "takes") if len(models) == 1 else (f"{len(models)} caches", "take")
     raise UserError(
-      f"a cache of {rows} rows of {capacity:,} tokens takes {needed / 1e9:,.1f} GB, and there are {have / 1e9:,.1f}: "
+      f"{what} of {rows} rows of {capacity:,} tokens {take} {needed / 1e9:,.1f} GB, and there are {have / 1e9:,.1f}: "
       "fewer rows or tokens are needed"
     )
 

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from sa_jax import ops
 from sa_jax.decode.engine import Engine, capacity_for, pad_to
 from sa_jax.decode.generate import Generated, checked_prompts
+from sa_jax.decode.room import check_room
 from sa_jax.decode.sampling import Sampler
 from sa_jax.decode.settings import Settings
 from sa_jax.decode.state import DecodeState, Drawn, Prompts, newest
@@ -29,7 +30,7 @@ from sa_jax.nn.typed import apply
 from sa_jax.params import as_layers, prune
 from sa_jax.plan import SharingPlan
 from sa_jax.programs import fetch, program
-from sa_jax.sharding import cache_shardings, traced_on
+from sa_jax.sharding import cache_shardings, mesh_of, traced_on
 from sa_jax.trees import Params, Tree
 
 _LOG = logging.getLogger("sa_jax")
@@ -380,9 +381,10 @@ def speculate(
   """
   prompts, counts = checked_prompts(model, np.asarray(tokens), lengths)
   how.sampler.check(model.config.vocab_size)
+  capacity = capacity_for(int(counts.max()) + how.max_new_tokens + draft.ahead)
+  check_room(len(prompts), capacity, mesh_of(params), model, *(() if draft.is_beginning else (draft.model,)))
   layers = as_layers(params, model.plan)
   engine = SpeculativeEngine.of(model, layers, draft)
-  capacity = capacity_for(int(counts.max()) + how.max_new_tokens + draft.ahead)
   new = [how.max_new_tokens] * len(prompts)
   batch = Prompts.of(prompts, pad_to(int(counts.max()), capacity), new, how.seed, range(len(prompts)))
   both = layers, draft.params

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import sa_jax
-from sa_jax import Transformer, stack
-from sa_jax.decode import DecodeState, Engine, Prompts, Sampler, capacity_for, right_pad, stream, to_right_padded
+from sa_jax import Transformer, decode, stack
+from sa_jax.decode import DecodeState, Engine, Prompts, Sampler, capacity_for, right_pad, room, stream, to_right_padded
 from sa_jax.nn import Cache
 from tests import tiny
 
@@ -311,4 +311,19 @@ def test_a_cache_that_is_larger_than_memory_is_refused_before_anything_is_alloca
     with pytest.raises(
       sa_jax.UserError, match=r"^a cache of \d+ rows of [\d,]+ tokens takes [\d,.]+ GB, and there are"
     ):
+      refused()
+
+
+def test_all_rows_and_caches_that_will_be_are_counted(model, params, monkeypatch):
+  prompts = [[1, 2], [3, 4]]
+  monkeypatch.setattr(room, "_memory", lambda devices: 1)
+  draft = decode.Draft.sharing(model, params, "0:1-3")
+  for refused, what in (
+    (lambda: sa_jax.generate(model, params, prompts, samples=3, temperature=1.0), "a cache of 6 rows"),
+    (lambda: sa_jax.generate(model, params, prompts, samples=3, temperature=1.0, slots=5), "a cache of 5 rows"),
+    (lambda: decode.beam_search(model, params, prompts, how=decode.Beams(4)), "a cache of 8 rows"),
+    (lambda: decode.speculate(model, params, draft, prompts), "2 caches of 2 rows"),
+    (lambda: decode.speculate(model, params, decode.Draft.early_exit(model, params, 2), prompts), "a cache of 2 rows"),
+  ):
+    with pytest.raises(sa_jax.UserError, match=f"^{what}"):
       refused()
