@@ -1,8 +1,8 @@
-"""The command line: one module a subcommand, thin over the library.
+"""The command line: one thin module per subcommand.
 
-A subcommand is a dataclass whose fields are its flags and whose ``run`` does the work. Exit codes: 0 done; 1 a fault of
-ours, with its traceback; 2 something that the user can mend, told in a few lines; 130 and 143 ended by Ctrl-C and by
-SIGTERM; 141 who read the output wanted no more.
+A subcommand is a dataclass whose fields are its flags and whose ``run`` does the work. Exit codes: 0 done; 1 a bug in
+sa_jax, with its traceback; 2 errors that the user can fix, one per line; 130 and 143 interrupted by Ctrl-C and SIGTERM;
+141 the reader closed the pipe.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from sa_jax.errors import UserError, near
 
 _NO_CACHE = "--no-compilation-cache"
 _CLOSED_PIPE = 128 + 13
-"""As shells say that SIGPIPE ended a process, on systems without it, too."""
+"""The exit code that shells report for SIGPIPE; also used on systems without it."""
 _DESCRIPTION = f"""Shared Attention for JAX.
 
-Before the command: --version tells versions; {_NO_CACHE} compiles anew what the user's cache folder may have, as does
+Before the command: --version prints versions; {_NO_CACHE} disables the compilation cache, as does
 SA_JAX_COMPILATION_CACHE=off."""
 
-_LESS_MEMORY = "shorter rows, fewer of them at a time, a smaller dtype or more devices need less"
+_LESS_MEMORY = "use shorter rows, a smaller batch, a smaller dtype or more devices"
 
 
 class Command(Protocol):
   """A parsed subcommand; one that computes in exact float32 has a true ``exact``."""
 
   def run(self) -> None:
-    """Does the work; raises UserError for a user's mistake."""
+    """Does the work; raises `UserError` for errors that the user can fix."""
     ...
 
 
@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   """Runs ``sa-jax``; returns its exit code.
 
   Args:
-    arguments: the subcommand and its flags; the process's own when None. Only then are settings made that hold for the
-      whole process (see `sa_jax.cli.process`).
+    arguments: the subcommand and its flags; the process's own when None, which also changes process-wide settings (see
+      `sa_jax.cli.process`).
   """
   from sa_jax.cli.process import leave, signal_behind
 
@@ -82,26 +82,26 @@ def _run(arguments: Sequence[str] | None) -> int:
       raise
     print(_fitted(f"sa-jax: error: {explain(str(error), fields)}"), file=sys.stderr)
     return 2
-  except BrokenPipeError:  # who read our output has read enough; Python would complain once more at its end
+  except BrokenPipeError:  # the reader closed the pipe; Python would report it again at exit
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return _CLOSED_PIPE
   except Exception as error:
     if os.environ.get("SA_JAX_DEBUG") or not _is_out_of_memory(error):
       raise
     said = str(error).removeprefix("RESOURCE_EXHAUSTED: ").split("\n")[0]
-    print(_fitted(f"sa-jax: error: there is not enough memory ({said}); {_LESS_MEMORY}"), file=sys.stderr)
+    print(_fitted(f"sa-jax: error: not enough memory ({said}); {_LESS_MEMORY}"), file=sys.stderr)
     return 2
   return 0
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-  """Whether a device or this machine has not given what was asked for. JAX's own type is not imported for it."""
+  """Whether a device or the host is out of memory. Does not import JAX for its exception type."""
   from_jax = type(error).__name__ == "JaxRuntimeError" and str(error).startswith("RESOURCE_EXHAUSTED")
   return from_jax or isinstance(error, MemoryError)
 
 
 def _fitted(text: str) -> str:
-  """The text as wide as a terminal, which would break words; elsewhere as it is."""
+  """The text wrapped at words to the terminal's width; unchanged without a terminal."""
   if not sys.stderr.isatty():
     return text
   width = shutil.get_terminal_size().columns
@@ -113,7 +113,7 @@ def _fitted(text: str) -> str:
 
 
 def _versions() -> str:
-  """What a report of a fault should say."""
+  """The versions that a bug report should include."""
   from importlib.metadata import version
 
   import sa_jax
@@ -142,28 +142,28 @@ _COMMANDS = {
   "doctor": "Doctor",
   "bench": "Bench",
 }
-"""Subcommands: a module of each name here, with what it is called there."""
+"""Subcommands: the module of that name in this package, and its class or function."""
 
 
 def _commands(asked: str | None = None) -> dict[str, Callable[..., Command]]:
-  """The subcommands by name; the one that is asked for alone, if it is one, as importing the others takes its time."""
+  """The subcommands by name; only the requested one, if there is one, because importing the others takes time."""
   names = [asked] if asked in _COMMANDS else list(_COMMANDS)
   return {name: getattr(importlib.import_module(f"sa_jax.cli.{name}"), _COMMANDS[name]) for name in names}
 
 
 def _parse(commands: dict[str, Callable[..., Command]], given: Sequence[str]) -> Command:
-  """The subcommand that the arguments name, made of them.
+  """Parses the arguments into a subcommand.
 
   Raises:
     UserError: if values contradict each other.
-    SystemExit: for ``--help``, and if arguments cannot be parsed, which is told.
+    SystemExit: for ``--help``, and if arguments cannot be parsed, after printing why.
   """
   said = _Said()
   try:
     with contextlib.redirect_stderr(said):
       parsed = _parsed(commands, given)
   except SystemExit as stop:
-    # What a dataclass of ours refuses, tyro frames as a fault of parsing; it is told as everywhere else instead.
+    # If one of our dataclasses raises, tyro prints it as a parsing error; report it like other errors instead.
     cause: BaseException | None = stop
     while cause is not None and not isinstance(cause, UserError):
       cause = cause.__context__
@@ -184,7 +184,7 @@ def _parsed(commands: dict[str, Callable[..., Command]], given: Sequence[str]) -
   name = given[0] if given else "--help"
   if name not in commands:
     if not name.startswith("-"):
-      raise UserError(f"there is no command {name!r}; there are {', '.join(_COMMANDS)}{near(name, _COMMANDS)}")
+      raise UserError(f"there is no command {name!r}; choose from {', '.join(_COMMANDS)}{near(name, _COMMANDS)}")
     found: Command = tyro.extras.subcommand_cli_from_dict(
       commands, prog="sa-jax", description=_DESCRIPTION, args=given, config=config, registry=registry
     )
@@ -204,7 +204,7 @@ def _parsed(commands: dict[str, Callable[..., Command]], given: Sequence[str]) -
 
 
 class _Said(io.StringIO):
-  """What would be written to stderr, as wide and as colourful as there."""
+  """Captures stderr, with the same width and colours."""
 
   def isatty(self) -> bool:
     return sys.__stderr__ is not None and sys.__stderr__.isatty()

@@ -1,4 +1,4 @@
-"""``sa-jax align``: which anchor head serves each head of a follower."""
+"""``sa-jax align``: choose which anchor head each follower head uses."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from sa_jax.files import check_absent, check_writable
 
 @dataclasses.dataclass(frozen=True)
 class Align:
-  """Choose a head map for every follower of a plan, never worse than none on the calibration text."""
+  """Choose a head map for every follower of a plan; on the calibration text it is never worse than no map."""
 
   model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
   """A dense model: a Hugging Face folder, a GGUF file, an sa_jax checkpoint or a hub id."""
   plan: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PLAN")]
   """Which layers share, such as 22:23-26."""
   texts: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT ...")]
-  """Text files (or .jsonl with a "text" a line) to calibrate on."""
+  """Text files (or .jsonl with a "text" per line) to calibrate on."""
   kinds: tuple[Literal["group", "permutation", "free"], ...] = ("group", "permutation", "free")
-  """Maps to consider; group alone is free at run time, folded into the weights."""
+  """Kinds of maps to consider; only group costs nothing at run time, because it is folded into the weights."""
   opening: Opening = Opening()
   """Model."""
   cutting: RowLength = dataclasses.field(default_factory=RowLength)
@@ -37,7 +37,7 @@ class Align:
   rows: Count = 4
   """Rows of each text."""
   out: Path | None = None
-  """Save the shared model as this checkpoint, which must not exist."""
+  """Save the shared model to this checkpoint, which must not exist."""
   dtype: FloatDtype = "bfloat16"
   """Type of the stored parameters."""
   json: Path | None = None
@@ -50,7 +50,7 @@ class Align:
 
   @exact_float32()
   def run(self) -> None:
-    """Prints each follower's map and what the maps gain."""
+    """Prints each follower's map and the improvement."""
     import numpy as np
 
     from sa_jax import SharingPlan
@@ -64,15 +64,15 @@ class Align:
     self.opening.begin()
     plan = SharingPlan.parse(self.plan, self.opening.config(self.model).num_layers)
     if not plan.followers:
-      raise UserError(f"the plan {self.plan!r} has no follower whose heads could be aligned")
+      raise UserError(f"the plan {self.plan!r} has no followers to align")
     tokenizer = self.opening.tokenizer(self.model)
     tokens = np.concatenate(rows_of_texts(tokenizer, self.texts, self.cutting, self.rows))
     model, params = self.opening.open_dense(self.model)
     with stages() as stage:
       result = align(model, params, plan, tokens, kinds=self.kinds, progress=stage("aligning heads"))
     for layer in plan.followers:
-      heads = result.plan.head_map_of(layer) or "as they are"
-      console.print(f"layer {layer} with the heads of {plan.source[layer]}: {heads}")
+      heads = result.plan.head_map_of(layer) or "no map"
+      console.print(f"layer {layer}, heads of layer {plan.source[layer]}: {heads}")
     console.print(f"{len(tokens)} {self.cutting.describe(tokenizer)}")
     tell("calibration perplexity", f"{math.exp(result.identity_loss):.3f} → {math.exp(result.loss):.3f}")
     if self.out is not None:

@@ -1,4 +1,4 @@
-"""``sa-jax analyze``: which layers attend alike."""
+"""``sa-jax analyze``: which layers have similar attention."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from sa_jax.files import check_folder, check_writable, make_folder
 
 @dataclasses.dataclass(frozen=True)
 class Analyze:
-  """Similarity of all pairs of layers, and how each layer's attention is spread; several checkpoints show the drift."""
+  """Measure attention similarity of all layer pairs and each layer's entropy; several checkpoints also show drift."""
 
   text: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TEXT")]
-  """A UTF-8 text file, or a .jsonl file with a "text" a line."""
+  """A UTF-8 text file, or a .jsonl file with a "text" per line."""
   models: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL ...")]
-  """One or more checkpoints of one model, in order."""
+  """One or more checkpoints of the same model, in order."""
   opening: Opening = Opening()
   """Model."""
   cutting: RowLength = dataclasses.field(default_factory=RowLength)
@@ -33,11 +33,11 @@ class Analyze:
   rows: Count = 4
   """Rows of the text to read."""
   top_k: Count = 8
-  """Heaviest keys compared for the top-k overlap."""
+  """Number of keys with the largest weights to compare for the top-k overlap."""
   block: Count = 64
-  """Queries compared at once: memory is layers × heads × block × length."""
+  """Queries per block; memory is layers × heads × block × length."""
   out: Path = Path("analysis")
-  """Folder for the pictures."""
+  """Folder for the plots."""
   json: Path | None = None
   """Also write all numbers, per head and averaged, to this file."""
 
@@ -48,14 +48,14 @@ class Analyze:
 
   @exact_float32()
   def run(self) -> None:
-    """Prints a row a layer and draws the maps."""
+    """Prints one row per layer and plots the maps."""
     from sa_jax.analysis import drift, layer_similarity, plots
     from sa_jax.cli.texts import rows_of_texts
 
     if not self.models:
       raise UserError("name at least one model: sa-jax analyze TEXT MODEL ...")
     if len(set(self.models)) < len(self.models):
-      raise UserError("name each model once: their drift is that between checkpoints")
+      raise UserError("a model is listed twice; drift compares different checkpoints")
     plots.check_installed()
     check_folder(self.out)
     check_writable(self.json)
@@ -70,7 +70,7 @@ class Analyze:
     name, similarity = list(found.items())[-1]
     mean = similarity.mean()
     show_table(
-      f"{name}: each layer and the one before it, {self.rows} {self.cutting.describe(tokenizer)}",
+      f"{name}: each layer and the previous one, {self.rows} {self.cutting.describe(tokenizer)}",
       ["layer", "cosine", "without sink", "JS, nats", f"top-{self.top_k}", "entropy, nats", "weighted variance"],
       [[str(layer), *_beside(mean, layer)] for layer in range(len(mean.entropy))],
     )
@@ -82,7 +82,7 @@ class Analyze:
       ("cosine", plots.Scale("cosine similarity")),
       ("cosine_without_sink", plots.Scale("cosine similarity without the first key")),
       ("js_divergence", plots.Scale("Jensen-Shannon divergence, nats", math.log(2), distance=True)),
-      ("top_k_overlap", plots.Scale(f"overlap of the {self.top_k} heaviest keys")),
+      ("top_k_overlap", plots.Scale(f"overlap of the top {self.top_k} keys")),
     ):
       file = self.out / f"{field}.png"
       if is_first():
@@ -105,7 +105,7 @@ class Analyze:
 
 
 def _beside(mean: Any, layer: int) -> list[str]:
-  """A layer's cells: beside the one before it, which the first has not, and its own."""
+  """A layer's cells: compared with the previous layer, empty for the first, then its own."""
   pairs = [mean.cosine, mean.cosine_without_sink, mean.js_divergence, mean.top_k_overlap]
   beside = [f"{values[layer - 1, layer]:.3f}" if layer else "" for values in pairs]
   return [*beside, f"{mean.entropy[layer]:.3f}", f"{mean.weighted_variance[layer]:.3f}"]

@@ -1,4 +1,4 @@
-"""``sa-jax bench``: how fast, beside dense and beside peers."""
+"""``sa-jax bench``: speed compared with dense models and other libraries."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ _UNITS = {"decode": "B/s", "prefill": "FLOP/s", "train": "FLOP/s", "step": "FLOP
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bench(Setting):
-  """Time decoding, prefill, gradients, train steps or continuous batching in a model's shapes (random weights)."""
+  """Time decoding, prefill, gradients, train steps or continuous batching, with random weights in a model's shapes."""
 
   task: tyro.conf.Positional[Kind]
-  """decode: one token a row; prefill, train: a stack of layers, forward and gradient; step: a whole train step of the
-  whole model; batching: unequal requests."""
+  """decode: one token per row; prefill, train: forward pass and gradient of a stack of layers; step: a whole train step
+  of the whole model; batching: requests of different lengths."""
   model: str = "llama-3-8b"
   """A preset: gpt-oss-20b, llama-2-7b, llama-2-13b, llama-3-8b, mixtral-8x7b or smollm2-135m."""
   plan: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PLAN ...")] = ("dense",)
   """One or more plans."""
   length: tuple[int, ...] = (1024,)
-  """Tokens a row, one or more; in decode and batching, cache slots."""
+  """Tokens per row, one or more; for decode and batching, cache slots."""
   attention_state: tuple[AttentionState, ...] = ("query_key",)
-  """What followers get from their anchor, in prefill, train and step."""
+  """prefill, train and step: what anchors pass to followers."""
   attention: tuple[AttentionBackend, ...] = ("auto",)
-  """Attention backends, in prefill, train and step."""
+  """prefill, train and step: attention backends."""
   peers: tuple[Peer, ...] = ()
-  """Also time transformers on torch, dense, in the same run."""
+  """Also time transformers (PyTorch, dense) in the same run."""
   plot: Path | None = None
-  """decode: draw time and cache size against the length to this PNG."""
+  """decode: plot time and cache size against length to this PNG."""
   json: Path | None = None
   """Also write the numbers to this file."""
 
   def run(self) -> None:
-    """Measures each combination in a process of its own, and prints a table."""
+    """Measures each combination in a separate process, and prints a table."""
     tasks = self._tasks()
     if self.plot is not None and self.task != "decode":
-      raise UserError(f"`plot` is of decode, not of {self.task}: leave it out")
+      raise UserError(f"`plot` works only with decode, not with {self.task}; leave it out")
     if self.plot is not None and self.filled is not None:
-      raise UserError("`plot` draws decode against `length`, of caches that are full: leave out `filled`")
+      raise UserError("`plot` needs full caches: leave out `filled`")
     if self.plot is not None:
       from sa_jax.analysis import plots
 
@@ -64,14 +64,14 @@ class Bench(Setting):
         for index, task in enumerate(tasks):
           results.append(run_task(task))
           report(index + 1, len(tasks))
-    finally:  # what has been measured is told, whatever comes after it
+    finally:  # report completed measurements even after an error
       if results:
         self._tell(results)
     if self.plot is not None:
       from sa_jax.bench.plot import decode_curves
 
       decode_curves(results, self.plot)
-      console.print(f"drawn: {self.plot}")
+      console.print(f"plot: {self.plot}")
 
   def _tell(self, results: list[Result]) -> None:
     columns = ["", "B", "S", "ms", "low to high", "work", "rate", "of ceiling", "temporaries", "detail"]
@@ -92,7 +92,7 @@ class Bench(Setting):
       for length, state, attention, plan in itertools.product(self.length, self.attention_state, self.attention, plans)
     ]
     if self.peers and self.task == "batching":
-      raise UserError("peers are timed in decode, prefill, train and step, not in batching")
+      raise UserError("`peers` works with decode, prefill, train and step, not with batching")
     tasks += [
       dataclasses.replace(base, length=length, who=who) for who, length in itertools.product(self.peers, self.length)
     ]
@@ -105,7 +105,7 @@ def _row(result: Result) -> list[str]:
   if task.attention_state != "query_key":
     name += f" {task.attention_state}"
   if task.group_backward and task.who == "sa_jax" and task.plan != "dense":
-    name += ", one backward pass a group"
+    name += ", one backward pass per group"
   work = {"decode": "B", "batching": "tokens"}.get(task.kind, "FLOP")
   return [
     name,

@@ -1,4 +1,4 @@
-"""``sa-jax chat``: a conversation with a model."""
+"""``sa-jax chat``: chat with a model."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from sa_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-  """Talk with a model by its own chat template; /new begins again, /exit or Ctrl-D ends, Ctrl-C stops an answer."""
+  """Chat with a model, using its chat template; /new starts over, /exit or Ctrl-D quits, Ctrl-C stops an answer."""
 
   model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
   """A Hugging Face folder, a GGUF file, an sa_jax checkpoint or a hub id such as org/model."""
   system: str | None = None
-  """What the model is told before the conversation."""
+  """System message."""
   options: TemplateOptions = ()
-  """What else the model's chat template reads, such as enable_thinking=false."""
+  """Extra chat-template variables, such as enable_thinking=false."""
   opening: Speaker = Speaker()
   """Model."""
   sampling: Sampling = dataclasses.field(default_factory=lambda: Sampling(max_new_tokens=512))
   """Tokens."""
 
   def run(self) -> None:
-    """Answers line after line."""
+    """Answers each input line."""
     self.sampling.check()
     options = template_options(self.options)
     self.opening.begin()
     tokenizer = self.opening.tokenizer(self.model)
     begin = [] if self.system is None else [{"role": "system", "content": self.system}]
-    tokenizer.chat([*begin, {"role": "user", "content": "Hello"}], **options)  # what is wrong is said at once
+    tokenizer.chat([*begin, {"role": "user", "content": "Hello"}], **options)  # report template errors now
     model, params = self.opening.ready(self.model)
-    console.print(f"{self.model.stem}, plan {model.plan}; /new begins again, /exit ends", style="dim")
+    console.print(f"{self.model.stem}, plan {model.plan}; /new starts over, /exit quits", style="dim")
     messages = list(begin)
     while (line := _asked()) is not None:
       if line == "/new":
@@ -50,14 +50,14 @@ class Chat:
       try:
         prompt = tokenizer.encode(tokenizer.chat(asked, **options), special=False)
         answer = say_tokens(tokenizer, _until_stopped(self.sampling.stream(model, params, prompt)))
-      except UserError as error:  # too long, or refused by the template: the conversation is as it was
-        console.print(f"{error}; /new begins again", style="red")
+      except UserError as error:  # too long, or refused by the template: the conversation is unchanged
+        console.print(f"{error}; /new starts over", style="red")
         continue
       messages = [*asked, {"role": "assistant", "content": tokenizer.decode(answer).strip()}]
 
 
 def _until_stopped(coming: Iterator[list[int]]) -> Iterator[list[int]]:
-  """What comes until Ctrl-C, which ends the answer and not the conversation."""
+  """Yields until Ctrl-C, which stops the answer but not the conversation."""
   try:
     yield from coming
   except KeyboardInterrupt:
@@ -65,7 +65,7 @@ def _until_stopped(coming: Iterator[list[int]]) -> Iterator[list[int]]:
 
 
 def _asked() -> str | None:
-  """The next line that says something, or None at the end."""
+  """The next non-empty line, or None at the end."""
   terminal = sys.stdin.isatty()
   if terminal:
     import readline  # noqa: F401  # gives `input` history and editing

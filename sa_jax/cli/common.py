@@ -1,4 +1,4 @@
-"""What subcommands share: tables, JSON, numbers for people."""
+"""Shared by subcommands: tables, JSON, formatted numbers."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from sa_jax.files import write_text
 
 class _Screen(Console):
   def on_broken_pipe(self) -> NoReturn:
-    raise BrokenPipeError  # which `main` answers; rich would end the process with 1, a fault of ours
+    raise BrokenPipeError  # handled by `main`; rich would exit with 1, the code for bugs
 
 
-console = _Screen(highlight=False, markup=False, emoji=False)  # names of files are printed as they are
+console = _Screen(highlight=False, markup=False, emoji=False)  # prints file names unchanged
 if not console.is_terminal and "COLUMNS" not in os.environ:
   console.width = 160  # a file or a pipe has no width, and rich would fold tables to 80 columns
 
 
 def silence() -> None:
-  """Keeps every process but the first of those that have joined from printing and writing."""
+  """Stops all processes but the first from printing and writing."""
   import jax
 
-  # Asking which process this is would start JAX's devices, which nothing needs yet where nobody has joined.
+  # Reading the process index would initialise JAX's devices, which a single process does not need yet.
   console.quiet = jax.distributed.is_initialized() and jax.process_index() > 0
 
 
@@ -43,7 +43,7 @@ def is_first() -> bool:
 
 
 def say(text: str, end: str = "\n") -> None:
-  """Prints a model's text as it is: rich would expand tabs and what looks like emoji names."""
+  """Prints a model's text unchanged: rich would expand tabs and emoji names."""
   if is_first():
     print(text, end=end, flush=True)
 
@@ -56,7 +56,7 @@ def tell(about: str, found: object) -> None:
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
   """Prints a table: the first column names the row, the others are numbers.
 
-  Where a terminal is too narrow for it, a line a number: a table would leave numbers out.
+  If the terminal is too narrow, prints one number per line, because a table would drop numbers.
   """
   console.print(title, style="bold")  # not the table's own, which is folded to its width
   if _narrowest(rows) > console.width:
@@ -75,7 +75,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def _narrowest(rows: Sequence[Sequence[str]]) -> int:
-  """Characters that a table of these rows needs: the whole of each name, and of other cells the longest word."""
+  """The minimum width of a table: whole names, and the longest word of other cells."""
   names, *others = zip(*rows) if rows else [()]
   widths = [max(map(cell_len, names), default=0)]
   widths += [max(cell_len(word) for cell in column for word in ["", *cell.split()]) for column in others]
@@ -90,7 +90,7 @@ def markdown(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) 
 
 
 def write_json(path: Path | None, values: Any) -> None:
-  """Writes values, dataclasses among them, to a JSON file if one was asked for; the first process does.
+  """Writes values, including dataclasses, to a JSON file, if requested and on the first process.
 
   Raises:
     UserError: if the file cannot be written.
@@ -108,9 +108,9 @@ def _plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def exact_float32(dtype: str = "float32") -> Iterator[None]:
-  """float32 means float32 inside, or in the function that this decorates: GPUs and TPUs round products by default.
+  """Computes float32 products exactly, as a context or decorator: GPUs and TPUs round them by default.
 
-  With another ``dtype`` to compute in, nothing changes.
+  Does nothing for another compute ``dtype``.
   """
   import jax
 
@@ -122,7 +122,7 @@ def exact_float32(dtype: str = "float32") -> Iterator[None]:
 
 
 def parameters(count: float) -> str:
-  """A number of parameters as people say it, such as ``13.0 B``."""
+  """A parameter count such as ``13.0 B``."""
   return display.quantity(count).replace("G", "B")
 
 

@@ -1,4 +1,4 @@
-"""``sa-jax convert``: a checkpoint of PyTorch's world into one of ours."""
+"""``sa-jax convert``: convert a checkpoint to sa_jax's format."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-  """Convert a Hugging Face folder, a hub id or a GGUF file into an sa_jax checkpoint."""
+  """Convert a Hugging Face folder, a hub id or a GGUF file to an sa_jax checkpoint."""
 
   src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
   """The model to read: a folder, a GGUF file or a hub id such as org/model."""
   dst: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="DST")] = None
-  """The folder to write; it must not exist. Not needed with --inspect."""
+  """The folder to write, which must not exist. Not needed with --inspect."""
   plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None
-  """Which layers share, such as 22:23-26; queries and keys of followers are dropped. None keeps the model dense."""
+  """Which layers share, such as 22:23-26; followers' queries and keys are dropped. None for the source's plan."""
   dtype: FloatDtype | None = "bfloat16"
   """Type of the stored parameters; None keeps the source's."""
   revision: str | None = None
-  """Of a hub id: a branch, tag or commit."""
+  """For a hub id: a branch, tag or commit."""
   strict: bool = False
-  """Refuse a config.json with keys of which nobody knows what they do; otherwise a warning lists them."""
+  """Refuse a config.json with unknown keys; otherwise a warning lists them."""
   inspect: bool = False
-  """Say what the checkpoint holds and what the plan would drop, without reading the weights."""
+  """Show the checkpoint's tensors and what the plan would drop, without reading the weights."""
 
   def run(self) -> None:
     """Converts, or inspects."""
@@ -54,21 +54,21 @@ class Convert:
     )
 
   def _tell(self, found: Account) -> None:
-    """Prints kinds of tensors: what is dropped first."""
+    """Prints tensors by kind, dropped ones first."""
     rows = [[kind, of, "", f"dropped: {reason}"] for kind, of, reason in _kinds(found.dropped)]
-    used = {entry.key: "×".join(map(str, entry.shape)) for entry in found.used}  # several may be parts of one tensor
+    used = {entry.key: "×".join(map(str, entry.shape)) for entry in found.used}  # some are parts of a tensor
     rows += [[kind, of, shape, "used"] for kind, of, shape in _kinds(used)]
     title = f"{self.src}: {len(found.dropped)} tensors dropped, {len(used)} used"
-    show_table(title, ["tensor", "how many", "shape", ""], rows)
+    show_table(title, ["tensor", "count", "shape", ""], rows)
 
 
 def _kinds(tensors: dict[str, str]) -> list[tuple[str, str, str]]:
-  """Tensors of one name but for their layer, and of one value: the name, how many and of which layers, the value."""
+  """Groups tensors by value and name without layer number: name, count and layers, value."""
   layers: dict[tuple[str, str], list[int]] = {}
   for name, value in tensors.items():
     number = re.search(r"(?<=[./])\d+(?=[./])", name)
     kind = name if number is None else f"{name[: number.start()]}*{name[number.end() :]}"
-    # A reason names a layer too, which is told beside it.
+    # A reason also names a layer, which is already in the layer list.
     value = re.sub(r"^layer \d+ follows layer \d+$", "of followers", value)
     layers.setdefault((kind, value), []).extend([] if number is None else [int(number[0])])
   return [(kind, f"{len(of)}: layers {_spans(of)}" if of else "1", value) for (kind, value), of in layers.items()]

@@ -1,4 +1,4 @@
-"""``sa-jax cost``: what a plan saves, counted."""
+"""``sa-jax cost``: count what a plan saves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sa_jax.plan import SharingPlan, as_plan
 
 
 def rows_of_cost(dense: Cost, shared: Cost) -> list[list[str]]:
-  """Table rows: dense, under the plan, and the change."""
+  """Table rows: dense, shared, and the change."""
   rows = []
   for name, (label, unit) in dense.labels.items():
     old, new = getattr(dense, name), getattr(shared, name)
@@ -31,7 +31,7 @@ def rows_of_cost(dense: Cost, shared: Cost) -> list[list[str]]:
 
 @dataclasses.dataclass(frozen=True)
 class CostOf:
-  """Count parameters, FLOPs and cache bytes of a model, dense and, if there is one, under a plan."""
+  """Count parameters, FLOPs and cache bytes of a model, dense and under a plan."""
 
   model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
   """A preset (gpt-oss-20b, llama-2-7b, llama-2-13b, llama-3-8b, mixtral-8x7b, smollm2-135m),
@@ -41,9 +41,9 @@ class CostOf:
   batch_size: Count = 1
   """Rows."""
   length: Count = 4096
-  """Tokens a row."""
+  """Tokens per row."""
   revision: str | None = None
-  """Of a hub id: a branch, tag or commit."""
+  """For a hub id: a branch, tag or commit."""
   json: Path | None = None
   """Also write the numbers to this file."""
 
@@ -58,7 +58,7 @@ class CostOf:
     dense, shared = cost(config, None, self.batch_size, self.length), cost(config, plan, self.batch_size, self.length)
     title = f"{self.model}, {self.batch_size} × {self.length} tokens, {config.dtype}"
     columns, rows = ["", "dense", str(plan), "change"], rows_of_cost(dense, shared)
-    some = slice(None) if plan.followers else slice(2)  # a dense model beside itself says nothing
+    some = slice(None) if plan.followers else slice(2)  # comparing a dense model with itself is pointless
     show_table(title, columns[some], [row[some] for row in rows])
     write_json(self.json, {"model": self.model, "plan": str(plan), "dense": dense, "shared": shared})
 

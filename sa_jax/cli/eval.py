@@ -1,4 +1,4 @@
-"""``sa-jax eval``: EleutherAI's lm-eval on a model, under one plan or beside each other under several."""
+"""``sa-jax eval``: EleutherAI's lm-eval on a model, under one or more plans."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-  """Evaluate a model on tasks of lm-eval, or on local ones."""
+  """Evaluate a model on lm-eval tasks or local tasks."""
 
   model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
   """A Hugging Face folder, a GGUF file, an sa_jax checkpoint or a hub id such as org/model."""
   tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK ...")]
   """Tasks, groups or patterns, such as: hellaswag gsm8k mmlu_*."""
   plan: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PLAN ...")] = ()
-  """One or more plans, such as: dense 26:27-28; the first is what the others are compared with. None for the
-  checkpoint's own."""
+  """One or more plans, such as: dense 26:27-28; the first is the baseline for the others. None for the checkpoint's
+  own."""
   include_path: tuple[Path, ...] = ()
-  """Folders of local tasks, which hide lm-eval's own of the same name."""
+  """Folders of local tasks, which take precedence over lm-eval's tasks of the same name."""
   how: Asking = Asking()
-  """Questions."""
+  """Prompts."""
   limits: Limits = Limits()
-  """Work at once."""
+  """Batch sizes and limits."""
   dtype: FloatDtype | None = None
   """Type of parameters and activations; None for the checkpoint's."""
   opening: Opening = Opening()
@@ -48,19 +48,19 @@ class Eval:
   output_path: Path | None = None
   """Folder for a results file in lm-eval's format, named by lm-eval."""
   resume: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-  """Keep every answer in this folder: what it holds of the same model, plan and dtype is not asked again."""
+  """Store answers in this folder, and reuse those of the same model, plan and dtype."""
   markdown: Path | None = None
   """Also write the table to this file, as Markdown."""
   json: Path | None = None
-  """Also write lm-eval's results to this file; of several plans, by plan, and the differences."""
+  """Also write lm-eval's results to this file; for several plans, by plan, with the differences."""
 
   @property
   def exact(self) -> bool:
-    """Whether it computes in float32, as far as flags tell."""
+    """Whether the flags select float32."""
     return self.dtype == "float32"
 
   def run(self) -> None:
-    """Prints a row a metric and plan."""
+    """Prints one row per metric and plan."""
     try:
       import lm_eval  # noqa: F401
     except ImportError as error:
@@ -86,7 +86,7 @@ class Eval:
     columns, rows = _table(found, changed)
     show_table(title, columns, rows)
     if any(not each.paired for of in changed.values() for each in of.values()):
-      console.print("* not paired: the number is no mean over documents, or they are not the same")
+      console.print("* not paired: the metric is not a mean over documents, or the documents differ")
     if self.markdown is not None:
       write_text(self.markdown, markdown(title, columns, rows))
     told = {name: self._told(results) for name, results in found.items()}
@@ -101,7 +101,7 @@ class Eval:
 
   def _check(self) -> None:
     if len(set(self.plan)) < len(self.plan):
-      raise UserError(f"each `plan` once, not {' '.join(self.plan)}")
+      raise UserError(f"`plan` lists a plan twice: {' '.join(self.plan)}")
     for file in (self.json, self.markdown):
       check_writable(file)
     for folder in (self.output_path, self.resume):
@@ -109,7 +109,7 @@ class Eval:
         make_folder(folder)
 
   def _digest(self) -> str | None:
-    """What the model's answers are kept by."""
+    """The key of the model's stored answers."""
     if self.resume is None:
       return None
     import jax
@@ -118,12 +118,12 @@ class Eval:
     from sa_jax.formats.source import open_source
 
     if jax.process_count() > 1:
-      raise UserError(f"`resume` keeps the answers of one process, and there are {jax.process_count()}")
+      raise UserError(f"`resume` works with one process, but there are {jax.process_count()}")
     with progress(f"reading {self.model.name}"):
       return fingerprint(open_source(self.model, self.opening.revision).path)
 
   def _answers(self, model: Transformer, digest: str | None) -> Answers | None:
-    """Those that are kept of a model under its plan."""
+    """The stored answers of the model under its plan."""
     if self.resume is None:
       return None
     import sa_jax
@@ -140,11 +140,11 @@ class Eval:
         "sa_jax": sa_jax.__version__,
       },
     )
-    console.print(f"plan {model.plan}: {len(answers)} answers are kept in {answers.path}")
+    console.print(f"plan {model.plan}: {len(answers)} answers stored in {answers.path}")
     return answers
 
   def _evaluate(self, model: Transformer, answers: Answers | None) -> Results:
-    """lm-eval's results under the model's plan; weights are read once they are needed."""
+    """lm-eval's results under the model's plan; weights are read only if needed."""
     from lm_eval.loggers import EvaluationTracker
 
     from sa_jax.evaluation.harness import run_tasks, save_results
@@ -177,14 +177,14 @@ class Eval:
     return results
 
   def _told(self, results: Results) -> Results:
-    """The results without samples that nobody asked for."""
+    """The results, without samples unless requested."""
     return results if self.how.log_samples else {key: value for key, value in results.items() if key != "samples"}
 
 
 def _table(
   found: dict[str, Results], changed: dict[str, dict[tuple[str, str], Difference]]
 ) -> tuple[list[str], list[list[str]]]:
-  """Columns, and a row a task, metric and plan; those about differences are left out where there are none."""
+  """Columns, and one row per task, metric and plan; without difference columns if there are no differences."""
   from sa_jax.evaluation.harness import metrics
 
   columns = ["task", "documents", "metric", "plan", "value", "± standard error", "difference", "± standard error"]

@@ -1,4 +1,4 @@
-"""``sa-jax fit``: will it fit on a TPU slice, compiled ahead of time."""
+"""``sa-jax fit``: check whether a program fits on a TPU slice, by compiling it ahead of time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sa_jax.plan import as_plan
 
 
 def rows_of_fit(fits: list[Fit]) -> list[list[str]]:
-  """Table rows: a column a program, and the change from the first to the second."""
+  """Table rows: one column per program, and the change from the first to the second."""
 
   def cell(value: float | None, unit: str) -> str:
     if value is None:
@@ -36,14 +36,14 @@ def rows_of_fit(fits: list[Fit]) -> list[list[str]]:
     return [label, *cells, *([compared] if len(values) == 2 else [])]
 
   rows = [
-    row("peak memory a device", [f.peak_bytes for f in fits], "B"),
+    row("peak memory per device", [f.peak_bytes for f in fits], "B"),
     row("parameters, state, batch", [f.argument_bytes for f in fits], "B"),
-    row("memory of the device", [f.hbm_bytes for f in fits], "B"),
+    row("memory of a device", [f.hbm_bytes for f in fits], "B"),
   ]
   for kind in dict.fromkeys(each.kind for f in fits for each in f.collectives):
     found = [_by_kind(f).get(kind, Collective(kind, 0, 0)) for f in fits]
     rows.append(row(f"{kind}, times", [c.count for c in found], ""))
-    rows.append(row(f"{kind}, bytes a device", [c.bytes for c in found], "B"))
+    rows.append(row(f"{kind}, bytes per device", [c.bytes for c in found], "B"))
   rows += [
     row("analytic: matrix products at peak rate", [f.compute_seconds for f in fits], "s"),
     row("analytic: memory traffic at peak rate", [f.memory_seconds for f in fits], "s"),
@@ -59,7 +59,7 @@ def _by_kind(result: Fit) -> dict[str, Collective]:
 
 @dataclasses.dataclass(frozen=True)
 class FitOf:
-  """Compile a program for a TPU slice without one: peak memory, collectives, analytic time, dense beside a plan."""
+  """Compile a program for a TPU slice without having one; report peak memory, collectives and analytic time."""
 
   model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
   """A preset (gpt-oss-20b, llama-2-7b, llama-2-13b, llama-3-8b, mixtral-8x7b, smollm2-135m), or a folder with
@@ -69,16 +69,16 @@ class FitOf:
   plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None
   """Which layers share, such as 22:23-26; None for the folder's own plan, dense for a preset."""
   kind: Kind = "train"
-  """A training step, reading prompts, decoding a token a row, generate's loop of that, perplexity, a batch of eval
-  (scoring) or of share (calibration)."""
+  """train: a training step; prefill; decode: one decode step; loop: generate's token loop; perplexity; scoring: a batch
+  of eval; calibration: a batch of share."""
   mesh: MeshSizes = MeshSizes()
-  """How the slice's chips are arranged, such as fsdp=64,tensor=4; what is left is data."""
+  """The device mesh, such as fsdp=64,tensor=4; remaining chips go to data."""
   batch_size: int | None = None
-  """Rows in all; one for each way to split them when not given."""
+  """Global batch size; None for one row per data shard."""
   length: int = 4096
-  """Tokens a row; of the cache when decoding (decode, loop)."""
+  """Tokens per row; for decode and loop, cache slots."""
   dtype: FloatDtype = "bfloat16"
-  """Of parameters and activations."""
+  """Type of parameters and activations."""
   remat: RematPolicy = "full"
   """What a training step's backward pass recomputes."""
   json: Path | None = None
@@ -102,7 +102,7 @@ class FitOf:
         fits.append(fit(job))
     names = [str(plan) for plan in plans]
     title = f"{self.model}, {self.kind}, {batch} × {self.length} tokens, {self.dtype}, {self.topology} as {sizes}"
-    show_table(title, ["a step", *names, *(["change"] if len(fits) == 2 else [])], rows_of_fit(fits))
+    show_table(title, ["per step", *names, *(["change"] if len(fits) == 2 else [])], rows_of_fit(fits))
     for name, result in zip(names, fits, strict=True):
       verdict = "fits" if result.fits else f"does not fit: {result.problem}"
       console.print(f"{name}: {verdict} ({result.devices} × {result.device})")

@@ -1,4 +1,4 @@
-"""Flags: values that are spelt in one word, and the library's error texts, which name fields, for who types flags."""
+"""Flags: values written as one word, and error messages that name flags instead of fields."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from sa_jax.files import as_path
 from sa_jax.mesh import MeshSizes
 
 SPELT = {MeshSizes: "data=2,fsdp=4"}
-"""Types of flags that one word spells, each with an example: ``parse`` reads it, ``str`` writes it."""
+"""Flag types written as one word, each with an example: ``parse`` reads it, ``str`` writes it."""
 
 registry = tyro.constructors.ConstructorRegistry()
-"""Tells tyro of them."""
+"""Registers them with tyro."""
 
 
 @registry.primitive_rule
@@ -42,7 +42,7 @@ def _spelt(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Primi
 
 @registry.primitive_rule
 def _path(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
-  """A path may be ``gs://bucket/file``, of which pathlib would leave one slash out."""
+  """A path may be ``gs://bucket/file``, from which pathlib would drop a slash."""
   if info.type is not Path:
     return None
   return tyro.constructors.PrimitiveConstructorSpec(
@@ -58,7 +58,7 @@ def _path(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Primit
 def _optional(
   info: tyro.constructors.PrimitiveTypeInfo,
 ) -> tyro.constructors.PrimitiveConstructorSpec[object] | tyro.constructors.UnsupportedTypeAnnotationError | None:
-  """One word or None is shown as the word."""
+  """Shows an optional one-word value as the word."""
   parts = typing.get_args(info.type)
   if info.type_origin not in (typing.Union, types.UnionType) or len(parts) != 2 or types.NoneType not in parts:
     return None
@@ -78,7 +78,7 @@ def _optional(
 
 
 def fields_of(command: Callable[..., Any]) -> dict[str, object]:
-  """A command's flags as fields, with their types: of its dataclass or function, and of dataclasses in it."""
+  """A command's flags as fields with types, including those of nested dataclasses."""
   if isinstance(command, functools.partial):
     command = command.func
   fields: dict[str, object] = {}
@@ -98,9 +98,9 @@ def fields_of(command: Callable[..., Any]) -> dict[str, object]:
 
 
 def check_flags(command: str, given: Sequence[str], fields: Mapping[str, object]) -> None:
-  """Checks that all flags are the command's, and that those that take several values have one.
+  """Checks that the command has all given flags, and that flags with several values have at least one.
 
-  Of the former tyro would first ask for what it misses besides, and none is several for it.
+  For an unknown flag, tyro would first report missing arguments; and it accepts flags without values.
 
   Args:
     command: its name.
@@ -108,7 +108,7 @@ def check_flags(command: str, given: Sequence[str], fields: Mapping[str, object]
     fields: see `fields_of`.
 
   Raises:
-    UserError: if one is not, for which near ones are offered; if one has no value.
+    UserError: for an unknown flag, with similar names; for a flag without a value.
   """
   dashed = {f"--{name.replace('_', '-')}": kind for name, kind in fields.items()}
   known = {"--help", *dashed} | {flag.replace("--", "--no-", 1) for flag, kind in dashed.items() if kind is bool}
@@ -118,15 +118,15 @@ def check_flags(command: str, given: Sequence[str], fields: Mapping[str, object]
     if re.match("--[a-z]", flag) and flag not in known and not flag.startswith("--tyro-"):
       raise UserError(f"sa-jax {command} has no flag {flag}{near(flag, sorted(known))}; --help lists them")
     if typing.get_origin(dashed.get(word.replace("_", "-"))) is tuple and following.startswith("--"):
-      raise UserError(f"{flag} has no value: give one or several, or leave it out")
+      raise UserError(f"{flag} has no value: give at least one, or leave it out")
   for at, word in enumerate(given):
-    # `--mesh data=2 fsdp=4`: the second would be taken for something else.
+    # `--mesh data=2 fsdp=4`: the second word would be parsed as another argument.
     if word.partition("=")[0] != "--mesh":
       continue
     sizes = [*word.split("=", 1)[1:], *itertools.takewhile(_is_size, given[at + 1 :])]
     if len(sizes) > 1:
       joined = ",".join(size.strip(",") for size in sizes if size != ",")
-      raise UserError(f"sizes of a mesh are joined by commas: --mesh {joined}")
+      raise UserError(f"join mesh sizes with commas: --mesh {joined}")
 
 
 def _is_size(word: str) -> bool:
@@ -134,13 +134,13 @@ def _is_size(word: str) -> bool:
 
 
 def explain(text: str, fields: Collection[str]) -> str:
-  """An error text in which what it calls `field`, `field=value` or two_words is ``--field``, ``--field value``.
+  """An error message with `field`, `field=value` or two_words replaced by ``--field``, ``--field value``.
 
   Args:
-    text: of a `sa_jax.UserError`.
+    text: the message of a `sa_jax.UserError`.
     fields: see `fields_of`.
   """
-  # What somebody has typed stays as it is.
+  # Quoted user input stays unchanged.
   typed = r"(?<!\w)(?<![=])(?:'[^'\n]*'|\"[^\"\n]*\")(?!\w)"
   quoted = r"`(?P<quoted>\w+)(?:=(?P<value>[^`]*))?`"
   plain = r"(?<![\w.`/-])(?P<plain>[a-z]\w*)=(?P<of>'[^'\n]*'|[\w.+-]+)"

@@ -1,4 +1,4 @@
-"""``sa-jax generate``: text in, text out."""
+"""``sa-jax generate``: generate text."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Generate:
   model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
   """A Hugging Face folder, a GGUF file, an sa_jax checkpoint or a hub id such as org/model."""
   prompt: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PROMPT ...")] = ()
-  """One or more prompts; - is what comes through a pipe."""
+  """One or more prompts; - reads one from a pipe."""
   prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-  """A .jsonl file with a "prompt" a line, or a text file that is one prompt."""
+  """A .jsonl file with a "prompt" per line, or a text file with one prompt."""
   chat: bool = False
-  """Put each prompt into the model's chat template, as a user's message."""
+  """Apply the model's chat template to each prompt, as a user message."""
   options: TemplateOptions = ()
-  """What else that template reads, such as enable_thinking=false."""
+  """Extra chat-template variables, such as enable_thinking=false."""
   opening: Speaker = Speaker()
   """Model."""
   sampling: Sampling = dataclasses.field(default_factory=Sampling)
@@ -47,18 +47,18 @@ class Generate:
     """Prints each prompt's continuation."""
     self.sampling.check()
     if self.options and not self.chat:
-      raise UserError("`options` are the chat template's: add `chat`, or leave them out")
+      raise UserError("`options` are for the chat template: add `chat`, or leave them out")
     template_options(self.options)
     check_writable(self.json)
     asked = [sys.stdin.read() if text == "-" else text for text in self.prompt]
     asked += [] if self.prompts is None else read_prompts(self.prompts)
     if not asked:
-      raise UserError("at least one prompt is needed: sa-jax generate MODEL PROMPT ..., or a file of them (`prompts`)")
+      raise UserError("give at least one prompt: sa-jax generate MODEL PROMPT ..., or a file (`prompts`)")
     self.opening.begin()
     tokenizer = self.opening.tokenizer(self.model)
     encoded = [tokenizer.encode(self._prompt(tokenizer, text), special=not self.chat) for text in asked]
     if empty := [number for number, tokens in enumerate(encoded, 1) if not tokens]:
-      raise UserError.of("prompts", [f"number {number} has no token: write something" for number in empty])
+      raise UserError.of("prompts", [f"number {number} has no tokens" for number in empty])
     model, params = self.opening.ready(self.model)
     start = time.perf_counter()
     if len(encoded) == 1:
@@ -67,7 +67,7 @@ class Generate:
       tokens = self._say_all(model, params, tokenizer, asked, encoded)
     seconds = time.perf_counter() - start
     count = sum(map(len, tokens))
-    console.print(f"{count} tokens in {seconds:.1f} s, compilation included; plan {model.plan}", style="dim")
+    console.print(f"{count} tokens in {seconds:.1f} s, including compilation; plan {model.plan}", style="dim")
     results = [
       {"prompt": prompt, "text": tokenizer.decode(row), "tokens": row}
       for prompt, row in zip(asked, tokens, strict=True)

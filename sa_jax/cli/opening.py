@@ -1,4 +1,4 @@
-"""How commands open a model: which version of it, over which devices, beside which processes."""
+"""How commands open and save a model: revision, devices, processes."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Opening:
-  """How the model is opened."""
+  """How to open the model."""
 
   revision: str | None = None
-  """Of a hub id: a branch, tag or commit."""
+  """For a hub id: a branch, tag or commit."""
   mesh: MeshSizes = MeshSizes(data=1)
-  """All devices, such as fsdp=4,tensor=2, what is left being data; data=1 is one device."""
+  """The device mesh, such as fsdp=4,tensor=2; remaining devices go to data; data=1 uses one device."""
   hosts: Hosts = Hosts()
-  """Where the other processes are."""
+  """Processes."""
 
   def begin(self) -> None:
-    """Joins the other processes, of which the first alone prints and writes; comes before anything asks for devices."""
+    """Connects the processes, of which only the first prints and writes; must run before anything uses devices."""
     start(self.hosts)
     silence()
 
   def config(self, model: Path) -> ModelConfig:
-    """What the model is, before its weights are read."""
+    """The model's config, without reading weights."""
     from sa_jax.formats.source import model_of, open_source
 
     config, _ = model_of(open_source(model, self.revision, "config"))
@@ -74,7 +74,7 @@ class Opening:
     return self.open(model, "dense", "float32")
 
   def save(self, path: Path, source: Path, model: Transformer, params: Params, dtype: FloatDtype) -> None:
-    """Writes a checkpoint in a dtype, with the source's tokenizer and what else travels with a model.
+    """Writes a checkpoint in a dtype, with the source's tokenizer and other extra files.
 
     Raises:
       UserError: if the folder exists.

@@ -1,4 +1,4 @@
-"""``sa-jax perplexity``: what a plan costs in quality."""
+"""``sa-jax perplexity``: what plans cost in quality."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from sa_jax.plan import as_plan
 
 @dataclasses.dataclass(frozen=True)
 class PerplexityOf:
-  """Perplexity of a model on a text, under one or more plans."""
+  """Measure a model's perplexity on a text, under one or more plans."""
 
   model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
   """A Hugging Face folder, a GGUF file, an sa_jax checkpoint or a hub id such as org/model."""
   text: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TEXT")]
-  """A UTF-8 text file, or a .jsonl file with a "text" a line."""
+  """A UTF-8 text file, or a .jsonl file with a "text" per line."""
   plan: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PLAN ...")] = ()
-  """One or more plans, such as: dense 26:27-28 3:4; none for the checkpoint's own."""
+  """One or more plans, such as: dense 26:27-28 3:4; none for the checkpoint's own plan."""
   opening: Opening = Opening()
   """Model."""
   cutting: RowLength = dataclasses.field(default_factory=RowLength)
-  """Rows, each scored on its own."""
+  """Rows, scored independently."""
   rows: Count | None = None
   """Score only the first rows of the text; None scores all."""
   batch_size: Count = 1
-  """Rows scored at once."""
+  """Rows per batch."""
   dtype: FloatDtype | None = "float32"
   """Type of parameters and activations; None for the checkpoint's."""
   json: Path | None = None
@@ -46,11 +46,11 @@ class PerplexityOf:
 
   @property
   def exact(self) -> bool:
-    """Whether it computes in float32, as far as flags tell."""
+    """Whether the flags select float32."""
     return self.dtype == "float32"
 
   def run(self) -> None:
-    """Prints a row a plan."""
+    """Prints one row per plan."""
     from sa_jax import perplexity
 
     check_writable(self.json)
@@ -68,7 +68,7 @@ class PerplexityOf:
         results[plan] = perplexity(model, params, tokens, batch_size=self.batch_size, progress=report)
     show_table(
       f"{self.text.name}: {len(tokens)} {self.cutting.describe(tokenizer)}",
-      ["plan", "perplexity", "nats a token"],
+      ["plan", "perplexity", "nats per token"],
       [[plan, f"{result.perplexity:.3f}", f"{result.loss:.4f}"] for plan, result in results.items()],
     )
     write_json(self.json, {plan: result._asdict() for plan, result in results.items()})

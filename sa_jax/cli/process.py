@@ -1,4 +1,4 @@
-"""What holds for the whole process of a command, set once, before JAX starts."""
+"""Process-wide settings of a command, made once before JAX starts."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from typing import NoReturn
 _TRITON = "--xla_gpu_enable_triton_gemm"
 _CACHE_BYTES = 2_000_000_000
 CACHE_VARIABLE = "SA_JAX_COMPILATION_CACHE"
-"""The environment variable that names the folder for compiled programs, or is ``off``."""
+"""The environment variable with the folder for compiled programs, or ``off``."""
 
 
 class Terminated(SystemExit):
-  """SIGTERM has come."""
+  """Raised on SIGTERM."""
 
 
 def own(*, exact: bool, cache: bool = True) -> None:
-  """Settings of a process that is the command's alone; what the user has set stands.
+  """Settings for a process that runs only this command. The user's own settings take precedence.
 
   Args:
-    exact: whether products are in exact float32.
-    cache: whether compiled programs are kept for the next command.
+    exact: whether products use exact float32.
+    cache: whether to cache compiled programs for later commands.
   """
-  # Modules stay, and tracing a program makes many small things that live: to look for cycles in all of it each time
-  # takes half a second until a first token.
+  # Modules and traced programs are many long-lived objects. Garbage-collecting them repeatedly delays the first token
+  # by half a second.
   gc.freeze()
   gc.set_threshold(20_000)
-  # So that what is being written is removed, and finished parts stay: the default would end the process where it is.
+  # Raise instead of dying on the spot, so that partial files are removed and finished ones kept.
   signal.signal(signal.SIGTERM, _terminated)
   # With XLA's Triton products, exact ones are tuned for minutes: `share` was unfinished on a GPU after 170 s; without,
   # it takes 46. Heeded only while JAX has not begun.
@@ -45,12 +45,12 @@ def own(*, exact: bool, cache: bool = True) -> None:
 
 
 def keep_compiled() -> Path | None:
-  """Lets JAX keep compiled programs in the user's cache folder, the oldest going first where they take too much.
+  """Lets JAX cache compiled programs in the user's cache folder, evicting the oldest if they take too much space.
 
-  The variable `CACHE_VARIABLE` names another folder, or is ``off``; a folder that JAX has been told stays.
+  The variable `CACHE_VARIABLE` sets another folder, or ``off``. A folder already configured in JAX is not changed.
 
   Returns:
-    The folder, or None where nothing was changed.
+    The folder, or None if nothing was changed.
   """
   import jax
 
@@ -64,7 +64,7 @@ def keep_compiled() -> Path | None:
   try:
     if not is_remote(folder):
       folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-  except OSError:  # without a home, or without room: programs are compiled each time
+  except OSError:  # no home or no space: do not cache
     return None
   if not is_remote(folder) and not os.access(folder, os.W_OK | os.X_OK):
     return None

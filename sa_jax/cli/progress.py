@@ -1,4 +1,4 @@
-"""How far work is: a bar in a terminal, and elsewhere a line now and then."""
+"""Progress: a bar in a terminal, otherwise occasional lines."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sa_jax.cli.common import console, is_first
 from sa_jax.durations import duration
 
 _SECONDS = 20.0
-"""Between two lines; work that is done before has none."""
+"""Between lines; shorter work prints none."""
 
 
 @contextlib.contextmanager
 def progress(label: str) -> Iterator[Report]:
-  """Shows how far work is, on the first process: on the terminal that tables go to, else on stderr."""
+  """Shows progress on the first process: on the terminal that tables go to, otherwise on stderr."""
   screen = console if console.is_interactive else Console(stderr=True)
   shown = _nothing if not is_first() else bar if screen.is_interactive else _lines
   with shown(label, screen) as report:
@@ -28,7 +28,7 @@ def progress(label: str) -> Iterator[Report]:
 
 @contextlib.contextmanager
 def stages() -> Iterator[Callable[[str], Report]]:
-  """One stage of work after another: yields a function from a stage's name to what reports of it."""
+  """Consecutive stages of work: yields a function that starts a named stage and returns its reporter."""
   with contextlib.ExitStack() as current:
 
     def begin(name: str) -> Report:
@@ -46,7 +46,7 @@ def _nothing(label: str, screen: Console) -> Iterator[Report]:
 
 @contextlib.contextmanager
 def _lines(label: str, screen: Console) -> Iterator[Report]:
-  """A line each time that something is reported, but not often; the last says how long it took, if there were any."""
+  """Prints occasional lines, and the total time at the end if there were any."""
   del screen
   begun = said = time.monotonic()
   first: tuple[float, int] | None = None
@@ -64,7 +64,7 @@ def _lines(label: str, screen: Console) -> Iterator[Report]:
       if first is not None and done > first[1]:
         left = f", {duration((now - first[0]) / (done - first[1]) * (total - done))} left"
       say(f"{done}/{total}{left}")
-    # The first piece of work has a compilation in it: what is left is told from those after it.
+    # The first item includes compilation, so the remaining time is estimated from the later ones.
     if first is None and done:
       first = now, done
 

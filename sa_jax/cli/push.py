@@ -14,18 +14,18 @@ from sa_jax.cli.progress import progress
 
 @dataclasses.dataclass(frozen=True)
 class Push:
-  """Export a model and upload it to the Hugging Face hub; one with followers brings its PyTorch code along."""
+  """Export a model and upload it to the Hugging Face hub. A model with followers includes its PyTorch code."""
 
   src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
-  """The model: an sa_jax checkpoint, a Hugging Face folder or a GGUF file."""
+  """The model: an sa_jax checkpoint, a Hugging Face folder, a GGUF file or a hub id such as org/model."""
   hub_id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ORG/MODEL")]
-  """The repository; it is made if there is none."""
+  """The repository; created if it does not exist."""
   plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None
-  """Which layers share, such as 22:23-26; as in the source when None."""
+  """Which layers share, such as 22:23-26; None for the source's plan."""
   private: bool = False
   """Make a new repository private."""
   branch: str | None = None
-  """The branch to commit to; the main one when None."""
+  """The branch to commit to; None for the main branch."""
 
   def run(self) -> None:
     """Exports and uploads."""

@@ -1,4 +1,4 @@
-"""``sa-jax refit``: recover what a plan costs, in closed form."""
+"""``sa-jax refit``: recover quality lost to a plan, in closed form."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from sa_jax.files import check_absent, check_writable
 
 @dataclasses.dataclass(frozen=True)
 class RefitModel:
-  """Refit a plan's followers to the dense model on calibration text, without training; save an ordinary checkpoint."""
+  """Refit a plan's followers to the dense model on calibration text, without training, and save a checkpoint."""
 
   model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
   """A dense model: a Hugging Face folder, a GGUF file, an sa_jax checkpoint or a hub id."""
   plan: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PLAN")]
   """Which layers share, such as 22:23-26."""
   texts: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT ...")]
-  """Text files (or .jsonl with a "text" a line) to calibrate on."""
+  """Text files (or .jsonl with a "text" per line) to calibrate on."""
   out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
   """The checkpoint to write, which must not exist."""
   how: Refit = dataclasses.field(default_factory=lambda: Refit(maps=True))
@@ -50,7 +50,7 @@ class RefitModel:
 
   @exact_float32()
   def run(self) -> None:
-    """Prints the errors before and after, and saves."""
+    """Prints errors before and after, and saves."""
     import numpy as np
 
     from sa_jax import SharingPlan
@@ -63,7 +63,7 @@ class RefitModel:
     self.opening.begin()
     plan = SharingPlan.parse(self.plan, self.opening.config(self.model).num_layers)
     if not plan.followers and self.how.value_dim is None:
-      raise UserError(f"the plan {self.plan!r} has no follower to refit")
+      raise UserError(f"the plan {self.plan!r} has no followers to refit")
     tokenizer = self.opening.tokenizer(self.model)
     tokens = np.concatenate(rows_of_texts(tokenizer, self.texts, self.cutting, self.rows))
     model, params = self.opening.open_dense(self.model)

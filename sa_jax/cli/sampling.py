@@ -1,4 +1,4 @@
-"""How the commands that generate text open a model and choose tokens."""
+"""How text-generating commands open a model and sample."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speaker(Opening):
-  """How the model that generates is opened."""
+  """How to open the model for generation."""
 
   plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None
   """Which layers share, such as 22:23-26; None for the checkpoint's own plan."""
   dtype: FloatDtype | None = None
   """Type of parameters and activations; None for the checkpoint's."""
   cache_dtype: CacheDtype = None
-  """int8 caches keys and values in about half of bfloat16's bytes, int4 in about a quarter; None in the type of
-  activations."""
+  """int8 halves the cache relative to bfloat16, int4 quarters it, approximately; None for the activations' type."""
 
   def ready(self, model: Path) -> tuple[Transformer, Params]:
     """The model, and its parameters in the layer layout."""
@@ -42,24 +41,24 @@ class Speaker(Opening):
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How tokens are chosen."""
+  """How to sample tokens."""
 
   max_new_tokens: int = 128
-  """Most tokens to add."""
+  """Maximum number of new tokens."""
   temperature: float = 0.0
-  """0 takes the likeliest token."""
+  """0 takes the most likely token."""
   top_k: int | None = None
-  """Sample from the k likeliest tokens."""
+  """Sample from the k most likely tokens."""
   top_p: float | None = None
-  """Sample from the fewest tokens whose probabilities reach p."""
+  """Sample from the smallest set of tokens whose probability reaches p."""
   seed: int = 0
-  """Of the samples."""
+  """Sampling seed."""
 
   def check(self) -> None:
     """Checks the values, before a model is opened.
 
     Raises:
-      UserError: if one is impossible, or means nothing beside the others.
+      UserError: if a value is invalid, or has no effect together with the others.
     """
     from sa_jax.decode.arguments import check_seed
     from sa_jax.errors import UserError
@@ -70,13 +69,13 @@ class Sampling:
       raise UserError(f"`max_new_tokens` must be at least 1, not {self.max_new_tokens}")
 
   def sampler(self) -> Sampler:
-    """What draws tokens so."""
+    """The sampler for these settings."""
     from sa_jax.decode.sampling import Sampler
 
     return Sampler(self.temperature, self.top_k, self.top_p)
 
   def stream(self, model: Transformer, params: Params, prompt: Sequence[int]) -> Iterator[list[int]]:
-    """New tokens of one prompt, as they come."""
+    """Yields new tokens for one prompt as they are generated."""
     from sa_jax.decode import stream
 
     return stream(model, params, prompt, self.max_new_tokens, seed=self.seed, sampler=self.sampler())
@@ -86,12 +85,12 @@ TemplateOptions = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE .
 
 
 def template_options(words: Sequence[str]) -> dict[str, Any]:
-  """What a chat template reads besides the messages, from words such as ``enable_thinking=false``.
+  """Parses extra chat-template variables such as ``enable_thinking=false``.
 
-  Values are JSON, or else texts.
+  Values are parsed as JSON, otherwise kept as strings.
 
   Raises:
-    UserError: if a word has another form.
+    UserError: if a word has a different form.
   """
   from sa_jax.errors import UserError
 
@@ -99,7 +98,7 @@ def template_options(words: Sequence[str]) -> dict[str, Any]:
   for word in words:
     name, equals, value = word.partition("=")
     if not equals or not name.isidentifier() or name == "messages":
-      raise UserError(f"the option {word!r} is not spelt like enable_thinking=false (`options`)")
+      raise UserError(f"the option {word!r} must look like enable_thinking=false (`options`)")
     try:
       options[name] = json.loads(value)
     except ValueError:
@@ -108,7 +107,7 @@ def template_options(words: Sequence[str]) -> dict[str, Any]:
 
 
 def say_tokens(tokenizer: Tokenizer, coming: Iterator[list[int]]) -> list[int]:
-  """Prints a text as its tokens come, and returns them."""
+  """Prints text as its tokens arrive, and returns the tokens."""
   tokens: list[int] = []
   said = ""
   for new in coming:

@@ -13,14 +13,14 @@ from sa_jax.files import check_folder, check_writable, make_folder
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchPlan(Searching):
-  """Search for the plan that a budget allows, judged by loss after the recovery that it would get."""
+  """Search for the best plan within a budget, evaluated by its loss after recovery."""
 
   refit: bool = True
-  """Whether plans are judged after refitting."""
+  """Evaluate plans after refitting."""
   maps: bool = True
-  """Whether plans are judged with head maps."""
+  """Evaluate plans with head maps."""
   out: Path = Path("search")
-  """Folder for the picture."""
+  """Folder for the plot."""
   json: Path | None = None
   """Also write the plan and the Pareto front to this file."""
 
@@ -62,7 +62,7 @@ class SearchPlan(Searching):
     dense = cost(model.config, None).kv_bytes_per_token
     saved = lambda plan: 1 - cost(model.config, plan).kv_bytes_per_token / dense
     show_table(
-      f"Pareto front of {len(judge.measured)} plans measured",
+      f"Pareto front of {len(judge.measured)} measured plans",
       ["plan", "followers", "KV saved", "nats added", *(f"nats, {text.name}" for text in texts)],
       [
         [
@@ -91,7 +91,7 @@ class SearchPlan(Searching):
     rows = sum(len(text.judging) for text in texts)
     names = ", ".join(text.name for text in texts)
     title = f"{self.model.stem}: what sharing costs\n{names}, {rows} rows of {self.cutting.length} tokens"
-    # A few plans have room for what they are; of many there is how many layers follow.
+    # Label few plans in full, many by their number of followers.
     label = lambda each: (
       f"{each.plan}\nperplexity × {math.exp(each.increase):.3f}" if len(front) <= 3 else str(len(each.plan.followers))
     )

@@ -23,17 +23,18 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Searching:
-  """A model, the texts that plans are judged by, and how to search."""
+  """A model, texts to evaluate plans on, and search settings."""
 
   model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
   """A dense model: a Hugging Face folder, a GGUF file, an sa_jax checkpoint or a hub id."""
   texts: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT ...")]
-  """Text files (or .jsonl with a "text" a line) to calibrate on and judge by; each counts alike."""
+  """Text files (or .jsonl with a "text" per line) to fit and evaluate on; all have equal weight."""
   budget: str = "8"
-  """A number of followers; what may remain of the dense cost: kv=80%, flops=95%; or ppl=1.05, the most followers with
-  which the judged perplexity stays within so many times the dense one."""
+  """A number of followers; or a fraction of the dense cost: kv=80%, flops=95%; or ppl=1.05, the most followers whose
+  held-out perplexity is at most this many times the dense model's."""
   effort: EffortName = "good"
-  """quick: a minute, little text; good: all that pays, on more text; best: a wider search. Sets defaults below."""
+  """quick: one minute, little text; good: everything that pays off, on more text; best: a wider search. Sets the
+  defaults of the flags below."""
   settings: Effort = EFFORTS["good"]
   """Effort."""
   opening: Opening = Opening()
@@ -41,7 +42,7 @@ class Searching:
   cutting: RowLength = dataclasses.field(default_factory=RowLength)
   """Rows."""
   record: Path | None = None
-  """Every measured plan is kept in this file, and not measured again when the search is resumed."""
+  """Store measured plans in this file, so that a resumed search does not repeat them."""
 
   exact: ClassVar[bool] = True
 
@@ -50,7 +51,7 @@ class Searching:
     raise NotImplementedError
 
   def prepare(self, all_rows: bool = False) -> tuple[Transformer, Params, list[Text]]:
-    """The dense model and its parameters in the layer layout, and the texts, to the end if asked for."""
+    """The dense model, its parameters in the layer layout, and the texts, with all rows on request."""
     from sa_jax.cli.texts import split_texts
 
     self.opening.begin()
@@ -64,7 +65,7 @@ class Searching:
 
 
 def with_effort(command: type[Searching], arguments: Sequence[str]) -> type[Searching]:
-  """The command, with the settings of the effort that the arguments ask for as the other flags' defaults."""
+  """The command, with the requested effort's settings as defaults of the other flags."""
   asked = "good"
   for word, following in itertools.pairwise((*arguments, "")):
     flag, equals, value = word.partition("=")

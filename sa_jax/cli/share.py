@@ -22,26 +22,26 @@ from sa_jax.files import check_absent, check_writable, write_text
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Share(Searching):
-  """Search a plan, align heads, refit, distil for a while if asked to, compare with the dense model, save."""
+  """Search for a plan, align heads, refit, optionally distil, compare with the dense model, and save."""
 
   out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
   """The checkpoint to write, which must not exist."""
   dtype: FloatDtype = "bfloat16"
   """Type of the stored parameters."""
   allow: tuple[Means, ...] = ("sharing",)
-  """With a budget such as kv=75%, what a cache may be made smaller by, one or several: narrower values, for one."""
+  """For a budget such as kv=75%: methods that may shrink the cache."""
   plan: str | None = None
-  """A plan instead of a search: such as 5:6-7,14:15, or zoo:8 for the known one with 8 followers, of models that
-  sa_jax.plans knows. On a CPU, good takes a known plan by itself unless told how to search, or by --plan search."""
+  """Use this plan instead of a search: 5:6-7,14:15, or zoo:8 for the known plan with 8 followers, if sa_jax.plans has
+  one. On a CPU, --effort good uses a known plan by default, unless there are search flags or --plan search."""
   distill_minutes: float | None = None
-  """Minutes of distillation after the refit, on all rows of the texts that are not judged by."""
+  """Minutes of distillation after the refit, on all rows except the held-out ones."""
   plot: Path | None = None
-  """Draw perplexities beside the dense model's to this PNG."""
+  """Plot perplexities against the dense model's to this PNG."""
   json: Path | None = None
   """Also write the numbers to this file."""
 
   def saves_a_search(self) -> bool:
-    """Whether a known plan is taken: where a search takes an hour, and nothing is said of how to search."""
+    """Whether to use a known plan: on a CPU, where a search takes an hour, if no search flag is given."""
     import jax
 
     told = self.plan is not None or self.record is not None or self.settings.search != EFFORTS["good"].search
@@ -49,7 +49,7 @@ class Share(Searching):
 
   @exact_float32()
   def run(self) -> None:
-    """Prints dense against shared, and saves."""
+    """Prints dense and shared, and saves."""
     from sa_jax import SharingPlan, cost, plans
     from sa_jax.analysis import plots
     from sa_jax.analysis.budget import Budget
@@ -71,7 +71,7 @@ class Share(Searching):
     wanted = budget = dataclasses.replace(Budget.parse(self.budget), allow=self.allow)
     asked = None if self.plan == "search" else self.plan
     if asked is not None and self.allow != ("sharing",):
-      raise UserError("a plan says what is shared, and allow what may be searched: give one of the two")
+      raise UserError("`plan` fixes what is shared, and `allow` what to search: give only one of them")
     distillation = None if self.distill_minutes is None else Distillation(minutes=self.distill_minutes)
     config, length = self.opening.config(self.model), self.cutting.length
     known = None if asked is None or not asked.startswith("zoo:") else asked.removeprefix("zoo:")
@@ -85,9 +85,9 @@ class Share(Searching):
     elif isinstance(wanted, Budget) and wanted.measure == "followers" and self.saves_a_search():
       with contextlib.suppress(UserError):
         wanted = plans.get(model, int(wanted.amount), params).plan
-        tell("plan", f"{wanted}, known of this model; --plan search searches for one on these texts")
+        tell("plan", f"{wanted}, known for this model; --plan search searches for one on these texts")
     if self.settings.mlp and config.experts is not None:
-      tell("MLPs", "left as they are, being experts")
+      tell("MLPs", "not refitted, because they are experts")
     with stages() as stage:
       chunk = rows_at_once(model.config, length)
       if isinstance(wanted, SharingPlan) or wanted.measure == "followers":
@@ -113,7 +113,7 @@ class Share(Searching):
     tell(f"saved in {seconds:.0f} s", self.out)
     if made.mixture.cache_dtype is not None:
       console.print(
-        f"a checkpoint does not say how it is cached: generate with --cache-dtype {made.mixture.cache_dtype}"
+        f"the checkpoint does not store the cache dtype: generate with --cache-dtype {made.mixture.cache_dtype}"
       )
     if self.plot is not None and is_first():
       rows = sum(len(text.judging) for text in texts)

@@ -1,4 +1,4 @@
-"""What the subcommands that need calibration text share: reading it, opening the dense model, saving the result."""
+"""Shared by the subcommands that need calibration text: reading texts and cutting them into rows."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class RowLength:
   """How rows are cut from texts."""
 
   length: int = 512
-  """Tokens a row, its start token included."""
+  """Tokens per row, including the start token."""
   start_token: str = "auto"
-  """What every row begins with: auto for what the tokenizer puts before a text, none, or a token."""
+  """First token of every row: auto for the one that the tokenizer adds, none, or a token."""
 
   def opening(self, tokenizer: Tokenizer) -> list[int]:
     """The tokens that every row begins with."""
@@ -63,7 +63,7 @@ def read_documents(path: Path) -> str:
     except ValueError:
       value = None
     if not (isinstance(value, dict) and isinstance(value.get("text"), str)):
-      raise UserError(f"{path}, line {number}, is not a JSON object with a 'text' that is one")
+      raise UserError(f"{path}, line {number}, is not a JSON object with a 'text' string")
     documents.append(value["text"])
   return "\n\n".join(documents)
 
@@ -95,13 +95,13 @@ def split_texts(
   judging: int,
   all_rows: bool = False,
 ) -> list[Text]:
-  """The first rows of each file to calibrate on, the next ones to judge by.
+  """Splits each file into rows for calibration and held-out rows, which follow them.
 
-  A shorter file gives what it has, a fifth of it to judge by. With ``all_rows``, the other rows of a longer one follow
-  those to calibrate on.
+  A shorter file uses all its rows, a fifth of them held out. With ``all_rows``, the remaining rows of longer files are
+  added to the calibration rows.
 
   Raises:
-    UserError: if a file is too short, or two have one name.
+    UserError: if a file is too short, or two have the same name.
   """
   from sa_jax.analysis import Text
 
@@ -115,12 +115,12 @@ def split_texts(
     further = rows[len(used) :] if all_rows else rows[:0]
     cut.append((np.concatenate([used[:-held_out], further]), used[-held_out:]))
   if short := [str(file) for file, (fitted, _) in zip(files, cut, strict=True) if not len(fitted)]:
-    raise UserError(f"two rows or more are needed, one to fit to and one to judge by: {', '.join(short)} has one")
+    raise UserError(f"each text needs two rows, one to fit and one held out; {', '.join(short)} has one")
   return [Text(name, *each) for name, each in zip(names, cut, strict=True)]
 
 
 def rows_at_once(config: ModelConfig, length: int) -> int:
-  """How many rows of a text to compute at once: few on a CPU, on an accelerator 2 GB of logits."""
+  """Rows per batch: few on a CPU; on an accelerator, 2 GB of logits."""
   import jax
 
   return 4 if jax.default_backend() == "cpu" else max(1, min(32, 2**31 // (4 * length * config.vocab_size)))

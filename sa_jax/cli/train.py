@@ -24,7 +24,7 @@ class Train:
   hosts: Hosts
 
   def run(self) -> None:
-    """Trains; ends with code 143, as a process that SIGTERM ends, if a signal ended it with steps to go."""
+    """Trains; exits with code 143, as on SIGTERM, if a signal stopped it early."""
     from sa_jax.cli.common import console, silence, tell
     from sa_jax.distributed import start
 
@@ -34,13 +34,13 @@ class Train:
 
     outcome = train(self.config, say=lambda text: console.print(text), console=console)
     if outcome.interrupted:
-      console.print(f"stopped after step {outcome.step}, which is saved; the same command goes on from there")
+      console.print(f"stopped after step {outcome.step}, which is saved; run the same command again to continue")
       sys.exit(143)
     tell("saved", outcome.model)
 
 
 def with_file(arguments: Sequence[str]) -> tuple[Callable[..., Train], Sequence[str]]:
-  """The subcommand, and its arguments; a config file that comes first is read: its values are the flags' defaults."""
+  """The subcommand and its arguments. If a config file comes first, its values become the flags' defaults."""
   name, file = (*arguments[:2], "", "")[:2]
   if name == "train" and file.endswith(".py"):
     return functools.partial(command, config=load_config(Path(file))), [name, *arguments[2:]]
@@ -53,13 +53,13 @@ def command(
   config: TrainConfig,
   hosts: Hosts = Hosts(),
 ) -> Train:
-  """Train from scratch, fine-tune or distil a model that shares attention; go on with the run in the folder.
+  """Train from scratch, fine-tune or distil a model with Shared Attention. Resumes a run that is in the folder.
 
   Args:
     file: A Python file whose variable `config` is a sa_jax.train.TrainConfig. It comes first; flags override it.
     config: The run.
-    hosts: Where the other processes are.
+    hosts: Processes.
   """
   if file is not None:
-    raise UserError(f"a config file ends in .py and comes before all flags: sa-jax train CONFIG.py …, not {file}")
+    raise UserError(f"a config file must end in .py and come before all flags: sa-jax train CONFIG.py …, not {file}")
   return Train(config, hosts)

@@ -1,4 +1,4 @@
-"""What a training run is: a dataclass, whose fields are the flags of ``sa-jax train`` and what a config file makes."""
+"""The config of a training run: a dataclass whose fields are the flags of ``sa-jax train``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sa_jax.train.lora import LoraConfig
 from sa_jax.train.objective import RouterConfig
 from sa_jax.train.optimizer import OptimizerConfig
 
-Steps = Annotated[tuple[Natural, Natural], Such(lambda steps: steps[0] <= steps[1], "the first before the second")]
+Steps = Annotated[tuple[Natural, Natural], Such(lambda steps: steps[0] <= steps[1], "the first not after the second")]
 
 
 def _is_day(text: str) -> bool:
@@ -37,26 +37,26 @@ def _is_day(text: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """What is read, and how rows are made of it."""
+  """Training data and how to pack it."""
 
   train: tuple[Path, ...] = ()
   """Text, .jsonl, .json, .parquet, .arrow or .array_record files (text, prompt and completion, Alpaca, chats)."""
   dataset: str | None = None
-  """Or a dataset of the Hugging Face hub, or a folder of that form, read while training."""
+  """Or a Hugging Face dataset, or a folder in that format, streamed during training."""
   subset: str | None = None
-  """Of the dataset: its configuration, if it has several."""
+  """Configuration of the dataset, if it has several."""
   split: str = "train"
-  """Of the dataset."""
+  """Split of the dataset."""
   eval: tuple[Path, ...] = ()
   """Files to evaluate on during training."""
-  length: Annotated[int, Such(lambda n: n >= 2, "at least 2 tokens, one to predict from and one to predict,")] = 1024
-  """Tokens a row."""
+  length: Annotated[int, Such(lambda n: n >= 2, "at least 2 tokens, an input and a target,")] = 1024
+  """Tokens per row."""
   packing: Packing = "rows"
-  """Whether rows hold several documents, or one each (for attention kernels without segments)."""
+  """Pack several documents per row, or one each (for attention kernels without segments)."""
   too_long: TooLong = "error"
-  """What becomes of samples with a prompt that are longer than a row: an error, or cut and counted."""
+  """Prompted samples longer than a row: raise an error, or truncate and count them."""
   reading: Reading = dataclasses.field(default_factory=Reading)
-  """How files are read."""
+  """File reading."""
 
   def __post_init__(self) -> None:
     check_fields(self, "data")
@@ -64,14 +64,14 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
-  """What the student learns from the dense model that it came from (``mode="distill"``)."""
+  """Distillation from the dense model (``mode="distill"``)."""
 
   temperature: Positive = 1.0
-  """That both distributions are softened by."""
+  """Softmax temperature for teacher and student."""
   teacher_weight: Portion = 1.0
-  """Weight of the divergence from the dense model; the rest, up to 1, is that of the ordinary loss."""
+  """Weight of the divergence from the dense model; the remainder, up to 1, weights the ordinary loss."""
   hidden_weight: NotNegative = 0.0
-  """Weight of the distance of each layer's output from the dense model's, besides."""
+  """Weight of an additional loss: each layer's distance from the dense model's output."""
 
   def __post_init__(self) -> None:
     check_fields(self, "distillation")
@@ -79,30 +79,30 @@ class DistillConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-  """What is said, saved and measured on the way."""
+  """Logging, checkpoints and evaluation during a run."""
 
   log_every: Count = 10
-  """Steps between two lines of metrics."""
+  """Steps between lines of metrics."""
   eval_every: Count = 200
-  """Steps between two evaluations; there is one at the end too."""
+  """Steps between evaluations; there is also one at the end."""
   eval_batches: Count | None = None
-  """Evaluate on this many batches at most; None for all."""
+  """Maximum number of batches per evaluation; None for all."""
   save_every: Count = 500
-  """Steps between two checkpoints; there is one at the end too."""
+  """Steps between checkpoints; there is also one at the end."""
   keep: Count = 2
-  """How many checkpoints stay."""
+  """Number of checkpoints to keep."""
   export_every: Count | None = None
-  """Steps between two models in models/, from step 0 on, each as training would leave it if it ended there."""
+  """Steps between models exported to models/, starting at step 0."""
   minutes: Positive | None = None
-  """Stop after so long, as a signal would: what is done is saved, and the same command goes on from there."""
+  """Stop after this time, as after a signal: progress is saved, and the same command continues."""
   profile: Annotated[Steps | None, tyro.conf.arg(metavar="FIRST LAST")] = None
-  """Record a profile (TensorBoard, Perfetto) from before the first of these steps to after the second."""
+  """Profile (TensorBoard, Perfetto) from the first of these steps through the second."""
   peak_tflops: Positive | None = None
-  """A device's peak rate, which MFU is stated against; None for the known rate of the device, if it is known."""
+  """A device's peak rate for MFU; None for the device's known rate, if any."""
   tensorboard: bool = True
-  """Also write TensorBoard's files."""
+  """Also write TensorBoard files."""
   wandb: str | None = None
-  """Also log to this project of Weights & Biases."""
+  """Also log to this Weights & Biases project."""
 
   def __post_init__(self) -> None:
     check_fields(self, "log")
@@ -112,51 +112,52 @@ class LogConfig:
 class TrainConfig:
   """A training run.
 
-  Attributes are described where they are flags: ``sa-jax train --help``.
+  ``sa-jax train --help`` describes the attributes.
 
   Raises:
-    UserError: if values contradict each other; all that do are named.
+    UserError: if values contradict each other; lists all of them.
   """
 
   out: Path
-  """The run's folder: metrics, checkpoints, and at the end the model. A run that is there already is resumed."""
+  """The run's folder for metrics, checkpoints and the final model. A run that is already there is resumed."""
   model: Path | None = None
-  """The checkpoint to start from: a Hugging Face folder, a GGUF file or an sa_jax checkpoint."""
+  """The checkpoint to start from: a Hugging Face folder, a GGUF file, an sa_jax checkpoint or a hub id."""
   teacher: Path | None = None
-  """The dense checkpoint to distil from, if the model is not one."""
+  """The dense checkpoint to distil from, if the model is not dense."""
   preset: str | None = None
-  """Or the shape, by name, of a model to train from scratch."""
+  """Or the name of a preset, to train from scratch."""
   shape: Annotated[ModelConfig | None, tyro.conf.Suppress] = None
-  """Or the shape itself, in a config file."""
+  """Or the model config itself, in a config file."""
   tokenizer: str | None = None
   """A folder or GGUF file with the tokenizer, or 'bytes'; None for the model's own, and bytes from scratch."""
   plan: str | None = None
   """Which layers share, such as 22:23-26; None for the model's own plan, dense from scratch."""
   mode: Literal["pretrain", "sft", "distill"] = "sft"
-  """What is learnt: every token; only answers, if data have prompts; or what the dense model predicts for every one."""
+  """pretrain: loss on every token; sft: only on answers, if the data have prompts; distill: the dense model's
+  predictions."""
   method: Literal["full", "lora"] = "full"
-  """What is trained: every parameter, or low-rank adapters."""
+  """Train all parameters, or low-rank adapters."""
   gradual_steps: Natural = 0
-  """Steps over which followers pass from their own weights to their anchor's; 0 for at once."""
+  """Steps over which followers blend from their own attention weights to their anchor's; 0 for immediately."""
   batch_size: Count = 32
-  """Rows a step, on all devices together."""
+  """Rows per step, over all devices."""
   accumulate: Count = 1
-  """In how many parts a batch is computed, one after the other."""
+  """Number of microbatches for gradient accumulation."""
   steps: Count = 1000
-  """How many steps to train."""
+  """Number of training steps."""
   remat: RematChoice = "auto"
-  """What the backward pass recomputes; auto for the fastest that fits in what JAX may take of a device, and none where
-  devices do not tell how much that is."""
+  """What the backward pass recomputes; auto takes the fastest policy that fits in device memory, or none if devices do
+  not report a memory limit."""
   dtype: FloatDtype = "bfloat16"
-  """What is computed in, and what the model is saved in at the end; trained parameters are float32."""
+  """Type of computation and of the saved model; trained parameters are float32."""
   z_loss: float = 0.0
-  """Weight of the squared logarithm of the softmax's denominator."""
+  """Weight of the z-loss, the squared logarithm of the softmax denominator."""
   seed: Seed = 0
-  """Of the order of the data and of what is initialised."""
+  """Seed of the data order and initialisation."""
   date: Annotated[str, Such(_is_day, "a day such as 2026-11-30")] | None = None
-  """The day, such as 2026-11-30, for chat templates that write one; None for the day on which the run begins."""
+  """The date, such as 2026-11-30, for chat templates that insert one; None for the day on which the run starts."""
   max_skipped: Count = 10
-  """Stop after this many steps in a row whose loss or gradient is not finite; each of them changes nothing."""
+  """Stop after this many consecutive steps with a non-finite loss or gradient; such steps are skipped."""
   data: DataConfig = DataConfig()
   """Data."""
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -168,8 +169,8 @@ class TrainConfig:
   distill: DistillConfig = DistillConfig()
   """Distillation."""
   mesh: MeshSizes = MeshSizes()
-  """All devices, as sizes of data, fsdp, expert, tensor, sequence and slice; 1 if not named, and of data what is
-  left."""
+  """Sizes of the mesh axes data, fsdp, expert, tensor, sequence and slice, over all devices; remaining devices go to
+  data."""
   log: LogConfig = LogConfig()
   """Logs and checkpoints."""
 
@@ -178,9 +179,9 @@ class TrainConfig:
     wrong = []
     given = [name for name in ("model", "preset", "shape") if getattr(self, name) is not None]
     if not given:
-      wrong.append("either a checkpoint to start from (`model`) or a shape to train from scratch (`preset`) is needed")
+      wrong.append("give a checkpoint to start from (`model`) or a shape to train from scratch (`preset`)")
     if len(given) > 1:
-      wrong.append(f"{' and '.join(f'`{name}`' for name in given)} each say what to start from: one is needed")
+      wrong.append(f"{' and '.join(f'`{name}`' for name in given)} each set the starting point: give only one")
     if self.model is None and self.mode == "distill":
       wrong.append("`mode=distill` needs a checkpoint (`model`), whose dense model is the teacher")
     if self.model is None and self.method == "lora":
@@ -188,17 +189,17 @@ class TrainConfig:
     if self.gradual_steps and self.model is None:
       wrong.append("`gradual_steps` needs a checkpoint (`model`), whose followers' own weights it starts from")
     if self.teacher is not None and self.mode != "distill":
-      wrong.append("`teacher` is of use in `mode=distill` only")
+      wrong.append("`teacher` only works with `mode=distill`")
     if self.mode == "distill" and self.z_loss:
-      wrong.append("`z_loss` is of use outside `mode=distill` only")
+      wrong.append("`z_loss` does not work with `mode=distill`")
     if self.mode != "distill" and self.distill != DistillConfig():
-      wrong.append("`temperature`, `teacher_weight` and `hidden_weight` are of use in `mode=distill` only")
+      wrong.append("`temperature`, `teacher_weight` and `hidden_weight` only work with `mode=distill`")
     if self.method != "lora" and self.lora != LoraConfig():
-      wrong.append("`rank`, `alpha` and `targets` are of use with `method=lora` only")
+      wrong.append("`rank`, `alpha` and `targets` only work with `method=lora`")
     if self.mode == "distill" and self.router != RouterConfig():
-      wrong.append("`load_balance` and `router_z_loss` are of use outside `mode=distill` only")
+      wrong.append("`load_balance` and `router_z_loss` do not work with `mode=distill`")
     if self.gradual_steps > self.steps:
-      wrong.append(f"`gradual_steps={self.gradual_steps}` needs as many `steps`, not {self.steps}")
+      wrong.append(f"`gradual_steps={self.gradual_steps}` needs at least as many `steps`, not {self.steps}")
     if wrong:
       raise UserError.of("training", wrong)
 
@@ -214,51 +215,51 @@ def load_config(path: Path) -> TrainConfig:
   if spec is None or spec.loader is None or not path.is_file():
     raise UserError(f"{path} is not a Python file" if path.is_file() else f"there is no file {path}")
   module = importlib.util.module_from_spec(spec)
-  sys.modules[spec.name] = module  # dataclasses of the file's own look their module up
+  sys.modules[spec.name] = module  # dataclasses in the file look up their module
   try:
     spec.loader.exec_module(module)
   except Exception as error:
     raise UserError(f"{path} fails: {type(error).__name__}: {error}") from error
   config = getattr(module, "config", None)
   if not isinstance(config, TrainConfig):
-    raise UserError(f"{path} needs a variable 'config' that is a sa_jax.train.TrainConfig")
+    raise UserError(f"{path} must define a variable 'config', a sa_jax.train.TrainConfig")
   return config
 
 
 def recorded(config: TrainConfig) -> dict[str, Any]:
-  """What decides a run's numbers, as JSON values: the config without where it runs and what it says on the way."""
+  """The config values that determine a run's results, as JSON: without output, mesh and logging."""
   free = ("out", "mesh", "log")
   values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
   values["data"]["reading"].pop("cache")
   values["data"].pop("eval")
   if config.shape is not None:
-    values["shape"].pop("group_backward")  # how a model is computed, and training has it always
+    values["shape"].pop("group_backward")  # a compute setting, always on in training
   return {name: value for name, value in values.items() if name not in free}
 
 
 def check_same(config: TrainConfig, before: Mapping[str, object], folder: Path) -> None:
-  """Checks that a run is the one that its folder holds, or that one with more steps where its schedule allows this.
+  """Checks that a run is the one in its folder, or extends it if the schedule allows.
 
   Raises:
-    UserError: names what differs.
+    UserError: lists the differences.
   """
   usual: dict[str, object] = {"optimizer.schedule": "cosine", "data.split": "train"}
   usual |= _flat(dataclasses.asdict(RouterConfig()), "router.")
   now, then = _flat(recorded(config)), usual | _flat(before)
   if config.date is None:
     now["date"] = then.get("date")
-  now["remat"] = then.get("remat")  # how a step is computed, and on a smaller device it may have to be otherwise
+  now["remat"] = then.get("remat")  # changes only how a step is computed; a smaller device may need another policy
   different = [name for name in {**now, **then} if now.get(name) != then.get(name)]
   if different == ["steps"]:
     if config.optimizer.schedule == "constant":
       return
     raise UserError(
-      f"{folder} holds a run of {then['steps']} steps, over which its learning rate falls, so that it cannot have "
-      f"{config.steps}; train a new run from its model ({folder / 'model'}), or begin with `schedule=constant`"
+      f"{folder} holds a run of {then['steps']} steps whose learning rate decays, so it cannot be extended to "
+      f"{config.steps}; start a new run from its model ({folder / 'model'}), or use `schedule=constant` from the start"
     )
   if different:
-    listed = [f"{name} is {now.get(name)}, there it is {then.get(name)}" for name in different]
-    raise UserError.of(f"{folder} holds another run; name a new folder (`out`), or remove this one", listed)
+    listed = [f"{name} is {now.get(name)}, but {then.get(name)} there" for name in different]
+    raise UserError.of(f"{folder} holds a different run; use a new folder (`out`), or remove this one", listed)
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:

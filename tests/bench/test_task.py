@@ -54,7 +54,7 @@ def test_rows_of_the_table_say_what_sets_them_apart():
   told = lambda **how: _row(Result(Task("step", "tiny", "0:1-2", **how), 0.5, 0.4, 0.6, 1.0, 0.0, "a card"))[0]
   assert told() == "0:1-2"
   assert told(attention_state="attention_weights") == "0:1-2 attention_weights"
-  assert told(group_backward=True) == "0:1-2, one backward pass a group"
+  assert told(group_backward=True) == "0:1-2, one backward pass per group"
 
 
 def test_what_was_measured_is_told_though_the_next_fails(monkeypatch, capsys, tmp_path):
@@ -122,7 +122,7 @@ def test_slots_that_cannot_be_filled_are_refused(capsys, kind, filled, why):
 
 def test_a_plot_is_of_full_caches(capsys):
   assert main(["bench", "decode", "--filled", "64", "--plot", "x.png"]) == 2
-  assert "--plot draws decode against --length, of caches that are full" in capsys.readouterr().err
+  assert "--plot needs full caches: leave out --filled" in capsys.readouterr().err
 
 
 def test_a_cache_may_have_more_slots_than_tokens(monkeypatch):
@@ -142,7 +142,7 @@ def test_a_cache_may_have_more_slots_than_tokens(monkeypatch):
 
 def test_peers_are_refused_where_there_are_none(capsys):
   assert main(["bench", "batching", "--peers", "hf-compiled"]) == 2
-  assert "peers are timed in decode, prefill, train and step, not in batching" in capsys.readouterr().err
+  assert "--peers works with decode, prefill, train and step, not with batching" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")  # the newer name is not in every transformers 5

@@ -223,7 +223,7 @@ class TestEffort:
     assert not (few.calibration[:, None] == few.judging[None]).all(-1).any()
     enough = split(8, 4)
     assert (len(enough.calibration), len(enough.judging)) == (8, 4)
-    with pytest.raises(sa_jax.UserError, match="two rows or more are needed"):
+    with pytest.raises(sa_jax.UserError, match="each text needs two rows"):
       split_texts(tokenizer, [folder / "one.txt"], RowLength(150), 8, 4)
 
   @pytest.mark.parametrize("effort", ["quick", "good"])

@@ -80,19 +80,19 @@ def test_too_little_memory_is_one_line(monkeypatch, capsys, fault):
   monkeypatch.setattr(cost.CostOf, "run", fail)
   assert cli.main(["cost", "smollm2-135m"]) == 2
   (line,) = capsys.readouterr().err.splitlines()
-  assert re.search(r"not enough memory \(.*97.*\); shorter rows", line)
+  assert re.search(r"not enough memory \(.*97.*\); use shorter rows", line)
 
 
 @pytest.mark.parametrize(
   ("arguments", "offered"),
   [
-    (["generat", "model", "hello"], "there is no command 'generat'; there are demo, .*; did you mean generate"),
+    (["generat", "model", "hello"], "there is no command 'generat'; choose from demo, .*; did you mean generate"),
     (["cost", "smollm2-135"], "did you mean smollm2-135m"),
     (["bench", "decode", "--model", "llama3-8b"], "did you mean llama-3-8b"),
     (["cost", "LLAMA-3-8B"], "did you mean llama-3-8b"),
     (["perplexity", "--nojson"], r"no flag --nojson; did you mean --json\?;"),
-    (["train", "--mesh", "data=2", "fsdp=4"], "joined by commas: --mesh data=2,fsdp=4"),
-    (["fit", "--mesh=data=2,", "fsdp=4", "smollm2-135m"], "joined by commas: --mesh data=2,fsdp=4"),
+    (["train", "--mesh", "data=2", "fsdp=4"], "join mesh sizes with commas: --mesh data=2,fsdp=4"),
+    (["fit", "--mesh=data=2,", "fsdp=4", "smollm2-135m"], "join mesh sizes with commas: --mesh data=2,fsdp=4"),
   ],
 )
 def test_near_names_are_offered(capsys, arguments, offered):

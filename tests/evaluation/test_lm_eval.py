@@ -318,7 +318,7 @@ def test_what_has_been_answered_is_not_asked_again(folder, tmp_path, monkeypatch
   assert asked == ["dense", "0:1"]
   again = evaluate(folder, tmp_path / "c.json", *flags)
   assert asked == ["dense", "0:1"]
-  assert "48 answers are kept" in capsys.readouterr().out
+  assert "48 answers stored" in capsys.readouterr().out
   for found in (first, again):
     assert found["differences"] == alone["differences"]
     assert [each["results"] for each in found["plans"].values()] == [

@@ -58,7 +58,7 @@ def test_a_start_that_failed_stands_in_nobody_s_way(tmp_path):
   assert not (out / "models").exists()
   saved(out, 4)
   assert checked(second).date == found.date
-  with pytest.raises(UserError, match=r"(?s)holds another run; .*batch_size is 8, there it is 16"):
+  with pytest.raises(UserError, match=r"(?s)holds a different run; .*batch_size is 8, but 16 there"):
     checked(first)
 
 
@@ -88,7 +88,7 @@ def test_a_run_whose_learning_rate_falls_cannot_be_extended(tmp_path):
   with locked(out):
     claim(checked(config(out)))
   saved(out, 20)
-  with pytest.raises(UserError, match=r"a run of 20 steps, .* falls, so that it cannot have 30"):
+  with pytest.raises(UserError, match=r"a run of 20 steps .* decays, so it cannot be extended to 30"):
     checked(config(out, steps=30))
 
 

@@ -101,12 +101,12 @@ def test_every_mode_ends_as_an_ordinary_checkpoint(dense, tmp_path, how):
   ("changes", "message"),
   [
     ({"model": "x", "preset": "y"}, "`model` and `preset` and `shape` each say"),
-    ({"shape": None}, "either a checkpoint to start from"),
+    ({"shape": None}, "give a checkpoint to start from"),
     ({"mode": "distill"}, "`mode=distill` needs a checkpoint"),
     ({"method": "lora"}, "`method=lora` needs a checkpoint"),
-    ({"model": "x", "shape": None, "mode": "distill", "z_loss": 1.0}, "`z_loss` is of use outside `mode=distill` only"),
-    ({"distill": DistillConfig(temperature=2.0)}, "`hidden_weight` are of use in `mode=distill` only"),
-    ({"lora": LoraConfig(rank=2)}, "`rank`, `alpha` and `targets` are of use with `method=lora` only"),
+    ({"model": "x", "shape": None, "mode": "distill", "z_loss": 1.0}, "`z_loss` does not work with `mode=distill`"),
+    ({"distill": DistillConfig(temperature=2.0)}, "`hidden_weight` only work with `mode=distill`"),
+    ({"lora": LoraConfig(rank=2)}, "`rank`, `alpha` and `targets` only work with `method=lora`"),
     ({"gradual_steps": 2}, "`gradual_steps` needs a checkpoint"),
     ({"steps": 0, "batch_size": 0}, r"batch_size=0 \(at least 1 is needed\)\n  steps=0"),
   ],
@@ -223,7 +223,7 @@ def test_a_run_keeps_its_date(dense, tmp_path, monkeypatch):
   assert json.loads((made.out / "config.json").read_text())["date"] == "2025-01-01"
   assert not on(2)
   assert [line["step"] for line in lines(made.out)] == [1, 2, 3]
-  with pytest.raises(ValueError, match="date is 2025-01-02, there it is 2025-01-01"):
+  with pytest.raises(ValueError, match="date is 2025-01-02, but 2025-01-01 there"):
     train(dataclasses.replace(made, date="2025-01-02"))
 
 
@@ -246,9 +246,9 @@ def test_config_file_and_flags(tmp_path, monkeypatch, capsys):
   assert seen[0].shape == SHAPE
   file.write_text("config = 3\n")
   assert cli.main(["train", str(file)]) == 2
-  assert "needs a variable 'config'" in capsys.readouterr().err
+  assert "must define a variable 'config'" in capsys.readouterr().err
   assert cli.main(["train", *FLAGS, str(file)]) == 2
-  assert "a config file ends in .py and comes before all flags" in capsys.readouterr().err
+  assert "a config file must end in .py and come before all flags" in capsys.readouterr().err
   file.write_text(
     "from __future__ import annotations\nimport dataclasses\nfrom pathlib import Path\n"
     "from tests.train.tiny_run import config as make\n\n@dataclasses.dataclass\nclass Mine:\n  seed: int = 9\n\n"
@@ -256,7 +256,7 @@ def test_config_file_and_flags(tmp_path, monkeypatch, capsys):
   )
   assert load_config(file).seed == 9
   assert cli.main(["train", "--out", "x"]) == 2
-  assert "either a checkpoint to start from (--model)" in " ".join(capsys.readouterr().err.split())
+  assert "give a checkpoint to start from (--model)" in " ".join(capsys.readouterr().err.split())
   file.write_text("1 / 0\n")
   with pytest.raises(ValueError, match="run.py fails: ZeroDivisionError"):
     load_config(file)

@@ -119,7 +119,7 @@ def test_unwritable_folder(tmp_path):
 
 
 def test_another_run_in_the_folder(whole):
-  with pytest.raises(ValueError, match=r"holds another run; name a new folder .*: batch_size is 16, there it is 8"):
+  with pytest.raises(ValueError, match=r"holds a different run; use a new folder .*: batch_size is 16, but 8 there"):
     train(config(whole, batch_size=16))
 
 
