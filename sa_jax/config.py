@@ -12,7 +12,6 @@ from sa_jax.fields import Natural, Positive, Such, misfits
 from sa_jax.ops import AttentionSpec, Experts, RopeConfig
 
 AttentionState = Literal["query_key", "attention_weights"]
-AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn", "flash", "splash"]
 RematPolicy = Literal["none", "full", "attention", "dots"]
 RematChoice = Literal["auto", "none", "full", "attention", "dots"]
 FloatDtype = Literal["float32", "bfloat16", "float16"]
@@ -248,9 +247,9 @@ class Compute:
     dtypes = get_args(FloatDtype)
     choices = {"attention": ("auto", *ops.backends), "dtype": dtypes, "param_dtype": dtypes}
     return [
-      f"{name}={getattr(self, name)!r} (one of {', '.join(known)} is needed)"
+      f"{name}={value!r} (one of {', '.join(known)} is needed{near(str(value), known)})"
       for name, known in choices.items()
-      if getattr(self, name) not in known
+      if (value := getattr(self, name)) not in known
     ]
 
 

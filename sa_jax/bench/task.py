@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from sa_jax.config import AttentionBackend, AttentionState, CacheDtype, ModelConfig, RematPolicy
+from sa_jax.config import AttentionState, CacheDtype, Compute, ModelConfig, RematPolicy
 from sa_jax.errors import UserError
 from sa_jax.fields import Count, check_fields
 from sa_jax.mesh import MESH_AXES, MeshSizes
@@ -76,12 +76,12 @@ class Task(Setting):
   length: Count = 1024
   who: Who = "sa_jax"
   attention_state: AttentionState = "query_key"
-  attention: AttentionBackend = "auto"
+  attention: str = "auto"
 
   def __post_init__(self) -> None:
     check_fields(self, "bench")
     allowed = _MESHES.get(self.kind, ()) if self.who == "sa_jax" else ()
-    wrong = []
+    wrong = Compute(attention=self.attention).unknown()
     if refused := [name for name, size in self.mesh.axes().items() if size > 1 and name not in allowed]:
       what = self.kind if self.who == "sa_jax" else f"the peer {self.who}"
       takes = f"takes {', '.join(allowed)}" if allowed else "runs on one device"

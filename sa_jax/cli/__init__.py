@@ -68,7 +68,7 @@ def _run(arguments: Sequence[str] | None) -> int:
   cache = given[:1] != [_NO_CACHE]
   given = given if cache else given[1:]
   try:
-    logging.basicConfig(format="%(name)s: %(message)s", level=os.environ.get("SA_JAX_LOG", "WARNING").upper())
+    logging.basicConfig(format="%(name)s: %(message)s", level=_log_level())
     commands = _commands(given[0] if given else None)
     if given and given[0] in commands:
       fields = fields_of(commands[given[0]])
@@ -92,6 +92,18 @@ def _run(arguments: Sequence[str] | None) -> int:
     print(_fitted(f"sa-jax: error: not enough memory ({said}); {_LESS_MEMORY}"), file=sys.stderr)
     return 2
   return 0
+
+
+def _log_level() -> str:
+  """How much is logged, as the environment says.
+
+  Raises:
+    UserError: if it names no level.
+  """
+  given = os.environ.get("SA_JAX_LOG") or "WARNING"
+  if given.upper() not in logging.getLevelNamesMapping():
+    raise UserError(f"SA_JAX_LOG={given} is no level; DEBUG, INFO, WARNING or ERROR is needed")
+  return given.upper()
 
 
 def _is_out_of_memory(error: Exception) -> bool:

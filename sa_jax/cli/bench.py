@@ -12,7 +12,7 @@ import tyro
 from sa_jax.bench.task import Kind, Peer, Result, Setting, Task, run_task
 from sa_jax.cli.common import console, show_table, write_json
 from sa_jax.cli.progress import progress
-from sa_jax.config import AttentionBackend, AttentionState
+from sa_jax.config import AttentionState
 from sa_jax.display import quantity
 from sa_jax.errors import UserError
 from sa_jax.files import check_writable
@@ -36,8 +36,8 @@ class Bench(Setting):
   """Tokens per row, one or more; for decode and batching, cache slots."""
   attention_state: tuple[AttentionState, ...] = ("query_key",)
   """prefill, train and step: what anchors pass to followers."""
-  attention: tuple[AttentionBackend, ...] = ("auto",)
-  """prefill, train and step: attention backends."""
+  attention: tuple[str, ...] = ("auto",)
+  """prefill, train and step: attention backends: auto, cudnn, flash, splash, blockwise, reference, chunked."""
   peers: tuple[Peer, ...] = ()
   """Also time transformers (PyTorch, dense) in the same run."""
   plot: Path | None = None

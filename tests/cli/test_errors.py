@@ -83,6 +83,14 @@ def test_too_little_memory_is_one_line(monkeypatch, capsys, fault):
   assert re.search(r"not enough memory \(.*97.*\); use shorter rows", line)
 
 
+def test_a_level_that_there_is_not_is_one_line(monkeypatch, capsys):
+  monkeypatch.setenv("SA_JAX_LOG", "foo")
+  assert cli.main(["cost", "smollm2-135m"]) == 2
+  assert capsys.readouterr().err.splitlines() == [
+    "sa-jax: error: SA_JAX_LOG=foo is no level; DEBUG, INFO, WARNING or ERROR is needed"
+  ]
+
+
 @pytest.mark.parametrize(
   ("arguments", "offered"),
   [
@@ -90,6 +98,7 @@ def test_too_little_memory_is_one_line(monkeypatch, capsys, fault):
     (["cost", "smollm2-135"], "did you mean smollm2-135m"),
     (["bench", "decode", "--model", "llama3-8b"], "did you mean llama-3-8b"),
     (["cost", "LLAMA-3-8B"], "did you mean llama-3-8b"),
+    (["bench", "train", "--attention", "chunkd"], "one of auto, .*chunked is needed; did you mean chunked"),
     (["perplexity", "--nojson"], r"no flag --nojson; did you mean --json\?;"),
     (["train", "--mesh", "data=2", "fsdp=4"], "join mesh sizes with commas: --mesh data=2,fsdp=4"),
     (["fit", "--mesh=data=2,", "fsdp=4", "smollm2-135m"], "join mesh sizes with commas: --mesh data=2,fsdp=4"),
