@@ -14,10 +14,12 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Union
+from typing import Annotated, Literal, NamedTuple, TypeVar, Union
 
 from sa_jax.errors import UserError, shown
 from sa_jax.files import as_path
+
+T = TypeVar("T")
 
 
 class Such(NamedTuple):
@@ -56,6 +58,22 @@ def check_fields(values: object, subject: str) -> None:
     raise UserError.of(subject, wrong)
 
 
+def checked(name: str, value: T, hint: object) -> T:
+  """An argument in the form that a type hint asks for, as `check_fields` has a field in it.
+
+  Raises:
+    UserError: if it does not fit.
+  """
+  try:
+    return typing.cast("T", _fitted(value, hint))
+  except _Misfit as misfit:
+    raise UserError(_told(name, value, misfit)) from None
+
+
+def _told(name: str, value: object, misfit: _Misfit) -> str:
+  return f"{name}={shown(value)} ({misfit} is needed)"
+
+
 def misfits(values: object) -> list[str]:
   """What `check_fields` finds wrong, a line each."""
   found = []
@@ -64,7 +82,7 @@ def misfits(values: object) -> list[str]:
     try:
       fitted = _fitted(value, hint)
     except _Misfit as misfit:
-      found.append(f"{name}={shown(value)} ({misfit} is needed)")
+      found.append(_told(name, value, misfit))
     else:
       if fitted is not value:
         object.__setattr__(values, name, fitted)  # frozen dataclasses too

@@ -249,10 +249,7 @@ def align(
 
   def loss(plan: SharingPlan) -> float:
     arrays = PlanArrays.of(plan, config)
-    total = sum(
-      float(fetch(_loss(config, stacked, rows, arrays))) * len(rows)
-      for rows in np.split(tokens, range(chunk, len(tokens), chunk))
-    )
+    total = sum(float(fetch(_loss(config, stacked, rows, arrays))) * len(rows) for rows in walk.chunks(tokens, chunk))
     return total / len(tokens)
 
   states = lambda layer: tuple(target.state for target in trace[layer])

@@ -41,7 +41,7 @@ class Budget:
     check_fields(self, "budget")
     amount = self.amount
     if self.measure == "followers" and not (amount >= 1 and amount == int(amount)):
-      raise UserError(f"{amount:g} followers are impossible: a whole number from 1 is needed")
+      raise UserError(f"{amount:.12g} followers are impossible: a whole number from 1 is needed")
     if self.measure in ("kv", "flops") and not 0 < amount < 1:
       raise UserError(f"{self} is no share of the dense model's: between 0 % and 100 % is needed")
     if self.measure != "kv" and self.allow != ("sharing",):
@@ -51,7 +51,7 @@ class Budget:
     if not self.allow:
       raise UserError(f"allow is empty: of {', '.join(get_args(Means))} one at least is needed")
     if self.measure == "ppl" and not amount > 1:
-      raise UserError(f"ppl={amount:g} allows nothing: it is times the dense model's perplexity, such as 1.05")
+      raise UserError(f"ppl={amount:.12g} allows nothing: it is times the dense model's perplexity, such as 1.05")
 
   @classmethod
   def parse(cls, text: str) -> Budget:
@@ -75,8 +75,10 @@ class Budget:
 
   def __str__(self) -> str:
     if self.measure == "followers":
-      return f"{self.amount:g} followers"
-    return f"{self.measure}={self.amount:g}" if self.measure == "ppl" else f"{self.measure}={100 * self.amount:g}%"
+      return f"{self.amount:.12g} followers"
+    return (
+      f"{self.measure}={self.amount:.12g}" if self.measure == "ppl" else f"{self.measure}={100 * self.amount:.12g}%"
+    )
 
   @property
   def nats(self) -> float:
@@ -112,7 +114,7 @@ class Budget:
     if self.measure == "followers":
       if self.amount > most:
         raise UserError(
-          f"{self.amount:g} followers are impossible: a model of {config.num_layers} layers can have 1 to {most}"
+          f"{self.amount:.12g} followers are impossible: a model of {config.num_layers} layers can have 1 to {most}"
           + (", which see the same keys as the layer before them" if most < config.num_layers - 1 else "")
         )
       return int(self.amount)

@@ -286,7 +286,7 @@ class Judge:
     """Of the calibration text's loss with respect to each layer's attention output, from the last layer down."""
     outside = {name: value for name, value in self.params.items() if name != "layers"}
     tokens = np.concatenate([text.calibration for text in self.texts])
-    chunks = np.split(tokens, range(self.chunk, len(tokens), self.chunk))
+    chunks = walk.chunks(tokens, self.chunk)
     cotangents = [
       _head_gradient(self.config, outside, target.x, rows.astype(np.int32))
       for target, rows in zip(self._trace[-1], chunks, strict=False)

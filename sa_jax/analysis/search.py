@@ -86,8 +86,8 @@ def beam(
   check_excluded(excluded, layers)
   free = sorted(set(range(1, layers)) - set(excluded))
   followers = budget.most(judge.config)
-  if followers > len(free) and math.isinf(budget.nats):
-    raise UserError(f"{followers} followers are impossible: only {len(free)} layers may follow")
+  if math.isinf(budget.nats):
+    check_count(followers, len(free))
   kept = [judge.walk(SharingPlan.dense(layers), keep=True)]
   best: list[Found] = []
   while len(best) < min(followers, len(free)):
@@ -121,6 +121,16 @@ def beam(
   return best
 
 
+def check_count(followers: int, free: int) -> None:
+  """Checks how many followers there shall be against how many layers may be one.
+
+  Raises:
+    UserError: if there are too few.
+  """
+  if followers > free:
+    raise UserError(f"{followers} followers are impossible: only {free} layers may follow (see `excluded`)")
+
+
 def check_excluded(excluded: Sequence[int], layers: int) -> None:
   """Checks layers that are to stay anchors against a model's number of them.
 
@@ -149,6 +159,7 @@ def cheapest(costs: np.ndarray, followers: int, excluded: Sequence[int] = ()) ->
   """
   layers = len(costs)
   check_excluded(excluded, layers)
+  check_count(followers, len(set(range(1, layers)) - set(excluded)))
   allowed = costs.copy()
   allowed[:, list(excluded)] = np.inf
   # best[l][f]: least cost of layers before l with f followers, where l starts a group; and where that group starts.

@@ -18,6 +18,7 @@ from flax import struct
 from sa_jax import ops
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
+from sa_jax.fields import Count, checked
 from sa_jax.nn import PlanArrays, PlannedBlock, PlannedTransformer, Transformer
 from sa_jax.nn.planned import empty_state
 from sa_jax.nn.state import State
@@ -106,12 +107,19 @@ def on_host(chunk: Tree) -> Tree:
   return jax.tree.map(lambda leaf: jax.device_get(leaf) if is_here(leaf) else leaf, chunk)
 
 
+def chunks(tokens: np.ndarray, chunk: int) -> list[np.ndarray]:
+  """Rows of tokens in chunks of so many rows.
+
+  Raises:
+    UserError: if that is no number of rows.
+  """
+  return np.split(tokens, range(checked("chunk", chunk, Count), len(tokens), chunk))
+
+
 def start(config: ModelConfig, params: Params, tokens: np.ndarray, chunk: int, keep: Keep = on_device) -> Stream:
   """The stream before layer 0, of int ``[rows, T]`` tokens in chunks of rows."""
   outside = {name: value for name, value in params.items() if name != "layers"}
-  return tuple(
-    keep(_begin(config, outside, rows)) for rows in np.split(tokens.astype(np.int32), range(chunk, len(tokens), chunk))
-  )
+  return tuple(keep(_begin(config, outside, rows)) for rows in chunks(tokens.astype(np.int32), chunk))
 
 
 def call(

@@ -34,7 +34,7 @@ def test_a_limit_of_perplexity():
   assert (budget.most(CONFIG), budget.nats) == (31, pytest.approx(math.log(1.05)))
 
 
-@pytest.mark.parametrize("text", ["8 followers", "kv=80%", "flops=95%", "ppl=1.05"])
+@pytest.mark.parametrize("text", ["8 followers", "kv=80%", "flops=95%", "kv=7%", "ppl=1.05", "ppl=1.0000001"])
 def test_they_are_spelt_as_they_are_read(text):
   assert str(Budget.parse(text.removesuffix(" followers"))) == text
 

@@ -112,6 +112,18 @@ def test_cheapest_plan_by_trying_all(excluded):
     assert search.cheapest(costs, followers, excluded) == want
   with pytest.raises(ValueError, match="widen the reach"):
     search.cheapest(np.full((7, 7), np.inf), 2)
+  with pytest.raises(ValueError, match=r"1 followers are impossible: only 0 layers may follow \(see `excluded`\)"):
+    search.cheapest(costs, 1, range(1, 7))
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_chunks_have_rows(params, chunk):
+  for refused in (
+    lambda: Judge(DENSE, params, TEXTS, HOW, chunk=chunk),
+    lambda: refit(DENSE, params, sa_jax.SharingPlan.parse("1:2", 5), TEXTS[0].calibration, HOW, chunk=chunk),
+  ):
+    with pytest.raises(sa_jax.UserError, match=rf"^chunk={chunk} \(at least 1 is needed\)"):
+      refused()
 
 
 @pytest.mark.parametrize(
