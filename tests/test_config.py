@@ -119,7 +119,7 @@ def test_round_trip(config, spelling):
 
 COMPUTED = {
   "dtype": "float16", "param_dtype": "bfloat16", "cache_dtype": "int8", "attention": "blockwise",
-  "attention_state": "attention_weights", "remat": "dots",
+  "attention_state": "attention_weights", "remat": "dots", "group_backward": True,
 }  # fmt: skip
 
 
@@ -229,7 +229,7 @@ class TestModelConfig:
       "vocab_size=0 (a positive integer is needed)",
       "mlp_dim=1.5 (an integer is needed)",
       "norm_eps=0.0 (a positive number is needed)",
-      "attention='fast' (one of auto, cudnn, flash, splash, blockwise, reference, chunked is needed)",
+      "attention='fast' (one of auto, cudnn, flash, splash, blockwise, reference, chunked is needed",
       "remat='some' (one of none, full, attention, dots is needed)",
     ):
       assert message in str(caught.value)
@@ -239,7 +239,7 @@ class TestModelConfig:
     [
       ({"num_kv_heads": 3}, "num_heads=4 \\(a multiple of num_kv_heads=3 is needed\\)"),
       ({"head_dim": 7}, "head_dim=7 \\(rotary embedding needs an even number\\)"),
-      ({"dtype": "bf16"}, "dtype='bf16' \\(one of float32, bfloat16, float16 is needed\\)"),
+      ({"dtype": "bf16"}, "dtype='bf16' \\(one of float32, bfloat16, float16 is needed; did you mean bfloat16"),
       ({"param_dtype": "int8"}, "param_dtype='int8' \\(one of float32, bfloat16, float16 is needed\\)"),
       ({"attention_state": "qk"}, "attention_state='qk' \\(query_key or attention_weights is needed\\)"),
     ],
