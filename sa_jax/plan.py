@@ -10,10 +10,11 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from sa_jax.display import layers_picture
 from sa_jax.errors import UserError
+from sa_jax.fields import check_fields
 
 HeadMap = tuple[int, ...]
 """Of one follower: which anchor head each of its N query heads uses."""
@@ -63,7 +64,7 @@ class SharingPlan:
   head_map: tuple[HeadMap | None, ...] | None = None
 
   def __post_init__(self) -> None:
-    object.__setattr__(self, "source", tuple(int(s) for s in self.source))
+    check_fields(self, "plan")
     self._check_source()
     if self.head_map is not None:
       object.__setattr__(self, "head_map", _normal_head_map(self.head_map, self.source))
@@ -271,7 +272,7 @@ def as_plan(plan: PlanLike, num_layers: int) -> SharingPlan:
     case SharingPlan():
       made = plan
     case _:
-      made = SharingPlan(tuple(plan))
+      made = SharingPlan(cast("tuple[int, ...]", plan))  # which checks it
   if made.num_layers != num_layers:
     raise UserError(f"the plan is for {made.num_layers} layers, the model has {num_layers}")
   return made

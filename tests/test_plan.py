@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sa_jax import SharingPlan
+from sa_jax import SharingPlan, UserError
 from sa_jax.plan import LayerGroup, Run, as_plan
 
 
@@ -83,6 +83,12 @@ def test_a_source_is_a_plan_or_refused(source):
   else:
     with pytest.raises(ValueError, match="layer"):
       SharingPlan(tuple(source))
+
+
+@pytest.mark.parametrize("source", [(0, 0.9), (0, False), 5])
+def test_sources_are_layers(source):
+  with pytest.raises(UserError, match=r"^plan: source=.*(an integer|a tuple) is needed\)"):
+    as_plan(source, 2)
 
 
 @given(st.text(alphabet="0123456789:-, dens", max_size=12), st.integers(1, 12))

@@ -60,13 +60,9 @@ class Sampling:
     Raises:
       UserError: if a value is invalid, or has no effect together with the others.
     """
-    from sa_jax.decode.arguments import check_seed
-    from sa_jax.errors import UserError
+    from sa_jax.decode.settings import Settings
 
-    self.sampler()
-    check_seed(self.seed)
-    if self.max_new_tokens < 1:
-      raise UserError(f"`max_new_tokens` must be at least 1, not {self.max_new_tokens}")
+    Settings(self.max_new_tokens, self.sampler(), self.seed)
 
   def sampler(self) -> Sampler:
     """The sampler for these settings."""

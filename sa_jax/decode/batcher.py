@@ -8,11 +8,10 @@ import heapq
 import itertools
 import threading
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
-from sa_jax.decode.arguments import as_count, check_row, check_seed
 from sa_jax.decode.engine import Engine, pad_to
 from sa_jax.decode.prefix import PromptCache
 from sa_jax.decode.reading import Reading, admit_read, begin, read
@@ -23,6 +22,7 @@ from sa_jax.decode.state import Drawn, Prompts, retire
 from sa_jax.decode.unsound import tell_unsound
 from sa_jax.distributed import check_given, is_spread
 from sa_jax.errors import UserError
+from sa_jax.fields import Count, Seed, Such, check_fields
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_tokens
 from sa_jax.params import as_layers
@@ -31,6 +31,9 @@ from sa_jax.trees import Params
 
 _UNWATCHED = 128
 """Most decode steps on device where nobody waits for tokens: each return to the host costs time (1.4 ms on an H200)."""
+
+
+RowNumber = Annotated[int, Such(lambda number: 0 <= number < 1 << 31, f"0 to {(1 << 31) - 1}")]
 
 
 @dataclasses.dataclass(eq=False)
@@ -48,12 +51,15 @@ class Request:
   """
 
   prompt: np.ndarray
-  max_new_tokens: int
-  seed: int
-  row: int
+  max_new_tokens: Count
+  seed: Seed
+  row: RowNumber
   tokens: list[int] = dataclasses.field(default_factory=list)
   log_probs: list[float] = dataclasses.field(default_factory=list)
   status: Literal["waiting", "running", "done", "cancelled"] = "waiting"
+
+  def __post_init__(self) -> None:
+    check_fields(self, "request")
 
 
 class Batcher:
@@ -117,15 +123,12 @@ class Batcher:
     if tokens.ndim != 1 or not tokens.size:
       raise UserError(f"a prompt is a list of at least one token, not of shape {tokens.shape}")
     check_tokens(tokens[None], None, self._engine.model.config.vocab_size)
-    check_seed(seed)
-    check_row(row)
-    max_new_tokens = as_count("max_new_tokens", max_new_tokens)
-    if (needed := len(tokens) + max_new_tokens - 1) > self.how.capacity:
+    request = Request(tokens.astype(np.int32), max_new_tokens, seed, row)
+    if (needed := len(tokens) + request.max_new_tokens - 1) > self.how.capacity:
       raise UserError(
-        f"a prompt of {len(tokens)} tokens with {max_new_tokens} new ones needs {needed} cache slots, "
+        f"a prompt of {len(tokens)} tokens with {request.max_new_tokens} new ones needs {needed} cache slots, "
         f"and a row has {self.how.capacity}"
       )
-    request = Request(tokens.astype(np.int32), max_new_tokens, seed, row)
     with self._queue:
       self._waiting.append(request)
     return request

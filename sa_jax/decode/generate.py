@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sa_jax.decode.arguments import as_count, check_seed
 from sa_jax.decode.batcher import Batcher
 from sa_jax.decode.engine import Engine, capacity_for, pad_to
 from sa_jax.decode.padding import to_right_padded
@@ -22,6 +21,7 @@ from sa_jax.decode.state import DecodeState, Drawn, Prompts, newest
 from sa_jax.decode.unsound import tell_unsound
 from sa_jax.distributed import called_alike
 from sa_jax.errors import UserError
+from sa_jax.fields import Count, Seed, checked
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_tokens
 from sa_jax.params import as_layers
@@ -101,9 +101,9 @@ def generate(
       raise UserError("give lengths or attention_mask, not both")
     tokens, lengths = to_right_padded(tokens, np.asarray(attention_mask))
   prompts, lengths = checked_prompts(model, tokens, lengths)
-  check_seed(seed)
   sampler.check(model.config.vocab_size)
-  max_new_tokens, samples = as_count("max_new_tokens", max_new_tokens), as_count("samples", samples)
+  seed, max_new_tokens = checked("seed", seed, Seed), checked("max_new_tokens", max_new_tokens, Count)
+  samples, slots = checked("samples", samples, Count), checked("slots", slots, Count)
   needed = _slots_for(int(lengths.max()), max_new_tokens)
   capacity = capacity_for(max(needed, tokens.shape[1])) if cache_length is None else cache_length
   if needed > capacity or tokens.shape[1] > capacity:

@@ -242,6 +242,11 @@ class Automaton(Processor):
         f"an automaton's tables are both [states, vocabulary], with a vocabulary of {vocab_size}; "
         f"not {shapes[0]} and {shapes[1]}"
       )
+    states = np.append(np.asarray(self.following).ravel(), self.first)
+    if outside := sorted({*states[(states < 0) | (states >= shapes[0][0])].tolist()}):
+      raise UserError(
+        f"an automaton of {shapes[0][0]} states has no states {outside}: they are 0 to {shapes[0][0] - 1}"
+      )
     if dead := np.flatnonzero(~np.asarray(self.allowed).any(axis=1)).tolist():
       raise UserError(f"states {dead} of the automaton allow no token; let one at least come, such as an end token")
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from sa_jax.decode.processors import Processor, Start
 from sa_jax.errors import UserError
+from sa_jax.fields import Count, checked
 from sa_jax.trees import Tree
 
 _COLDEST = 1e-6
@@ -66,8 +67,7 @@ class Sampler:
     object.__setattr__(self, "processors", tuple(self.processors))
     if self.temperature is not None and not _COLDEST <= self.temperature < float("inf"):
       raise UserError(f"temperature must be 0 (greedy) or at least {_COLDEST}, not {self.temperature}")
-    if self.top_k is not None and self.top_k < 1:
-      raise UserError(f"top_k must be at least 1, not {self.top_k}")
+    object.__setattr__(self, "top_k", checked("top_k", self.top_k, Count | None))
     if self.top_p is not None and not 0 < self.top_p <= 1:
       raise UserError(f"top_p must be in (0, 1], not {self.top_p}")
     if self.min_p is not None and not 0 <= self.min_p <= 1:

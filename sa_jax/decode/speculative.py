@@ -25,6 +25,7 @@ from sa_jax.decode.state import DecodeState, Drawn, Prompts, newest
 from sa_jax.decode.unsound import tell_unsound, unsound_from
 from sa_jax.distributed import called_alike
 from sa_jax.errors import UserError
+from sa_jax.fields import Count, check_fields
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.typed import apply
 from sa_jax.params import as_layers, prune
@@ -49,12 +50,11 @@ class Draft:
 
   model: Transformer
   params: Params
-  ahead: int = 4
+  ahead: Count = 4
   is_beginning: bool = False
 
   def __post_init__(self) -> None:
-    if self.ahead < 1:
-      raise UserError(f"ahead must be at least 1, not {self.ahead}")
+    check_fields(self, "draft")
 
   @classmethod
   def sharing(cls, model: Transformer, params: Params, plan: SharingPlan | str, ahead: int = 4) -> Draft:

@@ -215,7 +215,7 @@ def test_inspect_tells_kinds_of_our_own_checkpoints_too(folder, tmp_path, capsys
     (["convert", "FOLDER", "FOLDER"], "exists already"),
     (["convert", "FOLDER"], "name the folder to write"),
     (["generate", "FOLDER", "1", "--top-k", "3"], "set a temperature above 0"),
-    (["generate", "no-such-folder", "1", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
+    (["generate", "no-such-folder", "1", "--max-new-tokens", "0"], "--max-new-tokens 0 (at least 1 is needed)"),
     (["generate", "FOLDER"], "give at least one prompt"),
     (["generate", "FOLDER", "1", ""], "prompts: number 2 has no tokens"),
     (["generate", "FOLDER", "--prompts", "no-such-file"], "cannot read no-such-file: No such file or directory"),

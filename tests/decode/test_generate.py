@@ -57,7 +57,7 @@ def without_a_cache(model, params, prompts, new: int) -> np.ndarray:
 
 
 def test_a_stream_names_what_is_wrong(model, params):
-  with pytest.raises(ValueError, match="max_new_tokens must be at least 1, not 0"):
+  with pytest.raises(ValueError, match=r"max_new_tokens=0 \(at least 1 is needed\)"):
     list(stream(model, params, [1], 0))
   with pytest.raises(ValueError, match="a prompt is a list of at least one token"):
     list(stream(model, params, [], 1))
@@ -203,9 +203,10 @@ class TestSamples:
     ([[1, 2, 3]], {"attention_mask": [[1, 0, 1]]}, "rows \\[0\\] are none, or have padding between them"),
     ([[2**32 + 5, 3]], {"attention_mask": [[1, 1]]}, "token 4294967301 is outside the vocabulary"),
     ([[1.9, 2.9]], {"attention_mask": [[1, 1]]}, "tokens are integers"),
-    ([[1, 2]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
-    ([[1, 2]], {"max_new_tokens": 2.5}, "max_new_tokens is an integer, not 2.5"),
-    ([[1, 2]], {"samples": 1.5}, "samples is an integer, not 1.5"),
+    ([[1, 2]], {"max_new_tokens": 0}, r"max_new_tokens=0 \(at least 1 is needed\)"),
+    ([[1, 2]], {"max_new_tokens": 2.5}, r"max_new_tokens=2.5 \(an integer is needed\)"),
+    ([[1, 2]], {"samples": 1.5}, r"samples=1.5 \(an integer is needed\)"),
+    ([[1, 2]], {"seed": True}, r"seed=True \(an integer is needed\)"),
     ([[1, 2], [3]], {}, "prompts are rows of one length"),
     ([[1, 2, 3]], {"cache_length": 2}, "do not fit a cache of 2 slots; 8 are needed"),
     (

@@ -190,6 +190,10 @@ class TestInTheLoop:
     (lambda: decode.Ban([3, 20]), r"Ban names tokens \[20\]; the vocabulary is 0 to 19"),
     (lambda: decode.Automaton(np.ones((1, 5), bool), np.zeros((1, 5), int)), "with a vocabulary of 20"),
     (
+      lambda: decode.Automaton(np.ones((2, VOCAB), bool), np.full((2, VOCAB), 7), first=9),
+      r"an automaton of 2 states has no states \[7, 9\]: they are 0 to 1",
+    ),
+    (
       lambda: decode.Automaton(np.zeros((1, VOCAB), bool), np.zeros((1, VOCAB), int)),
       r"states \[0\] of the automaton allow no token",
     ),

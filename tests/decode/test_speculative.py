@@ -151,7 +151,7 @@ def test_samples_are_distributed_as_the_models():
   ("make", "message"),
   [
     (lambda model, params: Draft.early_exit(model, params, 4), "an early exit is after 1 to 3 layers, not 4"),
-    (lambda model, params: Draft(model, params, 0), "ahead must be at least 1, not 0"),
+    (lambda model, params: Draft(model, params, 0), r"ahead=0 \(at least 1 is needed\)"),
     (
       lambda model, params: Draft.sharing(
         Transformer(model.config, SharingPlan.parse("0:1", 4)),
