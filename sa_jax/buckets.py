@@ -33,7 +33,7 @@ def remote(url: str) -> epath.Path:
     made = epath.Path(url)
   except KeyError:
     scheme = url.split("://")[0]
-    raise UserError(f"{url}: there is no storage {scheme}://; gs://, s3:// and disks are known") from None
+    raise UserError(f"{url}: unknown storage {scheme}://; use gs://, s3:// or a disk") from None
   return Remote(url) if isinstance(made, gpath.PosixGPath) else made
 
 
@@ -123,5 +123,5 @@ def _within(seconds: float, work: Callable[[], T], what: str) -> T:
   if faults:
     raise faults[0]
   if not out:
-    raise UserError(f"{what} does not answer within {seconds:.0f} s; look at its name, the network and the credentials")
+    raise UserError(f"{what} does not respond within {seconds:.0f} s; check its name, the network and the credentials")
   return out[0]

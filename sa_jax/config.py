@@ -1,4 +1,4 @@
-"""What a model is, its shapes and constants, and how it is computed: two values, and `ModelConfig`, which is both."""
+"""`Architecture` (a model's shapes and constants) and `Compute` (how to run it); `ModelConfig` combines them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LayerKind(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-  """A decoder-only transformer: Llama's, and what its relatives add to it. A checkpoint's ``config.json`` says this.
+  """A decoder-only transformer: Llama's architecture and the options of related families. Stored in ``config.json``.
 
   Attributes:
     vocab_size: ``V``.
@@ -48,29 +48,28 @@ class Architecture:
     num_heads: ``N``, query heads.
     num_kv_heads: ``K``, key/value heads; query head ``n`` uses key/value head ``n // (N / K)``.
     head_dim: ``H``.
-    value_dim: ``R``, how many numbers a head's values have, where they are narrower than its keys; ``H`` when None.
+    value_dim: ``R``, the size of a head's values, if it is smaller than that of its keys; ``H`` when None.
     mlp_dim: ``F``; of a mixture of experts, of each expert.
     max_length: the context length the model was trained for, in tokens.
     norm: ``rms``, or ``layer``, which also subtracts the mean.
     norm_eps: added to the mean square, or to the variance.
     norm_bias: whether norms add a bias.
-    rope: the rotary position embedding; None where queries and keys are not rotated.
+    rope: the rotary position embedding; None for NoPE.
     tie_embeddings: whether the output head is the embedding.
     qkv_bias: whether queries, keys and values have biases.
     output_bias: whether attention's output projection has one.
     mlp_bias: whether the MLP's projections have biases; of a mixture, those of all experts and of the router.
     head_bias: whether the output head has one.
-    qk_norm: what of queries and keys is normalised: each ``head`` by itself (Qwen 3, Gemma 3), all ``heads`` of a token
-      together (OLMo 2), or None.
-    norm_rotated: whether that is done after their rotation (Hunyuan), not before.
-    norm_about_one: whether norms multiply by one plus their scale (Gemma).
-    pre_norms: whether what attention and MLP read is normalised.
-    post_norms: whether the outputs of attention and MLP are normalised before they are added: too (Gemma 2, 3), or
-      alone (OLMo 2).
+    qk_norm: normalisation of queries and keys: per ``head`` (Qwen 3, Gemma 3), across all ``heads`` (OLMo 2), or None.
+    norm_rotated: whether that is after RoPE (Hunyuan), not before.
+    norm_about_one: whether norms multiply by 1 + scale (Gemma).
+    pre_norms: whether the inputs of attention and MLP are normalised.
+    post_norms: whether the outputs of attention and MLP are normalised before they are added: in addition (Gemma 2,
+      3), or only these (OLMo 2).
     parallel: whether the MLP reads what attention reads, and not the sum of that and its output (GPT-NeoX, Cohere).
     shared_norm: whether they then read it through one norm (Cohere, Phi-2).
     mlp: ``gated``: ``down(f(gate(x)) * up(x))``; ``plain``: ``down(f(up(x)))``.
-    experts: the experts that every layer has in the place of its MLP; None for one MLP.
+    experts: the experts that replace the MLP in every layer; None for a single MLP.
     mlp_clamp: ``c`` of a gated MLP ``down(f(min(gate(x), c)) * (1 + clip(up(x), -c, c)))`` (gpt-oss); None for
       neither bounds nor one.
     activation: the MLP's ``f``; of the GELUs, ``gelu_tanh`` is by its tanh formula, and ``quick_gelu`` is
@@ -151,7 +150,7 @@ class Architecture:
     if len(set(both)) > 1:
       wrong.append("local_rope has another fraction or order than rope (the same are needed)")
     if self.local_layers and self.window is None and self.local_rope is None:
-      wrong.append("window=None (local_layers need a number of tokens, or a rotary embedding of their own)")
+      wrong.append("window=None (local_layers need a number of tokens, or a separate rotary embedding)")
     if outside := [layer for layer in self.local_layers if not 0 <= layer < self.num_layers]:
       wrong.append(f"local_layers has {outside} (layers are 0 to {self.num_layers - 1})")
     if self.normalize_head and self.tie_embeddings:
@@ -211,22 +210,22 @@ class Architecture:
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-  """How a model is computed: number formats, kernels, what is kept for the backward pass. No ``config.json`` says this.
+  """How a model is computed: dtypes, kernels, rematerialisation. Not stored in ``config.json``.
 
   Attributes:
-    dtype: what activations are computed in, a NumPy dtype name.
-    param_dtype: what parameters are stored in, a NumPy dtype name.
-    cache_dtype: what keys and values are cached in: ``int8`` or ``int4``, with a scale for each head of each token
+    dtype: dtype of activations, a NumPy dtype name.
+    param_dtype: dtype of parameters, a NumPy dtype name.
+    cache_dtype: dtype of cached keys and values: ``int8`` or ``int4``, with one scale per head and token
       (`sa_jax.ops.FORMATS`), or None for ``dtype``.
-    attention: the attention backend, ours or one of `sa_jax.ops.register_backend`; see `sa_jax.ops.attend`.
-    attention_state: what an anchor hands its followers: ``query_key`` (its rotary-encoded q and k, O(T) memory, any
+    attention: the attention backend, built in or from `sa_jax.ops.register_backend`; see `sa_jax.ops.attend`.
+    attention_state: what an anchor passes to its followers: ``query_key`` (its rotary-encoded q and k, O(T) memory, any
       fused kernel) or ``attention_weights`` (the softmaxed weights, O(T S) memory, the paper's literal algorithm).
-    remat: what the backward pass recomputes in each group: ``none``, ``full`` (all of it), ``attention`` (all but what
-      fused attention gives: one more array like the block's input a layer is kept), or ``dots`` (all but that
-      and matrix products with parameters, so that what is left costs little).
-    group_backward: whether what followers contribute to their anchor's queries' and keys' gradients is computed at once
-      (`sa_jax.ops.attention.group`): fewer products, for each follower's values and output's gradient until then.
-      Where a backend has no such backward pass, or followers have head maps, each layer has its own.
+    remat: what the backward pass recomputes in each group: ``none``, ``full`` (everything), ``attention`` (everything
+      but attention outputs: one more array of the size of the block's input is stored per layer), or ``dots``
+      (everything but attention outputs and matrix products with parameters).
+    group_backward: whether a group's followers share one backward pass for q and k (`sa_jax.ops.attention.group`). This
+      takes fewer products, but stores each follower's values and output gradients until then. If the backend has no
+      such backward pass, or followers have head maps, each layer has its own.
   """
 
   dtype: str = "float32"

@@ -32,13 +32,13 @@ class Hosts:
   """How this process finds the others that train with it."""
 
   multihost: bool = False
-  """Join the other processes: on a TPU pod, under SLURM, Open MPI or Kubernetes the environment says all."""
+  """Connect to the other processes, found from the environment on TPU pods, SLURM, Open MPI and Kubernetes."""
   coordinator: str | None = None
-  """Elsewhere: ADDRESS:PORT of the first process."""
+  """On other systems: ADDRESS:PORT of the first process."""
   processes: int | None = None
-  """Elsewhere: how many processes there are."""
+  """On other systems: number of processes."""
   process: int | None = None
-  """Elsewhere: which of them this is, from 0."""
+  """On other systems: index of this process, from 0."""
 
 
 def start(hosts: Hosts) -> None:
@@ -237,7 +237,7 @@ def on_all(what: str, work: Callable[[], T], value_of: Callable[[T], object], se
   if fault is not None:
     raise fault
   if faults := [f"process {process}: {each['fault']}" for process, each in enumerate(answers) if "fault" in each]:
-    raise UserError(f"{what} cannot be read everywhere: " + "; ".join(faults))
+    raise UserError(f"{what} cannot be read on every process: " + "; ".join(faults))
   _raise_unless_equal(what, [each["checksum"] for each in answers])
   return cast(T, result)
 

@@ -247,7 +247,7 @@ def check_whole(path: Path) -> None:
     UserError: if it is.
   """
   if is_remote(path) and (path / _UNFINISHED).exists():
-    raise UserError(f"{path} is unfinished: it is being written, or what wrote it has died; write it again")
+    raise UserError(f"{path} is unfinished: it is still being written, or its writer was killed; write it again")
 
 
 @contextlib.contextmanager
@@ -269,7 +269,7 @@ def new_folder(path: Path) -> Iterator[Path]:
       return
     path.parent.mkdir(parents=True, exist_ok=True)
     if not _remove_abandoned(path):
-      raise UserError(f"another process is writing {path}; wait for it, or name another folder")
+      raise UserError(f"another process is writing {path}; wait for it, or use another folder")
     unfinished = _unfinished(path)
     unfinished.mkdir()
     with _held(unfinished):

@@ -250,7 +250,7 @@ def tpu_devices(topology: str, slices: int = 1) -> Sequence[jax.Device]:
   except Exception as error:
     raise UserError(
       f"libtpu does not know the topology {topology!r} ({str(error).splitlines()[0]}); "
-      "there are, for example, v5e:2x4, v5e:16x16, v6e:4x4, v5p:2x2x1, v5p:4x4x4"
+      "examples: v5e:2x4, v5e:16x16, v6e:4x4, v5p:2x2x1, v5p:4x4x4"
     ) from error
 
 

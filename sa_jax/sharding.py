@@ -73,7 +73,7 @@ def check_mesh(mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> None:
   if idle and idle == active:
     raise UserError(
       f"no rule names an axis of this mesh: it has {', '.join(idle)}, the rules name "
-      f"{', '.join(sorted(_named(rules)))}; name its axes so, or pass rules="
+      f"{', '.join(sorted(_named(rules)))}; rename its axes, or pass rules="
     )
 
 
@@ -344,7 +344,7 @@ def tree_shardings(boxed: Tree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Tre
   """A `NamedSharding` for every leaf of a tree of boxed shapes, as from `abstract_params`; see `param_shardings`."""
   by_axis = dict(reversed(rules_on(mesh, rules)))  # the first rule for an axis counts, as for activations
   if idle := _idle(mesh, rules):
-    _LOG.warning("no rule names the mesh axis %s: every device on it has the same", ", ".join(idle))
+    _LOG.warning("no rule uses the mesh axis %s: arrays are replicated along it", ", ".join(idle))
   errors: list[str] = []
   whole: dict[str, None] = {}
 

@@ -95,7 +95,7 @@ def test_too_big_is_an_answer():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"topology": "v99:2x2"}, "^libtpu does not know the topology 'v99:2x2'.*there are, for example, v5e:2x4"),
+    ({"topology": "v99:2x2"}, "^libtpu does not know the topology 'v99:2x2'.*examples: v5e:2x4"),
     (
       {"mesh": MeshSizes(fsdp=4, tensor=2)},
       "v5e:2x2: a mesh of data 1 × fsdp 4 × tensor 2 needs 8 devices; there are 4",

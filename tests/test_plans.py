@@ -56,9 +56,9 @@ def test_every_budget_of_gemma_is_found_as_share_asks_for_it(followers):
 
 
 def test_another_model_is_not():
-  with pytest.raises(sa_jax.UserError, match="no plan with 7 followers is known for SmolLM2.* but with"):
+  with pytest.raises(sa_jax.UserError, match="no plan with 7 followers is known for SmolLM2.* only with"):
     plans.get(SMOLLM2, 7)
-  with pytest.raises(sa_jax.UserError, match="no plans are known for this model, but for Gemma 3 270M, SmolLM2"):
+  with pytest.raises(sa_jax.UserError, match="no plans are known for this model, only for Gemma 3 270M, SmolLM2"):
     plans.get(tiny.config(num_layers=1), 2)
   other = {"final_norm": {"scale": np.ones(576, np.float32)}}
   with pytest.raises(sa_jax.UserError, match="the shapes of SmolLM2-135M-Instruct, and other weights"):

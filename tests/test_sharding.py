@@ -175,9 +175,11 @@ def test_meshes_that_cannot_be_used_are_refused_where_a_model_is_opened(tmp_path
 
 def test_what_is_no_mesh_is_refused_where_a_model_is_opened(tmp_path):
   for mesh in ("fsdp=8", 8, make_mesh(fsdp=8).abstract_mesh):
-    with pytest.raises(UserError, match=r"mesh is a mesh of devices, such as sa_jax.sharding.make_mesh\(fsdp=8\), not"):
+    with pytest.raises(
+      UserError, match=r"mesh must be a device mesh, such as sa_jax.sharding.make_mesh\(fsdp=8\), not"
+    ):
       sa_jax.from_pretrained(tmp_path, mesh=mesh)
-  with pytest.raises(UserError, match="there is no mesh: give mesh= too"):
+  with pytest.raises(UserError, match="rules need a mesh: give mesh= too"):
     sa_jax.from_pretrained(tmp_path, rules=(("embed", "fsdp"),))
 
 
@@ -201,7 +203,7 @@ def test_processes_that_have_not_joined_are_told_how(monkeypatch):
 def test_an_axis_that_no_rule_names_is_told(caplog):
   mesh = jax.make_mesh((2, 4), ("data", "stage"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
   param_shardings(tiny.model(), mesh)
-  assert "no rule names the mesh axis stage" in caplog.text
+  assert "no rule uses the mesh axis stage" in caplog.text
 
 
 def test_a_mesh_is_spelt():

@@ -48,7 +48,7 @@ def test_a_path_is_what_its_name_says():
     assert (str(path / "c"), path.name, str(path.parent), path.resolve()) == (f"{path}/c", "b", "gs://bucket/a", path)
     assert pickle.loads(pickle.dumps(path)) == path
   assert as_path("a/b") == Path("a/b")
-  with pytest.raises(UserError, match="there is no storage ftp://"):
+  with pytest.raises(UserError, match="unknown storage ftp://"):
     as_path("ftp://host/a")
 
 
@@ -206,5 +206,5 @@ def test_a_bucket_that_cannot_be_used_is_one_line(hf, gs, monkeypatch, capsys):
   assert (told.out + told.err).count(SAID) == 1
   monkeypatch.setattr(buckets, "_PATIENCE", 0.05)
   slow = buckets._told(functools.wraps(time.sleep)(lambda self: time.sleep(0.5)))
-  with pytest.raises(UserError, match="gs://silent does not answer within 0 s; look at its name"):
+  with pytest.raises(UserError, match="gs://silent does not respond within 0 s; check its name"):
     slow(as_path("gs://silent/a"))

@@ -112,7 +112,7 @@ def test_faults_are_told_by_every_process(found):
     assert match
     assert match[1] != match[2]
     assert second["faults"][place] == said
-  assert re.search(r"the files of the model cannot be read everywhere: process 1: .*nowhere", files)
+  assert re.search(r"the files of the model cannot be read on every process: process 1: .*nowhere", files)
   assert "nowhere" in second["faults"][1]
   assert "nowhere" in conversion
   assert second["faults"][2] == f"process 0: {conversion}"

@@ -89,7 +89,7 @@ def best_map(similarity: np.ndarray, num_kv_heads: int, kind: Kind) -> HeadMap:
   if kind == "permutation":
     return _assign(similarity)
   if kind != "group":
-    raise UserError(f"no kind of head map {kind!r}; there are {', '.join(KINDS)}")
+    raise UserError(f"unknown kind of head map {kind!r}; choose from {', '.join(KINDS)}")
   size = len(similarity) // num_kv_heads
   blocks = similarity.reshape(num_kv_heads, size, num_kv_heads, size).swapaxes(1, 2)
   inner = [[_assign(block) for block in row] for row in blocks]

@@ -1,4 +1,4 @@
-"""How much shall be shared: a number of followers, or what may remain of the cost, or what quality must remain."""
+"""Budgets: a number of followers, a fraction of the dense cost, or a limit on perplexity."""
 
 from __future__ import annotations
 
@@ -19,18 +19,16 @@ _FORMS = "a number of followers, 'kv=80%', 'flops=95%', 'ppl=1.05'"
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-  """A budget by name.
+  """A budget.
 
   Attributes:
-    measure: ``followers``; ``kv`` and ``flops``, the share of the dense model's KV cache or of its forward pass that
-      may remain; ``ppl``, how many times the dense model's perplexity the judged one may be, in the geometric mean over
-      texts.
-    amount: of it.
-    allow: what a cache may be made smaller by, where it is ``kv``: ``sharing``, narrower ``values``, ``int8``,
-      ``int4``.
+    measure: ``followers``; ``kv`` and ``flops``, a fraction of the dense model's KV cache or forward pass; ``ppl``, a
+      multiple of the dense model's perplexity on the held-out rows, in the geometric mean over texts.
+    amount: the number.
+    allow: for ``kv``, the methods that may shrink the cache: ``sharing``, narrower ``values``, ``int8``, ``int4``.
 
   Raises:
-    UserError: if the amount is out of range, or other means than sharing are allowed to something else than ``kv``.
+    UserError: if the amount is out of range, or methods other than sharing are allowed for a measure other than ``kv``.
   """
 
   measure: Measure
@@ -41,24 +39,22 @@ class Budget:
     check_fields(self, "budget")
     amount = self.amount
     if self.measure == "followers" and not (amount >= 1 and amount == int(amount)):
-      raise UserError(f"{amount:.12g} followers are impossible: a whole number from 1 is needed")
+      raise UserError(f"{amount:.12g} followers are impossible: give a whole number, at least 1")
     if self.measure in ("kv", "flops") and not 0 < amount < 1:
-      raise UserError(f"{self} is no share of the dense model's: between 0 % and 100 % is needed")
+      raise UserError(f"{self} is not a fraction of the dense model's: give a value between 0 % and 100 %")
     if self.measure != "kv" and self.allow != ("sharing",):
-      raise UserError(
-        f"allow={' '.join(self.allow)} makes caches smaller: it needs a budget such as kv=75%, not {self}"
-      )
+      raise UserError(f"allow={' '.join(self.allow)} shrinks caches: it needs a budget such as kv=75%, not {self}")
     if not self.allow:
-      raise UserError(f"allow is empty: of {', '.join(get_args(Means))} one at least is needed")
+      raise UserError(f"allow is empty; choose at least one of {', '.join(get_args(Means))}")
     if self.measure == "ppl" and not amount > 1:
-      raise UserError(f"ppl={amount:.12g} allows nothing: it is times the dense model's perplexity, such as 1.05")
+      raise UserError(f"ppl={amount:.12g} must exceed 1: it is relative to the dense model's perplexity, such as 1.05")
 
   @classmethod
   def parse(cls, text: str) -> Budget:
     """Reads ``8`` or ``followers=8``, ``kv=80%``, ``flops=95%``, ``ppl=1.05``.
 
     Raises:
-      UserError: if the text has another form.
+      UserError: if the text has a different form.
     """
     name, _, value = text.strip().partition("=")
     if not value:
@@ -82,7 +78,7 @@ class Budget:
 
   @property
   def nats(self) -> float:
-    """By how much the loss may rise; infinite where that is not what the budget limits."""
+    """The allowed increase of the loss; infinite if the budget does not limit it."""
     return math.log(self.amount) if self.measure == "ppl" else math.inf
 
   def counted(self, config: ModelConfig, seq_len: int) -> Budget:
@@ -126,6 +122,6 @@ class Budget:
       if of(count) <= self.amount * of(0) * (1 + 1e-9):
         return max(count, 1)
     raise UserError(
-      f"no plan brings {self.measure} to {self.amount:.1%} of the dense model's: with {most} followers it is "
+      f"no plan reduces {self.measure} to {self.amount:.1%} of the dense model's: with {most} followers it is "
       f"{of(most) / of(0):.1%}"
     )

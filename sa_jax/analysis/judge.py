@@ -61,13 +61,13 @@ def check_texts(texts: Sequence[Text], vocab_size: int) -> None:
   """
   names = [text.name for text in texts]
   if not names or len(set(names)) < len(names):
-    raise UserError(f"one text or several of different names are needed, not {', '.join(names) or 'none'}")
+    raise UserError(f"give one or more texts with different names, not {', '.join(names) or 'none'}")
   for part in ("calibration", "judging"):
     rows = [np.asarray(getattr(text, part)) for text in texts]
     for tokens in rows:
       check_tokens(tokens, None, vocab_size)
     if len(lengths := sorted({tokens.shape[1] for tokens in rows})) > 1:
-      raise UserError(f"rows of all texts need one length; those for {part} have {', '.join(map(str, lengths))} tokens")
+      raise UserError(f"all rows need the same length; those for {part} have {', '.join(map(str, lengths))} tokens")
 
 
 class Walk(NamedTuple):
@@ -383,9 +383,9 @@ class Record:
         stored = json.loads(text)
         settings, self.plans = stored["settings"], stored["plans"]
       except (json.JSONDecodeError, KeyError, TypeError):
-        raise UserError(f"{path} is not the record of a search; name another file, or remove it") from None
+        raise UserError(f"{path} is not the record of a search; use another file, or remove it") from None
       if settings != self._settings:
-        raise UserError(f"{path} records a search with other settings, {settings}; name another file, or remove it")
+        raise UserError(f"{path} records a search with different settings, {settings}; use another file, or remove it")
 
   def get(self, plan: str) -> np.ndarray | None:
     """The plan's losses, if it has been measured."""

@@ -88,7 +88,7 @@ def within(config: ModelConfig, budget: Budget, plans: Sequence[SharingPlan]) ->
             widest = value_dim
           break
   if not found:
-    raise UserError(f"nothing brings kv to {budget.amount:.1%} by {', '.join(budget.allow)}: the least is {least:.1%}")
+    raise UserError(f"nothing reduces kv to {budget.amount:.1%} by {', '.join(budget.allow)}: the least is {least:.1%}")
   return found
 
 

@@ -49,7 +49,7 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
   except ImportError as error:
-    raise UserError(f"pictures need matplotlib ({error}): pip install 'sa-jax[plots]'") from None
+    raise UserError(f"plots need matplotlib ({error}): pip install 'sa-jax[plots]'") from None
   figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
   FigureCanvasAgg(figure)
   return figure

@@ -53,20 +53,20 @@ class Refit:
   """
 
   ridge: Positive = 0.01
-  """How strongly W_O is held to the old weights, relative to the mean energy of its inputs."""
+  """Ridge penalty that keeps W_O near the old weights, relative to the mean energy of its inputs."""
   values: Natural = 0
-  """Conjugate-gradient steps on a follower's W_V between two solutions for W_O; 0 leaves W_V."""
+  """Conjugate-gradient steps on a follower's W_V between two solutions for W_O; 0 keeps W_V."""
   value_dim: Count | None = None
-  """How many numbers a head's values keep; as many as they have when None."""
+  """New size of a head's values; None keeps it."""
   mlp: bool = False
-  """Whether MLPs are refitted too, from the first follower on: many more weights, which little text overfits."""
+  """Refit MLPs too, from the first follower on: many more weights, which overfit on little text."""
   mlp_ridge: Positive = 0.3
-  """How strongly the MLPs' last projection is held to the old weights."""
+  """Ridge penalty that keeps the MLPs' down projection near the old weights."""
   maps: bool = False
-  """Whether each follower's head map is chosen by the error that refitting it would leave, starting from the plan's.
-  Needs a sum over all (anchor head, KV head) pairs of features."""
+  """Choose each follower's head map by its error after refitting, starting from the plan's map. Needs a sum over all
+  (anchor head, KV head) pairs of features."""
   local_epochs: Natural = 0
-  """Passes over the text that train each group, from the first with a follower on, towards the dense model's blocks."""
+  """Passes over the text that train each group to match the dense model's blocks."""
   local_rate: Positive = 2.5e-3
   """Learning rate of that training, relative to the size of each array of weights."""
 
@@ -396,5 +396,5 @@ def check_conditions(reports: list[Report]) -> None:
   if wrong := [f"layer {report.layer} {report.part}" for report in reports if not report.condition > eps]:
     raise UserError(
       f"the calibration text does not determine the weights of {', '.join(wrong)} in float32: "
-      "give more text or a greater ridge"
+      "give more text or a larger ridge"
     )

@@ -179,7 +179,7 @@ def cheapest(costs: np.ndarray, followers: int, excluded: Sequence[int] = ()) ->
           best[end, before + size] = best[anchor, before] + group
           origin[end, before + size] = anchor
   if math.isinf(best[layers, followers]):
-    raise UserError(f"no plan has {followers} followers within the pairs that were considered: widen the reach")
+    raise UserError(f"no plan has {followers} followers within the considered pairs: increase the reach")
   source = [0] * layers
   end, left = layers, followers
   while end:
@@ -229,7 +229,7 @@ def too_much(budget: Budget) -> NoReturn:
   Raises:
     UserError: always.
   """
-  raise UserError(f"with one follower the judged loss already exceeds the budget of {budget}")
+  raise UserError(f"with one follower the held-out loss already exceeds the budget of {budget}")
 
 
 def late_spans(config: ModelConfig, followers: int) -> Iterator[SharingPlan]:

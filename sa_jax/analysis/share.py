@@ -42,20 +42,20 @@ class Search:
   """
 
   strategy: Strategy = "dp"
-  """dp: the plan whose pair costs have the least sum, then swaps that lower its measured loss; greedy and beam: one
-  follower more at each step, by measured loss; spans: the paper's baseline, the best contiguous late span."""
+  """dp: the plan with the lowest sum of pair costs, then swaps that lower its measured loss; greedy and beam: add one
+  follower per step, by measured loss; spans: the paper's baseline, the best contiguous late span."""
   reach: Count = 5
-  """dp and shortlists: farthest anchor considered, in layers before the follower."""
+  """dp and shortlists: maximum distance between a follower and its anchor, in layers."""
   swaps: Natural = 0
-  """dp: plans to measure in search of an improvement."""
+  """dp: number of plans to measure for improvements."""
   width: Count = 4
-  """beam: plans kept at each step."""
+  """beam: plans kept per step."""
   shortlist: Count | None = None
-  """greedy and beam: candidates measured at each step, those of least pair cost; None measures all."""
+  """greedy and beam: number of candidates to measure per step, by lowest pair cost; None for all."""
   excluded: tuple[Natural, ...] = ()
-  """Layers that stay anchors."""
+  """Layers that must stay anchors."""
   search_rows: Count | None = None
-  """Rows of each text that candidates are fitted to, all when None; the plan found is refitted on all."""
+  """Rows of each text to fit candidates on; None for all. The final plan is refitted on all."""
 
   def __post_init__(self) -> None:
     check_fields(self, "search")
@@ -83,14 +83,14 @@ class Effort:
   search: Search = Search()
   """Search."""
   calibration_rows: Count | None = None
-  """Most rows of each text to fit to; when None 176, and 64 on a CPU."""
+  """Maximum rows of each text to fit on; None for 176, or 64 on a CPU."""
   judging_rows: Count = 16
-  """Most further rows of each text to judge by."""
+  """Maximum held-out rows of each text."""
   mlp: bool = False
-  """Whether MLPs are refitted; experts never are."""
+  """Refit MLPs; experts are never refitted."""
   local_epochs: Natural = 0
-  """Passes over the text, 32 rows at once, that train each group towards the dense model's blocks. Where fewer rows are
-  computed at once, as on a CPU, fewer passes make as many steps."""
+  """Passes over the text, in batches of 32 rows, that train each group to match the dense model's blocks. Smaller
+  batches, as on a CPU, take fewer passes for the same number of steps."""
 
   def __post_init__(self) -> None:
     check_fields(self, "effort")

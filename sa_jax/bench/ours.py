@@ -132,7 +132,7 @@ def step(task: Task) -> Result:
 
   timing = timed(call, task.repeats)
   if not np.isfinite(float(call())):
-    raise UserError("the loss is not finite: what was timed is no training")
+    raise UserError("the loss is not finite, so the timing is meaningless")
   memory = compiled.memory_analysis()
   flops = 3 * cost(config, plan, task.batch_size, task.length).flops
   rate = training_rate(tokens.size, flops, timing.median, 1 if mesh is None else mesh.size)

@@ -22,7 +22,7 @@ def decode_curves(results: Sequence[Result], path: Path) -> None:
     UserError: if matplotlib is not installed, or one is no measurement of decoding.
   """
   if others := {result.task.kind for result in results} - {"decode"}:
-    raise UserError(f"these curves are of decode, not of {', '.join(sorted(others))}")
+    raise UserError(f"these curves need decode results, not {', '.join(sorted(others))}")
   results = [result for result in results if result.task.who == "sa_jax"]
   figure = new_figure(10, 4)
   time_axes, cache_axes = figure.subplots(1, 2)

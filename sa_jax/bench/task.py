@@ -1,4 +1,4 @@
-"""One measurement, run in a process of its own."""
+"""One measurement, run in a separate process."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ PROMPT, LONGEST_ANSWER = 64, 512
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-  """What a measurement is made with, whatever it is compared with."""
+  """Settings of a measurement."""
 
   batch_size: Count = 1
-  """Rows; in batching, slots."""
+  """Rows per batch; for batching, slots."""
   filled: Count | None = None
-  """decode: how many of the slots have tokens at the end; all when None."""
+  """decode: number of slots with tokens at the end; None for all."""
   layers: Count | None = None
-  """Depth; the preset's when None."""
+  """Number of layers; None for the preset's."""
   remat: RematPolicy = "full"
-  """step and train: what the backward pass computes again; peers checkpoint gradients unless it is none."""
+  """step and train: what the backward pass recomputes; peers use full gradient checkpointing unless it is none."""
   group_backward: bool = False
-  """step and train: whether a group's followers have one backward pass for queries and keys."""
+  """step and train: whether a group's followers share one backward pass for q and k."""
   cache_dtype: CacheDtype = None
-  """int8 or int4 instead of bfloat16, in decode and batching."""
+  """decode and batching: int8 or int4 instead of bfloat16."""
   value_dim: Count | None = None
-  """How many numbers a head's values have; as many as its keys when None."""
+  """Size of a head's values; None for that of its keys."""
   requests: Count = 256
-  """How many, in batching."""
+  """batching: number of requests."""
   repeats: Count = 10
-  """Timed calls of each."""
+  """Timed calls per measurement."""
   mesh: MeshSizes = MeshSizes(data=1)
-  """step: the devices, such as fsdp=2,tensor=2; decode: tensor alone. The first devices are used, as many as needed."""
+  """step: the device mesh, such as fsdp=2,tensor=2; decode: only tensor. Uses the first devices."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,7 +142,7 @@ class Batcher:
     with self._queue:
       if request.status == "waiting":
         if request not in self._waiting:
-          raise UserError("the request waits at another batcher: cancel it where it was submitted")
+          raise UserError("the request belongs to another batcher: cancel it there")
         self._waiting.remove(request)
       if request.status in ("waiting", "running"):
         request.status = "cancelled"

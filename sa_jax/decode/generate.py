@@ -139,7 +139,7 @@ def _as_rows(tokens: ArrayLike) -> np.ndarray:
   try:
     return np.asarray(tokens)
   except ValueError:
-    raise UserError("prompts are rows of one length: fill shorter ones up on the right, and give lengths") from None
+    raise UserError("prompts are rows of one length: right-pad shorter ones, and give lengths") from None
 
 
 def checked_prompts(

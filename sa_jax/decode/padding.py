@@ -54,6 +54,6 @@ def to_right_padded(tokens: np.ndarray, attention_mask: np.ndarray) -> tuple[np.
   slots = np.arange(mask.shape[1])
   contiguous = (slots >= starts[:, None]) & (slots < (starts + lengths)[:, None])
   if wrong := np.flatnonzero((lengths == 0) | (contiguous != mask.astype(bool)).any(axis=1)).tolist():
-    raise UserError(f"the tokens of rows {wrong} are none, or have padding between them; pad on one side only")
+    raise UserError(f"rows {wrong} are empty, or have padding between tokens; pad on one side only")
   shifted = np.take_along_axis(tokens, (slots + starts[:, None]) % mask.shape[1], axis=1)
   return shifted, lengths.astype(np.int32)

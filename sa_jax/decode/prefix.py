@@ -57,7 +57,7 @@ class PromptCache:
     check_tokens(row, None, model.config.vocab_size)
     if any(rope is not None and rope.depends_on_length for _, rope in model.config.kinds):
       raise UserError(
-        "the model's rotary embedding depends on a row's length, so that a cached beginning fits no longer row: "
+        "the model's rotary embedding depends on a row's length, so a cached prefix cannot be reused in longer rows: "
         "give whole prompts, without a prefix"
       )
     if is_spread(params):

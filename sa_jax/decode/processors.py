@@ -248,7 +248,7 @@ class Automaton(Processor):
         f"an automaton of {shapes[0][0]} states has no states {outside}: they are 0 to {shapes[0][0] - 1}"
       )
     if dead := np.flatnonzero(~np.asarray(self.allowed).any(axis=1)).tolist():
-      raise UserError(f"states {dead} of the automaton allow no token; let one at least come, such as an end token")
+      raise UserError(f"states {dead} of the automaton allow no token; allow at least one, such as an end token")
 
   def begin(self, start: Start) -> jax.Array:
     """The state that each row is in, int32 ``[B]``."""

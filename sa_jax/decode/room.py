@@ -31,7 +31,7 @@ def check_room(rows: int, capacity: int, mesh: Mesh | None, *models: Transformer
     what, take = ("a cache", "takes") if len(models) == 1 else (f"{len(models)} caches", "take")
     raise UserError(
       f"{what} of {rows} rows of {capacity:,} tokens {take} {needed / 1e9:,.1f} GB, and there are {have / 1e9:,.1f}: "
-      "fewer rows or tokens are needed"
+      "use fewer rows or tokens"
     )
 
 

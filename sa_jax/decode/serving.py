@@ -1,4 +1,4 @@
-"""How a batch serves many requests: its sizes, and the pages of its rows."""
+"""Settings of continuous batching, and the pages of its rows."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class Serving:
 
   Attributes:
     slots: rows of the batch.
-    capacity: cache slots a row: a prompt and its continuation, but for the last token, must fit.
-    cache_slots: slots of the cache in all, in pages, of which a row has as many as its prompt and its limit need: short
-      rows do not reserve what long ones would, and more rows fit. None for ``capacity`` in every row.
-    chunk: most decode steps on device between two looks of the host, at which new tokens and cancellations are seen;
-      slots that become free while requests wait for them end them early.
-    together: how many slots must be free for that; more let prompts be read together, and leave slots empty meanwhile.
-    read: most prompt tokens that are read between two looks while rows run, or one short prompt's: longer prompts are
-      read in chunks of so many, and nothing else enters meanwhile. None for whole prompts, however long running rows
-      wait.
-    longest_first: whether the waiting request with the most tokens to add goes first, so that the batch stays full to
-      the end, where all requests are known from the start; otherwise they go in the order of their arrival.
+    capacity: cache slots per row; a prompt and its continuation, except the last token, must fit.
+    cache_slots: total slots of a paged cache. A row reserves only the pages that its prompt and token limit need, so
+      more rows fit. None for ``capacity`` slots in every row.
+    chunk: max decode steps per host round trip; ends early when a slot frees up and requests wait. The host sees new
+      tokens and cancellations only at round trips.
+    together: how many slots must be free to end early. A larger number prefills prompts together, but leaves slots
+      empty in the meantime.
+    read: max prompt tokens per step while rows are running, or one short prompt. Longer prompts are prefilled in chunks
+      of this size, and no other request enters in the meantime. None prefills whole prompts while running rows wait.
+    longest_first: whether the waiting request with the most new tokens goes first, which keeps the batch full to the
+      end if all requests are known from the start. Otherwise first come, first served.
 
   Raises:
-    UserError: if a number is no integer or less than 1, or the cache has no room for the longest row.
+    UserError: if a number is not an integer of at least 1, or the cache has no room for the longest row.
   """
 
   slots: Count = 16
@@ -53,8 +53,8 @@ class Serving:
     check_fields(self, "serving")
     if self.cache_slots is not None and self.page_count < (needed := self.pages_for(self.capacity)):
       raise UserError(
-        f"cache_slots {self.cache_slots} hold no row of {self.capacity} (capacity): in pages of {self.page_size}, "
-        f"{needed * self.page_size} are needed"
+        f"cache_slots {self.cache_slots} are too few for a row of {self.capacity} (capacity): in pages of "
+        f"{self.page_size}, {needed * self.page_size} are needed"
       )
 
   @property

@@ -1,4 +1,4 @@
-"""Logits that are not finite: tokens drawn of them mean nothing, and are told of once."""
+"""Detects non-finite logits and warns once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 _LOG = logging.getLogger("sa_jax")
 
 SOUND = 0
-"""What a row has whose logits have been finite; one whose logits were not has -1 less their place."""
+"""The value for a row with only finite logits; otherwise -1 minus the position of the first that were not."""
 
 
 def unsound_from(before: jax.Array, logits: jax.Array, places: jax.Array) -> jax.Array:
@@ -35,9 +35,9 @@ def tell_unsound(places: np.ndarray, prompts: Sequence[int], rows: Sequence[int]
   """Warns of the first row whose logits were not finite, if there is one; returns whether there is.
 
   Args:
-    places: int32 ``[B]``, cache slots of the first tokens that were drawn of such logits, as `unsound_from` has them.
+    places: int32 ``[B]``, cache slots of the first tokens sampled from such logits, as `unsound_from` has them.
     prompts: tokens of each row's prompt.
-    rows: the rows' numbers, for people.
+    rows: row numbers for the message.
   """
   found = [
     (-1 - int(place) - prompt, row) for place, prompt, row in zip(places, prompts, rows, strict=True) if place < 0
@@ -46,8 +46,8 @@ def tell_unsound(places: np.ndarray, prompts: Sequence[int], rows: Sequence[int]
     step, row = min(found)
     others = f", and of {len(found) - 1} other rows" if len(found) > 1 else ""
     _LOG.warning(
-      "the logits of row %d are NaN or infinite from its new token %d on%s: what follows means nothing; the weights "
-      "may be damaged, or the numbers too large for the dtype (float32 has more room than float16)",
+      "the logits of row %d are NaN or infinite from its new token %d on%s: later tokens are meaningless; the "
+      "weights may be damaged, or the numbers too large for the dtype (float32 has more range than float16)",
       row,
       step + 1,
       others,

@@ -162,7 +162,7 @@ class SharedAttentionLM(TemplateLM):
       others = [message for message in chat_history if message["role"] != "system"]
       if len(others) == len(chat_history):
         raise
-      _LOG.warning("%s; it is asked without the system's message", error)
+      _LOG.warning("%s; the request is sent without the system message", error)
       return write(others)
 
   def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -315,7 +315,7 @@ class SharedAttentionLM(TemplateLM):
     ]
     if unknown:
       raise UserError(
-        f"the task asks for generation settings that there are not here: {', '.join(sorted(unknown))}; there are "
+        f"the task uses unsupported generation settings: {', '.join(sorted(unknown))}; supported are "
         "until, max_gen_toks, do_sample, temperature, top_k and top_p"
       )
     return stops, longest, Sampler(temperature, **filters) if sampling else Sampler()

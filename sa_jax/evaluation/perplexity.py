@@ -70,7 +70,7 @@ def rows_of(
   opening = np.atleast_1d(np.asarray([] if start is None else start, np.int32))
   own = length - len(opening)
   if own < 1:
-    raise UserError(f"rows of {length} tokens have no room beside {len(opening)} start tokens")
+    raise UserError(f"rows of {length} tokens have no room for text after {len(opening)} start tokens")
   fits = len(tokens) // own
   if fits < (rows or 1):
     raise UserError(f"the text has {len(tokens)} tokens, too few for {rows or 1} rows of {own}")

@@ -1,4 +1,4 @@
-"""What is asked of a model by lm-eval's tasks, and how much at once."""
+"""Settings of lm-eval tasks."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from sa_jax.fields import Count, Natural, check_fields
 
 @dataclasses.dataclass(frozen=True)
 class Asking:
-  """How tasks are asked.
+  """How tasks are run.
 
   Raises:
     UserError: if a number is out of range.
   """
 
   num_fewshot: Natural | None = None
-  """Examples before each question; the tasks' own numbers when None."""
+  """Number of few-shot examples; None for the tasks' own."""
   limit: Count | None = None
-  """Only the first documents of each task."""
+  """Use only this many documents of each task."""
   apply_chat_template: bool = False
-  """Put prompts into the model's chat template, examples as turns of their own."""
+  """Apply the model's chat template to prompts, with few-shot examples as separate turns."""
   bootstrap_iters: Natural = 1000
-  """Resamplings behind the standard errors of metrics that have no formula, such as F1; 0 for none."""
+  """Bootstrap samples for standard errors of metrics without a formula, such as F1; 0 for none."""
   log_samples: bool = False
-  """Keep every request and answer in the results."""
+  """Include every request and answer in the results."""
 
   def __post_init__(self) -> None:
     check_fields(self, "evaluation")
@@ -32,20 +32,20 @@ class Asking:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """How much a model reads and writes at once.
+  """Batch sizes and length limits.
 
   Raises:
     UserError: if a number is out of range.
   """
 
   batch_tokens: Count = 4096
-  """Tokens scored at once; an accelerator wants some 65536."""
+  """Tokens per scoring batch; about 65536 suits an accelerator."""
   slots: Count = 32
-  """Generations at once."""
+  """Concurrent generations."""
   max_length: Count | None = None
-  """Most tokens that the model reads; the checkpoint's own context when None."""
+  """Maximum context in tokens; None for the checkpoint's own."""
   max_new_tokens: Count = 256
-  """Most tokens of a generation whose task does not say."""
+  """Maximum number of generated tokens, if the task does not set one."""
 
   def __post_init__(self) -> None:
     check_fields(self, "evaluation")

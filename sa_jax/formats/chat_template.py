@@ -114,7 +114,7 @@ class Template(NamedTuple):
     try:
       request = json.dumps({"template": self.source, "calls": given, "now": now.isoformat()}, default=_plain)
     except (ValueError, RecursionError, TypeError) as error:
-      raise UserError(f"the messages are no JSON values: {error}") from None
+      raise UserError(f"the messages are not JSON values: {error}") from None
     answer = _process().ask(request)
     if "error" in answer:
       raise UserError(f"the chat template rejects these messages: {answer['error']}")

@@ -51,7 +51,7 @@ def read(values: Config, strict: bool = False) -> ModelConfig:
   part = text_part(values)
   if part is not values:
     _LOG.warning(
-      "a %s has other parts than its language model, which alone is read, as a %s",
+      "a %s has parts besides its language model; only the language model is read, as a %s",
       values.get("model_type"),
       part.get("model_type"),
     )
@@ -114,7 +114,7 @@ def _report(reader: ConfigReader, strict: bool) -> None:
   if faults := reader.errors + (unknown if strict else []):
     raise UserError("\n  ".join(("config.json cannot be used:", *faults)))
   if reader.unknown:
-    _LOG.warning("config.json has keys that are not known, and are taken to do nothing: %s", ", ".join(reader.unknown))
+    _LOG.warning("config.json has unknown keys, which are assumed to have no effect: %s", ", ".join(reader.unknown))
 
 
 def family_of(values: Config) -> Family:

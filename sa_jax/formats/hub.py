@@ -1,4 +1,4 @@
-"""Models by name: a path, or an id on the Hugging Face hub."""
+"""Resolves model names: paths, or ids on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def locate(name: str | Path, revision: str | None = None, need: Need = "weights"
   found = parse_hub_id(name)
   if found is None:
     if not path.exists():
-      raise UserError(f"there is no file or folder {path}, and it has not the form of a hub id, org/model")
+      raise UserError(f"there is no file or folder {path}, and it is not a hub id (org/model)")
     if revision is not None:
-      raise UserError(f"revision {revision!r} is for models on the hub, and {name} is a path: leave `revision` out")
+      raise UserError(f"revision {revision!r} is for models on the hub, but {name} is a path: leave out `revision`")
     check_whole(path)
     return path
   hub_id, named_revision = found
   if revision is not None and named_revision not in (None, revision):
-    raise UserError(f"{name} names one revision, and {revision!r} is another; name it once")
+    raise UserError(f"{name} names one revision, but `revision` is {revision!r}; give only one")
   from huggingface_hub import snapshot_download
   from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -70,6 +70,6 @@ def locate(name: str | Path, revision: str | None = None, need: Need = "weights"
   except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
     first = str(error).strip().split("\n")[0]
     answered = isinstance(error, HfHubHTTPError | HFValidationError)
-    fault = "the hub gives no model of that name" if answered else "the hub cannot be reached for a model of that name"
-    raise UserError(f"{name} is no file or folder, and {fault}: {first}") from None
+    fault = "the hub has no such model, or no access to it" if answered else "the hub cannot be reached"
+    raise UserError(f"{name} is not a file or folder, and {fault}: {first}") from None
   return files

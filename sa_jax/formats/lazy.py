@@ -169,7 +169,7 @@ def place(tree: Params, shardings: Tree, progress: Progress | None) -> dict[str,
   # A tensor of the file may hold several parameters.
   if wrong := list(dict.fromkeys(name for name, is_finite in finite if not is_finite)):
     others = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
-    _LOG.warning("there are NaN or infinite numbers in %s%s", ", ".join(wrong[:_NAMED]), others)
+    _LOG.warning("NaN or infinite numbers in %s%s", ", ".join(wrong[:_NAMED]), others)
   return jax.tree.unflatten(structure, placed)
 
 

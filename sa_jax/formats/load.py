@@ -1,4 +1,4 @@
-"""Opening a checkpoint under a plan, and writing one of our own."""
+"""Opens checkpoints under a plan, and converts them."""
 
 from __future__ import annotations
 
@@ -37,46 +37,45 @@ def from_pretrained(
   strict: bool = False,
   progress: Progress | None = None,
 ) -> tuple[Transformer, dict[str, Tree]]:
-  """Opens a checkpoint as a model that shares attention by a plan.
+  """Opens a checkpoint as a model under a sharing plan.
 
   Tensors are mapped one at a time, cast to ``dtype``, placed (each device reads its own slice) and released. Queries
   and keys of followers are not read.
 
   Args:
     path: a Hugging Face folder (safetensors or PyTorch's ``.bin``, of a family in `sa_jax.formats.families`), a hub id
-      such as ``org/model``, a GGUF file (Llama architecture) or an sa_jax checkpoint; on a disk, or in a bucket such as
-      ``gs://bucket/model``.
+      such as ``org/model``, a GGUF file (of an architecture in `sa_jax.formats.gguf_architectures`) or an sa_jax
+      checkpoint; on a disk, or in a bucket such as ``gs://bucket/model``.
     plan: a `SharingPlan`, a plan string or a ``source`` list; None for the checkpoint's own plan, dense if it has none.
-      A string or list says nothing of head maps: followers that keep their stored anchor keep their stored map.
-    dtype: of parameters and activations: ``float32``, ``bfloat16`` or ``float16``; the checkpoint's when None.
-    mesh: where parameters go; the default device when None. What is computed with them is computed there.
-    rules: how they are split over the mesh, logical axis → mesh axis.
-    layout: ``runs``, as ``model.init`` makes them, for scoring and training; ``layers`` for decoding. `generate` takes
-      both, but must hold a second copy of the weights while it runs with ``runs``.
-    revision: of a hub id: a branch, tag or commit.
-    strict: whether keys of a ``config.json`` of which nobody knows what they do are refused; otherwise a warning lists
-      them.
-    progress: called with (tensors placed, tensors in all).
+      With a string or list, followers that keep their stored anchor keep their stored head map.
+    dtype: type of parameters and activations: ``float32``, ``bfloat16`` or ``float16``; None for the checkpoint's.
+    mesh: where parameters are placed and used; None for the default device.
+    rules: how parameters are sharded, logical axis → mesh axis.
+    layout: ``runs``, as in ``model.init``, for scoring and training; ``layers`` for decoding. `generate` accepts both,
+      but holds a second copy of the weights while it runs with ``runs``.
+    revision: for a hub id: a branch, tag or commit.
+    strict: whether unknown keys in ``config.json`` are errors; otherwise a warning lists them.
+    progress: called with (tensors placed, total tensors).
 
   Returns:
     The model, and parameters that ``model.apply({"params": params}, tokens)`` takes.
 
   Raises:
     UserError: if the checkpoint is damaged, of an unsupported architecture, not what its config describes, or lacks
-      weights that the plan needs. Every mismatch is listed. If the mesh is none, or none that the rules can split the
-      parameters over.
+      weights that the plan needs; lists every mismatch. Also if the mesh is invalid, or the rules cannot shard the
+      parameters over it.
   """
   if layout not in ("runs", "layers"):
-    raise UserError(f"there is no layout {layout!r}; there are 'runs' and 'layers'")
+    raise UserError(f"unknown layout {layout!r}; choose 'runs' or 'layers'")
   if not isinstance(mesh, Mesh | None):
-    raise UserError(f"mesh is a mesh of devices, such as sa_jax.sharding.make_mesh(fsdp=8), not {shown(repr(mesh))}")
+    raise UserError(f"mesh must be a device mesh, such as sa_jax.sharding.make_mesh(fsdp=8), not {shown(repr(mesh))}")
   if mesh is None and rules != DEFAULT_RULES:
-    raise UserError("rules say how a mesh splits parameters, and there is no mesh: give mesh= too")
+    raise UserError("rules need a mesh: give mesh= too")
   spread = mesh is not None and mesh.is_multi_process
   if spread:
     check_given("from_pretrained", {"mesh": mesh, "rules": rules, "dtype": dtype, "plan": plan, "layout": layout})
   read = functools.partial(open_model, path, plan, dtype, revision, strict)
-  # Where all processes open one model together, a file that one of them lacks must not leave the others waiting.
+  # If a file is missing on one process, the others must not wait forever.
   opened = on_all("the files of the model", read, _fingerprint) if spread else read()
   model = Transformer(opened.config, opened.plan)
   tree = opened.tree()
@@ -88,7 +87,7 @@ def from_pretrained(
 
 
 def _fingerprint(opened: Opened) -> object:
-  """What two hosts have in common that read the same model; reading the weights themselves would take too long."""
+  """Equal on two hosts that read the same model; reading the weights would take too long."""
   shapes = sorted((name, tuple(shape)) for name, shape in opened.source.shapes.items())
   return opened.config, opened.plan, shapes
 
@@ -124,10 +123,10 @@ def convert(
     src: the model to read; see `from_pretrained`.
     dst: the folder to write, which must not exist. It appears only once it is complete.
     plan: see `from_pretrained`. A dense checkpoint can be opened under any plan later; a pruned one is smaller.
-    dtype: to store; the source's when None.
-    revision: of a hub id: a branch, tag or commit.
+    dtype: stored dtype; None for the source's.
+    revision: for a hub id: a branch, tag or commit.
     strict: see `from_pretrained`.
-    progress: called with (parameters written, parameters in all).
+    progress: called with (parameters written, total parameters).
 
   Raises:
     UserError: as `from_pretrained`, or if ``dst`` exists.

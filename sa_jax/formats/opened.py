@@ -104,5 +104,5 @@ def _with_dtype(config: ModelConfig, dtype: str | None) -> ModelConfig:
   if dtype is None:
     return config
   if dtype not in hf_config.DTYPES:
-    raise UserError(f"dtype {dtype!r} is not supported; one of {', '.join(hf_config.DTYPES)} is")
+    raise UserError(f"dtype {dtype!r} is not supported; use {', '.join(hf_config.DTYPES)}")
   return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)

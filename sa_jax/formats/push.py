@@ -1,4 +1,4 @@
-"""Models to the Hugging Face hub: exported, then uploaded."""
+"""Exports models and uploads them to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -25,27 +25,25 @@ def push(
 ) -> str:
   """Exports a model and uploads the folder, with huggingface_hub's token and settings.
 
-  The repository is made if there is none. What it has besides stays, and files of the same names are replaced, in one
-  commit.
+  The repository is created if it does not exist. Files of the same names are replaced and others kept, in one commit.
 
   Args:
     src: the model to read; see `sa_jax.from_pretrained`.
-    hub_id: where to, as ``org/model``.
+    hub_id: the repository, as ``org/model``.
     plan: see `sa_jax.from_pretrained`.
-    private: whether a new repository is.
-    branch: to commit to; made if there is none. The main one when None.
+    private: whether a new repository is private.
+    branch: the branch to commit to, created if needed; None for the main branch.
     progress: of the export; see `sa_jax.export`.
 
   Returns:
     The address of the commit.
 
   Raises:
-    UserError: as `sa_jax.export`; if there is no token, or the hub refuses: before anything is exported, where that can
-      be known.
+    UserError: as `sa_jax.export`; if there is no token, or the hub refuses the upload; if possible, before the export.
   """
   from huggingface_hub import HfApi
 
-  open_model(src, plan)  # so that one that cannot be read leaves no repository behind
+  open_model(src, plan)  # fails before a repository is created
   api = HfApi(library_name="sa_jax")
   with _told(hub_id):
     api.create_repo(hub_id, private=private, exist_ok=True)
@@ -63,7 +61,7 @@ def push(
 
 @contextlib.contextmanager
 def _told(hub_id: str) -> Iterator[None]:
-  """Turns whatever the hub's client raises into one line: its kinds of errors are those of its HTTP library."""
+  """Turns the hub client's exceptions, which include those of its HTTP library, into one-line errors."""
   from huggingface_hub.errors import LocalTokenNotFoundError
 
   try:
@@ -73,4 +71,4 @@ def _told(hub_id: str) -> Iterator[None]:
     status = getattr(getattr(error, "response", None), "status_code", None)
     unknown = isinstance(error, LocalTokenNotFoundError) or status == 401
     remedy = "; log in with `hf auth login`, or set HF_TOKEN" if unknown else ""
-    raise UserError(f"the hub takes nothing for {hub_id}: {first}{remedy}") from error
+    raise UserError(f"upload to {hub_id} failed: {first}{remedy}") from error

@@ -20,7 +20,7 @@ class LayerCache:
 
   Attributes:
     values: ``[B, K, S, R]``, in the compute dtype or as `sa_jax.ops.Quantised`.
-    keys: ``[B, K, S, H]`` rotary-encoded, of the same type, or None in a follower, which never sees a key.
+    keys: ``[B, K, S, H]`` rotary-encoded, of the same type, or None for followers, which have no keys.
   """
 
   values: ops.Stored
@@ -43,8 +43,8 @@ class Cache:
   """The cache of all layers.
 
   Attributes:
-    layers: one `LayerCache` a layer, in order; with pages, their first axis is P and their slots are a page's.
-    pages: where the rows lie; None where row ``b`` is the arrays' ``b``.
+    layers: one `LayerCache` per layer, in order; with pages, the first axis is P and slots are those of a page.
+    pages: the page table; None if row ``b`` is index ``b`` of the arrays.
   """
 
   layers: tuple[LayerCache, ...]
@@ -52,7 +52,7 @@ class Cache:
 
   @classmethod
   def empty(cls, config: ModelConfig, plan: SharingPlan, batch: int, capacity: int) -> Cache:
-    """A zeroed cache of ``capacity`` slots a row."""
+    """A zeroed cache with ``capacity`` slots per row."""
 
     def zeros(width: int) -> ops.Stored:
       vectors = jax.ShapeDtypeStruct((batch, config.num_kv_heads, capacity, width), config.dtype)
@@ -69,7 +69,7 @@ class Cache:
       UserError: if it has more slots already, or pages.
     """
     if self.pages is not None:
-      raise UserError("a cache of pages does not grow: make one with more pages")
+      raise UserError("a paged cache cannot grow: make one with more pages")
     if capacity < self.capacity:
       raise UserError(
         f"a cache of {self.capacity} slots cannot shrink to {capacity}; grow it to at least {self.capacity}"

@@ -112,7 +112,7 @@ def attend(
   over = mesh_axes("heads", heads.queries, mesh)
   if not together and mesh_axes("kv_heads", heads.keys, mesh):
     raise UserError(
-      f"the attention backend {name!r} runs of each device's heads by itself, which then need their keys: "
+      f"the attention backend {name!r} runs on each device's heads separately, which then need the matching keys: "
       "let the rules split 'heads' and 'kv_heads' over the same axes of the mesh, or 'heads' alone"
     )
 

@@ -254,7 +254,7 @@ class GradualTransformer(Transformer):
     if self.config.attention_state != "query_key":
       raise UserError("followers mix attention with the state 'query_key' only; set attention_state to it")
     if self.blocks.follower is not FollowerBlock:
-      raise UserError(f"followers that mix attention are our own, not {self.blocks.follower.__name__}")
+      raise UserError(f"followers that mix attention must be sa_jax's own, not {self.blocks.follower.__name__}")
     super().__post_init__()
 
   def __call__(

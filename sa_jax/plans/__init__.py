@@ -77,11 +77,11 @@ def get(model: Transformer | ModelConfig, followers: int, params: Params | None 
   if not found:
     names = ", ".join(each["model"] for each in _known())
     other = f"; it has the shapes of {alike[0]['model']}, and other weights" if alike else ""
-    raise UserError(f"no plans are known for this model, but for {names}{other}: search one")
+    raise UserError(f"no plans are known for this model, only for {names}{other}: search for one")
   plans = {each["followers"]: each for each in found[0]["plans"]}
   if followers not in plans:
     listed = ", ".join(map(str, plans))
-    raise UserError(f"no plan with {followers} followers is known for {found[0]['model']}, but with {listed}")
+    raise UserError(f"no plan with {followers} followers is known for {found[0]['model']}, only with {listed}")
   entry = plans[followers]
   plan = read_plan({"shared_attention": entry["shared_attention"]}, config.num_layers)
   return KnownPlan(found[0]["model"], plan, entry["times_dense"], entry["recovery"], found[0]["made"])

@@ -54,7 +54,7 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
     except OSError as error:
       fault = f"cannot write to {folder}: {error.strerror}"
   if of_first_process(bool(fault)):
-    raise UserError(fault or f"cannot train in {folder}: the first process says why")
+    raise UserError(fault or f"cannot train in {folder}: see the first process's error")
   try:
     yield lambda: None
   finally:
@@ -68,7 +68,7 @@ def _owned(folder: Path) -> Callable[[], None]:
 
   def check() -> None:
     if (found := read_text(mark)) != me:
-      raise UserError(f"another run has taken over {folder}: {found.rsplit(',', 1)[0]}; this one ends here")
+      raise UserError(f"another run has taken over {folder}: {found.rsplit(',', 1)[0]}; this one stops")
 
   return lambda: by_first(f"the owner of {folder}", check)
 
@@ -99,8 +99,7 @@ def checked(config: TrainConfig) -> TrainConfig:
   if begun(config.out):
     if not path.exists():
       raise UserError(
-        f"{config.out} has checkpoints but no config.json that says of which run; name a new folder (`out`), or remove "
-        "this one"
+        f"{config.out} has checkpoints but no config.json for their run; use a new folder (`out`), or remove this one"
       )
     before = read_json(path)
     configs.check_same(config, before, config.out)

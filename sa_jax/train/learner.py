@@ -84,7 +84,7 @@ def make_learner(config: TrainConfig, model: Transformer, mesh: Mesh) -> Learner
     UserError: if the model does not fit the mesh, or a checkpoint lacks weights.
   """
   if model.config.experts is None and config.router != RouterConfig():
-    raise UserError("`load_balance` and `router_z_loss` are of mixtures of experts, and this model is none")
+    raise UserError("`load_balance` and `router_z_loss` need a mixture of experts, and this model is not one")
   student = _student(config, model)
   objective = functools.partial(_objective, config, model)
   frozen: dict[str, Any] = {}

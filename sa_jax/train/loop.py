@@ -151,8 +151,8 @@ class Loop:
       self.window, self.eval_loss = Window(**extra["window"]), extra["eval_loss"]
       if (extra["rows"], extra["checksum"]) != run.identity:
         raise UserError(
-          f"the training data have changed since {config.out} was begun ({extra['rows']} rows then, {run.identity[0]} "
-          "now); name a new folder (`out`), or bring the data back"
+          f"the training data have changed since {config.out} was started ({extra['rows']} rows then, "
+          f"{run.identity[0]} now); use a new folder (`out`), or restore the data"
         )
       if self.done > config.steps:
         raise UserError(f"{config.out} has done {self.done} steps already; it cannot end at step {config.steps}")
@@ -230,9 +230,9 @@ class Loop:
       latest = self._checkpoints.latest
       raise UserError(
         f"loss or gradient were not finite in {self.window.in_row} steps in a row, up to step {step} (loss {loss}, "
-        f"gradient norm {norm}); none of them changed the parameters. "
+        f"gradient norm {norm}); none changed the parameters. "
         + ("There is no checkpoint yet" if latest is None else f"The last checkpoint is of step {latest}")
-        + ". Look at the data, or lower `learning_rate`"
+        + ". Check the data, or lower `learning_rate`"
       )
     if self._is_due(step):
       self._write(step, self._line(step, norm) | of_routers(metrics.told))

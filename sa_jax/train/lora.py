@@ -32,8 +32,8 @@ class LoraConfig:
   """Which projections have adapters, and of what rank.
 
   Attributes:
-    rank: of ``A B``.
-    alpha: over the rank, what ``A B`` is multiplied by.
+    rank: rank of ``A B``.
+    alpha: ``A B`` is scaled by ``alpha / rank``.
     targets: names of projections: ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``, ``gate_proj``, ``up_proj``,
       ``down_proj``. Followers have no ``q_proj`` and ``k_proj``, and hence no adapters of these.
 

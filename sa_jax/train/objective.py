@@ -24,12 +24,12 @@ SharingSchedule = Callable[[jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
-  """What the routers of a mixture of experts are held to, besides the loss."""
+  """Additional losses for the routers of a mixture of experts."""
 
   load_balance: NotNegative = 0.01
-  """Weight of the loss that is least where a mixture's experts have equal shares of the tokens."""
+  """Weight of the load-balance loss."""
   router_z_loss: NotNegative = 0.0
-  """Weight of the squared logarithm of the denominator of a router's softmax."""
+  """Weight of the router z-loss, the squared logarithm of the softmax denominator."""
 
   def __post_init__(self) -> None:
     check_fields(self, "router")

@@ -22,15 +22,15 @@ class OptimizerConfig:
   """AdamW (Loshchilov & Hutter, arXiv 1711.05101), its schedule, and clipping.
 
   Attributes:
-    learning_rate: after warm-up.
-    warmup_steps: over which it rises linearly from 0.
+    learning_rate: learning rate after warm-up.
+    warmup_steps: steps over which it rises linearly from 0.
     schedule: after warm-up: ``cosine`` falls over the whole run; ``constant`` stays, so that a run can be extended.
-    final_fraction: of the learning rate, where the cosine ends.
+    final_fraction: fraction of the learning rate at the end of the cosine.
     b1: decay of the mean of gradients.
     b2: decay of the mean of their squares.
-    eps: added to the root of the latter.
-    weight_decay: of matrices; norms and biases are not decayed.
-    clip_norm: what the norm of all gradients together is limited to; None for no limit.
+    eps: added to the square root of the latter.
+    weight_decay: weight decay of matrices; norms and biases have none.
+    clip_norm: maximum global gradient norm; None for no clipping.
 
   Raises:
     UserError: if a value makes no sense.

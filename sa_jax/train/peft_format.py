@@ -122,7 +122,7 @@ def _ours(
     found = _KEY.fullmatch(key)
     place = modules.get(found["module"]) if found else None
     if found is None or place is None:
-      faults.append(f"{key} is no adapter of a projection of this model")
+      faults.append(f"{key} is not an adapter for a projection of this model")
       continue
     layer, part, name = place
     leaf = f"lora_{found['side'].lower()}"

@@ -71,7 +71,7 @@ def training_data(
   data = config.data
   names = {"train": data.train, "dataset": data.dataset, "source": source}
   if len(given := [name for name, value in names.items() if value is not None and value != ()]) > 1:
-    raise UserError(f"training data come from one place: train, dataset or a source, not {' and '.join(given)}")
+    raise UserError(f"give training data in one way: train, dataset or a source, not {' and '.join(given)}")
   if source is None and data.dataset is None:
     rows = corpus_rows(config, model, tokenizer, data.train, say)
     make = functools.partial(shuffled, rows, config.batch_size, config.seed, mine)
@@ -132,7 +132,7 @@ def corpus_rows(
   if largest >= model.config.vocab_size:
     raise UserError(
       f"the tokenizer makes token {largest} of the data, but the model's vocabulary has {model.config.vocab_size} "
-      "tokens; name the tokenizer that belongs to the model (`tokenizer`)"
+      "tokens; give the model's own tokenizer (`tokenizer`)"
     )
   rows = make_rows(corpus, config.data.length, config.data.packing, config.data.too_long)
   opening = tokenizer.decode(corpus.start, special=True)

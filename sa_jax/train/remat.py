@@ -89,7 +89,7 @@ def fastest(
     others = "".join(words for other, words in told.items() if other != policy)
     return Remat(policy, compiled, f"of {gb(memory)}: {gb(needed)} needed{doubt}{others}")
   raise UserError(
-    f"a step does not fit in the {gb(memory)} that JAX may take of a device under any `remat`: give it "
+    f"a step does not fit in the {gb(memory)} that JAX may use on a device, under any `remat`: use "
     "fewer rows (`batch_size`, `accumulate`), shorter ones, or more devices (`mesh`)"
   )
 

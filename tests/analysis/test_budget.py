@@ -42,8 +42,8 @@ def test_they_are_spelt_as_they_are_read(text):
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("32", "1 to 31"), ("kv=40%", "51.6%"), ("half", "none of"), ("0", "a whole number from 1"), ("kv=80", "none of"),
-    ("ppl=5%", "none of"), ("2.5", "whole number"), ("ppl=0.9", "allows nothing"), ("kv=120%", "between"),
+    ("32", "1 to 31"), ("kv=40%", "51.6%"), ("half", "none of"), ("0", "at least 1"), ("kv=80", "none of"),
+    ("ppl=5%", "none of"), ("2.5", "whole number"), ("ppl=0.9", "must exceed 1"), ("kv=120%", "between"),
     ("cost=5", "none of"),
   ],
 )  # fmt: skip

@@ -141,7 +141,7 @@ def test_map_by_refit_is_the_best_of_its_neighbours(params):
 
 
 def test_undetermined_weights_are_refused(params):
-  with pytest.raises(ValueError, match=r"layer 1 attention.*more text or a greater ridge"):
+  with pytest.raises(ValueError, match=r"layer 1 attention.*more text or a larger ridge"):
     refit(DENSE, params, PLAN, TOKENS[:1, :3], Refit(ridge=1e-12))
   with pytest.raises(ValueError, match="positive"):
     Refit(ridge=0.0)

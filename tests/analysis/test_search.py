@@ -110,7 +110,7 @@ def test_cheapest_plan_by_trying_all(excluded):
     plans = [sa_jax.SharingPlan.from_followers(7, chosen) for chosen in itertools.combinations(free, followers)]
     want = min(plans, key=lambda plan: search.plan_cost(plan, costs))
     assert search.cheapest(costs, followers, excluded) == want
-  with pytest.raises(ValueError, match="widen the reach"):
+  with pytest.raises(ValueError, match="increase the reach"):
     search.cheapest(np.full((7, 7), np.inf), 2)
   with pytest.raises(ValueError, match=r"1 followers are impossible: only 0 layers may follow \(see `excluded`\)"):
     search.cheapest(costs, 1, range(1, 7))
@@ -142,8 +142,8 @@ def test_only_layers_that_there_are_stay_anchors(params, judge, how):
 @pytest.mark.parametrize(
   ("texts", "message"),
   [
-    ([], "one text or several of different names are needed, not none"),
-    ([TEXTS[0], TEXTS[1]._replace(name="one")], "different names are needed, not one, one"),
+    ([], "give one or more texts with different names, not none"),
+    ([TEXTS[0], TEXTS[1]._replace(name="one")], "different names, not one, one"),
     ([TEXTS[0], TEXTS[1]._replace(calibration=TEXTS[1].calibration[:, 1:])], "for calibration have 15, 16 tokens"),
     ([TEXTS[0], TEXTS[1]._replace(judging=TEXTS[1].judging[:0])], "at least one row"),
   ],

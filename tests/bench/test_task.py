@@ -84,7 +84,7 @@ def test_curves_are_of_decode_and_of_the_model_that_was_measured(tmp_path, monke
   ]
   plot.decode_curves(results, tmp_path / "curves.png")
   assert drawn == [([64], [500.0]), ([64], [cost(task.config, SharingPlan.dense(4), 1, 64).kv_cache_bytes / 1e9])]
-  with pytest.raises(ValueError, match="these curves are of decode, not of train"):
+  with pytest.raises(ValueError, match="these curves need decode results, not train"):
     plot.decode_curves([Result(Task("train", "llama-2-7b"), 0.5, 0.4, 0.6, 1, 1, "a card")], tmp_path / "x.png")
 
 

@@ -269,7 +269,7 @@ def test_a_name_that_is_no_model_is_told_what_it_could_be(capsys, revision):
   assert subject == "sa-jax: error: the model 'smollm2-135' cannot be opened:"
   known = "gpt-oss-20b, llama-2-13b, llama-2-7b, llama-3-8b, mixtral-8x7b, smollm2-135m"
   assert preset.startswith(f"  it is not a preset ({known}); did you mean smollm2-135m")
-  assert file == "  there is no file or folder smollm2-135, and it has not the form of a hub id, org/model"
+  assert file == "  there is no file or folder smollm2-135, and it is not a hub id (org/model)"
 
 
 def test_bad_usage_is_exit_code_2(capsys):

@@ -129,7 +129,7 @@ def test_generate_batches_continuously_beyond_its_slots(model, params, prompts):
     ({"slots": 2.5}, r"serving: slots=2.5 \(an integer is needed\)"),
     ({"capacity": "64"}, r"serving: capacity='64' \(an integer is needed\)"),
     ({"chunk": None}, r"serving: chunk=None \(an integer is needed\)"),
-    ({"capacity": 200, "cache_slots": 192}, "hold no row of 200 .capacity.: in pages of 64, 256 are needed"),
+    ({"capacity": 200, "cache_slots": 192}, "are too few for a row of 200 .capacity.: in pages of 64, 256 are needed"),
   ],
 )
 def test_sizes_are_checked(sizes, message):

@@ -200,7 +200,7 @@ class TestSamples:
     ([[1, 2]], {"lengths": [1, 2]}, "one length a row"),
     ([[1, 2]], {"lengths": [1.5]}, "lengths are integers"),
     ([[1, 2]], {"lengths": [2], "attention_mask": [[1, 1]]}, "give lengths or attention_mask, not both"),
-    ([[1, 2, 3]], {"attention_mask": [[1, 0, 1]]}, "rows \\[0\\] are none, or have padding between them"),
+    ([[1, 2, 3]], {"attention_mask": [[1, 0, 1]]}, "rows \\[0\\] are empty, or have padding between tokens"),
     ([[2**32 + 5, 3]], {"attention_mask": [[1, 1]]}, "token 4294967301 is outside the vocabulary"),
     ([[1.9, 2.9]], {"attention_mask": [[1, 1]]}, "tokens are integers"),
     ([[1, 2]], {"max_new_tokens": 0}, r"max_new_tokens=0 \(at least 1 is needed\)"),
@@ -247,7 +247,7 @@ class TestPadding:
   @pytest.mark.parametrize(
     ("mask", "message"),
     [
-      ([[1, 0, 1]], "rows \\[0\\] are none, or have padding between them; pad on one side only"),
+      ([[1, 0, 1]], "rows \\[0\\] are empty, or have padding between tokens; pad on one side only"),
       ([[0, 0, 0]], "rows \\[0\\] are none"),
       ([[1, 2, 1]], "attention_mask holds 1 at tokens and 0 at padding"),
       ([[1, 1]], "tokens and attention_mask are both \\[batch, length\\]"),

@@ -49,7 +49,7 @@ def test_only_what_differs_is_read(model, params, monkeypatch):
 def test_a_beginning_that_depends_on_the_length_is_refused():
   rope = ops.RopeConfig(scaling="dynamic", factor=2.0, original_max_length=8)
   model = tiny.model("0:1", num_layers=2, rope=rope)
-  with pytest.raises(sa_jax.UserError, match="a cached beginning fits no longer row"):
+  with pytest.raises(sa_jax.UserError, match="a cached prefix cannot be reused in longer rows"):
     PromptCache.read(model, tiny.params(model), [1, 2])
 
 

@@ -156,7 +156,7 @@ def test_generation_stops_at_strings_ends_and_lengths(lm, model, params):
 
 
 def test_settings_are_checked(lm):
-  with pytest.raises(ValueError, match="settings that there are not here: num_beams; there are until, max_gen_toks"):
+  with pytest.raises(ValueError, match="unsupported generation settings: num_beams; supported are until, max_gen_toks"):
     lm.generate_until(instances("generate_until", ("w05", {"until": [], "num_beams": 4})))
   with pytest.raises(ValueError, match="40 new tokens leave no room for a prompt in the model's 40"):
     lm.generate_until(instances("generate_until", ("w05", {"until": [], "max_gen_toks": LONGEST})))

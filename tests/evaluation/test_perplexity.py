@@ -53,7 +53,7 @@ def test_rows_of():
   assert sa_jax.rows_of(range(10), 4, start=99).tolist() == [[99, 0, 1, 2], [99, 3, 4, 5], [99, 6, 7, 8]]
   assert sa_jax.rows_of(range(4), 4, start=[98, 99]).tolist() == [[98, 99, 0, 1], [98, 99, 2, 3]]
   assert sa_jax.rows_of(range(4), 2, start=()).tolist() == sa_jax.rows_of(range(4), 2).tolist()
-  with pytest.raises(ValueError, match="no room beside 2 start tokens"):
+  with pytest.raises(ValueError, match="no room for text after 2 start tokens"):
     sa_jax.rows_of(range(4), 2, start=[98, 99])
   with pytest.raises(ValueError, match="the text has 5 tokens, too few for 2 rows of 3"):
     sa_jax.rows_of(range(5), 4, 2, start=99)

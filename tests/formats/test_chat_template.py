@@ -87,7 +87,7 @@ def test_messages_that_are_no_objects():
   nested = []
   for _ in range(100_000):
     nested = [nested]
-  with pytest.raises(UserError, match="the messages are no JSON values"):
+  with pytest.raises(UserError, match="the messages are not JSON values"):
     ours(CHATML).chat([{"role": "user", "content": nested}])
 
 

@@ -109,7 +109,7 @@ def test_the_hub_s_cache_is_made_of_links(folder, tmp_path):
 
 @pytest.mark.parametrize(
   ("scheme", "said"),
-  [("https", "there is no storage https://"), ("s3", "cannot be used: .*s3fs.*: pip install 'sa-jax.s3.'$")],
+  [("https", "unknown storage https://"), ("s3", "cannot be used: .*s3fs.*: pip install 'sa-jax.s3.'$")],
 )
 def test_other_storage_is_refused_by_name(folder, tmp_path, monkeypatch, scheme, said):
   """As paths these would be folders named after the scheme."""
@@ -136,6 +136,6 @@ def test_other_storage_on_the_command_line(folder, tmp_path, monkeypatch, capsys
   with pytest.raises(SystemExit) as ended:
     raise SystemExit(cli.main(["cost", str(folder), "--json", "ftp://bucket/cost.json"]))
   assert ended.value.code == 2
-  assert "ftp://bucket/cost.json: there is no storage ftp://" in " ".join(capsys.readouterr().err.split())
+  assert "ftp://bucket/cost.json: unknown storage ftp://" in " ".join(capsys.readouterr().err.split())
   assert [path.name for path in tmp_path.iterdir()] == ["model"]
   assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 2

@@ -68,8 +68,8 @@ def test_a_plan_can_be_given(checkpoint, hub, tmp_path):
 @pytest.mark.parametrize(
   ("name", "endpoint", "told"),
   [
-    ("org/model", "http://127.0.0.1:9", "the hub takes nothing for org/model: .*refused"),
-    ("a/b/c", "http://127.0.0.1:9", "the hub takes nothing for a/b/c: Repo id must"),
+    ("org/model", "http://127.0.0.1:9", "upload to org/model failed: .*refused"),
+    ("a/b/c", "http://127.0.0.1:9", "upload to a/b/c failed: Repo id must"),
   ],
 )
 def test_a_hub_that_does_not_answer(checkpoint, monkeypatch, name, endpoint, told):

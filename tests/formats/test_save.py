@@ -98,7 +98,7 @@ def test_refused(tmp_path):
   with pytest.raises(sa_jax.UserError, match="saved exists already"):
     sa_jax.save(tmp_path / "saved", MODEL, tiny.params(MODEL))
   speed, layout = {"layout": "runs", "compute": {"speed": 9}}, {"layout": "x", "compute": {}}
-  for values, said in ((speed, "'compute' with fields of"), (layout, "there is no layout 'x'")):
+  for values, said in ((speed, "'compute' with fields of"), (layout, "unknown layout 'x'")):
     (tmp_path / "saved" / "sa_jax.json").write_text(json.dumps(values))
     with pytest.raises(sa_jax.UserError, match=said):
       sa_jax.load(tmp_path / "saved")

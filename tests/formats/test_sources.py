@@ -147,9 +147,9 @@ def test_hub_id(folder, hub, tmp_path):
   assert named == newer
   sa_jax.export("org/tiny@v2", tmp_path / "exported")
   assert "base_model: org/tiny\n" in (tmp_path / "exported" / "README.md").read_text()
-  with pytest.raises(ValueError, match="org/tiny@v2 names one revision, and 'main' is another; name it once"):
+  with pytest.raises(ValueError, match="org/tiny@v2 names one revision, but `revision` is 'main'; give only one"):
     sa_jax.from_pretrained("org/tiny@v2", revision="main")
-  with pytest.raises(ValueError, match="org/absent is no file or folder, and the hub cannot be reached"):
+  with pytest.raises(ValueError, match="org/absent is not a file or folder, and the hub cannot be reached"):
     sa_jax.from_pretrained("org/absent")
   with pytest.raises(ValueError, match="is for models on the hub"):
     sa_jax.from_pretrained(folder, revision="v2")

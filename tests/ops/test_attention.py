@@ -240,7 +240,7 @@ class TestChoice:
         "cpu",
         "bfloat16",
         64,
-        "this: it runs on NVIDIA GPUs, and this is cpu; blockwise, reference, chunked can, and 'auto'",
+        "this: it runs on NVIDIA GPUs, and this is cpu; use blockwise, reference, chunked, or 'auto'",
       ),
       ("cudnn", "gpu", "float32", 64, "it computes in bfloat16 or float16, and q is float32"),
       ("cudnn", "gpu", "bfloat16", 60, "head dimensions that are multiples of 8 up to 128, and q has 60"),

@@ -155,7 +155,7 @@ def test_a_backend_of_ones_own(monkeypatch):
     (
       "other",
       ops.Backend(mine, serves=frozenset({"bias"})),
-      "no rows demand 'bias'; DEMANDS are .*'bias of the scores'",
+      "unknown demands 'bias'; DEMANDS are .*'bias of the scores'",
     ),
   ):
     with pytest.raises(ValueError, match=message):

@@ -150,7 +150,7 @@ QUESTION = '{"role": "user", "content": "q"}'
     ('{"messages": [%s, {"role": "assistant", "content": 7}]}', "TypeError: can only concatenate str"),
     ('{"messages": [{"role": null, "content": "q"}, {"role": "assistant", "content": "a"}]}', "no attribute 'role'"),
     ('{"messages": null}', "'messages' is not a list"),
-    ('{"messages": []}', "no message is the assistant's"),
+    ('{"messages": []}', "there is no assistant message"),
     ('{"instruction": "a", "input": "", "output": 3}', "'output' is int; a text is needed"),
     ('{"text": NaN}', "'text' is float; a text is needed"),
     ('{"messages": [{"role": "assistant", "content": "a"}], "tools": "x"}', "'tools' is a text that is not JSON"),

@@ -124,7 +124,7 @@ def test_a_row_from_the_middle_of_a_document_begins_with_the_start_token():
   assert data.make_rows(dataclasses.replace(corpus_of(6), start=(99,)), 5).read([1]).weights.tolist() == [
     [0, 1, 0, 0, 0]
   ]
-  with pytest.raises(ValueError, match="no room beside 1 start tokens"):
+  with pytest.raises(ValueError, match="no room for text after 1 start tokens"):
     data.make_rows(corpus, 1)
 
 
@@ -170,7 +170,7 @@ def test_samples_longer_than_the_context():
     ("keys.jsonl", '{"txt": "a"}\n', r"keys.jsonl, line 1: it has the keys \['txt'\]"),
     ("type.jsonl", '{"text": 3}\n', "type.jsonl, line 1: 'text' is int; a text is needed"),
     ("list.jsonl", "[1]\n", "list.jsonl, line 1: a JSON object is needed, not list"),
-    ("chat.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', "no message is the assistant's"),
+    ("chat.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', "there is no assistant message"),
     ("absent", None, "there is no file .*absent"),
   ],
 )

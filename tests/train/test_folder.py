@@ -185,5 +185,5 @@ def test_a_source_and_its_resume(tmp_path):
 
 
 def test_data_come_from_one_place(tmp_path):
-  with pytest.raises(UserError, match="training data come from one place: .*not train and source"):
+  with pytest.raises(UserError, match="give training data in one way: .*not train and source"):
     train(config(tmp_path / "run"), ["a"])

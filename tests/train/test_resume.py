@@ -125,7 +125,7 @@ def test_another_run_in_the_folder(whole):
 
 def test_checkpoints_of_a_run_that_nothing_tells_of(whole):
   kept = (whole / "config.json").rename(whole / "kept.json")
-  with pytest.raises(ValueError, match=r"has checkpoints but no config\.json that says of which run"):
+  with pytest.raises(ValueError, match=r"has checkpoints but no config\.json for their run"):
     train(config(whole))
   kept.rename(whole / "config.json")
 

@@ -127,7 +127,10 @@ def test_what_is_learnt_of_each_kind_of_example():
     ([], "the source has 0 examples, for 1 hosts"),
     (iter([]), "the source has no example, with steps to go"),
     (iter(TEXTS[:3]), "the source has ended after 3 examples, with steps to go"),
-    ([{"tokens": [[1]]}], r"example 1 of the source: 'tokens' and 'trained' are lists of one length, not \(1, 1\)"),
+    (
+      [{"tokens": [[1]]}],
+      r"example 1 of the source: 'tokens' and 'trained' must be lists of the same length, not \(1, 1\)",
+    ),
     ([{"tokens": [-1, 2]}], "has numbers that are no tokens"),
     ([{"tokens": [1, 300]}], "the source has token 300, but the model's vocabulary has 257 tokens"),
     ([{"txt": "a"}], r"example 1 of the source: it has the keys \['txt'\]"),

@@ -158,9 +158,7 @@ def choose_backend(
   if name not in backends:
     raise UserError(f"no attention backend {name!r}; there are auto, {', '.join(backends)}")
   if reason := backends[name].refusal(platform, q, rows, spec):
-    raise UserError(
-      f"the attention backend {name!r} cannot compute this: {reason}; {', '.join(able)} can, and 'auto' chooses one"
-    )
+    raise UserError(f"the attention backend {name!r} cannot compute this: {reason}; use {', '.join(able)}, or 'auto'")
   return name
 
 
@@ -181,7 +179,7 @@ def register_backend(name: str, backend: Backend) -> None:
   if not isinstance(backend, Backend):
     raise UserError(f"a backend is a Backend, such as Backend(attend), not {backend!r}")
   if unknown := sorted(set(backend.serves) - set(DEMANDS)):
-    raise UserError(f"no rows demand {', '.join(map(repr, unknown))}; DEMANDS are {', '.join(map(repr, DEMANDS))}")
+    raise UserError(f"unknown demands {', '.join(map(repr, unknown))}; DEMANDS are {', '.join(map(repr, DEMANDS))}")
   backends[name] = backend.taking_narrow()
 
 

@@ -55,18 +55,18 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """How files are read; see `sa_jax.train.data.sources.read_documents`."""
+  """How to read files; see `sa_jax.train.data.sources.read_documents`."""
 
   documents: Documents = "file"
-  """What is a document in a text file: the whole file, or what is between blank lines or <|endoftext|> marks."""
+  """A document in a text file: the whole file, or the text between blank lines or <|endoftext|> marks."""
   text_key: str = "text"
-  """Key of the text in JSON lines that hold only text."""
+  """Key of the text in JSON lines with plain text."""
   skip_bad: bool = False
-  """Leave out lines that cannot be used, and count them."""
+  """Skip and count unusable lines."""
   start_token: str = "auto"
-  """What texts and rows begin with: auto for what the tokenizer puts before a text, none, or a token."""
+  """First token of texts and rows: auto for the one that the tokenizer adds, none, or a token."""
   cache: Path | None = None
-  """Folder for tokenised corpora, for use again; None keeps them in memory."""
+  """Cache folder for tokenised corpora; None keeps them in memory."""
 
   def __post_init__(self) -> None:
     check_fields(self, "reading")

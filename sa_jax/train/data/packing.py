@@ -44,7 +44,7 @@ def spans_of(corpus: Corpus, length: int, too_long: TooLong) -> Spans:
   cut = 0
   own = length - len(corpus.start)
   if own < 1:
-    raise UserError(f"rows of {length} tokens have no room beside {len(corpus.start)} start tokens")
+    raise UserError(f"rows of {length} tokens have no room for text after {len(corpus.start)} start tokens")
   for document, (start, stop) in enumerate(zip(corpus.offsets[:-1].tolist(), corpus.offsets[1:].tolist(), strict=True)):
     if stop - start <= length:
       bounds.append((start, stop))
@@ -64,7 +64,7 @@ def spans_of(corpus: Corpus, length: int, too_long: TooLong) -> Spans:
   # Of what a piece begins with nothing is predicted.
   kept = [(start, stop) for start, stop in bounds if corpus.trained[start + (not opened(start)) : stop].any()]
   if not kept:
-    raise UserError("the data leave nothing to learn: no document has a token to predict from another")
+    raise UserError("there is nothing to train on: no document has two tokens")
   continued = np.asarray([start not in begins for start, _ in kept])
   return Spans(np.asarray(kept, np.int64), cut, len(bounds) - len(kept), continued)
 

@@ -224,7 +224,7 @@ def chat_documents(messages: object, tokenizer: Tokenizer, options: Mapping[str,
     raise UserError("'messages' is not a list of objects with 'role' and 'content'")
   answers = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
   if not answers:
-    raise UserError("no message is the assistant's, so there is nothing to learn")
+    raise UserError("there is no assistant message to train on")
   template = tokenizer.template_of(tools=options.get("tools") is not None)
   variables = template.variables(options)
   calls = [Call(messages, False, variables)]

@@ -232,7 +232,7 @@ def _of_tokens(example: Mapping[str, object]) -> Encoded:
   tokens: np.ndarray = np.asarray(example["tokens"])
   trained = np.asarray(example.get("trained", np.ones(tokens.shape)), np.bool_)
   if tokens.ndim != 1 or tokens.shape != trained.shape or not np.issubdtype(tokens.dtype, np.integer):
-    raise UserError(f"'tokens' and 'trained' are lists of one length, not {tokens.shape} and {trained.shape}")
+    raise UserError(f"'tokens' and 'trained' must be lists of the same length, not {tokens.shape} and {trained.shape}")
   if tokens.size and not 0 <= tokens.min() <= tokens.max() < 1 << 31:
     raise UserError("'tokens' has numbers that are no tokens")
   return Encoded(tokens.astype(np.uint32), trained)
