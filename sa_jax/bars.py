@@ -14,12 +14,9 @@ from sa_jax.durations import duration
 
 _LABEL = 28
 
-Report = Callable[[int, int], None]
-"""Takes what is done, and how much there is in all."""
-
 
 @contextlib.contextmanager
-def bar(label: str, screen: Console) -> Iterator[Report]:
+def bar(label: str, screen: Console) -> Iterator[Callable[[int, int], None]]:
   """Shows it on a terminal or in a notebook, until the work ends."""
   name = TextColumn(f"{{task.description:<{_LABEL}}}", table_column=Column(no_wrap=True, overflow="ellipsis"))
   with Progress(name, BarColumn(bar_width=24), _Count(), _Time(), console=screen, transient=True) as bar:

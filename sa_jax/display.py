@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
   import numpy as np
 
+Progress = Callable[[int, int], None]
+"""Takes how much is done, and how much there is in all."""
+
 _STEP = 24  # pixels from layer to layer
 _ANCHOR = '<circle cx="{x}" cy="14" r="6" fill="currentColor"/>'
 _FOLLOWER = '<path d="M{before} 14H{after}"/><circle cx="{x}" cy="14" r="5" fill="none"/>'
@@ -24,7 +27,7 @@ _LIGHT, _DARK = (255, 255, 255), (0, 77, 64)
 
 
 @contextlib.contextmanager
-def progress(label: str, *, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+def progress(label: str, *, shown: bool = True) -> Iterator[Progress]:
   """A progress bar, in a terminal (on stderr) or in a notebook; elsewhere nothing is shown.
 
   Many functions take what it yields as their ``progress``:

@@ -8,7 +8,7 @@ A map that permutes whole KV groups is folded into W_V and W_O and is free at ru
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from sa_jax import ops
 from sa_jax.analysis import problems, walk
 from sa_jax.analysis.ridge import Sums, gain, total
 from sa_jax.config import ModelConfig
+from sa_jax.display import Progress
 from sa_jax.distributed import called_alike
 from sa_jax.errors import UserError
 from sa_jax.nn import PlanArrays, PlannedBlock, PlannedTransformer, Transformer
@@ -223,7 +224,7 @@ def align(
   *,
   kinds: tuple[Kind, ...] = KINDS,
   chunk: int = 4,
-  progress: Callable[[int, int], None] | None = None,
+  progress: Progress | None = None,
 ) -> Aligned:
   """Chooses a head map for every follower, in layer order, by the loss with the maps chosen before it.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ import optax
 
 from sa_jax.analysis.reconstruct import RELATIVE_ADAM
 from sa_jax.config import FloatDtype
+from sa_jax.display import Progress
 from sa_jax.distributed import check_call
 from sa_jax.errors import UserError
 from sa_jax.fields import Count, Portion, Positive, Seed, check_fields
@@ -95,7 +96,7 @@ def distill_rows(
   teacher: tuple[Transformer, Params],
   rows: np.ndarray,
   how: Distillation,
-  progress: Callable[[int, int], None] | None = None,
+  progress: Progress | None = None,
 ) -> Distilled:
   """Trains a shared model to predict what its dense original predicts.
 

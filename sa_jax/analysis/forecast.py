@@ -15,6 +15,7 @@ from sa_jax.analysis.judge import Text
 from sa_jax.analysis.share import READING, SCORING_DENSE, Effort, Search, refits, rows_at_once
 from sa_jax.config import ModelConfig
 from sa_jax.costs import cost
+from sa_jax.display import Progress
 from sa_jax.durations import duration
 from sa_jax.plan import SharingPlan
 
@@ -106,7 +107,7 @@ def foretold(flops: dict[str, float], stage: search.Stage, say: Callable[[str], 
   first = next(iter(flops))
   begun: list[tuple[float, int]] = []
 
-  def begin(name: str) -> search.Progress:
+  def begin(name: str) -> Progress:
     report = stage(name)
     if name != first:
       return report

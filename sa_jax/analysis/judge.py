@@ -24,6 +24,7 @@ from sa_jax.analysis.refit import Passage, Refit, head_sums, recover_layer
 from sa_jax.analysis.ridge import solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import CacheDtype, ModelConfig
+from sa_jax.display import Progress
 from sa_jax.distributed import check_call, check_given, is_spread, of_first
 from sa_jax.errors import UserError
 from sa_jax.files import as_path, read_text, write_text
@@ -34,7 +35,6 @@ from sa_jax.programs import fetch, program
 from sa_jax.sharding import where_parameters_are
 from sa_jax.trees import Params, Tree
 
-Progress = Callable[[int, int], None]
 P = ParamSpec("P")
 T = TypeVar("T")
 

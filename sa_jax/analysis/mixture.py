@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from sa_jax.analysis.budget import Budget
 from sa_jax.analysis.judge import Judge
-from sa_jax.analysis.search import Progress
 from sa_jax.config import CacheDtype, ModelConfig
 from sa_jax.costs import cost
+from sa_jax.display import Progress
 from sa_jax.errors import UserError
 from sa_jax.ops import FORMATS
 from sa_jax.plan import SharingPlan

@@ -17,7 +17,6 @@ mesh the sums reduce over devices.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -31,7 +30,7 @@ from sa_jax.analysis.reconstruct import Reconstructing, Reconstruction
 from sa_jax.analysis.ridge import Sums, relative_error, solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
-from sa_jax.display import table
+from sa_jax.display import Progress, table
 from sa_jax.distributed import called_alike
 from sa_jax.errors import UserError
 from sa_jax.fields import Count, Natural, Positive, check_fields
@@ -327,7 +326,7 @@ def refit(
   *,
   chunk: int = 4,
   on_device: bool = False,
-  progress: Callable[[int, int], None] | None = None,
+  progress: Progress | None = None,
 ) -> Refitted:
   """Refits a shared model to its dense original, layer by layer, each behind those already refitted.
 

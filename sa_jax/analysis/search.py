@@ -11,12 +11,11 @@ import numpy as np
 from sa_jax.analysis.budget import Budget
 from sa_jax.analysis.judge import Judge
 from sa_jax.config import ModelConfig
-from sa_jax.display import table
+from sa_jax.display import Progress, table
 from sa_jax.errors import UserError
 from sa_jax.nn.transformer import check_plan
 from sa_jax.plan import SharingPlan
 
-Progress = Callable[[int, int], None]
 Stage = Callable[[str], Progress]
 """Called with the name of a stage of the work; returns what is called with (done, in all) during it."""
 

@@ -20,7 +20,7 @@ from sa_jax.analysis.judge import Judge, Text, check_texts
 from sa_jax.analysis.mixture import Mixture, judged, within
 from sa_jax.analysis.refit import Refit, Report, refit
 from sa_jax.config import ModelConfig
-from sa_jax.display import table
+from sa_jax.display import Progress, table
 from sa_jax.distributed import called_alike
 from sa_jax.evaluation import Perplexity, perplexity
 from sa_jax.fields import Count, Natural, check_fields
@@ -347,7 +347,7 @@ def _loss(found: dict[str, Perplexity]) -> float:
 
 
 def _perplexities(
-  model: Transformer, params: Params, texts: Sequence[Text], progress: search.Progress
+  model: Transformer, params: Params, texts: Sequence[Text], progress: Progress
 ) -> dict[str, Perplexity]:
   """Of each text's judging rows; the progress is that through all of them."""
   runs = as_runs(params, model.plan) if model.config.cache_dtype is None else params

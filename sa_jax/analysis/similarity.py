@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from jax.scipy.special import entr
 from numpy.typing import ArrayLike
 
-from sa_jax.display import maps_picture
+from sa_jax.display import Progress, maps_picture
 from sa_jax.distributed import called_alike
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
@@ -76,7 +76,7 @@ def layer_similarity(
   *,
   top_k: int = 8,
   block: int = 64,
-  progress: Callable[[int, int], None] | None = None,
+  progress: Progress | None = None,
 ) -> Similarity:
   """Compares the attention weights of every pair of layers.
 

@@ -17,6 +17,7 @@ from flax import struct
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
+from sa_jax.display import Progress
 from sa_jax.errors import UserError
 from sa_jax.fields import Count, checked
 from sa_jax.nn import PlanArrays, PlannedBlock, PlannedTransformer, Transformer
@@ -221,7 +222,7 @@ def losses(config: ModelConfig, params: Params, stream: Stream, tokens: np.ndarr
 
 
 def dense_trace(
-  config: ModelConfig, params: Params, stream: Stream, report: Callable[[int, int], None] | None = None
+  config: ModelConfig, params: Params, stream: Stream, report: Progress | None = None
 ) -> list[tuple[Targets, ...]]:
   """What the dense model computes in every layer, for every chunk. Holds ``L`` layers of the text's activations."""
   trace = []

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 
-from sa_jax.bars import Report, bar
+from sa_jax.bars import bar
 from sa_jax.cli.common import console, is_first
+from sa_jax.display import Progress
 from sa_jax.durations import duration
 
 _SECONDS = 20.0
@@ -18,7 +19,7 @@ _SECONDS = 20.0
 
 
 @contextlib.contextmanager
-def progress(label: str) -> Iterator[Report]:
+def progress(label: str) -> Iterator[Progress]:
   """Shows progress on the first process: on the terminal that tables go to, otherwise on stderr."""
   screen = console if console.is_interactive else Console(stderr=True)
   shown = _nothing if not is_first() else bar if screen.is_interactive else _lines
@@ -27,11 +28,11 @@ def progress(label: str) -> Iterator[Report]:
 
 
 @contextlib.contextmanager
-def stages() -> Iterator[Callable[[str], Report]]:
+def stages() -> Iterator[Callable[[str], Progress]]:
   """Consecutive stages of work: yields a function that starts a named stage and returns its reporter."""
   with contextlib.ExitStack() as current:
 
-    def begin(name: str) -> Report:
+    def begin(name: str) -> Progress:
       current.close()
       return current.enter_context(progress(name))
 
@@ -39,13 +40,13 @@ def stages() -> Iterator[Callable[[str], Report]]:
 
 
 @contextlib.contextmanager
-def _nothing(label: str, screen: Console) -> Iterator[Report]:
+def _nothing(label: str, screen: Console) -> Iterator[Progress]:
   del label, screen
   yield lambda done, total: None
 
 
 @contextlib.contextmanager
-def _lines(label: str, screen: Console) -> Iterator[Report]:
+def _lines(label: str, screen: Console) -> Iterator[Progress]:
   """Prints occasional lines, and the total time at the end if there were any."""
   del screen
   begun = said = time.monotonic()

@@ -16,7 +16,7 @@ from sa_jax.decode.processors import Start
 from sa_jax.decode.room import check_room
 from sa_jax.decode.sampling import Sampler
 from sa_jax.decode.state import DecodeState, Drawn, Prompts, insert, newest
-from sa_jax.decode.unsound import SOUND, unsound_from
+from sa_jax.decode.unsound import unsound_from
 from sa_jax.errors import UserError
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.typed import apply
@@ -108,19 +108,10 @@ class Engine:
     check_room(*shape, self.mesh, self.model)
 
     def make() -> DecodeState:
-      # Not one array several times: the state is donated, and a buffer can be donated only once.
-      tokens, positions, remaining, lengths = (jnp.zeros(slots, jnp.int32) for _ in range(4))
-      return DecodeState(
-        dataclasses.replace(Cache.empty(config, plan, *shape), pages=jax.tree.map(jnp.array, pages)),
-        tokens,
-        positions,
-        remaining,
-        jnp.ones(slots, bool),
-        jax.random.split(jax.random.key(0), slots),
-        jnp.zeros(slots, jnp.float32),
-        jnp.full(slots, SOUND, jnp.int32),
-        sampler.begin(Start(tokens[:, None], lengths, capacity + 1, config.vocab_size)),
-      )
+      cache = dataclasses.replace(Cache.empty(config, plan, *shape), pages=jax.tree.map(jnp.array, pages))
+      nothing = jnp.zeros((slots, 1), jnp.int32)
+      history = sampler.begin(Start(nothing, nothing[:, 0], capacity + 1, config.vocab_size))
+      return DecodeState.ended(cache, jax.random.split(jax.random.key(0), slots), history)
 
     return make() if self.mesh is None else jax.jit(lambda: self._in_place(make()))()
 
@@ -131,7 +122,8 @@ class Engine:
     """
     assert self.mesh is not None, "only a mesh has shardings"
     numbers: Any = named_sharding(self.mesh, ("batch",), self.rules, (rows,))
-    return DecodeState(cache_shardings(self.model, self.mesh, self.rules), *[numbers] * 8)
+    per_row = {field.name: numbers for field in dataclasses.fields(DecodeState) if field.name != "cache"}
+    return DecodeState(cache=cache_shardings(self.model, self.mesh, self.rules), **per_row)
 
   @program(static_argnames=("self", "capacity", "samples"))
   def prefill(
@@ -204,18 +196,11 @@ class Engine:
 
   def _first(self, sampler: Sampler, prompts: Prompts, logits: jax.Array, cache: Cache, room: int) -> DecodeState:
     """The state after the first token of each row; rules that keep a row's tokens have room for so many."""
-    rows, lengths = prompts.tokens.shape[0], jnp.asarray(prompts.lengths)
+    lengths = jnp.asarray(prompts.lengths)
     start = Start(jnp.asarray(prompts.tokens), lengths, room, self.model.config.vocab_size)
-    state = DecodeState(
-      cache,
-      jnp.zeros(rows, jnp.int32),
-      lengths,
-      prompts.new - 1,
-      jnp.zeros(rows, bool),
-      prompts.keys,
-      jnp.zeros(rows, jnp.float32),
-      jnp.full(rows, SOUND, jnp.int32),
-      sampler.begin(start),
+    ended = DecodeState.ended(cache, prompts.keys, sampler.begin(start))
+    state = dataclasses.replace(
+      ended, positions=lengths, remaining=jnp.asarray(prompts.new) - 1, done=jnp.zeros_like(ended.done)
     )
     return self._in_place(self.drawn(sampler, logits, state))
 

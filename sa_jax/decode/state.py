@@ -12,6 +12,7 @@ import numpy as np
 from flax import struct
 
 from sa_jax.decode.sampling import Sampler
+from sa_jax.decode.unsound import SOUND
 from sa_jax.nn import Cache
 from sa_jax.programs import program
 from sa_jax.trees import Tree
@@ -85,6 +86,22 @@ class DecodeState:
   log_probs: jax.Array
   unsound: jax.Array
   history: tuple[Tree, ...] = ()
+
+  @classmethod
+  def ended(cls, cache: Cache, keys: jax.Array, history: tuple[Tree, ...]) -> DecodeState:
+    """Rows that have ended; each array is its own, because a donated state must not hold one twice."""
+    zeros = lambda dtype: jnp.zeros(keys.shape[0], dtype)
+    return cls(
+      cache=cache,
+      tokens=zeros(jnp.int32),
+      positions=zeros(jnp.int32),
+      remaining=zeros(jnp.int32),
+      done=~zeros(bool),
+      keys=keys,
+      log_probs=zeros(jnp.float32),
+      unsound=zeros(jnp.int32) + SOUND,
+      history=history,
+    )
 
 
 class Drawn(NamedTuple):

@@ -21,6 +21,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 
 from sa_jax.decode import Batcher, Sampler, Serving, capacity_for, pad_to
+from sa_jax.display import Progress
 from sa_jax.distributed import check_given, is_spread
 from sa_jax.errors import UserError
 from sa_jax.evaluation.answers import Answers, Request
@@ -72,7 +73,7 @@ class SharedAttentionLM(TemplateLM):
     limits: Limits = Limits(),
     answers: Answers | None = None,
     name: str = "sa_jax",
-    progress: Callable[[str], AbstractContextManager[Callable[[int, int], None]]] | None = None,
+    progress: Callable[[str], AbstractContextManager[Progress]] | None = None,
   ):
     """Makes the adapter.
 
@@ -113,7 +114,7 @@ class SharedAttentionLM(TemplateLM):
   def _scorer(self) -> Scorer:
     return Scorer(self._model, self._params, batch_tokens=self._batch_tokens)
 
-  def _shown(self, label: str, disable: bool) -> AbstractContextManager[Callable[[int, int], None]]:
+  def _shown(self, label: str, disable: bool) -> AbstractContextManager[Progress]:
     return _nothing() if disable else self._progress(label)
 
   def _answered(self, kind: str, requests: list[Instance], work: Callable[[list[Instance]], list[T]]) -> list[T]:
@@ -322,7 +323,7 @@ class SharedAttentionLM(TemplateLM):
 
 
 @contextlib.contextmanager
-def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
+def _bar(label: str) -> Iterator[Progress]:
   """lm-eval's kind of progress bar, where there is a terminal to show it on."""
   with tqdm(desc=label, disable=not sys.stderr.isatty() or jax.process_index() > 0) as bar:
 
@@ -334,5 +335,5 @@ def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextlib.contextmanager
-def _nothing() -> Iterator[Callable[[int, int], None]]:
+def _nothing() -> Iterator[Progress]:
   yield lambda done, total: None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sa_jax import ops
-from sa_jax.display import table
+from sa_jax.display import Progress, table
 from sa_jax.distributed import called_alike
 from sa_jax.errors import UserError
 from sa_jax.nn import Cache, Transformer
@@ -101,7 +101,7 @@ def perplexity(
   tokens: ArrayLike,
   *,
   batch_size: int = 1,
-  progress: Callable[[int, int], None] | None = None,
+  progress: Progress | None = None,
 ) -> Perplexity:
   """Perplexity of full rows, each scored on its own: all tokens after a row's first, weighted alike.
 

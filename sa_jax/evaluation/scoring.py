@@ -14,6 +14,7 @@ import numpy as np
 from sa_jax import ops
 from sa_jax.costs import cost
 from sa_jax.decode.padding import right_pad
+from sa_jax.display import Progress
 from sa_jax.distributed import check_given, is_spread
 from sa_jax.errors import UserError
 from sa_jax.evaluation.prefixes import Family, Row, families, padded_size, rows_of_requests
@@ -151,7 +152,7 @@ class Scorer:
   def __call__(
     self,
     requests: Sequence[tuple[Sequence[int], Sequence[int]]],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
   ) -> list[Scored]:
     """Scores requests.
 
@@ -168,7 +169,7 @@ class Scorer:
   def _score(
     self,
     requests: Sequence[tuple[Sequence[int], Sequence[int]]],
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
   ) -> list[Scored]:
     read: list[tuple[np.ndarray, int]] = []
     targets: list[np.ndarray] = []

@@ -16,9 +16,10 @@ import jax
 import numpy as np
 
 from sa_jax.config import ModelConfig
+from sa_jax.display import Progress
 from sa_jax.files import as_path, new_folder
 from sa_jax.formats import hf_config, hf_plan
-from sa_jax.formats.lazy import LazyTensor, Progress, contiguous
+from sa_jax.formats.lazy import LazyTensor, contiguous
 from sa_jax.formats.orbax_folder import PARAMS
 from sa_jax.plan import SharingPlan
 from sa_jax.trees import Params

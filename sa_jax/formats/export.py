@@ -12,11 +12,12 @@ import jax
 import numpy as np
 
 from sa_jax.config import ModelConfig
+from sa_jax.display import Progress
 from sa_jax.distributed import done_by_first
 from sa_jax.errors import UserError
 from sa_jax.files import as_path, copy, new_file, new_folder
 from sa_jax.formats import hf_config, hf_plan
-from sa_jax.formats.lazy import LazyTensor, Progress, contiguous
+from sa_jax.formats.lazy import LazyTensor, contiguous
 from sa_jax.formats.model_card import model_card
 from sa_jax.formats.opened import open_model
 from sa_jax.formats.table import Entry, entries, pack

@@ -15,12 +15,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from sa_jax import machine
+from sa_jax.display import Progress
 from sa_jax.errors import UserError
 from sa_jax.formats.source import Source
 from sa_jax.formats.table import Entry, Index
 from sa_jax.trees import Params, Tree
-
-Progress = Callable[[int, int], None]
 
 _LOG = logging.getLogger("sa_jax")
 _CACHE_LINE = 64

@@ -9,11 +9,12 @@ from typing import Literal
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from sa_jax.display import Progress
 from sa_jax.distributed import check_given, done_by_first, on_all
 from sa_jax.errors import UserError, shown
 from sa_jax.files import as_path, check_absent
 from sa_jax.formats import checkpoint
-from sa_jax.formats.lazy import Progress, place, stack_lazily
+from sa_jax.formats.lazy import place, stack_lazily
 from sa_jax.formats.opened import Opened, open_model
 from sa_jax.formats.table import Account
 from sa_jax.nn import Transformer

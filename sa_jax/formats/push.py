@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from sa_jax.display import Progress
 from sa_jax.errors import UserError
 from sa_jax.formats.export import export
-from sa_jax.formats.lazy import Progress
 from sa_jax.formats.opened import open_model
 from sa_jax.plan import PlanLike
 
