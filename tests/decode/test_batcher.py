@@ -276,7 +276,7 @@ def test_what_is_cancelled_while_its_last_tokens_are_generated_stays_so(model, p
 def test_a_request_is_cancelled_where_it_waits(model, params, prompts):
   one, other = (Batcher(model, params, Serving(slots=1, capacity=CAPACITY)) for _ in range(2))
   request = one.submit(prompts[0], LONGEST)
-  with pytest.raises(sa_jax.UserError, match="waits at another batcher"):
+  with pytest.raises(sa_jax.UserError, match="belongs to another batcher"):
     other.cancel(request)
   assert (request.status, one.busy) == ("waiting", True)
 
