@@ -161,7 +161,7 @@ def test_a_search_resumes_from_its_record(params, tmp_path):
   again = Judge(DENSE, params, TEXTS, HOW, chunk=8, record=record)
   again.walk = None  # nothing is measured anew
   np.testing.assert_array_equal(again.losses(plan), want)
-  with pytest.raises(ValueError, match="other settings"):
+  with pytest.raises(ValueError, match="different settings"):
     Judge(DENSE, params, TEXTS, None, chunk=8, record=record)
   record.write_text("[]")
   with pytest.raises(ValueError, match="not the record"):

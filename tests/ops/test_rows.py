@@ -88,7 +88,7 @@ def test_bias_and_mask(heads):
 def test_a_call_that_a_backend_cannot_compute_names_those_that_can():
   q, k, v, _ = arrays(T, T)
   rows = ops.Rows(bias=jnp.zeros((1, 1, T, T)))
-  with pytest.raises(ValueError, match="'blockwise' cannot compute this: it has no bias .*; reference, chunked can"):
+  with pytest.raises(ValueError, match="'blockwise' cannot compute this: it has no bias .*; use reference, chunked"):
     ops.attend(q, k, v, rows, backend="blockwise")
   shape = jax.ShapeDtypeStruct((1, 4096, 4, 64), jnp.bfloat16)
   assert ops.choose_backend("auto", shape, shape, ops.Rows(causal=False), platform="gpu") == "cudnn"

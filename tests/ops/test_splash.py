@@ -78,7 +78,7 @@ def test_blocks_tile_the_padded_length(length):
 def test_auto_is_splash_on_tpu_and_its_name_is_refused_elsewhere():
   q, k, v, _ = arrays(128, 2, 1, 8)
   assert ops.choose_backend("auto", q, k, platform="tpu") == "splash"
-  with pytest.raises(ValueError, match="runs on TPUs, and this is cpu; blockwise, reference, chunked can"):
+  with pytest.raises(ValueError, match="runs on TPUs, and this is cpu; use blockwise, reference, chunked"):
     ops.attend(q, k, v, backend="splash")
 
 
