@@ -50,16 +50,6 @@ class OptimizerConfig:
     check_fields(self, "optimizer")
 
 
-PRESETS: dict[str, OptimizerConfig] = {
-  "pretrain": OptimizerConfig(),
-  "finetune": OptimizerConfig(learning_rate=5e-5, b2=0.999, weight_decay=0.0),
-  # The published code's fine-tuning. It says nothing of weight decay and moments: PyTorch's AdamW has these.
-  "paper": OptimizerConfig(
-    learning_rate=2e-5, warmup_steps=1000, final_fraction=1e-4, b2=0.999, weight_decay=0.01, clip_norm=1.0
-  ),
-}
-
-
 def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
   """The learning rate of each update, counted from 0; before a cosine, warm-up is cut to a run shorter than it.
 

@@ -7,7 +7,7 @@ import pytest
 
 from sa_jax.sharding import abstract_params
 from sa_jax.train import OptimizerConfig, make_optimizer, schedule
-from sa_jax.train.optimizer import PRESETS, decayed
+from sa_jax.train.optimizer import decayed
 from tests import tiny
 
 
@@ -47,11 +47,6 @@ def test_an_update_by_hand():
   )
   np.testing.assert_allclose(updates["kernel"], -0.1 * (1 + 0.5 * 2), rtol=1e-3)
   np.testing.assert_allclose(updates["scale"], 0.1, rtol=1e-3)
-
-
-def test_the_papers_fine_tuning():
-  paper = PRESETS["paper"]
-  assert (paper.learning_rate, paper.warmup_steps, paper.final_fraction, paper.clip_norm) == (2e-5, 1000, 1e-4, 1.0)
 
 
 def test_what_makes_no_sense():
