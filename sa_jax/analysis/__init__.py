@@ -1,6 +1,6 @@
-"""Looking inside; choosing what to share, and recovering what it costs: similarity, search, head alignment, refit.
+"""Inspecting a model, choosing what to share, and recovering the loss: similarity, search, head alignment, refit.
 
-The modules `align`, `refit` and `share` each hold a function of their name, so they are imported from there.
+The modules `align`, `refit` and `share` each contain a function of the same name, so import it from there.
 """
 
 from sa_jax.analysis.inside import Captured, Edit, Looked, Site, ablate, logit_lens, look, patch, steer
@@ -8,7 +8,7 @@ from sa_jax.analysis.judge import Judge, Text
 from sa_jax.analysis.similarity import Similarity, drift, layer_similarity
 
 __all__ = [
-  # Looking inside, and changing what is there.
+  # Inspection and interventions.
   "Captured",
   "Edit",
   "Looked",

@@ -1,8 +1,8 @@
-"""Head alignment: which head of the anchor serves each head of a follower.
+"""Head alignment: which anchor head each follower head uses.
 
-Nothing says that head 3 of a layer should use the weights of head 3 of another one. A map is chosen by how alike the
-weights are, the first key left out because it makes all heads alike, and kept only where it lowers the loss.
-A map that permutes whole KV groups is folded into W_V and W_O and is free at run time; any other is a gather.
+Head 3 of one layer need not correspond to head 3 of another. A map is chosen by the similarity of the attention
+weights, without the first key because it makes all heads look similar, and kept only if it lowers the loss.
+A map that permutes whole KV groups is folded into W_V and W_O and costs nothing at run time; any other is a gather.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def _products(mine: State, theirs: State, length: int, block: int) -> tuple[jax.
 
 
 def head_similarity(follower: Sequence[State], anchor: Sequence[State], block: int = 128) -> np.ndarray:
-  """Cosine of the weights of every head of one layer with every head of another, the first key left out.
+  """Cosine similarity of attention weights, every head of one layer with every head of another, without the first key.
 
   Args:
-    follower: states of the one layer, a chunk of text each.
-    anchor: states of the other, of the same text.
-    block: queries compared at once.
+    follower: the follower's states, one per chunk of text.
+    anchor: the anchor's states, for the same text.
+    block: queries compared per block.
 
   Returns:
     float64 ``[N, N]``: follower's head, anchor's head.
@@ -75,7 +75,7 @@ def head_similarity(follower: Sequence[State], anchor: Sequence[State], block: i
 
 
 def best_map(similarity: np.ndarray, num_kv_heads: int, kind: Kind) -> HeadMap:
-  """The map of a kind with the greatest total similarity.
+  """The map of the given kind with the highest total similarity.
 
   Args:
     similarity: ``[N, N]``: follower's head, anchor's head.
@@ -83,7 +83,7 @@ def best_map(similarity: np.ndarray, num_kv_heads: int, kind: Kind) -> HeadMap:
     kind: which maps are allowed.
 
   Raises:
-    UserError: if there is no such kind.
+    UserError: if the kind is unknown.
   """
   if kind == "free":
     return tuple(int(head) for head in similarity.argmax(axis=1))
@@ -105,19 +105,19 @@ def best_map(similarity: np.ndarray, num_kv_heads: int, kind: Kind) -> HeadMap:
 
 
 def _assign(scores: np.ndarray) -> HeadMap:
-  """The permutation with the greatest total score."""
+  """The permutation with the highest total score."""
   from scipy.optimize import linear_sum_assignment
 
   return tuple(int(column) for column in linear_sum_assignment(scores, maximize=True)[1])
 
 
 _MOST_FEATURES = 16_384
-"""Beyond this many features, `map_by_refit` would need more than a gigabyte of sums."""
+"""With more features than this, `map_by_refit` would need more than a gigabyte for its sums."""
 
 
 @program(static_argnames="config")
 def _sums_by_pair(config: ModelConfig, block: walk.Block, chunk: walk.Chunk, y: jax.Array) -> Sums:
-  """Ridge sums over all pairs of a KV head and an anchor head: features ``[K N H]``, the dense output as target."""
+  """Ridge sums over all pairs of KV head and anchor head: features ``[K N H]``, the dense output as target."""
   kv_heads, size = config.num_kv_heads, config.num_heads // config.num_kv_heads
   by_pair: dict[tuple[int, int], jax.Array] = {}
   # Each KV group visits the anchor's groups in turn.
@@ -133,7 +133,7 @@ def _sums_by_pair(config: ModelConfig, block: walk.Block, chunk: walk.Chunk, y: 
 def _descend(
   config: ModelConfig, sums: Sums, prior: jax.Array, starts: jax.Array, ridge: jax.Array, sweeps: int
 ) -> jax.Array:
-  """Coordinate descent over the heads' maps on the penalised error that refitting W_O would leave."""
+  """Coordinate descent over the heads' maps, on the penalised error after refitting W_O."""
   heads, width = config.num_heads, config.value_width
   group = jnp.arange(heads) // (heads // config.num_kv_heads)
   prior = prior.astype(jnp.float32).reshape(-1, config.embed_dim)
@@ -158,7 +158,7 @@ def _descend(
 
 
 def can_map_by_refit(config: ModelConfig) -> bool:
-  """Whether `map_by_refit` has room for its sums, which grow with the square of the pairs of heads."""
+  """Whether the sums of `map_by_refit`, quadratic in the number of heads, are small enough."""
   return config.num_heads * config.num_kv_heads * config.value_width <= _MOST_FEATURES
 
 
@@ -170,18 +170,18 @@ def map_by_refit(
   ridge: float,
   sweeps: int = 2,
 ) -> HeadMap:
-  """The head map of a follower after whose choice refitting W_O leaves the least error.
+  """The head map of a follower with the lowest error after refitting W_O.
 
-  Coordinate descent, a head at a time, from the better of ``start`` and the most similar heads; all from one pass over
-  the text, since the sums for every map are parts of those over all pairs of heads.
+  Coordinate descent, one head at a time, from the better of ``start`` and the most similar heads. It needs one pass
+  over the text, because the sums for any map are parts of the sums over all pairs of heads.
 
   Args:
-    config: the model, of which `can_map_by_refit` is true.
+    config: the model; `can_map_by_refit` must be true for it.
     block: the follower's parameters.
-    fitted: the calibration text before the layer, with the anchor's state, and what the dense model computes there.
-    start: a map, or None for the identity; the result leaves no greater error.
-    ridge: of the refit.
-    sweeps: how often each head is reconsidered.
+    fitted: the calibration text before the layer, with the anchor's state, and the dense model's targets there.
+    start: a map, or None for the identity; the result's error is no higher.
+    ridge: ridge penalty of the refit.
+    sweeps: number of times to reconsider each head.
   """
   sums = total(_sums_by_pair(config, block, chunk, target.y) for chunk, target in fitted)
   similarity = head_similarity([target.state for _, target in fitted], [chunk.state for chunk, _ in fitted])
@@ -198,9 +198,9 @@ class Aligned(NamedTuple):
   """What `align` returns.
 
   Attributes:
-    plan: with head maps.
+    plan: the plan with head maps.
     loss: calibration loss with them, in nats.
-    identity_loss: calibration loss with the plan as it was given.
+    identity_loss: calibration loss with the given plan, in nats.
   """
 
   plan: SharingPlan
@@ -226,18 +226,18 @@ def align(
   chunk: int = 4,
   progress: Progress | None = None,
 ) -> Aligned:
-  """Chooses a head map for every follower, in layer order, by the loss with the maps chosen before it.
+  """Chooses a head map for every follower, in layer order, by the loss given the maps chosen before it.
 
-  The candidates are the most similar map of each kind and the map that the plan has already, so the loss never rises.
+  The candidates are the most similar map of each kind and the plan's current map, so the loss never increases.
 
   Args:
     model: the dense model.
     params: in the layer layout, queries and keys of every layer included.
-    plan: which layers follow; its own maps are where the choice starts from.
-    tokens: int ``[rows, T]`` of calibration text, full rows.
-    kinds: the kinds of map to consider; ``group`` alone gives maps that `fold` makes free.
-    chunk: rows computed at once.
-    progress: called with (followers done, followers in all).
+    plan: which layers follow; the search starts from its head maps.
+    tokens: int ``[rows, T]``, calibration rows without padding.
+    kinds: the kinds of map to consider; with only ``group``, `fold` removes all run-time cost.
+    chunk: rows per batch.
+    progress: called with (followers done, total followers).
 
   Raises:
     UserError: if the parameters lack queries and keys, or a token is not in the vocabulary.
@@ -267,20 +267,20 @@ def align(
 
 
 def with_map(plan: SharingPlan, layer: int, head_map: HeadMap) -> SharingPlan:
-  """The plan with one follower's map replaced."""
+  """The plan with one follower's head map replaced."""
   maps = {other: entry for other in plan.followers if (entry := plan.head_map_of(other)) is not None}
   return plan.with_head_maps(maps | {layer: head_map})
 
 
 def is_foldable(head_map: HeadMap, num_kv_heads: int) -> bool:
-  """Whether a map permutes heads and keeps KV groups together, so that weights can be reordered instead."""
+  """Whether a map permutes heads and keeps KV groups together, so that it can be folded into the weights."""
   size = len(head_map) // num_kv_heads
   groups = np.asarray(head_map).reshape(num_kv_heads, size) // size
   return sorted(head_map) == list(range(len(head_map))) and bool((groups == groups[:, :1]).all())
 
 
 def fold(config: ModelConfig, params: Params, plan: SharingPlan) -> tuple[Params, SharingPlan]:
-  """Reorders the W_V and W_O of followers whose map can be folded, and takes those maps out of the plan.
+  """Reorders W_V and W_O of followers whose map can be folded, and removes those maps from the plan.
 
   Args:
     config: the model.
@@ -288,7 +288,7 @@ def fold(config: ModelConfig, params: Params, plan: SharingPlan) -> tuple[Params
     plan: with head maps.
 
   Returns:
-    Parameters and a plan that compute the same, at no run-time cost where a map was folded.
+    Parameters and a plan that compute the same function; folded maps cost nothing at run time.
   """
   layers = dict(params["layers"])
   left = {}
@@ -299,7 +299,7 @@ def fold(config: ModelConfig, params: Params, plan: SharingPlan) -> tuple[Params
     if not is_foldable(head_map, config.num_kv_heads):
       left[layer] = head_map
       continue
-    # The head that used anchor head m becomes head m: positions are the inverse permutation.
+    # The head that used anchor head m moves to position m: the inverse permutation.
     heads = np.argsort(head_map)
     size = config.num_heads // config.num_kv_heads
     kv_heads = heads[::size] // size
@@ -315,6 +315,6 @@ def fold(config: ModelConfig, params: Params, plan: SharingPlan) -> tuple[Params
 
 
 def shared_model(config: ModelConfig, params: Params, plan: SharingPlan) -> tuple[Transformer, Params]:
-  """An ordinary model of a plan from dense parameters: foldable maps folded, followers' queries and keys dropped."""
+  """The shared model made from dense parameters: foldable maps folded, followers' queries and keys dropped."""
   params, plan = fold(config, params, plan)
   return Transformer(config, plan), prune(params, plan)

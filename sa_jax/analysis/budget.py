@@ -82,19 +82,19 @@ class Budget:
     return math.log(self.amount) if self.measure == "ppl" else math.inf
 
   def counted(self, config: ModelConfig, seq_len: int) -> Budget:
-    """The budget in followers, with FLOPs of so many tokens, if it is not the loss that is limited.
+    """The budget as a number of followers, with FLOPs for ``seq_len`` tokens; unchanged if it limits the loss.
 
     Raises:
-      UserError: as `most`.
+      UserError: see `most`.
     """
     return self if self.measure == "ppl" else Budget("followers", self.most(config, seq_len))
 
   def most(self, config: ModelConfig, seq_len: int = 1024) -> int:
-    """How many followers a plan may have at most, or shall have if it is not the loss that is limited.
+    """The maximum number of followers, or the required number if the budget does not limit the loss.
 
     Args:
       config: the model.
-      seq_len: tokens, for FLOPs.
+      seq_len: number of tokens, for FLOPs.
 
     Raises:
       UserError: if no plan can meet the budget.

@@ -1,4 +1,4 @@
-"""The README of a model that `share` has made: its plan, what it was made of, and what was measured."""
+"""The model card of a model made by `share`: its plan, how it was made, and its results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sa_jax.costs import cost
 
 
 def results(made: Shared) -> dict[str, dict[str, float]]:
-  """Perplexities by text: ``dense``, ``shared``, and ``undistilled`` if there was a distillation."""
+  """Perplexities by text: ``dense``, ``shared``, and ``undistilled`` after a distillation."""
   columns = {"dense": made.dense, "shared": made.shared}
   if made.undistilled is not None:
     columns["undistilled"] = made.undistilled
@@ -25,9 +25,9 @@ def card(source: str, made: Shared, texts: Sequence[Text], effort: Effort, secon
   Args:
     source: the dense model's name.
     made: the shared model.
-    texts: what it was fitted to and judged by.
-    effort: how much work went into it.
-    seconds: how long it took.
+    texts: the texts that it was fitted to and evaluated on.
+    effort: the effort settings.
+    seconds: the total time.
   """
   plan, mixture = made.plan, made.mixture
   config = dataclasses.replace(made.model.config, dtype="bfloat16", cache_dtype=None, value_dim=None)

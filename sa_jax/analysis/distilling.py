@@ -1,7 +1,7 @@
-"""Distillation as a stage in memory: a shared model learns the dense model's predictions for a while.
+"""In-memory distillation: trains a shared model briefly to predict what the dense model predicts.
 
-It begins from a refitted model and takes rows of tokens; `sa_jax.train` is for runs with files, checkpoints and several
-hosts. Both have one objective and one step. Embedding and head are not trained: student and teacher use the same
+It starts from a refitted model and takes token rows; for runs with files, checkpoints and several hosts use
+`sa_jax.train`. Both use the same objective and step. Embedding and head are frozen: student and teacher share those
 arrays.
 """
 
@@ -36,28 +36,28 @@ from sa_jax.trees import Params, Tree
 
 _TRAINED = ("runs", "final_norm")
 _TIMED_STEPS = 8
-"""By the time that they take after the first one, which compiles, it is told how many steps there is time for."""
+"""Steps after the first, which compiles, that are timed to compute how many steps fit into the time limit."""
 
 _MANY = 1000
-"""Steps that the learning rate rises as if there were, until it is known how many there are."""
+"""Total steps assumed for the warm-up until the number of steps is known."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-  """How long, and how.
+  """Settings of a distillation.
 
   Attributes:
-    minutes: how long it takes, compilation included.
-    steps: ends after so many steps instead, whatever time they take.
-    batch_size: rows a step.
-    learning_rate: of Adam at its highest, relative to the root mean square of each array of weights; it rises over a
-      twentieth of the steps, and falls to 0 as a cosine.
-    teacher_weight: of the divergence from the dense model, against the text's own cross-entropy.
-    dtype: to compute in; bfloat16 on accelerators and float32 on a CPU when None. Parameters stay float32.
-    seed: of the order of rows.
+    minutes: time limit, including compilation.
+    steps: number of steps instead of a time limit.
+    batch_size: rows per step.
+    learning_rate: Adam's peak learning rate, relative to the root mean square of each weight array; warm-up over a
+      twentieth of the steps, then cosine decay to 0.
+    teacher_weight: weight of the divergence from the dense model; the rest weights the cross-entropy on the text.
+    dtype: compute dtype; None for bfloat16 on accelerators and float32 on a CPU. Parameters stay float32.
+    seed: seed of the row order.
 
   Raises:
-    UserError: if a value makes no sense.
+    UserError: if a value is invalid.
   """
 
   minutes: Positive = 5.0
@@ -81,9 +81,9 @@ class Distilled(NamedTuple):
   """What `distill_rows` returns.
 
   Attributes:
-    params: of the shared model, float32, in the layer layout.
-    steps: how many were done.
-    losses: float64 ``[steps]``, of each.
+    params: the shared model's, float32, in the layer layout.
+    steps: number of steps.
+    losses: float64 ``[steps]``, the loss of each step.
   """
 
   params: Params
@@ -98,14 +98,14 @@ def distill_rows(
   how: Distillation,
   progress: Progress | None = None,
 ) -> Distilled:
-  """Trains a shared model to predict what its dense original predicts.
+  """Trains a shared model to match the predictions of its dense original.
 
   Args:
     student: the shared model, and its parameters in the layer layout.
     teacher: the dense model, and its parameters in the layer layout.
-    rows: int ``[rows, T]`` of text, full rows.
-    how: for how long.
-    progress: called with (steps done, steps in all) once it is known how many there will be.
+    rows: int ``[rows, T]``, token rows without padding.
+    how: the settings.
+    progress: called with (steps done, total steps) as soon as the total is known.
 
   Raises:
     UserError: if there is no text.
@@ -115,7 +115,7 @@ def distill_rows(
   model, params = student
   check_call(params, distill_rows, student, teacher, rows, how, progress)
   dtype = how.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-  # To keep everything takes more memory, and more time to write it, than to compute what is cheap again.
+  # Keeping all activations takes more memory, and more time to write, than recomputing the cheap ones.
   computed = lambda model: model.clone(config=dataclasses.replace(model.config, dtype=dtype, remat="dots"))
   runs, frozen = stack(params, model.plan), _frozen(*teacher, jnp.dtype(dtype))
   trained = {name: runs[name] for name in _TRAINED}
@@ -134,7 +134,7 @@ def distill_rows(
   losses: list[jax.Array] = []
   while len(losses) < (pace.steps or math.inf):
     rate = how.rate(len(losses), pace.steps or _MANY)
-    with jax.default_matmul_precision("default"):  # where the caller asks for exact products
+    with jax.default_matmul_precision("default"):  # even if the caller asks for exact products
       state, metrics = step(_at_rate(state, rate), frozen, next(batches))
     losses.append(metrics.loss)
     pace.look(len(losses), metrics.loss)
@@ -145,10 +145,10 @@ def distill_rows(
 
 
 class _Pace:
-  """How many steps there will be: as many as are asked for, or as there is time for from now on.
+  """The number of steps: the requested number, or what fits into the remaining time.
 
   Attributes:
-    steps: how many; None while that is not known.
+    steps: the total; None until it is known.
   """
 
   def __init__(self, how: Distillation):
@@ -157,7 +157,7 @@ class _Pace:
     self._first = 0.0
 
   def look(self, done: int, loss: jax.Array) -> None:
-    """Takes notice of a step's end; now and then waits for it, so that not too many steps are under way."""
+    """Records the end of a step; sometimes waits for it, to limit the number of steps in flight."""
     if done in (1, _TIMED_STEPS) or done % 16 == 0:
       loss.block_until_ready()
     now = time.perf_counter()
@@ -168,13 +168,13 @@ class _Pace:
 
 
 def _frozen(model: Transformer, params: Params, dtype: np.dtype) -> Params:
-  """The dense model's parameters in the run layout: its blocks in the dtype of computation, the rest as it is."""
+  """The dense model's parameters in the run layout: blocks in the compute dtype, the rest unchanged."""
   runs = stack(params, SharingPlan.dense(model.plan.num_layers))
   return runs | {"runs": jax.tree.map(lambda leaf: leaf.astype(dtype), runs["runs"])}
 
 
 def _objective(student: Transformer, teacher: Transformer, teacher_weight: float) -> Objective:
-  """`sa_jax.train.distill` of what is trained, the rest being the teacher's."""
+  """`sa_jax.train.distill` over the trained parameters; the teacher supplies the others."""
   taught = distill(student, teacher, alpha=teacher_weight)
 
   def objective(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> Judged:
@@ -184,14 +184,14 @@ def _objective(student: Transformer, teacher: Transformer, teacher_weight: float
 
 
 def _at_rate(state: TrainState, rate: float) -> TrainState:
-  """The state with another learning rate."""
+  """The state with a different learning rate."""
   *others, last = state.opt_state
   rates = {"learning_rate": jnp.full_like(last.hyperparams["learning_rate"], rate)}
   return dataclasses.replace(state, opt_state=(*others, last._replace(hyperparams=rates)))
 
 
 def _batches(rows: np.ndarray, how: Distillation) -> Iterator[Batch]:
-  """Rows in random order, all of them before one comes again."""
+  """Rows in random order, each once per epoch."""
   generator, size = np.random.default_rng(how.seed), how.batch_size
   order = np.zeros(0, int)
   while True:

@@ -1,7 +1,7 @@
-"""How long `sa_jax.analysis.share` will take: its work is counted, and its speed is that of its first stage.
+"""A time estimate for `sa_jax.analysis.share`: counted FLOPs at the speed measured in its first stage.
 
-What is counted is FLOPs of matrix products, with what the layers before a plan's first follower save by the half. What
-compiles comes on top, which on a GPU is most of the time with a small model.
+Only FLOPs of matrix products are counted; skipping the layers before a plan's first follower is assumed to save half a
+walk. Compilation comes on top; on a GPU with a small model it takes most of the time.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from sa_jax.plan import SharingPlan
 
 
 class Counts(NamedTuple):
-  """What a search for a plan does.
+  """The amount of work in a plan search.
 
   Attributes:
-    pairs: of an anchor and a follower whose cost is estimated.
-    plans: that are measured, or walked to go on from.
+    pairs: anchor-follower pairs whose cost is estimated.
+    plans: plans that are measured, or walked as the base of later ones.
   """
 
   pairs: int
@@ -33,7 +33,7 @@ class Counts(NamedTuple):
 
   @classmethod
   def of(cls, config: ModelConfig, followers: int, how: Search) -> Counts:
-    """Of a search for a plan with so many followers; at most, where plans are measured once only."""
+    """Counts a search for a plan with this many followers; an upper bound if no plan is measured twice."""
     layers, step = config.num_layers, how.width if how.strategy == "beam" else 1
     near = lambda layer: range(max(0, layer - how.reach), layer)
     pairs = sum(config.may_follow(layer, anchor) for layer in range(1, layers) for anchor in near(layer))
@@ -48,14 +48,14 @@ class Counts(NamedTuple):
 def work(
   config: ModelConfig, texts: Sequence[Text], wanted: int | SharingPlan, effort: Effort, chunk: int
 ) -> dict[str, float]:
-  """FLOPs of each part of the work, of which the first is the stage that comes first.
+  """FLOPs of each part of the work; the first is the stage that runs first.
 
   Args:
     config: the dense model.
-    texts: to fit to and to judge by.
-    wanted: how many followers the plan shall have, or the plan itself, when nothing is searched.
-    effort: how much work.
-    chunk: rows computed at once.
+    texts: calibration and held-out rows.
+    wanted: the number of followers, or the plan itself if there is no search.
+    effort: the effort settings.
+    chunk: rows per batch.
   """
   layers, length = config.num_layers, texts[0].judging.shape[1]
   followers = wanted if isinstance(wanted, int) else len(wanted.followers)
@@ -72,14 +72,14 @@ def work(
   counts, recovery = Counts.of(config, followers, effort.search), effort.recovery(config)
   maps = sums(config.num_heads * config.num_kv_heads * config.value_width) if recovery.maps else 0
   walk = (few + judging) * layers * block
-  # A pair's heads are compared with each other, and its error is weighed: as much time as two layers take.
+  # Per pair: heads are compared and the error is weighted, which takes as long as two layers.
   estimates = counts.pairs * few * (2 * block + of_heads)
   estimates += 3 * few * (layers * block + head) if counts.pairs else 0  # the gradients that pairs are weighed by
   refit = fit * ((2 * layers - first) * block + followers * (of_heads + maps))
-  # The hidden activations are computed once for the sums, and once more with the new weights.
+  # The hidden activations are computed once for the sums, and again with the new weights.
   hidden = 4 * length * config.embed_dim * config.mlp_dim
   refit += fit * (layers - first) * (sums(config.mlp_dim) + hidden) if recovery.mlp else 0
-  # Forward, backward, and the anchor's weights once more for its followers.
+  # Forward, backward, and the anchor's weights again for its followers.
   local = 4 * fit * min(2 * followers, layers) * block
   made = refits(recovery, fit, rows_at_once(chunk))
   refit = sum(refit + each.local_epochs * local for each in made)
@@ -97,12 +97,12 @@ def work(
 
 
 def foretold(flops: dict[str, float], stage: search.Stage, say: Callable[[str], None]) -> search.Stage:
-  """A stage that says how long all of it will take, once the first part is done.
+  """A stage callback that reports the total time after the first part.
 
   Args:
-    flops: as `work` counts.
-    stage: what is told besides.
-    say: takes the text.
+    flops: the result of `work`.
+    stage: the wrapped callback.
+    say: receives the message.
   """
   first = next(iter(flops))
   begun: list[tuple[float, int]] = []
@@ -115,7 +115,7 @@ def foretold(flops: dict[str, float], stage: search.Stage, say: Callable[[str], 
     def timed(done: int, total: int) -> None:
       report(done, total)
       begun.append((time.monotonic(), done))
-      since, before = begun[0]  # with a compilation in it
+      since, before = begun[0]  # includes compilation
       if before < done == total == len(begun):
         seconds = (time.monotonic() - since) / (total - before) * total / flops[first]
         parts = {part: count * seconds for part, count in flops.items() if part != first}

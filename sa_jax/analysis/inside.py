@@ -1,7 +1,7 @@
-"""Looking inside a model, and changing what is there: by layer number, in both parameter layouts.
+"""Inspecting and editing activations, by layer number, in both parameter layouts.
 
-A forward pass in the layer layout is watched where its blocks' named pieces begin and end; the run layout is taken
-apart inside the program. Which layer and which heads an edit changes is data: one program serves a whole sweep.
+In the layer layout, the blocks' named methods are intercepted; parameters in the run layout are unstacked inside the
+program. Which layer and heads an edit changes is data, so one program serves a whole sweep.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from sa_jax.sharding import traced_where_parameters_are
 from sa_jax.trees import Params, Tree
 
 Site = Literal["residual", "weights", "values", "heads", "attention", "mlp"]
-"""What can be looked at and changed in a layer:
+"""What can be captured and edited in a layer:
 
-* ``residual``: ``[B, T, D]``, what enters the layer; number ``L`` is what leaves the last one.
-* ``weights``: ``[B, N, T, S]``, the attention weights that it uses; a follower's are its anchor's, as changed there.
+* ``residual``: ``[B, T, D]``, the layer's input; index ``L`` is the last layer's output.
+* ``weights``: ``[B, N, T, S]``, the attention weights it uses; a follower's are its anchor's, including edits there.
 * ``values``: ``[B, T, K, H]``.
-* ``heads``: ``[B, T, N, H]``, the heads' outputs, which the output projection reads.
-* ``attention``, ``mlp``: ``[B, T, D]``, what either gives, before any norm that a family has after it.
+* ``heads``: ``[B, T, N, H]``, the heads' outputs, before the output projection.
+* ``attention``, ``mlp``: ``[B, T, D]``, their outputs, before a post-norm if the family has one.
 """
 
 Captured = Literal["residual", "weights", "values", "heads", "attention", "mlp", "states"]
-"""The sites, and ``states``: the attention state that each layer uses."""
+"""The sites, and ``states``, the attention state that each layer uses."""
 
 _TOKENS: dict[Site, int] = {"residual": 1, "weights": 2, "values": 1, "heads": 1, "attention": 1, "mlp": 1}
 _HEADS: dict[Site, int] = {"weights": 1, "values": 2, "heads": 2}
@@ -55,11 +55,11 @@ class Edit:
 
   Attributes:
     site: where.
-    layer: int32 ``[]``, in which layer.
-    value: what broadcasts to the site's array.
-    keep: how much of what is there stays.
-    heads: int32 ``[h]``, which heads; all when None.
-    positions: int32 ``[p]``, which tokens (of weights: which queries); all when None.
+    layer: int32 ``[]``, the layer.
+    value: broadcasts to the site's array.
+    keep: factor for the existing activation.
+    heads: int32 ``[h]``, the heads; None for all.
+    positions: int32 ``[p]``, the tokens (for weights: the queries); None for all.
   """
 
   site: Site = struct.field(pytree_node=False)
@@ -70,7 +70,7 @@ class Edit:
   positions: Tree = None
 
   def __call__(self, layer: int, x: jax.Array) -> jax.Array:
-    """A layer's array at the site, with the change if it is meant for this layer."""
+    """The array of a layer at the site, edited if the edit is for this layer."""
     where = jnp.asarray(self.layer) == layer
     chosen = jnp.broadcast_to(where, x.shape)
     for numbers, axis in ((self.heads, _HEADS.get(self.site)), (self.positions, _TOKENS[self.site])):
@@ -78,7 +78,7 @@ class Edit:
         meant = (jnp.arange(x.shape[axis])[:, None] == jnp.asarray(numbers).reshape(1, -1)).any(axis=1)
         chosen &= jnp.broadcast_to(jnp.expand_dims(meant, [each for each in range(x.ndim) if each != axis]), x.shape)
     value = jnp.broadcast_to(jnp.asarray(self.value, jnp.float32), x.shape)
-    kept = jnp.where(jnp.asarray(self.keep) == 0, 0.0, self.keep * x.astype(jnp.float32))  # of NaN too, nothing
+    kept = jnp.where(jnp.asarray(self.keep) == 0, 0.0, self.keep * x.astype(jnp.float32))  # nothing, not even of NaN
     return jnp.where(chosen, (kept + value).astype(x.dtype), x)
 
 
@@ -87,9 +87,9 @@ def ablate(site: Site, layer: ArrayLike, heads: ArrayLike | None = None, positio
 
   Args:
     site: where.
-    layer: int ``[]``, of which layer.
-    heads: int ``[h]``, which heads; all when None.
-    positions: int ``[p]``, which tokens (of weights: which queries); all when None.
+    layer: int ``[]``, the layer.
+    heads: int ``[h]``, the heads; None for all.
+    positions: int ``[p]``, the tokens (for weights: the queries); None for all.
   """
   return Edit(site, layer, 0.0, 0.0, heads, positions)
 
@@ -97,14 +97,14 @@ def ablate(site: Site, layer: ArrayLike, heads: ArrayLike | None = None, positio
 def patch(
   site: Site, layer: ArrayLike, value: ArrayLike, heads: ArrayLike | None = None, positions: ArrayLike | None = None
 ) -> Edit:
-  """Sets a layer's array at a site to another one, such as what `look` has captured in another model or text.
+  """Replaces a layer's array at a site, for example by one that `look` captured in another model or text.
 
   Args:
     site: where.
-    layer: int ``[]``, of which layer.
-    value: what broadcasts to the whole array of the site (see `Site`).
-    heads: int ``[h]``, which heads; all when None.
-    positions: int ``[p]``, which tokens (of weights: which queries); all when None.
+    layer: int ``[]``, the layer.
+    value: broadcasts to the whole array of the site (see `Site`).
+    heads: int ``[h]``, the heads; None for all.
+    positions: int ``[p]``, the tokens (for weights: the queries); None for all.
   """
   return Edit(site, layer, value, 0.0, heads, positions)
 
@@ -116,10 +116,10 @@ def steer(
 
   Args:
     site: where.
-    layer: int ``[]``, of which layer.
-    value: what is added; it broadcasts to the whole array of the site (see `Site`).
-    heads: int ``[h]``, which heads; all when None.
-    positions: int ``[p]``, which tokens (of weights: which queries); all when None.
+    layer: int ``[]``, the layer.
+    value: added; broadcasts to the whole array of the site (see `Site`).
+    heads: int ``[h]``, the heads; None for all.
+    positions: int ``[p]``, the tokens (for weights: the queries); None for all.
   """
   return Edit(site, layer, value, 1.0, heads, positions)
 
@@ -129,7 +129,7 @@ class Looked(NamedTuple):
 
   Attributes:
     logits: float32 ``[B, T, V]``.
-    seen: by what was captured, one entry a layer in the layers' order; of ``residual``, one more.
+    seen: captured arrays by name, one per layer in order; ``residual`` has one more.
   """
 
   logits: jax.Array
@@ -145,20 +145,20 @@ def look(
   capture: Sequence[Captured] = (),
   edits: Sequence[Edit] = (),
 ) -> Looked:
-  """A forward pass that is looked into, and changed.
+  """A forward pass that captures and edits activations.
 
-  What is captured is as it was after the edits of its place.
+  Captured activations include the edits at their site.
 
   Args:
-    model: with any plan.
+    model: under any plan.
     params: in either layout.
     tokens: int ``[B, T]``.
-    rows: which tokens a token may see: lengths, documents, a bias, a mask.
-    capture: what to return besides the logits.
-    edits: what to change, in this order where several change the same place.
+    rows: which tokens each token may attend to: lengths, documents, a bias, a mask.
+    capture: what to return in addition to the logits.
+    edits: applied in this order if several are at the same site.
 
   Raises:
-    UserError: if there is no such site, or an edit names a layer or a head that there is not.
+    UserError: if a site is unknown, or an edit's layer or head does not exist.
   """
   tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
   check_tokens(tokens, rows.lengths, model.config.vocab_size)
@@ -169,15 +169,15 @@ def look(
 
 
 def logit_lens(model: Transformer, params: Params, residuals: Sequence[jax.Array]) -> jax.Array:
-  """What the model would say if it ended after each layer (nostalgebraist's logit lens).
+  """The model's prediction if it ended after each layer (nostalgebraist's logit lens).
 
   Args:
-    model: whose last norm and head read them.
+    model: its final norm and head are applied.
     params: in either layout.
     residuals: ``[B, T, D]`` each, such as ``look(…, capture=["residual"]).seen["residual"]``.
 
   Returns:
-    float32 ``[len(residuals), B, T, V]``; the last of all residuals gives the model's own logits.
+    float32 ``[len(residuals), B, T, V]``; for the last residual these are the model's logits.
   """
   return _read(model, params, jnp.stack(list(residuals)))
 
@@ -230,7 +230,7 @@ def _look_inside(
 
 
 class _Watcher:
-  """Stands between the blocks' pieces; see `flax.linen.intercept_methods`."""
+  """Intercepts the blocks' methods; see `flax.linen.intercept_methods`."""
 
   def __init__(self, layers: int, edits: tuple[Edit, ...], capture: tuple[str, ...]):
     self._layers, self._edits, self._capture = layers, edits, capture
@@ -240,7 +240,7 @@ class _Watcher:
   def __call__(
     self, call: Callable[..., Tree], args: Tree, kwargs: Tree, context: nn.module.InterceptorContext
   ) -> Tree:
-    """A method's call, watched; that of the class above it, inside it, is a part of the same call."""
+    """Intercepts a method call; a call of the parent class's method inside it belongs to the same call."""
     module, method = context.module, context.method_name
     key = (module.path, method)
     if key in self._inside:
@@ -274,7 +274,7 @@ class _Watcher:
     return call(*args)
 
   def _at(self, site: Site, layer: int, x: jax.Array) -> jax.Array:
-    """What is at a site, after the edits that are meant for it."""
+    """The array at a site, after the edits for it."""
     for edit in self._edits:
       if edit.site == site:
         x = edit(layer, x)
@@ -283,7 +283,7 @@ class _Watcher:
     return x
 
   def _state(self, layer: int, state: State) -> State:
-    """The state that a layer uses; as weights where some are edited."""
+    """The state that a layer uses, in the form of weights if any are edited."""
     if any(edit.site == "weights" for edit in self._edits):
       state = AttentionWeights(self._at("weights", layer, state.weights()))
     elif "weights" in self._capture:

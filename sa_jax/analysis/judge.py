@@ -1,8 +1,8 @@
-"""Judging plans by what they cost after the recovery that they would get.
+"""Measuring plans by their loss after recovery.
 
-The dense model's activations on some text are computed once and kept. A plan is judged by walking that text through the
-shared model, refitting as it goes, from the first layer in which it differs from a plan that was walked before.
-Refits use one part of each text and losses another; losses count per text, not per token.
+The dense model's activations on the text are computed once and kept. To measure a plan, the text is walked through the
+shared model with refitting, starting at the first layer that differs from a plan walked before.
+Refits use calibration rows and losses held-out rows; losses are averaged over texts, not tokens.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ T = TypeVar("T")
 
 
 class Text(NamedTuple):
-  """One text to judge by.
+  """One text to evaluate plans on.
 
   Attributes:
-    name: of the text.
-    calibration: int ``[rows, T]``, what refits are fitted to.
-    judging: int ``[rows, T]``, other rows, what losses are measured on.
+    name: the text's name.
+    calibration: int ``[rows, T]``, the rows to fit to.
+    judging: int ``[rows, T]``, held-out rows, for losses.
   """
 
   name: str
@@ -54,10 +54,10 @@ class Text(NamedTuple):
 
 
 def check_texts(texts: Sequence[Text], vocab_size: int) -> None:
-  """Checks what plans are to be fitted to and judged by.
+  """Checks calibration and held-out rows.
 
   Raises:
-    UserError: if there is no text, two have one name, rows are no tokens of the vocabulary, or differ in length.
+    UserError: if there is no text, names repeat, tokens are not in the vocabulary, or row lengths differ.
   """
   names = [text.name for text in texts]
   if not names or len(set(names)) < len(names):
@@ -71,11 +71,11 @@ def check_texts(texts: Sequence[Text], vocab_size: int) -> None:
 
 
 class Walk(NamedTuple):
-  """A plan taken through the text.
+  """The result of walking the text through a plan.
 
   Attributes:
-    plan: which plan.
-    streams: the text before each layer; empty if they were not kept.
+    plan: the plan.
+    streams: the text before each layer; empty if not kept.
     losses: float64 ``[texts]``, in nats.
   """
 
@@ -85,7 +85,7 @@ class Walk(NamedTuple):
 
 
 def _where_its_model_is(method: Callable[Concatenate[Judge, P], T]) -> Callable[Concatenate[Judge, P], T]:
-  """A method of a judge that computes."""
+  """Decorates a judge's method that computes, so that it runs where the parameters are."""
 
   @functools.wraps(method)
   def call(self: Judge, *arguments: P.args, **named: P.kwargs) -> T:
@@ -102,16 +102,16 @@ class Judge:
   Args:
     model: the dense model.
     params: in the layer layout, queries and keys of every layer included.
-    texts: to fit and to judge.
-    how: the recovery that plans get before they are judged; None judges them as they are. Head maps come from
-      `head_map`, so ``how.maps`` is left to the final refit.
+    texts: calibration and held-out rows.
+    how: the recovery of a plan before its loss is measured; None for no recovery. Head maps come from `head_map`;
+      ``how.maps`` applies only to the final refit.
     maps: whether followers get head maps.
-    chunk: rows computed at once.
-    record: a JSON file of the plans measured so far: a search that is run again does not measure them again.
-    progress: called with (layers walked, layers in all) while the dense model is walked.
+    chunk: rows per batch.
+    record: a JSON file of measured plans, so that a repeated search does not measure them again.
+    progress: called with (layers walked, total layers) while the dense model is walked.
 
   Raises:
-    UserError: if the parameters lack queries and keys, a text cannot be used, or the record is of another search.
+    UserError: if the parameters lack queries and keys, a text is unusable, or the record is from a different search.
   """
 
   def __init__(
@@ -139,7 +139,7 @@ class Judge:
 
   @_where_its_model_is
   def _read_texts(self, progress: Progress | None) -> None:
-    """What the dense model computes of the texts."""
+    """Computes the dense model's activations and losses on the texts."""
     begin = functools.partial(walk.start, self.config, self.params, chunk=self.chunk)
     calibration = begin(np.concatenate([text.calibration for text in self.texts]))
     self._calibration = len(calibration)
@@ -157,14 +157,14 @@ class Judge:
     }
 
   def _losses(self, judging: Stream) -> np.ndarray:
-    """Mean loss of each text, from the judging rows after the last layer."""
+    """Mean loss per text on the held-out rows, after the last layer."""
     rows = walk.losses(self.config, self.params, judging, self._judging)
     ends = np.cumsum([len(text.judging) for text in self.texts])
     return np.array([each.mean() for each in np.split(rows, ends[:-1])])
 
   @_where_its_model_is
   def rounded(self, cache_dtype: CacheDtype) -> np.ndarray:
-    """The dense model's losses with keys and values as such a cache has them, float64 ``[texts]``."""
+    """The dense model's losses with keys and values rounded as in this cache, float64 ``[texts]``."""
     config, dense = dataclasses.replace(self.config, cache_dtype=cache_dtype), SharingPlan.dense(self.config.num_layers)
     return self._losses(walk.through(config, self.params, dense, self._start[self._calibration :]))
 
@@ -174,7 +174,7 @@ class Judge:
 
   @_where_its_model_is
   def head_map(self, anchor: int, layer: int) -> HeadMap | None:
-    """The most similar anchor heads for a layer's heads, in the dense model; None without maps."""
+    """For each head of a layer, the most similar anchor head in the dense model; None without maps."""
     if not self.maps:
       return None
     if (anchor, layer) not in self._maps:
@@ -184,24 +184,24 @@ class Judge:
     return self._maps[anchor, layer]
 
   def with_maps(self, plan: SharingPlan) -> SharingPlan:
-    """The plan with `head_map` for each follower."""
+    """The plan with each follower's `head_map`."""
     if not self.maps:
       return plan
     return plan.with_head_maps({layer: self.head_map(plan.source[layer], layer) for layer in plan.followers})
 
   @_where_its_model_is
   def walk(self, plan: SharingPlan, base: Walk | None = None, keep: bool = False, value_dim: int | None = None) -> Walk:
-    """Takes the text through the shared model.
+    """Walks the text through the shared model.
 
     Args:
-      plan: without maps: they are `head_map`'s.
-      base: another plan's walk with its streams, whose layers up to the first difference are not repeated; of values as
-        wide as they are.
+      plan: without head maps, which come from `head_map`.
+      base: the walk of another plan, with streams and full-width values; layers before the first difference are not
+        repeated.
       keep: whether to keep the streams.
-      value_dim: how many numbers a head's values keep; as many as they have when None. Needs a recovery.
+      value_dim: new size of a head's values; None keeps it. Needs a recovery.
 
     Raises:
-      UserError: if the model cannot share attention by the plan.
+      UserError: if the model cannot use the plan.
     """
     check_plan(self.config, plan)
     layers, how = self.config.num_layers, self.how
@@ -233,23 +233,23 @@ class Judge:
     return Walk(plan, tuple(streams) if keep else (), losses)
 
   def _before(self, layer: int) -> Stream:
-    """The dense model's stream before a layer."""
+    """The dense model's stream before this layer."""
     if layer == 0:
       return self._start
     return tuple(Chunk(target.x, target.state) for target in self._trace[layer - 1])
 
   def losses(self, plan: SharingPlan, base: Walk | None = None, value_dim: int | None = None) -> np.ndarray:
-    """The plan's losses, float64 ``[texts]``: from the record, or measured now; arguments as in `walk`."""
+    """The plan's losses, float64 ``[texts]``, recorded or measured now; arguments as in `walk`."""
     known = self._record.get(_name(plan, value_dim))
     return self.walk(plan, base, value_dim=value_dim).losses if known is None else known
 
   def increase(self, losses: np.ndarray) -> float:
-    """By how much losses exceed the dense model's, mean over texts, in nats."""
+    """The increase of losses over the dense model's, mean over texts, in nats."""
     return float((losses - self.dense).mean())
 
   @property
   def measured(self) -> dict[SharingPlan, np.ndarray]:
-    """Every plan measured so far and its losses, with values as wide as they are."""
+    """Every measured plan with full-width values, and its losses."""
     return {
       SharingPlan.parse(text, self.config.num_layers): np.array(losses)
       for text, losses in self._record.plans.items()
@@ -258,17 +258,17 @@ class Judge:
 
   @_where_its_model_is
   def costs(self, reach: int, progress: Progress | None = None) -> np.ndarray:
-    """An estimate of what each single follower costs, without a forward pass for each.
+    """Estimates the cost of each single follower, without one forward pass per pair.
 
-    The refitted follower's error δ in the attention's output is weighed with the loss's gradient g there,
-    ``½ mean (g·δ)²`` over tokens: the loss's second-order term with the empirical Fisher matrix, token by token.
+    The refitted follower's error δ in the attention output is weighted by the gradient g of the loss there:
+    ``½ mean (g·δ)²`` over tokens, the loss's second-order term with the empirical Fisher matrix, per token.
 
     Args:
-      reach: farthest anchor considered, in layers before the follower.
-      progress: called with (layers done, layers in all).
+      reach: maximum distance between a follower and its anchor, in layers.
+      progress: called with (layers done, total layers).
 
     Returns:
-      float64 ``[L, L]``: anchor, follower; infinite where one cannot follow the other, or is out of reach.
+      float64 ``[L, L]``: anchor, follower; infinite if the layer cannot follow that anchor, or is out of reach.
     """
     layers = self.config.num_layers
     out = np.full((layers, layers), np.inf)
@@ -283,7 +283,7 @@ class Judge:
     return out
 
   def _gradients(self) -> Tree:
-    """Of the calibration text's loss with respect to each layer's attention output, from the last layer down."""
+    """Gradients of the calibration loss with respect to each layer's attention output, from the last layer down."""
     outside = {name: value for name, value in self.params.items() if name != "layers"}
     tokens = np.concatenate([text.calibration for text in self.texts])
     chunks = walk.chunks(tokens, self.chunk)
@@ -326,7 +326,7 @@ def _head_gradient(config: ModelConfig, params: Params, x: jax.Array, tokens: ja
 def _gradient(
   config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays, cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Pulls a gradient back through a dense block: to its input, and to its attention's output."""
+  """Backpropagates a gradient through a dense block, to its input and its attention output."""
 
   def through(x: jax.Array, y: jax.Array) -> jax.Array:
     state = walk.call(config, block, PlannedBlock.state, x, chunk.state, layer)
@@ -345,7 +345,7 @@ def _weighed_error(
   head_map: jax.Array,
   kernel: jax.Array,
 ) -> jax.Array:
-  """Sum over tokens of (g·δ)², of a chunk, what it should become, and the gradient g."""
+  """Sum of (g·δ)² over a chunk's tokens, from the chunk, its target and the gradient g."""
   chunk, target, gradient = part
   heads = walk.call(config, block, PlannedBlock.heads, chunk.x, chunk.state, head_map).astype(jnp.float32)
   y = problems.without_bias(block["attention"]["o_proj"], target.y)
@@ -357,26 +357,26 @@ _VALUES = " values "
 
 
 def _name(plan: SharingPlan, value_dim: int | None) -> str:
-  """What a plan, and values of this width, are called in the record."""
+  """A plan's key in the record, including the size of values."""
   return str(plan) if value_dim is None else f"{plan}{_VALUES}{value_dim}"
 
 
 class Record:
-  """The plans measured so far, in memory and, if a file is named, on disk after every one.
+  """The plans measured so far, in memory and, if a file is given, on disk after each one.
 
   Args:
     path: a JSON file, or None.
-    settings: what was measured and how: a file with other settings is refused.
+    settings: what was measured and how; a file with different settings is rejected.
 
   Raises:
-    UserError: if the file cannot be read or has other settings.
+    UserError: if the file is unreadable or has different settings.
   """
 
   def __init__(self, path: Path | None, settings: dict[str, Any]):
     path = None if path is None else as_path(path)
     self._path, self._settings = path, json.loads(json.dumps(settings))
     self.plans: dict[str, list[float]] = {}
-    # Of several processes the first one reads and writes: plans that only one of them knew would part them.
+    # Only the first process reads and writes: processes that know different plans would diverge.
     read = lambda: read_text(path) if path is not None and path.exists() else ""
     if text := of_first("the record", read):
       try:
@@ -388,7 +388,7 @@ class Record:
         raise UserError(f"{path} records a search with different settings, {settings}; use another file, or remove it")
 
   def get(self, plan: str) -> np.ndarray | None:
-    """The plan's losses, if it has been measured."""
+    """The plan's losses, or None if it has not been measured."""
     losses = self.plans.get(plan)
     return None if losses is None else np.array(losses)
 

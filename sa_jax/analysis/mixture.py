@@ -1,7 +1,7 @@
-"""One budget of cache bytes, and what meets it: followers, narrower values, int8 or int4, or some of each.
+"""Meeting a budget of cache bytes with followers, narrower values, int8 or int4, or a mixture.
 
-Which mixtures fit is counted; which of them loses least is measured, with the recovery that they would get. The means
-by themselves are among them, so that a mixture is taken only where it is judged better than each of them.
+Which mixtures fit is computed; which loses least is measured after recovery. Single methods are among the candidates,
+so a mixture is chosen only if its held-out loss is lower than theirs.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from sa_jax.ops import FORMATS
 from sa_jax.plan import SharingPlan
 
 _STEPS = 8
-"""Widths of values that are tried: so many parts of a head."""
+"""Sizes of values to try, in fractions 1/8 of a head."""
 
 
 class Mixture(NamedTuple):
-  """What a cache is made smaller by.
+  """What shrinks a cache.
 
   Attributes:
-    plan: whose followers cache no keys.
-    value_dim: how many numbers a head's values have; as many as its keys when None.
+    plan: its followers cache no keys.
+    value_dim: size of a head's values; None for that of its keys.
     cache_dtype: as in `ModelConfig`.
   """
 
@@ -38,18 +38,18 @@ class Mixture(NamedTuple):
   cache_dtype: CacheDtype = None
 
   def config(self, config: ModelConfig) -> ModelConfig:
-    """The model's config with it."""
+    """The model's config with the mixture applied."""
     value_dim = config.value_dim if self.value_dim is None else self.value_dim
     return dataclasses.replace(config, value_dim=value_dim, cache_dtype=self.cache_dtype)
 
   def part(self, config: ModelConfig) -> float:
-    """What is left of the cache, in bfloat16, of the dense model of this config."""
+    """The remaining fraction of this dense model's bfloat16 cache."""
     config = dataclasses.replace(config, dtype="bfloat16", cache_dtype=None)
     of = lambda config, plan: cost(config, plan).kv_bytes_per_token
     return of(self.config(config), self.plan) / of(config, None)
 
   def __str__(self) -> str:
-    """Such as ``8 followers, values of 48, int8``."""
+    """For example ``8 followers, values of 48, int8``."""
     followers = len(self.plan.followers)
     parts = [f"{followers} follower{'s' if followers > 1 else ''}"] if followers else []
     parts += [f"values of {self.value_dim}"] if self.value_dim is not None else []
@@ -57,17 +57,17 @@ class Mixture(NamedTuple):
 
 
 def within(config: ModelConfig, budget: Budget, plans: Sequence[SharingPlan]) -> list[Mixture]:
-  """The mixtures within a budget: in each type of cache, each plan with the widest values that it leaves room for.
+  """The mixtures within a budget: for each cache dtype, each plan with the largest values that fit.
 
-  Plans with more followers than a plan with values as wide are left out.
+  Plans with more followers but no wider values than another are left out.
 
   Args:
     config: the dense model.
-    budget: what may remain of its cache, and by what means.
-    plans: that may be taken, without maps, the fewest followers first.
+    budget: the fraction of its cache to keep, and the allowed methods.
+    plans: candidates, without head maps, in order of followers.
 
   Raises:
-    UserError: if there is none.
+    UserError: if nothing fits.
   """
   width = config.value_width
   step = max(1, width // _STEPS)
@@ -93,9 +93,9 @@ def within(config: ModelConfig, budget: Budget, plans: Sequence[SharingPlan]) ->
 
 
 def judged(judge: Judge, mixtures: Sequence[Mixture], progress: Progress) -> dict[Mixture, float]:
-  """By how much each raises the loss, mean over texts, in nats: the least first.
+  """The increase of the loss for each mixture, mean over texts, in nats, lowest first.
 
-  What a quantised cache costs is measured once, on the dense model, and added.
+  The cost of a quantised cache is measured once, on the dense model, and added.
   """
   dtypes = dict.fromkeys(mixture.cache_dtype for mixture in mixtures)
   rounding = {each: 0.0 if each is None else judge.increase(judge.rounded(each)) for each in dtypes}
@@ -108,7 +108,7 @@ def judged(judge: Judge, mixtures: Sequence[Mixture], progress: Progress) -> dic
 
 
 def bytes_of(config: ModelConfig, mixture: Mixture) -> Mapping[str, int]:
-  """Where the bytes that a token's cache took in bfloat16 have gone, and what is left."""
+  """How each method reduces the bytes per token of a bfloat16 cache, and the remaining bytes."""
   config = dataclasses.replace(config, dtype="bfloat16", cache_dtype=None)
   steps = {
     "followers' keys": Mixture(mixture.plan),

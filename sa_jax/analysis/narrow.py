@@ -1,13 +1,13 @@
-"""Narrow values: a head's values in its few most needed directions.
+"""Narrow values: keep only the directions of a head's values that the output needs most.
 
-Of a key head, ``G`` is the sum of its query heads' second moments ``Oᵀ O`` (of what they output), and ``U`` the first r
-left singular vectors of ``G^½ [W_O of its query heads]``. Values ``v`` become ``v G^-½ U``, W_O ``Uᵀ G^½ W_O``: of all
-choices of r numbers a head those with which what the heads add to the residual stream changes least, each query head by
-itself, were their second moments alike. Then W_O is solved again, all heads together. The numbers are taken along an
-orthonormal basis of those directions, in which a ridge means what it means of whole values.
+For each KV head, ``G`` is the sum of the second moments ``Oᵀ O`` of its query heads' outputs, and ``U`` the first r
+left singular vectors of ``G^½ [W_O of its query heads]``. Values ``v`` become ``v G^-½ U``, and W_O ``Uᵀ G^½ W_O``. Of
+all rank-r choices per head this changes the heads' contribution to the residual stream least, each query head taken
+separately and assuming equal second moments. Then W_O is solved again, all heads together. The solve uses an
+orthonormal basis of those directions, in which a ridge means the same as for full-width values.
 
-Everything here is as wide as before, with zeros behind the first r numbers: the rank is data, and one program serves
-every rank. `cut` takes the zeros away at last.
+Arrays keep their width, with zeros after the first r entries: the rank is data, and one program serves every rank.
+`cut` removes the zeros at the end.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from sa_jax.sharding import placed_like
 from sa_jax.trees import Params
 
 _SMALLEST = 1e-6
-"""Of the greatest second moment: directions with less are treated as if they had so much."""
+"""Lower bound of second moments, relative to the largest."""
 
 
 class Directions(NamedTuple):
-  """Which directions of a layer's values are kept, by key head.
+  """The kept directions of a layer's values, per KV head.
 
   Attributes:
-    down: float32 ``[K, H, H]``, from values to their numbers: orthonormal columns, and zeros behind the rank.
-    up: float32 ``[K, H, H]``, back.
+    down: float32 ``[K, H, H]``, from values to coordinates: orthonormal columns, zero beyond the rank.
+    up: float32 ``[K, H, H]``, from coordinates to values.
   """
 
   down: jax.Array
@@ -45,10 +45,10 @@ def directions(gram: jax.Array, kernel: jax.Array, kv_heads: int, rank: jax.Arra
   """The directions of values that a layer's output needs most.
 
   Args:
-    gram: ``[N H, N H]``, the second moments of its head outputs.
+    gram: ``[N H, N H]``, the second moments of the layer's head outputs.
     kernel: W_O, ``[N, H, D]``.
     kv_heads: ``K``.
-    rank: how many directions are kept.
+    rank: number of directions to keep.
   """
   heads, width, embed = kernel.shape
   size = heads // kv_heads
@@ -60,7 +60,7 @@ def directions(gram: jax.Array, kernel: jax.Array, kv_heads: int, rank: jax.Arra
   half = lambda scale: product("KHZ,KZ,KYZ->KHY", axes, scale, axes)
   weights = kernel.astype(jnp.float32).reshape(kv_heads, size, width, embed)
   needed = product("KHZ,KGZD->KGHD", half(roots), weights)
-  # The left singular vectors, the greatest first.
+  # left singular vectors, largest first
   left = jnp.linalg.eigh(product("KGHD,KGZD->KHZ", needed, needed))[1][:, :, ::-1]
   kept = jax.lax.broadcasted_iota(jnp.int32, left.shape, 2) < rank
   left = jnp.where(kept, left, 0.0)
@@ -71,7 +71,7 @@ def directions(gram: jax.Array, kernel: jax.Array, kv_heads: int, rank: jax.Arra
 
 @program()
 def along(sums: Sums, kept: Directions) -> Sums:
-  """The sums of head outputs' numbers along the directions, of those of head outputs."""
+  """Sums over head outputs projected onto the kept directions."""
   kv_heads, width, _ = kept.down.shape
   down = jnp.repeat(kept.down, sums.gram.shape[0] // width // kv_heads, axis=0)
   count = down.shape[0]
@@ -81,29 +81,29 @@ def along(sums: Sums, kept: Directions) -> Sums:
 
 
 def narrowed(block: Block, sums: Sums, kv_heads: int, rank: int) -> tuple[Block, Sums]:
-  """A layer with values along the directions that it needs most.
+  """A layer whose values are projected onto the directions that it needs most.
 
   Args:
-    block: its parameters.
-    sums: of its head outputs ``[N H]`` with what W_O should make of them.
+    block: the layer's parameters.
+    sums: sums of its head outputs ``[N H]`` with W_O's targets.
     kv_heads: ``K``.
-    rank: how many directions are kept.
+    rank: number of directions to keep.
 
   Returns:
-    The parameters, the value projection's bias and the W_O that reads them included, and the sums of what that reads.
+    The parameters, with new value projection (including bias) and W_O, and the sums for the new W_O's inputs.
   """
   kept = directions(sums.gram, block["attention"]["o_proj"]["kernel"], kv_heads, rank)
   return _changed(block, lambda values, kernel: _narrowed(values, kernel, kept)), along(sums, kept)
 
 
 def cut(params: Params, value_dim: int) -> Params:
-  """Parameters in the layer layout without the zeros behind the first numbers of values."""
+  """Parameters in the layer layout without the zeros of narrow values."""
   of = lambda block: _changed(block, lambda values, kernel: _cut(values, kernel, value_dim))
   return dict(params) | {"layers": {layer: of(block) for layer, block in params["layers"].items()}}
 
 
 Change = Callable[[Params, jax.Array], tuple[Params, jax.Array]]
-"""From the value projection's parameters and W_O to others."""
+"""Maps the value projection's parameters and W_O to new ones."""
 
 
 def _changed(block: Block, change: Change) -> Block:

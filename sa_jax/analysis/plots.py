@@ -1,4 +1,4 @@
-"""Pictures, as PNG. Needs the extra ``plots``."""
+"""Plots, as PNG. Needs the extra ``plots``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def check_installed() -> None:
-  """Checks, before the work that pictures are of, that they can be drawn.
+  """Checks, before long work, that plots can be made.
 
   Raises:
     UserError: if matplotlib is not installed.
@@ -30,7 +30,7 @@ def check_installed() -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-  """Writes a figure as PNG, whatever the file's name ends in.
+  """Writes a figure as PNG, whatever the file's suffix.
 
   Raises:
     UserError: if it cannot be written.
@@ -56,12 +56,12 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 class Scale(NamedTuple):
-  """What a map's numbers are.
+  """The scale of a map.
 
   Attributes:
-    label: their name.
-    highest: the end of the colours.
-    distance: whether they grow as layers differ. In every map light is alike.
+    label: name of the quantity.
+    highest: upper end of the colour scale.
+    distance: whether larger means less similar. In all maps, light means similar.
   """
 
   label: str
@@ -90,14 +90,14 @@ def similarity_map(
   scale: Scale = COSINE,
   plan: SharingPlan | None = None,
 ) -> None:
-  """Draws a layer-to-layer similarity as a heat map; light is alike.
+  """Plots a layer-by-layer similarity matrix as a heat map; light means similar.
 
   Args:
     similarity: ``[L, L]``.
     path: the PNG to write.
-    title: above the picture.
-    scale: what the numbers are.
-    plan: outlines its groups.
+    title: the plot's title.
+    scale: the scale of the values.
+    plan: if given, its groups are outlined.
 
   Raises:
     UserError: if matplotlib is not installed.
@@ -118,7 +118,7 @@ def similarity_map(
 
 
 def similarity_animation(similarities: Mapping[str, ArrayLike], path: Path) -> None:
-  """Draws the similarity maps of several checkpoints as one animated GIF.
+  """Plots the similarity maps of several checkpoints as one animated GIF.
 
   Args:
     similarities: title → ``[L, L]``, in order.
@@ -153,13 +153,13 @@ def pareto_front(
   title: str,
   labels: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-  """Draws KV bytes saved against loss added, one line a search; every line begins at the dense model.
+  """Plots KV bytes saved against added loss, one line per search, each starting at the dense model.
 
   Args:
-    points: name → (share of the KV cache saved, nats a token added), in order.
+    points: name → (fraction of the KV cache saved, added nats per token), in order.
     path: the PNG to write.
-    title: above the picture.
-    labels: name → what stands beside each point.
+    title: the plot's title.
+    labels: name → the labels of its points.
 
   Raises:
     UserError: if matplotlib is not installed.
@@ -172,23 +172,23 @@ def pareto_front(
     saved, added = ([0.0, *(100 * saved for saved, _ in line)], [0.0, *(added for _, added in line)])
     axes.plot(saved, added, marker="o", label=name)
     for at, label in enumerate((labels or {}).get(name, ())):
-      # To the left of the right half's points, so that no label leaves the picture.
+      # Labels of points in the right half go to the left, so that they stay inside the plot.
       side = (-6, "right") if saved[at + 1] > max(saved) / 2 else (6, "left")
       axes.annotate(label, (saved[at + 1], added[at + 1]), (side[0], 6), textcoords="offset points", ha=side[1])
   axes.set(title=title, xlabel="KV cache saved, per cent", ylabel="loss added, nats a token")
-  axes.margins(y=0.2)  # labels of two lines
+  axes.margins(y=0.2)  # two-line labels
   axes.grid(alpha=0.3)
   axes.legend()
   save(figure, path)
 
 
 def perplexity_bars(results: Mapping[str, Mapping[str, float]], path: Path, *, title: str) -> None:
-  """Draws how far a shared model's perplexity is from the dense model's, a bar a text, with its numbers.
+  """Plots a shared model's perplexity relative to the dense model's, one bar per text, labelled with the numbers.
 
   Args:
-    results: name of a text → perplexities, ``dense``, ``shared``, and ``undistilled`` if there was a distillation.
+    results: text name → perplexities ``dense``, ``shared``, and ``undistilled`` after a distillation.
     path: the PNG to write.
-    title: above the picture.
+    title: the plot's title.
 
   Raises:
     UserError: if matplotlib is not installed.

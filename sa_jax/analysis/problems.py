@@ -1,8 +1,8 @@
-"""What the last projections of attention and MLP are fitted to.
+"""The least-squares problems for the output projections of attention and MLP.
 
-Where a block normalises their output before it is added (Gemma 2 and 3), only the output's direction counts. Then every
-token is weighed by the inverse of its output's root mean square, so that errors are measured after the norm, and the
-MLP's target is the output that the norm would turn into what the dense block adds.
+If a block normalises their output before it is added (Gemma 2 and 3), only the output's direction matters. Then each
+token is weighted by the inverse root mean square of its output, so that errors are measured after the norm, and the
+MLP's target is the output that the norm would map to what the dense block adds.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from sa_jax.config import ModelConfig
 from sa_jax.nn import Middle, PlannedBlock
 
 _SMALL_SCALE = 0.01
-"""Channels whose squared scale after the MLP is below this part of the mean are left nearly as they are."""
+"""Channels whose squared post-MLP scale is below this fraction of the mean are kept nearly unchanged."""
 
 
 def weight(config: ModelConfig, y: jax.Array) -> jax.Array | float:
-  """How much each token's error counts, ``[B, T, 1]`` of outputs ``[B, T, D]``; 1 where they are not normalised."""
+  """Weight of each token's error, ``[B, T, 1]`` for outputs ``[B, T, D]``; 1 without a post-norm."""
   if not config.post_norms:
     return 1.0
   y = y.astype(jnp.float32)
@@ -27,12 +27,12 @@ def weight(config: ModelConfig, y: jax.Array) -> jax.Array | float:
 
 
 def of_attention(config: ModelConfig, block: Block, heads: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """What W_O maps to what: head outputs ``[B, T, N, H]`` → inputs ``[B, T, N H]`` and targets ``[B, T, D]``.
+  """W_O's regression problem: head outputs ``[B, T, N, H]`` → inputs ``[B, T, N H]`` and targets ``[B, T, D]``.
 
   Args:
     config: the model.
-    block: the layer's parameters; what W_O's bias adds is left as it is.
-    heads: of the follower.
+    block: the layer's parameters; W_O's bias is kept.
+    heads: the follower's head outputs.
     y: the dense attention's output, ``[B, T, D]``.
   """
   by = weight(config, y)
@@ -41,13 +41,13 @@ def of_attention(config: ModelConfig, block: Block, heads: jax.Array, y: jax.Arr
 
 
 def of_mlp(config: ModelConfig, block: Block, middle: Middle, lacking: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """What the MLP's last projection maps to what: inputs ``[B, T, F]`` and targets ``[B, T, D]``.
+  """The MLP down projection's regression problem: inputs ``[B, T, F]`` and targets ``[B, T, D]``.
 
   Args:
     config: the model.
-    block: the layer's parameters; what the projection's bias adds is left as it is.
-    middle: what the MLP reads and is added to.
-    lacking: what it should add before the residual scale, ``[B, T, D]``.
+    block: the layer's parameters; the projection's bias is kept.
+    middle: the block's input with its attention added.
+    lacking: what the MLP should add before the residual scale, ``[B, T, D]``.
   """
   hidden = call(config, block, PlannedBlock.mlp_hidden, middle).astype(jnp.float32)
   projection, lacking = block["mlp"]["down_proj"], lacking.astype(jnp.float32)
@@ -58,13 +58,13 @@ def of_mlp(config: ModelConfig, block: Block, middle: Middle, lacking: jax.Array
   scale = _over_tokens(block["mlp_post_norm"]["scale"].astype(jnp.float32) + float(config.norm_about_one))
   square = jnp.square(scale)
   wanted = y * by + scale / (square + _SMALL_SCALE * square.mean()) * (lacking - scale * y * by)
-  # What comes out of a norm has a root mean square of one, before it is scaled.
+  # A norm's output has a root mean square of 1, before its scale.
   wanted = wanted * weight(config, wanted)
   return hidden * by, wanted - (y - without_bias(projection, y)) * by
 
 
 def without_bias(projection: Block, target: jax.Array) -> jax.Array:
-  """The target that the kernel alone must reach."""
+  """The target for the kernel alone."""
   target = target.astype(jnp.float32)
   bias = projection.get("bias")
   return target if bias is None else target - _over_tokens(bias.astype(jnp.float32))

@@ -1,8 +1,8 @@
-"""Local reconstruction: a group's blocks, trained by a few steps to give what the dense model's blocks give.
+"""Local reconstruction: a few training steps make a group's blocks match the outputs of the dense model's blocks.
 
-A group is an anchor and its followers. All their weights move: the anchor's queries and keys, which the whole group
-attends by, too. What is minimised is the squared distance of every block's output to the dense block's, relative to the
-latter's square, token by token, so that errors which earlier groups have left are made good where that is possible.
+A group is an anchor and its followers. All their weights are trained, including the anchor's queries and keys, which
+the whole group uses. The loss is the squared distance of each block's output from the dense block's, relative to the
+latter's square, per token, so that a group can also correct errors of earlier groups.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from sa_jax.trees import Params, Tree
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
-  """How groups are reconstructed.
+  """Settings of local reconstruction.
 
   Attributes:
-    epochs: times that the calibration text is gone through, for each group.
-    learning_rate: of Adam (Kingma & Ba, arXiv 1412.6980) at its highest, relative to the root mean square of each array
-      of weights, which differs by ten between models; it rises over a tenth of the steps, and falls to 0 as a cosine.
+    epochs: passes over the calibration rows per group.
+    learning_rate: peak learning rate of Adam (Kingma & Ba, arXiv 1412.6980), relative to the root mean square of each
+      weight array, which differs tenfold between models; warm-up over a tenth of the steps, then cosine decay to 0.
 
   Raises:
     UserError: if one is not positive.
@@ -53,13 +53,13 @@ class Reconstruction:
 
 
 class Group(NamedTuple):
-  """A group of the shared model and what it should become.
+  """A group of the shared model and its targets.
 
   Attributes:
-    blocks: parameters of its layers, queries and keys of all of them included.
-    layers: the layers' part of the plan.
-    stream: the text before it, in the shared model.
-    targets: by layer, the outputs ``[B, T, D]`` of the dense model's blocks, by chunk.
+    blocks: its layers' parameters, all with queries and keys.
+    layers: the layers' entries of the plan.
+    stream: the text before the group, in the shared model.
+    targets: per layer, the outputs ``[B, T, D]`` of the dense model's blocks, by chunk.
   """
 
   blocks: tuple[Block, ...]
@@ -69,7 +69,7 @@ class Group(NamedTuple):
 
 
 RELATIVE_ADAM = optax.chain(optax.scale_by_adam(b1=0.9, b2=0.99), optax.scale_by_param_block_rms())
-"""Adam whose steps are relative to the weights: without it, a rate that suits one model ruins another."""
+"""Adam with steps relative to the weights; with absolute steps, a rate that suits one model ruins another."""
 
 
 def _distance(
@@ -88,7 +88,7 @@ def _distance(
     energy = jnp.maximum(jnp.sum(jnp.square(wide), axis=-1), jnp.finfo(jnp.float32).tiny)
     return (x, state), jnp.mean(jnp.sum(jnp.square(x.astype(jnp.float32) - wide), axis=-1) / energy)
 
-  # A scan, so that a large group compiles no longer than a small one.
+  # a scan, so that compile time does not grow with the group
   parts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(blocks, layers, targets, strict=True))
   return jax.lax.scan(step, (chunk.x, chunk.state), parts)[1].mean()
 
@@ -105,9 +105,9 @@ def _step(
   part: tuple[Chunk, tuple[jax.Array, ...]],
   rate: jax.Array,
 ) -> tuple[tuple[Block, ...], Tree]:
-  """A step of Adam on a chunk and its targets."""
+  """One step of Adam on a chunk and its targets."""
   gradients = jax.grad(_distance, argnums=1)(config, blocks, layers, *part)
-  # Optax mixes types and ranks, which the caller may have forbidden.
+  # Optax mixes dtypes and ranks, which the caller may have disallowed.
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     updates, moments = RELATIVE_ADAM.update(gradients, moments, blocks)
     blocks = jax.tree.map(lambda old, update: (old - rate * update).astype(old.dtype), blocks, updates)
@@ -115,7 +115,7 @@ def _step(
 
 
 def distance(config: ModelConfig, group: Group) -> float:
-  """How far the group's outputs are from the dense model's: mean squared relative distance over layers and tokens."""
+  """Mean squared relative distance of the group's outputs from the dense model's, over layers and tokens."""
   parts = zip(group.stream, zip(*group.targets, strict=True), strict=True)
   found = [_measured(config, group.blocks, group.layers, chunk, targets) for chunk, targets in parts]
   rows = [chunk.x.shape[0] for chunk in group.stream]
@@ -125,25 +125,25 @@ def distance(config: ModelConfig, group: Group) -> float:
 def reconstruct(
   config: ModelConfig, group: Group, how: Reconstruction, seed: int = 0
 ) -> tuple[tuple[Block, ...], float, float]:
-  """Trains a group's blocks on the calibration text.
+  """Trains a group's blocks on the calibration rows.
 
   Args:
     config: the model.
-    group: what is trained, and towards what.
-    how: for how long.
-    seed: of the order of chunks.
+    group: the group and its targets.
+    how: the settings.
+    seed: seed of the chunk order.
 
   Returns:
-    The blocks, and `distance` before and after; blocks that training has not brought nearer are given back as they are.
+    The blocks, and `distance` before and after; if training did not reduce it, the blocks are returned unchanged.
   """
   chunks = list(zip(group.stream, zip(*group.targets, strict=True), strict=True))
   before = distance(config, group)
-  # The step donates its blocks, and these are still the caller's.
+  # The step donates its blocks, but these belong to the caller.
   blocks = jax.tree.map(jnp.copy, group.blocks)
   moments = jax.tree.map(jnp.copy, RELATIVE_ADAM.init(blocks))
   generator, steps = np.random.default_rng(seed), how.epochs * len(chunks)
   order = np.concatenate([generator.permutation(len(chunks)) for _ in range(how.epochs)])
-  with jax.default_matmul_precision("default"):  # gradients need no exact products, where the caller asks for them
+  with jax.default_matmul_precision("default"):  # gradients need no exact products, even if the caller asks for them
     for index, number in enumerate(order):
       rate = np.float32(how.rate(index, steps))
       blocks, moments = _step(config, blocks, moments, group.layers, chunks[number], rate)
@@ -152,14 +152,14 @@ def reconstruct(
 
 
 class Reconstructing:
-  """Reconstructs the groups of a plan, one after the other, while text goes through the model layer by layer.
+  """Reconstructs a plan's groups in order, while text is walked through the model layer by layer.
 
   Args:
     config: the model.
-    plan: whose groups.
-    how: each is reconstructed.
-    keep: where chunks wait.
-    first: the first layer that is not as it was: its group is the first one; none is when it is past the last layer.
+    plan: the plan whose groups are reconstructed.
+    how: the settings for each group.
+    keep: where chunks are stored.
+    first: the first changed layer; groups from its group on are reconstructed, none if it is past the last layer.
   """
 
   def __init__(self, config: ModelConfig, plan: SharingPlan, how: Reconstruction, keep: walk.Keep, first: int):
@@ -171,10 +171,10 @@ class Reconstructing:
     self._targets: list[tuple[jax.Array, ...]] = []
 
   def add(self, layer: int, arrays: PlanArrays, before: Stream, targets: tuple[Targets, ...]) -> bool:
-    """Takes a layer's part of the plan, the text before it, and what the dense model makes of it.
+    """Adds a layer: its entry of the plan, the text before it, and the dense model's targets.
 
     Returns:
-      Whether a group is complete with it.
+      Whether the layer completes a group.
     """
     if layer < self._first:
       return False
@@ -186,7 +186,7 @@ class Reconstructing:
     return layer + 1 == self._plan.num_layers or self._plan.is_anchor(layer + 1)
 
   def finish(self, layers: Params) -> tuple[dict[str, Block], Stream, float, float]:
-    """Reconstructs the group that is complete.
+    """Reconstructs the completed group.
 
     Args:
       layers: all layers' parameters.

@@ -1,17 +1,16 @@
-"""Refit: recovery of what sharing costs, layer by layer, at no run-time cost.
+"""Refit: layer-by-layer recovery of the loss from sharing, at no run-time cost.
 
-Calibration text is walked through the dense model and the shared one side by side. A follower's output projection is
-replaced by the ridge solution that maps its head outputs ``O`` onto what the dense layer's attention added, ``Y``,
+Calibration rows are walked through the dense and the shared model side by side. A follower's output projection is
+replaced by the ridge solution that maps its head outputs ``O`` to the dense layer's attention output ``Y``,
 
     W = W_O + (OᵀO + λI)⁻¹ Oᵀ(Y − O W_O),    λ = ridge × the mean diagonal of OᵀO,
 
-which is never farther from ``Y`` than W_O is; `sa_jax.analysis.problems` says how errors are measured where a norm
-follows. Then W_V, by conjugate gradients on the same error (in which it is linear too), and W_O again. Where values
-become narrower (`sa_jax.analysis.narrow`), every layer's do, and every W_O is solved. From the first layer that changes
-on, the last projection of each MLP may be refitted in the same way, onto what the dense layer's output lacks: it sees
-the error that attention left and that of the layers before. At last, a few steps of training may bring each group
-nearer (`sa_jax.analysis.reconstruct`). Only sums over tokens are kept, so text streams through batch by batch; on a
-mesh the sums reduce over devices.
+whose error is at most W_O's; with a post-norm, errors are measured as in `sa_jax.analysis.problems`. Then W_V, by
+conjugate gradients on the same error (also linear in W_V), and W_O again. Narrower values (`sa_jax.analysis.narrow`)
+apply to every layer, and every W_O is solved. From the first changed layer on, each MLP's down projection may be
+refitted in the same way, to the difference from the dense layer's output: this includes the remaining attention error
+and that of earlier layers. Finally, a few training steps may improve each group (`sa_jax.analysis.reconstruct`). Only
+sums over tokens are kept, so text streams through in batches; on a mesh the sums are reduced over devices.
 """
 
 from __future__ import annotations
@@ -74,15 +73,15 @@ class Refit:
 
   @property
   def local(self) -> Reconstruction | None:
-    """How groups are trained after the solutions in closed form, if they are."""
+    """Settings of the training after the closed-form solutions, or None."""
     return Reconstruction(self.local_epochs, self.local_rate) if self.local_epochs else None
 
   def check(self, config: ModelConfig) -> None:
-    """Checks that the model can be refitted so.
+    """Checks that the model can be refitted with these settings.
 
     Raises:
-      UserError: if it has too many pairs of heads to choose maps by refit error, experts where MLPs are to be
-        refitted, or values that are no wider than they shall be.
+      UserError: if there are too many pairs of heads to choose maps by refit error, MLPs to refit are experts, or
+        values are not wider than their new size.
     """
     if self.value_dim is not None and self.value_dim >= config.value_width:
       raise UserError(
@@ -104,11 +103,11 @@ class Report(NamedTuple):
   """One refitted projection.
 
   Attributes:
-    layer: which.
-    part: ``attention`` or ``mlp``; ``group``, of all from this anchor to the next one.
-    before: squared error before, relative to the energy of the target.
+    layer: its layer.
+    part: ``attention`` or ``mlp``; ``group`` for all projections from this anchor to the next.
+    before: squared error before, relative to the target's energy.
     after: the same after.
-    condition: estimated reciprocal condition number of the last solution; 1 where nothing was solved.
+    condition: estimated reciprocal condition number of the last solution; 1 if nothing was solved.
   """
 
   layer: int
@@ -127,7 +126,7 @@ def head_sums(config: ModelConfig, block: Block, chunk: Chunk, y: jax.Array, hea
 
 @program(static_argnames="config")
 def _attend(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) -> tuple[Middle, State]:
-  """The block's input with its attention added, and the state it carries on."""
+  """The block's input with its attention added, and the attention state after it."""
   state = walk.call(config, block, PlannedBlock.state, chunk.x, chunk.state, layer)
   heads = walk.call(config, block, PlannedBlock.heads, chunk.x, state, layer.head_map)
   y = walk.call(config, block, PlannedBlock.attention_output, heads)
@@ -136,7 +135,7 @@ def _attend(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) 
 
 @program(static_argnames="config")
 def _mlp_sums(config: ModelConfig, block: Block, middle: Middle, target: jax.Array) -> Sums:
-  """Sums of the MLP's hidden activations ``[F]`` with what the dense block's output lacks before the MLP is added."""
+  """Sums of the MLP's hidden activations ``[F]`` with what the MLP must add to reach the dense block's output."""
   return Sums.of(*problems.of_mlp(config, block, middle, (target - middle.x) / config.residual_scale))
 
 
@@ -151,7 +150,7 @@ def _as(kernel: jax.Array, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array
 
 
 def with_kernel(block: Block, part: str, projection: str, kernel: jax.Array) -> Block:
-  """The block with one projection's kernel replaced, in the old one's shape and dtype, and in its place."""
+  """The block with one projection's kernel replaced, with the old shape, dtype and sharding."""
   old = block[part][projection]["kernel"]
   new = dict(block[part][projection]) | {"kernel": placed_like(_as(kernel, old.shape, old.dtype), old)}
   return dict(block) | {part: dict(block[part]) | {projection: new}}
@@ -162,8 +161,8 @@ class Passage(NamedTuple):
 
   Attributes:
     stream: the text before the layer, in the shared model.
-    targets: what the dense model computes in the layer, by chunk.
-    calibration: how many of the chunks to fit to; the others only go along.
+    targets: the dense model's outputs of the layer, by chunk.
+    calibration: number of chunks to fit to; the others only pass through.
   """
 
   stream: Stream
@@ -179,18 +178,18 @@ def recover_layer(
   refit: Refit,
   keep: walk.Keep = walk.on_device,
 ) -> tuple[Block, Stream, list[tuple[str, Tree, Tree, Tree]]]:
-  """Refits one layer of the shared model and takes the text through it.
+  """Refits one layer of the shared model and applies it to the text.
 
   Args:
     config: the model.
     block: the layer's parameters.
-    layer: its part of the plan.
-    text: what goes through it.
+    layer: its entry of the plan.
+    text: the text before the layer.
     refit: what to refit.
-    keep: where chunks wait.
+    keep: where chunks are stored.
 
   Returns:
-    The parameters, the stream after the layer, and what was refitted: part, error before, error after, condition.
+    The parameters, the stream after the layer, and per refitted part: part, error before, error after, condition.
   """
   done = []
   stream, targets, calibration = text
@@ -235,7 +234,7 @@ def refit_attention(
     block = with_kernel(block, "attention", "o_proj", kernel)
   if refit.value_dim is not None:
     block, sums = narrow.narrowed(block, sums, config.num_kv_heads, refit.value_dim)
-    # The ridge is relative to the mean over the directions that are kept.
+    # The ridge is relative to the mean over the kept directions.
     ridge = refit.ridge * config.value_width / refit.value_dim
     kernel, condition = solve(sums, block["attention"]["o_proj"]["kernel"], ridge)
     block = with_kernel(block, "attention", "o_proj", kernel)
@@ -251,9 +250,9 @@ def _value_product(
   kernel: jax.Array,
   with_target: bool,
 ) -> jax.Array:
-  """``Aᵀ(target − A kernel)``, or without target ``AᵀA kernel``; A maps W_V to the attention's output.
+  """``Aᵀ(target − A kernel)``, or without target ``AᵀA kernel``; A maps W_V to the attention output.
 
-  ``part`` is a chunk before the layer and the dense attention's output; see `sa_jax.analysis.problems.weight`.
+  ``part`` is a chunk before the layer and the dense attention output; see `sa_jax.analysis.problems.weight`.
   """
   chunk, target = part
 
@@ -271,7 +270,7 @@ def _value_product(
 def _refit_values(
   config: ModelConfig, block: Block, fitted: list[tuple[Chunk, Targets]], head_map: jax.Array, refit: Refit
 ) -> Block:
-  """Conjugate gradients on the follower's error as a function of W_V, from the W_V it has."""
+  """Conjugate gradients on the follower's error as a function of W_V, starting from the current W_V."""
 
   def product(kernel: jax.Array, with_target: bool) -> jax.Array:
     parts = [
@@ -298,10 +297,10 @@ class Refitted(NamedTuple):
   """What `refit` returns.
 
   Attributes:
-    model: of the plan, its foldable head maps folded.
+    model: the shared model, with foldable head maps folded.
     params: in the layer layout, pruned: an ordinary checkpoint.
-    reports: what was refitted, in order.
-    plan: with every head map, those that were folded too: what to begin from when refitting anew.
+    reports: the refitted projections, in order.
+    plan: with every head map, including folded ones: the plan to pass to another refit.
   """
 
   model: Transformer
@@ -310,7 +309,7 @@ class Refitted(NamedTuple):
   plan: SharingPlan
 
   def _repr_html_(self) -> str:
-    """The plan as a picture, and what was refitted, for notebooks."""
+    """The plan as a picture, and the refitted projections, for notebooks."""
     rows = [(f"layer {each.layer}, {each.part}", f"{each.before:.1%}", f"{each.after:.1%}") for each in self.reports]
     return self.plan._repr_html_() + table(rows, ["error, of the target's energy", "before", "after"])
 
@@ -328,18 +327,18 @@ def refit(
   on_device: bool = False,
   progress: Progress | None = None,
 ) -> Refitted:
-  """Refits a shared model to its dense original, layer by layer, each behind those already refitted.
+  """Refits a shared model to its dense original, layer by layer; each layer sees the refitted layers before it.
 
   Args:
     model: the dense model.
     params: in the layer layout, queries and keys of every layer included.
-    plan: which layers follow, with head maps or without.
-    tokens: int ``[rows, T]`` of calibration text, full rows.
+    plan: which layers follow, with or without head maps.
+    tokens: int ``[rows, T]``, calibration rows without padding.
     how: what is refitted.
-    chunk: rows computed at once.
-    on_device: whether the text's activations wait on the device between two layers, a few arrays ``[rows, T, D]``. That
-      is faster; in the host's memory, where they wait otherwise, there may be any amount of text.
-    progress: called with (layers done, layers in all).
+    chunk: rows per batch.
+    on_device: whether activations stay on the device between layers, a few arrays ``[rows, T, D]``. That is faster;
+      host memory, the alternative, has room for any amount of text.
+    progress: called with (layers done, total layers).
 
   Raises:
     UserError: if the parameters lack queries and keys, a token is not in the vocabulary, or the text does not

@@ -1,4 +1,4 @@
-"""Ridge regression from sums over tokens: what refitting and aligning have in common."""
+"""Ridge regression from sums over tokens, used by refit and head alignment."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import jax.numpy as jnp
 from sa_jax.programs import program
 
 product = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
-"""`jnp.einsum` in full float32, which accelerators do not give unasked."""
+"""`jnp.einsum` in full float32; accelerators use less precision by default."""
 
 
 class Sums(NamedTuple):
-  """What ridge regression needs to know of its data, summed over tokens in float32.
+  """Sufficient statistics of ridge regression, summed over tokens in float32.
 
   Attributes:
-    gram: ``[X, X]``, inputs with inputs.
-    cross: ``[X, D]``, inputs with targets.
-    energy: scalar, targets with targets.
+    gram: ``[X, X]``, products of inputs.
+    cross: ``[X, D]``, products of inputs and targets.
+    energy: scalar, sum of squared targets.
   """
 
   gram: jax.Array
@@ -30,7 +30,7 @@ class Sums(NamedTuple):
 
   @classmethod
   def of(cls, inputs: jax.Array, targets: jax.Array) -> Sums:
-    """Of inputs ``[..., X]`` and targets ``[..., D]``."""
+    """Sums for inputs ``[..., X]`` and targets ``[..., D]``."""
     x = inputs.reshape(-1, inputs.shape[-1]).astype(jnp.float32)
     y = targets.reshape(-1, targets.shape[-1]).astype(jnp.float32)
     return cls(product("TX,TZ->XZ", x, x), product("TX,TD->XD", x, y), jnp.sum(jnp.square(y)))
@@ -50,7 +50,7 @@ def _added(one: Sums, other: Sums) -> Sums:
 
 
 def gain(sums: Sums, prior: jax.Array, ridge: float | jax.Array) -> jax.Array:
-  """By how much `solve` lowers the penalised error: ``‖L⁻¹ R‖²`` with R the prior's residual and L the factor."""
+  """Reduction of the penalised error by `solve`: ``‖L⁻¹ R‖²``, R the prior's residual, L the Cholesky factor."""
   factor = jnp.linalg.cholesky(_penalised(sums.gram, ridge))
   residual = sums.cross - product("XZ,ZD->XD", sums.gram, prior)
   return jnp.sum(jnp.square(jax.scipy.linalg.solve_triangular(factor, residual, lower=True)))
@@ -67,8 +67,8 @@ def solve(sums: Sums, prior: jax.Array, ridge: float | jax.Array) -> tuple[jax.A
   """Ridge regression towards a prior.
 
   Args:
-    sums: of the data.
-    prior: ``[X, D]``, or of as many elements, the weights to stay near.
+    sums: sums over the data.
+    prior: ``[X, D]``, or the same number of elements, the weights to stay near.
     ridge: penalty relative to the mean diagonal of ``sums.gram``.
 
   Returns:
@@ -80,7 +80,7 @@ def solve(sums: Sums, prior: jax.Array, ridge: float | jax.Array) -> tuple[jax.A
   factor = jax.scipy.linalg.cho_factor(matrix)
   residual = sums.cross - product("XZ,ZD->XD", sums.gram, prior)
   step = jax.scipy.linalg.cho_solve(factor, residual)
-  # One step of iterative refinement takes back what float32 lost in the factor.
+  # One step of iterative refinement recovers the precision that the factor lost in float32.
   step = step + jax.scipy.linalg.cho_solve(factor, residual - product("XZ,ZD->XD", matrix, step))
   diagonal = jnp.diagonal(factor[0])
   return prior + step, jnp.square(diagonal.min() / diagonal.max())
@@ -88,14 +88,14 @@ def solve(sums: Sums, prior: jax.Array, ridge: float | jax.Array) -> tuple[jax.A
 
 @program()
 def relative_error(sums: Sums, weights: jax.Array) -> jax.Array:
-  """`Sums.error` of weights, as in `solve`, divided by the targets' energy."""
+  """`Sums.error` of weights as in `solve`, divided by the targets' energy."""
   weights = weights.astype(jnp.float32).reshape(sums.cross.shape)
   return sums.error(weights) / jnp.maximum(sums.energy, jnp.finfo(jnp.float32).tiny)
 
 
 def total(parts: Iterable[Sums]) -> Sums:
-  """The sum of some chunks' sums, at least one.
+  """The total of one or more chunks' sums.
 
-  Chunks are added as they come, so that one chunk's activations are in memory at a time.
+  Chunks are added one by one, so that only one chunk's activations are in memory.
   """
   return functools.reduce(Sums.__add__, parts)

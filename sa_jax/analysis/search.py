@@ -17,20 +17,20 @@ from sa_jax.nn.transformer import check_plan
 from sa_jax.plan import SharingPlan
 
 Stage = Callable[[str], Progress]
-"""Called with the name of a stage of the work; returns what is called with (done, in all) during it."""
+"""Called with the name of a stage; returns its progress callback, called with (done, total)."""
 
 
 def no_stage(_: str) -> Progress:
-  """The stage of those who are not told."""
+  """A stage without reports."""
   return lambda *_: None
 
 
 class Found(NamedTuple):
-  """A plan that a search proposes.
+  """The result of a plan search.
 
   Attributes:
     plan: without head maps.
-    losses: float64 ``[texts]`` of the judging rows, after recovery.
+    losses: float64 ``[texts]``, on the held-out rows, after recovery.
     increase: over the dense model, mean over texts, in nats.
   """
 
@@ -39,15 +39,15 @@ class Found(NamedTuple):
   increase: float
 
   def _repr_html_(self) -> str:
-    """The plan as a picture, and what it costs, for notebooks."""
+    """The plan as a picture, and its loss, for notebooks."""
     return self.plan._repr_html_() + table([("loss over dense, nats a token", f"{self.increase:.4f}")])
 
 
 class Shortlist(NamedTuple):
-  """Which candidates of a step are measured: those of least summed pair cost.
+  """Limits the candidates to measure per step, by lowest sum of pair costs.
 
   Attributes:
-    size: how many.
+    size: number of candidates.
     costs: pair costs ``[L, L]``.
   """
 
@@ -64,21 +64,21 @@ def beam(
   excluded: Sequence[int] = (),
   stage: Stage = no_stage,
 ) -> list[Found]:
-  """Adds one follower at a time, keeping the plans that raise the loss least; with ``width`` 1, greedy search.
+  """Adds one follower at a time, keeping the plans with the lowest loss; greedy search if ``width`` is 1.
 
   Args:
     judge: measures plans.
-    budget: how many followers to reach, or how far the loss may rise.
-    width: plans kept at each step.
-    shortlist: which of each step's candidates are measured; all of them when None.
-    excluded: layers that stay anchors.
-    stage: told of every step, with the loss so far.
+    budget: a number of followers, or the allowed increase of the loss.
+    width: plans kept per step.
+    shortlist: candidates to measure per step; None for all.
+    excluded: layers that must stay anchors.
+    stage: called for each step, with the loss so far.
 
   Returns:
-    The best plan found for each number of followers from 1 up; none, if the first already exceeds the budget.
+    The best plan for each number of followers from 1 up; none if one follower already exceeds the budget.
 
   Raises:
-    UserError: if there are too few layers, or there is no layer that is excluded.
+    UserError: if there are too few layers, or an excluded layer does not exist.
   """
   budget = Budget("followers", budget) if isinstance(budget, int) else budget
   layers = judge.config.num_layers
@@ -121,47 +121,47 @@ def beam(
 
 
 def check_count(followers: int, free: int) -> None:
-  """Checks how many followers there shall be against how many layers may be one.
+  """Checks the number of followers against the number of layers that may follow.
 
   Raises:
-    UserError: if there are too few.
+    UserError: if there are too few layers.
   """
   if followers > free:
     raise UserError(f"{followers} followers are impossible: only {free} layers may follow (see `excluded`)")
 
 
 def check_excluded(excluded: Sequence[int], layers: int) -> None:
-  """Checks layers that are to stay anchors against a model's number of them.
+  """Checks that the excluded layers exist.
 
   Raises:
-    UserError: if it has no such layer.
+    UserError: if one does not.
   """
   if outside := [layer for layer in excluded if not 0 <= layer < layers]:
     raise UserError(f"there are no layers {outside} to exclude; the model has 0 to {layers - 1}")
 
 
 def plan_cost(plan: SharingPlan, costs: np.ndarray) -> float:
-  """Summed cost of a plan's pairs of anchor and follower."""
+  """Sum of the pair costs of a plan's followers."""
   return float(sum(costs[plan.source[layer], layer] for layer in plan.followers))
 
 
 def cheapest(costs: np.ndarray, followers: int, excluded: Sequence[int] = ()) -> SharingPlan:
-  """The plan with this many followers whose pair costs have the least sum, by dynamic programming.
+  """The plan with this many followers and the lowest sum of pair costs, by dynamic programming.
 
   Args:
-    costs: ``[L, L]``: anchor, follower; infinite where not allowed.
-    followers: how many.
-    excluded: layers that stay anchors.
+    costs: ``[L, L]``: anchor, follower; infinite if not allowed.
+    followers: number of followers.
+    excluded: layers that must stay anchors.
 
   Raises:
-    UserError: if there is no such plan, or no such layer.
+    UserError: if there is no such plan, or an excluded layer does not exist.
   """
   layers = len(costs)
   check_excluded(excluded, layers)
   check_count(followers, len(set(range(1, layers)) - set(excluded)))
   allowed = costs.copy()
   allowed[:, list(excluded)] = np.inf
-  # best[l][f]: least cost of layers before l with f followers, where l starts a group; and where that group starts.
+  # best[l][f]: lowest cost of layers before l with f followers, where l starts a group; and where that group starts.
   best = np.full((layers + 1, followers + 1), np.inf)
   origin = np.zeros((layers + 1, followers + 1), int)
   best[0, 0] = 0.0
@@ -189,7 +189,7 @@ def cheapest(costs: np.ndarray, followers: int, excluded: Sequence[int] = ()) ->
 
 
 def fits(config: ModelConfig, plan: SharingPlan) -> bool:
-  """Whether the model can share attention by the plan; see `sa_jax.nn.transformer.check_plan`."""
+  """Whether the model can use the plan; see `sa_jax.nn.transformer.check_plan`."""
   try:
     check_plan(config, plan)
   except ValueError:
@@ -198,15 +198,15 @@ def fits(config: ModelConfig, plan: SharingPlan) -> bool:
 
 
 def most_within(budget: Budget, followers: int, find: Callable[[int], Found]) -> Found:
-  """What is found for this many followers; or, if it is the loss that is limited, for the most that stay within it.
+  """Finds a plan with this many followers; or, if the budget limits the loss, with the most that stay within it.
 
   Args:
-    budget: what is limited.
-    followers: how many there may be.
-    find: from a number of followers, the plan to take.
+    budget: the budget.
+    followers: maximum number of followers.
+    find: returns the plan for a number of followers.
 
   Raises:
-    UserError: if one follower is too much already.
+    UserError: if one follower already exceeds the budget.
   """
   if math.isinf(budget.nats):
     return find(followers)
@@ -214,7 +214,7 @@ def most_within(budget: Budget, followers: int, find: Callable[[int], Found]) ->
   for count in range(1, followers + 1):
     try:
       found = find(count)
-    except UserError:  # no plan has so many
+    except UserError:  # no plan has that many
       break
     if found.increase > budget.nats:
       break
@@ -223,7 +223,7 @@ def most_within(budget: Budget, followers: int, find: Callable[[int], Found]) ->
 
 
 def too_much(budget: Budget) -> NoReturn:
-  """Says that a budget allows no follower.
+  """Reports that a budget allows no follower.
 
   Raises:
     UserError: always.
@@ -232,9 +232,9 @@ def too_much(budget: Budget) -> NoReturn:
 
 
 def late_spans(config: ModelConfig, followers: int) -> Iterator[SharingPlan]:
-  """The paper's recipe: one contiguous span of followers, in the later half of the model as far as it fits there.
+  """The paper's recipe: one contiguous span of followers, in the second half of the model if it fits there.
 
-  Layers of a span that see other keys than the layer before them stay anchors.
+  Layers of a span whose visible keys differ from those of the layer before them stay anchors.
   """
   layers, free = config.num_layers, config.can_follow
   latest = len(free) - followers
@@ -244,10 +244,10 @@ def late_spans(config: ModelConfig, followers: int) -> Iterator[SharingPlan]:
 
 
 def best_of(judge: Judge, plans: Sequence[SharingPlan], progress: Progress | None = None) -> Found:
-  """The plan of least loss.
+  """The plan with the lowest loss.
 
   Raises:
-    UserError: if there is none.
+    UserError: if there are no plans.
   """
   if not plans:
     raise UserError("there is no plan to choose from")
@@ -269,14 +269,14 @@ def improve(
   excluded: Sequence[int] = (),
   progress: Progress | None = None,
 ) -> Found:
-  """Local search: swaps one follower for another while that lowers the measured loss, cheapest swaps first.
+  """Local search: swaps one follower for another as long as that lowers the measured loss, cheapest swaps first.
 
   Args:
     judge: measures plans.
-    start: where to begin.
+    start: the initial plan.
     costs: pair costs, which order the swaps.
-    tries: plans to measure at most.
-    excluded: layers that stay anchors.
+    tries: maximum number of plans to measure.
+    excluded: layers that must stay anchors.
     progress: called with (plans measured, tries).
   """
   layers, best, tried = judge.config.num_layers, start, {start.plan}
@@ -299,7 +299,7 @@ def improve(
 
 
 def pareto(judge: Judge) -> list[Found]:
-  """Of all plans measured, those that no other plan beats in both followers and loss; in order of followers."""
+  """Pareto-optimal measured plans: no other has no fewer followers and a lower loss; in order of followers."""
   best: list[Found] = []
   by_count: dict[int, Found] = {}
   for plan, losses in judge.measured.items():

@@ -1,4 +1,4 @@
-"""From a dense model and a budget to a shared model: search, head maps, refit, distillation, and what it cost."""
+"""From a dense model and a budget to a shared model: search, head maps, refit, distillation and evaluation."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ Strategy = Literal["dp", "greedy", "beam", "spans"]
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-  """How a plan is searched for.
+  """Settings of a plan search.
 
   Raises:
-    UserError: if there is no such strategy or a number is out of range.
+    UserError: if the strategy is unknown or a number is out of range.
   """
 
   strategy: Strategy = "dp"
@@ -61,10 +61,10 @@ class Search:
     check_fields(self, "search")
 
   def check(self, config: ModelConfig) -> None:
-    """Checks it against a model, before anything is computed.
+    """Checks the settings against a model, before any work.
 
     Raises:
-      UserError: if the model has no layer that is excluded.
+      UserError: if an excluded layer does not exist.
     """
     search.check_excluded(self.excluded, config.num_layers)
 
@@ -73,8 +73,8 @@ class Search:
 class Effort:
   """How much work goes into a shared model.
 
-  Head maps are chosen by refit error where the model is small enough for that, and else by similarity; candidates are
-  judged after a refit of W_O.
+  Head maps are chosen by refit error if the model is small enough, otherwise by similarity; candidates are measured
+  after a refit of W_O.
 
   Raises:
     UserError: if a number is out of range.
@@ -97,11 +97,11 @@ class Effort:
 
   @property
   def most_rows(self) -> int:
-    """Most rows of each text to fit to, on this machine."""
+    """Maximum rows of each text to fit on, on this machine."""
     return self.calibration_rows or _usual_rows()
 
   def recovery(self, config: ModelConfig) -> Refit:
-    """The refit of the plan that is found."""
+    """The settings of the final plan's refit."""
     mlp = self.mlp and config.experts is None
     return Refit(maps=can_map_by_refit(config), mlp=mlp, local_epochs=self.local_epochs)
 
@@ -112,54 +112,54 @@ EFFORTS: dict[EffortName, Effort] = {
   "good": Effort(Search("greedy", shortlist=8, search_rows=16), mlp=True, local_epochs=8),
   "best": Effort(Search("beam", width=3, shortlist=16, search_rows=32), 176, mlp=True, local_epochs=16),
 }
-"""By name. On an accelerator, ``good`` is what `experiments/search` measures."""
+"""Effort settings by name. On an accelerator, ``good`` is what `experiments/search` measures."""
 
 
 READING = "reading the texts"
-"""The stage that comes first where a plan is searched for."""
+"""The first stage if a plan is searched for."""
 SCORING_DENSE = "scoring, dense"
-"""The stage that comes first where it is not."""
+"""The first stage without a search."""
 _ROWS_OF_A_STEP = 32
-"""Of local reconstruction on an accelerator."""
+"""Rows per step of local reconstruction on an accelerator."""
 
 
 def _usual_rows() -> int:
-  """Most rows of each text to fit to, if nothing else is said."""
+  """Default maximum of rows of each text to fit on."""
   return 64 if jax.default_backend() == "cpu" else 176
 
 
 def rows_at_once(chunk: int) -> int:
-  """Of a refit, which needs no logits, the ones that limit the rows elsewhere."""
+  """Rows per batch of a refit, which computes no logits; these limit the rows elsewhere."""
   return chunk if jax.default_backend() == "cpu" else max(chunk, _ROWS_OF_A_STEP)
 
 
 def refits(recovery: Refit, rows: int, at_once: int) -> list[Refit]:
-  """What is made to keep the best of: the recovery and, where text is less than two texts usually give, the same
-  without local reconstruction.
+  """The refits to compare: the recovery and, with fewer rows than two texts usually have, also the recovery without
+  local reconstruction.
 
   Args:
     recovery: see `Effort.recovery`.
-    rows: to fit to.
-    at_once: of them, in a step of local reconstruction.
+    rows: number of calibration rows.
+    at_once: rows per step of local reconstruction.
   """
   passes = math.ceil(recovery.local_epochs * min(at_once, _ROWS_OF_A_STEP) / _ROWS_OF_A_STEP)
   trained = dataclasses.replace(recovery, local_epochs=passes)
-  if rows >= 2 * _usual_rows():  # On an accelerator it was always judged better with these: `experiments/search`.
+  if rows >= 2 * _usual_rows():  # On an accelerator, local reconstruction was always better: `experiments/search`.
     return [trained]
   return list(dict.fromkeys([dataclasses.replace(recovery, local_epochs=0), trained]))
 
 
 def search_plan(judge: Judge, budget: Budget, how: Search, stage: search.Stage = search.no_stage) -> search.Found:
-  """The plan within a budget that a search proposes.
+  """Searches for a plan within a budget.
 
   Args:
     judge: measures plans.
-    budget: how many followers it shall have, or how far the loss may rise.
-    how: the strategy.
-    stage: told what is being done.
+    budget: a number of followers, or the allowed increase of the loss.
+    how: the search settings.
+    stage: called with the name of each stage.
 
   Raises:
-    UserError: if no plan has so many followers under the search's limits, or none is within the budget.
+    UserError: if no plan within the search's limits has that many followers, or none is within the budget.
   """
   how.check(judge.config)
   excluded, followers = how.excluded, budget.most(judge.config)
@@ -187,7 +187,7 @@ def search_plan(judge: Judge, budget: Budget, how: Search, stage: search.Stage =
 def plans_by_followers(
   judge: Judge, most: int, how: Search, stage: search.Stage = search.no_stage
 ) -> list[SharingPlan]:
-  """A plan for each number of followers up to ``most``, as far as there is one; arguments as of `search_plan`."""
+  """A plan for each feasible number of followers up to ``most``; arguments as in `search_plan`."""
   if how.strategy in ("greedy", "beam"):
     shortlist = None
     if how.shortlist is not None:
@@ -202,11 +202,11 @@ def plans_by_followers(
 
 
 _REFITTED = 2
-"""Of the mixtures that are judged best: so many are refitted with all that the effort allows, and the best is kept."""
+"""Number of best mixtures to refit with the full effort; the best of these is kept."""
 
 
 def find(judge: Judge, budget: Budget, effort: Effort, stage: search.Stage = search.no_stage) -> list[Mixture]:
-  """What is worth to be refitted: the plan within the budget, or of other means too, the mixtures judged best."""
+  """The candidates to refit: the plan within the budget, or the best mixtures if other methods are allowed."""
   if budget.allow == ("sharing",):
     counted = budget.counted(judge.config, judge.texts[0].judging.shape[1])
     return [Mixture(search_plan(judge, counted, effort.search, stage).plan)]
@@ -214,10 +214,10 @@ def find(judge: Judge, budget: Budget, effort: Effort, stage: search.Stage = sea
 
 
 def mixtures(judge: Judge, budget: Budget, how: Search, stage: search.Stage = search.no_stage) -> dict[Mixture, float]:
-  """What meets a budget of bytes by the means that it allows, with `Judge.increase`, the least first.
+  """Mixtures within a byte budget, by the allowed methods, with their `Judge.increase`, lowest first.
 
   Raises:
-    UserError: as `search_plan`, or if nothing meets it.
+    UserError: see `search_plan`; or if nothing meets the budget.
   """
   config = judge.config
   some = [SharingPlan.from_followers(config.num_layers, range(1, count + 1)) for count in range(1, config.num_layers)]
@@ -230,15 +230,15 @@ class Shared(NamedTuple):
   """What `share` returns.
 
   Attributes:
-    model: of the plan found, with the head maps that could not be folded, and the width of values and the type of cache
-      that go with it.
+    model: the shared model, with the plan, the head maps that could not be folded, the size of values and the cache
+      dtype.
     params: in the layer layout, pruned and refitted: an ordinary checkpoint.
-    dense: the dense model's perplexity of each text's judging rows.
-    shared: the shared model's.
-    reports: what was refitted.
-    mixture: what its cache is made smaller by; the plan with every head map.
-    undistilled: the shared model's perplexity before distillation; None if there was none. Where distillation has not
-      lowered it, the model is the one before.
+    dense: the dense model's perplexity on each text's held-out rows.
+    shared: the shared model's perplexity on them.
+    reports: the refitted projections.
+    mixture: what shrinks its cache; its plan has every head map.
+    undistilled: the shared model's perplexity before distillation; None without one. If distillation does not lower
+      the perplexity, the model before it is returned.
   """
 
   model: Transformer
@@ -255,7 +255,7 @@ class Shared(NamedTuple):
     return self.mixture.plan
 
   def _repr_html_(self) -> str:
-    """The plan as a picture, and perplexities beside the dense model's, for notebooks."""
+    """The plan as a picture, and perplexities compared with the dense model's, for notebooks."""
     rows = [
       (name, f"{dense.perplexity:.2f}", f"{self.shared[name].perplexity:.2f}") for name, dense in self.dense.items()
     ]
@@ -276,22 +276,22 @@ def share(
   record: Path | None = None,
   stage: search.Stage = search.no_stage,
 ) -> Shared:
-  """Finds a plan, aligns heads, refits, distils if that is asked for, and measures.
+  """Finds a plan, aligns heads, refits, optionally distils, and evaluates.
 
   Args:
     model: the dense model.
     params: in the layer layout, queries and keys of every layer included.
-    texts: to calibrate on and, by their other rows, to judge by.
-    wanted: how much is shared: a budget, a number of followers, or the plan itself, with head maps or without, when
-      nothing is searched.
-    effort: how much work; without it, what `Effort` is by default.
-    chunk: rows computed at once.
-    distillation: at last, on all calibration rows, those beyond what the effort fits to included; none when None.
-    record: a file of the plans measured so far, so that a search that is run again does not measure them again.
-    stage: told what is being done.
+    texts: calibration and held-out rows.
+    wanted: a budget, a number of followers, or the plan itself, with or without head maps, to skip the search.
+    effort: the effort settings; None for the defaults of `Effort`.
+    chunk: rows per batch.
+    distillation: a final distillation, on all calibration rows, including those that the effort leaves out; None for
+      none.
+    record: a file of measured plans, so that a repeated search does not measure them again.
+    stage: called with the name of each stage.
 
   Raises:
-    UserError: as `Judge`, `search_plan`, `refit` and `distill_rows`.
+    UserError: see `Judge`, `search_plan`, `refit` and `distill_rows`.
   """
   effort = effort or Effort()
   wanted = Budget("followers", int(wanted)) if isinstance(wanted, int | np.integer) else wanted
@@ -301,7 +301,7 @@ def share(
   if isinstance(wanted, SharingPlan):
     candidates = [Mixture(wanted)]
   else:
-    effort.search.check(model.config)  # what cannot be met is told before the work
+    effort.search.check(model.config)  # reports impossible requests before any work
     if wanted.allow == ("sharing",):
       wanted = wanted.counted(model.config, texts[0].judging.shape[1])
     judged = [text._replace(calibration=text.calibration[: effort.search.search_rows]) for text in fitted]
@@ -342,14 +342,14 @@ def share(
 
 
 def _loss(found: dict[str, Perplexity]) -> float:
-  """Mean over texts."""
+  """Mean loss over texts."""
   return float(np.mean([each.loss for each in found.values()]))
 
 
 def _perplexities(
   model: Transformer, params: Params, texts: Sequence[Text], progress: Progress
 ) -> dict[str, Perplexity]:
-  """Of each text's judging rows; the progress is that through all of them."""
+  """Perplexity on each text's held-out rows; progress counts all of them."""
   runs = as_runs(params, model.plan) if model.config.cache_dtype is None else params
   total, before, found = sum(len(text.judging) for text in texts), 0, {}
   for text in texts:

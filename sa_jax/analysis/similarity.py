@@ -1,7 +1,7 @@
-"""How alike the attention weights of a model's layers are, and how they are spread.
+"""Similarity of the attention weights between a model's layers, and their entropy and variance.
 
-Everything is a sum over queries, so text is streamed row by row and each row's queries block by block: the weights in
-memory are those of one block, ``[L, B, N, block, T]``.
+All results are sums over queries, so text is streamed row by row and each row in blocks of queries: memory holds the
+weights of one block, ``[L, B, N, block, T]``.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ _Array = TypeVar("_Array", jax.Array, np.ndarray)
 
 
 class Similarity(NamedTuple):
-  """All pairs of layers compared, head by head (head ``n`` of one with head ``n`` of the other), over all queries.
+  """All pairs of layers compared per head (head ``n`` of one with head ``n`` of the other), over all queries.
 
   Attributes:
     cosine: float64 ``[L, L, N]``, of two layers' weights as vectors (Liao & Vargas, arXiv 2407.12866).
-    cosine_without_sink: the same without the weights on the first key, the attention sink that all layers have.
-    js_divergence: Jensen-Shannon divergence of two layers' weights in nats (0 alike, log 2 disjoint), mean over
+    cosine_without_sink: the same without the weights on the first key, the attention sink of all layers.
+    js_divergence: Jensen-Shannon divergence of two layers' weights in nats (0 identical, log 2 disjoint), mean over
       queries.
-    top_k_overlap: of a query's k heaviest keys, the share that two layers have in common; mean over the queries that
-      see at least k keys in both.
-    entropy: ``[L, N]``, of the weights in nats, mean over queries; what sinks (`sa_jax.ops.Rows.sinks`) take is not
-      among the weights, which then sum to less than one.
-    weighted_variance: ``[L, N]``, the variance of a query's weights over the keys that it sees (whose mean is one over
-      their number), averaged over queries with that number as weight.
+    top_k_overlap: the fraction of a query's k keys with the largest weights that two layers have in common; mean over
+      the queries that see at least k keys in both.
+    entropy: ``[L, N]``, of the weights in nats, mean over queries; learned sinks (`sa_jax.ops.Rows.sinks`) are
+      excluded, so that weights sum to less than 1.
+    weighted_variance: ``[L, N]``, the variance of a query's weights over its visible keys (their mean is 1 / number of
+      keys), averaged over queries, weighted by that number.
   """
 
   cosine: np.ndarray
@@ -60,7 +60,7 @@ class Similarity(NamedTuple):
     return Similarity(*(values.mean(axis=-1) for values in self))
 
   def _repr_html_(self) -> str:
-    """The maps of cosines as pictures, averaged over heads, for notebooks."""
+    """The cosine maps as pictures, averaged over heads, for notebooks."""
     maps = {"cosine": self.cosine, "cosine without the first key": self.cosine_without_sink}
     return maps_picture(
       [(title, values.mean(axis=-1) if values.ndim == 3 else values) for title, values in maps.items()]
@@ -81,12 +81,12 @@ def layer_similarity(
   """Compares the attention weights of every pair of layers.
 
   Args:
-    model: under any plan; followers have the weights that they use.
+    model: under any plan; followers use their anchor's weights.
     params: in either layout.
-    tokens: int ``[rows, T]``, full rows, each on its own.
-    top_k: of `Similarity.top_k_overlap`.
-    block: queries compared at once; O(L N block T) memory.
-    progress: called with (rows compared, rows in all).
+    tokens: int ``[rows, T]``, rows without padding, each independent.
+    top_k: for `Similarity.top_k_overlap`.
+    block: queries per block; O(L N block T) memory.
+    progress: called with (rows done, total rows).
 
   Raises:
     UserError: if a token is not in the vocabulary, rows are shorter than ``top_k``, or ``block`` is not positive.
@@ -114,7 +114,7 @@ def layer_similarity(
 
 
 class _Sums(NamedTuple, Generic[_Array]):
-  """Sums over queries; ``[L, L, N]``, ``[L, N]``, and of what heads have in common ``[L, L]``, ``[L]`` or scalar."""
+  """Sums over queries: ``[L, L, N]`` and ``[L, N]``; those common to all heads ``[L, L]``, ``[L]`` or scalar."""
 
   products: _Array
   sink_products: _Array
@@ -136,12 +136,12 @@ def _states(model: Transformer, layers: Params, tokens: jax.Array) -> tuple[Stat
 def block_sums(
   states: tuple[State, ...], start: jax.Array | int, length: int, top_k: int, block: int
 ) -> _Sums[jax.Array]:
-  """What a block of queries, ``start`` to ``start + block``, adds to the comparison.
+  """The contribution of a block of queries, ``start`` to ``start + block``.
 
   Args:
     states: of all layers.
     start: first query.
-    length: tokens a row; queries past it add nothing.
+    length: tokens per row; queries beyond it contribute nothing.
     top_k: see `layer_similarity`.
     block: number of queries.
   """
@@ -153,7 +153,7 @@ def block_sums(
   windows = jnp.asarray([[_window(state) or length] for state in states])
   seen = jnp.where(
     (positions < length)[None], jnp.minimum((positions + 1)[None], windows), 0
-  )  # by each layer's queries
+  )  # indexed by each layer's queries
   is_long = (seen >= top_k).astype(jnp.float32)
 
   product = functools.partial(jnp.einsum, "LBNTS,MBNTS->LMN", precision="highest")
@@ -181,7 +181,7 @@ def block_sums(
 
 
 def _window(state: State) -> int | None:
-  """How many keys a layer's queries see at most; None for all."""
+  """The maximum number of keys that a layer's queries see; None for all."""
   assert isinstance(state, QueryKey)
   return state.specs[0].window
 
@@ -199,11 +199,11 @@ def _finish(sums: _Sums[np.ndarray]) -> Similarity:
 
 
 def _cosine(products: np.ndarray, rounding: np.ndarray | float = 0.0) -> np.ndarray:
-  """Cosines ``[L, L, N]`` from inner products; 0 for a head without weights.
+  """Cosines ``[L, L, N]`` from inner products; 0 for a head whose weights are all zero.
 
   Args:
     products: ``[L, L, N]``.
-    rounding: up to which the square of a head's weights, ``[L, N]``, may be what float32 has left of a difference.
+    rounding: ``[L, N]``, float32 rounding error of a head's squared norm after a subtraction; below it, norms are 0.
   """
   squares = np.einsum("LLN->LN", products)
   norms = np.sqrt(np.where(squares > rounding, squares, 0.0))
@@ -212,16 +212,16 @@ def _cosine(products: np.ndarray, rounding: np.ndarray | float = 0.0) -> np.ndar
 
 
 def drift(similarities: Sequence[Similarity]) -> np.ndarray:
-  """How far each checkpoint's map is from the last one's: mean absolute difference of cosines over pairs of layers.
+  """Distance of each checkpoint's map from the last one's: mean absolute difference of cosines over pairs of layers.
 
   Args:
-    similarities: one a checkpoint, in order of training, of models of one shape.
+    similarities: one per checkpoint, in order of training, from models of the same shape.
 
   Returns:
     float64 ``[checkpoints]``; 0 for the last.
 
   Raises:
-    UserError: if there is none, or their shapes differ.
+    UserError: if there are none, or their shapes differ.
   """
   if len({similarity.cosine.shape for similarity in similarities}) != 1:
     raise UserError("drift compares checkpoints of one model: at least one, and all of the same depth and heads")

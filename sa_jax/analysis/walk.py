@@ -1,7 +1,7 @@
-"""Walking calibration text through a dense model layer by layer, with any layer acting as a follower.
+"""Walking text through a dense model layer by layer, with any layer acting as a follower.
 
-A `Stream` is where the text stands between two layers. Every step is one compiled function for all layers, and a walk
-can start from any stream that was kept: trying another follower does not repeat the layers before it.
+A `Stream` is the text's state between two layers. Each step is one compiled function for all layers, and a walk can
+start from any stored stream: trying another follower does not repeat the layers before it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Stream = tuple[Chunk, ...]
 
 
 class Targets(NamedTuple):
-  """What the dense model computes in one layer, for a chunk.
+  """The dense model's outputs of one layer, for a chunk.
 
   Attributes:
     y: ``[B, T, D]``, the attention's output.
@@ -66,10 +66,10 @@ class Targets(NamedTuple):
 
 
 def walking(model: Transformer, params: Params) -> ModelConfig:
-  """The config to walk with, once the parameters are known to be in the layer layout, with every layer's W_Q and W_K.
+  """The config to walk with, after checking that the parameters have the layer layout and every layer's W_Q and W_K.
 
   Raises:
-    UserError: if they are not, or the model has blocks of its own.
+    UserError: if they do not, or the model has custom blocks.
   """
   if own := model.blocks.own:
     raise UserError(f"a walk computes the library's own blocks, not {' and '.join(own)}")
@@ -94,31 +94,31 @@ def _begin(config: ModelConfig, params: Params, tokens: jax.Array) -> Chunk:
 
 
 Keep = Callable[[Tree], Tree]
-"""Where a chunk's arrays wait until they are needed again: `on_device` or `on_host`."""
+"""Stores a chunk's arrays until they are needed again: `on_device` or `on_host`."""
 
 
 def on_device(chunk: Tree) -> Tree:
-  """Keeps a chunk's arrays where they are."""
+  """Leaves a chunk's arrays where they are."""
   return chunk
 
 
 def on_host(chunk: Tree) -> Tree:
-  """Keeps a chunk's arrays in the host's memory; on their devices, where those are of several hosts."""
+  """Moves a chunk's arrays to host memory; arrays that span several hosts stay on their devices."""
   is_here = lambda leaf: isinstance(leaf, jax.Array) and leaf.is_fully_addressable
   return jax.tree.map(lambda leaf: jax.device_get(leaf) if is_here(leaf) else leaf, chunk)
 
 
 def chunks(tokens: np.ndarray, chunk: int) -> list[np.ndarray]:
-  """Rows of tokens in chunks of so many rows.
+  """Splits token rows into chunks.
 
   Raises:
-    UserError: if that is no number of rows.
+    UserError: if ``chunk`` is not a valid number of rows.
   """
   return np.split(tokens, range(checked("chunk", chunk, Count), len(tokens), chunk))
 
 
 def start(config: ModelConfig, params: Params, tokens: np.ndarray, chunk: int, keep: Keep = on_device) -> Stream:
-  """The stream before layer 0, of int ``[rows, T]`` tokens in chunks of rows."""
+  """The stream before layer 0, from int ``[rows, T]`` tokens, in chunks of rows."""
   outside = {name: value for name, value in params.items() if name != "layers"}
   return tuple(keep(_begin(config, outside, rows)) for rows in chunks(tokens.astype(np.int32), chunk))
 
@@ -130,25 +130,25 @@ def call(
   *args: _Arguments.args,
   **kwargs: _Arguments.kwargs,
 ) -> _Result:
-  """A method of `PlannedBlock` with a block's parameters."""
+  """Calls a method of `PlannedBlock` with a block's parameters."""
   return apply(PlannedBlock(config), block, method, *args, **kwargs)
 
 
 @program(static_argnames="config")
 def advance(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) -> Chunk:
-  """A chunk through one layer, which is an anchor or a follower as ``layer`` says."""
+  """Applies one layer to a chunk, as the anchor or follower that ``layer`` says it is."""
   return Chunk(*call(config, block, PlannedBlock.__call__, chunk.x, chunk.state, layer))
 
 
 @program(static_argnames="config")
 def with_state(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) -> Chunk:
-  """A chunk before a layer with the state that the layer attends by, its own or the one carried to it."""
+  """A chunk before a layer, with the state that the layer uses: its own or the one carried to it."""
   return Chunk(chunk.x, call(config, block, PlannedBlock.state, chunk.x, chunk.state, layer))
 
 
 @program(static_argnames="config")
 def dense_layer(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArrays) -> Targets:
-  """A chunk through one layer, an anchor, with what it computes on the way."""
+  """Applies one layer to a chunk as an anchor, and returns its intermediate results."""
   state = call(config, block, PlannedBlock.state, chunk.x, chunk.state, layer)
   heads = call(config, block, PlannedBlock.heads, chunk.x, state, layer.head_map)
   y = call(config, block, PlannedBlock.attention_output, heads)
@@ -157,9 +157,9 @@ def dense_layer(config: ModelConfig, block: Block, chunk: Chunk, layer: PlanArra
 
 
 def through(config: ModelConfig, params: Params, plan: SharingPlan, stream: Stream) -> Stream:
-  """A stream before layer 0 taken through all layers of a plan, and of a type of cache if the config names one.
+  """Walks a stream before layer 0 through all layers of a plan, with the config's cache dtype if it has one.
 
-  One program serves every plan: ``params`` are as `whole` makes them.
+  One program serves every plan: ``params`` come from `whole`.
   """
   for layer in range(config.num_layers):
     arrays = PlanArrays.of_layer(layer, config, plan.is_anchor(layer), plan.head_map_of(layer))
@@ -170,7 +170,7 @@ def through(config: ModelConfig, params: Params, plan: SharingPlan, stream: Stre
 def whole(params: Params, dense: Params) -> Params:
   """A shared model's parameters in the shapes of its dense original's, both in the layer layout.
 
-  A follower gets the dense layer's queries and keys, which nothing reads; narrow values get zeros behind them.
+  Followers get the dense layer's queries and keys, which are not used; narrow values are padded with zeros.
   """
 
   def of(block: Block, old: Block) -> Block:
@@ -192,12 +192,12 @@ def _padded(leaf: jax.Array, size: int, axis: int) -> jax.Array:
 
 
 _LOGITS = 2**31
-"""Bytes of logits that there may be at once."""
+"""Maximum bytes of logits in memory."""
 
 
 @program(static_argnames="config")
 def row_losses(config: ModelConfig, params: Params, x: jax.Array, tokens: jax.Array) -> jax.Array:
-  """Mean negative log-likelihood of each row's tokens after its first, ``[B]``, from the last block's output."""
+  """Mean negative log-likelihood per row, without each row's first token, ``[B]``, from the last block's output."""
 
   def of(x: jax.Array, tokens: jax.Array) -> jax.Array:
     logits = apply(PlannedTransformer(config), params, PlannedTransformer.read, x)
@@ -224,7 +224,7 @@ def losses(config: ModelConfig, params: Params, stream: Stream, tokens: np.ndarr
 def dense_trace(
   config: ModelConfig, params: Params, stream: Stream, report: Progress | None = None
 ) -> list[tuple[Targets, ...]]:
-  """What the dense model computes in every layer, for every chunk. Holds ``L`` layers of the text's activations."""
+  """The dense model's outputs of every layer, for every chunk. Holds ``L`` layers of the text's activations."""
   trace = []
   for layer in range(config.num_layers):
     arrays = PlanArrays.of_layer(layer, config, is_anchor=True)
