@@ -1,4 +1,4 @@
-"""Training: what is minimised, how, and over what."""
+"""Training: objectives, optimizer, data and the training loop."""
 
 from sa_jax.train.batch import Batch
 from sa_jax.train.config import DataConfig, DistillConfig, LogConfig, TrainConfig
@@ -13,7 +13,7 @@ from sa_jax.train.step import Metrics, Objective, TrainState, make_eval, make_st
 from sa_jax.train.writers import Writer
 
 __all__ = [
-  # A run.
+  # Runs.
   "DataConfig",
   "DistillConfig",
   "LogConfig",
@@ -22,11 +22,11 @@ __all__ = [
   "TrainConfig",
   "Writer",
   "train",
-  # What a step reads, changes and tells.
+  # Inputs, state and metrics of a step.
   "Batch",
   "Metrics",
   "TrainState",
-  # What is minimised.
+  # Objectives.
   "Objective",
   "RouterConfig",
   "distill",

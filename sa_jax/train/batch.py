@@ -1,4 +1,4 @@
-"""What a train step reads."""
+"""The input of a train step."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from flax import struct
 
 @struct.dataclass
 class Batch:
-  """Rows of tokens. Build it of NumPy or JAX arrays.
+  """Rows of tokens, as NumPy or JAX arrays.
 
   Attributes:
     tokens: int32 ``[B, T]``.
-    weights: float32 ``[B, T]``, how much predicting each token from those before it counts; 0 for padding, prompts, and
-      the first token of a document.
-    segments: int32 ``[B, T]``, the document in the row that each token belongs to, from 1, 0 for padding; None when
-      every row is one document from slot 0, which right-padded rows need no segments for: attention is causal.
+    weights: float32 ``[B, T]``, weight of the loss for predicting each token from those before it; 0 for padding,
+      prompts, and the first token of a document.
+    segments: int32 ``[B, T]``, each token's document within the row, from 1, 0 for padding; None if every row is one
+      document from slot 0. Right-padded rows need no segments, because attention is causal.
   """
 
   tokens: Any

@@ -1,4 +1,4 @@
-"""A run's checkpoints: written while training goes on, kept in number, whole or not there at all."""
+"""A run's checkpoints: written asynchronously and atomically; only the newest are kept."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-  """The checkpoints in a folder, one a step: the train state, and JSON values beside it.
+  """The checkpoints in a folder, one per step: the train state, and JSON values with it.
 
   The state is stored as whole arrays, so it is restored on any mesh and any number of hosts.
   """
 
   def __init__(self, folder: Path, keep: int) -> None:
-    """Opens or makes the folder; what a killed run left unfinished in it is removed.
+    """Opens or creates the folder, and removes unfinished checkpoints of a killed run.
 
     Args:
-      folder: where they are.
-      keep: how many of the newest stay.
+      folder: the checkpoints' folder.
+      keep: number of newest checkpoints to keep.
 
     Raises:
       UserError: if the folder cannot be written.
@@ -63,23 +63,23 @@ class Checkpoints:
 
   @property
   def latest(self) -> int | None:
-    """The step of the newest whole checkpoint, or None."""
+    """The step of the newest complete checkpoint, or None."""
     return self._manager.latest_step()
 
   def restore(
     self, like: Tree, check: Callable[[dict[str, Any]], None] = lambda extra: None
   ) -> tuple[int, Any, dict[str, Any]]:
-    """The newest checkpoint that can be read; those that cannot are set aside, beside the folder, and told in the log.
+    """Restores the newest readable checkpoint; unreadable ones are moved next to the folder, and logged.
 
     Args:
-      like: the state as `jax.ShapeDtypeStruct`s with the shardings that it is to have.
-      check: raises UserError if the JSON values are not what they should be.
+      like: the state as `jax.ShapeDtypeStruct`s with the wanted shardings.
+      check: raises UserError if the JSON values are invalid.
 
     Returns:
-      Its step, the state, and the JSON values beside it.
+      Its step, the state, and the JSON values.
 
     Raises:
-      UserError: if none can be read, or they hold another tree: what is wrong with the newest.
+      UserError: if none can be read, or their tree differs: reports the error of the newest.
     """
     import orbax.checkpoint as ocp
 
@@ -105,11 +105,11 @@ class Checkpoints:
     return [int(path.name) for path in self._folder.glob("*") if path.name.isdigit()]
 
   def _is_whole(self, step: int) -> bool:
-    """Whether all parts of a checkpoint are there; what is in them is another question."""
+    """Whether all parts of a checkpoint exist; their contents are not checked."""
     return all((self._folder / str(step) / part).is_dir() for part in ("state", "extra"))
 
   def _set_aside(self, steps: list[int]) -> None:
-    """Moves checkpoints that are none out of the way; empty folders go."""
+    """Moves invalid checkpoints away; removes empty folders."""
     if jax.process_index() == 0:
       for path in (self._folder / str(step) for step in steps):
         if not any(path.iterdir()):
@@ -119,10 +119,10 @@ class Checkpoints:
     wait_for_all("set aside")
 
   def save(self, step: int, state: Tree, extra: dict[str, Any]) -> None:
-    """Starts to write a checkpoint, if there is none of that step; the state may be donated as soon as this returns.
+    """Starts to write a checkpoint, unless that step has one; the state may be donated as soon as this returns.
 
     Raises:
-      UserError: if it cannot be written, or the one before could not.
+      UserError: if it cannot be written, or writing the previous one failed.
     """
     import orbax.checkpoint as ocp
 
@@ -134,7 +134,7 @@ class Checkpoints:
       )
 
   def check(self) -> None:
-    """Raises ValueError if writing failed in the meantime."""
+    """Raises ValueError if a pending write has failed."""
     with self._clear_errors("could not be written"):
       self._manager.check_for_errors()
 
@@ -142,7 +142,7 @@ class Checkpoints:
     """Waits until everything is written.
 
     Raises:
-      UserError: if it could not be.
+      UserError: if writing failed.
     """
     with self._clear_errors("could not be written"):
       self._manager.wait_until_finished()
@@ -152,7 +152,7 @@ class Checkpoints:
   def _clear_errors(self, what: str, of: int | None = None) -> Iterator[None]:
     try:
       yield
-    except Exception as error:  # Orbax and TensorStore raise many kinds; all mean that the file system refused
+    except Exception as error:  # Orbax and TensorStore raise many types; all mean that the file system refused
       whole = sorted(step for step in self._found() if self._is_whole(step) and (of is None or step < of))
       last = f"the last whole one is of step {whole[-1]}" if whole else "there is no earlier one"
       system = re.search(r"([^:]+) \[os_error_code", str(error))

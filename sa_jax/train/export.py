@@ -1,4 +1,4 @@
-"""A trained model as a checkpoint."""
+"""Writes a trained model as a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def write_trained(
 ) -> None:
   """Writes a checkpoint that `sa_jax.from_pretrained` opens.
 
-  All hosts take part in gathering the parameters, the first one writes.
+  All hosts take part in gathering the parameters; the first writes.
 
   Args:
     path: the folder.
-    model: what the parameters are of.
+    model: the parameters' model.
     params: in either layout, on any mesh.
-    dtype: of what is written.
-    save_extras: writes what travels with the model, such as its tokenizer.
+    dtype: stored dtype.
+    save_extras: writes the files that go with the model, such as its tokenizer.
 
   Raises:
     UserError: if it cannot be written.

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, what it holds, and that only one process at a time trains in it."""
+"""A run's folder: the run that owns it, its contents, and a lock against a second process."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from sa_jax.train.config import TrainConfig
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[Callable[[], None]]:
-  """Makes the folder, and keeps others out of it; the lock goes with the process, however that ends.
+  """Creates and locks the folder; the lock ends with the process, even if that is killed.
 
-  In a bucket nothing is kept out: who comes last has the folder, and the run before stops when it finds that out.
+  In a bucket nothing is locked: the latest run takes over, and the previous one stops when it notices.
 
   Yields:
-    What to call before something is saved, on all processes; it raises UserError if another run has the folder.
+    A function to call on all processes before saving; it raises UserError if another run has taken over.
 
   Raises:
-    UserError: if the folder cannot be made, or another process trains in it.
+    UserError: if the folder cannot be created, or another process trains in it.
   """
   if is_remote(folder):
     yield _owned(folder)
@@ -50,7 +50,7 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
     except filelock.Timeout:
       fault = f"another process trains in {folder}; wait for its end, or name a new folder (`out`)"
     except NotImplementedError:
-      pass  # the file system has no locks
+      pass  # the file system does not support locks
     except OSError as error:
       fault = f"cannot write to {folder}: {error.strerror}"
   if of_first_process(bool(fault)):
@@ -62,7 +62,7 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
 
 
 def _owned(folder: Path) -> Callable[[], None]:
-  """Writes into a folder in a bucket who has it; see `locked`."""
+  """Records the owner of a folder in a bucket; see `locked`."""
   mark, me = folder / "owner.txt", f"{socket.gethostname()}, process {os.getpid()}, {secrets.token_hex(8)}\n"
   by_first(f"the folder {folder}", lambda: write_text(mark, me))
 
@@ -74,25 +74,25 @@ def _owned(folder: Path) -> Callable[[], None]:
 
 
 def begun(folder: Path) -> bool:
-  """Whether there is something in a run's folder to go on from."""
+  """Whether a run's folder has something to resume from."""
   steps = (path for path in (folder / "checkpoints").glob("*") if path.name.isdigit())
   return any(path.is_dir() and any(path.iterdir()) for path in steps) or is_checkpoint(folder / "model")
 
 
 def is_missing(model: Path) -> bool:
-  """Whether a model has not been written yet; an empty folder of its name is none, and is removed."""
+  """Whether the model has not been written yet; removes an empty folder of its name."""
   if model.is_dir() and not any(model.iterdir()) and jax.process_index() == 0:
     model.rmdir()
   return not is_checkpoint(model)
 
 
 def checked(config: TrainConfig) -> TrainConfig:
-  """The run, if its folder is free or holds this run, with the date on which it began and with what it recomputes.
+  """Returns the run, with its start date and remat policy, if its folder is free or belongs to this run.
 
-  A folder in which nothing was saved yet holds no run: a start that failed stands in nobody's way.
+  A folder without saved progress counts as free, so that a failed start does not block another.
 
   Raises:
-    UserError: if the folder holds another run, or one that nothing tells of.
+    UserError: if the folder belongs to another run, or to one without a ``config.json``.
   """
   path = config.out / "config.json"
   before: dict[str, object] = {}
@@ -114,7 +114,7 @@ def checked(config: TrainConfig) -> TrainConfig:
 
 
 def claim(config: TrainConfig) -> None:
-  """Writes into the folder which run it is; what a start that failed left of another run goes.
+  """Records the run in the folder, and removes the exported models of a failed start.
 
   Raises:
     UserError: if it cannot be written.
@@ -128,13 +128,13 @@ def claim(config: TrainConfig) -> None:
 
 
 def make_room(out: Path, done: int) -> str | None:
-  """Moves the finished model of a run that goes on to ``models/``, by its step.
+  """Moves the finished model of a continued run to ``models/``, named by its step.
 
   Returns:
-    What is to be said of it, if there was one.
+    A message, if there was a model.
 
   Raises:
-    UserError: if something else is where the model belongs.
+    UserError: if something else is at the model's path.
   """
   path, kept = out / "model", out / "models" / str(done)
   if not path.exists():
@@ -150,6 +150,6 @@ def make_room(out: Path, done: int) -> str | None:
 
 
 def describe(values: Mapping[str, object]) -> str:
-  """Names and values as lines of text, one below the other."""
+  """Names and values as text, one per line."""
   width = max(map(len, values))
   return "\n".join(f"{name:<{width}}  {value}" for name, value in values.items())

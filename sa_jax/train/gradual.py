@@ -1,7 +1,7 @@
-"""Gradual sharing: from the dense model to the plan while it trains.
+"""Gradual sharing: blends from the dense model to the plan during training.
 
-Followers begin with their own attention weights and end with their anchor's: ``λ P_anchor + (1 - λ) P_own``, λ rising
-from 0 to 1. Then their queries and keys are of no use: `sa_jax.prune` drops them, and what remains is the plan's model.
+Followers start with their own attention weights and end with their anchor's: ``λ P_anchor + (1 - λ) P_own``, with λ
+rising from 0 to 1. Then their queries and keys are unused: `sa_jax.prune` drops them, leaving the plan's model.
 
     model = nn.GradualTransformer(config, plan)
     params = stack_unpruned(dense, plan)
@@ -21,14 +21,14 @@ from sa_jax.errors import UserError
 
 
 def rising(steps: int, start: int = 0) -> Callable[[jax.Array], jax.Array]:
-  """λ as a function of the step, float32: 0 up to ``start``, then linearly to 1 within ``steps``.
+  """λ as a function of the step, float32: 0 up to ``start``, then linearly to 1 over ``steps``.
 
   Args:
-    steps: over how many it rises, at least 1.
+    steps: number of steps over which it rises, at least 1.
     start: the last step at which it is 0.
 
   Returns:
-    From an int ``[]`` step to a float32 ``[]``.
+    A function from an int ``[]`` step to a float32 ``[]``.
 
   Raises:
     UserError: if a number is negative, or ``steps`` is 0.

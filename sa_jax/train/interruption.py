@@ -1,4 +1,4 @@
-"""Being asked to stop: by a scheduler's SIGTERM or the user's Ctrl-C, on any host, or by the clock."""
+"""Stop requests: a scheduler's SIGTERM or the user's Ctrl-C, on any host, or a time limit."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interruption:
-  """Turns the first SIGTERM or SIGINT into a request that a loop asks for between steps; the second acts as ever."""
+  """Turns the first SIGTERM or SIGINT into a stop request, checked between steps; the second acts as usual."""
 
   def __init__(self, minutes: float | None = None) -> None:
-    """Begins to count.
+    """Starts the clock.
 
     Args:
-      minutes: after which a stop is requested too.
+      minutes: time limit, after which a stop is also requested.
     """
     self._requested = False
     self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
     self._before: dict[signal.Signals, Any] = {}
 
   def __enter__(self) -> Self:
-    # With several hosts JAX takes SIGTERM itself, and makes all of them stop at one step.
+    # With several hosts, JAX handles SIGTERM and makes all of them stop at the same step.
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
       self._before = {number: signal.signal(number, self._request) for number in _SIGNALS}
     return self
@@ -43,7 +43,7 @@ class Interruption:
       return self._requested or late
     from jax.experimental import multihost_utils
 
-    if self._deadline is not None:  # clocks differ: the first host's decides
+    if self._deadline is not None:  # clocks differ, so the first host decides
       late = bool(multihost_utils.broadcast_one_to_all(np.asarray(late)))
     return late or multihost_utils.reached_preemption_sync_point(step)
 

@@ -1,4 +1,4 @@
-"""What is trained, what stays as it is, and what is made of both at the end."""
+"""What is trained, what is frozen, and how they become the final model."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from sa_jax.trees import Tree
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-  """What is trained, and how.
+  """Trained and frozen parameters, and the objective.
 
   Attributes:
-    start: makes the trained parameters as they are before the first step.
+    start: returns the initial trained parameters.
     abstract: their shapes and dtypes.
     shardings: their shardings.
-    frozen: parameters that stay as they are: ``base``, which adapters adapt, and ``teacher``.
-    objective: what is minimised, by what its backward pass recomputes.
-    judge: what is evaluated: the plain loss of the model, fully shared.
-    finish: trained and frozen parameters → those of the model, in the run layout.
+    frozen: frozen parameters: ``base``, which adapters adapt, and ``teacher``.
+    objective: the training objective, given a remat policy.
+    judge: the evaluation objective: the plain loss of the fully shared model.
+    finish: trained and frozen parameters → the model's parameters, in the run layout.
   """
 
   start: Callable[[], Tree]
@@ -53,9 +53,9 @@ class Learner:
 
 
 def model_of(config: TrainConfig, tokenizer: Tokenizer) -> Transformer:
-  """The model that a run makes: its plan, and how it is computed; trained parameters are float32.
+  """The model of a run, with its plan and compute settings; trained parameters are float32.
 
-  From scratch, it begins and ends texts as the tokenizer does, unless a shape of the config's own says otherwise.
+  From scratch, start and end tokens are the tokenizer's, unless the config's own shape sets them.
 
   Raises:
     UserError: if the checkpoint or the plan does not fit, or no ``config.json`` can describe the model.
@@ -70,7 +70,7 @@ def model_of(config: TrainConfig, tokenizer: Tokenizer) -> Transformer:
     if not shape.eos_token_ids and end is not None:
       shape = dataclasses.replace(shape, eos_token_ids=(end,))
     model = Transformer(shape, as_plan(config.plan, shape.num_layers))
-  model.config.to_hf()  # told now, and not when what was trained is to be written
+  model.config.to_hf()  # fails now, not when the trained model is to be written
   computed = dataclasses.replace(
     model.config, dtype=config.dtype, param_dtype="float32", remat="none", group_backward=True
   )
@@ -78,7 +78,7 @@ def model_of(config: TrainConfig, tokenizer: Tokenizer) -> Transformer:
 
 
 def make_learner(config: TrainConfig, model: Transformer, mesh: Mesh) -> Learner:
-  """Says what of a model is trained, as the config has it.
+  """Decides from the config which parameters are trained.
 
   Raises:
     UserError: if the model does not fit the mesh, or a checkpoint lacks weights.
@@ -118,17 +118,17 @@ def make_learner(config: TrainConfig, model: Transformer, mesh: Mesh) -> Learner
 
 
 def _student(config: TrainConfig, model: Transformer) -> Transformer:
-  """What is trained, which may become the model gradually."""
+  """The model to train, which may blend gradually into the final model."""
   return GradualTransformer(model.config, model.plan) if config.gradual_steps else model
 
 
 def _teacher(model: Transformer) -> GradualTransformer:
-  """Before it shares it is the dense model, and its blocks correspond to the student's."""
+  """The teacher: the dense model, as a gradual model before sharing, so that its blocks match the student's."""
   return GradualTransformer(model.config, model.plan)
 
 
 def _objective(config: TrainConfig, model: Transformer, remat: RematPolicy) -> Objective:
-  """What is minimised where the backward pass recomputes so much; nothing is read for it."""
+  """The objective under a remat policy; reads no parameters."""
   student = _student(config, Transformer(dataclasses.replace(model.config, remat=remat), model.plan))
   share = rising(config.gradual_steps) if config.gradual_steps else None
   if config.mode != "distill":
@@ -146,12 +146,12 @@ def _objective(config: TrainConfig, model: Transformer, remat: RematPolicy) -> O
 
 
 def _of_part(objective: Objective, name: str) -> Objective:
-  """The objective, which is given one part of what is frozen."""
+  """The objective with one entry of the frozen parameters."""
   return lambda params, frozen, batch, step: objective(params, frozen[name], batch, step)
 
 
 def _start(config: TrainConfig, student: Transformer, mesh: Mesh, shardings: Tree) -> Tree:
-  """The checkpoint's parameters, or random ones, in float32 and the run layout, each made where it belongs."""
+  """The checkpoint's parameters, or random ones, in float32 and the run layout, created with their shardings."""
   if config.model is None:
     tokens = jnp.zeros((1, 1), jnp.int32)
     init = lambda key: nn.unbox(student.init(key, tokens))["params"]
@@ -162,7 +162,7 @@ def _start(config: TrainConfig, student: Transformer, mesh: Mesh, shardings: Tre
 
 
 def _base(config: TrainConfig, student: Transformer, mesh: Mesh, teacher: Tree) -> Tree:
-  """What adapters adapt, in the dtype of computation; the teacher's arrays, where the two have one origin."""
+  """The adapters' base parameters, in the compute dtype; the teacher's arrays, if both come from one checkpoint."""
   gradual = isinstance(student, GradualTransformer)
   if teacher is not None and config.teacher in (None, config.model):
     return teacher if gradual else prune(teacher, student.plan)

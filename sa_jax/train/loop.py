@@ -1,4 +1,4 @@
-"""The training loop: steps, and what happens between them."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from sa_jax.train.writers import JsonLines, Screen, TensorBoard, WeightsAndBiase
 
 class Outcome(NamedTuple):
   """Attributes:
-  step: the last step that was done.
-  interrupted: whether a signal ended the run before its last step; run it again to go on.
-  skipped: steps that changed nothing, since their loss or gradient was not finite.
-  eval_loss: at the last evaluation, in nats a token; None if there was none.
+  step: the last step done.
+  interrupted: whether a stop request ended the run early; run it again to continue.
+  skipped: number of steps skipped because of a non-finite loss or gradient.
+  eval_loss: at the last evaluation, in nats per token; None if there was none.
   model: the finished model, a checkpoint that `sa_jax.from_pretrained` opens; None if the run is not finished.
   """
 
@@ -54,20 +54,20 @@ def train(
   writers: Sequence[Writer] = (),
   console: Console | None = None,
 ) -> Outcome:
-  """Trains, from the newest checkpoint in the run's folder if it has one.
+  """Trains, resuming from the newest checkpoint in the run's folder if there is one.
 
-  Losses and parameters do not depend on how often a run is interrupted, nor by what.
+  Losses and parameters do not depend on how often or why a run was interrupted.
 
   Args:
     config: the run.
-    source: what is read instead of the config's training files; see `sa_jax.train.data.Stream`.
-    say: is told, in sentences, what was read and from where the run goes on.
-    writers: take the metrics too, besides the files that the config names.
-    console: shows them; standard output when None.
+    source: examples instead of the config's training files; see `sa_jax.train.data.Stream`.
+    say: called with messages about the data and resumption.
+    writers: additional metric writers besides those that the config names.
+    console: shows the metrics; None for standard output.
 
   Raises:
-    UserError: if something in the config, the data or the file system does not work, before anything is compiled
-      where it can be known then; or if too many steps in a row are not finite.
+    UserError: if the config, the data or the file system is unusable, before compilation if possible; or after too many
+      consecutive non-finite steps.
   """
   check_same("configs", config)
   on_all("the data", lambda: check_files((*config.data.train, *config.data.eval)), repr)
@@ -97,7 +97,7 @@ def train(
 
 
 def _write_adapters(run: Setup, loop: Loop, path: Path, say: Callable[[str], None]) -> None:
-  """Writes the run's adapters anew, if it has any that PEFT's format can hold."""
+  """Writes the run's adapters again, if it has any that PEFT's format supports."""
   if run.adapters is None:
     return
   if jax.process_index() == 0:
@@ -117,28 +117,28 @@ def _writers(config: TrainConfig, start: int, say: Callable[[str], None]) -> Ite
 
 
 class Loop:
-  """A run under way.
+  """A running training loop.
 
   Attributes:
-    done: the last step that was done.
-    state: after it.
-    window: what is counted over steps.
-    eval_loss: of the last evaluation.
+    done: the last step done.
+    state: the state after it.
+    window: sums over steps.
+    eval_loss: at the last evaluation.
   """
 
   def __init__(
     self, config: TrainConfig, run: Setup, checkpoints: Checkpoints, check_ours: Callable[[], None] = lambda: None
   ) -> None:
-    """Takes up the newest checkpoint that can be read, or makes the state of step 0.
+    """Restores the newest readable checkpoint, or creates the state of step 0.
 
     Args:
       config: the run.
-      run: what it runs.
-      checkpoints: in its folder.
+      run: the run's model, data and step.
+      checkpoints: the folder's checkpoints.
       check_ours: called before a checkpoint is written; see `sa_jax.train.folder.locked`.
 
     Raises:
-      UserError: if the data are others than the checkpoint's, or more steps are done than the run is to have.
+      UserError: if the data differ from the checkpoint's, or more steps are done than the run has.
     """
     self._config, self._run, self._checkpoints, self._check_ours = config, run, checkpoints, check_ours
     self._data = run.batches()
@@ -163,17 +163,17 @@ class Loop:
     self._first = self.done + 1
     self._clock = Clock()
     self._rate = schedule(config.optimizer, config.steps)
-    self._rate_at(0)  # compiled now: the first line of metrics would take the time from the steps after it
+    self._rate_at(0)  # Compile now, so that this does not slow the first line of metrics.
     flops = train_flops(run.model.config, run.model.plan, config.batch_size, config.data.length)
     peak = peak_tflops(config.log.peak_tflops)
     self._mfu_seconds = flops / (peak * 1e12 * jax.device_count()) if peak else None
 
   def run(self, write: Callable[[int, Mapping[str, float]], None], advance: Callable[[int], None]) -> bool:
-    """Trains to the last step; returns whether a signal ended that early. Either way the state is on disk then.
+    """Trains to the last step; returns whether a stop request ended that early. In both cases the state is saved.
 
     Args:
-      write: takes a step's metrics.
-      advance: is told each step that is done.
+      write: called with a step's metrics.
+      advance: called after each step.
     """
     self._write = write
     config, log = self._config, self._config.log
@@ -197,9 +197,9 @@ class Loop:
     return False
 
   def _step(self) -> None:
-    """Starts a step, and looks at the one before it while the device computes.
+    """Starts a step, and checks the previous one while the device computes.
 
-    Before a line of metrics nothing is left under way, so that the line counts just the time of its own steps.
+    Before a line of metrics all steps are finished, so that the line times exactly its own steps.
     """
     batch = to_devices(next(self._data), self._run.batch_sharding, self._config.batch_size)
     self.state, metrics = self._run.remat.step(self.state, self._run.frozen, batch)
@@ -213,10 +213,10 @@ class Loop:
     return step % self._config.log.log_every == 0 or step == self._config.steps
 
   def _look(self) -> None:
-    """Waits for the last step that was not looked at, counts it, and writes a line if it is time for one.
+    """Waits for the last unchecked step, counts it, and writes a line of metrics if one is due.
 
     Raises:
-      UserError: if too many steps in a row were not finite.
+      UserError: after too many consecutive non-finite steps.
     """
     if self._unseen is None:
       return
@@ -238,7 +238,7 @@ class Loop:
       self._write(step, self._line(step, norm) | of_routers(metrics.told))
 
   def _line(self, step: int, norm: float) -> dict[str, float]:
-    """The metrics of a step; tokens read are all slots of the rows, those learnt are what the loss is over."""
+    """The metrics of a step; tokens read are all slots of the rows, trained tokens those in the loss."""
     seconds = self._clock.lap()
     slots = self._config.batch_size * self._config.data.length
     values = {
@@ -259,7 +259,7 @@ class Loop:
 
   def _rate_at(self, update: int) -> float:
     """The learning rate of an update, counted from 0."""
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes types, which the caller may have forbidden
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes, which the caller may have disallowed
       return float(self._rate(update))
 
   def _evaluate(self) -> None:
@@ -270,7 +270,7 @@ class Loop:
     assert run.eval_rows is not None
     batches = every_row_once(run.eval_rows, config.batch_size, run.mine, config.log.eval_batches)
     placed = (to_devices(batch, run.batch_sharding, config.batch_size) for batch in batches)
-    # One batch on the devices at a time.
+    # one batch on the devices at a time
     sums = [jax.device_get(run.evaluate(self.state.params, run.frozen, batch)) for batch in placed]
     total, weight = np.asarray(sums, np.float64).sum(axis=0)
     self.eval_loss = float(total / weight)
@@ -279,7 +279,7 @@ class Loop:
     self._clock.pause(time.perf_counter() - began)
 
   def _export(self) -> None:
-    """Writes the model of this step, if it is time for one and a run before has not done so."""
+    """Writes the model of this step, if one is due and a previous run has not written it."""
     every, path = self._config.log.export_every, self._config.out / "models" / str(self.done)
     if every is not None and self.done % every == 0 and is_missing(path):
       began = time.perf_counter()
@@ -301,7 +301,7 @@ class Loop:
     self._clock.pause(time.perf_counter() - began)
 
   def _profile(self, *, starting: bool, stopping: bool = False) -> None:
-    """Opens the profile's window before its first step, and closes it after its last one, or when the run stops."""
+    """Starts the profile before its first step, and stops it after the last one, or when the run stops."""
     first, last = self._config.log.profile or (0, 0)
     if starting and self._profile_folder is None and first <= self.done + 1 <= last:
       self._profile_folder = Mirrored(self._config.out / "profile")
@@ -314,10 +314,10 @@ class Loop:
 
 
 def _check_extra(extra: dict[str, Any]) -> None:
-  """Checks what lies beside a checkpoint's state.
+  """Checks the JSON values of a checkpoint.
 
   Raises:
-    UserError: if it is not what `Loop` saves.
+    UserError: if they are not what `Loop` saves.
   """
   kinds: dict[str, type] = {"data": dict, "rows": int, "checksum": int, "window": dict}
   wrong = [name for name, kind in kinds.items() if not isinstance(extra.get(name), kind)]

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA; Hu et al., arXiv 2106.09685): ``W + (alpha / rank) A B`` with W frozen.
 
-Adapters are a tree of their own, of the shape of the model's parameters; `attach` puts them where the modules look for
-them, and nothing as large as W is computed or kept for them, not even W's gradient.
+Adapters are a separate tree, shaped like the model's parameters; `attach` puts them where the modules look for them.
+Nothing as large as W is computed or stored for them, not even W's gradient.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sa_jax.train.batch import Batch
 from sa_jax.train.step import Judged, Objective
 from sa_jax.trees import Tree
 
-# How many axes of a projection's kernel are inputs.
+# number of input axes of each projection's kernel
 INPUT_AXES = {"q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 2, "gate_proj": 1, "up_proj": 1, "down_proj": 1}
 _STACKED = ("groups", "followers", "experts")
 
@@ -53,7 +53,7 @@ class LoraConfig:
 
   @property
   def scale(self) -> float:
-    """What ``A B`` is multiplied by."""
+    """The factor on ``A B``."""
     return self.alpha / self.rank
 
 
@@ -61,14 +61,14 @@ def abstract_adapters(model: Transformer, config: LoraConfig, *, layout: str = "
   """The shapes of a model's adapters.
 
   Args:
-    model: whose projections are adapted.
-    config: which of them, and the rank.
-    layout: ``runs`` or ``layers``, that of the parameters.
-    boxed: with their logical axes, as `sa_jax.sharding.tree_shardings` takes them.
+    model: its projections are adapted.
+    config: targets and rank.
+    layout: ``runs`` or ``layers``, the parameters' layout.
+    boxed: whether to include logical axes, as `sa_jax.sharding.tree_shardings` takes them.
 
   Returns:
     A tree like the parameters', with a float32 ``lora_a`` ``[..., inputs, rank]`` and a ``lora_b``
-    ``[..., rank, outputs]`` for each adapted kernel; inputs and outputs are one axis or two, as in the kernel.
+    ``[..., rank, outputs]`` per adapted kernel; inputs and outputs are one axis or two, as in the kernel.
   """
 
   def of(node: Tree) -> Tree:
@@ -85,16 +85,16 @@ def abstract_adapters(model: Transformer, config: LoraConfig, *, layout: str = "
 
 
 def init_adapters(model: Transformer, config: LoraConfig, key: jax.Array, *, layout: str = "runs") -> Tree:
-  """Adapters that change nothing yet: A is random with variance 1 / inputs, B is zero (Hu et al., arXiv 2106.09685).
+  """Initial adapters, without effect: A is random with variance 1 / inputs, B is zero (Hu et al., arXiv 2106.09685).
 
   Args:
     model: as in `abstract_adapters`.
     config: as in `abstract_adapters`.
-    key: for A.
-    layout: ``runs`` or ``layers``, that of the parameters.
+    key: random key for A.
+    layout: ``runs`` or ``layers``, the parameters' layout.
 
   Returns:
-    The tree of `abstract_adapters`, as arrays.
+    A tree like that of `abstract_adapters`, of arrays.
   """
   leaves, structure = jax.tree_util.tree_flatten_with_path(abstract_adapters(model, config, layout=layout, boxed=False))
 
@@ -109,12 +109,12 @@ def init_adapters(model: Transformer, config: LoraConfig, key: jax.Array, *, lay
 
 
 def attach(params: Tree, adapters: Tree, config: LoraConfig) -> Tree:
-  """Parameters that apply the adapters: the frozen ones, not copied, and the adapters beside them.
+  """Parameters that apply the adapters: the frozen ones, not copied, together with the adapters.
 
   Args:
     params: frozen, in either layout.
     adapters: in the same layout, as from `init_adapters`.
-    config: for the scale, ``alpha / rank``.
+    config: its scale is ``alpha / rank``.
   """
   if "lora_a" in adapters:
     return {**params, "lora_a": adapters["lora_a"], "lora_b": config.scale * adapters["lora_b"]}
@@ -130,7 +130,7 @@ def merge(params: Tree, adapters: Tree, config: LoraConfig) -> Tree:
     config: for the scale.
 
   Returns:
-    Parameters in that layout, each in its own dtype.
+    Parameters in that layout, each in its original dtype.
   """
 
   def merged(params: Tree, adapters: Tree, name: str) -> Tree:
@@ -142,12 +142,12 @@ def merge(params: Tree, adapters: Tree, config: LoraConfig) -> Tree:
 
 
 def adapted(objective: Objective, config: LoraConfig, base: Tree = lambda frozen: frozen) -> Objective:
-  """The objective as one of adapters.
+  """Turns an objective over the model's parameters into one over adapters.
 
   Args:
-    objective: of the model's parameters.
-    config: of the adapters.
-    base: from what is frozen to the model's frozen parameters; all of it as it is by default.
+    objective: over the model's parameters.
+    config: the adapters' config.
+    base: extracts the model's frozen parameters from what is frozen; by default, all of it.
   """
 
   def of_adapters(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> Judged:

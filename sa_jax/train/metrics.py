@@ -1,4 +1,4 @@
-"""What a run counts: losses, tokens, seconds, and the share of its devices' peak rate."""
+"""Metrics of a run: losses, tokens, time, and the fraction of the devices' peak rate."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ PEAK_TFLOPS = {
   "TPU v5": 459.0,
   "TPU v6 lite": 918.0,
 }
-"""Dense bfloat16 rates that makers state, by the beginning of a device's name."""
+"""Vendors' dense bfloat16 rates, by prefix of the device name."""
 
 
 def peak_tflops(stated: float | None) -> float | None:
-  """The peak rate of one device: as stated, or else its known one."""
+  """The peak rate of one device: as given, or else the known one."""
   name = jax.devices()[0].device_kind
   return stated or next((rate for start, rate in PEAK_TFLOPS.items() if name.startswith(start)), None)
 
 
 def train_flops(config: ModelConfig, plan: SharingPlan, rows: int, length: int) -> int:
-  """Model FLOPs of a step: forward, and twice that backward; nothing that is computed again counts."""
+  """Model FLOPs per step: the forward pass, and twice that for the backward pass, without recomputation."""
   return 3 * cost(config, plan, rows, length).flops
 
 
 def of_routers(told: Mapping[str, np.ndarray]) -> dict[str, float]:
-  """What a step's line says of a mixture of experts: its routers' losses, and how tokens are spread.
+  """A mixture of experts' metrics: router losses, and the balance of tokens.
 
-  ``expert_load_max`` and ``expert_load_min`` are the tokens of the fullest and the emptiest expert of any layer, over
-  what each would have if all had the same: 1 is balanced.
+  ``expert_load_max`` and ``expert_load_min`` are the tokens of the most and the least loaded expert of any layer,
+  relative to an even distribution: 1 is balanced.
   """
   values = {name: float(value) for name, value in told.items() if name != EXPERT_TOKENS}
   if (tokens := told.get(EXPERT_TOKENS)) is not None:
@@ -57,11 +57,11 @@ class Window:
   """Sums over the steps since the last line of metrics.
 
   Attributes:
-    loss: sum of losses of the tokens.
-    weight: of how many tokens.
-    seen: tokens learnt since training began.
-    skipped: steps that changed nothing, since training began.
-    in_row: how many of them just now.
+    loss: sum of token losses.
+    weight: number of tokens, or their total weight.
+    seen: tokens trained on since training began.
+    skipped: skipped steps since training began.
+    in_row: number of consecutive skipped steps up to now.
   """
 
   loss: float = 0.0
@@ -80,14 +80,14 @@ class Window:
     self.in_row = 0 if finite else self.in_row + 1
 
   def close(self) -> float:
-    """The mean loss since the last call, NaN if there was none."""
+    """The mean loss since the last call; NaN without any steps."""
     mean = self.loss / self.weight if self.weight else math.nan
     self.loss = self.weight = 0.0
     return mean
 
 
 class Clock:
-  """Seconds a step, without what is not training, and without the first step, which compiles."""
+  """Seconds per step, without time outside training and without the first step, which compiles."""
 
   def __init__(self) -> None:
     self._since: float | None = None
@@ -101,12 +101,12 @@ class Clock:
       self._steps += 1
 
   def pause(self, seconds: float) -> None:
-    """Takes time out of the count."""
+    """Excludes time from the count."""
     if self._since is not None:
       self._since += seconds
 
   def lap(self) -> float | None:
-    """Seconds a step since the last call; None if none was counted."""
+    """Seconds per step since the last call; None if none was counted."""
     if self._since is None or not self._steps:
       return None
     now = time.perf_counter()

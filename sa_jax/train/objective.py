@@ -1,4 +1,4 @@
-"""What training minimises. Computation is in the model's ``dtype``, whatever dtype the parameters have."""
+"""Training objectives. They compute in the model's ``dtype``, whatever the parameters' dtype."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sa_jax.train.step import EXPERT_TOKENS, Judged, Objective
 from sa_jax.trees import Tree
 
 SharingSchedule = Callable[[jax.Array], jax.Array]
-"""From the step, how much followers share with their anchors: `sa_jax.train.rising`."""
+"""A function from the step to how much followers share with their anchors; see `sa_jax.train.rising`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +42,14 @@ def next_token(
   share: SharingSchedule | None = None,
   router: RouterConfig | None = None,
 ) -> Objective:
-  """Cross-entropy of each token given those before it in its document.
+  """Cross-entropy of each token given the previous ones in its document.
 
   Args:
-    model: whose parameters, in the run layout, are trained; nothing is frozen.
+    model: its parameters, in the run layout, are trained; nothing is frozen.
     z_loss: see `sa_jax.ops.next_token_loss`.
-    share: of a `sa_jax.nn.GradualTransformer`; it shares fully when None.
-    router: of a mixture of experts, what its routers are held to besides; the objective then tells how many tokens went
-      to each expert. The losses are of each part of a batch that is accumulated, by itself.
+    share: the schedule of a `sa_jax.nn.GradualTransformer`; None for full sharing.
+    router: additional router losses of a mixture of experts; the objective then also returns the number of tokens per
+      expert. With gradient accumulation, each microbatch has its own router losses.
   """
   experts = model.config.experts if router is not None else None
   kept = {} if experts is None else {"mutable": [ROUTER_SCORES]}
@@ -62,7 +62,7 @@ def next_token(
     if experts is None or router is None:
       return total, weight
     found = _balance(experts, routed, batch)
-    # As means over tokens, whatever the loss is a sum over.
+    # as means over tokens; the main loss is a sum
     to_sum = weight / jnp.maximum(_counting(batch).sum(dtype=jnp.float32), 1.0)
     total += to_sum * (router.load_balance * found.load_balance + router.router_z_loss * found.z)
     told = {
@@ -74,13 +74,13 @@ def next_token(
 
 
 def _balance(experts: ops.Experts, routed: Tree, batch: Batch) -> ops.Balance:
-  """Of the scores that all routers left, whichever runs and layers they are stacked by."""
+  """The balance over the scores of all routers, of all runs and layers."""
   scores = [leaf.reshape(-1, *leaf.shape[-3:]) for leaf in jax.tree.leaves(routed)]
   return ops.balance(jnp.concatenate(scores), experts, _counting(batch))
 
 
 def _counting(batch: Batch) -> jax.Array:
-  """Which tokens are no padding, where that can be known, bool ``[B, T]``."""
+  """Which tokens are not padding, as far as the batch tells, bool ``[B, T]``."""
   return jnp.ones(batch.tokens.shape, bool) if batch.segments is None else batch.segments > 0
 
 
@@ -93,22 +93,24 @@ def distill(
   hidden_weight: float = 0.0,
   share: SharingSchedule | None = None,
 ) -> Objective:
-  """Cross-entropy, and the divergence from a teacher that sees the same tokens.
+  """Cross-entropy, plus the divergence from a teacher that sees the same tokens.
 
-  A `sa_jax.nn.GradualTransformer` teaches as the dense model that it is before it shares. Its parameters contain those
-  of its plan's student (`sa_jax.params.prune`), so that with `sa_jax.train.adapted` both use the same frozen arrays.
+  A `sa_jax.nn.GradualTransformer` as the teacher is the dense model, because it does not share yet. Its parameters
+  contain those of its plan's student (`sa_jax.params.prune`), so that with `sa_jax.train.adapted` both use the same
+  frozen arrays.
 
   Args:
-    student: whose parameters, in the run layout, are trained.
-    teacher: whose parameters are what is frozen.
+    student: its parameters, in the run layout, are trained.
+    teacher: its parameters are frozen.
     temperature: see `sa_jax.ops.Teaching`.
     alpha: see `sa_jax.ops.Teaching`.
-    hidden_weight: with how much weight every block's output is drawn to the teacher's: the squared distance over the
-      teacher's squared norm, averaged over blocks. The teacher is then a `sa_jax.nn.GradualTransformer` of the plan.
-    share: of a student that is a `sa_jax.nn.GradualTransformer`; it shares fully when None.
+    hidden_weight: weight of the distance between each block's output and the teacher's: squared distance over the
+      teacher's squared norm, averaged over blocks. It needs a teacher that is a `sa_jax.nn.GradualTransformer` of the
+      plan.
+    share: the schedule of a student that is a `sa_jax.nn.GradualTransformer`; None for full sharing.
 
   Raises:
-    UserError: if the two models' blocks do not correspond though they are to be compared, or a number is out of range.
+    UserError: if hidden outputs are compared but the models' blocks do not match, or a number is out of range.
   """
   if hidden_weight < 0:
     raise UserError(f"hidden_weight is 0 or more, not {hidden_weight}")
@@ -135,7 +137,7 @@ def distill(
 
 
 def _hidden(model: Transformer, params: Tree, batch: Batch, sharing: dict[str, Any], **how: Any) -> Tree:
-  """What the head reads, and what ``apply`` returns besides."""
+  """The head's input, and the other outputs of ``apply``."""
   method = GradualTransformer.hidden if isinstance(model, GradualTransformer) else Transformer.hidden
   rows = ops.Rows(segments=batch.segments)
   return model.apply({"params": params}, batch.tokens, rows, method=method, **sharing, **how)
@@ -149,6 +151,6 @@ def _distance(student: jax.Array, teacher: jax.Array) -> jax.Array:
   """Relative squared distances float32 ``[layers, B, T]`` of stacked block outputs ``[..., B, T, D]``."""
   student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
   norm = jnp.sum(jnp.square(teacher), axis=-1)
-  # Zero at padding whose token has a zero embedding, where it counts nothing and yet must not be NaN.
+  # Zero at padding tokens with a zero embedding; their weight is 0, but the result must not be NaN.
   distance = jnp.sum(jnp.square(student - teacher), axis=-1) / jnp.where(norm > 0, norm, 1.0)
   return distance.reshape(-1, *distance.shape[-2:])

@@ -12,7 +12,7 @@ from sa_jax.errors import UserError
 from sa_jax.fields import Natural, NotNegative, Portion, Positive, Such, check_fields
 from sa_jax.trees import Tree
 
-# Norms' scales and biases: decaying them towards zero has no meaning.
+# Norm scales and biases: decaying them towards zero is meaningless.
 _UNDECAYED = ("scale", "bias")
 Decay = Annotated[float, Such(lambda number: 0 <= number < 1, "0 to below 1")]
 
@@ -51,7 +51,7 @@ class OptimizerConfig:
 
 
 def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-  """The learning rate of each update, counted from 0; before a cosine, warm-up is cut to a run shorter than it.
+  """The learning rate per update, counted from 0; warm-up before a cosine is limited to the length of the run.
 
   Raises:
     UserError: if ``total_steps`` is not positive.
@@ -71,7 +71,7 @@ def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-  """Clipping, then AdamW on its schedule.
+  """Gradient clipping, then AdamW with its schedule.
 
   Raises:
     UserError: if ``total_steps`` is not positive.
@@ -83,7 +83,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
 
 
 def decayed(params: Tree) -> Tree:
-  """A tree like the parameters: whether each is subject to weight decay."""
+  """A tree like the parameters: whether each has weight decay."""
 
   def is_decayed(path: Any, _: Any) -> bool:
     return path[-1].key not in _UNDECAYED

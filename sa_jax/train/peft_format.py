@@ -1,4 +1,4 @@
-"""Adapters in the format of Hugging Face's PEFT: ``adapter_config.json`` beside ``adapter_model.safetensors``."""
+"""Adapters in the format of Hugging Face PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _PREFIX = "base_model.model."
 _KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
 _OF_EXPERTS = {"gate_proj", "up_proj", "down_proj"}
 _REFUSED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "fan_in_fan_out")
-"""Settings of other adapters than ours, unless they are empty."""
+"""Settings of unsupported adapters, unless they are empty."""
 
 
 def save_adapters(path: Path, model: Transformer, adapters: Tree, config: LoraConfig, base: str = "") -> None:
-  """Writes adapters, for PEFT to put on the Hugging Face model that ours is of, or `load_adapters` to read.
+  """Writes adapters that PEFT can load on the corresponding Hugging Face model, and `load_adapters` here.
 
-  Followers of a plan have none on queries and keys; PEFT leaves those of a dense model as they are.
+  A plan's followers have none for queries and keys; on a dense model, PEFT leaves those unchanged.
 
   Args:
     path: a folder that does not exist yet.
-    model: that is adapted.
+    model: the adapted model.
     adapters: in either layout.
-    config: of the adapters.
-    base: the name or path of the model, for PEFT to find.
+    config: the adapters' config.
+    base: the model's name or path, for PEFT.
 
   Raises:
     UserError: if the model's family packs projections into one tensor, experts are adapted, or the folder cannot be
@@ -77,14 +77,14 @@ def save_adapters(path: Path, model: Transformer, adapters: Tree, config: LoraCo
 
 
 def load_adapters(path: Path, model: Transformer) -> tuple[dict[str, Tree], LoraConfig]:
-  """Reads adapters that PEFT or `save_adapters` wrote.
+  """Reads adapters written by PEFT or `save_adapters`.
 
   Returns:
-    The adapters, float32 in the layer layout, as `sa_jax.train.merge` and `attach` take them with parameters in that
-    layout, and their config.
+    The adapters, float32 in the layer layout, for `sa_jax.train.merge` and `attach` with parameters in that layout, and
+    their config.
 
   Raises:
-    UserError: if they are of another kind, or of another model; all that is wrong is named.
+    UserError: if they are of an unsupported kind, or for a different model; lists all problems.
   """
   path = as_path(path)
   settings = read_json(path / CONFIG)
@@ -101,9 +101,9 @@ def load_adapters(path: Path, model: Transformer) -> tuple[dict[str, Tree], Lora
   assert isinstance(alpha, int | float)
   try:
     tensors = load((path / WEIGHTS).read_bytes())
-  except Exception as error:  # safetensors has kinds of its own
+  except Exception as error:  # safetensors has its own types
     raise UserError(f"{path / WEIGHTS} cannot be read: {error}") from None
-  # rsLoRA divides by the root of the rank.
+  # rsLoRA divides by the square root of the rank.
   scaled = alpha * math.sqrt(rank) if settings.get("use_rslora") else float(alpha)
   layers, targets = _ours(tensors, model, rank, path / WEIGHTS)
   return {"layers": layers}, LoraConfig(rank, scaled, targets)
@@ -112,7 +112,7 @@ def load_adapters(path: Path, model: Transformer) -> tuple[dict[str, Tree], Lora
 def _ours(
   tensors: Mapping[str, np.ndarray], model: Transformer, rank: int, file: Path
 ) -> tuple[dict[str, Tree], tuple[str, ...]]:
-  """A file's tensors as adapters in the layer layout, and the projections that they are of."""
+  """A file's tensors as adapters in the layer layout, and the adapted projections."""
   modules = _modules(model.config)
   every = tuple(INPUT_AXES)
   shapes = abstract_adapters(model, LoraConfig(rank, 1.0, every), layout="layers")["layers"]
@@ -128,7 +128,7 @@ def _ours(
     leaf = f"lora_{found['side'].lower()}"
     wanted = shapes[layer].get(part, {}).get(name)
     if wanted is None:
-      continue  # the queries and keys of a follower, which it does not have
+      continue  # queries and keys of a follower, which has none
     shape = wanted[leaf].shape
     flat = (rank, math.prod(shape[:-1])) if leaf == "lora_a" else (math.prod(shape[1:]), rank)
     if tensor.shape != flat:
@@ -146,7 +146,7 @@ def _ours(
 
 
 def _modules(config: ModelConfig) -> dict[str, tuple[str, str, str]]:
-  """From the names of a Hugging Face model's linear modules to layer, part and name of ours.
+  """From a Hugging Face model's linear modules to our layer, part and name.
 
   Raises:
     UserError: if the family packs several projections into one.
@@ -157,7 +157,7 @@ def _modules(config: ModelConfig) -> dict[str, tuple[str, str, str]]:
 
   found = {}
   for entry in entries(config):
-    if "experts" in entry.path or "shared" in entry.path:  # whose adapters have no place there
+    if "experts" in entry.path or "shared" in entry.path:  # adapters of experts are unsupported
       continue
     if entry.path[0] == "layers" and entry.path[-1] == "kernel" and entry.path[-2] in INPUT_AXES:
       if is_packed(entry):
@@ -168,7 +168,7 @@ def _modules(config: ModelConfig) -> dict[str, tuple[str, str, str]]:
 
 
 def _unstacked(runs: Mapping[str, Tree], plan: SharingPlan) -> dict[str, Tree]:
-  """Adapters by layer, of the run layout, in which layers without any have no place."""
+  """Adapters by layer, from the run layout; layers without adapters are left out."""
   layers: dict[str, Tree] = {}
   for index, run in enumerate(plan.runs):
     size = 1 + run.followers

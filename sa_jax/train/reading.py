@@ -1,4 +1,4 @@
-"""From a config to the data of a run: its tokenizer, rows of files, or a stream of somebody's examples."""
+"""A run's data from its config: tokenizer, rows of files, or a stream of examples."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from sa_jax.train.data import (
 
 class TrainingData(NamedTuple):
   """Attributes:
-  batches: makes the iterator over this host's rows, at its beginning.
-  identity: how many rows, and a checksum, by which the data are known again; zeros where that cannot be.
-  has_segments: whether the batches tell documents apart.
+  batches: creates the iterator over this host's rows, at its start.
+  identity: number of rows and a checksum, to detect changed data; zeros for streams.
+  has_segments: whether the batches have segments.
   """
 
   batches: Callable[[], BatchIterator]
@@ -55,18 +55,18 @@ def training_data(
   source: Examples | None,
   say: Callable[[str], None],
 ) -> TrainingData:
-  """What a run is trained on: a source, the config's dataset, or its files.
+  """A run's training data: a source, the config's dataset, or its files.
 
   Args:
     config: the run.
-    model: that is trained.
+    model: the model to train.
     tokenizer: the model's.
-    mine: which of a batch's rows this host reads.
-    source: examples that take the place of files.
-    say: is told what was read.
+    mine: which rows of a batch this host reads.
+    source: examples instead of files.
+    say: called with a summary of the data.
 
   Raises:
-    UserError: if there is nothing or more than one, or it cannot be used.
+    UserError: if there are no data or several kinds, or they are unusable.
   """
   data = config.data
   names = {"train": data.train, "dataset": data.dataset, "source": source}
@@ -87,7 +87,7 @@ def training_data(
   say(f"{data.dataset}, {data.split}: read while training" if hub else "a source of examples, read while training")
 
   def batches() -> BatchIterator:
-    # A dataset gives each host its shards; any other source is read by all of them.
+    # A dataset gives each host its shards; any other source is read by all hosts.
     examples = source if data.dataset is None else hub_dataset(data.dataset, data.subset, data.split, part)
     assert examples is not None
     cursor = Cursor(examples, config.seed, Part() if hub else part)
@@ -97,7 +97,7 @@ def training_data(
 
 
 def tokenizer_of(config: TrainConfig) -> Tokenizer:
-  """The tokenizer that the config names, the model's own, or bytes for a model from scratch.
+  """The tokenizer of the config, else the model's, or bytes for a model from scratch.
 
   Raises:
     UserError: if it cannot be read.
@@ -108,7 +108,7 @@ def tokenizer_of(config: TrainConfig) -> Tokenizer:
 
 
 def _moment(day: str) -> datetime.datetime:
-  """Midday of a day, which no time zone makes another day."""
+  """Noon, so that no time zone changes the date."""
   return datetime.datetime.combine(datetime.date.fromisoformat(day), datetime.time(12))
 
 
@@ -118,9 +118,9 @@ def corpus_rows(
   """The rows of files, for a model.
 
   Raises:
-    UserError: if the data cannot be used, or have tokens that the model does not know.
+    UserError: if the data are unusable, or have tokens outside the model's vocabulary.
   """
-  # The first host fills the cache, the others find it filled; those without a common disk fill their own.
+  # The first host fills the cache and the others use it; hosts without a common disk fill their own.
   read = functools.partial(open_corpus, paths, tokenizer, config.data.reading)
   held: list[Corpus] = []
   names = _names(paths)

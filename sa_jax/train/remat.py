@@ -1,4 +1,4 @@
-"""What a run's backward pass recomputes: the fastest policy whose compiled step fits in a device's memory."""
+"""Choosing the remat policy of a run: the fastest whose compiled step fits in device memory."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from sa_jax.trees import Tree
 Step = Callable[[TrainState, Tree, Batch], tuple[TrainState, Metrics]]
 
 BY_TIME: tuple[RematPolicy, ...] = ("dots", "attention", "full")
-"""The fastest first. ``none`` takes more memory than ``dots``, and took more time where both were measured
+"""Fastest first. ``none`` uses more memory than ``dots``, and was slower where both were measured
 (`experiments/efficiency`)."""
 
 _USABLE = 0.95
-"""Of what JAX may take of a device; the rest is for gaps, and for what evaluation and data hold beside a step."""
+"""Usable fraction of the memory that JAX may allocate; the rest is for fragmentation, evaluation and data."""
 _REFUSED = "refused"
-"""A process's answer whose compiler finds that a step does not fit."""
+"""The answer of a process whose compiler finds that a step does not fit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Remat:
-  """What is recomputed, and the step that does so.
+  """The remat policy, and the step that uses it.
 
   Attributes:
-    policy: which of `RematPolicy`.
-    step: ``(state, frozen, batch)`` → the next state and metrics; compiled if that was needed to choose.
-    reason: why it was chosen, for people; empty where it was asked for.
+    policy: one of `RematPolicy`.
+    step: ``(state, frozen, batch)`` → the next state and metrics; compiled if the choice needed that.
+    reason: why it was chosen, for messages; empty if requested by the user.
   """
 
   policy: RematPolicy
@@ -52,18 +52,18 @@ def fastest(
   mesh: Mesh,
   say: Callable[[str], None] = lambda text: None,
 ) -> Remat:
-  """The first of `BY_TIME` that fits, compiled, or the one that needs least if none does.
+  """The first of `BY_TIME` that fits, compiled, or the one that needs the least memory if none does.
 
-  Nothing is recomputed where devices do not tell their memory.
+  Nothing is recomputed if devices do not report their memory.
 
   Args:
-    make: the jitted step under a policy.
-    arguments: of the step: arrays, or shapes with shardings.
-    mesh: what it runs on.
-    say: is told what is compiled.
+    make: returns the jitted step under a policy.
+    arguments: the step's arguments: arrays, or shapes with shardings.
+    mesh: the step's mesh.
+    say: called with messages about compilation.
 
   Raises:
-    UserError: if the compiler says that no step fits, or a process does not answer.
+    UserError: if no step fits according to the compiler, or a process does not answer.
   """
   memory = device_memory(mesh)
   if memory is None:
@@ -82,7 +82,7 @@ def fastest(
       if needed <= _USABLE * memory:
         break
   if tried:
-    # Slower ones are told to need less, and of small steps they do not always.
+    # Slower policies are expected to need less memory, but for small steps they do not always.
     policy = min(reversed(tried), key=lambda policy: tried[policy][0])
     needed, compiled = tried[policy]
     doubt = "" if needed <= _USABLE * memory else ", and so it may not fit"
@@ -95,7 +95,7 @@ def fastest(
 
 
 def step_bytes(compiled: jax.stages.Compiled) -> int:
-  """The most bytes that a compiled program takes of a device, arguments and results included."""
+  """Peak bytes of a compiled program per device, including arguments and results."""
   memory = compiled.memory_analysis()
   assert memory is not None, "devices that tell their memory tell a program's"
   held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -103,9 +103,9 @@ def step_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def device_memory(mesh: Mesh) -> int | None:
-  """Bytes that JAX may take of a device, of the smallest one on any process; None where one does not tell.
+  """Bytes that JAX may allocate on the smallest device of any process; None if one does not report it.
 
-  Of a GPU that is three quarters of its memory, unless ``XLA_PYTHON_CLIENT_MEM_FRACTION`` says otherwise.
+  On GPUs that is three quarters of the memory, unless ``XLA_PYTHON_CLIENT_MEM_FRACTION`` is set.
 
   Raises:
     UserError: if a process does not answer.
@@ -115,7 +115,7 @@ def device_memory(mesh: Mesh) -> int | None:
 
 
 def _compiled(step: jax.stages.Wrapped, arguments: tuple[TrainState, Tree, Batch]) -> jax.stages.Compiled | None:
-  """The step for these arguments; None if the compiler finds that it does not fit."""
+  """The compiled step for these arguments; None if the compiler finds that it does not fit."""
   try:
     return step.lower(*arguments).compile()
   except jax.errors.JaxRuntimeError as error:
@@ -125,16 +125,16 @@ def _compiled(step: jax.stages.Wrapped, arguments: tuple[TrainState, Tree, Batch
 
 
 def _twice(arguments: tuple[TrainState, Tree, Batch]) -> int:
-  """Bytes that a device's part of the arguments would take again, of arrays that are given more than once."""
+  """Bytes per device that arrays passed more than once would be counted again."""
   leaves = jax.tree.leaves(arguments)
   of = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
   return sum(map(of, leaves)) - sum(map(of, {id(leaf): leaf for leaf in leaves}.values()))
 
 
 def _of_all(needed: int | None) -> int | None:
-  """The most that a process's devices need; None if one of them needs more than there is.
+  """The maximum over all processes; None if the step does not fit on one of them.
 
-  Compiling takes longer on one host than on another, where the one has compiled the step before, for example.
+  Waits indefinitely, because compile times differ between hosts, for example if one has the step in its cache.
   """
   answers = exchange("the bytes of a step", _REFUSED if needed is None else str(needed), FOREVER)
   return None if _REFUSED in answers else max(map(int, answers))

@@ -1,4 +1,4 @@
-"""From a config to what the loop runs: data, model, step. What can be wrong is found here, before the first step."""
+"""Prepares a run from its config: data, model, step. All checks happen here, before the first step."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from sa_jax.trees import Tree
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-  """What the loop runs.
+  """Everything that the loop uses.
 
   Attributes:
-    model: what comes out.
-    batches: of the training data, from the beginning.
-    identity: by which the data are known again: how many rows, and a checksum; zeros for a source.
-    eval_rows: of the evaluation data, if there are any.
-    mine: which of a batch's rows this host reads.
-    batch_sharding: of a batch's arrays, ``[B, T]``.
-    frozen: parameters that stay as they are.
-    remat: the step, which donates the state, and what its backward pass recomputes.
+    model: the final model.
+    batches: the training data, from the start.
+    identity: number of rows and a checksum, to detect changed data; zeros for a source.
+    eval_rows: the evaluation data, if any.
+    mine: which rows of a batch this host reads.
+    batch_sharding: sharding of a batch's arrays, ``[B, T]``.
+    frozen: the frozen parameters.
+    remat: the remat policy, with the step, which donates the state.
     evaluate: ``(params, frozen, batch)`` → sum of losses and its weight.
-    make_state: the state before the first step.
+    make_state: creates the initial state.
     abstract_state: its shapes, dtypes and shardings.
-    export: writes the model with trained parameters as a checkpoint.
-    adapters: writes trained adapters in PEFT's format; None where there are none, or they are of a model between plans.
+    export: writes the model with the trained parameters as a checkpoint.
+    adapters: writes trained adapters in PEFT's format; None without adapters, or if they adapt a gradual model.
   """
 
   model: Transformer
@@ -69,12 +69,12 @@ class Setup:
 def prepare(
   config: TrainConfig, say: Callable[[str], None] = lambda text: None, source: Examples | None = None
 ) -> Setup:
-  """Reads data and model, and checks that they, the mesh and the config fit each other.
+  """Reads data and model, and checks that they fit the mesh, the config and each other.
 
   Args:
     config: the run.
-    say: is told what was read, and what was left out.
-    source: what is read instead of files.
+    say: called with summaries of the data and what was skipped.
+    source: examples instead of files.
 
   Raises:
     UserError: if something does not fit.
@@ -128,13 +128,13 @@ def prepare(
 
 
 def _batch_shape(config: TrainConfig, has_segments: bool, sharding: NamedSharding) -> Batch:
-  """A step's batch, as the data make it."""
+  """Shapes of a step's batch."""
   of = lambda dtype: jax.ShapeDtypeStruct((config.batch_size, config.data.length), dtype, sharding=sharding)
   return Batch(of(jnp.int32), of(jnp.float32), of(jnp.int32) if has_segments else None)
 
 
 def adapters_of(config: TrainConfig, model: Transformer) -> Callable[[Tree, Path], None] | None:
-  """What writes a run's adapters, if the model that they are of is the one that training ends with."""
+  """A function that writes a run's adapters, or None if they do not adapt the final model."""
   if config.method != "lora" or config.gradual_steps:
     return None
 
@@ -143,14 +143,14 @@ def adapters_of(config: TrainConfig, model: Transformer) -> Callable[[Tree, Path
     try:
       if jax.process_index() == 0:
         save_adapters(path, model, held, config.lora, str(config.model))
-    finally:  # the others wait here whatever happens to the first
+    finally:  # the other processes wait here, even if the first fails
       wait_for_all("adapters written")
 
   return write
 
 
 def echo(config: TrainConfig, run: Setup) -> dict[str, str]:
-  """What a run is, for people: what it runs on, what is trained on what, and where it is saved."""
+  """A summary of the run: devices, what is trained on which data, and the output folder."""
   device, mesh = jax.devices()[0], run.batch_sharding.mesh.shape
   count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
   whole, trained = count(abstract_params(run.model)), count(run.abstract_state().params)

@@ -1,4 +1,4 @@
-"""The train step: gradients, accumulated or not, and an update that a number that is not finite cannot spoil."""
+"""The train step: gradients, optionally accumulated, and an update that is skipped if they are not finite."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ from sa_jax.train.batch import Batch
 from sa_jax.trees import Tree
 
 EXPERT_TOKENS = "expert_tokens"
-"""The name by which an objective tells how many tokens went to each expert, ``[layers, X]``."""
+"""The name under which an objective returns the number of tokens per expert, ``[layers, X]``."""
 
 Told = dict[str, jax.Array]
-"""What an objective tells besides, float32 sums over the batch, by name."""
+"""Additional outputs of an objective, float32 sums over the batch, by name."""
 
 Sums = tuple[jax.Array, jax.Array, Told]
-"""The sum of losses, its weight, and what is told besides."""
+"""The sum of losses, its weight, and additional outputs."""
 
 Judged = tuple[jax.Array, jax.Array] | tuple[jax.Array, jax.Array, Told]
 
 
 class Objective(Protocol):
-  """What is minimised: a sum of losses over its weight.
+  """A loss: a sum of losses divided by a weight.
 
-  Both are sums over the batch, so that their quotient is the mean loss however the batch was cut up.
+  Both are sums over the batch, so the mean loss does not depend on how the batch is split.
   """
 
   def __call__(self, params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> Judged:
     """Trainable and frozen parameters, a batch, int32 ``[]`` step → float32 ``[]`` sum of losses, and its weight.
 
-    It may return a third value, what it tells besides.
+    It may return a third value, additional outputs.
     """
     ...
 
 
 @struct.dataclass
 class TrainState:
-  """All that a step changes; of the same type are the shardings of all that.
+  """The train state; the same type also holds its shardings.
 
   Attributes:
-    step: int32 ``[]``, batches seen; those of them that were skipped included.
-    params: what is trained; float32 as a rule, the dtype to compute in being the model's.
-    opt_state: the optimiser's, in float32.
-    skipped: int32 ``[]``, batches that changed nothing, their loss or gradient not being finite.
-    skipped_in_row: int32 ``[]``, how many of them just now.
+    step: int32 ``[]``, batches seen, including skipped ones.
+    params: the trained parameters, usually float32; the compute dtype is the model's.
+    opt_state: the optimizer state, in float32.
+    skipped: int32 ``[]``, skipped batches, whose loss or gradient was not finite.
+    skipped_in_row: int32 ``[]``, consecutive skipped batches up to now.
   """
 
   step: Tree
@@ -64,14 +64,14 @@ class TrainState:
 
 @struct.dataclass
 class Metrics:
-  """What a step tells, float32 ``[]`` each.
+  """The metrics of a step, float32 ``[]`` each.
 
   Attributes:
-    loss: the mean.
-    grad_norm: of all gradients together, before clipping.
-    weight: what the mean is over; of weights 0 and 1, tokens.
-    finite: 1 if loss and gradient are; 0 if the step was skipped.
-    told: what the objective tells besides, over the weight; of `EXPERT_TOKENS` the sums.
+    loss: the mean loss.
+    grad_norm: global gradient norm, before clipping.
+    weight: the mean's denominator; with weights 0 and 1, the number of tokens.
+    finite: 1 if loss and gradient are finite; 0 if the step was skipped.
+    told: additional outputs of the objective, divided by the weight; for `EXPERT_TOKENS` the sums.
   """
 
   loss: jax.Array
@@ -88,13 +88,13 @@ def make_state(
   *,
   donate: bool = False,
 ) -> TrainState:
-  """The state before the first step.
+  """The initial state.
 
   Args:
     optimizer: as for `make_step`.
-    params: what is trained. The state has a copy, so that these arrays survive the step, which donates its state.
-    shardings: from `state_shardings`; everything stays where it is when None.
-    donate: gives the state these arrays themselves; they cannot be used afterwards.
+    params: the trained parameters. They are copied, because the step donates its state.
+    shardings: from `state_shardings`; None leaves arrays where they are.
+    donate: whether to use these arrays without copying; they are invalid afterwards.
   """
 
   def make(params: Tree) -> TrainState:
@@ -105,12 +105,12 @@ def make_state(
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params: Tree, shardings: Tree) -> TrainState:
-  """A `NamedSharding` for every array of the state.
+  """A `NamedSharding` for each array of the state.
 
   Args:
     optimizer: as for `make_step`.
-    params: what is trained, or its shapes and dtypes.
-    shardings: of the parameters, as from `sa_jax.sharding.param_shardings`.
+    params: the trained parameters, or their shapes and dtypes.
+    shardings: the parameters' shardings, such as from `sa_jax.sharding.param_shardings`.
   """
   everywhere = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
   optimizer_state = optimizer_shardings(optimizer, jax.eval_shape(_as_float32, params), shardings)
@@ -128,15 +128,15 @@ def make_step(
   """The train step, jitted: ``step(state, frozen, batch)`` → the next state and `Metrics`. It donates the state.
 
   Args:
-    objective: what is minimised.
+    objective: the objective.
     optimizer: as for `make_state`.
-    shardings: of the state, from `state_shardings`, whose mesh the step runs on; of one device when None.
+    shardings: the state's, from `state_shardings`; the step runs on their mesh; None for one device.
     rules: how activations are sharded on that mesh.
-    accumulate: in how many parts, one after the other, the batch is computed; it must divide the rows, on a mesh of
-      several slices those of each.
+    accumulate: number of sequential microbatches; it must divide the rows, on a mesh with several slices the rows of
+      each slice.
 
   Raises:
-    UserError: if ``accumulate`` is not positive; and by the step, before it compiles, if it does not divide the rows.
+    UserError: if ``accumulate`` is not positive; or from the step, before it compiles, if it does not divide the rows.
   """
   if accumulate < 1:
     raise UserError(f"accumulate must be at least 1, not {accumulate}")
@@ -149,13 +149,13 @@ def make_step(
         gradients, (total, weight, told) = of_rows(batch)
       else:
         gradients, (total, weight, told) = _over_slices(of_rows, batch, shardings)
-      # A batch with nothing to predict teaches nothing, but there is nothing wrong with it.
+      # A batch without anything to predict has no gradient, but is not an error.
       divisor = jnp.where(weight > 0, weight, 1.0)
       gradients = jax.tree.map(lambda gradient: gradient / divisor, gradients)
       loss, norm = total / divisor, optax.tree.norm(gradients)
       finite = jnp.isfinite(loss) & jnp.isfinite(norm)
       wide = _as_float32(state.params)
-      # Optax mixes types and ranks, which the caller may have forbidden.
+      # Optax mixes dtypes and ranks, which the caller may have disallowed.
       with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         updates, opt_state = optimizer.update(gradients, state.opt_state, wide)
       params = jax.tree.map(lambda p, u, old: (p + u).astype(old.dtype), wide, updates, state.params)
@@ -176,7 +176,7 @@ def make_step(
 
 
 def make_eval(objective: Objective, *, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES) -> jax.stages.Wrapped:
-  """The objective alone, jitted: ``(params, frozen, batch)`` → sum of losses and its weight, at step 0."""
+  """Evaluates the objective, jitted: ``(params, frozen, batch)`` → sum of losses and its weight, at step 0."""
 
   def evaluate(params: Tree, frozen: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
     with traced_on(mesh, rules):
@@ -188,10 +188,10 @@ def make_eval(objective: Objective, *, mesh: Mesh | None = None, rules: Rules = 
 def _over_slices(
   of_rows: Callable[[Batch], tuple[Tree, Sums]], batch: Batch, shardings: TrainState
 ) -> tuple[Tree, Sums]:
-  """`_gradients` of a batch over several slices: of each slice's rows by itself, and the sums of these.
+  """`_gradients` per slice, summed over the slices.
 
-  So the network between slices is used once a step and for gradients that are split inside a slice. XLA would reduce
-  each layer's over all devices at once, and again for every part that is accumulated.
+  So the network between slices is used once per step, for gradients that are sharded within a slice. XLA would reduce
+  each layer's gradients over all devices at once, and again for each microbatch.
   """
   mesh: Mesh = shardings.step.mesh
   slices = mesh.shape["slice"]
@@ -211,7 +211,7 @@ def _over_slices(
 def _gradients(
   objective: Objective, state: TrainState, frozen: Tree, batch: Batch, accumulate: int
 ) -> tuple[Tree, Sums]:
-  """Float32 gradients of the sum of losses over the batch, and what the objective returns."""
+  """Float32 gradients of the sum of losses over the batch, and the objective's outputs."""
   judged = lambda params, part: _sums(*objective(params, frozen, part, state.step))
 
   def of_part(part: Batch) -> tuple[Tree, Sums]:
@@ -223,7 +223,7 @@ def _gradients(
   rows = batch.tokens.shape[0]
   if rows % accumulate:
     raise UserError(f"a batch of {rows} rows cannot be accumulated in {accumulate} equal parts")
-  # Every part takes rows from everywhere in the batch: where rows are split over devices, each has its share of it.
+  # Interleave the microbatches, so that each device has its share of every one.
   split = lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
   parts = jax.tree.map(split, batch)
   add = lambda sums, part: (jax.tree.map(jnp.add, sums, of_part(part)), None)
@@ -234,7 +234,7 @@ def _gradients(
 
 
 def _sums(total: jax.Array, weight: jax.Array, told: Told | None = None) -> tuple[jax.Array, Sums]:
-  """What an objective returns, as `jax.grad` takes it."""
+  """An objective's outputs in the form of `jax.grad`'s ``has_aux``."""
   return total, (total, weight, told or {})
 
 

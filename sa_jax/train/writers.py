@@ -1,4 +1,4 @@
-"""Where a run's metrics go: the screen, JSON lines, TensorBoard, Weights & Biases, or what a user has written."""
+"""Metric writers: the terminal, JSON lines, TensorBoard, Weights & Biases, or the user's own."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from sa_jax.storage import Mirrored
 
 
 class Writer(Protocol):
-  """Takes metrics. On resuming, steps after the checkpoint come again."""
+  """Receives metrics. After resuming, steps after the checkpoint are written again."""
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Takes the metrics of a step; some may not be finite."""
+    """Writes the metrics of a step; some may not be finite."""
     ...
 
   def close(self) -> None:
-    """Ends: nothing is written after this."""
+    """Closes the writer; nothing is written afterwards."""
     ...
 
 
 class JsonLines:
-  """``metrics.jsonl``: objects with ``step`` and numbers, null for those that are not finite."""
+  """``metrics.jsonl``: objects with ``step`` and numbers, null for non-finite ones."""
 
   def __init__(self, folder: Path, start: int, say: Callable[[str], None] = lambda text: None) -> None:
-    """Opens the file; lines of steps after ``start`` go, since they come again, and those that are damaged.
+    """Opens the file; removes damaged lines, and steps after ``start``, which are written again.
 
     Raises:
       UserError: if it cannot be written.
@@ -49,7 +49,7 @@ class JsonLines:
       self._file = written.open("a", encoding="utf-8")
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Writes a line, at once.
+    """Writes a line immediately.
 
     Raises:
       UserError: if it cannot be written.
@@ -67,10 +67,10 @@ class JsonLines:
 
 
 def _keep_until(path: Path, step: int, written: Path) -> int:
-  """Drops lines of later steps, and damaged ones; the file that goes on in ``written`` changes at once or not at all.
+  """Drops damaged lines and those of later steps; ``written`` is replaced atomically.
 
   Returns:
-    How many were damaged, but for the last, which a kill may have left unfinished.
+    The number of damaged lines, except the last one, which may be unfinished because the process was killed.
   """
   if not path.exists():
     return 0
@@ -97,7 +97,7 @@ class _SummaryWriter(Protocol):
 
 
 class TensorBoard:
-  """TensorBoard's files, by tensorboardX, in ``tensorboard/``."""
+  """Writes TensorBoard files to ``tensorboard/``, by tensorboardX."""
 
   def __init__(self, folder: Path, start: int) -> None:
     """Opens a file.
@@ -127,18 +127,18 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-  """A run at Weights & Biases (package ``wandb``), which the same folder goes on with when it is resumed."""
+  """A run on Weights & Biases (package ``wandb``), continued when the folder's run is resumed."""
 
   def __init__(self, folder: Path, project: str, config: Mapping[str, object]) -> None:
     """Starts or resumes the run.
 
     Args:
-      folder: the run's, whose name is shown; ``wandb.txt`` in it keeps the run's id.
-      project: of Weights & Biases.
-      config: shown beside the run.
+      folder: the run's folder; its name is shown, and ``wandb.txt`` in it stores the run's id.
+      project: the Weights & Biases project.
+      config: shown with the run.
 
     Raises:
-      UserError: if wandb is missing, or refuses.
+      UserError: if wandb is missing or fails.
     """
     try:
       self._wandb = importlib.import_module("wandb")
@@ -151,7 +151,7 @@ class WeightsAndBiases:
       self._run = self._wandb.init(
         project=project, name=folder.name, dir=str(self._mirror.local), id=known, resume="allow", config=dict(config)
       )
-    except Exception as error:  # wandb's own kinds: no key, no network
+    except Exception as error:  # wandb's own types: no key, no network
       raise UserError(f"Weights & Biases refuses the run: {error}") from None
     kept.write_text(f"{self._run.id}\n", encoding="utf-8")
 
@@ -160,21 +160,21 @@ class WeightsAndBiases:
     self._run.log(dict(values), step=step)
 
   def close(self) -> None:
-    """Ends the run there."""
+    """Finishes the run."""
     self._run.finish()
     self._mirror.close()
 
 
 class Screen:
-  """A line for each of the metrics' lines, which stays; in a terminal or a notebook with a bar below it."""
+  """Prints a line per set of metrics; in a terminal or a notebook also a progress bar below."""
 
   def __init__(self, console: Console, steps: int, start: int) -> None:
     """Starts the bar.
 
     Args:
-      console: what is written to; whoever writes to it too writes above the bar.
-      steps: of the whole run.
-      start: the step that is resumed from, 0 for a new run.
+      console: the output; text printed to it also appears above the bar.
+      steps: total steps of the run.
+      start: the step to resume from, 0 for a new run.
     """
     self._console, self._steps = console, steps
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -185,18 +185,18 @@ class Screen:
     self._bar.start()
 
   def advance(self, step: int) -> None:
-    """Moves the bar."""
+    """Advances the bar."""
     self._bar.update(self._task, completed=step)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Prints a line."""
     text = "  ".join(_SHOWN[name](value) for name, value in values.items() if name in _SHOWN)
-    # A file or a pipe has no width: there a line is one line.
+    # A file or a pipe has no width, so lines are not wrapped.
     wide = not self._console.is_terminal
     self._console.print(f"step {step}/{self._steps}  {text}", highlight=False, soft_wrap=wide)
 
   def close(self) -> None:
-    """Takes the bar away."""
+    """Removes the bar."""
     self._bar.stop()
 
 
@@ -216,7 +216,7 @@ _SHOWN: dict[str, Callable[[float], str]] = {
 
 @contextlib.contextmanager
 def closing(writers: Sequence[Writer]) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-  """Yields what writes to all of them; they are closed at the end, whatever happens."""
+  """Yields a function that writes to all writers; closes them at the end, even after errors."""
   with contextlib.ExitStack() as stack:
     for writer in writers:
       stack.callback(writer.close)

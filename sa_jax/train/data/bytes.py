@@ -1,4 +1,4 @@
-"""A tokenizer for models trained from scratch: a byte is a token."""
+"""A byte-level tokenizer for models trained from scratch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from sa_jax.formats import Tokenizer
 from sa_jax.train.data.sources import END_OF_TEXT
 
 BYTE_VOCABULARY = 257
-"""256 bytes, then the end of a text."""
+"""256 bytes, then the end-of-text token."""
 
 
 def byte_tokenizer() -> Tokenizer:
-  """An ordinary tokenizer, in which token ``b`` is byte ``b`` of the UTF-8 text, and token 256 ends a text."""
+  """A byte-level tokenizer: token ``b`` is byte ``b`` of the UTF-8 text, and token 256 ends a text."""
   vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
   backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
   backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -22,7 +22,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def _byte_characters() -> list[str]:
-  """The printable character that byte-level tokenizers write for each byte (GPT-2's table)."""
+  """The printable characters by which byte-level tokenizers represent bytes (GPT-2's table)."""
   printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
   others = iter(range(256, 512))
   return [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -1,4 +1,4 @@
-"""Documents to tokens, once: in memory, or in a cache on disk that later runs and other hosts map."""
+"""Tokenises documents once, in memory or into a memory-mapped disk cache for later runs and other hosts."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from sa_jax.storage import local_copy
 from sa_jax.train.data.sources import Document, Documents, Report, read_documents
 
 _TOKEN = np.dtype("<u4")
-_AT_ONCE = 256  # documents tokenised at once, on all cores
+_AT_ONCE = 256  # documents per call of the tokenizer, which uses all cores
 _VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
-  """Tokenised documents, one after the other.
+  """Tokenised documents, concatenated.
 
   Attributes:
     tokens: uint32 ``[tokens]``.
-    trained: bool ``[tokens]``, whether the model learns to write the token.
+    trained: bool ``[tokens]``, whether the loss includes the token.
     offsets: int64 ``[documents + 1]``: document ``d`` is ``tokens[offsets[d] : offsets[d + 1]]``.
-    report: what was read.
-    start: the tokens that a row begins with where it takes up the middle of a document.
+    report: counts of what was read.
+    start: tokens put at the start of a row that continues a document.
   """
 
   tokens: np.ndarray
@@ -48,7 +48,7 @@ class Corpus:
 
   @functools.cached_property
   def checksum(self) -> int:
-    """Of all that is learnt from: another one, other data."""
+    """Checksum of everything that affects training; it changes if the data change."""
     arrays = self.tokens, self.trained, self.offsets
     return functools.reduce(lambda value, array: zlib.crc32(array.data, value), arrays, 0)
 
@@ -73,12 +73,12 @@ class Reading:
 
 
 def open_corpus(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading = Reading()) -> Corpus:
-  """Reads and tokenises files, or takes them from the cache.
+  """Reads and tokenises files, or loads them from the cache.
 
-  A cache entry is keyed by the files' contents, the tokenizer and how files are read, and appears only whole.
+  A cache entry is keyed by the files' contents, the tokenizer and the reading options, and is created atomically.
 
   Raises:
-    UserError: as `read_documents`, or if the cache cannot be written.
+    UserError: see `read_documents`; or if the cache cannot be written.
   """
   paths = [as_path(path) for path in paths]
   check_files(paths)
@@ -98,10 +98,10 @@ def open_corpus(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading = 
 
 
 def check_files(paths: Sequence[Path]) -> None:
-  """Checks that files of data are there.
+  """Checks that data files exist.
 
   Raises:
-    UserError: names all that are not.
+    UserError: lists the missing ones.
   """
   if missing := [str(path) for path in paths if not path.is_file()]:
     raise UserError(f"there is no file {', '.join(missing)}")
@@ -137,7 +137,7 @@ def _tokenise(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> 
 
 
 def _write(folder: Path, paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> None:
-  """Fills a cache entry document by document, so that a corpus larger than memory can be tokenised."""
+  """Fills a cache entry document by document, so that the corpus may be larger than memory."""
   report = Report()
   lengths = [0]
   with (folder / "tokens.bin").open("wb") as tokens, (folder / "trained.bin").open("wb") as trained:
@@ -172,7 +172,7 @@ def _documents(paths: Sequence[Path], tokenizer: Tokenizer, report: Report, read
 def encoded(
   documents: Iterable[Document], tokenizer: Tokenizer, start: Sequence[int]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Each document's tokens, and which of them are learnt: ``start``, put before a text, is not, its end is."""
+  """Each document's tokens, and whether they are trained on: the end token is, the prepended ``start`` is not."""
   token = tokenizer.special_id("eos_token")
   end = [] if token is None else [token]
   iterator = iter(documents)
@@ -187,7 +187,7 @@ def encoded(
 
 
 def _trained(document: Document, encoded: tokenizers.Encoding) -> np.ndarray:
-  """Which tokens are learnt: a token belongs to the piece that its last character is in."""
+  """Which tokens are trained on: a token belongs to the piece that contains its last character."""
   marks = [piece.trained for piece in document.pieces]
   if all(marks):
     return np.ones(len(encoded.ids), np.bool_)

@@ -1,4 +1,4 @@
-"""Files to objects or lines of text: JSON, JSON lines, Parquet, Arrow, ArrayRecord; gzip and zstd are unpacked."""
+"""Reads objects or lines of text from files: JSON, JSON lines, Parquet, Arrow, ArrayRecord; unpacks gzip and zstd."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from sa_jax.storage import local_copy
 TABLES = (".parquet", ".arrow", ".array_record")
 _PACKED = (".gz", ".zst")
 _ROWS = 1024
-"""Rows of a table that are held at once."""
+"""Table rows in memory."""
 
 
 def kind(path: Path) -> str:
-  """The suffix that says what a file holds, without that of its packing."""
+  """The suffix of a file's format, ignoring compression."""
   return (path.with_suffix("") if path.suffix in _PACKED else path).suffix
 
 
 def lines(path: Path) -> Iterator[bytes]:
-  """The lines of a file, unpacked.
+  """The lines of a file, decompressed.
 
   Raises:
     UserError: if it cannot be read.
@@ -49,14 +49,14 @@ def _unpacked(file: BinaryIO, path: Path) -> BinaryIO | io.BufferedReader | gzip
 
 
 def objects(path: Path, keys: Collection[str]) -> Iterator[tuple[str, object]]:
-  """Each object of a file: undecoded lines of ``.jsonl``, records of ``.array_record``, values of ``.json``, rows.
+  """Each object of a file: raw lines of ``.jsonl``, records of ``.array_record``, values of ``.json``, table rows.
 
   Args:
     path: the file.
-    keys: the columns that are read of a table.
+    keys: the table columns to read.
 
   Yields:
-    The object's place, for messages, and the object, or bytes that hold it as JSON.
+    The object's location, for messages, and the object, or its JSON bytes.
 
   Raises:
     UserError: if the file cannot be read.
@@ -89,7 +89,7 @@ def _values(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _rows(path: Path, keys: Collection[str]) -> Iterator[tuple[str, object]]:
-  """Rows of a table, by pyarrow; Arrow's files are streams, as datasets saves them, or whole files."""
+  """Rows of a table, by pyarrow; Arrow files may be streams, as datasets saves them, or random-access files."""
   arrow = _pyarrow(path)
   number = 0
   if path.suffix == ".parquet":
@@ -114,7 +114,7 @@ def _rows(path: Path, keys: Collection[str]) -> Iterator[tuple[str, object]]:
 
 
 def _records(path: Path) -> Iterator[tuple[str, object]]:
-  """Records of an ArrayRecord file, each the JSON of an object."""
+  """Records of an ArrayRecord file, each a JSON object."""
   try:
     module = importlib.import_module("array_record.python.array_record_module")
   except ImportError as error:

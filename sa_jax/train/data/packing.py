@@ -1,4 +1,4 @@
-"""Which tokens make a row: long documents cut to the context, short ones packed into rows together."""
+"""Makes rows of tokens: cuts long documents to the context length, and packs short ones together."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ TooLong = Literal["error", "cut"]
 class Spans(NamedTuple):
   """Attributes:
   bounds: int64 ``[spans, 2]``: first and past-last token of each piece of a document.
-  cut: how many samples lost their end.
-  barren: how many pieces were left out, because nothing in them is to be learnt.
-  continued: bool ``[spans]``, which pieces take up the middle of a document.
+  cut: number of samples that were truncated.
+  barren: number of pieces left out because they have no token to train on.
+  continued: bool ``[spans]``, whether a piece starts in the middle of a document.
   """
 
   bounds: np.ndarray
@@ -32,13 +32,13 @@ class Spans(NamedTuple):
 
 
 def spans_of(corpus: Corpus, length: int, too_long: TooLong) -> Spans:
-  """Every document as pieces of at most ``length`` tokens, the start tokens before a piece from its middle counted.
+  """Splits documents into pieces of at most ``length`` tokens, including start tokens of continued pieces.
 
-  A document that is learnt as a whole goes on in the next piece. A sample, which has a prompt, makes no sense from its
-  middle: one that is too long is an error, or keeps its start.
+  A document that is trained on entirely continues in the next piece. A sample, which has a prompt, cannot start in the
+  middle: if it is too long, it is an error, or truncated.
 
   Raises:
-    UserError: if a sample is longer than ``length`` and may not be cut, or nothing is left to learn.
+    UserError: if a sample is longer than ``length`` and may not be truncated, or no tokens to train on remain.
   """
   bounds: list[tuple[int, int]] = []
   cut = 0
@@ -61,7 +61,7 @@ def spans_of(corpus: Corpus, length: int, too_long: TooLong) -> Spans:
       bounds += [(first, min(first + own, stop)) for first in range(start + length, stop, own)]
   begins = frozenset(corpus.offsets.tolist())
   opened = lambda start: bool(corpus.start) and start not in begins
-  # Of what a piece begins with nothing is predicted.
+  # A piece's first token is not predicted, unless start tokens are put before it.
   kept = [(start, stop) for start, stop in bounds if corpus.trained[start + (not opened(start)) : stop].any()]
   if not kept:
     raise UserError("there is nothing to train on: no document has two tokens")
@@ -70,19 +70,19 @@ def spans_of(corpus: Corpus, length: int, too_long: TooLong) -> Spans:
 
 
 def is_sample(trained: np.ndarray) -> bool:
-  """Whether a document with these marks has more that is only read than a start token."""
+  """Whether a document has untrained tokens besides its first."""
   return not trained[1:].all()
 
 
 def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
-  """Puts pieces into rows, each in turn into the fullest row that has room, or a new one (best fit).
+  """Puts pieces into rows: each goes into the fullest row with enough room, or a new one (best fit).
 
   Args:
-    sizes: of each piece, at most ``length``.
-    length: of a row.
+    sizes: tokens per piece, at most ``length``.
+    length: tokens per row.
 
   Returns:
-    The pieces of each row, by number.
+    The indices of each row's pieces.
   """
   rows: list[list[int]] = []
   with_room: list[list[int]] = [[] for _ in range(length + 1)]  # rows, by free slots
@@ -105,13 +105,13 @@ def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedRows:
-  """The rows of a corpus, read one by one.
+  """The rows of a corpus, read on demand.
 
   Attributes:
     corpus: the tokens.
     length: ``T``.
-    spans: pieces of documents.
-    members: the spans of each row.
+    spans: the pieces of documents.
+    members: the indices of each row's spans.
   """
 
   corpus: Corpus
@@ -124,11 +124,11 @@ class PackedRows:
 
   @functools.cached_property
   def has_segments(self) -> bool:
-    """Whether a row holds more than one document."""
+    """Whether some row holds more than one document."""
     return any(len(members) > 1 for members in self.members)
 
   def read(self, numbers: Sequence[int]) -> Batch:
-    """Rows by number, as NumPy arrays; number -1 is a row of padding."""
+    """Rows by index, as NumPy arrays; index -1 is a row of padding."""
     shape = (len(numbers), self.length)
     tokens: Any = np.zeros(shape, np.int32)
     segments: Any = np.zeros(shape, np.int32)
@@ -154,13 +154,13 @@ def make_rows(corpus: Corpus, length: int, packing: Packing = "rows", too_long: 
 
   Args:
     corpus: the tokens.
-    length: tokens a row, ``T``.
-    packing: ``rows`` packs documents together, told apart by segments; ``none`` gives each piece a row of its own,
-      which kernels without segments need.
-    too_long: what becomes of samples longer than a row; see `spans_of`.
+    length: tokens per row, ``T``.
+    packing: ``rows`` packs documents together, separated by segments; ``none`` puts each piece in its own row, for
+      kernels without segments.
+    too_long: what to do with samples longer than a row; see `spans_of`.
 
   Raises:
-    UserError: as `spans_of`.
+    UserError: see `spans_of`.
   """
   spans = spans_of(corpus, length, too_long)
   sizes = (spans.bounds[:, 1] - spans.bounds[:, 0] + len(corpus.start) * spans.continued).tolist()

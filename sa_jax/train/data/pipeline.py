@@ -1,4 +1,4 @@
-"""Rows to batches on devices: each epoch in a new order, the same for any number of hosts; positions can be saved."""
+"""Batches on devices: reshuffled each epoch, the same for any number of hosts, with a position that can be saved."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sa_jax.train.data.packing import PackedRows
 
 
 class BatchIterator(Protocol):
-  """A grain iterator over batches of this host's rows; its state says at which batch it is."""
+  """A grain iterator over batches of this host's rows; its state is its position."""
 
   def __next__(self) -> Batch: ...
 
@@ -28,28 +28,28 @@ class BatchIterator(Protocol):
     ...
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Goes to a position."""
+    """Moves to a position."""
     ...
 
 
 def shuffled(rows: PackedRows, batch_size: int, seed: int, mine: Sequence[int], threads: int = 2) -> BatchIterator:
-  """Batches without end; every row comes once an epoch, in an order that seed and epoch decide.
+  """Endless batches; every row occurs once per epoch, in an order that depends on seed and epoch.
 
-  The order is that of whole batches, so the position means the same on any number of hosts; a host reads only the rows
-  that its devices hold.
+  Whole batches are ordered, so that a position means the same for any number of hosts; a host reads only its devices'
+  rows.
 
   Args:
     rows: all rows.
-    batch_size: of the global batch, ``B``.
-    seed: of the order.
-    mine: which of a batch's rows this host holds; see `host_rows`.
-    threads: that read ahead.
+    batch_size: global batch size, ``B``.
+    seed: seed of the order.
+    mine: which rows of a batch this host holds; see `host_rows`.
+    threads: number of prefetching threads.
 
   Raises:
-    UserError: if grain, or something that it needs, is not installed.
+    UserError: if grain or one of its dependencies is not installed.
   """
   grain = grain_package()
-  # As good as without end: grain counts rows, batches and what it reads ahead in 64 bits.
+  # Practically endless: grain counts rows, batches and prefetched elements in 64 bits.
   epochs = (1 << 60) // len(rows)
   numbers = grain.MapDataset.range(len(rows)).shuffle(seed=seed).repeat(epochs).batch(batch_size)
   batches = numbers.map(lambda batch: rows.read(batch[list(mine)]))
@@ -57,10 +57,10 @@ def shuffled(rows: PackedRows, batch_size: int, seed: int, mine: Sequence[int], 
 
 
 def grain_package() -> ModuleType:
-  """The package grain, which is in the extra ``train``.
+  """The package grain, part of the extra ``train``.
 
   Raises:
-    UserError: if it, or something that it needs, is not installed.
+    UserError: if it or one of its dependencies is not installed.
   """
   try:
     return importlib.import_module("grain")
@@ -69,13 +69,13 @@ def grain_package() -> ModuleType:
 
 
 def every_row_once(rows: PackedRows, batch_size: int, mine: Sequence[int], limit: int | None = None) -> Iterator[Batch]:
-  """Every row once, for evaluation; the last batch is filled with padding.
+  """Every row once, for evaluation; the last batch is padded.
 
   Args:
     rows: all rows.
-    batch_size: of the global batch, ``B``.
-    mine: which of a batch's rows this host holds.
-    limit: at most this many batches.
+    batch_size: global batch size, ``B``.
+    mine: which rows of a batch this host holds.
+    limit: maximum number of batches.
   """
   count = -(-len(rows) // batch_size)
   for batch in range(count if limit is None else min(count, limit)):
@@ -84,10 +84,10 @@ def every_row_once(rows: PackedRows, batch_size: int, mine: Sequence[int], limit
 
 
 def host_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
-  """Which rows of a global batch the devices of this host hold.
+  """The indices of a global batch's rows that this host's devices hold.
 
   Args:
-    sharding: of the batch, ``[B, T]``.
+    sharding: the batch's sharding, ``[B, T]``.
     batch_size: ``B``.
 
   Raises:
@@ -99,7 +99,7 @@ def host_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
   if batch_size % shards:
     ways = " × ".join(f"{axis} {parts[axis]}" for axis in mesh_axes_of(axes) if parts[axis] > 1)
     raise UserError(f"a batch of {batch_size} rows does not divide over {shards} shards: {ways} of the mesh")
-  # Lengths differ between callers, rows do not: one token a row is enough to ask with.
+  # Only rows matter here, not the length: query the sharding with one token per row.
   by_rows = NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(axes))
   indices: Any = by_rows.addressable_devices_indices_map((batch_size,)).values()
   return sorted({row for (part,) in indices for row in range(*part.indices(batch_size))})

@@ -26,8 +26,8 @@ _ALPACA = (
 
 class Piece(NamedTuple):
   """Attributes:
-  text: a part of a document.
-  trained: whether the model learns to write it, or only reads it.
+  text: part of a document.
+  trained: whether the model is trained on it, or it is only context.
   """
 
   text: str
@@ -37,7 +37,7 @@ class Piece(NamedTuple):
 class Document(NamedTuple):
   """Attributes:
   pieces: the text.
-  complete: whether it begins and ends as the model expects; otherwise the tokenizer's start and end are to be added.
+  complete: whether it has the model's start and end tokens; if not, they are added.
   """
 
   pieces: tuple[Piece, ...]
@@ -46,11 +46,11 @@ class Document(NamedTuple):
 
 @dataclasses.dataclass
 class Report:
-  """What was read.
+  """Counts of what was read.
 
   Attributes:
-    documents: how many.
-    bad: lines left out because they could not be used (``skip_bad``).
+    documents: number of documents.
+    bad: number of skipped unusable lines (``skip_bad``).
   """
 
   documents: int = 0
@@ -68,22 +68,22 @@ def read_documents(
 ) -> Iterator[Document]:
   """The documents of files, in order.
 
-  ``.jsonl`` holds one JSON object a line, ``.json`` a list of objects, ``.parquet`` and ``.arrow`` rows,
-  ``.array_record`` the JSON of an object a record; every other file is text. ``.gz`` and ``.zst`` after that are
-  unpacked. Objects are understood by their keys: ``messages`` (a chat; the assistant's turns are learnt; perhaps with
-  ``tools`` and ``chat_template_kwargs``, which the chat template reads), ``instruction`` with ``output`` and perhaps
+  ``.jsonl`` holds one JSON object per line, ``.json`` a list of objects, ``.parquet`` and ``.arrow`` rows,
+  ``.array_record`` one JSON object per record; any other file is text. A further suffix ``.gz`` or ``.zst`` is
+  unpacked. An object's keys decide its type: ``messages`` (a chat; trained on the assistant's turns; optionally with
+  ``tools`` and ``chat_template_kwargs`` for the chat template), ``instruction`` with ``output`` and optionally
   ``input`` (Alpaca), ``prompt`` with ``completion``, or the text key.
 
   Args:
     paths: the files.
-    tokenizer: its chat template makes text of chats, and of Alpaca where it has one (Alpaca's own prompt otherwise).
-    report: is counted up.
-    documents: of a text file: the whole ``file``, or what is between ``blank_lines`` or ``endoftext`` marks.
-    text_key: of an object that is only text.
-    skip_bad: leaves out lines that cannot be used, and counts them.
+    tokenizer: formats chats with its chat template, and also Alpaca if it has one (otherwise with Alpaca's prompt).
+    report: counts are added to it.
+    documents: documents of a text file: the whole ``file``, or the text between ``blank_lines`` or ``endoftext`` marks.
+    text_key: key of plain text in objects.
+    skip_bad: whether to skip and count unusable lines.
 
   Raises:
-    UserError: if a file cannot be read or has no document; at a line that cannot be used, with its number.
+    UserError: if a file is unreadable or has no documents, or a line is unusable, with its number.
   """
   for path in paths:
     before = report.documents, report.bad
@@ -135,10 +135,10 @@ def _texts(path: Path, documents: Documents) -> Iterator[str]:
 
 
 def documents_of(values: object, tokenizer: Tokenizer, text_key: str) -> list[Document]:
-  """The documents of an object, which its keys say how to understand; see `read_documents`.
+  """The documents of an object, according to its keys; see `read_documents`.
 
   Raises:
-    UserError: if it cannot be used.
+    UserError: if it is unusable.
   """
   found = _documents(values, tokenizer, text_key)
   for document in found:
@@ -168,7 +168,7 @@ def _documents(values: object, tokenizer: Tokenizer, text_key: str) -> list[Docu
 
 
 def _read_json(values: dict[str, object], key: str) -> object:
-  """A value that may be JSON in a text, as tables hold values of no one type."""
+  """A value that may be a JSON string, as in table columns of mixed type."""
   value = values.get(key)
   if not isinstance(value, str):
     return value
@@ -180,7 +180,7 @@ def _read_json(values: dict[str, object], key: str) -> object:
 
 def _text(values: dict[str, object], key: str, default: str | None = None) -> str:
   text = values.get(key, default)
-  if text is None and default is not None:  # as tables write what is absent
+  if text is None and default is not None:  # tables store missing values as null
     text = default
   if not isinstance(text, str) or not (text or default is not None):
     raise UserError(f"{key!r} is {'empty' if text == '' else type(text).__name__}; a text is needed")
@@ -188,7 +188,7 @@ def _text(values: dict[str, object], key: str, default: str | None = None) -> st
 
 
 def alpaca_document(instruction: str, given: str, output: str, tokenizer: Tokenizer) -> Document:
-  """A row of Alpaca: a chat where the tokenizer has a template for it, otherwise Alpaca's own prompt."""
+  """An Alpaca example: a chat if the tokenizer has a chat template, otherwise Alpaca's prompt."""
   if tokenizer.chat_template is not None:
     user = f"{instruction}\n\n{given}" if given else instruction
     return chat_document([{"role": "user", "content": user}, {"role": "assistant", "content": output}], tokenizer)
@@ -199,26 +199,26 @@ def alpaca_document(instruction: str, given: str, output: str, tokenizer: Tokeni
 
 
 def chat_document(messages: object, tokenizer: Tokenizer) -> Document:
-  """A chat whose last answer, or all of them, are learnt: the last of its `chat_documents`."""
+  """A chat, trained on the last answer or on all: the last of its `chat_documents`."""
   return chat_documents(messages, tokenizer)[-1]
 
 
 def chat_documents(messages: object, tokenizer: Tokenizer, options: Mapping[str, object] = {}) -> list[Document]:
-  """A chat through the tokenizer's own template; each of the assistant's turns is learnt, with what ends it.
+  """Formats a chat with the tokenizer's template; the assistant's turns, with their end tokens, are trained on.
 
-  A template that marks what the assistant says (``{% generation %}``) decides itself what is learnt. With every other,
-  a turn is learnt as the template writes it when it is the newest, after what the model is given to read before it:
-  just so the model will be asked to write it. As a rule that makes one document, whose text is the template's of the
-  whole chat. Where the template writes a turn otherwise once others follow it (Qwen3 and GLM leave the thoughts out
-  of older turns), the turns before and the turn after make documents of their own, so that each is learnt once.
+  If a template marks the assistant's text (``{% generation %}``), the marks decide what is trained on. Otherwise each
+  turn is trained on as the template formats it as the last turn, after its generation prompt, exactly as at inference.
+  Usually that gives one document, the template's text for the whole chat. If the template formats a turn differently
+  once others follow (Qwen3 and GLM drop the reasoning of older turns), the earlier turns and the following turn become
+  separate documents, so that each turn is trained on once.
 
   Args:
     messages: the chat.
-    tokenizer: whose template writes it.
-    options: what else the template reads; `sa_jax.Tokenizer.chat` takes the same, ``tools`` among them.
+    tokenizer: provides the template.
+    options: other variables of the template, as in `sa_jax.Tokenizer.chat`, including ``tools``.
 
   Raises:
-    UserError: if the messages have another form, none is the assistant's, or the template rejects them.
+    UserError: if the messages are malformed, none is the assistant's, or the template rejects them.
   """
   if not (isinstance(messages, list) and all(isinstance(message, dict) for message in messages)):
     raise UserError("'messages' is not a list of objects with 'role' and 'content'")
@@ -230,7 +230,7 @@ def chat_documents(messages: object, tokenizer: Tokenizer, options: Mapping[str,
   calls = [Call(messages, False, variables)]
   for index in answers:
     calls += [Call(messages[:index], True, variables), Call(messages[: index + 1], False, variables)]
-  # Many templates fail on a chat without a message.
+  # Many templates fail on a chat without messages.
   first = 1 if answers[0] == 0 else 0
   (whole, spans), *turns = template.render([call for call in calls if call.messages])
   if spans:
@@ -241,7 +241,7 @@ def chat_documents(messages: object, tokenizer: Tokenizer, options: Mapping[str,
   for index, before, after in zip(answers, texts[::2], texts[1::2], strict=True):
     read = os.path.commonprefix([before, after])  # noqa: RUF071  # of characters
     if read != before:
-      # The opening of the answer may be another than the one that the model is given, what it answers may not.
+      # The start of the answer may differ from the generation prompt, but the history may not.
       (history,) = template.render([Call(messages[:index], False, variables)])
       if not read.startswith(history.text):
         raise UserError(f"the chat template writes what is before message {index} otherwise when that message follows")
@@ -256,7 +256,7 @@ def chat_documents(messages: object, tokenizer: Tokenizer, options: Mapping[str,
 
 
 def _marked(text: str, spans: Sequence[tuple[int, int]]) -> tuple[Piece, ...]:
-  """A text of which spans are learnt."""
+  """Splits a text into pieces that are trained on (the spans) and pieces that are not."""
   pieces, done = [], 0
   for start, stop in spans:
     pieces += [Piece(text[done:start], False), Piece(text[start:stop], True)]

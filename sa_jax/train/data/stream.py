@@ -1,7 +1,7 @@
-"""Rows made while training goes on, of examples that a source gives: grain's, Hugging Face's, any iterable.
+"""Streaming data: rows are made during training from any source of examples: grain, Hugging Face, any iterable.
 
-What a source gives is text, an object as a line of ``.jsonl`` has it, or ``{"tokens": [...]}``, with ``"trained"``
-beside it where not every token is learnt.
+An example is a text, an object as in a ``.jsonl`` line, or ``{"tokens": [...]}``, optionally with ``"trained"`` if not
+every token is trained on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _AT_ONCE = 64
 
 
 class RandomAccess(Protocol):
-  """Examples by number, as grain's sources and lists are."""
+  """Examples by index, like grain sources and lists."""
 
   def __len__(self) -> int: ...
 
@@ -36,12 +36,12 @@ class RandomAccess(Protocol):
 
 
 Examples = Iterable[Example] | RandomAccess
-"""What a source is: anything that can be iterated over, or read by number."""
+"""A source: any iterable, or random access by index."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """Which examples a host reads: every ``count``-th, from the ``index``-th on."""
+  """Which examples a host reads: every ``count``-th, starting at ``index``."""
 
   index: int = 0
   count: int = 1
@@ -49,15 +49,15 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """What rows are made.
+  """The shape of batches and rows.
 
   Attributes:
-    rows: of this host, in a batch.
-    length: tokens a row.
+    rows: rows per batch on this host.
+    length: tokens per row.
     packing: see `make_rows`.
     too_long: see `make_rows`.
-    vocabulary: how many tokens the model knows.
-    learn_all: whether prompts are learnt too.
+    vocabulary: the model's vocabulary size.
+    learn_all: whether prompts are trained on too.
   """
 
   rows: int
@@ -69,22 +69,22 @@ class Shape:
 
 
 class Encoded(NamedTuple):
-  """A document: uint32 tokens, and bool which of them are learnt."""
+  """A document: uint32 tokens, and bool, whether each is trained on."""
 
   tokens: np.ndarray
   trained: np.ndarray
 
 
 class Cursor:
-  """Examples without end, and where in them one is.
+  """An endless iterator over examples, with a position.
 
-  What can be read by number is read in a new order each epoch. An iterable is read from its start each epoch, with its
-  own position where it knows one (``state_dict`` of Hugging Face's, ``get_state`` of grain's iterators). Of any other
-  what was seen is read again and dropped, an iterator's too, which has but one epoch.
+  Random-access sources are reshuffled each epoch. An iterable is restarted each epoch; its own position is used if it
+  has one (``state_dict`` of Hugging Face's, ``get_state`` of grain's iterators). Otherwise, to resume, the examples
+  seen are read again and dropped. An iterator has only one epoch.
   """
 
   def __init__(self, source: Examples, seed: int, part: Part) -> None:
-    """Makes a cursor at the start; see `Stream`."""
+    """Creates a cursor at the start; see `Stream`."""
     self._source: Any = source
     self._part = part
     self._by_number = hasattr(source, "__len__") and hasattr(source, "__getitem__")
@@ -124,7 +124,7 @@ class Cursor:
     return {"epoch": self._epoch, "seen": self._seen, "inner": inner}
 
   def set_state(self, state: Mapping[str, Any]) -> None:
-    """Goes to a position."""
+    """Moves to a position."""
     inner = state["inner"]
     if state["epoch"]:
       self._begin(state["epoch"])
@@ -143,19 +143,19 @@ _STATES = ("get_state", "state_dict")
 
 
 class Stream:
-  """Batches of this host's rows, made while the one before is computed; the state has what is left.
+  """Batches of this host's rows, each made while the previous one is computed; the state includes leftover documents.
 
-  Documents are packed as `make_rows` does, those of one batch and what is left of the one before together.
+  Documents are packed as in `make_rows`: those of a batch together with the leftovers of the previous one.
   """
 
   def __init__(self, examples: Cursor, tokenizer: Tokenizer, shape: Shape, reading: Reading = Reading()) -> None:
-    """Begins to read.
+    """Starts to read.
 
     Args:
-      examples: what is read.
-      tokenizer: of the model.
-      shape: of the rows.
-      reading: the key of texts, what they begin with, and whether bad examples are left out.
+      examples: the examples.
+      tokenizer: the model's.
+      shape: of batches and rows.
+      reading: the text key, the start token, and whether to skip bad examples.
     """
     self._examples, self._tokenizer, self._shape, self._reading = examples, tokenizer, shape, reading
     self._start = tokenizer.opening(reading.start_token)
@@ -172,12 +172,12 @@ class Stream:
     return batch
 
   def get_state(self) -> dict[str, Any]:
-    """The position after the last batch that was taken, as JSON values."""
+    """The position after the last batch returned, as JSON values."""
     at, held = self._state
     return {"examples": at, "held": [[each.tokens.tolist(), each.trained.astype(int).tolist()] for each in held]}
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Goes to a position."""
+    """Moves to a position."""
     if self._next is not None:
       self._next.result()
     self._examples.set_state(state["examples"])
@@ -187,7 +187,7 @@ class Stream:
   def _make(self) -> tuple[Batch, tuple[dict[str, Any], list[Encoded]]]:
     """The next batch, and the position after it."""
     shape, held = self._shape, self._held
-    # Two batches' worth: what follows fills the rows of what comes first.
+    # Two batches' worth, so that later documents can fill the first rows.
     while sum(len(each.tokens) for each in held) < 2 * shape.rows * shape.length:
       held = held + self._more()
     offsets = np.cumsum([0, *(len(each.tokens) for each in held)], dtype=np.int64)
@@ -195,17 +195,17 @@ class Stream:
     if (largest := int(tokens.max())) >= shape.vocabulary:
       raise UserError(f"the source has token {largest}, but the model's vocabulary has {shape.vocabulary} tokens")
     rows = make_rows(Corpus(tokens, trained, offsets, self.report), shape.length, shape.packing, shape.too_long)
-    # The oldest document is in the first row, so that none waits for ever.
+    # The oldest document is in the first row, so none is delayed forever.
     batch = rows.read([row if row < len(rows) else -1 for row in range(shape.rows)])
     if batch.segments is None and shape.packing == "rows":
-      # One program serves all batches.
+      # Always pass segments, so that one program serves all batches.
       batch = dataclasses.replace(batch, segments=(np.cumsum(batch.weights[:, ::-1], 1)[:, ::-1] > 0).astype(np.int32))
     left = sorted(piece for row in rows.members[shape.rows :] for piece in row)
     self._held = [Encoded(tokens[start:stop], trained[start:stop]) for start, stop in rows.spans.bounds[left]]
     return batch, (self._examples.get_state(), self._held)
 
   def _more(self) -> list[Encoded]:
-    """The next examples' documents."""
+    """The documents of the next examples."""
     found: list[Encoded] = []
     documents: list[Document] = []
     for _ in range(_AT_ONCE):
@@ -239,10 +239,10 @@ def _of_tokens(example: Mapping[str, object]) -> Encoded:
 
 
 def hub_dataset(name: str, subset: str | None, split: str, part: Part) -> Examples:
-  """A dataset of the Hugging Face hub, or a folder in its form, read as a stream, this host's part of it.
+  """Streams this host's part of a Hugging Face dataset, or of a folder in that format.
 
   Raises:
-    UserError: if datasets is not installed, or has no such dataset.
+    UserError: if datasets is not installed, or does not find the dataset.
   """
   try:
     datasets = importlib.import_module("datasets")
@@ -251,22 +251,22 @@ def hub_dataset(name: str, subset: str | None, split: str, part: Part) -> Exampl
     raise UserError(f"a dataset is read with datasets ({error}): pip install 'sa-jax[data]'") from None
   try:
     found = datasets.load_dataset(name, subset, split=split, streaming=True)
-  except Exception as error:  # datasets raises many kinds: no such name, split or subset, no network
+  except Exception as error:  # datasets raises many types: unknown name, split or subset, no network
     raise UserError(f"the dataset {name} cannot be read: {str(error).strip().splitlines()[0]}") from None
   split_up: Examples = nodes.split_dataset_by_node(found, part.index, part.count) if part.count > 1 else found
   return split_up
 
 
 class Gathered:
-  """A stream of this host's, whose position is that of all hosts' streams."""
+  """A stream of this host, whose saved position covers all hosts."""
 
   def __init__(self, stream: Stream, part: Part, gather: Callable[[dict[str, Any]], Sequence[dict[str, Any]]]) -> None:
     """Wraps a stream.
 
     Args:
-      stream: this host's.
-      part: which part of the examples it reads.
-      gather: from this host's value to all hosts'.
+      stream: this host's stream.
+      part: the part of the examples that it reads.
+      gather: gathers a value from all hosts.
     """
     self._stream, self._part, self._gather = stream, part, gather
 
@@ -282,10 +282,10 @@ class Gathered:
     return {"parts": {str(each["part"]): each["state"] for each in self._gather(mine)}}
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Goes to this host's position.
+    """Moves to this host's position.
 
     Raises:
-      UserError: if the examples were split over another number of hosts.
+      UserError: if the examples were split over a different number of hosts.
     """
     parts = state.get("parts", {})
     if len(parts) != self._part.count:
