@@ -1,4 +1,4 @@
-"""Generation: cache, prefill, the token loop on device, sampling."""
+"""Generation: prefill, the KV cache, the token loop on device, sampling."""
 
 from sa_jax.decode.batcher import Batcher, Request
 from sa_jax.decode.beams import Beams, Found, beam_search
@@ -38,7 +38,7 @@ __all__ = [
   "TextSettings",
   "continue_texts",
   "stream_text",
-  # A draft proposes.
+  # Speculative decoding.
   "Draft",
   "Settings",
   "Speculated",
@@ -46,11 +46,11 @@ __all__ = [
   "SpeculativeState",
   "accept",
   "speculate",
-  # The likeliest continuations.
+  # Beam search.
   "Beams",
   "Found",
   "beam_search",
-  # How tokens are drawn.
+  # Sampling.
   "Sampler",
   "Processor",
   "Start",
@@ -62,13 +62,13 @@ __all__ = [
   "HostMask",
   "NotBefore",
   "RepetitionPenalty",
-  # A beginning, read once.
+  # A shared prefix, prefilled once.
   "PromptCache",
-  # Requests that come and go.
+  # Continuous batching.
   "Batcher",
   "Request",
   "Serving",
-  # The compiled parts.
+  # The compiled programs.
   "Begun",
   "Cache",
   "DecodeState",
@@ -78,7 +78,7 @@ __all__ = [
   "Prompts",
   "insert",
   "retire",
-  # Rows.
+  # Padding.
   "capacity_for",
   "pad_to",
   "right_pad",

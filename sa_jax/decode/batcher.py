@@ -30,7 +30,7 @@ from sa_jax.programs import fetch
 from sa_jax.trees import Params
 
 _UNWATCHED = 128
-"""Most decode steps on device where nobody waits for tokens: each return to the host costs time (1.4 ms on an H200)."""
+"""Max decode steps on device if no caller waits for tokens: each host round trip takes time (1.4 ms on an H200)."""
 
 
 RowNumber = Annotated[int, Such(lambda number: 0 <= number < 1 << 31, f"0 to {(1 << 31) - 1}")]
@@ -38,16 +38,16 @@ RowNumber = Annotated[int, Such(lambda number: 0 <= number < 1 << 31, f"0 to {(1
 
 @dataclasses.dataclass(eq=False)
 class Request:
-  """A prompt on its way.
+  """A prompt being continued.
 
   Attributes:
     prompt: int32 ``[T]``.
-    max_new_tokens: most tokens to add.
-    seed: with ``row``, chooses its samples as in `sa_jax.generate`.
-    row: a number that tells it from others with the same seed.
-    tokens: what it has generated so far.
-    log_probs: of these tokens, where the sampler tells them.
-    status: where it is.
+    max_new_tokens: max tokens to add.
+    seed: with ``row``, determines its samples as in `sa_jax.generate`.
+    row: distinguishes it from others with the same seed.
+    tokens: tokens generated so far.
+    log_probs: their log-probabilities, if the sampler returns them.
+    status: its current state.
   """
 
   prompt: np.ndarray
@@ -63,16 +63,16 @@ class Request:
 
 
 class Batcher:
-  """Generates for many requests at once, in a batch of ``how.slots`` rows.
+  """Generates for many requests concurrently, in a batch of ``how.slots`` rows.
 
-  A request waits for a free slot, and for pages where the cache has them, is prefilled (padded to one of a few lengths,
-  so that few programs are compiled), joins the running batch, and frees its slot when it ends. What it generates does
-  not depend on the requests beside it.
+  A request waits for a free slot (and for pages, if the cache is paged), is prefilled (padded to one of a few lengths,
+  so that few programs are compiled), joins the running batch, and frees its slot when it ends. Its tokens do not depend
+  on the other requests.
 
   Attributes:
-    how: sizes, and who goes first.
-    sampler: how tokens are drawn.
-    prefix: a beginning that prompts may share, which is not read again; see `PromptCache`.
+    how: sizes, and the order of requests.
+    sampler: how tokens are sampled.
+    prefix: a prefix that prompts may share, which is not prefilled again; see `PromptCache`.
   """
 
   def __init__(
@@ -84,10 +84,10 @@ class Batcher:
     sampler: Sampler = Sampler(),
     prefix: PromptCache | None = None,
   ):
-    """An empty batch.
+    """Creates an empty batch.
 
     Raises:
-      UserError: if there is no room for it, it has pages and lies on a mesh, or the prefix is another model's.
+      UserError: if it does not fit in memory, is paged on a mesh, or the prefix is another model's.
     """
     sampler.check(model.config.vocab_size)
     if prefix is not None:
@@ -95,26 +95,26 @@ class Batcher:
     self.how, self.prefix = how, prefix
     self._params, self.sampler = as_layers(params, model.plan), sampler
     self._engine = Engine.of(model, self._params)
-    if how.cache_slots is not None:  # the host's table of pages that are too many does not fit either
+    if how.cache_slots is not None:  # checked first: the host's page table would not fit either
       check_room(how.page_count, how.page_size, self._engine.mesh, model)
     self._table = None if how.cache_slots is None else PageTable(how)
     pages = None if self._table is None else self._table.pages()
     capacity = how.capacity if pages is None else pages.table.shape[1] * how.page_size
     self._state = self._engine.empty(how.slots, capacity, sampler, pages)
     self._waiting: collections.deque[Request] = collections.deque()
-    # Any thread may submit and cancel; one steps at a time.
+    # Any thread may submit and cancel; only one steps at a time.
     self._queue, self._stepping = threading.Lock(), threading.Lock()
     self._running: dict[int, Request] = {}
     self._begun: _Begun | None = None
-    self._held = False  # whether more could enter, were it not for the rows that run
+    self._held = False  # whether requests wait only because rows are running
     self._told = False
 
   def submit(self, prompt: Sequence[int] | np.ndarray, max_new_tokens: int, *, seed: int = 0, row: int = 0) -> Request:
-    """Queues a prompt; ``seed`` and ``row`` choose its samples as in `sa_jax.generate`.
+    """Queues a prompt; ``seed`` and ``row`` determine its samples as in `sa_jax.generate`.
 
     Raises:
       UserError: if the prompt is empty, has a token outside the vocabulary, or does not fit the cache with its
-        continuation, or the seed or the row is no such number. Other requests go on.
+        continuation, or the seed or row is invalid. Other requests continue.
     """
     try:
       tokens = np.asarray(prompt)
@@ -134,10 +134,10 @@ class Batcher:
     return request
 
   def cancel(self, request: Request) -> None:
-    """Stops a request; its slot is free at the next `step`. What it has generated stays in ``request.tokens``.
+    """Stops a request; its slot is freed at the next `step`. Tokens generated so far stay in ``request.tokens``.
 
     Raises:
-      UserError: if it waits at another batcher.
+      UserError: if it is queued in another batcher.
     """
     with self._queue:
       if request.status == "waiting":
@@ -153,15 +153,15 @@ class Batcher:
     return bool(self._waiting or self._running)
 
   def step(self) -> dict[Request, list[int]]:
-    """Fills free slots, decodes up to ``chunk`` tokens a row, and collects them.
+    """Fills free slots, decodes up to ``chunk`` tokens per row, and collects them.
 
     Returns:
-      New tokens by request, for streaming; they are in ``request.tokens`` too.
+      New tokens by request, for streaming; also appended to ``request.tokens``.
     """
     return self._step(self.how.chunk)
 
   def enter(self) -> dict[Request, list[int]]:
-    """Fills free slots and collects first tokens, for who waits for them: `step` gives them with a chunk of others.
+    """Fills free slots and collects first tokens, for low latency: `step` returns them together with a whole chunk.
 
     Returns:
       As `step`.
@@ -169,7 +169,7 @@ class Batcher:
     return self._step(0)
 
   def run(self) -> None:
-    """Steps until no request is left; as nobody looks in between, the host does only where a slot is to be filled."""
+    """Steps until no request is left; the host is involved only when a slot can be filled."""
     while self.busy:
       self._step(max(self.how.chunk, _UNWATCHED))
 
@@ -181,7 +181,7 @@ class Batcher:
       return self._collect(first, self._decode(chunk) if chunk else None) if self._running else {}
 
   def _check_alike(self, chunk: int) -> None:
-    """Checks that processes which step together have the same requests, in the same order."""
+    """Checks that processes stepping together have the same requests in the same order."""
     if is_spread(self._params):
       with self._queue:
         requests = [
@@ -193,23 +193,23 @@ class Batcher:
       )
 
   def _decode(self, chunk: int) -> Drawn:
-    """A chunk of tokens, still on the device."""
-    # While requests wait, a few rows that end are enough to stop for: their slots are free.
-    slots, width = self.how.slots, min(max(self.how.chunk, _UNWATCHED), self.how.capacity)  # a row has no more tokens
+    """Decodes a chunk of tokens; the result stays on the device."""
+    # While requests wait, stop as soon as a few rows have ended, to fill their slots.
+    slots, width = self.how.slots, min(max(self.how.chunk, _UNWATCHED), self.how.capacity)  # max tokens of a row
     wanted = self._waiting and not self._held
     enough = np.int32(min(slots, slots - len(self._running) + self.how.together) if wanted else slots)
     self._state, out = self._engine.decode(
       self._params,
       self._state,
       sampler=self.sampler,
-      steps=np.int32(min(chunk, 1 if self._held else width)),  # free slots wait for what is being read
-      width=width,  # one program, whoever watches
+      steps=np.int32(min(chunk, 1 if self._held else width)),  # free slots wait for the prompt being prefilled
+      width=width,  # one program, with or without streaming
       enough=enough,
     )
     return out
 
   def _collect(self, first: list[tuple[np.ndarray, Drawn]], out: Drawn | None) -> dict[Request, list[int]]:
-    """Fetches first tokens by slot, and a chunk's; one transfer: for a small model the host's work is most of it."""
+    """Fetches first tokens by slot and a chunk's tokens in one transfer: with small models, host time dominates."""
     out, done, unsound, first = fetch((out, self._state.done, self._state.unsound, first))
     if not self._told:
       slots, running = list(self._running), self._running.values()
@@ -225,7 +225,7 @@ class Batcher:
       news[request] = new
       if done[slot]:
         with self._queue:
-          if request.status == "running":  # not cancelled meanwhile
+          if request.status == "running":  # not cancelled in the meantime
             request.status = "done"
         del self._running[slot]
     return news
@@ -238,7 +238,7 @@ class Batcher:
       del self._running[slot]
 
   def _fill_slots(self) -> list[tuple[np.ndarray, Drawn]]:
-    """Prefills waiting requests into free slots; returns slots and first tokens, on device."""
+    """Prefills waiting requests into free slots; returns slots and first tokens (on device)."""
     if self._table is not None:
       self._table.keep(self._running)
     free = [slot for slot in range(self.how.slots) if slot not in self._running]
@@ -255,7 +255,7 @@ class Batcher:
     first = []
     for length, requests in by_length.items():
       slots = list(requests)
-      # A power of two at a time: all together in a few programs, whatever their number.
+      # In powers of two, so that any number of requests needs few programs.
       while slots:
         count = 1 << (len(slots).bit_length() - 1)
         first.append(self._admit(np.array(slots[:count], np.int32), [requests[slot] for slot in slots[:count]], length))
@@ -263,7 +263,7 @@ class Batcher:
     return first
 
   def _next(self, count: int) -> list[Request]:
-    """The waiting requests whose turn it is: at most so many, as there are pages for, and as may be read at once."""
+    """The next waiting requests: at most ``count``, within the free pages and the prefill limit per step."""
     with self._queue:
       if self.how.longest_first:
         order = heapq.nlargest(count, self._waiting, key=lambda request: request.max_new_tokens)
@@ -287,12 +287,12 @@ class Batcher:
     return self.how.pages_for(len(request.prompt) + request.max_new_tokens - 1)
 
   def _is_long(self, request: Request) -> bool:
-    """Whether running rows would wait too long for a request's whole prompt."""
+    """Whether prefilling a request's whole prompt would stall running rows too long."""
     return bool(self._running) and self.how.read is not None and len(request.prompt) > self.how.read
 
   def _read_on(self, begun: _Begun, free: Sequence[int]) -> list[tuple[np.ndarray, Drawn]]:
-    """Reads a chunk of a long prompt, or all that is left of it if no row runs; returns what `_fill_slots` does."""
-    # An interruption loses what has been read, and not the request, which waits.
+    """Prefills a chunk of a long prompt, or all of the rest if no row runs; returns the same as `_fill_slots`."""
+    # An interrupt loses the prefilled chunks, but not the request, which is still waiting.
     self._begun, self._held = None, False
     while begun.request.status == "waiting" and not begun.is_read:
       begun = begun.read_on(self._engine, self._params)
@@ -310,7 +310,7 @@ class Batcher:
     return [(slots, first)]
 
   def _admit(self, slots: np.ndarray, requests: Sequence[Request], length: int) -> tuple[np.ndarray, Drawn]:
-    """Prefills requests into slots, padded to a length. Only then do they run: an interruption loses none."""
+    """Prefills requests into slots, padded to a length. They run only after that: an interrupt loses none."""
     prompts = _prompts(requests, length)
     begun = None if self.prefix is None else self.prefix.begun(prompts, self._engine.model)
     self._give_pages(slots, requests)
@@ -321,7 +321,7 @@ class Batcher:
     return slots, first
 
   def _give_pages(self, slots: np.ndarray, requests: Sequence[Request]) -> None:
-    """Gives the rows of a cache of pages what their requests need."""
+    """Allocates the pages that the requests need, if the cache is paged."""
     if self._table is not None:
       for slot, request in zip(slots.tolist(), requests, strict=True):
         self._table.take(slot, self._pages_for(request))
@@ -329,24 +329,24 @@ class Batcher:
       self._state = dataclasses.replace(self._state, cache=cache)
 
   def _run_at(self, slots: np.ndarray, requests: Sequence[Request]) -> None:
-    """Notes that requests, which waited, run at slots."""
+    """Marks waiting requests as running in slots."""
     with self._queue:
       for slot, request in zip(slots.tolist(), requests, strict=True):
         self._running[slot] = request
-        if request.status == "waiting":  # not cancelled meanwhile
+        if request.status == "waiting":  # not cancelled in the meantime
           request.status = "running"
       self._waiting = collections.deque(request for request in self._waiting if request.status == "waiting")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Begun:
-  """A request whose prompt is read in chunks.
+  """A request whose prompt is prefilled in chunks.
 
   Attributes:
-    request: it waits.
+    request: the request, still waiting.
     reading: its prompt.
-    chunk: tokens of a chunk.
-    start: how many have been read.
+    chunk: tokens per chunk.
+    start: tokens prefilled so far.
   """
 
   request: Request
@@ -368,18 +368,18 @@ class _Begun:
     return self.start >= len(self.request.prompt)
 
   def read_on(self, engine: Engine, params: Params) -> _Begun:
-    """With a chunk more."""
+    """Prefills one more chunk."""
     reading = read(engine, params, self.reading, np.int32(self.start), chunk=self.chunk)
     return dataclasses.replace(self, reading=reading, start=self.start + self.chunk)
 
 
 def _prompts(requests: Sequence[Request], length: int) -> Prompts:
-  """Requests' prompts, padded to a length."""
+  """The requests' prompts, padded to a length."""
   rows, new, seeds, numbers = zip(*((each.prompt, each.max_new_tokens, each.seed, each.row) for each in requests))
   return Prompts.of(rows, length, new, seeds, numbers)
 
 
 def _row(drawn: Drawn, row: int) -> tuple[list[int], list[float]]:
-  """A row's tokens, and their log-probabilities where they are told."""
+  """A row's tokens and their log-probabilities, if available."""
   there = drawn.tokens[row] >= 0
   return drawn.tokens[row][there].tolist(), [] if drawn.log_probs is None else drawn.log_probs[row][there].tolist()

@@ -1,4 +1,4 @@
-"""Beam search: the likeliest continuations instead of drawn ones."""
+"""Beam search: the likeliest continuations instead of samples."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Beams:
   """How to search.
 
   Attributes:
-    width: how many continuations of a prompt are followed, and returned.
-    max_new_tokens: most tokens to add.
-    length_penalty: a continuation's score is its log-probability over its number of tokens to this power: 0 for the
-      likeliest, 1 for the likeliest tokens on average.
+    width: how many continuations per prompt are kept and returned.
+    max_new_tokens: max tokens to add.
+    length_penalty: a continuation's score is its log-probability divided by its number of tokens to this power: 0 for
+      the total log-probability, 1 for the mean per token.
   """
 
   width: Count = 4
@@ -48,12 +48,12 @@ class Beams:
 
 
 class Found(NamedTuple):
-  """What `beam_search` returns, the best first.
+  """The result of `beam_search`, best first.
 
   Attributes:
-    tokens: int32 ``[B, width, max_new_tokens]``, padding after an end.
-    lengths: int32 ``[B, width]``, end tokens included; 0 where there are not so many continuations.
-    scores: float32 ``[B, width]``; -inf where there are not so many.
+    tokens: int32 ``[B, width, max_new_tokens]``, padding after the end.
+    lengths: int32 ``[B, width]``, end tokens included; 0 where there are fewer continuations.
+    scores: float32 ``[B, width]``; -inf where there are fewer.
   """
 
   tokens: np.ndarray
@@ -63,30 +63,30 @@ class Found(NamedTuple):
 
 @struct.dataclass
 class _Ranked:
-  """Continuations of each prompt, the best first: tokens ``[B, W, n]``, lengths ``[B, W]``, scores ``[B, W]``."""
+  """Continuations per prompt, best first: tokens ``[B, W, n]``, lengths ``[B, W]``, scores ``[B, W]``."""
 
   tokens: jax.Array
   lengths: jax.Array
   scores: jax.Array
 
   def best(self, width: int) -> _Ranked:
-    """The best of them, sorted."""
+    """The best ``width`` of them, sorted."""
     scores, order = jax.lax.top_k(self.scores, width)
     return _Ranked(_pick(self.tokens, order), _pick(self.lengths, order), scores)
 
   def with_(self, other: _Ranked) -> _Ranked:
-    """These and others."""
+    """These and ``other``, concatenated."""
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), self, other)
 
 
 def _pick(x: jax.Array, order: jax.Array) -> jax.Array:
-  """The entries of ``[B, M, …]`` at int32 ``[B, W]``."""
+  """The entries of ``[B, M, …]`` at indices int32 ``[B, W]``."""
   return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
 @struct.dataclass
 class _Search:
-  """Where a search is: the continuations that go on, by log-probability, and those that have ended, by score."""
+  """The state of a search: unfinished continuations by log-probability, finished ones by score."""
 
   step: jax.Array
   logits: jax.Array
@@ -99,20 +99,20 @@ class _Search:
 def beam_search(
   model: Transformer, params: Params, tokens: ArrayLike, lengths: ArrayLike | None = None, how: Beams = Beams()
 ) -> Found:
-  """The best continuations that a search of some width finds (Graves, arXiv 1211.3711).
+  """The best continuations that a beam search finds (Graves, arXiv 1211.3711).
 
-  A continuation ends with an end token, or with ``max_new_tokens``. The search goes on until no continuation that has
-  not ended could still be among the best.
+  A continuation ends with an end token or at ``max_new_tokens``. The search stops when no unfinished continuation could
+  still be among the best.
 
   Args:
     model: from `sa_jax.from_pretrained`, with any plan.
-    params: in the layer layout; the run layout takes a second copy of the weights.
+    params: in the layer layout; the run layout needs a second copy of the weights.
     tokens: int ``[B, T]``, right-padded.
-    lengths: int ``[B]``; None when rows are full.
-    how: width, length and what is best.
+    lengths: int ``[B]``; None if rows are full.
+    how: width, length and scoring.
 
   Raises:
-    UserError: if a token is not in the vocabulary, a length does not fit, or there is no memory for the cache.
+    UserError: if a token is not in the vocabulary, a length does not fit, or the cache does not fit in memory.
   """
   prompts, _ = checked_prompts(model, tokens, lengths)
   longest = max(map(len, prompts))
@@ -144,7 +144,7 @@ def _search(
     return log_probs / jnp.asarray(length, jnp.float32) ** penalty
 
   def undecided(search: _Search) -> jax.Array:
-    # A log-probability only falls, and weighs least at the length that divides it most.
+    # An upper bound: log-probabilities only fall, and the score is best at the shortest or the longest length.
     best = search.alive.scores.max(axis=1)
     hope = jnp.maximum(score(best, search.step + 1), score(best, new))
     return (search.step < new) & (hope > search.ended.scores.min(axis=1)).any()
@@ -153,7 +153,7 @@ def _search(
     log_probs = jax.nn.log_softmax(search.logits.reshape(rows, width, -1), axis=-1)
     vocab = log_probs.shape[-1]
     total = (search.alive.scores[:, :, None] + log_probs).reshape(rows, width * vocab)
-    # Enough for a full beam, even if all ends of every beam come first.
+    # Enough for a full beam even if every beam's end tokens rank first.
     scores, order = jax.lax.top_k(total, min(width * (ends + 1), width * vocab))
     beams, chosen = order // vocab, (order % vocab).astype(jnp.int32)
     length = search.step + 1
@@ -177,7 +177,7 @@ def _search(
     logits, cache = apply(engine.model, params, Transformer.prefill, prompts.tokens, prompts.lengths)
     logits, cache = jax.tree.map(lambda x: jnp.repeat(x, width, axis=0), (logits, cache.grow(capacity)))
     alive = none(-jnp.inf)
-    alive = dataclasses.replace(alive, scores=alive.scores.at[:, 0].set(0.0))  # one prompt, once
+    alive = dataclasses.replace(alive, scores=alive.scores.at[:, 0].set(0.0))  # one beam: all are equal
     search = jax.lax.while_loop(undecided, one, _Search(jnp.int32(0), logits, cache, alive, none(-jnp.inf)))
   lengths = jnp.where(jnp.isfinite(search.ended.scores), search.ended.lengths, 0)
   return dataclasses.replace(search.ended, lengths=lengths)

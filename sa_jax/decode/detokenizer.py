@@ -1,4 +1,4 @@
-"""Text that grows token by token, and ends where a stop string begins."""
+"""Incremental detokenisation, up to the first stop string."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _INCOMPLETE = "\ufffd"
 
 
 class Detokenizer:
-  """Turns tokens into text as they come.
+  """Turns tokens into text incrementally.
 
-  What it gives, joined, is the text of all tokens, without special ones, up to the first stop string. Text is held back
-  while a character is not complete, or while it may be the beginning of a stop string.
+  Its outputs, joined, are the text of all tokens, without special tokens, up to the first stop string. Text is held
+  back while a character is incomplete, or while it may be the start of a stop string.
 
   Attributes:
-    stops: what ends the text, and is no part of it: strings, or special tokens by name.
-    stopped: the stop that has come, or None.
+    stops: strings, or special tokens by name, that end the text and are not part of it.
+    stopped: the stop that was reached, or None.
   """
 
   def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
@@ -29,13 +29,13 @@ class Detokenizer:
     special = {token.content: number for number, token in tokenizer.backend.get_added_tokens_decoder().items()}
     self._ends: dict[int, str] = {special[stop]: stop for stop in self.stops if stop in special}
     self._tokens: list[int] = []
-    # The text of tokens before `_read` has been taken; decoding begins at `_begin`, a little before, as what is around
-    # a token may change its text.
+    # The text of tokens before `_read` has been returned; decoding starts a little earlier, at `_begin`, because a
+    # token's text may depend on its context.
     self._begin = self._read = 0
     self._held = ""
 
   def push(self, tokens: Sequence[int]) -> str:
-    """The text that further tokens make certain; nothing once it has stopped."""
+    """The text that is final after further tokens; empty once stopped."""
     said = ""
     for token in tokens:
       if self.stopped is None:
@@ -43,7 +43,7 @@ class Detokenizer:
     return said
 
   def finish(self) -> str:
-    """What was held back, once no more tokens come."""
+    """The text held back, when there are no more tokens."""
     if self.stopped is not None:
       return ""
     said = self._held + self._decoded()[1]
@@ -72,12 +72,12 @@ class Detokenizer:
     return text[: len(text) - keep]
 
   def _decoded(self) -> tuple[str, str]:
-    """The text from `_begin` on, and the part of it that has not been taken."""
+    """The text from `_begin` on, and the part of it not yet returned."""
     taken = self._tokenizer.decode(self._tokens[self._begin : self._read])
     whole = self._tokenizer.decode(self._tokens[self._begin :])
     return whole, whole[len(taken) :]
 
 
 def _overlap(text: str, stop: str) -> int:
-  """How many characters at the end of a text are the beginning of a stop string, and not all of it."""
+  """How many characters at the end of a text are a proper prefix of a stop string."""
   return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,4 +1,4 @@
-"""The compiled parts of generation: prefill, alone or into a running batch, and the token loop on device."""
+"""The compiled programs of generation: prefill, alone or into a running batch, and the token loop on device."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _SHORTEST = 64
 
 @struct.dataclass
 class Begun:
-  """Beginnings of prompts that have been read already.
+  """Prompts' prefixes that are already cached.
 
   Attributes:
-    cache: of one row, which the prompts begin as.
-    shared: int32 ``[B]``, how many of each prompt's tokens are read from it; fewer than it has.
-    rest: most tokens that a prompt has after them.
+    cache: one row's cache, whose tokens the prompts share at their start.
+    shared: int32 ``[B]``, how many tokens of each prompt come from it; fewer than the prompt has.
+    rest: max tokens of a prompt after those.
   """
 
   cache: Cache
@@ -44,13 +44,13 @@ class Begun:
   rest: int = struct.field(pytree_node=False)
 
   def rows(self, count: int, capacity: int) -> Cache:
-    """The cache of so many rows that begin so, in ``capacity`` slots each."""
+    """The cache repeated for ``count`` rows, with ``capacity`` slots each."""
     cut = lambda x: jnp.broadcast_to(x[:, :, :capacity], (count, *x[0, :, :capacity].shape))
     return jax.tree.map(cut, self.cache).grow(capacity)
 
 
 def pad_to(length: int, longest: int) -> int:
-  """The length that rows are padded to, so that few programs are compiled: a power of two ≥ 64, or ``longest``."""
+  """The padded length of rows, so that few programs are compiled: a power of two ≥ 64, at most ``longest``."""
   size = _SHORTEST
   while size < length:
     size *= 2
@@ -58,10 +58,10 @@ def pad_to(length: int, longest: int) -> int:
 
 
 def capacity_for(slots: int) -> int:
-  """Cache slots for a row that needs so many, in steps: kernels read blocks of 64, and few programs are compiled.
+  """Rounds up a row's cache slots: kernels read blocks of 64, and few programs are compiled.
 
-  Kernels split a row into equal parts, and 64 times an odd number has none longer than 64: above 2048 slots, steps are
-  a 16th to a 32nd of the slots.
+  Kernels split a row into equal parts, and 64 times an odd number has none longer than 64. So above 2048 slots, the
+  step is a 16th to a 32nd of the slots.
   """
   step = max(64, (1 << (slots - 1).bit_length()) // 32)
   return -(-slots // step) * step
@@ -69,11 +69,11 @@ def capacity_for(slots: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-  """A model that generates, and where its arrays lie. Its programs are compiled once for all engines that are equal.
+  """A model for generation, and the placement of its arrays. Programs are compiled once for all equal engines.
 
   Attributes:
-    model: with parameters in the layer layout, which every method takes.
-    mesh: what the parameters lie on; None on one device.
+    model: the model; every method takes its parameters in the layer layout.
+    mesh: the parameters' mesh; None on one device.
     rules: logical axis → mesh axis.
   """
 
@@ -83,23 +83,23 @@ class Engine:
 
   @classmethod
   def of(cls, model: Transformer, params: Params) -> Engine:
-    """The engine of a model where its parameters are."""
+    """The engine for a model, with its parameters' placement."""
     mesh = mesh_of(params)
     return cls(model) if mesh is None else cls(model, mesh, rules_of(model.config, params, mesh))
 
   def empty(
     self, slots: int, capacity: int, sampler: Sampler = Sampler(), pages: ops.Pages | None = None
   ) -> DecodeState:
-    """A batch of rows that have all ended, for `admit` to fill; made in parts where it lies on a mesh.
+    """A batch of ended rows, for `admit` to fill; created sharded if on a mesh.
 
     Args:
-      slots: rows.
-      capacity: cache slots a row.
-      sampler: how tokens are drawn.
-      pages: where the rows lie in a cache of pages, whose size is ``capacity`` over the most of a row.
+      slots: number of rows.
+      capacity: cache slots per row.
+      sampler: how tokens are sampled.
+      pages: the page table of a paged cache; the page size is ``capacity`` divided by the max pages of a row.
 
     Raises:
-      UserError: if there is no room for it, or it has pages and lies on a mesh.
+      UserError: if it does not fit in memory, or is paged on a mesh.
     """
     config, plan = self.model.config, self.model.plan
     if pages is not None and self.mesh is not None:
@@ -118,7 +118,7 @@ class Engine:
   def shardings(self, rows: int) -> Tree:
     """A `NamedSharding` for every array of a `DecodeState` on the mesh: rows like the batch.
 
-    Where they do not divide over the mesh, the few numbers that each has besides its cache are on every device.
+    If rows do not divide over the mesh, per-row values other than the cache are replicated.
     """
     assert self.mesh is not None, "only a mesh has shardings"
     numbers: Any = named_sharding(self.mesh, ("batch",), self.rules, (rows,))
@@ -136,15 +136,15 @@ class Engine:
     begun: Begun | None = None,
     samples: int = 1,
   ) -> DecodeState:
-    """Reads prompts into a cache of ``capacity`` slots a row, at least T, and draws the first token of each.
+    """Prefills prompts into a cache of ``capacity`` slots per row, at least T, and samples the first tokens.
 
     Args:
       params: in the layer layout.
-      prompts: what to read.
-      sampler: how tokens are drawn.
-      capacity: cache slots a row.
-      begun: what need not be read again, if anything.
-      samples: how many rows continue each prompt, which is read once; see `Prompts.repeated`.
+      prompts: the prompts.
+      sampler: how tokens are sampled.
+      capacity: cache slots per row.
+      begun: cached prefixes, if any.
+      samples: how many rows continue each prompt, which is prefilled once; see `Prompts.repeated`.
     """
     logits, cache = self._prefilled(params, prompts, begun, capacity)
     if samples > 1:
@@ -163,7 +163,7 @@ class Engine:
     sampler: Sampler,
     begun: Begun | None = None,
   ) -> tuple[DecodeState, Drawn]:
-    """`prefill` of rows and their `insert` at int32 ``slots [rows]``, in one program.
+    """`prefill` and `insert` at int32 ``slots [rows]``, in one program.
 
     Returns:
       The batch, and the rows' first tokens ``[rows, 1]``.
@@ -180,13 +180,13 @@ class Engine:
     known: tuple[jax.Array, Cache],
     sampler: Sampler,
   ) -> tuple[DecodeState, Drawn]:
-    """The batch with rows at ``slots``, and their first tokens; logits ``[rows, V]`` and cache of prompts are known."""
+    """The batch with rows at ``slots``, and their first tokens; ``known`` has logits ``[rows, V]`` and cache."""
     logits, cache = known
     rows = self._first(sampler, prompts, logits, cache, state.cache.capacity + 1)
     return self._in_place(insert(state, rows, slots)), newest(rows.tokens, rows.log_probs, sampler)
 
   def _prefilled(self, params: Params, prompts: Prompts, begun: Begun | None, capacity: int) -> tuple[jax.Array, Cache]:
-    """Logits ``[B, V]`` after prompts, and their cache of ``capacity`` slots."""
+    """Logits ``[B, V]`` after the prompts, and their cache of ``capacity`` slots."""
     _LOG.info("compiling prefill of %s × %s tokens into %s slots", *prompts.tokens.shape, capacity)
     with traced_on(self.mesh, self.rules):
       if begun is not None:
@@ -195,7 +195,7 @@ class Engine:
       return logits, cache.grow(capacity)
 
   def _first(self, sampler: Sampler, prompts: Prompts, logits: jax.Array, cache: Cache, room: int) -> DecodeState:
-    """The state after the first token of each row; rules that keep a row's tokens have room for so many."""
+    """The state after each row's first token; rules that store a row's tokens have room for ``room`` of them."""
     lengths = jnp.asarray(prompts.lengths)
     start = Start(jnp.asarray(prompts.tokens), lengths, room, self.model.config.vocab_size)
     ended = DecodeState.ended(cache, prompts.keys, sampler.begin(start))
@@ -205,7 +205,7 @@ class Engine:
     return self._in_place(self.drawn(sampler, logits, state))
 
   def _read_on(self, params: Params, prompts: Prompts, begun: Begun, capacity: int) -> tuple[jax.Array, Cache]:
-    """What `Transformer.prefill` gives, of prompts whose beginnings are cached; the cache has ``capacity`` slots."""
+    """`Transformer.prefill` for prompts whose prefixes are cached; the cache has ``capacity`` slots."""
     cache = begun.rows(prompts.tokens.shape[0], capacity)
     places = begun.shared[:, None] + jnp.arange(begun.rest)[None]
     tokens = jnp.take_along_axis(prompts.tokens, places, axis=1, mode="clip")
@@ -230,13 +230,13 @@ class Engine:
     Args:
       params: in the layer layout.
       state: donated; the cache needs room for the tokens of rows that have not ended.
-      sampler: how tokens are drawn; that of `prefill`.
-      steps: most tokens a row; any number up to ``width`` is the same program.
-      width: columns of what is returned.
-      enough: how many ended rows are enough to stop; all of them when None.
+      sampler: how tokens are sampled; the same as in `prefill`.
+      steps: max tokens per row; any number up to ``width`` uses the same program.
+      width: columns of the result.
+      enough: how many ended rows stop the loop; None for all.
 
     Returns:
-      The state, and what was drawn, ``width`` columns: nothing after a row's end and from ``steps`` on.
+      The state, and the sampled tokens in ``width`` columns: -1 after a row's end and from ``steps`` on.
     """
     rows = state.tokens.shape[0]
     _LOG.info("compiling up to %s decode steps of %s rows, %s slots each", width, rows, state.cache.capacity)
@@ -249,7 +249,7 @@ class Engine:
     def one(carry: tuple[jax.Array, DecodeState, Drawn]) -> tuple[jax.Array, DecodeState, Drawn]:
       step, state, out = carry
       logits, cache = apply(self.model, params, Transformer.step, state.tokens, state.cache, state.positions)
-      # A row that has ended stays where it is: it rewrites one slot of its own, and its tokens are not recorded.
+      # An ended row stays where it is: it rewrites one of its slots, and its tokens are not recorded.
       stay = lambda old, new: jnp.where(state.done, old, new)
       moved = dataclasses.replace(
         state,
@@ -270,11 +270,11 @@ class Engine:
     return self._in_place(state), out
 
   def is_end(self, tokens: jax.Array) -> jax.Array:
-    """Which tokens end a row, bool in their shape."""
+    """Which tokens end a row, bool of the same shape."""
     return jnp.isin(tokens, jnp.asarray(self.model.config.eos_token_ids, jnp.int32))
 
   def drawn(self, sampler: Sampler, logits: jax.Array, state: DecodeState) -> DecodeState:
-    """The state with each row's next token, of logits ``[B, V]`` at its positions; rows that have ended keep theirs."""
+    """Samples each row's next token from logits ``[B, V]``; ended rows keep theirs."""
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.positions)
     tokens = sampler(sampler.processed(logits, state.history), keys)
     ended = self.is_end(tokens) | (state.remaining <= 0)
@@ -292,5 +292,5 @@ class Engine:
     )
 
   def _in_place(self, state: DecodeState) -> DecodeState:
-    """The state where the mesh has it: it comes back as it was given, or the next call would compile again."""
+    """Constrains the state to its shardings: if they changed, the next call would recompile."""
     return state if self.mesh is None else jax.lax.with_sharding_constraint(state, self.shardings(len(state.tokens)))

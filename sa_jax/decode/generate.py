@@ -31,13 +31,13 @@ from sa_jax.trees import Params
 
 
 class Generated(NamedTuple):
-  """What `generate` returns.
+  """The result of `generate`.
 
   Attributes:
     tokens: int32 ``[B, max_new_tokens]``, padding after a row's end.
     lengths: int32 ``[B]``, new tokens of each row, its end token included.
-    log_probs: float32 ``[B, max_new_tokens]``, of each token by the model's own logits, zero after a row's end; None
-      unless ``Sampler(log_probs=True)`` asks for them.
+    log_probs: float32 ``[B, max_new_tokens]``, of each token under the model's own logits, zero after a row's end; None
+      without ``Sampler(log_probs=True)``.
   """
 
   tokens: np.ndarray
@@ -46,7 +46,7 @@ class Generated(NamedTuple):
 
   @classmethod
   def of(cls, model: Transformer, drawn: Drawn) -> Generated:
-    """What was drawn, with the model's padding after each row's end."""
+    """Sampled tokens, with the model's padding after each row's end."""
     there = drawn.tokens >= 0
     tokens = np.where(there, drawn.tokens, pad_token(model)).astype(np.int32)
     return cls(tokens, there.sum(axis=1).astype(np.int32), drawn.log_probs)
@@ -71,24 +71,24 @@ def generate(
 ) -> Generated:
   """Continues prompts until an end token or ``max_new_tokens``.
 
-  A row's tokens depend on its prompt, the seed and its number in the batch, and not on the other rows.
+  A row's tokens depend on its prompt, the seed and its index in the batch, not on the other rows.
 
   Args:
     model: from `from_pretrained`.
-    params: in either layout. The run layout is converted, which takes a second copy of the weights while this runs:
-      open the model with ``layout="layers"`` to generate without it.
+    params: in either layout. The run layout is converted, which needs a second copy of the weights during the call:
+      open the model with ``layout="layers"`` to avoid it.
     tokens: int ``[B, T]``, right-padded; padded on either side if ``attention_mask`` is given.
-    lengths: int ``[B]`` prompt lengths; None when rows are full.
-    max_new_tokens: most tokens to add to a row.
-    temperature: 0 takes the likeliest token; otherwise see `Sampler`.
-    seed: of the samples.
-    sampler: how tokens are drawn, with all that a `Sampler` can say; instead of temperature.
-    samples: how many rows continue each prompt, which is read once. They follow one another in what is returned, as if
+    lengths: int ``[B]`` prompt lengths; None if rows are full.
+    max_new_tokens: max new tokens per row.
+    temperature: 0 for greedy; otherwise see `Sampler`.
+    seed: seed of the samples.
+    sampler: all sampling options, instead of temperature.
+    samples: number of continuations per prompt, which is prefilled once. They are consecutive rows in the result, as if
       each row of ``tokens`` were repeated.
-    prefix: a beginning that has been read already; see `PromptCache`.
-    attention_mask: ``[B, T]``, 1 at tokens and 0 at padding, in Hugging Face's manner; instead of ``lengths``.
-    cache_length: slots a row of the cache; enough, rounded up, when None.
-    slots: rows in the batch at once; more rows than that go through continuous batching (see `Batcher`).
+    prefix: a cached prefix; see `PromptCache`.
+    attention_mask: ``[B, T]``, 1 at tokens and 0 at padding, as in Hugging Face; instead of ``lengths``.
+    cache_length: cache slots per row; None for as many as needed, rounded up.
+    slots: max rows in a batch; more rows use continuous batching (see `Batcher`).
 
   Raises:
     UserError: if a token is not in the vocabulary, a length does not fit, or the prompts and their continuations do
@@ -127,7 +127,7 @@ def generate(
 
 
 def _one_sampler(sampler: Sampler | None, temperature: float) -> Sampler:
-  """The sampler, or one of the temperature that is given instead of it."""
+  """The sampler, or one with the temperature given instead."""
   if sampler is None:
     return Sampler(temperature)
   if temperature:
@@ -148,7 +148,7 @@ def checked_prompts(
   """The rows of a right-padded batch, each without its padding, and their lengths.
 
   Raises:
-    UserError: if rows differ in length, and see `check_tokens`.
+    UserError: if rows differ in length; also see `check_tokens`.
   """
   tokens = _as_rows(tokens)
   if tokens.ndim == 2 and lengths is None:
@@ -159,7 +159,7 @@ def checked_prompts(
 
 
 def pad_token(model: Transformer) -> int:
-  """What fills rows after their end: the config's padding, or else its end token, or 0."""
+  """The token that fills rows after their end: the config's padding token, else its end token, else 0."""
   config = model.config
   return config.pad_token_id if config.pad_token_id is not None else (*config.eos_token_ids, 0)[0]
 
@@ -176,17 +176,17 @@ def stream(
   sampler: Sampler | None = None,
   chunk: int = 8,
 ) -> Iterator[list[int]]:
-  """Continues one prompt, and yields new tokens as they come: together, those of `generate` for it alone.
+  """Continues one prompt and yields new tokens as they are generated; together they equal `generate` for that prompt.
 
   Args:
     model: from `from_pretrained`.
     params: in either layout; see `generate`.
     prompt: int ``[T]``.
-    max_new_tokens: most tokens to add.
-    temperature: 0 takes the likeliest token; otherwise see `Sampler`.
-    seed: of the samples.
+    max_new_tokens: max new tokens.
+    temperature: 0 for greedy; otherwise see `Sampler`.
+    seed: seed of the samples.
     sampler: instead of temperature; see `generate`.
-    chunk: tokens that the device generates between two yields.
+    chunk: tokens generated on the device between two yields.
 
   Raises:
     UserError: as `generate`.
@@ -202,14 +202,14 @@ def stream(
 
 
 def _slots_for(prompt: int, new: int) -> int:
-  """Cache slots of a row: its last token is returned and never cached."""
+  """Cache slots of a row: its last token is returned but never cached."""
   return prompt + new - 1
 
 
 def _static(engine: Engine, layers: Params, state: DecodeState, sampler: Sampler, new: int) -> Drawn:
-  """All that rows generate whose first tokens have been drawn, at most so many tokens a row."""
+  """Decodes rows after their first tokens, up to ``new`` tokens per row in total."""
   width = pad_to(new - 1, state.cache.capacity)
-  # The state is given away.
+  # Fetched before the state is donated.
   tokens, log_probs, lengths, unsound = fetch((state.tokens, state.log_probs, state.positions, state.unsound))
   drawn = newest(tokens, log_probs, sampler)
   if new > 1:
@@ -221,7 +221,7 @@ def _static(engine: Engine, layers: Params, state: DecodeState, sampler: Sampler
 
 
 def _continuous(batcher: Batcher, prompts: Sequence[np.ndarray], max_new_tokens: int, seed: int) -> Drawn:
-  """More rows than slots: the same by continuous batching."""
+  """Continuous batching, for more rows than slots."""
   requests = [batcher.submit(row, max_new_tokens, seed=seed, row=number) for number, row in enumerate(prompts)]
   batcher.run()
   rows = np.full((len(prompts), max_new_tokens), -1, np.int32)

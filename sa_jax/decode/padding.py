@@ -1,4 +1,4 @@
-"""Rows of unequal length. Inside, rows are right-padded: token ``i`` sits at slot ``i``."""
+"""Rows of unequal length. Internally, rows are right-padded: token ``i`` is at slot ``i``."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from sa_jax.errors import UserError
 
 
 def right_pad(rows: Sequence[Sequence[int] | np.ndarray], pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
-  """Token lists as one batch.
+  """Turns token lists into one padded batch.
 
   Args:
-    rows: token ids, at least one a row.
-    pad: what fills the rest.
+    rows: token ids, at least one per row.
+    pad: the padding token.
 
   Returns:
     int32 ``[B, T]`` tokens and int32 ``[B]`` lengths.
 
   Raises:
-    UserError: if there is no row, or an empty one.
+    UserError: if there is no row, or a row is empty.
   """
   if not rows or not all(len(row) for row in rows):
     raise UserError("every row needs at least one token")
@@ -32,7 +32,7 @@ def right_pad(rows: Sequence[Sequence[int] | np.ndarray], pad: int = 0) -> tuple
 
 
 def to_right_padded(tokens: np.ndarray, attention_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """A batch in Hugging Face's manner, padded on either side, as a right-padded one.
+  """Turns a Hugging Face batch, padded on either side, into a right-padded one.
 
   Args:
     tokens: int ``[B, T]``.
@@ -42,7 +42,7 @@ def to_right_padded(tokens: np.ndarray, attention_mask: np.ndarray) -> tuple[np.
     ``[B, T]`` tokens in their dtype and int32 ``[B]`` lengths.
 
   Raises:
-    UserError: if the mask has another shape, holds other values, or a row's tokens are none or not contiguous.
+    UserError: if the mask has another shape or other values, or a row has no tokens or they are not contiguous.
   """
   tokens, mask = np.asarray(tokens), np.asarray(attention_mask)
   if tokens.ndim != 2 or mask.shape != tokens.shape:

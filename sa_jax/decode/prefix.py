@@ -1,4 +1,4 @@
-"""A prompt that others begin with, read once."""
+"""A shared prompt prefix, prefilled once."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def _read(engine: Engine, params: Params, tokens: jax.Array) -> Cache:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptCache:
-  """A beginning that has been read, for `sa_jax.generate` and `Batcher`: a system prompt, or a conversation so far.
+  """A cached prefix for `sa_jax.generate` and `Batcher`: a system prompt, or a conversation so far.
 
-  Each prompt reuses as many tokens as it has in common with it, whatever they are, and reads the rest; none of them has
-  to begin with all of it.
+  Each prompt reuses the tokens that it has in common with the prefix and prefills the rest; it need not start with the
+  whole prefix.
 
   Attributes:
     tokens: int32 ``[P]``.
-    cache: of one row of these tokens, with the parameters that they were read with: it is of no use with others.
-    model: that read it.
+    cache: one row's cache of these tokens, valid only for the parameters that computed it.
+    model: the model that computed it.
   """
 
   tokens: np.ndarray
@@ -47,11 +47,11 @@ class PromptCache:
 
   @classmethod
   def read(cls, model: Transformer, params: Params, tokens: ArrayLike) -> PromptCache:
-    """Reads tokens, int ``[P]``; parameters in either layout, as `sa_jax.generate` takes them.
+    """Prefills tokens, int ``[P]``; parameters in either layout, as in `sa_jax.generate`.
 
     Raises:
-      UserError: if they are no tokens of the model, or its attention depends on a row's length, so that a beginning is
-        not the same in rows of several lengths.
+      UserError: if they are not tokens of the model, or its attention depends on the row length, so that a prefix
+        differs between rows of different lengths.
     """
     row = np.asarray(tokens)[None]
     check_tokens(row, None, model.config.vocab_size)
@@ -66,10 +66,10 @@ class PromptCache:
     return cls(row[0].astype(np.int32), _read(Engine.of(model, layers), layers, row.astype(np.int32)), model)
 
   def begun(self, prompts: Prompts, model: Transformer) -> Begun:
-    """What of some prompts need not be read again; at least the last token of each is.
+    """The part of each prompt that is already cached; at least its last token is not.
 
     Raises:
-      UserError: as `check`.
+      UserError: see `check`.
     """
     self.check(model)
     tokens, lengths = np.asarray(prompts.tokens), np.asarray(prompts.lengths)
@@ -79,10 +79,10 @@ class PromptCache:
     return Begun(self.cache, shared, pad_to(int((lengths - shared).max()), tokens.shape[1]))
 
   def check(self, model: Transformer) -> None:
-    """Checks that it is of use to a model.
+    """Checks that the prefix is valid for a model.
 
     Raises:
-      UserError: if another model, or the same under another plan, read the beginning.
+      UserError: if it was computed by another model, or under another plan.
     """
     if (self.model.config, self.model.plan) != (model.config, model.plan):
       raise UserError(

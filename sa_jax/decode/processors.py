@@ -1,4 +1,4 @@
-"""Rules about the next token: logits in, logits out, with what each row has said so far as explicit state."""
+"""Rules about the next token: logits in, logits out, with the tokens of each row so far as explicit state."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _value = functools.partial(functools.partial, jax.tree_util.register_dataclass)
 
 @struct.dataclass
 class Start:
-  """What a rule begins with.
+  """Input for a rule's initial state.
 
   Attributes:
     tokens: int32 ``[B, T]``, the prompts, right-padded.
     lengths: int32 ``[B]``.
-    room: most tokens that a row will have, its prompt included.
+    room: max tokens per row, including the prompt.
     vocab_size: ``V``.
   """
 
@@ -35,7 +35,7 @@ class Start:
 
   @property
   def counts(self) -> jax.Array:
-    """How often each token is in each prompt, int32 ``[B, V]``."""
+    """Count of each token in each prompt, int32 ``[B, V]``."""
     batch, length = self.tokens.shape
     rows = jnp.arange(batch)[:, None]
     inside = jnp.arange(length)[None] < self.lengths[:, None]
@@ -43,24 +43,24 @@ class Start:
 
 
 class Processor:
-  """A rule about the next token; subclasses are pytrees, such as dataclasses of `jax.tree_util.register_dataclass`.
+  """A rule about the next token; subclasses are pytrees, e.g. dataclasses under `jax.tree_util.register_dataclass`.
 
-  Its state is a tree of arrays whose first axis is the row's, so that rows may enter and leave a batch.
+  Its state is a tree of arrays with a leading batch axis, so that rows can enter and leave a batch.
   """
 
   def check(self, vocab_size: int) -> None:
     """Checks the rule against a vocabulary, outside `jax.jit`.
 
     Raises:
-      UserError: if it names tokens that there are not.
+      UserError: if it names tokens outside the vocabulary.
     """
 
   def begin(self, start: Start) -> Tree:
-    """The state before the first new token; nothing, unless a subclass says otherwise."""
+    """The state before the first new token; empty by default."""
     return ()
 
   def __call__(self, logits: jax.Array, state: Tree) -> jax.Array:
-    """The logits float32 ``[B, V]`` that the rule makes of some; -inf forbids a token."""
+    """Transforms logits float32 ``[B, V]``; -inf forbids a token."""
     raise NotImplementedError
 
   def after(self, state: Tree, tokens: jax.Array) -> Tree:
@@ -75,10 +75,10 @@ def _bump(counts: jax.Array, tokens: jax.Array) -> jax.Array:
 @_value(data_fields=["penalty"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class RepetitionPenalty(Processor):
-  """Makes tokens of the prompt and of the answer less likely (Keskar et al., arXiv 1909.05858).
+  """Makes tokens of the prompt and the answer less likely (Keskar et al., arXiv 1909.05858).
 
   Attributes:
-    penalty: what their positive logits are divided by, and their negative ones multiplied by; 1 for none.
+    penalty: divides their positive logits and multiplies their negative ones; 1 for none.
   """
 
   penalty: float
@@ -88,7 +88,7 @@ class RepetitionPenalty(Processor):
       raise UserError(f"a repetition penalty is a positive number, not {self.penalty}")
 
   def begin(self, start: Start) -> jax.Array:
-    """How often each row has each token, int32 ``[B, V]``."""
+    """Count of each token in each row, int32 ``[B, V]``."""
     return start.counts
 
   def __call__(self, logits: jax.Array, state: jax.Array) -> jax.Array:
@@ -97,25 +97,25 @@ class RepetitionPenalty(Processor):
     return jnp.where(state > 0, penalised, logits)
 
   def after(self, state: jax.Array, tokens: jax.Array) -> jax.Array:
-    """With the new tokens."""
+    """With the new tokens added."""
     return _bump(state, tokens)
 
 
 @_value(data_fields=["frequency", "presence"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class CountPenalty(Processor):
-  """Subtracts from a token's logit by how often the answer has it.
+  """Subtracts penalties from the logits of tokens that the answer contains.
 
   Attributes:
-    frequency: for each time.
-    presence: once, if it has it at all.
+    frequency: subtracted per occurrence.
+    presence: subtracted once, if the token occurs.
   """
 
   frequency: float = 0.0
   presence: float = 0.0
 
   def begin(self, start: Start) -> jax.Array:
-    """How often each answer has each token, int32 ``[B, V]``."""
+    """Count of each token in each answer, int32 ``[B, V]``."""
     return jnp.zeros((start.tokens.shape[0], start.vocab_size), jnp.int32)
 
   def __call__(self, logits: jax.Array, state: jax.Array) -> jax.Array:
@@ -124,7 +124,7 @@ class CountPenalty(Processor):
     return logits - self.frequency * counts - self.presence * jnp.minimum(counts, 1)
 
   def after(self, state: jax.Array, tokens: jax.Array) -> jax.Array:
-    """With the new tokens."""
+    """With the new tokens added."""
     return _bump(state, tokens)
 
 
@@ -149,7 +149,7 @@ class Ban(_OfTokens):
   """Forbids tokens.
 
   Attributes:
-    tokens: their numbers.
+    tokens: their ids.
   """
 
   tokens: Tree
@@ -165,7 +165,7 @@ class Allow(_OfTokens):
   """Forbids all other tokens.
 
   Attributes:
-    tokens: the numbers of those that may come; the model's end tokens among them, if a row may end.
+    tokens: ids of the allowed tokens, including the model's end tokens if a row may end.
   """
 
   tokens: Tree
@@ -181,8 +181,8 @@ class Bias(_OfTokens):
   """Adds to the logits of tokens.
 
   Attributes:
-    tokens: their numbers, all different.
-    values: what is added to each, or to all.
+    tokens: their ids, all different.
+    values: the value added to each, or one for all.
   """
 
   tokens: Tree
@@ -196,18 +196,18 @@ class Bias(_OfTokens):
 @_value(data_fields=["tokens", "least"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class NotBefore(_OfTokens):
-  """Forbids tokens, such as a model's end tokens, until an answer has some length.
+  """Forbids tokens, such as a model's end tokens, until an answer has a minimum length.
 
   Attributes:
-    tokens: their numbers.
-    least: how many other tokens come first.
+    tokens: their ids.
+    least: how many other tokens must come first.
   """
 
   tokens: Tree
   least: int
 
   def begin(self, start: Start) -> jax.Array:
-    """How many tokens each answer has, int32 ``[B]``."""
+    """Number of tokens in each answer, int32 ``[B]``."""
     return jnp.zeros(start.tokens.shape[0], jnp.int32)
 
   def __call__(self, logits: jax.Array, state: jax.Array) -> jax.Array:
@@ -215,18 +215,18 @@ class NotBefore(_OfTokens):
     return jnp.where((state < self.least)[:, None], logits.at[:, self.tokens].set(-jnp.inf), logits)
 
   def after(self, state: jax.Array, tokens: jax.Array) -> jax.Array:
-    """One more."""
+    """Incremented by one."""
     return state + 1
 
 
 @_value(data_fields=["allowed", "following", "first"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Automaton(Processor):
-  """Keeps answers within a regular language: a finite automaton over tokens, on the device.
+  """Restricts answers to a regular language: a finite automaton over tokens, on the device.
 
   Attributes:
-    allowed: bool ``[Q, V]``, which tokens may come in each state; at least one.
-    following: int32 ``[Q, V]``, the state after each.
+    allowed: bool ``[Q, V]``, which tokens are allowed in each state; at least one.
+    following: int32 ``[Q, V]``, the next state per token.
     first: the state before the first new token.
   """
 
@@ -251,7 +251,7 @@ class Automaton(Processor):
       raise UserError(f"states {dead} of the automaton allow no token; allow at least one, such as an end token")
 
   def begin(self, start: Start) -> jax.Array:
-    """The state that each row is in, int32 ``[B]``."""
+    """The automaton's state per row, int32 ``[B]``."""
     return jnp.full(start.tokens.shape[0], self.first, jnp.int32)
 
   def __call__(self, logits: jax.Array, state: jax.Array) -> jax.Array:
@@ -259,7 +259,7 @@ class Automaton(Processor):
     return jnp.where(jnp.asarray(self.allowed)[state], logits, -jnp.inf)
 
   def after(self, state: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Where the tokens lead."""
+    """The next states."""
     return jnp.asarray(self.following)[state, tokens].astype(jnp.int32)
 
 
@@ -268,9 +268,9 @@ class Said:
   """The tokens of rows.
 
   Attributes:
-    tokens: int32 ``[B, S]``, each row's at its beginning.
-    prompts: int32 ``[B]``, how many of them are the prompt.
-    lengths: int32 ``[B]``, how many there are.
+    tokens: int32 ``[B, S]``, right-padded.
+    prompts: int32 ``[B]``, prompt lengths.
+    lengths: int32 ``[B]``, tokens so far, prompt included.
   """
 
   tokens: jax.Array
@@ -281,13 +281,13 @@ class Said:
 @_value(data_fields=[], meta_fields=["function"])
 @dataclasses.dataclass(frozen=True)
 class HostMask(Processor):
-  """Asks a Python function on the host, at every token, which tokens may come: a parser's grammar, for example.
+  """Calls a Python function on the host for the tokens allowed next, e.g. for a parser's grammar.
 
-  Another function is another program. The device waits for the host at every step: use an `Automaton` where one can
-  say the same.
+  Each function compiles a separate program. Every token takes a host round trip: use an `Automaton` if it can express
+  the same.
 
   Attributes:
-    function: of a row's prompt and its new tokens, int32 each; returns bool ``[V]``.
+    function: takes a row's prompt and its new tokens, both int32; returns bool ``[V]``.
   """
 
   function: Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -297,7 +297,7 @@ class HostMask(Processor):
     batch, length = start.tokens.shape
     tokens = jnp.zeros((batch, max(start.room, length)), jnp.int32).at[:, :length].set(start.tokens)
     lengths = jnp.asarray(start.lengths)
-    return Said(tokens, lengths, lengths + 0)  # not one array twice: a state is donated
+    return Said(tokens, lengths, lengths + 0)  # a copy: a donated state must not hold an array twice
 
   def __call__(self, logits: jax.Array, state: Said) -> jax.Array:
     """See the class."""
@@ -311,7 +311,7 @@ class HostMask(Processor):
     return jnp.where(allowed, logits, -jnp.inf)
 
   def after(self, state: Said, tokens: jax.Array) -> Said:
-    """With the new tokens."""
+    """With the new tokens added."""
     rows = jnp.arange(tokens.shape[0])
     written = state.tokens.at[rows, state.lengths].set(tokens, mode="drop")
     return dataclasses.replace(state, tokens=written, lengths=state.lengths + 1)

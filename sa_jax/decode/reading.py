@@ -1,4 +1,4 @@
-"""Prompts that are read a chunk at a time, so that running rows do not wait for a long one."""
+"""Chunked prefill, so that running rows do not wait for a long prompt."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _LOG = logging.getLogger("sa_jax")
 
 @struct.dataclass
 class Reading:
-  """Prompts of which a part has been read, the same number of tokens of each.
+  """Partially prefilled prompts, each up to the same number of tokens.
 
   Attributes:
-    prompts: to be read.
-    cache: of what has been read, with a slot for each of their tokens. It is not quantised, whatever the batch's is: a
-      token sees those of earlier chunks as `Engine.prefill` shows them. After a beginning it is stored as that is, and
-      so are the tokens that `Engine.admit` reads after one.
-    last: ``[B, D]``, what the head reads at each prompt's last token, once that has been read.
+    prompts: the prompts.
+    cache: their cache so far, with a slot for every token. It is not quantised, even if the batch's is: a token then
+      sees earlier chunks as in `Engine.prefill`. After a cached prefix it has the prefix's format, as with
+      `Engine.admit`.
+    last: ``[B, D]``, the head's input at each prompt's last token, once prefilled.
   """
 
   prompts: Prompts
@@ -52,10 +52,10 @@ def _plain(engine: Engine) -> Engine:
 
 
 def begin(engine: Engine, prompts: Prompts, begun: Begun | None = None) -> Reading:
-  """Prompts of which nothing has been read, or their beginnings."""
+  """Prompts of which nothing is prefilled yet, or only their cached prefixes."""
   if begun is None:
     return _begin(_plain(engine), prompts, None)
-  # How much is left of a prompt does not matter here, and other programs would be compiled for it.
+  # `rest` is not used here, and each value would compile another program.
   return _begin(engine, prompts, dataclasses.replace(begun, rest=0))
 
 
@@ -73,14 +73,14 @@ def _begin(engine: Engine, prompts: Prompts, begun: Begun | None) -> Reading:
 
 @program(static_argnames=("engine", "chunk"), donate_argnames="reading")
 def read(engine: Engine, params: Params, reading: Reading, start: jax.Array | int, chunk: int) -> Reading:
-  """Reads on; attention is a decode step's, with weights over all slots of the cache in memory.
+  """Prefills one more chunk with decode attention, which materialises weights over all cache slots.
 
   Args:
-    engine: of the model.
+    engine: the model's engine.
     params: in the layer layout.
     reading: donated.
-    start: int32 ``[]``, how many tokens of each prompt have been read.
-    chunk: how many more to read; past a prompt's end there is nothing.
+    start: int32 ``[]``, tokens of each prompt prefilled so far.
+    chunk: how many more to prefill; positions past a prompt's end are padding.
   """
   prompts, start = reading.prompts, jnp.asarray(start, jnp.int32)
   rows, length = prompts.tokens.shape
@@ -99,14 +99,14 @@ def read(engine: Engine, params: Params, reading: Reading, start: jax.Array | in
 def admit_read(
   engine: Engine, params: Params, state: DecodeState, slots: jax.Array, reading: Reading, sampler: Sampler
 ) -> tuple[DecodeState, Drawn]:
-  """`Engine.admit` of prompts that have been read."""
+  """`Engine.admit` for prefilled prompts."""
   with traced_on(engine.mesh, engine.rules):
     logits = apply(engine.model, params, Transformer.logits, reading.last[:, None])[:, 0]
   return engine.admitted(state, slots, reading.prompts, (logits, _stored(engine.model.config, reading.cache)), sampler)
 
 
 def _stored(config: ModelConfig, cache: Cache) -> Cache:
-  """A cache as the config stores it, of one that may be in the compute dtype."""
+  """The cache in the config's format, from one that may be in the compute dtype."""
   form = config.cache_format
   if form is None or not _is_plain(cache):
     return cache

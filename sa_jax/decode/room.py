@@ -1,4 +1,4 @@
-"""Whether a cache has room in memory, before anything is allocated."""
+"""Whether a cache fits in memory, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sa_jax.nn import Cache, Transformer
 
 
 def check_room(rows: int, capacity: int, mesh: Mesh | None, *models: Transformer) -> None:
-  """Checks that the caches of models are not larger than all memory: XLA ends the process where sizes overflow.
+  """Checks that the models' caches are not larger than total memory: XLA aborts the process if sizes overflow.
 
   Args:
-    rows: at once.
-    capacity: slots a row.
-    mesh: the devices that share them; None for one.
-    models: whose caches there are at once.
+    rows: rows in the batch.
+    capacity: slots per row.
+    mesh: the devices that hold the caches; None for one device.
+    models: the models whose caches exist at the same time.
 
   Raises:
     UserError: if they are.
@@ -36,11 +36,11 @@ def check_room(rows: int, capacity: int, mesh: Mesh | None, *models: Transformer
 
 
 def _memory(devices: list[jax.Device]) -> int | None:
-  """Bytes of the devices together; None where they do not say."""
-  if devices[0].platform == "cpu":  # all that there are share one memory
+  """Total bytes of the devices; None if unknown."""
+  if devices[0].platform == "cpu":  # all CPU devices share one memory
     return machine.memory()
   try:
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")
-  except jax.errors.JaxRuntimeError:  # a device that is elsewhere, which programs are only compiled for
+  except jax.errors.JaxRuntimeError:  # not attached: only compiled for
     return None
   return None if limit is None else int(limit) * len(devices)

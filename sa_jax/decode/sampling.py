@@ -1,4 +1,4 @@
-"""Choosing the next token."""
+"""Sampling the next token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sa_jax.fields import Count, checked
 from sa_jax.trees import Tree
 
 _COLDEST = 1e-6
-"""Below it, logits over the temperature come near the largest float32."""
+"""Below this, logits divided by the temperature approach the largest float32."""
 
 
 @functools.partial(
@@ -25,19 +25,18 @@ _COLDEST = 1e-6
 )
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """How the next token is drawn. The order is that of Hugging Face: processors, temperature, top-k, top-p, min-p.
+  """How the next token is sampled, in Hugging Face's order: processors, temperature, top-k, top-p, min-p.
 
-  A value for `jax.jit` to take: one program serves all temperatures, and all p.
+  A pytree for `jax.jit`: one program serves all temperatures and all p.
 
   Attributes:
-    temperature: divides the logits; 0 or None takes the likeliest token (0 becomes None).
+    temperature: divides the logits; 0 or None is greedy (0 becomes None).
     top_k: keep the k likeliest tokens; None keeps all.
-    top_p: keep the fewest likeliest tokens whose probabilities reach p (Holtzman et al., arXiv 1904.09751); None keeps
+    top_p: keep the fewest likeliest tokens whose probabilities sum to p (Holtzman et al., arXiv 1904.09751); None keeps
       all.
-    min_p: keep the tokens that are at least this times as likely as the likeliest (arXiv 2407.01082); None keeps all.
-    processors: rules that change the logits first, one after the other (`Processor`): penalties, bans, grammars.
-    log_probs: whether to tell the log-probability of each token that is drawn, by the model's own logits, before any
-      rule.
+    min_p: keep tokens at least this fraction as likely as the likeliest (arXiv 2407.01082); None keeps all.
+    processors: rules applied to the logits first, in order (`Processor`): penalties, bans, grammars.
+    log_probs: whether to return each sampled token's log-probability under the model's own logits, before any rule.
 
   Raises:
     UserError: if a value is out of range.
@@ -58,8 +57,8 @@ class Sampler:
       if isinstance(value, np.generic | np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer):
         object.__setattr__(self, name, np.asarray(value).item())
     if not all(isinstance(value, int | float | None) for value in (self.temperature, self.top_p, self.min_p)):
-      return  # inside `jax.jit`, where the values that were checked outside are not known
-    # One type, so that 1 and 1.0 are one program.
+      return  # inside `jax.jit`, where values are traced; they were checked outside
+    # One type, so that 1 and 1.0 share a program.
     object.__setattr__(self, "temperature", float(self.temperature) if self.temperature else None)
     for name in ("top_p", "min_p"):
       value = getattr(self, name)
@@ -79,7 +78,7 @@ class Sampler:
     """Checks the rules against a vocabulary, outside `jax.jit`.
 
     Raises:
-      UserError: if one does not fit it.
+      UserError: if a rule does not fit it.
     """
     for processor in self.processors:
       processor.check(vocab_size)
@@ -89,7 +88,7 @@ class Sampler:
     return tuple(processor.begin(start) for processor in self.processors)
 
   def processed(self, logits: jax.Array, history: tuple[Tree, ...]) -> jax.Array:
-    """Logits float32 ``[B, V]`` as the rules change them, in their states."""
+    """Logits float32 ``[B, V]`` after the rules, given their states."""
     for processor, state in zip(self.processors, history, strict=True):
       logits = processor(logits, state)
     return logits
@@ -108,7 +107,7 @@ class Sampler:
     if self.top_p is not None:
       order = jnp.argsort(logits, axis=-1, descending=True)
       probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-      # A token is kept while the likelier ones have not reached p yet.
+      # A token is kept while the likelier ones have not yet reached p.
       kept_sorted = (jnp.cumsum(probs, axis=-1) - probs < self.top_p) | (self.top_p >= 1)
       kept = jnp.put_along_axis(jnp.zeros_like(kept_sorted), order, kept_sorted, axis=-1, inplace=False)
       logits = jnp.where(kept, logits, -jnp.inf)
@@ -117,17 +116,17 @@ class Sampler:
     return logits
 
   def probabilities(self, logits: jax.Array) -> jax.Array:
-    """What tokens are drawn by: processed logits float32 ``[B, V]`` → probabilities, of one token if it is greedy."""
+    """The sampling distribution: processed logits float32 ``[B, V]`` → probabilities, one-hot if greedy."""
     if self.temperature is None:
       return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=logits.dtype)
     return jax.nn.softmax(self.filter(logits), axis=-1)
 
   def __call__(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
-    """Draws a token a row.
+    """Samples one token per row.
 
     Args:
       logits: float32 ``[B, V]``, processed.
-      keys: ``[B]`` PRNG keys, one a row, so that a row's tokens do not depend on what else is in the batch.
+      keys: ``[B]`` PRNG keys, one per row, so that a row's tokens do not depend on the rest of the batch.
 
     Returns:
       int32 ``[B]``.

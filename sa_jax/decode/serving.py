@@ -1,4 +1,4 @@
-"""Settings of continuous batching, and the pages of its rows."""
+"""Settings of continuous batching, and its page table."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sa_jax.errors import UserError
 from sa_jax.fields import Count, check_fields
 
 _PAGE = 64
-"""Slots of the shortest page: the decode kernels read no fewer at once."""
+"""Min slots per page: the decode kernels read at least this many at a time."""
 _MOST_PAGES = 32
-"""Pages of the longest row, about: each takes a few bytes of what attention sums, and half of the last one is empty."""
+"""Pages of the longest row, about: each adds a few bytes of partial sums, and the last is half empty on average."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,25 +59,25 @@ class Serving:
 
   @property
   def page_size(self) -> int:
-    """Slots of a page: a power of two, so that the longest row has few pages."""
+    """Slots per page: a power of two, large enough that the longest row has few pages."""
     return max(_PAGE, 1 << (-(-self.capacity // _MOST_PAGES) - 1).bit_length())
 
   @property
   def page_count(self) -> int:
-    """How many pages the cache has."""
+    """Number of pages in the cache."""
     assert self.cache_slots is not None, "a cache without pages has rows"
     return self.cache_slots // self.page_size
 
   def pages_for(self, slots: int) -> int:
-    """How many pages so many slots of a row need."""
+    """Number of pages for this many slots of a row."""
     return -(-slots // self.page_size)
 
 
 class PageTable:
-  """Which pages the rows of a batch have, as the host keeps it.
+  """The host's table of the pages that each row of a batch has.
 
   Attributes:
-    free: how many pages no row has.
+    free: number of free pages.
   """
 
   def __init__(self, how: Serving):
@@ -87,17 +87,17 @@ class PageTable:
 
   @property
   def free(self) -> int:
-    """How many pages no row has."""
+    """Number of free pages."""
     return len(self._free)
 
   def keep(self, rows: Collection[int]) -> None:
-    """Takes the pages of all other rows back."""
+    """Frees the pages of all other rows."""
     for row in set(self._of_row) - set(rows):
       for page in self._of_row.pop(row):
         heapq.heappush(self._free, page)
 
   def take(self, row: int, count: int) -> None:
-    """Gives a row that has none so many free pages."""
+    """Allocates pages for a row that has none."""
     assert row not in self._of_row, f"row {row} has pages"
     self._of_row[row] = [heapq.heappop(self._free) for _ in range(count)]
 

@@ -1,4 +1,4 @@
-"""How much is generated, and how it is drawn."""
+"""Generation length and sampling settings."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Settings:
   """How prompts are continued.
 
   Attributes:
-    max_new_tokens: most tokens to add.
-    sampler: how they are drawn.
-    seed: of the samples.
+    max_new_tokens: max new tokens per prompt.
+    sampler: how tokens are sampled.
+    seed: seed of the samples.
 
   Raises:
-    UserError: if there is nothing to add, or a value is out of range.
+    UserError: if there is nothing to generate, or a value is out of range.
   """
 
   max_new_tokens: Count = 24
@@ -32,12 +32,12 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class TextSettings(Settings):
-  """How prompts are continued by text.
+  """How prompts are continued as text.
 
   Attributes:
-    stops: strings that end a text and are no part of it, wherever tokens begin and end; or special tokens by name.
-    chunk: tokens that the device generates between two looks of the host, at which stops are seen.
-    slots: texts at once.
+    stops: strings, or special tokens by name, that end a text and are not part of it; strings may span tokens.
+    chunk: tokens generated on the device per host round trip, where stops are detected.
+    slots: max texts generated concurrently.
   """
 
   stops: tuple[Annotated[str, Such(bool, "a text that is not empty")], ...] = ()

@@ -1,6 +1,6 @@
-"""Speculative decoding: a cheap draft proposes tokens; the model reads them all at once and keeps what it agrees to.
+"""Speculative decoding: a cheap draft proposes tokens; the model verifies them in one pass and keeps a prefix.
 
-The draft may be the model's own arrays, under a plan with more followers or with its first layers alone.
+The draft may use the model's own arrays, under a plan with more followers or with only the first layers.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _LOG = logging.getLogger("sa_jax")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Draft:
-  """What proposes tokens: any model of the same vocabulary.
+  """The draft model: any model with the same vocabulary.
 
   Attributes:
-    model: how it is computed.
-    params: its own, in the layer layout; they may be arrays of the model that it proposes to.
-    ahead: how many tokens it proposes at a time.
-    is_beginning: whether it is the first layers of the model that it proposes to, so that one cache serves both.
+    model: the draft model.
+    params: its parameters, in the layer layout; may be arrays of the target model.
+    ahead: tokens proposed per round.
+    is_beginning: whether it is the first layers of the target model, so that one cache serves both.
   """
 
   model: Transformer
@@ -58,7 +58,7 @@ class Draft:
 
   @classmethod
   def sharing(cls, model: Transformer, params: Params, plan: SharingPlan | str, ahead: int = 4) -> Draft:
-    """The model itself under a plan with more followers, out of the same arrays.
+    """The model itself under a plan with more followers, using the same arrays.
 
     Raises:
       UserError: if the model has no weights for an anchor of the plan.
@@ -69,10 +69,10 @@ class Draft:
 
   @classmethod
   def early_exit(cls, model: Transformer, params: Params, layers: int, ahead: int = 4) -> Draft:
-    """The model's first layers with its last norm and head, out of the same arrays.
+    """The model's first layers with its final norm and head, using the same arrays.
 
     Raises:
-      UserError: if there are not more layers than that.
+      UserError: if the model does not have more layers than that.
     """
     if not 0 < layers < model.plan.num_layers:
       raise UserError(f"an early exit is after 1 to {model.plan.num_layers - 1} layers, not {layers}")
@@ -91,10 +91,10 @@ class SpeculativeState:
   """A batch in the middle of speculative generation.
 
   Attributes:
-    rows: of the model.
-    cache: the draft's, of everything before the two newest tokens; None where the model's serves both.
+    rows: the model's state.
+    cache: the draft's, of everything before the two newest tokens; None if the model's serves both.
     before: int32 ``[B]``, the token before the newest.
-    rounds: int32 ``[B]``, how often the model has read proposals.
+    rounds: int32 ``[B]``, verification rounds of each row.
   """
 
   rows: DecodeState
@@ -104,7 +104,7 @@ class SpeculativeState:
 
 
 class _Proposed(NamedTuple):
-  """Tokens ``[B, k]``; what they were drawn by, ``[B, k, V]``; states of the rules before each and after the last."""
+  """Tokens ``[B, k]``; their distributions ``[B, k, V]``; states of the rules before each and after the last."""
 
   tokens: jax.Array
   probabilities: jax.Array
@@ -113,11 +113,11 @@ class _Proposed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SpeculativeEngine:
-  """An `Engine` whose rows advance by several tokens a step of the model; ``params`` are the model's and the draft's.
+  """An `Engine` whose rows advance several tokens per model step; ``params`` are the model's and the draft's.
 
   Attributes:
-    engine: the model.
-    draft: what proposes, where the model is.
+    engine: the model's.
+    draft: the draft's, with the same placement.
     ahead: see `Draft`.
     is_beginning: see `Draft`.
   """
@@ -129,10 +129,10 @@ class SpeculativeEngine:
 
   @classmethod
   def of(cls, model: Transformer, params: Params, draft: Draft) -> SpeculativeEngine:
-    """The engine of a model and its draft where the model's parameters are.
+    """The engine for a model and its draft, with the placement of the model's parameters.
 
     Raises:
-      UserError: if they are of different vocabularies.
+      UserError: if their vocabularies differ.
     """
     sizes = model.config.vocab_size, draft.model.config.vocab_size
     if sizes[0] != sizes[1]:
@@ -144,7 +144,7 @@ class SpeculativeEngine:
   def prefill(
     self, params: tuple[Params, Params], prompts: Prompts, *, sampler: Sampler, capacity: int
   ) -> SpeculativeState:
-    """Reads prompts and draws the first token of each; as `Engine.prefill`, with room for what is proposed."""
+    """Prefills prompts and samples first tokens, like `Engine.prefill`, with room for the proposals."""
     rows = self.engine.prefill(params[0], prompts, sampler=sampler, capacity=capacity)
     cache = None
     if not self.is_beginning:
@@ -164,17 +164,17 @@ class SpeculativeEngine:
     width: int,
     rounds: jax.Array | int | None = None,
   ) -> tuple[SpeculativeState, Drawn]:
-    """Generates until all rows have ended, or for so many rounds.
+    """Generates until all rows have ended, or for at most ``rounds``.
 
     Args:
       params: the model's and the draft's, in the layer layout.
       state: donated; the cache needs room for the tokens of rows that have not ended, and ``ahead`` more.
-      sampler: how tokens are drawn; that of `prefill`.
-      width: columns of what is returned: at least ``ahead + 1`` a round, or as many as rows may still add.
-      rounds: most rounds; no limit when None.
+      sampler: how tokens are sampled; the same as in `prefill`.
+      width: columns of the result: at least ``ahead + 1`` per round, or as many as rows may still add.
+      rounds: max rounds; None for no limit.
 
     Returns:
-      The state, and what was drawn: each row's tokens at its beginning.
+      The state, and the sampled tokens, left-aligned per row.
     """
     batch = state.before.shape[0]
     _LOG.info("compiling speculative steps of %s rows, %s tokens ahead", batch, self.ahead)
@@ -187,7 +187,7 @@ class SpeculativeEngine:
       number, state, written, out = carry
       state, new = self._round(params, state, sampler)
       columns = written[:, None] + jnp.arange(self.ahead + 1)[None]
-      columns = jnp.where(new.tokens < 0, width, columns)  # past the end, where nothing is written
+      columns = jnp.where(new.tokens < 0, width, columns)  # out of range: dropped
       write = lambda to, x: to.at[jnp.arange(batch)[:, None], columns].set(x, mode="drop")
       return number + 1, state, written + (new.tokens >= 0).sum(axis=1), jax.tree.map(write, out, new)
 
@@ -202,7 +202,7 @@ class SpeculativeEngine:
   def _round(
     self, params: tuple[Params, Params], state: SpeculativeState, sampler: Sampler
   ) -> tuple[SpeculativeState, Drawn]:
-    """Proposes, reads, and keeps; the tokens kept ``[B, ahead + 1]``, each row's at its beginning."""
+    """Proposes, verifies and accepts; returns the accepted tokens ``[B, ahead + 1]``, left-aligned per row."""
     rows = state.rows
     keys = jax.vmap(lambda key, at: jax.random.split(jax.random.fold_in(key, at), self.ahead + 1))(
       rows.keys, rows.positions
@@ -232,13 +232,13 @@ class SpeculativeEngine:
   def _propose(
     self, params: Params, state: SpeculativeState, sampler: Sampler, keys: jax.Array
   ) -> tuple[_Proposed, SpeculativeState]:
-    """The draft's next tokens, drawn with keys ``[B, k]``, and the state with what it has cached of them."""
+    """The draft's next tokens, sampled with keys ``[B, k]``, and the state with its updated cache."""
     rows, model = state.rows, self.draft.model
     if state.cache is None:
       cache = Cache(rows.cache.layers[: model.plan.num_layers])
       logits, cache = apply(model, params, Transformer.step, rows.tokens, cache, rows.positions)
     else:
-      # The draft may not have read the token before: it was its own last proposal.
+      # The draft may not have cached the token before: that was its own last proposal.
       pair = jnp.stack([state.before, rows.tokens], axis=1)
       sight = ops.Rows(rows.positions + 1, offset=rows.positions - 1)
       hidden, cache = apply(model, params, Transformer.extend, pair, state.cache, sight)
@@ -278,7 +278,7 @@ class SpeculativeEngine:
     ended: jax.Array,
     sampler: Sampler,
   ) -> SpeculativeState:
-    """The state after the tokens that a round has kept, and the states of the rules among its proposals."""
+    """The state after the tokens accepted in a round; ``histories`` are the rules' states at each proposal."""
     rows, batch = state.rows, jnp.arange(state.before.shape[0])
     count = (new.tokens >= 0).sum(axis=1, dtype=jnp.int32)
     last = jnp.maximum(count - 1, 0)
@@ -299,7 +299,7 @@ class SpeculativeEngine:
     return SpeculativeState(rows, state.cache, before, state.rounds + (count > 0).astype(jnp.int32))
 
   def _in_place(self, state: SpeculativeState) -> SpeculativeState:
-    """The state where the mesh has it; see `Engine`."""
+    """Constrains the state to its shardings; see `Engine`."""
     mesh, rules = self.engine.mesh, self.engine.rules
     if mesh is None:
       return state
@@ -309,20 +309,20 @@ class SpeculativeEngine:
 
 
 def accept(wanted: jax.Array, proposed: jax.Array, tokens: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """How many proposals to keep, so that all tokens are drawn as the model draws them (Leviathan, arXiv 2211.17192).
+  """How many proposals to accept, so that tokens follow the model's distribution (Leviathan, arXiv 2211.17192).
 
-  A proposal is kept with the probability ``min(1, wanted / proposed)`` of its token. After the last one that is kept
-  comes a token of the model's own: drawn by what is wanted more than it was proposed, or, if all are kept, by what is
-  wanted.
+  A proposal is accepted with probability ``min(1, wanted / proposed)`` of its token. The last accepted one is
+  followed by a token of the model's own, sampled from the normalised ``max(wanted - proposed, 0)``, or from ``wanted``
+  if all were accepted.
 
   Args:
-    wanted: float32 ``[B, k + 1, V]``, probabilities of the model at each proposal and after the last.
-    proposed: float32 ``[B, k, V]``, what the proposals were drawn by.
+    wanted: float32 ``[B, k + 1, V]``, the model's probabilities at each proposal and after the last.
+    proposed: float32 ``[B, k, V]``, the distributions that the proposals were sampled from.
     tokens: int32 ``[B, k]``, the proposals.
     keys: ``[B]``.
 
   Returns:
-    int32 ``[B]``, how many are kept, and ``[B]``, the token after them.
+    int32 ``[B]``, how many are accepted, and ``[B]``, the token after them.
   """
   of_tokens = lambda each: jnp.take_along_axis(each, tokens[:, :, None], axis=2)[:, :, 0]
   draws = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), tokens.shape[1:]))(keys)
@@ -331,20 +331,20 @@ def accept(wanted: jax.Array, proposed: jax.Array, tokens: jax.Array, keys: jax.
   there = lambda each: jnp.take_along_axis(each, kept[:, None, None], axis=1)[:, 0]
   whole = there(wanted)
   left = jnp.maximum(whole - there(jnp.pad(proposed, ((0, 0), (0, 1), (0, 0)))), 0.0)
-  # Nothing may be left where the two differ by rounding alone.
+  # The remainder may be zero if the two differ only by rounding.
   left = jnp.where(left.sum(axis=-1, keepdims=True) > 0, left, whole)
   own = jax.vmap(lambda key, each: jax.random.categorical(jax.random.fold_in(key, 1), jnp.log(each)))(keys, left)
   return kept, own.astype(jnp.int32)
 
 
 class Speculated(NamedTuple):
-  """What `speculate` returns.
+  """The result of `speculate`.
 
   Attributes:
     tokens: int32 ``[B, max_new_tokens]``, padding after a row's end.
     lengths: int32 ``[B]``, new tokens of each row, its end token included.
     log_probs: as in `sa_jax.decode.Generated`.
-    rounds: int32 ``[B]``, how often the model has read proposals; all tokens but the first came of them.
+    rounds: int32 ``[B]``, verification rounds; they produced all tokens except the first.
   """
 
   tokens: np.ndarray
@@ -362,22 +362,22 @@ def speculate(
   lengths: ArrayLike | None = None,
   how: Settings = Settings(),
 ) -> Speculated:
-  """Continues prompts as `sa_jax.generate` does, several tokens a step of the model.
+  """Continues prompts like `sa_jax.generate`, with several tokens per model step.
 
-  Greedy tokens are those of `sa_jax.generate`, but for rounding: products of several tokens may be summed in another
-  order than those of one, which tells where two tokens are about equally likely. Samples are drawn by the same
-  distribution; they are other samples.
+  Greedy tokens equal those of `sa_jax.generate` up to rounding: products over several tokens may be summed in another
+  order than for one token, which matters if two tokens are about equally likely. Samples follow the same distribution,
+  but are different samples.
 
   Args:
-    model: what decides.
-    params: in the layer layout; the run layout takes a second copy of the weights.
-    draft: what proposes.
+    model: the target model.
+    params: in the layer layout; the run layout needs a second copy of the weights.
+    draft: the draft.
     tokens: int ``[B, T]``, right-padded.
-    lengths: int ``[B]``; None when rows are full.
-    how: how many tokens, and how they are drawn.
+    lengths: int ``[B]``; None if rows are full.
+    how: how many tokens to generate, and how they are sampled.
 
   Raises:
-    UserError: as `sa_jax.generate`.
+    UserError: see `sa_jax.generate`.
   """
   prompts, counts = checked_prompts(model, np.asarray(tokens), lengths)
   how.sampler.check(model.config.vocab_size)
@@ -389,7 +389,7 @@ def speculate(
   batch = Prompts.of(prompts, pad_to(int(counts.max()), capacity), new, how.seed, range(len(prompts)))
   both = layers, draft.params
   state = engine.prefill(both, batch, sampler=how.sampler, capacity=capacity)
-  tokens, log_probs = fetch((state.rows.tokens, state.rows.log_probs))  # the state is given away
+  tokens, log_probs = fetch((state.rows.tokens, state.rows.log_probs))  # before the state is donated
   first = newest(tokens, log_probs, how.sampler)
   state, rest = engine.decode(both, state, sampler=how.sampler, width=pad_to(how.max_new_tokens, capacity))
   rest, rounds, unsound = fetch((rest, state.rounds, state.rows.unsound))

@@ -1,4 +1,4 @@
-"""A batch in the middle of generation, and rows that enter and leave it."""
+"""The state of a batch during generation, and rows that enter and leave it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from sa_jax.trees import Tree
 
 @struct.dataclass
 class Prompts:
-  """Rows to be continued.
+  """Prompts to be continued.
 
   Attributes:
     tokens: int32 ``[B, T]``, right-padded.
     lengths: int32 ``[B]``.
-    new: int32 ``[B]``, most tokens to add to each row, at least one.
+    new: int32 ``[B]``, max new tokens of each row, at least one.
     seeds: uint32 ``[B]``.
-    numbers: int32 ``[B]``; a row's samples depend on its seed and its number, and on nothing else.
+    numbers: int32 ``[B]``, row numbers; a row's samples depend only on its seed and number.
   """
 
   tokens: Tree
@@ -40,7 +40,7 @@ class Prompts:
   def of(
     cls, rows: Sequence[np.ndarray], length: int, new: Sequence[int], seeds: Any, numbers: Sequence[int]
   ) -> Prompts:
-    """Rows of tokens, padded to a length; ``seeds`` is one for all or one for each."""
+    """Rows of tokens, padded to a length; ``seeds`` is one for all or one per row."""
     tokens = np.zeros((len(rows), length), np.int32)
     for padded, row in zip(tokens, rows, strict=True):
       padded[: len(row)] = row
@@ -49,7 +49,7 @@ class Prompts:
     return cls(tokens, lengths, np.asarray(new, np.int32), seeds, np.asarray(numbers, np.int32))
 
   def repeated(self, samples: int) -> Prompts:
-    """Each row so many times, one after the other, with numbers of their own: as many answers to each prompt."""
+    """Each row repeated ``samples`` times in sequence, with distinct numbers: that many answers per prompt."""
     tokens, lengths, new, seeds, numbers = (
       jnp.repeat(jnp.asarray(x), samples, axis=0) for x in dataclasses.astuple(self)
     )
@@ -63,16 +63,16 @@ class Prompts:
 
 @struct.dataclass
 class DecodeState:
-  """A batch in the middle of generation.
+  """The state of a batch during generation.
 
   Attributes:
-    cache: of everything before ``tokens``.
+    cache: the cache of everything before ``tokens``.
     tokens: int32 ``[B]``, the newest token of each row, not yet in the cache.
-    positions: int32 ``[B]``, the slot that it will take.
-    remaining: int32 ``[B]``, how many tokens the row may still add.
+    positions: int32 ``[B]``, the cache slot that it will take.
+    remaining: int32 ``[B]``, max further tokens of the row.
     done: bool ``[B]``, whether the row has ended: by an end token, or with none remaining.
     keys: ``[B]`` PRNG keys of the rows.
-    log_probs: float32 ``[B]``, of the newest tokens, where the sampler tells them; otherwise zeros.
+    log_probs: float32 ``[B]``, of the newest tokens, if the sampler returns them; otherwise zeros.
     unsound: int32 ``[B]``, see `unsound_from`.
     history: the states of the sampler's rules.
   """
@@ -89,7 +89,7 @@ class DecodeState:
 
   @classmethod
   def ended(cls, cache: Cache, keys: jax.Array, history: tuple[Tree, ...]) -> DecodeState:
-    """Rows that have ended; each array is its own, because a donated state must not hold one twice."""
+    """Ended rows; no array occurs twice, because the state is donated."""
     zeros = lambda dtype: jnp.zeros(keys.shape[0], dtype)
     return cls(
       cache=cache,
@@ -105,11 +105,11 @@ class DecodeState:
 
 
 class Drawn(NamedTuple):
-  """Tokens that were drawn, and what is told of them.
+  """Sampled tokens and their log-probabilities.
 
   Attributes:
     tokens: int32 ``[B, width]``, -1 where there is none.
-    log_probs: float32 ``[B, width]``, or None where the sampler does not tell them.
+    log_probs: float32 ``[B, width]``, or None if the sampler does not return them.
   """
 
   tokens: Tree
@@ -117,15 +117,15 @@ class Drawn(NamedTuple):
 
 
 def newest(tokens: Tree, log_probs: Tree, sampler: Sampler) -> Drawn:
-  """The newest token of each row, ``[B, 1]``, of a state's ``tokens`` and ``log_probs``."""
+  """Each row's newest token, ``[B, 1]``, from a state's ``tokens`` and ``log_probs``."""
   return Drawn(tokens[:, None], log_probs[:, None] if sampler.log_probs else None)
 
 
 @program(donate_argnames="state")
 def insert(state: DecodeState, rows: DecodeState, slots: jax.Array) -> DecodeState:
-  """Puts rows, prefilled into at most as many cache slots, at places int32 ``slots [rows]`` of a batch (donated).
+  """Inserts rows, prefilled into at most as many cache slots, at int32 ``slots [rows]`` of a batch (donated).
 
-  In a cache of pages they fill those that the rows at ``slots`` have.
+  In a paged cache they fill the pages of the rows at ``slots``.
   """
   pages = state.cache.pages
 
@@ -134,7 +134,7 @@ def insert(state: DecodeState, rows: DecodeState, slots: jax.Array) -> DecodeSta
 
   @jax.jit  # traced once for all layers
   def put_slots(into: jax.Array, new: jax.Array) -> jax.Array:
-    # What the row before has left would be multiplied by zero, and it may have left NaN.
+    # Clear the rest: the previous row may have left NaN, which multiplied by zero is NaN.
     into = into.at[slots, :, new.shape[2] :].set(0, unique_indices=True)
     return into.at[slots, :, : new.shape[2]].set(new, unique_indices=True)
 
@@ -147,7 +147,7 @@ def insert(state: DecodeState, rows: DecodeState, slots: jax.Array) -> DecodeSta
     pages = jnp.moveaxis(filled.reshape(rows, heads, count, size, width), 2, 1)
     return into.at[table[:, :count]].set(pages, mode="drop")
 
-  # Not a set: its order is another in every process, and with it the program, which no cache would have.
+  # Not a set: its order differs between processes, which would change the program and miss the compilation cache.
   names = [field.name for field in dataclasses.fields(state) if field.name != "cache"]
   others = {name: jax.tree.map(put, getattr(state, name), getattr(rows, name)) for name in names}
   write = put_slots if pages is None else lambda into, new: put_pages(into, new, pages.table[slots])
@@ -157,5 +157,5 @@ def insert(state: DecodeState, rows: DecodeState, slots: jax.Array) -> DecodeSta
 
 @program(donate_argnames="state")
 def retire(state: DecodeState, rows: jax.Array) -> DecodeState:
-  """Ends the rows that bool ``rows [B]`` names, whatever they were doing."""
+  """Ends the rows where bool ``rows [B]`` is True."""
   return dataclasses.replace(state, done=state.done | rows)

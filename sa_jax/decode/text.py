@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class Text(NamedTuple):
-  """What continues a prompt.
+  """The continuation of a prompt.
 
   Attributes:
-    text: before the stop, without special tokens.
-    tokens: up to the one with which the stop is complete, or the end token, or the last.
-    stop: which stop has come, or None.
-    log_probs: of the tokens, where the sampler tells them; otherwise empty.
+    text: up to the stop, without special tokens.
+    tokens: up to the token that completes the stop, or the end token, or the last one.
+    stop: the stop that was reached, or None.
+    log_probs: of the tokens, if the sampler returns them; otherwise empty.
   """
 
   text: str
@@ -37,23 +37,23 @@ class Text(NamedTuple):
 
 
 Prompt = str | Sequence[int]
-"""A text, which is encoded as the tokenizer does by itself, or tokens."""
+"""A text, encoded with the tokenizer's defaults, or tokens."""
 
 
 def stream_text(
   model: Transformer, params: Params, tokenizer: Tokenizer, prompt: Prompt, how: TextSettings = TextSettings()
 ) -> Iterator[str]:
-  """Continues a prompt, and yields its text as it comes: joined, that of `continue_texts` for it alone.
+  """Continues a prompt and yields its text as it is generated; joined, it equals `continue_texts` for that prompt.
 
   Args:
     model: from `sa_jax.from_pretrained`.
-    params: in the layer layout; the run layout takes a second copy of the weights.
+    params: in the layer layout; the run layout needs a second copy of the weights.
     tokenizer: from `sa_jax.load_tokenizer`.
     prompt: a text or tokens.
     how: how to continue it.
 
   Raises:
-    UserError: as `sa_jax.generate`.
+    UserError: see `sa_jax.generate`.
   """
   work = _Work(model, params, tokenizer, [prompt], dataclasses.replace(how, slots=1))
   (detokenizer,) = work.detokenizers
@@ -73,7 +73,7 @@ def continue_texts(
   prompts: Sequence[Prompt],
   how: TextSettings = TextSettings(),
 ) -> list[Text]:
-  """Continues prompts; arguments as in `stream_text`. A text that has stopped makes room for the next prompt."""
+  """Continues prompts; arguments as in `stream_text`. A stopped text frees its slot for the next prompt."""
   work = _Work(model, params, tokenizer, prompts, how)
   texts = [""] * len(prompts)
   for _ in work:
@@ -85,7 +85,7 @@ def continue_texts(
 
 
 class _Work:
-  """Prompts on their way through a batch. Iterating decodes chunk after chunk; ``new`` has the text of each."""
+  """Prompts in a batch. Each iteration decodes one chunk; ``new`` holds each prompt's new text."""
 
   def __init__(
     self, model: Transformer, params: Params, tokenizer: Tokenizer, prompts: Sequence[Prompt], how: TextSettings
@@ -110,7 +110,7 @@ class _Work:
       yield
 
   def _read(self, number: int, tokens: Sequence[int]) -> str:
-    """A request's new text; one that stops is cancelled, and has no tokens after its stop."""
+    """A request's new text; at a stop it is cancelled, and later tokens are dropped."""
     request, detokenizer = self.requests[number], self.detokenizers[number]
     said = ""
     for at, token in enumerate(tokens):

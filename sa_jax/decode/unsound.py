@@ -12,27 +12,27 @@ import numpy as np
 _LOG = logging.getLogger("sa_jax")
 
 SOUND = 0
-"""The value for a row with only finite logits; otherwise -1 minus the position of the first that were not."""
+"""The value for a row with only finite logits; otherwise it is -1 minus the first position with non-finite logits."""
 
 
 def unsound_from(before: jax.Array, logits: jax.Array, places: jax.Array) -> jax.Array:
-  """Where each row's logits were first not finite.
+  """Where each row's logits first became non-finite.
 
   Args:
-    before: int32 ``[B]``, of the logits so far.
+    before: int32 ``[B]``, the result so far.
     logits: float ``[B, V]``, the model's own.
-    places: int32 ``[B]``, theirs.
+    places: int32 ``[B]``, their positions.
 
   Returns:
     int32 ``[B]``, see `SOUND`.
   """
-  # A sum is not finite where a part is not: one number a row, and no array of V.
+  # A sum is non-finite if any part is: one number per row instead of V.
   finite = jnp.isfinite(logits.astype(jnp.float32).sum(axis=-1))
   return jnp.where((before == SOUND) & ~finite, -1 - places, before)
 
 
 def tell_unsound(places: np.ndarray, prompts: Sequence[int], rows: Sequence[int]) -> bool:
-  """Warns of the first row whose logits were not finite, if there is one; returns whether there is.
+  """Warns about the first row with non-finite logits, if any; returns whether there is one.
 
   Args:
     places: int32 ``[B]``, cache slots of the first tokens sampled from such logits, as `unsound_from` has them.

@@ -1,4 +1,4 @@
-"""Flax modules: parameters, names and scan around the mathematics of `sa_jax.ops`."""
+"""Flax modules: parameters, names and scans around the pure functions of `sa_jax.ops`."""
 
 from sa_jax.nn.attention import AnchorAttention, FollowerAttention, MixedAttention
 from sa_jax.nn.block import BLOCK_OUTPUTS, AnchorBlock, Blocks, FollowerBlock, Middle, MixedBlock

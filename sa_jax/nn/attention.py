@@ -1,7 +1,7 @@
-"""Attention layers. A follower is a type without queries and keys, not a flag.
+"""Attention layers. A follower is a separate type without queries and keys, not a flag.
 
-All are made of the same named pieces: values from x, the state's attention over them, output. An anchor also makes
-the state. ``extend`` is the same layer for new tokens against a cache.
+All consist of the same methods: values from x, attention over them with the state, output. An anchor also computes
+the state. ``extend`` applies the same layer to new tokens with a cache.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from sa_jax.nn.norm import Norm
 from sa_jax.nn.split import Heads, constrain, on_each_device, split_for_attention
 from sa_jax.nn.state import AttentionWeights, Kind, QueryKey, State, make_state
 
-# The logical axes of new tokens' queries, their keys or values, their weights, and of the cache that they join.
+# Logical axes of new tokens' queries, their keys or values, their attention weights, and the cache.
 _QUERIES, _KEYS = (("batch", None, heads, "head_dim") for heads in ("heads", "kv_heads"))
 _WEIGHTS, _CACHED = ("batch", "heads", None, None), ("batch", "kv_heads", None, "head_dim")
 
 
 class _Projection(nn.DenseGeneral):
-  """A linear map, plus ``x A B`` where its parameters have adapters ``A [..., r]``, ``B [r, ...]`` (`sa_jax.train`)."""
+  """A linear map, plus ``x A B`` if its parameters include adapters ``A [..., r]``, ``B [r, ...]`` (`sa_jax.train`)."""
 
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -48,14 +48,14 @@ def projection(
   name: str,
   bias: bool = False,
 ) -> _Projection:
-  """A linear map whose kernel carries its logical axes, ``inputs`` then ``outputs``, and its bias a vector's."""
+  """A linear map whose kernel has the logical axes ``inputs`` then ``outputs``; its bias has those of a vector."""
   return _Projection(
     features,
     axis=tuple(range(-len(inputs), 0)),
     use_bias=bias,
     dtype=config.dtype,
     param_dtype=config.param_dtype,
-    # DenseGeneral initialises it as a matrix, all inputs by all outputs.
+    # DenseGeneral initialises it as a flat matrix, inputs × outputs.
     kernel_init=with_axes(LECUN, inputs + outputs),
     bias_init=with_axes(nn.initializers.zeros, of_vector(outputs)),
     name=name,
@@ -65,7 +65,7 @@ def projection(
 def _rotation(
   config: ModelConfig, kind: Kind, lengths: jax.Array | int
 ) -> tuple[np.ndarray | jax.Array, float | jax.Array] | None:
-  """The rotary embedding's frequencies and magnitude in a layer of this kind; None where it rotates nothing."""
+  """RoPE frequencies and magnitude for a layer of this kind; None for NoPE."""
 
   def of(rope: ops.RopeConfig | None) -> tuple[np.ndarray | jax.Array, float] | None:
     return None if rope is None else (ops.rope_frequencies(rope, config.head_dim, lengths), rope.magnitude)
@@ -75,17 +75,17 @@ def _rotation(
     return of(ropes[kind if isinstance(kind, int) else 0])
   made = [of(rope) for rope in ropes]
   like = next(each for each in made if each is not None)
-  # No rotation is one by frequencies of zero.
+  # NoPE layers rotate by zero frequencies.
   still = (jnp.zeros_like(like[0]), 1.0)
   frequencies, magnitudes = zip(*(still if each is None else each for each in made), strict=True)
   return jnp.stack(jnp.broadcast_arrays(*frequencies))[kind], jnp.asarray(magnitudes)[kind]
 
 
 class _Attention(nn.Module):
-  """What anchors and followers have in common: values and output.
+  """What anchors and followers share: values and output.
 
   Attributes:
-    config: the model's shapes and how to compute.
+    config: the model's shapes and how to compute it.
   """
 
   config: ModelConfig
@@ -109,8 +109,9 @@ class _Attention(nn.Module):
     return self._for_attention(self.v_proj(x), "kv_heads")
 
   def _for_attention(self, x: jax.Array, heads: str) -> jax.Array:
-    """Queries, keys or values ``[B, T, heads, H]`` where attention needs them."""
-    # First where their tokens are: otherwise XLA gathers what the projection reads, and projects whole rows everywhere.
+    """Queries, keys or values ``[B, T, heads, H]``, sharded for attention."""
+    # Constrain to the tokens' sharding first: otherwise XLA gathers the projection's input and projects whole rows on
+    # every device.
     x = constrain(x, ("batch", "length", heads, "head_dim"))
     return split_for_attention(x, heads, Heads(self.config.num_heads, self.config.num_kv_heads))
 
@@ -121,7 +122,7 @@ class _Attention(nn.Module):
 
 
 class AnchorAttention(_Attention):
-  """Self-attention that hands out its attention state (Liao & Vargas, arXiv 2407.12866)."""
+  """Self-attention that also returns its attention state (Liao & Vargas, arXiv 2407.12866)."""
 
   def setup(self) -> None:
     super().setup()
@@ -141,11 +142,11 @@ class AnchorAttention(_Attention):
       self.sinks = self.param("sinks", init, (config.num_heads,), config.param_dtype)
 
   def query_key(self, x: jax.Array, rows: ops.Rows, kind: Kind) -> tuple[jax.Array, jax.Array]:
-    """Rotary-encoded queries ``[B, T, N, H]`` and keys ``[B, T, K, H]`` of ``[B, T, D]``."""
+    """Queries ``[B, T, N, H]`` and keys ``[B, T, K, H]`` with RoPE applied, from ``[B, T, D]``."""
     return self.encoded(self.q_proj(x), self.k_proj(x), rows, kind)
 
   def encoded(self, q: jax.Array, k: jax.Array, rows: ops.Rows, kind: Kind) -> tuple[jax.Array, jax.Array]:
-    """`query_key` from what the projections give."""
+    """`query_key` from the outputs of the projections."""
     if self.config.norm_rotated:
       q, k = self._normalised(*self._rotated(q, k, rows, kind))
     else:
@@ -158,12 +159,12 @@ class AnchorAttention(_Attention):
     return (self.q_norm(q), self.k_norm(k)) if self.config.qk_norm else (q, k)
 
   def _rotated(self, q: jax.Array, k: jax.Array, rows: ops.Rows, kind: Kind) -> tuple[jax.Array, jax.Array]:
-    # A document's positions need not begin at 0: the rotary embedding only tells how far apart two tokens are.
+    # A document's positions need not start at 0: RoPE depends only on the distance between two tokens.
     rotation = _rotation(self.config, kind, q.shape[1] if rows.lengths is None else rows.lengths)
     if rotation is None:
       return q, k
     positions = rows.positions(q.shape[1])
-    # The layers that rotate at all do so in the same order, and their queries grow alike.
+    # All layers with RoPE have the same plane layout and the same query growth.
     rope = next(kind.rope for kind in self.config.kinds if kind.rope is not None)
     q, k = (ops.apply_rope(x, positions, *rotation, rope.interleaved) for x in (q, k))
     return ops.grow_queries(q, positions, rope), k
@@ -173,7 +174,7 @@ class AnchorAttention(_Attention):
 
     Args:
       x: ``[B, T, D]``.
-      rows: which tokens the tokens may see; those before them, in full rows, by default.
+      rows: which tokens each token may attend to; by default full rows, causal.
       kind: which of the config's ``kinds`` this layer is.
 
     Returns:
@@ -189,7 +190,7 @@ class AnchorAttention(_Attention):
     return self.output(state.attend(v)), state, LayerCache.of(self.config, v, k)
 
   def new_state(self, q: jax.Array, k: jax.Array, rows: ops.Rows, kind: Kind) -> State:
-    """The state for this layer and its followers, of what `query_key` gives."""
+    """The state for this layer and its followers, from the output of `query_key`."""
     return make_state(self.config, q, k, self.with_sinks(rows), kind)
 
   def with_sinks(self, rows: ops.Rows) -> ops.Rows:
@@ -197,7 +198,7 @@ class AnchorAttention(_Attention):
     return dataclasses.replace(rows, sinks=jnp.asarray(self.sinks, jnp.float32)) if self.config.sinks else rows
 
   def new_token(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What the projections give of one token a row, ``[B, 1, D]``: reading their weights is the cost."""
+    """Outputs of the projections for one token per row, ``[B, 1, D]``; bound by reading the weights."""
     projections = (self.q_proj, self.k_proj, self.v_proj)
     plain = all(set(each.variables["params"]) == {"kernel"} for each in projections)  # no bias, no adapters
 
@@ -216,14 +217,14 @@ class AnchorAttention(_Attention):
   def extend(
     self, x: jax.Array, cache: LayerCache, rows: ops.Rows, kind: int = 0, followed: bool = True
   ) -> tuple[jax.Array, AttentionWeights | None, LayerCache]:
-    """Attention of new tokens over the cache that they join.
+    """Attention of new tokens over the cache, which includes them.
 
     Args:
       x: ``[B, T, D]``.
-      cache: this layer's; the tokens are written to their slots.
-      rows: whose offset, int32 ``[B]``, is the slot of each row's first new token; lengths count the new tokens too.
+      cache: this layer's; the new tokens are written to their slots.
+      rows: the offset, int32 ``[B]``, is the slot of each row's first new token; lengths include the new tokens.
       kind: which of the config's ``kinds`` this layer is.
-      followed: whether followers need the weights; without, a fused kernel may keep them.
+      followed: whether followers need the attention weights; if not, a fused kernel need not return them.
 
     Returns:
       ``y [B, T, D]``; the weights for the followers, or None; and the cache.
@@ -236,7 +237,7 @@ class AnchorAttention(_Attention):
     spec = self.config.kinds[kind].spec
 
     def attend(q: jax.Array, new: Any, cached: Any, offset: jax.Array, sinks: jax.Array | None) -> tuple[Any, ...]:
-      # Slots past a row's end are hidden as later ones.
+      # Slots past a row's end are masked like later ones.
       sight = dataclasses.replace(rows, lengths=None, offset=offset, sinks=sinks)
       return ops.decode_attend(q, new, cached, sight, spec, with_weights=followed)
 
@@ -249,7 +250,7 @@ class AnchorAttention(_Attention):
 
 
 class FollowerAttention(_Attention):
-  """Attention with an anchor's weights: no W_Q, no W_K, no rotary embedding, no keys in its cache."""
+  """Attention with an anchor's weights: no W_Q, no W_K, no RoPE, no keys in its cache."""
 
   def __call__(self, x: jax.Array, state: State) -> jax.Array:
     """Attention over whole sequences.
@@ -264,7 +265,7 @@ class FollowerAttention(_Attention):
     return self.prefill(x, state)[0]
 
   def prefill(self, x: jax.Array, state: State) -> tuple[jax.Array, LayerCache]:
-    """`__call__` that also returns the cache of the T tokens: values ``[B, K, T, R]`` alone."""
+    """`__call__` that also returns the cache of the T tokens: values ``[B, K, T, R]`` only."""
     v = self.values(x)
     return self.output(state.attend(v)), LayerCache.of(self.config, v)
 
@@ -278,18 +279,18 @@ class FollowerAttention(_Attention):
 
 
 class MixedAttention(AnchorAttention):
-  """A follower that has kept its own queries and keys: its weights are in part its anchor's and in part its own."""
+  """A follower that still has its own queries and keys: it mixes its anchor's attention weights with its own."""
 
   def mix(self, x: jax.Array, state: QueryKey, share: jax.Array | float, kind: Kind) -> jax.Array:
     """Attention with the weights ``share * anchor's + (1 - share) * own``.
 
-    Attention is linear in its weights, so that this is two fused attentions, and none has its weights in memory.
+    Attention is linear in its weights, so this takes two fused attentions that never materialise their weights.
 
     Args:
       x: ``[B, T, D]``.
       state: the anchor's.
       share: 0 to 1.
-      kind: which of the config's ``kinds`` this layer is: it sees what its anchor sees, and may be rotated otherwise.
+      kind: which of the config's ``kinds`` this layer is: it sees what its anchor sees, but its RoPE may differ.
 
     Returns:
       ``[B, T, D]``.

@@ -1,4 +1,4 @@
-"""Transformer blocks: attention and MLP, each normalised before or after, or both, and added to x."""
+"""Transformer blocks: attention and MLP, each with a pre-norm, a post-norm or both, and a residual."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from sa_jax.nn.split import constrain
 from sa_jax.nn.state import AttentionWeights, Kind, QueryKey, State
 
 BLOCK_OUTPUTS = "block_outputs"
-"""The collection that every block leaves its output ``x [B, T, D]`` in, stacked as its parameters are."""
+"""The collection in which every block stores its output ``x [B, T, D]``, stacked like its parameters."""
 
 
 @struct.dataclass
 class Middle:
-  """A block between its attention and its MLP.
+  """A block's state between attention and MLP.
 
   Attributes:
-    x: ``[B, T, D]``, the block's input with its attention added.
-    before: the block's input, where that is what the MLP reads; None where it reads x.
+    x: ``[B, T, D]``, the block's input plus its attention.
+    before: the block's input, if the MLP reads that; None if it reads x.
   """
 
   x: jax.Array
@@ -37,14 +37,14 @@ class Middle:
 
   @property
   def read(self) -> jax.Array:
-    """What the MLP reads."""
+    """The MLP's input."""
     return self.x if self.before is None else self.before
 
 
 class Block(nn.Module):
-  """A block around some attention.
+  """A block around an attention layer.
 
-  Subclasses may name other types of MLP and attention, with the same methods; the config names the MLP otherwise.
+  Subclasses may set other MLP and attention types with the same methods; by default the config selects the MLP.
   """
 
   config: ModelConfig
@@ -60,14 +60,14 @@ class Block(nn.Module):
     self.mlp_post_norm = norm_if(config.post_norms, config)
 
   def rest(self, x: jax.Array, y: jax.Array, cached: bool = False) -> jax.Array:
-    """The block's output, from its input and its attention's output, ``[B, T, D]`` each.
+    """The block's output from its input and its attention's output, each ``[B, T, D]``.
 
-    ``cached`` tells that x is new tokens against a cache: then kernels may compute the MLP.
+    ``cached`` says that x holds new tokens of a cached sequence: then kernels may compute the MLP.
     """
     return self.add_mlp(self.add_attention(x, y), cached)
 
   def add_attention(self, x: jax.Array, y: jax.Array) -> Middle:
-    """The block's input ``[B, T, D]`` and its attention's output, added up."""
+    """Adds the attention's output to the block's input, both ``[B, T, D]``."""
     added = x + _scaled(self.attention_post_norm(y), self.config.residual_scale)
     return Middle(added, x if self.config.parallel else None)
 
@@ -76,19 +76,19 @@ class Block(nn.Module):
     y = (self.mlp.step if cached else self.mlp)(self.mlp_norm(middle.read))
     x = middle.x + _scaled(self.mlp_post_norm(y), self.config.residual_scale)
     x = constrain(x, ("batch", "length", "embed"))
-    # Kept by those who apply the model with this collection mutable.
+    # Stored only if the model is applied with this collection mutable.
     if not self.is_initializing():
       self.sow(BLOCK_OUTPUTS, "x", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
     return x
 
 
 def _scaled(x: jax.Array, scale: float) -> jax.Array:
-  # The scale is not rounded to the dtype of x.
+  # In float32, so that the scale is not rounded to the dtype of x.
   return x if scale == 1 else (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 class AnchorBlock(Block):
-  """A block with `AnchorAttention`; methods and shapes are its attention's."""
+  """A block with `AnchorAttention`; methods and shapes as there."""
 
   attention_type: ClassVar[type[AnchorAttention]] = AnchorAttention
 
@@ -97,7 +97,7 @@ class AnchorBlock(Block):
     self.attention = self.attention_type(self.config)
 
   def __call__(self, x: jax.Array, rows: ops.Rows = ops.Rows(), kind: Kind = 0) -> tuple[jax.Array, State]:
-    """``[B, T, D]`` → the same, and the attention state."""
+    """``[B, T, D]`` → the same shape, and the attention state."""
     y, state, _ = self.attention.prefill(self.attention_norm(x), rows, kind)
     return self.rest(x, y), state
 
@@ -109,13 +109,13 @@ class AnchorBlock(Block):
   def extend(
     self, x: jax.Array, cache: LayerCache, rows: ops.Rows, kind: int = 0, followed: bool = True
   ) -> tuple[jax.Array, AttentionWeights | None, LayerCache]:
-    """New tokens, ``[B, T, D]``, against the cache."""
+    """New tokens ``[B, T, D]`` with the cache."""
     y, state, cache = self.attention.extend(self.attention_norm(x), cache, rows, kind, followed)
     return self.rest(x, y, cached=True), state, cache
 
 
 class FollowerBlock(Block):
-  """A block with `FollowerAttention`; methods and shapes are its attention's."""
+  """A block with `FollowerAttention`; methods and shapes as there."""
 
   attention_type: ClassVar[type[FollowerAttention]] = FollowerAttention
 
@@ -124,7 +124,7 @@ class FollowerBlock(Block):
     self.attention = self.attention_type(self.config)
 
   def __call__(self, x: jax.Array, state: State) -> jax.Array:
-    """``[B, T, D]`` → the same, with the anchor's state."""
+    """``[B, T, D]`` → the same shape, using the anchor's state."""
     y, _ = self.attention.prefill(self.attention_norm(x), state)
     return self.rest(x, y)
 
@@ -136,29 +136,29 @@ class FollowerBlock(Block):
   def extend(
     self, x: jax.Array, state: AttentionWeights, cache: LayerCache, rows: ops.Rows
   ) -> tuple[jax.Array, LayerCache]:
-    """New tokens, ``[B, T, D]``, against the cache."""
+    """New tokens ``[B, T, D]`` with the cache."""
     y, cache = self.attention.extend(self.attention_norm(x), state, cache, rows)
     return self.rest(x, y, cached=True), cache
 
 
 class MixedBlock(Block):
-  """A block with `MixedAttention`: a follower on its way from the dense model, with an `AnchorBlock`'s parameters."""
+  """A block with `MixedAttention`: a follower that still has an `AnchorBlock`'s parameters."""
 
   def setup(self) -> None:
     super().setup()
     self.attention = MixedAttention(self.config)
 
   def __call__(self, x: jax.Array, state: QueryKey, share: jax.Array | float, kind: Kind) -> jax.Array:
-    """``[B, T, D]`` → the same, with the anchor's state and its own; arguments as in `MixedAttention.mix`."""
+    """``[B, T, D]`` → the same shape, using the anchor's state and its own; arguments as in `MixedAttention.mix`."""
     return self.rest(x, self.attention.mix(self.attention_norm(x), state, share, kind))
 
 
 class Blocks(NamedTuple):
-  """What the layers of a model are made of.
+  """The block types of a model.
 
   Attributes:
-    anchor: the type of an anchor's block, `AnchorBlock` or a subclass.
-    follower: the type of a follower's block, `FollowerBlock` or a subclass.
+    anchor: an anchor's block type, `AnchorBlock` or a subclass.
+    follower: a follower's block type, `FollowerBlock` or a subclass.
   """
 
   anchor: type[AnchorBlock] = AnchorBlock
@@ -166,5 +166,5 @@ class Blocks(NamedTuple):
 
   @property
   def own(self) -> list[str]:
-    """The names of those that are somebody's own, which no config tells."""
+    """Names of user-defined block types, which no config describes."""
     return [block.__name__ for block, ours in zip(self, Blocks()) if block is not ours]

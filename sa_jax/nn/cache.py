@@ -16,11 +16,11 @@ from sa_jax.plan import SharingPlan
 
 @struct.dataclass
 class LayerCache:
-  """One layer's cache. Token ``i`` of a row sits at slot ``i``.
+  """One layer's cache. Token ``i`` of a row is at slot ``i``.
 
   Attributes:
     values: ``[B, K, S, R]``, in the compute dtype or as `sa_jax.ops.Quantised`.
-    keys: ``[B, K, S, H]`` rotary-encoded, of the same type, or None for followers, which have no keys.
+    keys: ``[B, K, S, H]`` with RoPE applied, of the same type; None for followers, which have no keys.
   """
 
   values: ops.Stored
@@ -28,13 +28,13 @@ class LayerCache:
 
   @classmethod
   def of(cls, config: ModelConfig, values: jax.Array, keys: jax.Array | None = None) -> LayerCache:
-    """The cache of T tokens, values ``[B, T, K, R]`` and keys ``[B, T, K, H]``, as the config stores it."""
+    """The cache of T tokens from values ``[B, T, K, R]`` and keys ``[B, T, K, H]``, in the config's format."""
     store = lambda x: _stored(config, jnp.swapaxes(x, 1, 2))
     return cls(store(values), None if keys is None else store(keys))
 
 
 def _stored(config: ModelConfig, x: jax.Array) -> ops.Stored:
-  """Keys ``[B, K, S, H]`` or values ``[B, K, S, R]`` in the compute dtype, as the config stores them."""
+  """Keys ``[B, K, S, H]`` or values ``[B, K, S, R]`` in the compute dtype, converted to the config's format."""
   return x if config.cache_format is None else config.cache_format.store(x)
 
 
@@ -43,8 +43,8 @@ class Cache:
   """The cache of all layers.
 
   Attributes:
-    layers: one `LayerCache` per layer, in order; with pages, the first axis is P and slots are those of a page.
-    pages: the page table; None if row ``b`` is index ``b`` of the arrays.
+    layers: one `LayerCache` per layer, in order; if paged, the first axis is P and slots are those of a page.
+    pages: the page table; None if row ``b`` is at index ``b`` of the arrays.
   """
 
   layers: tuple[LayerCache, ...]
@@ -56,17 +56,17 @@ class Cache:
 
     def zeros(width: int) -> ops.Stored:
       vectors = jax.ShapeDtypeStruct((batch, config.num_kv_heads, capacity, width), config.dtype)
-      stored = jax.eval_shape(partial(_stored, config), vectors)  # XLA would round zeros while it compiles
+      stored = jax.eval_shape(partial(_stored, config), vectors)  # otherwise XLA rounds the zeros at compile time
       return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), stored)
 
     keys = lambda layer: zeros(config.head_dim) if plan.is_anchor(layer) else None
     return cls(tuple(LayerCache(zeros(config.value_width), keys(layer)) for layer in range(plan.num_layers)))
 
   def grow(self, capacity: int) -> Cache:
-    """The cache with room for more tokens, in ``capacity`` slots a row.
+    """The cache extended to ``capacity`` slots per row.
 
     Raises:
-      UserError: if it has more slots already, or pages.
+      UserError: if it already has more slots, or is paged.
     """
     if self.pages is not None:
       raise UserError("a paged cache cannot grow: make one with more pages")
@@ -79,11 +79,11 @@ class Cache:
 
   @property
   def capacity(self) -> int:
-    """Slots a row; with pages, the most that one can have."""
+    """Slots per row; if paged, the maximum for one row."""
     slots = jax.tree.leaves(self.layers[0].values)[0].shape[2]
     return slots if self.pages is None else slots * self.pages.table.shape[1]
 
   @property
   def nbytes(self) -> int:
-    """Bytes of all arrays."""
+    """Total bytes of all arrays."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(self))

@@ -1,4 +1,4 @@
-"""A mixture of experts in the place of an MLP."""
+"""A mixture of experts instead of an MLP."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from sa_jax.nn.mlp import Mlp, gated
 from sa_jax.nn.split import constrain, divides, mesh_axes, spec_of
 
 ROUTER_SCORES = "router_scores"
-"""The collection that every mixture leaves its router's scores ``[B, T, X]`` in, stacked as its parameters are."""
+"""The collection in which every mixture stores its router's scores ``[B, T, X]``, stacked like its parameters."""
 
 _ADAPTERS = ("lora_a", "lora_b")
 _IN_KERNELS: tuple[Activation, ...] = ("silu", "quick_gelu")
-"""The activations that kernels can compute."""
+"""Activations that kernels can compute."""
 _INIT = nn.initializers.lecun_normal(batch_axis=(0,))
 
 
 class _Stack(nn.Module):
-  """One projection of all experts, a kernel ``[X, in, out]``; and its biases and adapters, if it has any.
+  """One projection of all experts: a kernel ``[X, in, out]``, and its biases and adapters, if any.
 
   Attributes:
     config: the model.
-    features: in and out.
-    axes: the logical axes of these.
+    features: input and output sizes.
+    axes: their logical axes.
   """
 
   config: ModelConfig
@@ -41,7 +41,7 @@ class _Stack(nn.Module):
 
   @nn.compact
   def __call__(self) -> dict[str, jax.Array]:
-    """The arrays, in the dtype to compute in."""
+    """The arrays in the compute dtype."""
     assert self.config.experts is not None
     init = with_axes(_INIT, ("experts", *self.axes))
     shape = (self.config.experts.count, *self.features)
@@ -60,7 +60,7 @@ class _Experts(nn.Module):
 
   @nn.compact
   def __call__(self) -> dict[str, dict[str, jax.Array]]:
-    """What `ops.through_experts` takes as weights."""
+    """The weights for `ops.through_experts`."""
     config = self.config
     wide, narrow = (config.embed_dim, config.mlp_dim), (config.mlp_dim, config.embed_dim)
     return {
@@ -71,13 +71,13 @@ class _Experts(nn.Module):
 
 
 class _Router(nn.Module):
-  """A score of each expert for each token."""
+  """Scores experts per token."""
 
   config: ModelConfig
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """``[..., D]`` → float32 ``[..., X]``, also of bfloat16: small differences say which expert comes next."""
+    """``[..., D]`` → float32 ``[..., X]``, even for bfloat16: small differences decide which expert comes next."""
     config = self.config
     assert config.experts is not None
     init, shape = with_axes(LECUN, ("embed", "scores")), (config.embed_dim, config.experts.count)
@@ -90,9 +90,9 @@ class _Router(nn.Module):
 
 
 class Moe(nn.Module):
-  """A router, and experts of which each token goes through a few (Shazeer et al., 1701.06538; Mixtral, 2401.04088).
+  """A router and experts; each token goes through a few of them (Shazeer et al., 1701.06538; Mixtral, 2401.04088).
 
-  No expert has a capacity: nothing is dropped, and a token's output does not depend on the others of its batch.
+  Experts have no capacity limit: nothing is dropped, and a token's output does not depend on the rest of its batch.
   """
 
   config: ModelConfig
@@ -108,7 +108,7 @@ class Moe(nn.Module):
       self.shared_gate = projection(config, 1, ("embed",), ("scores",), name="shared_gate")
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """``[B, T, D]`` → the same."""
+    """``[B, T, D]`` → the same shape."""
     routes = self.routes(x)
     return self._with_shared(x, _on_each_device(self.config, x, routes, self.experts()), cached=False)
 
@@ -116,13 +116,13 @@ class Moe(nn.Module):
     """Where the router sends tokens ``[B, T, D]``."""
     assert self.config.experts is not None
     scores = constrain(self.router(x), ("batch", "length", "scores"))
-    # Kept by those who apply the model with this collection mutable.
+    # Stored only if the model is applied with this collection mutable.
     if not self.is_initializing():
       self.sow(ROUTER_SCORES, "scores", scores, reduce_fn=lambda _, new: new, init_fn=lambda: None)
     return ops.route(scores, self.config.experts)
 
   def step(self, x: jax.Array) -> jax.Array:
-    """`__call__` against a cache: of one token a row, ``[B, 1, D]``, only the chosen experts' weights are read."""
+    """`__call__` for decoding: with one token per row, ``[B, 1, D]``, it reads only the chosen experts' weights."""
     if x.shape[1] != 1 or not _is_whole():
       return self(x)
     weights, flat = self.experts(), x[:, 0]
@@ -135,7 +135,7 @@ class Moe(nn.Module):
     return self._with_shared(x, y[:, None], cached=True)
 
   def _with_shared(self, x: jax.Array, y: jax.Array, cached: bool) -> jax.Array:
-    """What the experts give, and with it what the shared one does, if there is one."""
+    """The experts' output ``y``, plus the shared expert's, if there is one."""
     assert self.config.experts is not None
     if self.config.experts.shared_width:
       shared = (self.shared.step if cached else self.shared)(x)
@@ -146,7 +146,7 @@ class Moe(nn.Module):
 
 
 def _is_whole() -> bool:
-  """Whether arrays are not spread over a mesh."""
+  """Whether arrays are not sharded over a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return mesh.empty or mesh.size == 1
 
@@ -158,20 +158,20 @@ def _through(
   weights: Mapping[str, Mapping[str, jax.Array]],
   first: jax.Array | None = None,
 ) -> jax.Array:
-  """`ops.through_experts` of ``[B, T, D]``."""
+  """`ops.through_experts` for ``[B, T, D]``."""
   flat = x.reshape(-1, x.shape[-1])
   paths = jax.tree.map(lambda each: each.reshape(flat.shape[0], -1), routes)
   return ops.through_experts(flat, paths, weights, gated(config), first).reshape(x.shape)
 
 
-# Adapters are as their kernel, without the axis that they do not have.
+# Logical axes per projection; adapters have those of their kernel, minus the axis that they lack.
 _INPUTS: dict[str, tuple[str | None, str | None]] = {
   "gate_proj": (None, "mlp"), "up_proj": (None, "mlp"), "down_proj": ("mlp", None),
 }  # fmt: skip
 
 
 def _axes(name: str, part: str) -> Axes:
-  """The logical axes of an array of an expert's projection, of which every device needs the whole ``embed``."""
+  """The logical axes of an array of an expert's projection; every device needs all of ``embed``."""
   inputs, outputs = _INPUTS[name]
   axes = {"kernel": (inputs, outputs), "bias": (outputs,), "lora_a": (inputs, None), "lora_b": (None, outputs)}
   return ("experts", *axes[part])
@@ -180,10 +180,10 @@ def _axes(name: str, part: str) -> Axes:
 def _on_each_device(
   config: ModelConfig, x: jax.Array, routes: ops.Routes, weights: dict[str, dict[str, jax.Array]]
 ) -> jax.Array:
-  """What the experts give of ``[B, T, D]``: on a mesh, each device sorts tokens by itself, and has some experts.
+  """The experts' output for ``[B, T, D]``. On a mesh, each device sorts its tokens locally and holds some experts.
 
-  Devices with other experts gather each other's tokens, compute what their own experts give, and add that up where the
-  tokens are: two exchanges of ``[B, T, D]``, however many experts a token has.
+  Devices with different experts all-gather their tokens, apply their own experts, and reduce-scatter the outputs: two
+  exchanges of ``[B, T, D]``, however many experts a token has.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if _is_whole() or mesh.manual_axes or not nn.get_logical_axis_rules():
@@ -208,7 +208,7 @@ def _on_each_device(
         jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, gathered, axis=0, tiled=True), each) for each in (x, routes)
       )
     if over_features and config.mlp_bias:
-      # Each has a part of the features, and what they give is added up: one of them adds the bias.
+      # Each device has part of the features and outputs are summed, so only one device adds the bias.
       is_first = jax.lax.axis_index(over_features) == 0
       down = weights["down_proj"]
       weights = weights | {"down_proj": down | {"bias": jnp.where(is_first, down["bias"], 0)}}

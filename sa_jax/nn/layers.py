@@ -1,4 +1,4 @@
-"""The layers, in the two layouts that a `Transformer` takes."""
+"""The layers, in the two layouts that `Transformer` supports."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from sa_jax.plan import HeadMap, Run, SharingPlan
 from sa_jax.trees import Tree
 
 Portion = jax.Array | float | None
-"""How much of its anchor's weights a follower uses that has its own too, 0 to 1; None where followers have none."""
+"""Share of its anchor's attention weights, 0 to 1, in a follower that also has its own; None if followers have none."""
 
 
 Step = Callable[..., Any]
-"""One of a block's methods, or a step of a scan over them."""
+"""A block's method, or a step of a scan over blocks."""
 
 
 def _are(name: str) -> Callable[..., bool]:
-  """A policy that saves what primitives give whose names have this in them."""
+  """A policy that saves the outputs of primitives whose names contain this."""
   return lambda primitive, *_, **__: name in primitive.name
 
 
 _both = jax.checkpoint_policies.save_from_both_policies
 _ATTENTION = _both(
-  _are("dot_product_attention_fwd"),  # cuDNN's attention, which leaves no names
+  _are("dot_product_attention_fwd"),  # cuDNN's attention, which has no checkpoint names
   jax.checkpoint_policies.save_only_these_names(ops.KEPT),
 )
 _PRODUCTS = _both(
-  _are("ragged_dot"),  # products with the parameters of several experts
+  _are("ragged_dot"),  # products with experts' parameters
   jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 )
 _REMAT_POLICIES = {
@@ -50,21 +50,21 @@ _REMAT_POLICIES = {
 }
 
 _BLOCK_INPUT = "block_input"
-"""The name by which a group keeps its followers' inputs."""
+"""The checkpoint name of a group's follower inputs."""
 
 _UNROLL = 4
-"""Followers in an iteration of a group's loop under ``remat="dots"``. A loop in a loop stacks twice what the backward
-pass needs: without it, a train step under groups of 4 takes 3 % less time and 17 % less memory
-(`experiments/efficiency`). Where little is kept, a plain loop holds one block's activations at a time."""
+"""Followers per iteration of a group's loop under ``remat="dots"``. A nested loop stacks the residuals twice: without
+it, a train step with groups of 4 takes 3 % less time and 17 % less memory (`experiments/efficiency`). With little to
+store, a plain loop holds one block's activations at a time."""
 
 
 def _with_heads(state: Any, head_map: HeadMap | jax.Array | None) -> Any:
-  """A state, in the form that it has, as a follower with this head map uses it."""
+  """The state, in its form, as used by a follower with this head map."""
   return state if head_map is None else state.take_heads(jnp.asarray(head_map, jnp.int32))
 
 
 def _remat(config: ModelConfig, step: Step, repeats: int, *kept: str) -> Step:
-  """A block, or a group of them, whose backward pass computes again what the config's ``remat`` says, but for ``kept``.
+  """Rematerialises a block or a group as the config's ``remat`` says, except ``kept``.
 
   ``repeats`` is how often the compiled loops run it.
   """
@@ -72,16 +72,16 @@ def _remat(config: ModelConfig, step: Step, repeats: int, *kept: str) -> Step:
     return step
   named = jax.checkpoint_policies.save_only_these_names(*kept)
   policy = _both(_REMAT_POLICIES[config.remat], named)
-  # A loop of one iteration is no loop to the compiler, which would find the recomputation superfluous.
+  # The compiler removes a loop of one iteration, and would then eliminate the recomputation as common subexpressions.
   return nn.remat(step, prevent_cse=repeats == 1, policy=policy)
 
 
 class Own(NamedTuple):
-  """What followers have of their own besides parameters.
+  """Per-follower data besides parameters.
 
   Attributes:
-    head_maps: int32 ``[followers, N]``, or None where no follower has one.
-    kinds: int32 ``[followers]``, which of the config's ``kinds`` they are, for those that mix attention; None where
+    head_maps: int32 ``[followers, N]``; None if no follower has one.
+    kinds: int32 ``[followers]``, which of the config's ``kinds`` they are, for followers that mix attention; None if
       each is its anchor's.
   """
 
@@ -90,16 +90,16 @@ class Own(NamedTuple):
 
 
 class Group(nn.Module):
-  """An anchor block and its followers; the state is broadcast into a scan over them.
+  """An anchor block and its followers; the state is broadcast into a scan over the followers.
 
-  Under remat the backward pass recomputes block by block: to recompute whole groups would take the activations of all
-  followers at once. It has each block's input, and the state, which `Runs` lets it make again once for all blocks.
+  Under remat the backward pass recomputes block by block: recomputing a whole group would hold the activations of all
+  followers at the same time. It stores each block's input and the state, which `Runs` may recompute once per group.
 
   Attributes:
     config: the model.
     followers: how many followers the group has.
     groups: how many groups the scan around this one covers.
-    blocks: what they are made of.
+    blocks: the block types.
   """
 
   config: ModelConfig
@@ -120,16 +120,16 @@ class Group(nn.Module):
 
     Args:
       x: ``[B, T, D]``.
-      rows: which tokens the tokens may see.
+      rows: which tokens each token may attend to.
       kind: which of the config's ``kinds`` the anchor is.
-      own: what the followers have of their own.
+      own: per-follower data.
       share: see `Portion`.
 
     Returns:
       ``[B, T, D]``.
     """
     config = self.config
-    # No `functools.partial`: `nn.tabulate` asks what it traces for its name.
+    # Not `functools.partial`: `nn.tabulate` needs a `__name__`.
     first = lambda block, x, rows: block(x, rows, kind)
     anchor = _remat(config, first, self.groups, *((STATE,) if self.followers else ()))
     x, state = anchor(self.blocks.anchor(config, name="anchor"), x, rows)
@@ -141,7 +141,7 @@ class Group(nn.Module):
       unroll = min(_UNROLL, self.followers) if config.remat == "dots" else 1
       follower = _remat(config, follow, self.groups * -(-self.followers // unroll))
 
-      # A follower of somebody's own may use the state for more than attention over its values.
+      # A user-defined follower may use the state for more than attention over its values.
       once = config.group_backward and own.head_maps is None and block is FollowerBlock
       together = tapped(state, self.followers, config) if once else None
 
@@ -177,15 +177,15 @@ class Runs(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, rows: ops.Rows = ops.Rows(), share: Portion = None) -> jax.Array:
-    """``[B, T, D]`` → the same."""
+    """``[B, T, D]`` → the same shape."""
     for index, run in enumerate(self.plan.runs):
-      # Where the run's groups differ in kind, each tells its own: one program, whatever the pattern and the depth.
+      # If groups differ in kind, kinds are scanned over: one program for any pattern and depth.
       kinds = [self.config.kind_of(layer) for layer in run.layers if self.plan.is_anchor(layer)]
       kind = jnp.asarray(kinds, jnp.int32) if len(set(kinds)) > 1 else None
       own = Own(self._head_maps(run), None if share is None else self._follower_kinds(run))
       step = _group_step(kinds[0], share)
-      # Under `dots` the products that queries and keys are made of are kept anyway; under `attention` a group's queries
-      # and keys are little beside its layers' outputs.
+      # Under `dots` the products that yield queries and keys are stored anyway; under `attention` a group's queries and
+      # keys are small compared with its layers' outputs.
       keeps_state = self.config.remat in ("dots", "attention") and self.config.attention_state == "query_key"
       if run.followers and not keeps_state:
         step = _remat(self.config, step, run.groups, _BLOCK_INPUT)
@@ -221,7 +221,7 @@ class Runs(nn.Module):
 
 
 def _group_step(kind: int, share: Portion) -> Step:
-  """One step of the scan over a run's groups: of its own kind or of the first's."""
+  """One step of the scan over a run's groups, with the group's own kind if given, otherwise ``kind``."""
 
   def step(group: Group, x: jax.Array, rows: ops.Rows, own: tuple[jax.Array | None, Own]) -> tuple[jax.Array, None]:
     own_kind, of_followers = own
@@ -231,18 +231,18 @@ def _group_step(kind: int, share: Portion) -> Step:
 
 
 class _Alike:
-  """Methods of blocks inside a function that `jax.jit` traces: those that are alike are traced once.
+  """Block methods inside a function that `jax.jit` traces: identical blocks are traced once.
 
-  A program of 30 layers is traced in a fraction of the time, and the compiler sees every layer.
+  Tracing 30 layers then takes a fraction of the time, and the compiler still sees every layer.
   """
 
   def __init__(self, is_traced: bool):
-    # Outside a trace there is nothing to save. The functions live as long as the trace, whose mesh and rules they have.
+    # Outside a trace there is nothing to save. The functions live as long as the trace and use its mesh and rules.
     self._is_traced = is_traced
     self._known: dict[Hashable, Step] = {}
 
   def __call__(self, block: nn.Module, method: str, **static: Hashable) -> Step:
-    """``block.method`` with some arguments."""
+    """``block.method`` with static arguments bound."""
     if not self._is_traced or any(map(block.is_mutable_collection, ("params", BLOCK_OUTPUTS, ROUTER_SCORES))):
       return functools.partial(getattr(block, method), **static)
     key = (type(block), method, *static.items())
@@ -266,14 +266,14 @@ class Layers(nn.Module):
     ]
 
   def __call__(self, x: jax.Array, rows: ops.Rows = ops.Rows()) -> jax.Array:
-    """``[B, T, D]`` → the same."""
-    # Who looks inside by `nn.intercept_methods`, as `sa_jax.analysis.look` does, finds every layer by itself.
+    """``[B, T, D]`` → the same shape."""
+    # Traced separately, so that `nn.intercept_methods` (as in `sa_jax.analysis.look`) sees every layer.
     return self.prefill(x, rows, apart=True)[0]
 
   def prefill(self, x: jax.Array, rows: ops.Rows, apart: bool = False) -> tuple[jax.Array, Cache, tuple[State, ...]]:
     """`__call__` that also returns the cache of the T tokens, and the state that each layer used.
 
-    ``apart`` has every layer traced by itself.
+    ``apart`` traces every layer separately.
     """
     caches, states, alike = [], [], _Alike(isinstance(x, jax.core.Tracer) and not apart)
     for layer, block in enumerate(self.stack):
@@ -288,7 +288,7 @@ class Layers(nn.Module):
     return x, Cache(tuple(caches)), tuple(states)
 
   def extend(self, x: jax.Array, cache: Cache, rows: ops.Rows) -> tuple[jax.Array, Cache]:
-    """New tokens, ``[B, T, D]``, against the cache; rows as in `AnchorAttention.extend`."""
+    """New tokens ``[B, T, D]`` with the cache; rows as in `AnchorAttention.extend`."""
     caches, alike = list(cache.layers), _Alike(isinstance(x, jax.core.Tracer))
     rows = dataclasses.replace(rows, pages=cache.pages)
     for anchor, followers in self.plan.groups:

@@ -1,4 +1,4 @@
-"""The MLPs that a block may have."""
+"""The MLPs of a block."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
 
 
 def gated(config: ModelConfig) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """What a gated MLP's last projection reads, from what its gate and its up give."""
+  """The input of a gated MLP's last projection, as a function of its gate and up outputs."""
   activation, clamp = ACTIVATIONS[config.activation], config.mlp_clamp
   if clamp is None:
     return lambda gate, up: activation(gate) * up
@@ -33,7 +33,7 @@ def gated(config: ModelConfig) -> Callable[[jax.Array, jax.Array], jax.Array]:
 
 
 def is_swiglu(config: ModelConfig) -> bool:
-  """Whether a gated MLP is what kernels compute: ``silu(gate) * up``."""
+  """Whether a gated MLP is ``silu(gate) * up``, which kernels can compute."""
   return config.activation == "silu" and config.mlp_clamp is None
 
 
@@ -50,16 +50,16 @@ class Mlp(nn.Module):
     self.down_proj = projection(config, config.embed_dim, ("mlp",), ("embed",), name="down_proj", bias=bias)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """``[B, T, D]`` → the same."""
+    """``[B, T, D]`` → the same shape."""
     return self.down_proj(self.hidden(x))
 
   def hidden(self, x: jax.Array) -> jax.Array:
-    """What the last projection reads: ``[B, T, D]`` → ``[B, T, F]``."""
+    """The last projection's input: ``[B, T, D]`` → ``[B, T, F]``."""
     hidden = gated(self.config)(self.gate_proj(x), self.up_proj(x))
     return constrain(hidden, ("batch", "length", "mlp"))
 
   def step(self, x: jax.Array) -> jax.Array:
-    """`__call__` against a cache: where there is one token a row, ``[B, 1, D]``, reading the weights is the cost."""
+    """`__call__` for decoding: with one token per row, ``[B, 1, D]``, it is bound by reading the weights."""
     params = [module.variables["params"] for module in (self.gate_proj, self.up_proj)]
     plain = is_swiglu(self.config) and all(len(each) == 1 for each in params)  # no bias, no adapters
     if x.shape[1] != 1 or not plain:
@@ -84,14 +84,14 @@ class PlainMlp(Mlp):
     self.down_proj = projection(config, config.embed_dim, ("mlp",), ("embed",), name="down_proj", bias=bias)
 
   def hidden(self, x: jax.Array) -> jax.Array:
-    """What the last projection reads: ``[B, T, D]`` → ``[B, T, F]``."""
+    """The last projection's input: ``[B, T, D]`` → ``[B, T, F]``."""
     hidden = ACTIVATIONS[self.config.activation](self.up_proj(x))
     return constrain(hidden, ("batch", "length", "mlp"))
 
   def step(self, x: jax.Array) -> jax.Array:
-    """`__call__`: no kernel computes it."""
+    """`__call__`: there is no kernel for it."""
     return self(x)
 
 
 MLPS: dict[MlpKind, type[Mlp]] = {"gated": Mlp, "plain": PlainMlp}
-"""By the config's ``mlp``."""
+"""MLP types by the config's ``mlp``."""

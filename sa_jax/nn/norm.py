@@ -1,4 +1,4 @@
-"""Normalisation with a learned scale, and its absence."""
+"""Normalisation with a learned scale, or none."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sa_jax.nn.axes import of_vector, with_axes
 
 
 class Norm(nn.Module):
-  """Normalisation over the last axis or axes; see `sa_jax.ops.rms_norm` and its neighbours.
+  """Normalisation over the last axis or axes; see `sa_jax.ops.rms_norm` and the functions next to it.
 
   Attributes:
-    config: its ``norm``, ``norm_bias`` and ``norm_about_one`` say which.
-    axes: the logical axes that are normalised over, together.
+    config: ``norm``, ``norm_bias`` and ``norm_about_one`` select the norm.
+    axes: the logical axes that are jointly normalised over.
   """
 
   config: ModelConfig
@@ -41,7 +41,7 @@ class Norm(nn.Module):
 
 
 class Unchanged(nn.Module):
-  """What stands in the place of a norm that a model does not have."""
+  """The identity, for a norm that a model does not have."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -49,5 +49,5 @@ class Unchanged(nn.Module):
 
 
 def norm_if(present: bool, config: ModelConfig) -> Norm | Unchanged:
-  """A norm over ``embed``, where the model has one."""
+  """A norm over ``embed``, if present, otherwise the identity."""
   return Norm(config) if present else Unchanged()

@@ -1,7 +1,7 @@
 """The dense model with the plan as data: one compiled program evaluates any plan.
 
-Every layer is an anchor in its parameters, and arrays say which of them act as followers. This is for search and
-analysis; a model whose plan is settled is a `Transformer`, which does not compute what its followers do not need.
+Every layer has an anchor's parameters, and arrays say which layers act as followers. This is for search and analysis;
+for a fixed plan use `Transformer`, which does not compute what its followers do not need.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from sa_jax.trees import Tree
 
 @struct.dataclass
 class PlanArrays:
-  """A plan as arrays: of all layers, of one layer (without the first axis), or of many plans (with another one before).
+  """A plan as arrays: for all layers, for one layer (no first axis), or for many plans (an extra leading axis).
 
   Attributes:
     is_anchor: bool ``[L]``.
-    head_map: int32 ``[L, N]``, the identity where a layer has none.
+    head_map: int32 ``[L, N]``, the identity for layers without one.
     kind: int32 ``[L]``, which of the config's ``kinds`` a layer is.
   """
 
@@ -40,10 +40,10 @@ class PlanArrays:
 
   @classmethod
   def of(cls, plan: SharingPlan, config: ModelConfig) -> PlanArrays:
-    """The plan of a model.
+    """Arrays of a model's plan.
 
     Raises:
-      UserError: if the model cannot share attention by the plan.
+      UserError: if the model cannot share attention under the plan.
     """
     check_plan(config, plan)
     layers = [
@@ -53,21 +53,21 @@ class PlanArrays:
 
   @classmethod
   def of_layer(cls, layer: int, config: ModelConfig, is_anchor: bool, head_map: HeadMap | None = None) -> PlanArrays:
-    """One layer's part of a plan."""
+    """Arrays of one layer."""
     heads = np.array(head_map or range(config.num_heads), np.int32)
     return cls(np.bool_(is_anchor), heads, np.int32(config.kind_of(layer)))
 
   @classmethod
   def stack(cls, plans: Sequence[SharingPlan], config: ModelConfig) -> PlanArrays:
-    """Many plans of one model, to `jax.vmap` or `jax.lax.map` over."""
+    """Stacks plans of one model, for `jax.vmap` or `jax.lax.map`."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *[cls.of(plan, config) for plan in plans])
 
 
 class PlannedAttention(AnchorAttention):
-  """`AnchorAttention` that an array turns into a follower's."""
+  """`AnchorAttention` that can act as a follower, selected by an array."""
 
   def state(self, x: jax.Array, carried: State, layer: PlanArrays) -> State:
-    """The state of the layer's group: its own if it is an anchor, otherwise the one carried to it."""
+    """The state of the layer's group: its own if it is an anchor, otherwise the carried one."""
     rows = ops.Rows()
     kind = jnp.asarray(layer.kind) if len(self.config.kinds) > 1 else 0
     q, k = self.query_key(x, rows, kind)
@@ -75,19 +75,19 @@ class PlannedAttention(AnchorAttention):
     return jax.tree.map(lambda mine, theirs: jnp.where(layer.is_anchor, mine, theirs), own, carried)
 
   def heads(self, x: jax.Array, state: State, head_map: jax.Array) -> jax.Array:
-    """What the output projection reads, ``[B, T, N, R]``."""
+    """The output projection's input, ``[B, T, N, R]``."""
     return state.take_heads(head_map).attend(self._cached(self.values(x)))
 
   def _cached(self, x: jax.Array) -> jax.Array:
-    """Keys or values as a cache of the config's type has them."""
+    """Keys or values, rounded as in a cache of the config's format."""
     stored = self.config.cache_format
     return x if stored is None else stored.store(x).vectors(x.dtype)
 
 
 class PlannedBlock(Block):
-  """A block with `PlannedAttention`; its parameters are an `AnchorBlock`'s.
+  """A block with `PlannedAttention` and an `AnchorBlock`'s parameters.
 
-  Besides the whole block it offers its pieces, for what needs to change one of them.
+  It also exposes its parts, for callers that change one of them.
   """
 
   def setup(self) -> None:
@@ -95,16 +95,16 @@ class PlannedBlock(Block):
     self.attention = PlannedAttention(self.config)
 
   def __call__(self, x: jax.Array, carried: State, layer: PlanArrays) -> tuple[jax.Array, State]:
-    """``[B, T, D]`` and the state carried to the layer → the block's output and the state it carries on."""
+    """``[B, T, D]`` and the state carried to the layer → the block's output and the state for the next layer."""
     state = self.state(x, carried, layer)
     return self.rest(x, self.attention_output(self.heads(x, state, layer.head_map))), state
 
   def state(self, x: jax.Array, carried: State, layer: PlanArrays) -> State:
-    """`PlannedAttention.state` of the block's input."""
+    """`PlannedAttention.state` for the block's input."""
     return self.attention.state(self.attention_norm(x), carried, layer)
 
   def heads(self, x: jax.Array, state: State, head_map: jax.Array) -> jax.Array:
-    """`PlannedAttention.heads` of the block's input."""
+    """`PlannedAttention.heads` for the block's input."""
     return self.attention.heads(self.attention_norm(x), state, head_map)
 
   def attention_output(self, heads: jax.Array) -> jax.Array:
@@ -112,7 +112,7 @@ class PlannedBlock(Block):
     return self.attention.output(heads)
 
   def mlp_hidden(self, middle: Middle) -> jax.Array:
-    """What the MLP's last projection reads, ``[B, T, F]``."""
+    """The input of the MLP's last projection, ``[B, T, F]``."""
     return self.mlp.hidden(self.mlp_norm(middle.read))
 
   def mlp_output(self, hidden: jax.Array) -> jax.Array:
@@ -121,7 +121,7 @@ class PlannedBlock(Block):
 
 
 class _PlannedGroup(nn.Module):
-  """Gives the block the name that the dense run layout has for it."""
+  """Gives the block its name in the dense run layout."""
 
   config: ModelConfig
 
@@ -131,7 +131,7 @@ class _PlannedGroup(nn.Module):
 
 
 class _PlannedRuns(nn.Module):
-  """One scan over all layers. It carries the attention state, which is why its form should be `QueryKey`."""
+  """One scan over all layers. It carries the attention state, so that should be a `QueryKey`."""
 
   config: ModelConfig
 
@@ -150,14 +150,14 @@ class _PlannedRuns(nn.Module):
 
 
 class PlannedTransformer(Frame):
-  """The whole model; parameters are a dense `Transformer`'s in the run layout."""
+  """The whole model, with a dense `Transformer`'s parameters in the run layout."""
 
   def setup(self) -> None:
     super().setup()
     self.runs = _PlannedRuns(self.config)
 
   def __call__(self, tokens: jax.Array, plan: PlanArrays) -> jax.Array:
-    """Logits float32 ``[B, T, V]`` of full rows of tokens, int32 ``[B, T]``, under a plan."""
+    """Logits, float32 ``[B, T, V]``, for full rows of tokens, int32 ``[B, T]``, under a plan."""
     return self.read(self.runs(self.embed(tokens), plan))
 
   def embedded(self, tokens: jax.Array) -> jax.Array:
@@ -166,7 +166,7 @@ class PlannedTransformer(Frame):
 
 
 def empty_state(config: ModelConfig, batch: int, length: int) -> State:
-  """A state of zeros, for layer 0, which is an anchor and does not read it."""
+  """A zero state for layer 0, which is an anchor and ignores it."""
   shape = lambda heads: jax.ShapeDtypeStruct((batch, length, heads, config.head_dim), jnp.dtype(config.dtype))
   rows = lambda sinks: ops.Rows(sinks=sinks if config.sinks else None)
   state = jax.eval_shape(

@@ -1,4 +1,4 @@
-"""Calls that XLA cannot split over a mesh: each device makes them with its own part of the arrays."""
+"""Calls that XLA cannot partition over a mesh: each device runs them on its shard of the arrays."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from sa_jax.trees import Tree
 
 
 class Heads(NamedTuple):
-  """How many heads attention has: of queries, and of keys and values."""
+  """Number of heads of queries, and of keys and values."""
 
   queries: int
   keys: int
 
 
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
-  """The array split by the rules, but for axes that do not divide: those are whole on every device, as parameters' are.
+  """The array sharded by the rules, except axes that do not divide, which are replicated, as for parameters.
 
-  Rows and tokens are split even so, since XLA pads them, but not a single one.
+  Rows and tokens are sharded even then, since XLA pads them, unless there is only one.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not nn.get_logical_axis_rules():
@@ -41,17 +41,17 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
 def on_each_device(
   call: Callable[..., Any], inputs: tuple[Axes, ...], outputs: Axes | tuple[Axes, ...]
 ) -> Callable[..., Any]:
-  """The call as each device makes it, which XLA need not know how to split: a kernel's, for example.
+  """The call under `jax.shard_map`, for calls that XLA cannot partition, such as kernels.
 
-  Only for calls in which rows, heads and features do not see each other, so that it adds no communication. The call
-  stays as it is on one device, inside a `jax.shard_map` of the caller's, and where the rules do not split it so: there
-  are none, they split the tokens of a row, query heads from their keys, or an axis that does not divide (one row over
-  two devices): then XLA splits the call as it can.
+  Only for calls that are independent across rows, heads and features, so that it adds no communication. The call is
+  unchanged on one device, inside a caller's `jax.shard_map`, and if the rules do not allow this split: there are none,
+  they split the tokens of a row, separate query heads from their keys, or split an axis that does not divide (one row
+  over two devices). Then XLA partitions the call as it can.
 
   Args:
-    call: of arrays, or of trees whose arrays all have the same axes.
-    inputs: the logical axes of each; None where every device needs the whole axis.
-    outputs: the same of what it returns, or of all that it returns. Heads are split as their keys are.
+    call: takes arrays, or trees whose arrays all have the same axes.
+    inputs: the logical axes of each argument; None where every device needs the whole axis.
+    outputs: the logical axes of the result, or of each result. Query heads are split like their keys.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1 or mesh.manual_axes or not nn.get_logical_axis_rules():
@@ -74,22 +74,22 @@ def on_each_device(
 
 
 def spec_of(axes: Any) -> PartitionSpec:
-  """How the rules split an array with these logical axes."""
+  """How the rules shard an array with these logical axes."""
   return nn.logical_to_mesh_axes(axes) or PartitionSpec()
 
 
 def attend(
   q: jax.Array, k: jax.Array, v: jax.Array, rows: ops.Rows, spec: ops.AttentionSpec, backend: str
 ) -> jax.Array:
-  """`sa_jax.ops.attend`, of each device's queries, rows and heads by itself where XLA cannot split it over the mesh.
+  """`sa_jax.ops.attend`, run per device on its queries, rows and heads if XLA cannot partition it over the mesh.
 
-  Rows, heads and queries do not see each other, and what each needs is where `split_for_attention` has brought it, so
-  this adds no communication. Inside a `jax.shard_map` of the caller's there is nothing left to split. Rows and queries
-  that do not divide (one row over two devices) are not split: every device attends in all of them. Where there are key
-  heads for fewer devices than query heads, every device has all of them, and takes those of its queries.
+  Rows, heads and queries are independent, and `split_for_attention` has already moved their inputs, so this adds no
+  communication. Inside a caller's `jax.shard_map` nothing is left to split. Rows and queries that do not divide (one
+  row over two devices) are not split: every device computes all of them. If key heads divide over fewer devices than
+  query heads, every device has all key heads and takes those of its queries.
   """
   ambient = jax.sharding.get_abstract_mesh()
-  # Outside any context, arrays know what they are spread over, also under `jax.jit`.
+  # Without an ambient mesh, the arrays' own shardings have it, also under `jax.jit`.
   mesh = jax.typeof(q).sharding.mesh if ambient.empty else ambient
   if mesh.empty or mesh.size == 1 or mesh.manual_axes:
     return ops.attend(q, k, v, rows, spec, backend)
@@ -132,10 +132,10 @@ def attend(
 def parts_of_group(
   q: jax.Array, k: jax.Array, rows: ops.Rows, spec: ops.AttentionSpec, backend: str
 ) -> ops.Parts | None:
-  """What a group's one backward pass is made of where these arrays are; None if each layer has its own there.
+  """The parts of a group's single backward pass for arrays with these shardings; None if each layer needs its own.
 
-  That is so where the backend has none, or cannot compute these rows with it, and on a mesh that splits a row's
-  queries, or query heads from their keys.
+  That is the case if the backend has none, if its backward pass does not support these rows, and on a mesh that splits
+  a row's queries, or separates query heads from their keys.
   """
   ambient = jax.sharding.get_abstract_mesh()
   mesh = jax.typeof(q).sharding.mesh if ambient.empty else ambient
@@ -151,7 +151,7 @@ def parts_of_group(
 
 
 def _of_each_device(parts: ops.Parts) -> ops.Parts:
-  """The parts as each device computes them, of rows that hold no arrays."""
+  """The parts run per device, for rows that hold no arrays."""
   queries, keys, statistic = ("batch", None, "heads", None), ("batch", None, "kv_heads", None), ("batch", "heads", None)
   gathered = (None, *queries), (None, *keys), statistic, statistic
 
@@ -172,7 +172,7 @@ def _of_each_device(parts: ops.Parts) -> ops.Parts:
 
 
 def _of_queries(x: jax.Array, first: jax.Array, count: int, heads: Heads) -> jax.Array:
-  """Keys or values ``[B, S, K, H]`` of so many query heads, from the first on: one head if it serves all of them."""
+  """Keys or values ``[B, S, K, H]`` of ``count`` query heads from ``first`` on: one head if it serves all of them."""
   group = heads.queries // heads.keys
   if group % count == 0:
     return jax.lax.dynamic_slice_in_dim(x, first // group, 1, axis=2)
@@ -180,7 +180,7 @@ def _of_queries(x: jax.Array, first: jax.Array, count: int, heads: Heads) -> jax
 
 
 def _rows_axes(rows: ops.Rows, queries: PartitionSpec) -> ops.Rows:
-  """How the arrays of rows are split beside queries ``[B, T, N, H]`` that are split so: the same tree, of specs."""
+  """How the arrays in ``rows`` are split, given the split of queries ``[B, T, N, H]``: the same tree, of specs."""
   batch, tokens, heads, _ = queries
   known = {"lengths": PartitionSpec(batch), "segments": PartitionSpec(batch, None), "offset": PartitionSpec()}
   known["sinks"] = PartitionSpec(heads)
@@ -195,12 +195,12 @@ def _rows_axes(rows: ops.Rows, queries: PartitionSpec) -> ops.Rows:
 
 
 def divides(mesh: jax.sharding.AbstractMesh, spec: PartitionSpec, shape: tuple[int, ...]) -> bool:
-  """Whether every device has an equal part of an array that is split so."""
+  """Whether this spec gives every device an equal part of the array."""
   return fitting(spec, shape, mesh.shape) == PartitionSpec(*spec[: len(shape)])
 
 
 def heads_stay_with_their_keys(mesh: jax.sharding.AbstractMesh, heads: Heads) -> bool:
-  """Whether query heads are split as key heads are, so that a device has those that belong together."""
+  """Whether query heads are split like key heads, so that each device has matching ones."""
   return mesh_axes("heads", heads.queries, mesh) == mesh_axes("kv_heads", heads.keys, mesh)
 
 
@@ -213,12 +213,12 @@ def length_axis(mesh: jax.sharding.AbstractMesh) -> str | tuple[str, ...] | None
 
 
 def query_axis(mesh: jax.sharding.AbstractMesh, heads: Heads) -> str | tuple[str, ...] | None:
-  """The mesh axis over which a row's queries are split while attention is computed; None if rows are whole there.
+  """The mesh axis over which a row's queries are split during attention; None if rows are whole.
 
-  Where the rules split the tokens of a row, attention splits heads over those devices instead, if there are enough key
-  heads: an all-to-all exchanges tokens for heads, and another exchanges them back (DeepSpeed-Ulysses, Jacobs et al.,
-  arXiv 2309.14509, section 3). Then any kernel serves, causal rows are equal work, and gradients of keys and values are
-  no sums over devices. Otherwise each device keeps its queries, and has all keys and values of its rows.
+  If the rules split the tokens of a row, attention splits heads over those devices instead, provided there are enough
+  key heads: an all-to-all exchanges tokens for heads, and another exchanges them back (DeepSpeed-Ulysses, Jacobs et
+  al., arXiv 2309.14509, section 3). Then any kernel works, causal rows balance, and gradients of keys and values need
+  no sum over devices. Otherwise each device keeps its queries and gets all keys and values of its rows.
   """
   axis = length_axis(mesh)
   over = (*mesh_axes("kv_heads", heads.keys, mesh), *mesh_axes("length"))
@@ -227,12 +227,12 @@ def query_axis(mesh: jax.sharding.AbstractMesh, heads: Heads) -> str | tuple[str
 
 
 def attention_axes(mesh: jax.sharding.AbstractMesh, name: str, heads: Heads) -> PartitionSpec:
-  """How queries, keys or values ``[B, T, heads, H]`` are split while attention is computed.
+  """How queries, keys or values ``[B, T, heads, H]`` are split during attention.
 
   Args:
-    mesh: the ambient one.
+    mesh: the ambient mesh.
     name: the logical axis of their heads: ``heads`` of queries, ``kv_heads`` of keys and values.
-    heads: how many there are.
+    heads: the number of heads.
   """
   (batch,), tokens = spec_of(("batch",)), query_axis(mesh, heads)
   exchanged = mesh_axes("length") if tokens is None else ()
@@ -241,7 +241,7 @@ def attention_axes(mesh: jax.sharding.AbstractMesh, name: str, heads: Heads) -> 
 
 
 def split_for_attention(x: jax.Array, name: str, heads: Heads) -> jax.Array:
-  """The array split as `attention_axes` tells. Outside a mesh and its rules, nothing changes."""
+  """The array sharded by `attention_axes`; unchanged without a mesh and rules."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.manual_axes or not nn.get_logical_axis_rules():
     return x
@@ -249,7 +249,7 @@ def split_for_attention(x: jax.Array, name: str, heads: Heads) -> jax.Array:
 
 
 def mesh_axes(name: str, size: int | None = None, mesh: jax.sharding.AbstractMesh | None = None) -> tuple[str, ...]:
-  """The mesh axes over which the rules split a logical axis; none where they do not divide its size."""
+  """The mesh axes over which the rules split a logical axis; none if they do not divide its size."""
   spec = spec_of((name,)) if nn.get_logical_axis_rules() else PartitionSpec(None)
   if size is not None and mesh is not None:
     spec = fitting(spec, (size,), mesh.shape)

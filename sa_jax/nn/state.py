@@ -1,4 +1,4 @@
-"""The attention state: what an anchor layer hands its followers."""
+"""The attention state: what an anchor layer passes to its followers."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from sa_jax.config import ModelConfig
 from sa_jax.nn.split import attend, parts_of_group
 
 STATE = "attention_state"
-"""The name of a state's arrays for rematerialisation."""
+"""The checkpoint name of a state's arrays, for rematerialisation."""
 
 Kind = int | jax.Array
-"""Which of a config's ``kinds`` a layer is: known, or int32 ``[]`` where layers of several kinds share one scan."""
+"""Which of a config's ``kinds`` a layer is: static, or int32 ``[]`` if layers of several kinds share one scan."""
 
 
 @struct.dataclass
 class QueryKey:
-  """The anchor's rotary-encoded queries and keys: O(T) memory, and any fused attention can use them.
+  """The anchor's queries and keys with RoPE applied: O(T) memory, usable by any fused attention.
 
   Attributes:
     q: ``[B, T, N, H]``.
-    k: ``[B, T, K, H]``, or ``[B, T, N, H]`` once heads have been taken.
+    k: ``[B, T, K, H]``, or ``[B, T, N, H]`` after `take_heads`.
     rows: which keys the queries may see, and the anchor's sinks.
-    kind: int32 ``[]``, which of the specs is meant; None when there is one.
+    kind: int32 ``[]``, index into ``specs``; None if there is only one.
     backend: how to attend; see `sa_jax.ops.attend`.
     specs: window, soft cap and scale.
   """
@@ -51,30 +51,30 @@ class QueryKey:
     return self._of_kind(functools.partial(attend, self.q, self.k, v, self.rows, backend=self.backend))
 
   def take_heads(self, head_map: jax.Array) -> QueryKey:
-    """The state in which head ``n`` is this one's head ``head_map[n]``; int32 ``[N]``."""
+    """The state whose head ``n`` is this state's head ``head_map[n]``; int32 ``[N]``."""
     group = self.q.shape[2] // self.k.shape[2]
     q, k = jnp.take(self.q, head_map, axis=2), jnp.take(self.k, head_map // group, axis=2)
     sinks = None if self.rows.sinks is None else jnp.take(self.rows.sinks, head_map)
     return dataclasses.replace(self, q=q, k=k, rows=dataclasses.replace(self.rows, sinks=sinks))
 
   def weights(self, positions: jax.Array | None = None) -> jax.Array:
-    """The softmaxed attention weights ``[B, N, T, S]``, computed now; only of the queries at ``positions`` if given."""
+    """The softmaxed attention weights ``[B, N, T, S]``, computed on demand; only at queries ``positions`` if given."""
     q = self.q if positions is None else jnp.take(self.q, positions, axis=1, mode="clip")
     weights = functools.partial(ops.attention_weights, q, self.k, self.rows, positions=positions)
     return weights(spec=self.specs[0]) if self.kind is None else self._of_kind(weights)
 
   def _of_kind(self, attention: Callable[..., jax.Array]) -> jax.Array:
-    """The attention with the spec of this state's kind; that of the others is not computed."""
+    """The attention with the spec of this state's kind; the others are not computed."""
     return jax.lax.switch(self.kind, [functools.partial(attention, spec=spec) for spec in self.specs])
 
 
 @struct.dataclass
 class Tapped(QueryKey):
-  """The state as one follower of a group with one backward pass has it; see `sa_jax.ops.attention.group`.
+  """The state of one follower in a group with a shared backward pass; see `sa_jax.ops.attention.group`.
 
   Attributes:
-    tap: this follower's.
-    how: what is known of the followers.
+    tap: this follower's tap.
+    how: static facts about the followers.
   """
 
   tap: ops.Tap | None = None
@@ -102,11 +102,11 @@ class AttentionWeights:
     return ops.apply_weights(self.probs, v)
 
   def take_heads(self, head_map: jax.Array) -> AttentionWeights:
-    """The state in which head ``n`` is this one's head ``head_map[n]``; int32 ``[N]``."""
+    """The state whose head ``n`` is this state's head ``head_map[n]``; int32 ``[N]``."""
     return AttentionWeights(jnp.take(self.probs, head_map, axis=1))
 
   def weights(self, positions: jax.Array | None = None) -> jax.Array:
-    """The softmaxed attention weights ``[B, N, T, S]``; only of the queries at ``positions`` if given."""
+    """The softmaxed attention weights ``[B, N, T, S]``; only for the queries at ``positions`` if given."""
     return self.probs if positions is None else jnp.take(self.probs, positions, axis=2, mode="clip")
 
 
@@ -114,11 +114,11 @@ State = QueryKey | AttentionWeights
 
 
 def tapped(state: State, followers: int, config: ModelConfig) -> Tapped | None:
-  """The states of so many followers for one backward pass; None if they have none: each layer then has its own.
+  """The states of a group's followers for one shared backward pass; None if that is unsupported: then each has its own.
 
-  The tap's arrays have a first axis, of followers; the others are what all followers have.
+  The tap's arrays have a leading follower axis; the other arrays are shared by all followers.
   """
-  # Somebody's own anchor may hand out a state that attends otherwise, or other heads.
+  # A user-defined anchor may return a state that attends differently, or other heads.
   if type(state) is not QueryKey or state.kind is not None or state.k.shape[2] != config.num_kv_heads:
     return None
   width = config.value_width
@@ -130,7 +130,7 @@ def tapped(state: State, followers: int, config: ModelConfig) -> Tapped | None:
 
 
 def make_state(config: ModelConfig, q: jax.Array, k: jax.Array, rows: ops.Rows, kind: Kind) -> State:
-  """The state in the form that the config asks for, from rotary-encoded q ``[B, T, N, H]`` and k ``[B, S, K, H]``."""
+  """The state in the config's form, from q ``[B, T, N, H]`` and k ``[B, S, K, H]`` with RoPE applied."""
   name = functools.partial(checkpoint_name, name=STATE)
   if config.attention_state == "query_key":
     q, k = name(q), name(k)

@@ -1,8 +1,8 @@
 """The whole model: embedding, layers in one of two layouts, norm, head.
 
-Parameters come in two layouts with the same leaves (see `sa_jax.params`). The *run layout*, which ``init`` makes, keeps
-each run's layers stacked and scans over them: the compiled program does not grow with depth. The *layer layout* keeps
-one subtree a layer and is unrolled: decoding needs it, because a scan copies each layer's slice of stacked weights.
+Parameters have two layouts with the same leaves (see `sa_jax.params`). The *run layout*, created by ``init``, stacks
+each run's layers and scans over them: the compiled program does not grow with depth. The *layer layout* has one subtree
+per layer and is unrolled: decoding needs it, because a scan copies each layer's slice of stacked weights.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _EMBEDDING = nn.initializers.normal(0.02)
 
 
 class Embed(nn.Module):
-  """Token embedding, and the output head where the two are tied."""
+  """Token embedding, and the output head if tied."""
 
   config: ModelConfig
 
@@ -43,8 +43,8 @@ class Embed(nn.Module):
     self.embedding = self.param("embedding", init, shape, self.config.param_dtype)
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    """int32 ``[B, T]`` → ``[B, T, D]``; a token outside the vocabulary gives NaN, never another token's vector."""
-    # Gathered over FSDP first, as all weights are: rows of a table whose columns are split would have to move instead.
+    """int32 ``[B, T]`` → ``[B, T, D]``; a token outside the vocabulary gives NaN, not another token's vector."""
+    # All-gathered over FSDP first, like all weights: otherwise the looked-up rows would move instead.
     table = constrain(jnp.asarray(self.embedding), ("vocab", None))
     x = table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     x = x.astype(self.config.dtype)
@@ -58,7 +58,7 @@ class Embed(nn.Module):
 
 
 class Head(nn.Module):
-  """The output head of a model that does not tie it to the embedding."""
+  """An untied output head."""
 
   config: ModelConfig
 
@@ -79,7 +79,7 @@ class Head(nn.Module):
 
 
 class Frame(nn.Module):
-  """What is around the layers: embedding, last norm, head.
+  """Everything around the layers: embedding, final norm, head.
 
   Attributes:
     config: the model.
@@ -99,21 +99,21 @@ class Frame(nn.Module):
     logits = logits * self.config.logits_scale
     if (cap := self.config.logits_softcap) is not None:
       logits = cap * jnp.tanh(logits / cap)
-    # A vocabulary that the devices do not divide is split all the same: XLA pads it.
+    # A vocabulary that does not divide is split anyway: XLA pads it.
     return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
 
   def read(self, x: jax.Array) -> jax.Array:
-    """The last block's output ``[B, T, D]``, or another's → logits float32 ``[B, T, V]``."""
+    """The output ``[B, T, D]`` of the last or another block → logits, float32 ``[B, T, V]``."""
     return self.logits(self.final_norm(x))
 
 
 class Transformer(Frame):
-  """A decoder-only transformer whose layers share attention weights by a plan.
+  """A decoder-only transformer whose layers share attention weights according to a plan.
 
   Attributes:
     config: the model.
-    plan: which layers are anchors and which follow them.
-    blocks: what the layers are made of; subclasses of ours are other models of the same kind.
+    plan: which layers are anchors and which are followers.
+    blocks: the block types; subclasses of ours give variants of the model.
 
   Raises:
     UserError: see `check_plan`.
@@ -142,33 +142,33 @@ class Transformer(Frame):
 
     Args:
       tokens: int32 ``[B, T]``; rows may be right-padded.
-      lengths: int32 ``[B]``, or None when rows are full. Logits at or past a row's length mean nothing.
-      segments: int32 ``[B, T]``, the document of each token of packed rows, each a stretch of the row; None when a row
-        is one document. A token sees its own document only.
-      rows: what else decides which tokens a token may see: a bias, a mask, or attention that is not causal.
+      lengths: int32 ``[B]``, or None if rows are full. Logits at or past a row's length are meaningless.
+      segments: int32 ``[B, T]``, the document of each token in packed rows, each document contiguous; None if a row is
+        one document. Tokens attend only within their document.
+      rows: anything else that decides which tokens a token may see: a bias, a mask, or non-causal attention.
 
     Returns:
       float32 ``[B, T, V]``.
 
     Raises:
       UserError: outside `jax.jit`, if a token is not in the vocabulary (inside it, its row's logits are NaN) or a
-        length is not in 1 to T; if rows are packed and the rotary embedding depends on a sequence's length.
+        length is not in 1 to T; if rows are packed and RoPE depends on the sequence length.
     """
     return self.logits(self.hidden(tokens, _joined(rows, lengths, segments)))
 
   def hidden(self, tokens: jax.Array, rows: ops.Rows = ops.Rows()) -> jax.Array:
-    """What the head reads: the normalised last hidden states ``[B, T, D]`` of tokens int32 ``[B, T]``."""
+    """The head's input: the final normalised hidden states ``[B, T, D]`` of tokens int32 ``[B, T]``."""
     rows = self.checked(tokens, rows)
     stack = self.layers if self.has_variable("params", "layers") else self.runs
     return self.final_norm(stack(self.embed(jnp.asarray(tokens)), rows))
 
   def checked(self, tokens: jax.Array, rows: ops.Rows) -> ops.Rows:
-    """The rows, where attention needs them; see `check_tokens` and `check_segments`."""
+    """Checks a batch and returns the rows, sharded for attention; see `check_tokens` and `check_segments`."""
     check_tokens(tokens, rows.lengths, self.config.vocab_size)
     if rows.segments is None:
       return rows
     check_segments(self.config, tokens, rows.segments)
-    # Brought there once for all layers.
+    # Resharded once for all layers.
     segments = nn.with_logical_constraint(jnp.asarray(rows.segments), ("batch", None))
     return dataclasses.replace(rows, segments=segments)
 
@@ -177,7 +177,7 @@ class Transformer(Frame):
     return self.logits(self.final_norm(self.layers(self.embed(tokens))))
 
   def states(self, tokens: jax.Array, rows: ops.Rows = ops.Rows()) -> tuple[State, ...]:
-    """The attention state that each layer used, by layer number; parameters in either layout.
+    """The attention state that each layer used, indexed by layer; parameters in either layout.
 
     ``state.weights()`` gives a layer's attention weights ``[B, N, T, T]``; a follower's are its anchor's.
     """
@@ -197,21 +197,21 @@ class Transformer(Frame):
     return self.layers
 
   def prefill(self, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
-    """Reads prompts; parameters in the layer layout.
+    """Prefills prompts; parameters in the layer layout.
 
     Args:
       tokens: int32 ``[B, T]``, right-padded.
       lengths: int32 ``[B]``.
 
     Returns:
-      float32 ``[B, V]`` logits after each row's last token, and the cache of the T tokens.
+      Logits float32 ``[B, V]`` after each row's last token, and the cache of the T tokens.
     """
     x, cache, _ = self._unstacked().prefill(self.embed(tokens), ops.Rows(lengths))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return self.logits(self.final_norm(last))[:, 0], cache
 
   def step(self, tokens: jax.Array, cache: Cache, positions: jax.Array) -> tuple[jax.Array, Cache]:
-    """Decodes one token a row; parameters in the layer layout.
+    """Decodes one token per row; parameters in the layer layout.
 
     Args:
       tokens: int32 ``[B]``.
@@ -219,25 +219,25 @@ class Transformer(Frame):
       positions: int32 ``[B]``, the slot of each token.
 
     Returns:
-      float32 ``[B, V]`` logits after the token, and the cache.
+      Logits float32 ``[B, V]`` after the token, and the cache.
     """
     hidden, cache = self.extend(tokens[:, None], cache, ops.Rows(positions + 1, offset=positions))
     return self.logits(hidden)[:, 0], cache
 
   def extend(self, tokens: jax.Array, cache: Cache, rows: ops.Rows) -> tuple[jax.Array, Cache]:
-    """Reads on from a cache; parameters in the layer layout.
+    """Extends a cache by several tokens per row; parameters in the layer layout.
 
     Args:
       tokens: int32 ``[B, T]``, right-padded.
-      cache: with room for T tokens from the rows' offset on; of the padding nothing is ever seen.
-      rows: offset int32 ``[B]``, how many tokens of each row are in the cache; lengths int32 ``[B]``, its tokens, the
-        new ones included.
+      cache: with room for T tokens from the rows' offset on; padding is never attended to.
+      rows: offset int32 ``[B]``, the number of cached tokens per row; lengths int32 ``[B]``, tokens per row including
+        the new ones.
 
     Returns:
-      What the head reads at the new tokens, ``[B, T, D]``, and the cache.
+      The head's input at the new tokens, ``[B, T, D]``, and the cache.
 
     Raises:
-      UserError: outside `jax.jit`, if a row does not fit the cache; inside it, what the head reads of it is NaN.
+      UserError: outside `jax.jit`, if a row does not fit the cache; inside it, that row's output is NaN.
     """
     fits = _fits(cache, rows)
     x, cache = self._unstacked().extend(self.embed(tokens), cache, rows)
@@ -245,7 +245,7 @@ class Transformer(Frame):
 
 
 class GradualTransformer(Transformer):
-  """A `Transformer` whose followers have kept their own queries and keys and use them in part.
+  """A `Transformer` whose followers still have their own queries and keys and use them in part.
 
   Its parameters are the dense model's, stacked by the plan (`sa_jax.params.stack_unpruned`), in the run layout.
   """
@@ -269,13 +269,13 @@ class GradualTransformer(Transformer):
     return self.logits(self.hidden(tokens, _joined(rows, lengths, segments), share))
 
   def hidden(self, tokens: jax.Array, rows: ops.Rows = ops.Rows(), share: jax.Array | float = 1.0) -> jax.Array:
-    """What the head reads.
+    """The head's input.
 
     Args:
       tokens: int32 ``[B, T]``.
-      rows: which tokens a token may see.
-      share: how much of a follower's attention weights are its anchor's, the rest being its own: 0 is the dense model,
-        1 the plan's. A plain 0.0 is not computed with.
+      rows: which tokens each token may attend to.
+      share: fraction of a follower's attention weights that comes from its anchor; the rest is its own. 0 is the dense
+        model, 1 the plan's. With a Python 0.0 the anchor's part is not computed.
 
     Returns:
       ``[B, T, D]``.
@@ -285,7 +285,7 @@ class GradualTransformer(Transformer):
 
 
 def _fits(cache: Cache, rows: ops.Rows) -> jax.Array:
-  """Whether each row's tokens fit the cache, bool ``[B, 1, 1]``; those that are known not to are an error."""
+  """Whether each row's tokens fit the cache, bool ``[B, 1, 1]``; an error if values are concrete and do not fit."""
   assert rows.lengths is not None, "rows of a cache have lengths"
   if not isinstance(rows.lengths, jax.core.Tracer) and (longest := int(np.max(rows.lengths))) > cache.capacity:
     raise UserError(
@@ -295,7 +295,7 @@ def _fits(cache: Cache, rows: ops.Rows) -> jax.Array:
 
 
 def _joined(rows: ops.Rows, lengths: jax.Array | None, segments: jax.Array | None) -> ops.Rows:
-  """The rows with lengths and segments, where they are given."""
+  """The rows with lengths and segments, if given."""
   return dataclasses.replace(
     rows,
     lengths=rows.lengths if lengths is None else lengths,
@@ -304,10 +304,10 @@ def _joined(rows: ops.Rows, lengths: jax.Array | None, segments: jax.Array | Non
 
 
 def check_plan(config: ModelConfig, plan: SharingPlan) -> None:
-  """Checks that the model can share attention by the plan.
+  """Checks that the model can share attention under the plan.
 
   Raises:
-    UserError: if the plan is for another depth, a follower sees other keys than its anchor, or its head map is for
+    UserError: if the plan is for another depth, a follower sees different keys than its anchor, or its head map is for
       another number of heads.
   """
   if plan.num_layers != config.num_layers:
@@ -324,10 +324,10 @@ def check_plan(config: ModelConfig, plan: SharingPlan) -> None:
 
 
 def check_segments(config: ModelConfig, tokens: jax.Array, segments: jax.Array | None) -> None:
-  """Checks that rows may be packed as they are.
+  """Checks that packed rows are supported and valid.
 
   Raises:
-    UserError: if the model cannot read packed rows, or segments are not one integer a token.
+    UserError: if the model does not support packed rows, or segments are not one integer per token.
   """
   if segments is None:
     return
@@ -341,10 +341,10 @@ def check_segments(config: ModelConfig, tokens: jax.Array, segments: jax.Array |
 
 
 def check_tokens(tokens: Any, lengths: Any, vocab_size: int) -> None:
-  """Checks a batch where its values are known, that is, outside `jax.jit`.
+  """Checks a batch if its values are concrete, that is, outside `jax.jit`.
 
   Raises:
-    UserError: if tokens are not integers ``[B, T]`` or are none, one is not in the vocabulary, or a length is not an
+    UserError: if tokens are not integers ``[B, T]`` or are empty, one is not in the vocabulary, or a length is not an
       integer in 1 to T.
   """
   if not is_array(tokens, jnp.integer) or len(tokens.shape) != 2:
@@ -355,7 +355,7 @@ def check_tokens(tokens: Any, lengths: Any, vocab_size: int) -> None:
     raise UserError(f"lengths are integers, one length a row, {tokens.shape[:1]}; not {described(lengths)}")
   if isinstance(tokens, jax.core.Tracer):
     return
-  # NumPy's copies: under a trace, operations on JAX arrays are traced even where their values are known.
+  # NumPy copies: under a trace, operations on JAX arrays are traced even if their values are concrete.
   tokens = np.asarray(tokens)
   low, high = tokens.min(), tokens.max()
   if low < 0 or high >= vocab_size:

@@ -1,4 +1,4 @@
-"""Calls of modules that type checkers can follow."""
+"""Module calls that type checkers can check."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def apply(
   *args: _Arguments.args,
   **kwargs: _Arguments.kwargs,
 ) -> _Result:
-  """A module's method with its parameters, for example ``apply(model, params, Transformer.hidden, tokens)``.
+  """Calls a module's method with its parameters, for example ``apply(model, params, Transformer.hidden, tokens)``.
 
-  It is ``module.apply({"params": params}, …, method=method)`` with the types of the method: a misspelt name, a wrong
-  argument and a wrong use of the result are errors of types. Methods are those of the class that is named.
+  This is ``module.apply({"params": params}, …, method=method)`` with the method's types: a misspelt name, a wrong
+  argument or a wrong use of the result is a type error. The method is that of the named class, not of a subclass.
   """
   return cast(_Result, nn.apply(lambda bound: method(bound, *args, **kwargs), module)({"params": params}))
