@@ -153,7 +153,7 @@ def test_samples_longer_than_the_context():
   rows = data.make_rows(corpus, 6, "none", "cut")
   assert rows.read([0, 1]).tokens.tolist() == [[0, 1, 2, 0, 0, 0], [3, 4, 5, 6, 7, 8]]
   assert (len(rows), rows.spans.cut, rows.spans.barren) == (2, 2, 1)
-  with pytest.raises(ValueError, match="nothing to learn"):
+  with pytest.raises(ValueError, match="nothing to train on"):
     data.make_rows(corpus_of(3, prompts=[3]), 6)
 
 

@@ -74,7 +74,7 @@ def test_what_the_compiler_refuses_does_not_fit(monkeypatch):
   assert found == "attention (of 100 GB: 95 GB needed; dots would need more than there is)"
   found, _ = chosen(monkeypatch, 80, NEEDED | {"full": None})
   assert found.startswith("attention (of 80 GB: 98 GB needed, and so it may not fit")
-  with pytest.raises(UserError, match=r"a step does not fit in the 100 GB that JAX may take of a device"):
+  with pytest.raises(UserError, match=r"a step does not fit in the 100 GB that JAX may use on a device"):
     chosen(monkeypatch, 100, dict.fromkeys(NEEDED))
 
 
