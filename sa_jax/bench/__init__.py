@@ -1,6 +1,6 @@
-"""Benchmarks: decode, prefill, training and continuous batching, ours and peers', on whatever device is there.
+"""Benchmarks: decode, prefill, training and continuous batching, ours and other libraries', on any device.
 
-A measurement is a `Task`; `run_task` runs it in a process of its own, so that no measurement inherits another's memory.
+A measurement is a `Task`; `run_task` runs it in a separate process, so that measurements do not share memory.
 """
 
 from sa_jax.bench.measure import Timing, copy_bandwidth, device_name, matrix_rate, timed

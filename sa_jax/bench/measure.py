@@ -1,4 +1,4 @@
-"""Timing on an accelerator, and the two ceilings to compare with: copy bandwidth and matrix rate."""
+"""Timing on an accelerator, and two ceilings to compare with: copy bandwidth and matrix multiplication rate."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 class Timing(NamedTuple):
-  """Seconds of one call, over several.
+  """Time of one call in seconds, over repeats.
 
   Attributes:
-    median: of the repeats.
+    median: the median.
     low: the fastest.
     high: the slowest.
   """
@@ -26,20 +26,20 @@ class Timing(NamedTuple):
   high: float
 
   def scaled(self, factor: float) -> Timing:
-    """The timing of a part of the call, or of several."""
+    """The timing of a fraction or a multiple of the call."""
     return Timing(*(value * factor for value in self))
 
 
 def timed(call: Callable[[], Any], repeats: int = 10, warmup: int = 2) -> Timing:
-  """Times a call to its end on the device.
+  """Times a call until its result is ready on the device.
 
   Args:
-    call: what it returns is waited for.
+    call: its result is waited for.
     repeats: timed calls.
-    warmup: calls before them, which compile and are not counted.
+    warmup: untimed calls before them, which compile.
 
   Returns:
-    Median, least and most seconds.
+    Median, fastest and slowest, in seconds.
   """
   for _ in range(warmup):
     jax.block_until_ready(call())
@@ -52,13 +52,13 @@ def timed(call: Callable[[], Any], repeats: int = 10, warmup: int = 2) -> Timing
 
 
 def copy_bandwidth(gigabytes: float = 4.0, mesh: Mesh | None = None) -> float:
-  """Bytes a second of a large copy on the device, bytes read plus bytes written.
+  """Bytes per second of a large copy on the device, bytes read plus bytes written.
 
-  On a mesh, all devices copy at once, ``gigabytes`` each, and their bytes are added up.
+  On a mesh, all devices copy simultaneously, ``gigabytes`` each; their bytes are summed.
   """
   count = int(gigabytes * 1e9) // 4 * _devices(mesh)
   loops = 8
-  # A changing operand keeps XLA from eliding the copies; in-place addition reads and writes every byte once.
+  # A changing operand keeps XLA from eliding the copies; in-place addition reads and writes each byte once.
   step = jax.jit(lambda x: jax.lax.fori_loop(0, loops, lambda i, x: x + 1.0, x), donate_argnums=0)
   x = jax.jit(lambda: jnp.zeros(count, jnp.float32), out_shardings=_each_its_own(mesh))()
 
@@ -71,7 +71,7 @@ def copy_bandwidth(gigabytes: float = 4.0, mesh: Mesh | None = None) -> float:
 
 
 def matrix_rate(size: int = 8192, mesh: Mesh | None = None) -> float:
-  """FLOP/s of a large bfloat16 matrix product of random operands; on a mesh, of one on every device at once."""
+  """FLOP/s of a large bfloat16 matrix product of random operands; on a mesh, of one per device simultaneously."""
   count = _devices(mesh)
   shape = (size, size) if mesh is None else (count, size, size)
   fill = jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16), out_shardings=_each_its_own(mesh))
@@ -85,22 +85,22 @@ def _devices(mesh: Mesh | None) -> int:
 
 
 def _each_its_own(mesh: Mesh | None) -> NamedSharding | None:
-  """The sharding whose first axis is split over all devices."""
+  """A sharding that splits the first axis over all devices."""
   return None if mesh is None else NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def device_name(mesh: Mesh | None = None) -> str:
-  """The accelerator's own name, and how many of them the mesh has."""
+  """The accelerator's name, and the number of devices in the mesh."""
   name = jax.devices()[0].device_kind
   return name if mesh is None else f"{mesh.size} × {name}"
 
 
 H100_PEAK = 989e12
-"""Dense bfloat16 FLOP/s in the H100 SXM's data sheet; what model FLOPs utilisation (MFU) is stated against."""
+"""Dense bfloat16 FLOP/s from the H100 SXM data sheet; model FLOPs utilisation (MFU) is relative to it."""
 
 
 def training_rate(tokens: int, flops: float, seconds: float, devices: int = 1) -> str:
-  """Tokens a second and MFU, as text; of several devices, both for one of them too."""
+  """Tokens per second and MFU, as text; for several devices, also per device."""
   rate, mfu = tokens / seconds, flops / seconds / (devices * H100_PEAK)
   each = "" if devices == 1 else f" ({rate / devices:,.0f} a device)"
   return f"{rate:,.0f} tokens/s{each}, MFU {100 * mfu:.1f} % of {'' if devices == 1 else f'{devices} × '}989 TFLOP/s"

@@ -1,4 +1,4 @@
-"""Our own measurements. Parameters are random: only shapes matter."""
+"""Measurements of sa_jax. Parameters are random, because only shapes matter."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def mesh_of(task: Task) -> Mesh | None:
 
 
 def random_tree(tree: Tree, shardings: Tree = None) -> Tree:
-  """Normal values of standard deviation 0.02 in the shapes and dtypes of a tree, each device making its own part."""
+  """Normal values of standard deviation 0.02 in the shapes and dtypes of a tree, generated on each device."""
   leaves, structure = jax.tree.flatten(tree)
   places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
   fill = functools.cache(lambda place: jax.jit(_normal, static_argnames=("shape", "dtype"), out_shardings=place))
@@ -65,7 +65,7 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
 
 
 def decode(task: Task) -> Result:
-  """One decode step: `STEPS` steps on device in one call, after the last of which the task's slots are filled."""
+  """One decode step: one call runs `STEPS` steps on device, after which the task's slots are filled."""
   config = task.config
   plan = SharingPlan.parse(task.plan, config.num_layers)
   model = Transformer(config, plan)
@@ -76,7 +76,7 @@ def decode(task: Task) -> Result:
   start = task.tokens - STEPS
   engine = Engine(model, mesh)
   state = engine.empty(task.batch_size, task.length)
-  # Of equal rows, a mixture of experts would read a few experts alone.
+  # With equal rows, a mixture of experts would read only a few experts.
   tokens = np.random.default_rng(0).integers(0, config.vocab_size, task.batch_size)
 
   def call() -> jax.Array:
@@ -92,7 +92,7 @@ def decode(task: Task) -> Result:
     return out.tokens
 
   timing = timed(call, task.repeats).scaled(1 / STEPS)
-  # What the steps read on average: the cache grows from `start + 1` tokens on.
+  # The average read: the cache grows from `start + 1` tokens.
   work = cost(config, plan, task.batch_size, task.tokens - (STEPS - 1) // 2).decode_bytes
   detail = f"cache {state.cache.nbytes / 1e9:.2f} GB{_split(task)}"
   return Result(task, *timing, work, ceiling, device_name(mesh), detail=detail)
@@ -143,18 +143,18 @@ def step(task: Task) -> Result:
 
 
 def _matrix_rate(mesh: Mesh | None = None) -> float:
-  """The ceiling of work that is matrix products; 0 on a CPU, where that of large ones would take minutes."""
+  """The ceiling for compute-bound work; 0 on a CPU, where large products would take minutes."""
   return matrix_rate(mesh=mesh) if jax.default_backend() != "cpu" else 0.0
 
 
 def _split(task: Task) -> str:
-  """Over what the task is split, as text."""
+  """How the task is sharded, as text."""
   sizes = [f"{name} {size}" for name, size in task.mesh.axes().items() if size > 1]
   return f", {' × '.join(sizes)}" if sizes else ""
 
 
 def _backend(config: ModelConfig, length: int, mesh: Mesh | None = None) -> str:
-  """The attention backend that computes full rows of this length."""
+  """The attention backend for full rows of this length."""
   if config.attention_state != "query_key":
     return "weights"
   shape: Any = lambda heads: jax.ShapeDtypeStruct((1, length, heads, config.head_dim), config.dtype)
@@ -196,7 +196,7 @@ def _stack_of_layers(task: Task, gradient: bool) -> Result:
 def batching(task: Task) -> Result:
   """Requests with 64 prompt tokens and 16 to 512 new ones, longest first.
 
-  ``detail`` compares with the same in order of arrival, also in pages of as much cache, and with static batches, which
+  ``detail`` compares with order of arrival, also with a paged cache of the same size, and with static batches, which
   wait for their longest row.
   """
   config = task.config
@@ -209,7 +209,7 @@ def batching(task: Task) -> Result:
 
   in_rows = Serving(slots=task.batch_size, capacity=task.length)
   cache_slots = task.batch_size * capacity_for(task.length)
-  # On average, a request needs half of the longest one's slots.
+  # On average, a request needs half the slots of the longest.
   in_pages = Serving(slots=2 * task.batch_size, capacity=task.length, cache_slots=cache_slots, together=4)
 
   def continuous(count: int, how: Serving) -> None:
@@ -229,7 +229,7 @@ def batching(task: Task) -> Result:
         engine.decode(params, state, sampler=Sampler(), steps=LONGEST_ANSWER - 1, width=LONGEST_ANSWER - 1)
       )
 
-  # As many requests as are ever admitted in one program, in each size that there is.
+  # Compile every size of admission, up to the largest.
   for how in (in_rows, in_pages):
     for power in range(how.slots.bit_length()):
       continuous(min(1 << power, task.requests), how)

@@ -1,4 +1,4 @@
-"""What a user would pick instead, where it is installed: Hugging Face transformers on torch."""
+"""The alternative, if installed: Hugging Face transformers on PyTorch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DEVICE = "cuda"
 
 
 def _build(task: Task, head: bool, dtype: str = "bfloat16") -> tuple[Any, ModelConfig]:
-  """A randomly initialised model on the GPU, in the shapes of the preset."""
+  """A randomly initialised model on the GPU, in the preset's shapes."""
   try:
     import torch
     import transformers
@@ -63,7 +63,7 @@ def decode(task: Task) -> Result:
   model.eval()
   cache = transformers.StaticCache(config=model.config, max_cache_len=task.length)
 
-  # transformers renamed it in 5.24.
+  # renamed in transformers 5.24
   name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
   def step(token: Any, position: Any) -> Tree:
@@ -83,7 +83,7 @@ def decode(task: Task) -> Result:
       for position in positions:
         token = step(token, position).clone()
 
-    # The attention reads all slots of a static cache, whatever the position, so a short run stands for a long one.
+    # Attention reads all slots of a static cache at any position, so a short run is representative.
     calls = min(task.repeats, (task.length - 16) // STEPS - 4)
     timing = _timed(call, calls).scaled(1 / STEPS)
   work = cost(config, None, task.batch_size, task.tokens).decode_bytes
@@ -127,7 +127,7 @@ def train(task: Task) -> Result:
 
 
 def _of_stack(task: Task, config: ModelConfig, timing: Timing, passes: int) -> Result:
-  """What was measured of a stack of layers: a gradient is three passes, of which one is the forward pass."""
+  """The result for a stack of layers: a gradient counts as three passes, one of them the forward pass."""
   import torch
   import transformers
 

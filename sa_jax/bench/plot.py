@@ -1,4 +1,4 @@
-"""Pictures of measurements, as PNG. Needs the extra ``plots``."""
+"""Plots of measurements, as PNG. Needs the extra ``plots``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sa_jax.errors import UserError
 
 
 def decode_curves(results: Sequence[Result], path: Path) -> None:
-  """Draws decode time and cache size against context length, one line a plan.
+  """Plots decode time and cache size against context length, one line per plan.
 
   Args:
-    results: decode measurements; of peers' no line is drawn.
+    results: decode measurements; other libraries' are left out.
     path: the PNG to write.
 
   Raises:
-    UserError: if matplotlib is not installed, or one is no measurement of decoding.
+    UserError: if matplotlib is not installed, or a measurement is not of decoding.
   """
   if others := {result.task.kind for result in results} - {"decode"}:
     raise UserError(f"these curves need decode results, not {', '.join(sorted(others))}")

@@ -19,9 +19,9 @@ Peer = Literal["hf-compiled", "hf-eager"]
 Who = Literal["sa_jax"] | Peer
 
 STEPS = 32
-"""Decode steps of one timed call."""
+"""Decode steps per timed call."""
 PROMPT, LONGEST_ANSWER = 64, 512
-"""Tokens of each request in batching, and the most new ones."""
+"""Prompt tokens per request in batching, and the maximum number of new ones."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,19 +55,19 @@ class Task(Setting):
   """What to measure.
 
   Attributes:
-    kind: ``decode``, one token a row; ``prefill``, a forward pass of a stack of layers; ``train``, its gradient;
-      ``step``, a whole train step of the whole model, AdamW on float32 parameters; ``batching``, many requests of
-      unequal length.
+    kind: ``decode``, one token per row; ``prefill``, a forward pass of a stack of layers; ``train``, its gradient;
+      ``step``, a train step of the whole model, AdamW on float32 parameters; ``batching``, many requests of different
+      lengths.
     model: a preset.
     plan: a plan string.
-    length: tokens a row: cache slots in decode.
-    who: whose code: ours, or transformers' on torch, compiled or not.
+    length: tokens per row; in decode, cache slots.
+    who: the library: ours, or transformers on PyTorch, compiled or not.
     attention_state: as in `ModelConfig`.
     attention: as in `ModelConfig`.
 
   Raises:
-    UserError: if the kind or who runs it knows no such mesh or setting, or rows, tokens or requests do not divide; if
-      more slots are filled than there are, or fewer than a call has steps.
+    UserError: if the kind or the library does not support the mesh or a setting; if rows, tokens or requests do not
+      divide; if more slots are filled than exist, or fewer than steps per call.
   """
 
   kind: Kind
@@ -112,10 +112,10 @@ class Task(Setting):
 
   @property
   def config(self) -> ModelConfig:
-    """The preset with the task's depth and way to compute; it never ends a row by itself.
+    """The preset with the task's depth and compute settings, without an end token.
 
     Raises:
-      UserError: if there is no such preset, or no such depth.
+      UserError: if the preset is unknown, or the depth is invalid.
     """
     preset = ModelConfig.preset(self.model)
     return dataclasses.replace(
@@ -130,15 +130,15 @@ class Task(Setting):
 
   @property
   def tokens(self) -> int:
-    """Tokens a row."""
+    """Tokens per row."""
     return self.length if self.filled is None else self.filled
 
 
 _MOST = 2**31
-"""Tokens at once that no device has room for."""
+"""Limit on tokens per batch, more than any device can hold."""
 
 _MESHES = {"step": MESH_AXES, "decode": ("tensor",)}
-"""The axes over which a kind can be split."""
+"""The mesh axes that each kind supports."""
 
 _STACKS = ("prefill", "train", "step")
 _ONLY = {
@@ -150,24 +150,23 @@ _ONLY = {
   "remat": ("step", "train"),
   "group_backward": ("step", "train"),
 }
-"""The kinds that a setting means something to, where it does not to all."""
+"""The kinds that a setting applies to, if not all."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What was measured.
+  """The result of a measurement.
 
   Attributes:
-    task: what.
-    seconds: median of a decode step, a forward pass, a gradient, a train step, or the whole of the requests.
+    task: the task.
+    seconds: median time of a decode step, forward pass, gradient or train step, or of all requests together.
     low: fastest.
     high: slowest.
-    work: bytes that must move (decode), FLOPs without those of recomputation (prefill, train, step), or tokens
-      (batching).
-    ceiling: bytes or FLOPs a second that the device reached in the same process, on a copy or a matrix product, or that
-      several devices reached together; 0 where there is none.
-    temp_bytes: temporaries of the compiled program on one device, where it is known.
-    device: the card, and how many.
+    work: minimum bytes to move (decode), FLOPs without recomputation (prefill, train, step), or tokens (batching).
+    ceiling: bytes or FLOPs per second of a copy or a matrix product on the same device or devices in the same process;
+      0 if there is none.
+    temp_bytes: temporary memory of the compiled program per device, if known.
+    device: the accelerator, and the number of devices.
     detail: anything else, such as the attention backend.
   """
 
@@ -183,12 +182,12 @@ class Result:
 
   @property
   def rate(self) -> float:
-    """Work a second."""
+    """Work per second."""
     return self.work / self.seconds
 
   @property
   def share(self) -> float | None:
-    """The part of the ceiling that was reached."""
+    """The achieved fraction of the ceiling."""
     return self.rate / self.ceiling if self.ceiling else None
 
 
@@ -201,9 +200,9 @@ def run_task(task: Task) -> Result:
   """Measures in a new process.
 
   Raises:
-    UserError: if the measurement failed; the end of its output says why.
+    UserError: if the measurement failed; quotes the end of its output.
   """
-  # -P: nothing of the current folder is imported.
+  # -P: import nothing from the current folder
   command = [sys.executable, "-P", "-m", "sa_jax.bench.worker", json.dumps(dataclasses.asdict(task))]
   done = subprocess.run(command, capture_output=True, text=True, check=False)
   lines = done.stdout.strip().splitlines()

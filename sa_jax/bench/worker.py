@@ -14,7 +14,7 @@ from sa_jax.bench.task import task_of
 def main(text: str) -> None:
   """Measures one task."""
   task = task_of(json.loads(text))
-  # Peers share the card; taking memory as it is needed leaves them theirs.
+  # Other libraries share the device: allocate memory on demand, to leave them theirs.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   whose = importlib.import_module("sa_jax.bench." + ("ours" if task.who == "sa_jax" else "peers"))
   try:

@@ -95,10 +95,10 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _log_level() -> str:
-  """How much is logged, as the environment says.
+  """The log level from the environment.
 
   Raises:
-    UserError: if it names no level.
+    UserError: if the level is unknown.
   """
   given = os.environ.get("SA_JAX_LOG") or "WARNING"
   if given.upper() not in logging.getLevelNamesMapping():

@@ -49,7 +49,7 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def tell(about: str, found: object) -> None:
-  """Prints what was found or where something was written."""
+  """Prints a result, or where it was written."""
   console.print(Text.assemble(f"{about}: ", (str(found), "bold")), soft_wrap=True)
 
 
@@ -58,7 +58,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
   If the terminal is too narrow, prints one number per line, because a table would drop numbers.
   """
-  console.print(title, style="bold")  # not the table's own, which is folded to its width
+  console.print(title, style="bold")  # not as the table's title, which is wrapped to its width
   if _narrowest(rows) > console.width:
     for name, *cells in rows:
       console.print(name, style="bold", soft_wrap=True)

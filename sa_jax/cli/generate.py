@@ -77,7 +77,7 @@ class Generate:
   def _say_all(
     self, model: Transformer, params: Params, tokenizer: Tokenizer, asked: list[str], encoded: list[list[int]]
   ) -> list[list[int]]:
-    """Prints every prompt and its continuation, once all are there."""
+    """Prints all prompts and continuations when all are complete."""
     from sa_jax import generate
     from sa_jax.decode import right_pad
 

@@ -35,8 +35,8 @@ def own(*, exact: bool, cache: bool = True) -> None:
   gc.set_threshold(20_000)
   # Raise instead of dying on the spot, so that partial files are removed and finished ones kept.
   signal.signal(signal.SIGTERM, _terminated)
-  # With XLA's Triton products, exact ones are tuned for minutes: `share` was unfinished on a GPU after 170 s; without,
-  # it takes 46. Heeded only while JAX has not begun.
+  # With XLA's Triton products, exact ones are autotuned for minutes: on a GPU, `share` was unfinished after 170 s;
+  # without them, it takes 46 s. Only effective before JAX starts.
   flags = os.environ.get("XLA_FLAGS", "")
   if exact and _TRITON not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} {_TRITON}=false".strip()
@@ -76,17 +76,17 @@ def keep_compiled() -> Path | None:
 
 def _terminated(number: int, frame: FrameType | None) -> None:
   if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
-    # What is raised inside garbage collection is printed and lost: once more, when it is over.
+    # Exceptions during garbage collection are printed and lost: raise again afterwards.
     threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
     return
   raise Terminated(128 + number)
 
 
 def signal_behind(error: BaseException) -> int | None:
-  """The exit code of the signal that ended the work; None where none did.
+  """The exit code of the signal that ended the work, or None.
 
-  What a handler raises comes out of code that is not written in Python as an error of its own, with the handler's
-  behind it.
+  An exception from a signal handler may surface from native code as a different exception, with the handler's as its
+  cause.
   """
   at: BaseException | None = error
   while at is not None:
@@ -99,8 +99,8 @@ def signal_behind(error: BaseException) -> int | None:
 
 
 def leave(code: int) -> NoReturn:
-  """Ends the process here: taking Python down while XLA compiles in other threads may end in a crash."""
+  """Exits immediately: shutting Python down while XLA compiles in other threads may crash."""
   for stream in (sys.stdout, sys.stderr):
-    with contextlib.suppress(OSError, ValueError):  # nobody may read it any more
+    with contextlib.suppress(OSError, ValueError):  # the reader may be gone
       stream.flush()
   os._exit(code)

@@ -15,7 +15,7 @@ from sa_jax.display import Progress
 from sa_jax.durations import duration
 
 _SECONDS = 20.0
-"""Between lines; shorter work prints none."""
+"""Seconds between lines; shorter work prints none."""
 
 
 @contextlib.contextmanager

@@ -109,7 +109,7 @@ def say_tokens(tokenizer: Tokenizer, coming: Iterator[list[int]]) -> list[int]:
   for new in coming:
     tokens += new
     text = tokenizer.decode(tokens)
-    # A character of several tokens is not complete yet.
+    # A character of several tokens may be incomplete.
     if not text.endswith("\ufffd"):
       say(text[len(said) :], end="")
       said = text

@@ -1,4 +1,4 @@
-"""What the commands that search for a plan have in common."""
+"""Shared by the commands that search for a plan."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Searching:
   exact: ClassVar[bool] = True
 
   def run(self) -> None:
-    """What the command does."""
+    """Runs the command."""
     raise NotImplementedError
 
   def prepare(self, all_rows: bool = False) -> tuple[Transformer, Params, list[Text]]:

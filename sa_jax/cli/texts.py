@@ -38,7 +38,7 @@ class RowLength:
     return f"rows of {self.length} tokens" + (f", start token {opening}" if opening else "")
 
   def cut(self, tokenizer: Tokenizer, text: str, rows: int | None) -> np.ndarray:
-    """The first rows of a text, int32 ``[rows, length]``; all that fit when None."""
+    """The first rows of a text, int32 ``[rows, length]``; None for all complete rows."""
     from sa_jax import rows_of
 
     return rows_of(tokenizer.encode(text, special=False), self.length, rows, self.opening(tokenizer))
@@ -54,7 +54,7 @@ def read_documents(path: Path) -> str:
   if path.suffix != ".jsonl":
     return contents
   documents = []
-  # Not splitlines, which also splits at characters that JSON strings may hold.
+  # Not splitlines, which also splits at characters that are allowed in JSON strings.
   for number, line in enumerate(contents.split("\n"), 1):
     if not line.strip():
       continue

@@ -1,4 +1,4 @@
-"""Answers to lm-eval's requests, kept in a file: what has been answered is not asked again."""
+"""Stores answers to lm-eval's requests in a file, so that no request is computed twice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Request(NamedTuple):
-  """What is asked: the name of lm-eval's method, its arguments, and the task that asks."""
+  """A request: the name of lm-eval's method, its arguments, and the task."""
 
   kind: str
   arguments: tuple[object, ...]
@@ -24,26 +24,26 @@ class Request(NamedTuple):
 
   @property
   def is_sampled(self) -> bool:
-    """Whether the same request may have another answer the next time."""
+    """Whether the answer is random."""
     return any(isinstance(each, dict) and bool(each.get("do_sample")) for each in self.arguments)
 
 
 class Answers:
-  """Answers by request, in a JSON lines file that grows with each task.
+  """Answers by request, in a JSON lines file that grows after each task.
 
   Attributes:
     path: the file.
   """
 
   def __init__(self, path: Path, asked_of: Mapping[str, object]):
-    """Reads the answers that there are.
+    """Reads the stored answers.
 
     Args:
-      path: the file; it is made with the first answer.
-      asked_of: says, in the file's first line, whose answers these are.
+      path: the file; created with the first answer.
+      asked_of: identifies the model; stored in the file's first line.
 
     Raises:
-      UserError: if the file cannot be read, or holds another model's answers.
+      UserError: if the file is unreadable, or holds another model's answers.
     """
     self.path = path
     self._asked_of = json.loads(json.dumps(asked_of))
@@ -59,15 +59,15 @@ class Answers:
     """Answers to requests, in their order.
 
     Args:
-      requests: all of one kind.
-      work: answers those with the given numbers, which are of one task; what it says is kept before it is called again.
+      requests: all of the same kind.
+      work: answers the requests with the given indices, all of one task; its answers are stored before the next call.
 
     Raises:
       UserError: if the file cannot be written.
     """
     keys = list(_keys(requests))
     for _, numbers in itertools.groupby(range(len(requests)), key=lambda number: requests[number].task):
-      # The same request twice has one answer.
+      # Equal requests share one answer.
       new = list({keys[number]: number for number in numbers if keys[number] not in self._known}.values())
       if new:
         self._add([keys[number] for number in new], work(new))
@@ -98,10 +98,10 @@ class Answers:
 
 
 def answers_in(folder: Path, asked_of: Mapping[str, object]) -> Answers:
-  """The answers of one model under one plan, in a folder that may hold those of others.
+  """The answers of one model and plan, in a folder that may hold others.
 
   Raises:
-    UserError: if the folder cannot be made or written to, or the file cannot be read.
+    UserError: if the folder cannot be created or written, or the file is unreadable.
   """
   make_folder(folder)
   digest = hashlib.sha256(json.dumps(asked_of, sort_keys=True).encode()).hexdigest()
@@ -109,13 +109,13 @@ def answers_in(folder: Path, asked_of: Mapping[str, object]) -> Answers:
 
 
 def fingerprint(path: Path) -> str:
-  """What tells a model's files from any others: a digest of all that they hold, and of their names.
+  """Identifies a model's files: a digest of their contents and names.
 
   Args:
-    path: a folder, or a file, whose parts are all that begin with its name up to ``-00001-of-``.
+    path: a folder, or a file; for a file split into parts, all parts, which share its name up to ``-00001-of-``.
 
   Raises:
-    UserError: if a file cannot be read.
+    UserError: if a file is unreadable.
   """
   if path.is_dir():
     files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -131,7 +131,7 @@ def fingerprint(path: Path) -> str:
 
 
 def _keys(requests: Sequence[Request]) -> Iterator[str]:
-  """A key each: sampled requests that are the same are told apart, as their answers differ."""
+  """One key per request; equal sampled requests get different keys, because their answers differ."""
   seen: dict[str, int] = {}
   for request in requests:
     text = json.dumps([request.kind, *request.arguments], sort_keys=True)
@@ -149,5 +149,5 @@ def _parsed(line: str) -> object:
 
 
 def _plain(value: object) -> object:
-  """An answer as lm-eval wants it: JSON has no tuples."""
+  """An answer in lm-eval's types: JSON has no tuples."""
   return tuple(value) if isinstance(value, list) else value

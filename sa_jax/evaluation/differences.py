@@ -1,4 +1,4 @@
-"""What plans change in lm-eval's results, with standard errors of the differences."""
+"""How plans change lm-eval's results, with standard errors of the differences."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy as np
 from sa_jax.evaluation.harness import Metric, Results, metrics
 
 Documents = Mapping[tuple[str, int, str], float]
-"""Of one task and metric: the value of each document, by task, number and digest."""
+"""For one task and metric: each document's value, by task, number and digest."""
 
 
 class Difference(NamedTuple):
-  """A metric under a plan less the same under another.
+  """The difference of a metric between two plans.
 
   Attributes:
     value: the difference.
-    stderr: its standard error, or None where lm-eval gives none of one of the two.
-    paired: whether it is over the differences of single documents, which are the same in both. Then most of what makes
-      one document harder than another falls out.
+    stderr: its standard error, or None if lm-eval gives none for one of the two.
+    paired: whether it is computed from differences per document, over the same documents. Then most of the variation
+      between documents cancels.
   """
 
   value: float
@@ -30,7 +30,7 @@ class Difference(NamedTuple):
 
 
 def differences(base: Results, other: Results) -> dict[tuple[str, str], Difference]:
-  """By task and metric, for all that both results have.
+  """Differences by task and metric, for those that both results have.
 
   Args:
     base: lm-eval's results with samples.
@@ -50,7 +50,7 @@ def _apart(old: Metric, new: Metric) -> Difference:
 
 
 def _paired(base: Results, other: Results, old: Metric, new: Metric) -> Difference | None:
-  """None where documents are not the same, or one of the numbers is not the mean of theirs."""
+  """None if the documents differ, or a metric is not the mean over its documents."""
   documents = [dict(_documents(results, metric)) for results, metric in ((base, old), (other, new))]
   if documents[0].keys() != documents[1].keys() or len(documents[0]) < 2:
     return None
@@ -60,7 +60,7 @@ def _paired(base: Results, other: Results, old: Metric, new: Metric) -> Differen
   by_task: dict[str, list[float]] = {}
   for (task, _, _), before, after in zip(documents[0], *values, strict=True):
     by_task.setdefault(task, []).append(after - before)
-  # As lm-eval pools tasks: how documents vary within each of them.
+  # Variances within tasks are pooled as in lm-eval.
   squares = sum(float(np.var(each)) * len(each) for each in by_task.values())
   count = len(documents[0])
   if count == len(by_task):
@@ -69,7 +69,7 @@ def _paired(base: Results, other: Results, old: Metric, new: Metric) -> Differen
 
 
 def _documents(results: Results, metric: Metric) -> Iterator[tuple[tuple[str, int, str], float]]:
-  """Of a task, or of all tasks of a group."""
+  """The documents of a task, or of all tasks in a group."""
   name, _, filtered = metric.metric.partition(", ")
   for task in sorted(_leaves(results, metric.task)):
     for sample in results.get("samples", {}).get(task, ()):

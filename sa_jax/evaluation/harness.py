@@ -1,4 +1,4 @@
-"""Running EleutherAI's lm-eval on an sa_jax model: tasks by name, results in its own format."""
+"""Runs EleutherAI's lm-eval on an sa_jax model: tasks by name, results in lm-eval's format."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 
 Results = dict[str, Any]
-"""What lm-eval returns, by the names that it gives to its parts."""
+"""lm-eval's results, with its names."""
 
 
 class Metric(NamedTuple):
-  """One number of a task or group.
+  """One metric of a task or group.
 
   Attributes:
-    task: its name.
-    samples: how many documents it is over.
-    metric: its name, with lm-eval's filter where there is one.
-    value: the number.
-    stderr: its standard error, or None where lm-eval gives none.
+    task: the task's name.
+    samples: number of documents.
+    metric: the metric's name, with lm-eval's filter if there is one.
+    value: the value.
+    stderr: its standard error, or None if lm-eval gives none.
   """
 
   task: str
@@ -44,17 +44,17 @@ class Metric(NamedTuple):
 
 
 def find_tasks(names: Sequence[str], include: Sequence[Path] = ()) -> tuple[TaskManager, list[str]]:
-  """Tasks, groups and tags by name or pattern, of local folders and of lm-eval itself.
+  """Tasks, groups and tags by name or pattern, from local folders and lm-eval.
 
   Args:
     names: such as ``hellaswag`` or ``mmlu_*``.
-    include: folders of YAML files; their tasks hide lm-eval's own of the same name.
+    include: folders of YAML files; their tasks take precedence over lm-eval's of the same name.
 
   Returns:
     lm-eval's task manager, and the names found.
 
   Raises:
-    UserError: if a folder does not exist or a name is unknown; near names are offered.
+    UserError: if a folder does not exist or a name is unknown; suggests similar names.
   """
   from lm_eval.tasks import TaskManager
 
@@ -65,7 +65,7 @@ def find_tasks(names: Sequence[str], include: Sequence[Path] = ()) -> tuple[Task
   if missing := [str(folder) for folder in include if not folder.is_dir()]:
     raise UserError(f"there is no folder {', '.join(missing)} to read tasks from")
   matches: dict[str, list[str]] = {}
-  # Reading lm-eval's thousands of tasks takes seconds, and local ones may be all that is asked for.
+  # Reading lm-eval's thousands of tasks takes seconds, and local ones may suffice.
   for defaults in (False, True) if include else (True,):
     manager = TaskManager(include_path=list(include), include_defaults=defaults)
     matches = {name: manager.match_tasks([name]) for name in names}
@@ -92,22 +92,22 @@ def run_tasks(
   Args:
     lm: the model.
     names: see `find_tasks`.
-    how: a thousand resamplings tell standard errors to 2 %; lm-eval's own 100,000 take minutes a task.
+    how: the task settings; 1000 bootstrap samples give standard errors to 2 %, lm-eval's 100,000 take minutes per task.
     include: see `find_tasks`.
-    model_args: what the results say about the model.
-    tracker: is told what is evaluated; see `save_results`.
+    model_args: model information for the results.
+    tracker: records the evaluation; see `save_results`.
 
   Returns:
-    What ``lm_eval.simple_evaluate`` returns.
+    The result of ``lm_eval.simple_evaluate``.
 
   Raises:
-    UserError: if a task is unknown or its data cannot be read.
+    UserError: if a task is unknown or its data are unreadable.
   """
   import lm_eval.evaluator
   from datasets.exceptions import DatasetsError
 
   manager, found = find_tasks(names, include)
-  # lm-eval warns of each setting that it was told to change.
+  # lm-eval warns about each overridden setting.
   logging.getLogger("lm_eval").setLevel(logging.ERROR)
   try:
     with patches.quick():
@@ -127,7 +127,7 @@ def run_tasks(
 
 
 def save_results(tracker: EvaluationTracker, results: Results) -> None:
-  """Writes results, and samples if they are among them, to the tracker's folder in files that lm-eval names."""
+  """Writes results, and samples if included, to the tracker's folder, in files named by lm-eval."""
   samples = results.get("samples", {})
   tracker.save_results_aggregated({key: value for key, value in results.items() if key != "samples"}, samples)
   for task, each in samples.items():
@@ -135,14 +135,14 @@ def save_results(tracker: EvaluationTracker, results: Results) -> None:
 
 
 def metrics(results: Results) -> Iterator[Metric]:
-  """The numbers of lm-eval's results: of groups first, then of the tasks that belong to no group of them."""
+  """The metrics in lm-eval's results: first of groups, then of tasks outside them."""
   groups: Results = results.get("groups", {})
   members = {name for group in groups for name in results.get("group_subtasks", {}).get(group, ())}
   tasks = {name: values for name, values in results["results"].items() if name not in {*groups, *members}}
   counts = results.get("n-samples", {})
 
   def samples_of(name: str) -> int:
-    """Of a group, those of its members, which may be groups."""
+    """For a group, the sum over its members, which may be groups."""
     if name in counts:
       return counts[name]["effective"]
     return sum(map(samples_of, results.get("group_subtasks", {}).get(name, ())))

@@ -1,4 +1,4 @@
-"""A model as EleutherAI's lm-eval wants it."""
+"""An sa_jax model with the interface of EleutherAI's lm-eval."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from sa_jax.trees import Params
 T = TypeVar("T")
 
 _ENCODED_AT_ONCE = 4096
-"""Texts: enough for all threads of the tokenizer."""
+"""Texts per call, enough for all threads of the tokenizer."""
 
 
 _WITHOUT_EFFECT = {
@@ -43,23 +43,23 @@ _WITHOUT_EFFECT = {
   "diversity_penalty": 0.0, "encoder_repetition_penalty": 1.0, "typical_p": 1.0, "min_p": 0.0, "epsilon_cutoff": 0.0,
   "eta_cutoff": 0.0, "min_length": 0, "min_new_tokens": 0, "penalty_alpha": 0.0,
 }  # fmt: skip
-"""Values of transformers' settings that change nothing."""
+"""Values of transformers' settings that have no effect."""
 _OF_SAMPLING = ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _OF_BEAMS = ("length_penalty", "early_stopping", "use_cache")
-"""Of no effect on one beam, whatever their values."""
+"""Settings without effect for a single beam, at any value."""
 _LOG = logging.getLogger(__name__)
 
 
 class SharedAttentionLM(TemplateLM):
   """An sa_jax model for ``lm_eval.simple_evaluate(model=...)``, without torch.
 
-  Each process of a multi-host run is given all requests, works on its part of them, and returns all answers.
+  Each process of a multi-host run gets all requests, works on its part of them, and returns all answers.
 
   Attributes:
     tokenizer: the model's.
-    name: what lm-eval's caches know the tokenizer by.
-    max_length: most tokens that the model reads; longer requests lose their beginning.
-    slots: generations that run at once.
+    name: the tokenizer's name in lm-eval's caches.
+    max_length: maximum number of tokens; longer requests are truncated at the start.
+    slots: concurrent generations.
   """
 
   tokenizer: Tokenizer
@@ -75,18 +75,18 @@ class SharedAttentionLM(TemplateLM):
     name: str = "sa_jax",
     progress: Callable[[str], AbstractContextManager[Progress]] | None = None,
   ):
-    """Makes the adapter.
+    """Creates the adapter.
 
     Args:
       model: from `sa_jax.from_pretrained`.
       params: in the layer layout; the run layout takes a second copy of the weights. Or a function that reads them,
-        which is called with the first request that has no answer yet.
+        called with the first request that has no stored answer.
       tokenizer: from `sa_jax.load_tokenizer`.
-      limits: how much it reads and writes at once.
-      answers: where answers are kept, and looked for; None asks everything.
+      limits: batch sizes and length limits.
+      answers: stored answers to reuse and extend; None for none.
       name: see `tokenizer_name`.
-      progress: from the name of some work to a context with what reports how far it is; lm-eval's kind of bar, in
-        terminals, when None.
+      progress: from a label to a context manager that yields a progress callback; None for lm-eval's progress bars, in
+        terminals.
 
     Raises:
       UserError: if the model has no end token.
@@ -118,7 +118,7 @@ class SharedAttentionLM(TemplateLM):
     return _nothing() if disable else self._progress(label)
 
   def _answered(self, kind: str, requests: list[Instance], work: Callable[[list[Instance]], list[T]]) -> list[T]:
-    """Answers that are kept, and those to the other requests, task by task."""
+    """Stored answers, and new answers to the other requests, task by task."""
     if self._answers is None:
       return work(requests)
     asked = [Request(kind, request.args, request.task_name) for request in requests]
@@ -131,16 +131,16 @@ class SharedAttentionLM(TemplateLM):
 
   @property
   def prefix_token_id(self) -> int:
-    """What an empty context becomes: the start token, or the end token of a model that has none."""
+    """The context used for an empty one: the start token, or the end token if there is none."""
     return self._start
 
   @property
   def tokenizer_name(self) -> str:
-    """What lm-eval's caches know the tokenizer by."""
+    """The tokenizer's name in lm-eval's caches."""
     return self.name
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-    """Token ids; by default with a start token where the tokenizer adds one and the text does not have it."""
+    """Token ids; by default with a start token, if the tokenizer adds one and the text does not contain it."""
     if add_special_tokens is None:
       if (known := self._encoded.get(string)) is not None:
         return known
@@ -148,13 +148,13 @@ class SharedAttentionLM(TemplateLM):
     return self.tokenizer.encode(string, special=add_special_tokens)
 
   def _encode_ahead(self, texts: Iterable[str]) -> None:
-    """Encodes texts with all threads, for `tok_encode` to find."""
+    """Encodes texts with all threads, for `tok_encode` to look up."""
     wanted = [text for text in dict.fromkeys(texts) if text and not text.startswith(self._start_text)]
     encoded = self.tokenizer.backend.encode_batch_fast(wanted)
     self._encoded = {text: each.ids for text, each in zip(wanted, encoded, strict=True)}
 
   def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-    """Messages as text; without ``add_generation_prompt`` the last message is left open, to be continued."""
+    """Messages as text; without ``add_generation_prompt`` the last message stays open, to be continued."""
     template = self.tokenizer.template
     write = template.continued if not add_generation_prompt else self.tokenizer.chat
     try:
@@ -167,7 +167,7 @@ class SharedAttentionLM(TemplateLM):
       return write(others)
 
   def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-    """Log-likelihood of each request's continuation given its context, and whether it is what greedy decoding gives."""
+    """Log-likelihood of each request's continuation given its context, and whether greedy decoding gives it."""
     return self._answered("loglikelihood", requests, lambda asked: self._log_likelihoods(asked, disable_tqdm))
 
   def _log_likelihoods(self, requests: list[Instance], disable_tqdm: bool) -> list[tuple[float, bool]]:
@@ -180,7 +180,7 @@ class SharedAttentionLM(TemplateLM):
     return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
 
   def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """A context's tokens and its continuation's, neither empty."""
+    """The tokens of a context and its continuation; neither is empty."""
     if context:
       return self._encode_pair(context, continuation)
     tokens = self.tok_encode(continuation, add_special_tokens=False)
@@ -189,20 +189,20 @@ class SharedAttentionLM(TemplateLM):
   def _loglikelihood_tokens(
     self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], disable_tqdm: bool = False, **_: Any
   ) -> list[tuple[float, bool]]:
-    # Nothing is certain, and all that greedy decoding gives before it begins.
+    # An empty continuation has probability 1 and is greedy.
     answers = [(0.0, True)] * len(requests)
     asked = [number for number, (_, _, continuation) in enumerate(requests) if continuation]
     pairs = [self._truncated(*requests[number][1:]) for number in asked]
     if not asked:
       return answers
-    score = self._scorer  # which may read the weights, and shows that by itself
+    score = self._scorer  # may read the weights, with its own progress
     with self._shown("scoring", disable_tqdm) as report:
       for number, scored in zip(asked, score(pairs, report), strict=True):
         answers[number] = scored.log_likelihood, scored.greedy
     return answers
 
   def _truncated(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
-    """A request without its beginning where the model cannot read it all; what is scored stays whole."""
+    """Truncates a request's context at the start if it is too long; the continuation stays complete."""
     if len(continuation) > self.max_length:
       raise UserError(f"a continuation of {len(continuation)} tokens is longer than the model's {self.max_length}")
     return context[-(self.max_length + 1 - len(continuation)) :], continuation
@@ -210,7 +210,7 @@ class SharedAttentionLM(TemplateLM):
   def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
     """Log-likelihood of each request's whole text, in windows of ``max_length`` tokens that predict each token once.
 
-    Where the tokenizer puts tokens before a text, every window begins with them.
+    If the tokenizer adds tokens before a text, every window begins with them.
     """
     return self._answered("loglikelihood_rolling", requests, lambda asked: self._rolling(asked, disable_tqdm))
 
@@ -226,7 +226,7 @@ class SharedAttentionLM(TemplateLM):
       )
       for at, window in enumerate(rolling):
         context, continuation = utils.make_disjoint_window(window)
-        # The first window's context is the last of the opening tokens, a later one's the token before it.
+        # The first window's context is the last opening token, a later one's the previous token.
         windows.append((number, (opening if at else opening[:-1]) + context, continuation))
     scores = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
     totals = [0.0] * len(requests)
@@ -235,7 +235,7 @@ class SharedAttentionLM(TemplateLM):
     return totals
 
   def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-    """Continues each context to the first of its stop strings, the end token or its longest length."""
+    """Continues each context up to its first stop string, the end token or its maximum length."""
     return self._answered("generate_until", requests, lambda asked: self._generate_all(asked, disable_tqdm))
 
   def _generate_all(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
@@ -257,10 +257,10 @@ class SharedAttentionLM(TemplateLM):
     self._encode_ahead(contexts)
     prompts = [self.tok_encode(context)[-(self.max_length - longest) :] or [self._start] for context in contexts]
     self._encoded = {}
-    # Where the model is spread over processes, all of them run it together.
+    # If the model spans processes, all of them run it together.
     spread = is_spread(self._params)
     mine = range(len(prompts)) if spread else part(range(len(prompts)), jax.process_index(), jax.process_count())
-    # The capacity is that of all prompts, so that every process compiles the same programs.
+    # One capacity for all prompts, so that every process compiles the same programs.
     needed = max(map(len, prompts)) + longest - 1
     batcher = Batcher(
       self._model,
@@ -286,7 +286,7 @@ class SharedAttentionLM(TemplateLM):
     return [postprocess_generated_text(self.tokenizer.decode(row), stops, None) for row in rows]
 
   def _until(self, tokens: Sequence[int], stops: Sequence[str]) -> Sequence[int]:
-    """The tokens up to the one with which a stop string is complete; special tokens are text there, and none later."""
+    """The tokens up to the one that completes a stop string; special tokens are text here, but not in the answer."""
 
     def stopped(count: int) -> bool:
       text = self.tokenizer.decode(tokens[:count], special=True)
@@ -295,12 +295,12 @@ class SharedAttentionLM(TemplateLM):
     return tokens[: bisect.bisect_left(range(len(tokens)), True, key=stopped)]
 
   def _stopped(self, tokens: Sequence[int], new: int, stops: Sequence[str]) -> bool:
-    """Whether a stop string ends among the last ``new`` tokens; it has at most as many tokens as it has bytes."""
+    """Whether a stop string ends within the last ``new`` tokens; it has at most as many tokens as bytes."""
     text = self.tokenizer.decode(tokens[-new - max(len(stop.encode()) for stop in stops) :], special=True)
     return any(stop in text for stop in stops)
 
   def _read_settings(self, settings: dict[str, Any]) -> tuple[list[str], int, Sampler]:
-    """Stop strings, most new tokens, and the sampler of lm-eval's ``generation_kwargs``."""
+    """Stop strings, maximum number of new tokens, and the sampler from lm-eval's ``generation_kwargs``."""
     known = dict(normalize_gen_kwargs(settings, self._max_new_tokens))
     end = self.tokenizer.decode([self._end], special=True)
     stops = [stop for stop in handle_stop_sequences(known.pop("until", None), end) if stop]
@@ -324,7 +324,7 @@ class SharedAttentionLM(TemplateLM):
 
 @contextlib.contextmanager
 def _bar(label: str) -> Iterator[Progress]:
-  """lm-eval's kind of progress bar, where there is a terminal to show it on."""
+  """lm-eval's kind of progress bar, if there is a terminal."""
   with tqdm(desc=label, disable=not sys.stderr.isatty() or jax.process_index() > 0) as bar:
 
     def report(done: int, total: int) -> None:

@@ -29,8 +29,8 @@ from sa_jax.trees import Params
 class Perplexity(NamedTuple):
   """Attributes:
   perplexity: exp of the mean negative log-likelihood.
-  loss: the mean negative log-likelihood a predicted token, in nats.
-  tokens: how many tokens were predicted.
+  loss: the mean negative log-likelihood per predicted token, in nats.
+  tokens: number of predicted tokens.
   """
 
   perplexity: float
@@ -46,22 +46,22 @@ class Perplexity(NamedTuple):
 def rows_of(
   tokens: Sequence[int], length: int, rows: int | None = None, start: int | Sequence[int] | None = None
 ) -> np.ndarray:
-  """The first tokens of a text as full rows; the rest, too short for a row, is left out.
+  """The first tokens of a text as full rows; a remainder shorter than a row is dropped.
 
-  Models that have learnt to read texts after a start token are far off without it: give it to every row. Being first,
-  it is never predicted, and no score counts it.
+  Models trained with a start token score badly without it: put it at the start of every row. It is never predicted, and
+  does not count in any score.
 
   Args:
     tokens: of one text.
-    length: tokens a row, at least 2.
-    rows: at most this many rows; all that fit when None.
-    start: the token that each row begins with, or several, such as `Tokenizer.opening` gives; None for none.
+    length: tokens per row, at least 2.
+    rows: maximum number of rows; None for all.
+    start: one or more tokens that each row begins with, such as from `Tokenizer.opening`; None for none.
 
   Returns:
     int32 ``[rows, length]``.
 
   Raises:
-    UserError: if the text is shorter than one row, or than the rows asked for.
+    UserError: if the text is shorter than one row, or than the requested rows.
   """
   if length < 2:
     raise UserError(f"rows need at least 2 tokens, one to predict from and one to predict, not {length}")
@@ -81,7 +81,7 @@ def rows_of(
 
 @program(static_argnames="model")
 def _log_likelihood(model: Transformer, params: Params, tokens: jax.Array) -> jax.Array:
-  """Summed log-likelihood of each row's tokens after the first, float32 ``[B]``."""
+  """Sum of the log-likelihoods of each row's tokens after the first, float32 ``[B]``."""
   if model.config.cache_dtype is None:
     logits = apply(model, params, Transformer.__call__, tokens)
   else:
@@ -103,18 +103,18 @@ def perplexity(
   batch_size: int = 1,
   progress: Progress | None = None,
 ) -> Perplexity:
-  """Perplexity of full rows, each scored on its own: all tokens after a row's first, weighted alike.
+  """Perplexity of full rows, scored independently: all tokens after a row's first, with equal weight.
 
-  Of a model with a quantised cache, tokens attend to what that holds of keys and values.
+  With a quantised cache, tokens attend to the quantised keys and values.
 
   Args:
     model: the model.
-    params: in either layout; the run layout compiles one scan. With a quantised cache, the layer layout is needed, and
-      the other one copied.
+    params: in either layout; the run layout compiles one scan. A quantised cache needs the layer layout; parameters in
+      the run layout are copied.
     tokens: int ``[rows, length]``, for example from `rows_of`.
-    batch_size: rows scored at once; logits take ``batch_size * length * V * 4`` bytes. On a mesh, devices share out a
-      batch's rows: give each of ``data * fsdp`` at least one.
-    progress: called with (rows scored, rows in all).
+    batch_size: rows per batch; logits take ``batch_size * length * V * 4`` bytes. On a mesh, a batch's rows are split
+      over devices: use at least ``data * fsdp``.
+    progress: called with (rows done, total rows).
 
   Raises:
     UserError: if a token is not in the vocabulary, rows are shorter than 2 tokens, or ``batch_size`` is not positive.
@@ -138,9 +138,9 @@ def perplexity(
 
 
 def rare_words_unknown(text: str, fewest: int = 3) -> str:
-  """Raw WikiText in WikiText-2's spelling: words that occur less often than ``fewest`` times become ``<unk>``.
+  """Raw WikiText in WikiText-2's form: words that occur fewer than ``fewest`` times become ``<unk>``.
 
-  A model calibrated on raw text has never seen what a twentieth of WikiText-2's words look like (Merity et al., arXiv
+  A model calibrated on raw text has never seen ``<unk>``, a twentieth of WikiText-2's words (Merity et al., arXiv
   1609.07843, section 4.3).
   """
   counts = collections.Counter(text.split())

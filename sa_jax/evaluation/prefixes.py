@@ -1,4 +1,4 @@
-"""Which rows share the beginning of their tokens, and so can read it once."""
+"""Finds rows with common prefixes, so that each prefix is computed once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 _WORTH = 0.25
-"""A shared beginning is read apart from its rows where that saves at least this part of their tokens."""
+"""A shared prefix is computed separately if that saves at least this fraction of the tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Row:
 
   Attributes:
     tokens: int32 ``[T]``.
-    first: the first position whose logits are wanted; what is shared ends before it.
-    requests: who wants them, by number.
+    first: the first position whose logits are needed; the shared prefix ends before it.
+    requests: the indices of the requests that need them.
   """
 
   tokens: np.ndarray
@@ -29,11 +29,11 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """Rows that begin with the same tokens.
+  """Rows with a common prefix.
 
   Attributes:
     rows: its members.
-    shared: how many tokens they share; 0 where each row is read by itself.
+    shared: length of the prefix in tokens; 0 if each row is computed alone.
   """
 
   rows: tuple[Row, ...]
@@ -41,7 +41,7 @@ class Family:
 
 
 def padded_size(size: int, smallest: int = 16) -> int:
-  """The size that something is padded to, so that few programs are compiled: a power of two, or one and a half."""
+  """The padded size, to limit the number of compiled programs: a power of two, or 1.5 times one."""
   if size <= smallest:
     return smallest
   power = 1 << (size - 1).bit_length()
@@ -49,13 +49,13 @@ def padded_size(size: int, smallest: int = 16) -> int:
 
 
 def rows_of_requests(requests: Sequence[tuple[np.ndarray, int]], merge: bool = True) -> list[Row]:
-  """The rows to read, in lexicographic order: equal ones once, and none that is the beginning of another.
+  """The rows to compute, in lexicographic order: duplicates once, and none that is a prefix of another.
 
   Args:
-    requests: int32 tokens ``[T]``, at least one, and the first position whose logits are wanted.
-    merge: whether a longer row may answer for its own beginning.
+    requests: int32 tokens ``[T]``, at least one, and the first position whose logits are needed.
+    merge: whether a longer row may serve a request for its prefix.
   """
-  # Big-endian bytes are ordered as their tokens are, and compare fast.
+  # Big-endian bytes have the same order as their tokens, and compare fast.
   found: dict[bytes, Row] = {}
   for number, (tokens, first) in enumerate(requests):
     key = tokens.astype(">i4").tobytes()
@@ -76,22 +76,22 @@ def _joined(row: Row, other: Row) -> Row:
 
 
 def _common(left: np.ndarray, right: np.ndarray) -> int:
-  """How many tokens two rows begin with alike."""
+  """The length of the common prefix of two rows."""
   length = min(len(left), len(right))
   differ = np.flatnonzero(left[:length] != right[:length])
   return int(differ[0]) if len(differ) else length
 
 
 def families(rows: Sequence[Row]) -> list[Family]:
-  """Groups sorted rows so that sharing their beginnings saves most tokens."""
+  """Groups sorted rows so that sharing prefixes saves the most tokens."""
   if not rows:
     return []
   common = np.array([_common(left.tokens, right.tokens) for left, right in itertools.pairwise(rows)], np.int64)
-  # Rows part at buckets of common length, of which there are few, so that the recursion is shallow.
+  # Split at buckets of prefix length; there are few, so the recursion is shallow.
   levels = np.array([padded_size(length + 1, 1) for length in common.tolist()], np.int64)
 
   def best(low: int, high: int) -> tuple[int, list[Family]]:
-    """How many tokens the best grouping of some rows saves, and the grouping."""
+    """The number of tokens that the best grouping of some rows saves, and the grouping."""
     members = tuple(rows[low:high])
     alone = [Family((row,), 0) for row in members]
     if high - low == 1:

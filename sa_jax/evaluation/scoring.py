@@ -29,13 +29,13 @@ _LOG = logging.getLogger("sa_jax")
 _T = TypeVar("_T")
 
 _CHUNK = 512
-"""Positions whose logits exist at once."""
+"""Positions per chunk of logits."""
 
 _KEYS = 1024
-"""A query that sees more keys than this counts as several tokens of a batch."""
+"""A query with more visible keys than this counts as several tokens of a batch."""
 
 _COMPILE_SECONDS = 0.25
-"""What compiling takes for each layer. This and the rates are orders of magnitude, to weigh programs and padding."""
+"""Compile time per layer. This and the rates are orders of magnitude, to trade programs against padding."""
 
 _CPU_RATE, _ACCELERATOR_RATE = 1e11, 1e14
 """FLOP/s."""
@@ -44,7 +44,7 @@ _CPU_RATE, _ACCELERATOR_RATE = 1e11, 1e14
 class Scored(NamedTuple):
   """Attributes:
   log_likelihood: of the continuation given its context, in nats.
-  greedy: whether each of its tokens is the likeliest one at its place.
+  greedy: whether each of its tokens is the most likely one at its position.
   """
 
   log_likelihood: float
@@ -60,7 +60,7 @@ def _read(model: Transformer, params: Params, tokens: jax.Array, lengths: jax.Ar
 
 @program(static_argnames="model")
 def _hidden(model: Transformer, params: Params, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-  """What the head reads ``[B, T, D]`` in right-padded rows."""
+  """The head's input ``[B, T, D]`` for right-padded rows."""
   _LOG.info("compiling the scores of %s × %s tokens", *tokens.shape)
   return apply(model, params, Transformer.hidden, tokens, ops.Rows(lengths))
 
@@ -74,7 +74,7 @@ def _hidden_after(
   tokens: jax.Array,
   rows: ops.Rows,
 ) -> jax.Array:
-  """What the head reads in ``tokens [B, T]``, each after the part of a row of the cache before its offset."""
+  """The head's input for ``tokens [B, T]``, each row following the part of a cached row before its offset."""
   _LOG.info("compiling the scores of %s × %s tokens after %s", *tokens.shape, cache.capacity)
   room = ((0, 0), (0, 0), (0, tokens.shape[1]), (0, 0))
   own = jax.tree.map(lambda x: jnp.pad(jnp.take(x, owners, axis=0, mode="clip"), room), cache)
@@ -85,7 +85,7 @@ def _hidden_after(
 def _scores(
   model: Transformer, params: Params, hidden: jax.Array, places: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Log-likelihoods ``[M]`` of targets at places among the B × T positions, and whether each is the likeliest token."""
+  """Log-likelihoods ``[M]`` of targets at some of the B × T positions, and whether each is the most likely token."""
 
   def one(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     places, targets = chunk
@@ -99,14 +99,14 @@ def _scores(
 
 
 PROGRAMS = (_read, _hidden, _hidden_after, _scores)
-"""What is compiled, once for each shape of batch."""
+"""The compiled functions, one program per batch shape."""
 
 
 class _Batch(NamedTuple, Generic[_T]):
   """Attributes:
-  items: what is in it.
-  rows: to how many it is padded.
-  size: to how many tokens each is padded.
+  items: the items in it.
+  rows: padded number of rows.
+  size: padded number of tokens per row.
   """
 
   items: list[_T]
@@ -114,7 +114,7 @@ class _Batch(NamedTuple, Generic[_T]):
   size: int
 
   def padded(self, items: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The items' tokens, int32 ``[rows, size]``, and lengths ``[rows]``, of which rows that fill up have 1."""
+    """The items' tokens, int32 ``[rows, size]``, and lengths ``[rows]``; padding rows have length 1."""
     tokens, lengths = right_pad(items)
     room = self.rows - len(lengths)
     tokens = np.pad(tokens, ((0, room), (0, self.size - tokens.shape[1])))
@@ -122,18 +122,18 @@ class _Batch(NamedTuple, Generic[_T]):
 
 
 class Scorer:
-  """Scores continuations given their contexts, reading as few tokens as it can.
+  """Scores continuations given their contexts, computing as few tokens as possible.
 
-  Requests that differ in their last token are one row, read once; rows that begin alike (options of one question,
-  questions after the same examples) read their beginning once, and their own tokens against its cache. Batches are of
-  rows of similar length, padded to few sizes: another size is another program, and has to save more than compiling it
-  takes. Logits exist only where they are wanted, a few hundred positions at a time.
+  Requests that differ only in their last token are one row; rows with a common prefix (options of a question, questions
+  after the same examples) compute the prefix once, and their own tokens against its cache. Batches contain rows of
+  similar length, padded to a few sizes: another size needs another program, and must save more time than compiling it
+  takes. Logits are computed only where needed, a few hundred positions at a time.
 
-  On several processes each scores its part of the rows, and all return the same. A model that is itself spread over
+  With several processes, each scores its part of the rows, and all return the same results. A model that spans
   processes is run by all of them together.
 
   Attributes:
-    batch_tokens: tokens in a batch, padding and the cached ones that its rows see included; memory is of this order.
+    batch_tokens: tokens per batch, including padding and cached tokens that its rows see; determines memory.
   """
 
   def __init__(self, model: Transformer, params: Params, *, batch_tokens: int = 4096):
@@ -144,9 +144,9 @@ class Scorer:
     mesh = mesh_of(self._params)
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     rate = _CPU_RATE if platform == "cpu" else _ACCELERATOR_RATE
-    # Tokens that could be computed in the time that compiling a program takes.
+    # Tokens that could be computed in the time that a program takes to compile.
     self._program = _COMPILE_SECONDS * model.config.num_layers * rate / cost(model.config, model.plan).flops
-    # Where the rotary embedding depends on a row's length, a beginning is not the same in rows of several lengths.
+    # If the rotary embedding depends on a row's length, rows of different lengths cannot share a prefix.
     self._share = not model.config.rope_depends_on_row
 
   def __call__(
@@ -158,7 +158,7 @@ class Scorer:
 
     Args:
       requests: context and continuation, each at least one token.
-      progress: called with (rows read, rows in all), of this process.
+      progress: called with (rows done, total rows) of this process.
 
     Raises:
       UserError: if a context or a continuation is empty, or a token is not in the vocabulary.
@@ -208,7 +208,7 @@ class Scorer:
     ]
 
   def _batches(self, grouped: Sequence[Family], requests: _Requests) -> Iterator[tuple[list[int], Any, int]]:
-    """Numbers of requests, one for each score; scores, on device; and how many rows they took."""
+    """Yields indices of requests, one for each score; scores, on device; and the number of rows."""
     alone = [row for family in grouped if not family.shared for row in family.rows]
     for batch in self._by_length(alone, lambda row: len(row.tokens)):
       hidden = _hidden(self._model, self._params, *batch.padded([row.tokens for row in batch.items]))
@@ -237,13 +237,13 @@ class Scorer:
     before: int = 0,
     readers: Callable[[_T], int] = lambda item: 1,
   ) -> Iterator[_Batch[_T]]:
-    """Batches of items of similar lengths, the longest first.
+    """Batches of items of similar lengths, longest first.
 
     Args:
-      items: what to read.
-      length: an item's tokens.
-      before: how many cached tokens each sees.
-      readers: how many rows have an item's tokens, and their padding, in memory.
+      items: the items.
+      length: number of tokens of an item.
+      before: number of cached tokens that each sees.
+      readers: number of rows in memory, including padding, that hold an item's tokens.
     """
     items = sorted(items, key=length, reverse=True)
     size, full, left = 0, 0, sum(map(readers, items))
@@ -257,7 +257,7 @@ class Scorer:
         count -= 1
       taken, items = items[:count], items[count:]
       left -= sum(map(readers, taken))
-      # The last rows of a size take the program of those before them, unless that is mostly padding.
+      # The last rows of a size use the previous program, unless they would be mostly padding.
       room = count - len(taken)
       yield _Batch(taken, count if size == full and room * size < self._program else padded_size(len(taken), 1), size)
       full = size
@@ -272,7 +272,7 @@ class Scorer:
 
 class _Requests(NamedTuple):
   """Attributes:
-  firsts: of each request, the position of its row that predicts its first token.
+  firsts: for each request, the position in its row that predicts its first token.
   targets: its tokens.
   """
 
@@ -280,10 +280,10 @@ class _Requests(NamedTuple):
   targets: list[np.ndarray]
 
   def places(self, rows: Sequence[Row], starts: np.ndarray, length: int) -> tuple[list[int], list[int], list[int]]:
-    """What rows whose tokens from ``starts`` on are in a batch of ``[B, length]`` have to predict.
+    """The targets of rows whose tokens from ``starts`` on are in a batch of ``[B, length]``.
 
     Returns:
-      A request's number, the place among B × length positions and the token, for each token of each request.
+      The request's index, the position among B × length and the token, for each target token.
     """
     numbers: list[int] = []
     places: list[int] = []
@@ -299,30 +299,30 @@ class _Requests(NamedTuple):
 
 
 def _padding(count: int) -> int:
-  """How many positions fill up a number of them to whole chunks."""
+  """The number of padding positions that complete the last chunk."""
   size = padded_size(count)
   return (size if size <= _CHUNK else -(-size // _CHUNK) * _CHUNK) - count
 
 
 def _add_up(numbers: list[int], found: tuple[np.ndarray, np.ndarray], totals: np.ndarray, hits: np.ndarray) -> None:
-  """Adds each token's log-likelihood, and whether it is the likeliest, to those of its request."""
+  """Adds each token's log-likelihood, and whether it is the most likely, to its request's totals."""
   values, likeliest = (x[: len(numbers)] for x in found)
   np.add.at(totals, numbers, values.astype(np.float64))
   np.add.at(hits, numbers, likeliest.astype(np.int64))
 
 
 def part(items: Sequence[_T], index: int, count: int) -> Sequence[_T]:
-  """The items that process ``index`` of ``count`` works on: every one belongs to exactly one."""
+  """The items of process ``index`` of ``count``; every item belongs to exactly one process."""
   return items[index::count]
 
 
 def together(values: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
-  """Sums over processes of arrays that hold zeros wherever another process has the value; the same on all."""
+  """Sums arrays over processes, each with zeros in the other processes' places; the same result on all."""
   if jax.process_count() == 1:
     return values
   from jax.experimental import multihost_utils
 
-  # As bytes: without x64 a float64 would be gathered in float32.
+  # As bytes: without x64, a float64 would be gathered as float32.
   gathered = [multihost_utils.process_allgather(np.frombuffer(value.tobytes(), np.uint8)) for value in values]
   return tuple(
     sum(np.frombuffer(each.tobytes(), value.dtype) for each in parts).reshape(value.shape)  # type: ignore[union-attr]

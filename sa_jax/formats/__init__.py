@@ -1,4 +1,4 @@
-"""Files of models in and out: Hugging Face folders and GGUF files, to and from sa_jax's own checkpoints."""
+"""Reading and writing models: Hugging Face folders and GGUF files, to and from sa_jax checkpoints."""
 
 from sa_jax.config import use_hf_spelling
 from sa_jax.formats import hf_config

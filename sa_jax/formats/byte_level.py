@@ -1,7 +1,7 @@
-"""Byte-level BPE as a `tokenizers` object: from lists of byte strings in the order of their ranks.
+"""Byte-level BPE as a `tokenizers` object, from byte strings in the order of their ranks.
 
-Mistral's ``tekken.json`` and tiktoken's files are such lists. Those neighbours are joined first whose joint string has
-the lowest rank, so that merges are all ways to make a string of two, by the string's rank.
+Mistral's ``tekken.json`` and tiktoken files are such lists. BPE merges the neighbours whose joint string has the lowest
+rank, so the merges are all splits of a string into two known strings, ordered by the string's rank.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from sa_jax.formats.sentencepiece_model import halves
 LLAMA_3_SPLIT = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""Of Llama 3 and GLM-4, whose files of ranks do not say how texts are split."""
+"""The split pattern of Llama 3 and GLM-4, whose rank files do not contain one."""
 _OLD_TEKKEN = """
   <unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] [IMG]
   <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]
 """.split()
-"""The special tokens of a tekken.json that names none, as mistral_common has them."""
+"""The default special tokens of a tekken.json that lists none, as in mistral_common."""
 _MOST = 1 << 24
-"""Tokens of a vocabulary."""
+"""Maximum vocabulary size."""
 
 
 def _letters() -> list[str]:
-  """The letter that stands for each byte: its own if it can be seen, otherwise one from 256 on."""
+  """The printable character for each byte: the byte's own if printable, otherwise one from 256 on."""
   seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
   hidden = [byte for byte in range(256) if byte not in seen]
   return [chr(byte) if byte in seen else chr(256 + hidden.index(byte)) for byte in range(256)]
@@ -42,7 +42,7 @@ _LETTERS = _letters()
 
 
 def split_as(backend: tokenizers.Tokenizer, patterns: Sequence[str]) -> None:
-  """Makes a tokenizer of byte strings: how it splits texts, into bytes at last, and joins them."""
+  """Makes a tokenizer byte-level: sets its split patterns, byte encoding and decoder."""
   splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in patterns]
   to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
@@ -53,9 +53,9 @@ def from_ranks(ranked: Sequence[bytes], pattern: str, special: Sequence[str] = (
   """A tokenizer of byte strings.
 
   Args:
-    ranked: the strings in the order of their ranks.
-    pattern: by which texts are split.
-    special: the tokens before them.
+    ranked: the strings in order of rank.
+    pattern: the split pattern.
+    special: special tokens, which come first.
   """
   words = ["".join(_LETTERS[byte] for byte in string) for string in ranked]
   vocabulary = {token: index for index, token in enumerate([*special, *words])}
@@ -77,7 +77,7 @@ def from_ranks(ranked: Sequence[bytes], pattern: str, special: Sequence[str] = (
 
 
 def read_tekken(file: Path) -> tokenizers.Tokenizer:
-  """The tokenizer in a ``tekken.json``: its special tokens, filled up to as many as it says, then byte strings.
+  """The tokenizer in a ``tekken.json``: special tokens, padded to the stated number, then byte strings.
 
   Raises:
     UserError: if the file is damaged.
@@ -104,7 +104,7 @@ def read_tekken(file: Path) -> tokenizers.Tokenizer:
 
 
 def is_tiktoken(file: Path) -> bool:
-  """Whether a file is a list of ranks as tiktoken writes it, each line a string in base64 and its rank."""
+  """Whether a file is a tiktoken rank list: each line a base64 string and its rank."""
   with file.open("rb") as opened:
     line = opened.readline(4096)
   word, _, rank = line.strip().partition(b" ")
@@ -112,11 +112,11 @@ def is_tiktoken(file: Path) -> bool:
 
 
 def read_tiktoken(file: Path, listed: Mapping[int, tokenizers.AddedToken]) -> tokenizers.Tokenizer:
-  """The tokenizer in tiktoken's file of Llama 3 or GLM-4.
+  """The tokenizer in a Llama 3 or GLM-4 tiktoken file.
 
   Args:
-    file: where.
-    listed: the tokens that the settings name by number; gaps before and between them are filled.
+    file: the file.
+    listed: the tokens that the settings list by id; gaps before and between them are filled.
 
   Raises:
     UserError: if the file is damaged.
@@ -139,7 +139,7 @@ def read_tiktoken(file: Path, listed: Mapping[int, tokenizers.AddedToken]) -> to
 
 
 def _in_order(listed: object, file: Path) -> list[str]:
-  """Special tokens by their ranks, which count from 0."""
+  """Special tokens in order of rank, from 0."""
   entries = listed if isinstance(listed, list) else [None]
   found = [(each.get("rank"), each.get("token_str")) for each in entries if isinstance(each, dict)]
   by_rank = {rank: token for rank, token in found if isinstance(rank, int) and isinstance(token, str)}

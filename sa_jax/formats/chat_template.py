@@ -1,7 +1,7 @@
-"""Chat templates: messages to the text that a model was trained on, as transformers writes it.
+"""Chat templates: messages to the text that a model was trained on, as transformers formats them.
 
-Templates are rendered by a process of their own (`template_process`), which is started with the first chat and serves
-all that follow.
+Templates are rendered in a separate process (`template_process`), started with the first chat and reused for later
+ones.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ import numpy as np
 from sa_jax.errors import UserError, shown
 
 SECONDS = 3
-"""Of computing that one rendering may take; the chats of people take milliseconds."""
+"""CPU time limit of one rendering; ordinary chats take milliseconds."""
 MEMORY = 1 << 29
-"""Bytes that the process may use."""
+"""Memory limit of the process, in bytes."""
 CHARACTERS = 20_000_000
-"""That one rendering may write."""
+"""Maximum number of characters that one rendering may output."""
 
 Message = Mapping[str, object]
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names under which data sets keep what an assistant thought."""
+"""Keys under which datasets store an assistant's reasoning."""
 _HERE = "HERE_THE_ASSISTANT_GOES_ON "
-"""Marks the end of a message that is to be continued; templates that trim take its space away."""
+"""Marks the end of a message to continue; templates that strip whitespace remove its space."""
 
 
 class Call(NamedTuple):
@@ -42,8 +42,8 @@ class Call(NamedTuple):
 
   Attributes:
     messages: the chat.
-    prompt: whether to end with the opening of the assistant's answer.
-    variables: what else the template may read, such as ``tools``.
+    prompt: whether to end with the generation prompt.
+    variables: other template variables, such as ``tools``.
   """
 
   messages: Sequence[Message]
@@ -53,8 +53,8 @@ class Call(NamedTuple):
 
 class Rendered(NamedTuple):
   """Attributes:
-  text: of the chat.
-  spans: first and past-last character of what the template marks with ``{% generation %}``; empty if it marks nothing.
+  text: the chat's text.
+  spans: first and past-last characters of the parts marked with ``{% generation %}``; empty if there are none.
   """
 
   text: str
@@ -65,9 +65,9 @@ class Template(NamedTuple):
   """A chat template.
 
   Attributes:
-    source: in Jinja.
-    special: the special tokens that it may name.
-    now: the moment that ``strftime_now`` tells; None for the moment of the rendering.
+    source: the Jinja source.
+    special: the special tokens that it may refer to.
+    now: the time for ``strftime_now``; None for the time of rendering.
   """
 
   source: str
@@ -76,14 +76,14 @@ class Template(NamedTuple):
 
   @property
   def tells_the_date(self) -> bool:
-    """Whether the text may depend on the day."""
+    """Whether the text may depend on the date."""
     return "strftime_now" in self.source
 
   def variables(self, options: Mapping[str, object]) -> dict[str, object]:
-    """What a chat's callers give the template to read, ``tools`` and ``documents`` among it.
+    """The template variables for a caller's options, including ``tools`` and ``documents``.
 
     Raises:
-      UserError: if these two are no objects, or an option is none of a template's.
+      UserError: if ``tools`` or ``documents`` are not objects, or an option is not a valid variable.
     """
     if "add_generation_prompt" in options:
       raise UserError("whether a chat ends with the opening of an answer is told by `prompt`")
@@ -96,14 +96,14 @@ class Template(NamedTuple):
     return dict(options)
 
   def unread(self, options: Iterable[str]) -> list[str]:
-    """Which options the template does not read."""
+    """The options that the template does not use."""
     return [name for name in options if not re.search(rf"\b{re.escape(name)}\b", self.source)]
 
   def render(self, calls: Sequence[Call]) -> list[Rendered]:
-    """Renders chats. Keys whose value is null are left out of messages, as transformers does.
+    """Renders chats. Keys with null values are removed from messages, as in transformers.
 
     Raises:
-      UserError: if messages are no objects, or the template rejects them, fails, or takes too much time or memory.
+      UserError: if messages are not objects, or the template rejects them, fails, or exceeds its time or memory.
     """
     now = self.now or datetime.datetime.now()
     given = [
@@ -123,15 +123,15 @@ class Template(NamedTuple):
     return [Rendered(each["text"], tuple((start, stop) for start, stop in each["spans"])) for each in done]
 
   def continued(self, messages: Sequence[Message], field: str = "content", variables: Mapping[str, object] = {}) -> str:
-    """The chat up to the end of its last message, for the model to go on with; spaces at its end stay if they can.
+    """The chat up to the end of its last message, for the model to continue; keeps trailing spaces if possible.
 
     Args:
       messages: the chat.
-      field: of the last message, what is gone on with: its content, or its ``reasoning_content``.
-      variables: what else the template may read.
+      field: the field of the last message to continue: its content, or its ``reasoning_content``.
+      variables: other template variables.
 
     Raises:
-      UserError: as `render`, or if the last message has no text, or the template does not write it as it is.
+      UserError: see `render`; or if the last message has no text, or the template changes it.
     """
     if not messages:
       raise UserError("there is no last message to continue")
@@ -147,7 +147,7 @@ class Template(NamedTuple):
 
 
 def _marked(content: object) -> tuple[str, object]:
-  """A text that is gone on with, and the message's field with a mark at its end: a text, or parts, of the last text.
+  """The text to continue, and the message's field with a mark at the end of its last text; the field may be parts.
 
   Raises:
     UserError: if there is no text.
@@ -162,7 +162,7 @@ def _marked(content: object) -> tuple[str, object]:
 
 
 def _messages(messages: Sequence[Message]) -> list[dict[str, object]]:
-  """Messages without what is null, the assistant's thoughts under the names that templates read."""
+  """Messages without null values, with reasoning under the keys that templates use."""
   out = []
   for message in messages:
     if not isinstance(message, Mapping):
@@ -175,14 +175,14 @@ def _messages(messages: Sequence[Message]) -> list[dict[str, object]]:
 
 
 def _plain(value: object) -> object:
-  """What templates see of values that JSON has not: arrays' scalars as numbers, of the rest only what it is."""
+  """Converts values that JSON lacks: array scalars to numbers, tuples and sets to lists, others to their type name."""
   if isinstance(value, np.generic):
     return value.item()
   return list(value) if isinstance(value, tuple | set) else f"<{type(value).__name__}>"
 
 
 class _Process:
-  """The process that renders. It ends with this one, or when a template goes too far; then a new one is started."""
+  """The rendering process. It ends with this one, or when a template exceeds a limit; then a new one is started."""
 
   def __init__(self) -> None:
     self.owner = os.getpid()
@@ -190,14 +190,14 @@ class _Process:
     self._running: subprocess.Popen[str] | None = None
 
   def ask(self, request: str) -> dict[str, object]:
-    """The answer to a request.
+    """Sends a request and returns the answer.
 
     Raises:
-      UserError: if the process was ended by it.
+      UserError: if the request ended the process.
     """
     with self._turn:
       if self._running is not None and self._running.poll() is not None:
-        self.end()  # what has ended it was not this template
+        self.end()  # it was not this template that ended it
       running = self._running or self._start()
       assert running.stdin is not None
       assert running.stdout is not None
@@ -208,7 +208,7 @@ class _Process:
       except OSError:
         line = ""
       except BaseException:
-        self.end()  # the answer that nobody reads would be taken for the next one's
+        self.end()  # an unread answer would be taken for the next one's
         raise
       if not line:
         self.end()
@@ -223,7 +223,7 @@ class _Process:
     folders = [str(Path(spec.origin).parents[1]) for spec in found if spec is not None and spec.origin]
     program = str(Path(__file__).with_name("template_process.py"))
     limits = [str(value) for value in (SECONDS, MEMORY, CHARACTERS)]
-    # -I: nothing of the current folder or the environment is imported.
+    # -I: import nothing from the current folder or the environment
     command = [sys.executable, "-I", program, *limits, *folders]
     self._running = subprocess.Popen(
       command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8"
@@ -232,7 +232,7 @@ class _Process:
     return self._running
 
   def end(self) -> None:
-    """Ends the process, if it runs."""
+    """Ends the process if it is running."""
     atexit.unregister(self.end)
     if self._running is not None and self.owner == os.getpid():
       self._running.kill()
@@ -244,7 +244,7 @@ _processes = [_Process()]
 
 
 def _process() -> _Process:
-  """This process's renderer: the one that a fork brought along answers the parent."""
+  """This process's renderer; one inherited by a fork answers the parent."""
   if _processes[-1].owner != os.getpid():
     _processes.append(_Process())
   return _processes[-1]

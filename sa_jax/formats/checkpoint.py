@@ -1,4 +1,4 @@
-"""sa_jax's own checkpoints, written: ``config.json``, the tokenizer, and ``params/``, an Orbax tree of layers."""
+"""Writes sa_jax checkpoints: ``config.json``, the tokenizer, and ``params/``, an Orbax tree in the layer layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sa_jax.formats.orbax_folder import PARAMS
 from sa_jax.plan import SharingPlan
 from sa_jax.trees import Params
 
-_IN_FLIGHT_BYTES = 200_000_000  # written at once: enough to hide the disk's delay
+_IN_FLIGHT_BYTES = 200_000_000  # bytes in flight: enough to hide disk latency
 
 
 def save_checkpoint(
@@ -41,12 +41,12 @@ def save_checkpoint(
     path: a folder that does not exist yet.
     config: the model.
     plan: the plan that the parameters are pruned to.
-    params: in the layer layout: arrays, or `LazyTensor`s, which are read and written one after the other.
-    save_extras: writes what travels with the model, such as its tokenizer, into the folder.
-    progress: called with (lazy tensors written, lazy tensors in all).
+    params: in the layer layout: arrays, or `LazyTensor`s, which are read and written one by one.
+    save_extras: writes the files that go with the model, such as its tokenizer, into the folder.
+    progress: called with (lazy tensors written, total lazy tensors).
 
   Raises:
-    UserError: if the folder exists or cannot be made.
+    UserError: if the folder exists or cannot be created.
   """
   import orbax.checkpoint as ocp
 
@@ -61,7 +61,7 @@ def save_checkpoint(
       try:
         checkpointer.save(folder.resolve() / PARAMS, ocp.args.PyTreeSave(params))
       except BaseException:
-        for writing in started:  # what else is on its way would make the folder again once it is removed
+        for writing in started:  # pending writes would create the folder again after its removal
           with contextlib.suppress(Exception):
             writing.result()
         raise
@@ -73,7 +73,7 @@ class _Writing(Protocol):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Keeps Orbax from logging tracebacks of what it raises too."""
+  """Stops Orbax from logging tracebacks of exceptions that it also raises."""
   log = logging.getLogger("absl")
   level = log.level
   log.setLevel(logging.CRITICAL)
@@ -84,20 +84,20 @@ def _quiet() -> Iterator[None]:
 
 
 def _handler(progress: Progress | None, started: list[_Writing]) -> Any:
-  """Orbax's handler of trees, which can also write `LazyTensor`s.
+  """Orbax's tree handler, extended to `LazyTensor`s.
 
   Weights hardly compress, and compressing them takes longer than writing them.
 
   Args:
     progress: see `save_checkpoint`.
-    started: gets the futures of all that is being written.
+    started: receives the futures of all pending writes.
   """
   import orbax.checkpoint as ocp
   import tensorstore as ts
   from orbax.checkpoint import type_handlers
 
   class Told:
-    """Notes what is being written."""
+    """Records pending writes."""
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
       futures: Sequence[_Writing] = await super().serialize(values, infos, args)  # type: ignore[misc]
@@ -105,21 +105,21 @@ def _handler(progress: Progress | None, started: list[_Writing]) -> Any:
       return futures
 
   class NumpyHandler(Told, type_handlers.NumpyHandler):
-    """Writes NumPy's arrays."""
+    """Writes NumPy arrays."""
 
   class ArrayHandler(Told, type_handlers.ArrayHandler):
-    """Writes JAX's arrays."""
+    """Writes JAX arrays."""
 
   class LazyHandler(NumpyHandler):
-    """Writes lazy tensors as arrays, in turn; a few are on their way to disk while the next is read.
+    """Writes lazy tensors as arrays, one by one; a few are being written while the next is read.
 
-    A stack of experts is written one after the other, each as a chunk of its own.
+    A stack of experts is written expert by expert, each as a separate chunk.
     """
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
       writing: collections.deque[tuple[int, Any]] = collections.deque()
       for done, (value, info, arg) in enumerate(zip(values, infos, args, strict=True)):
-        # Reading may itself run an event loop, as Orbax does: not in this one's thread.
+        # Reading may itself run an event loop, as Orbax does, so it cannot be in this one's thread.
         array = value if value.leading and in_parts else contiguous(await asyncio.to_thread(value.read_whole))
         for future in await super().serialize([array], [info], [arg]):
           writing.append((array.nbytes, future))
@@ -141,10 +141,10 @@ def _handler(progress: Progress | None, started: list[_Writing]) -> Any:
         place = tuple(int(each) for each in np.unravel_index(number, value.leading))
         await array[place].write(part, can_reference_source_data_indefinitely=True)
 
-  # Orbax before 0.12.6 has no say in it, and copies each array before it writes it.
+  # Orbax before 0.12.6 lacks this option, and copies each array before writing it.
   uncopied = {"deepcopy_host_arrays": False}
   options = uncopied if uncopied.keys() <= inspect.signature(type_handlers.NumpyHandler).parameters.keys() else {}
-  # And older ones write whole arrays alone.
+  # And older versions write only whole arrays.
   in_parts = bool(options) and hasattr(type_handlers.NumpyHandler, "_open_and_write")
   registry = type_handlers.create_type_handler_registry(
     (LazyTensor, LazyHandler(**options)),
@@ -157,7 +157,7 @@ def _handler(progress: Progress | None, started: list[_Writing]) -> Any:
 
 
 def _alone() -> Any:
-  """Orbax's options for a process that writes by itself, whatever other processes of the same program do."""
+  """Orbax options for a process that writes alone, whatever the other processes of the program do."""
   import orbax.checkpoint as ocp
 
   me = jax.process_index()

@@ -1,4 +1,4 @@
-"""Our checkpoints as Hugging Face folders: plain ones, or ones with PyTorch code for Shared Attention beside them."""
+"""Exports sa_jax checkpoints as Hugging Face folders, with PyTorch code for Shared Attention if needed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sa_jax.trees import Params, Tree
 
 _CODE = Path(__file__).parent / "pytorch" / "modeling_shared_attention.py"
 WITHOUT_CODE = ("baichuan", "internlm2", "internlm3", "mimo", "minicpm")
-"""Families that transformers has no class for, so that code for their followers has nothing to begin with."""
+"""Families without a class in transformers, which our PyTorch code for followers would need."""
 _SHARD_BYTES = 500_000_000
 
 
@@ -42,22 +42,22 @@ def export(
 ) -> None:
   """Writes a model as a Hugging Face folder, bit for bit in the stored dtype.
 
-  A dense model becomes a folder that transformers opens like any other (of Baichuan and InternLM, once the original
-  folder's code lies in it and ``auto_map`` names that). A model with followers, or with values narrower than keys, has
-  a model type of its own and is accompanied by ``modeling_shared_attention.py``, which transformers runs under
-  ``trust_remote_code=True``, and without which it opens nothing. Followers have no queries and keys, and cache values
-  alone. Memory holds one shard at a time.
+  A dense model becomes an ordinary transformers folder (for Baichuan and InternLM, after adding the original folder's
+  code and ``auto_map``). A model with followers, or with values narrower than keys, has a separate model type and
+  includes ``modeling_shared_attention.py``, which transformers runs with ``trust_remote_code=True``; without it,
+  transformers opens nothing. Followers have no queries and keys, and cache only values. Memory holds one shard at a
+  time.
 
   Args:
     src: the model to read; see `from_pretrained`.
-    dst: the folder to write, which must not exist. It appears only once it is complete.
+    dst: the folder to write, which must not exist. It appears only when complete.
     plan: see `from_pretrained`.
-    revision: of a hub id: a branch, tag or commit.
-    shard_bytes: about how large each safetensors file becomes.
-    progress: called with (tensors written, tensors in all).
+    revision: for a hub id: a branch, tag or commit.
+    shard_bytes: approximate size of a safetensors file.
+    progress: called with (tensors written, total tensors).
 
   Raises:
-    UserError: as `from_pretrained`, or if ``dst`` exists, or the model has followers or narrow values and its family
+    UserError: see `from_pretrained`; or if ``dst`` exists, or the model has followers or narrow values and its family
       has no PyTorch code for them.
   """
   opened = open_model(src, plan, revision=revision)
@@ -97,7 +97,7 @@ def _config(config: ModelConfig, plan: SharingPlan) -> dict[str, Any]:
 
 
 def _generation(config: ModelConfig) -> dict[str, Any]:
-  """What transformers' ``generate`` has to know."""
+  """The generation config for transformers."""
   ends = list(config.eos_token_ids)
   values = {
     "bos_token_id": config.bos_token_id,
@@ -108,7 +108,7 @@ def _generation(config: ModelConfig) -> dict[str, Any]:
 
 
 def _tensors(config: ModelConfig, plan: SharingPlan) -> list[list[Entry]]:
-  """The checkpoint's tensors, each as the parameters that it is made of."""
+  """The checkpoint's tensors, each as the parameters that it consists of."""
   kept = [entry.under(plan) for entry in entries(config) if not entry.is_dropped(plan)]
   return [list(parts) for _, parts in itertools.groupby(kept, key=lambda entry: entry.key)]
 
@@ -147,7 +147,7 @@ def _write_shards(
     made = {parts[0].key: contiguous(pack([(entry, read(entry)) for entry in parts])) for parts in shard}
     with new_file(folder / name) as file:
       file.touch()
-      mode = file.stat().st_mode  # safetensors lets nobody else read its files
+      mode = file.stat().st_mode  # safetensors makes its files unreadable for other users
       save_file(made, file, metadata={"format": "pt"})
       file.chmod(mode)
     weight_map |= dict.fromkeys(made, name)

@@ -1,4 +1,4 @@
-"""The small files of a model's folder: its config, and what travels with it."""
+"""The small files of a model's folder: its config, tokenizer, chat templates and the like."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ EXTRAS = (
   "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
   "generation_config.json",
 )  # fmt: skip
-"""What travels with a model besides its config and weights."""
+"""Files that go with a model besides its config and weights."""
 
 NAMED_TEMPLATES = "additional_chat_templates"
-"""The folder of a model's chat templates that have names, each in a file."""
+"""The folder of a model's named chat templates, one per file."""
 
-_MOST_BYTES = 2**28  # several times what the largest tokenizers have
+_MOST_BYTES = 2**28  # several times the size of the largest tokenizers
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """A JSON object from a file.
+  """Reads a JSON object from a file.
 
   Raises:
-    UserError: if the file is missing or does not hold a JSON object.
+    UserError: if the file is missing or is not a JSON object.
   """
   if not path.exists():
     raise UserError(f"there is no {path.name} in {path.parent}")
@@ -42,7 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_small(path: Path) -> None:
-  """Checks that a config's or a tokenizer's file is a file, and not absurdly large.
+  """Checks that the file of a config or tokenizer is a regular file of reasonable size.
 
   Raises:
     UserError: if it is a pipe, a device or a folder, or too large.
@@ -51,11 +51,11 @@ def check_small(path: Path) -> None:
 
 
 def copy_extras(source: Path, folder: Path) -> None:
-  """Copies the `EXTRAS` that a folder has.
+  """Copies the `EXTRAS` of a folder.
 
   Raises:
-    UserError: if one is a link to a file elsewhere: what it holds is none of the model's. In the hub's cache, links to
-      the model's own files are.
+    UserError: if one is a link to a file elsewhere, which is not part of the model. Links within the hub's cache are
+      allowed.
   """
   home = source.resolve()
   # CACHE/models--ORG--NAME/snapshots/COMMIT links to CACHE/models--ORG--NAME/blobs.

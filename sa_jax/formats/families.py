@@ -1,7 +1,7 @@
-"""The model families: what their ``config.json`` says, beside the rows of their checkpoints.
+"""The model families: how to interpret their ``config.json``, and the rows of their checkpoints.
 
-A family is data. To add one, write its rows (most are Llama's), the config keys that only it has, and the values that
-transformers assumes when its keys are absent.
+A family is data. To add one, write its rows (most are Llama's), the config keys that only it has, and transformers'
+defaults for its keys.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _GRANITE_4 = Spelling(
   usual=lambda values: {**values, "intermediate_size": values.get("shared_intermediate_size", 1024)},
   own=lambda values: {
     **values, "shared_intermediate_size": values["intermediate_size"], "num_local_experts": 0,
-    "position_embedding_type": "rope", "mamba_n_heads": 1,  # which transformers checks all the same
+    "position_embedding_type": "rope", "mamba_n_heads": 1,  # transformers checks it even so
   },
 )  # fmt: skip
 _GRANITE_4_INERT = frozenset(
@@ -279,7 +279,7 @@ FAMILIES: dict[str, Family] = {
     keys=(_ATTENTION_BIAS,),
     defaults=_GEMMA_DEFAULTS | {"num_key_value_heads": 16, "hidden_act": "gelu_pytorch_tanh"},
     inert=frozenset({"hidden_activation"}),
-    # "gelu" is what the first releases wrote, and transformers takes it for the tanh formula.
+    # The first releases have "gelu", which transformers treats as the tanh formula.
     activations={"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
   ),
   "gemma2": Family(
@@ -298,7 +298,7 @@ FAMILIES: dict[str, Family] = {
     rows.GEMMA,
     fields=_GEMMA_FIELDS | {"post_norms": True, "qk_norm": "head"},
     keys=(_ATTENTION_BIAS, _LOGITS_SOFTCAP, _QUERY_SCALE),
-    # A multimodal config.json leaves out what Gemma 3's class has for its default.
+    # A multimodal config.json omits the defaults of Gemma 3's class.
     defaults=_GEMMA_2_DEFAULTS
     | {
       "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,

@@ -1,4 +1,4 @@
-"""The families whose layers are mixtures of experts."""
+"""The mixture-of-experts families."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from sa_jax.formats.family import ExpertKeys, Family, Key, Spelling
 from sa_jax.formats.reader import Config, Fields, Fixed
 
 _ATTENTION_BIAS = Key("attention_bias", ("qkv_bias", "output_bias"), "flag")
-_INERT = frozenset({"router_aux_loss_coef", "router_jitter_noise"})  # of training
+_INERT = frozenset({"router_aux_loss_coef", "router_jitter_noise"})  # training only
 _DENSE_LAYERS = {
   "mlp_only_layers": Fixed(([],), "some layers are no mixtures"),
   "decoder_sparse_step": Fixed((1,), "some layers are no mixtures"),
 }
-# `intermediate_size` is the width of layers that are no mixtures.
+# `intermediate_size` is the width of dense layers.
 _QWEN_DEFAULTS = {
   "max_position_embeddings": 32_768, "max_window_layers": 28, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
@@ -23,8 +23,8 @@ def _qwen(width: int, *, always_windowed: bool) -> Spelling:
   """Qwen's spelling.
 
   Args:
-    width: of each expert, where the config does not say it.
-    always_windowed: whether its code has a window in every layer, where there is one.
+    width: default width of each expert.
+    always_windowed: whether its code applies the window, if there is one, in every layer.
   """
 
   def usual(values: Config) -> Fields:
@@ -41,7 +41,7 @@ def _qwen(width: int, *, always_windowed: bool) -> Spelling:
 
 
 def _gpt_oss(values: Config) -> Fields:
-  """With the rotary embedding that its config has where it does not say one."""
+  """Adds the default rotary embedding of its config class."""
   said = values.keys() & {"rope_parameters", "rope_scaling"}
   yarn = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
   return {**values} if said else {**values, "rope_scaling": yarn}

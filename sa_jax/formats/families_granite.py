@@ -1,4 +1,4 @@
-"""What the config of every Granite says."""
+"""Config keys common to all Granite models."""
 
 from __future__ import annotations
 

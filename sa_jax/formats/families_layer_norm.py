@@ -1,4 +1,4 @@
-"""The families whose norms are layer norms; see `sa_jax.formats.families`."""
+"""The families with layer norm; see `sa_jax.formats.families`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _COHERE_INERT = frozenset(
 
 
 def _falcon_usual(values: Config) -> Config:
-  """Falcon tells how blocks are by three keys, of which one overrides the others."""
+  """Falcon describes its blocks by three keys, one of which overrides the others."""
   newer = bool(values.get("new_decoder_architecture"))
   heads = values.get("num_attention_heads", values.get("n_head"))
   several = newer or not values.get("multi_query", True)
@@ -49,8 +49,8 @@ def _falcon_usual(values: Config) -> Config:
 
 
 def _falcon_own(values: Fields) -> Fields:
-  """In the terms of its newer models, which can say it all but for a block that is not parallel."""
-  values = {key: value for key, value in values.items() if key != "head_dim"}  # it follows from the others
+  """In terms of the newer models' keys, which can express everything except a block that is not parallel."""
+  values = {key: value for key, value in values.items() if key != "head_dim"}  # follows from the others
   shared, parallel = values.pop("shared_norm"), values["parallel_attn"]
   several = values.pop("num_key_value_heads")
   return values | {

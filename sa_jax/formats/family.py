@@ -1,4 +1,4 @@
-"""What sets a model family apart, as data."""
+"""What distinguishes a model family, as data."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from sa_jax.ops.rope import RopeScaling
 
 
 class Rule(NamedTuple):
-  """One row of a table: a checkpoint tensor, and the parameter or parameters that it holds.
+  """One row of a table: a checkpoint tensor, and the parameter or parameters in it.
 
   Patterns are einops', in the letters V (vocabulary), D (embed), N (heads), K (key/value heads), G (N / K), H (head
   dimension), R (that of values), F (MLP, or each expert), X (experts), S (the shared expert).
 
   Attributes:
-    key: the checkpoint's name; ``{layer}`` stands for the layer's number, ``{expert}`` for that of an expert, whose
-      tensor is then one of those that lie along the first axis of the parameter.
+    key: the checkpoint's name; ``{layer}`` stands for the layer number, ``{expert}`` for an expert's, whose tensor is
+      then one slice along the first axis of the parameter.
     parts: each parameter's path in the layer layout, and the pattern from the checkpoint's axes to ours. Several parts
-      lie behind each other along the first axis.
-    view: a pattern applied before that axis is divided, where P is the sum of the parts along it; none when empty.
-    when: the fields of `ModelConfig` that must be set for the tensor to be there, or with ``!`` must not be; of the
-      experts' fields, as ``experts.shared_gate``.
-    stacked: whether the tensor has one more axis before these, of the experts, and so have the parameters.
+      are concatenated along the first axis.
+    view: a pattern applied before that axis is split, where P is the total size of the parts along it; empty for none.
+    when: fields of `ModelConfig` that must be set for the tensor to exist, or with ``!`` must not be; fields of experts
+      as ``experts.shared_gate``.
+    stacked: whether the tensor, and the parameters, have a leading axis of experts.
   """
 
   key: str
@@ -38,19 +38,19 @@ ACTIVATIONS: dict[str, Activation] = {
   "swish": "silu", "silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
   "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu_squared", "quick_gelu": "quick_gelu",
 }  # fmt: skip
-"""By transformers' names; of several for one, the last is written."""
+"""By transformers' names; if several mean the same, the last is written."""
 
 KeyKind = Literal["flag", "number", "inverse", "inverse_root", "over_root_depth", "over_width"]
 
 
 class Key(NamedTuple):
-  """A config key that is a field of `ModelConfig`, or several.
+  """A config key that corresponds to one or more fields of `ModelConfig`.
 
   Attributes:
     name: Hugging Face's.
     fields: ours.
-    kind: ``flag`` for true or false; otherwise a positive number or null, and how it becomes our number: as it is, 1
-      over it, 1 over its square root, it over the square root of the number of layers, or it over the width.
+    kind: ``flag`` for true or false; otherwise a positive number or null, and how to convert x to our number: x, 1 / x,
+      1 / sqrt(x), x / sqrt(number of layers), or x / width.
   """
 
   name: str
@@ -59,12 +59,12 @@ class Key(NamedTuple):
 
 
 class ExpertKeys(NamedTuple):
-  """The config keys that say what experts a family's layers have.
+  """The config keys of a family's experts.
 
   Attributes:
-    number: how many there are.
-    normalised: whether the weights of the chosen ones add up to one: a key, or what is always so.
-    shared: the width of the expert that every token goes through; empty where there is none.
+    number: the number of experts.
+    normalised: whether the weights of the chosen experts sum to 1: a key, or a constant.
+    shared: the width of the shared expert, which all tokens use; empty if there is none.
     shared_gate: whether that is gated.
   """
 
@@ -75,11 +75,11 @@ class ExpertKeys(NamedTuple):
 
 
 class Spelling(NamedTuple):
-  """How a family says with keys of its own what others say with the usual ones.
+  """Conversion of a family's special config keys to and from the usual ones.
 
   Attributes:
-    usual: from the contents of its ``config.json``, of which nothing has been checked yet, to the usual keys.
-    own: back.
+    usual: from the (unchecked) contents of its ``config.json`` to the usual keys.
+    own: the inverse.
   """
 
   usual: Callable[[Config], Config]
@@ -87,33 +87,33 @@ class Spelling(NamedTuple):
 
 
 class Family(NamedTuple):
-  """What sets a family apart.
+  """What distinguishes a family.
 
   Attributes:
-    architecture: the class that transformers, or the checkpoint's own code, loads it with.
+    architecture: its class in transformers, or in the checkpoint's code.
     table: its checkpoint's tensors.
-    otherwise: the same, of files that hold the experts of a layer in another way; empty where none do.
+    otherwise: the same, for files that store a layer's experts differently; empty if there are none.
     fields: fields of `ModelConfig` that are the same in all its models, or functions of their sizes.
     keys: config keys that only some families have.
-    experts: the keys of its experts; None where layers have one MLP.
-    aliases: its own names of config keys, and the usual ones.
-    spelling: what more it says otherwise; None where names are all.
+    experts: the keys of its experts; None if layers have a single MLP.
+    aliases: its names of config keys → the usual names.
+    spelling: further differences of its config; None if only names differ.
     fixed: config keys of which only some values are implemented.
-    required: config keys that must be there, and why.
-    defaults: what transformers assumes when a key is absent, where that is not Llama's.
-    inert: config keys that change nothing that we compute.
-    dropped: patterns of the names of tensors that a language model does not need, and why not.
+    required: config keys that must be present, and why.
+    defaults: transformers' defaults for absent keys, if different from Llama's.
+    inert: config keys that do not affect our computation.
+    dropped: name patterns of tensors that a language model does not need, and the reasons.
     activation: the config key of the MLP's activation.
-    activations: by the names that its config may give.
-    window: whose ``sliding_window`` is: ``all`` layers', or those that ``layer_types`` says; ``optional`` when so does
-      ``use_sliding_window``; ``none`` when ``layer_types`` must name none.
-    is_local: whether a layer is local when there is no ``layer_types``, from the config's values.
-    local_rope: the rotary embedding of local layers: the ``same`` as of others, their ``own``, the others'
-      ``unscaled``, the only one there is (``alone``), or none (``without``).
-    ropes: the rotary scalings that its code has.
-    interleaved: whether neighbouring numbers are rotated together; see `sa_jax.ops.RopeConfig`.
-    fixed_stretch: whether ``alpha`` makes the dynamic scaling a fixed one (Hunyuan).
-    grows_queries: whether queries grow with their position (Llama 4's, in Ministral 3).
+    activations: activations by the names in its config.
+    window: which layers ``sliding_window`` applies to: ``all``, or those in ``layer_types``; ``optional`` if it also
+      depends on ``use_sliding_window``; ``none`` if ``layer_types`` must not name any.
+    is_local: whether a layer is local, from the config's values, if there is no ``layer_types``.
+    local_rope: the rotary embedding of local layers: the ``same`` as global layers', their ``own``, the global one
+      ``unscaled``, the only one (``alone``), or none (``without``).
+    ropes: the rotary scalings that its code supports.
+    interleaved: whether adjacent elements are rotated together; see `sa_jax.ops.RopeConfig`.
+    fixed_stretch: whether ``alpha`` turns dynamic scaling into a fixed one (Hunyuan).
+    grows_queries: whether queries are scaled by position (Llama 4's method, in Ministral 3).
   """
 
   architecture: str
@@ -141,5 +141,5 @@ class Family(NamedTuple):
 
   @property
   def interleaves_values(self) -> bool:
-    """Whether a tensor of its files has values between queries and keys, so that all are of one width."""
+    """Whether a tensor of its files has values between queries and keys, so that all have the same width."""
     return any(rule.view and any("v_proj" in path for path, _ in rule.parts) for rule in self.table)

@@ -1,4 +1,4 @@
-"""llama.cpp's architectures: under which family's names and config each is read."""
+"""llama.cpp's architectures: the family whose tensor names and config each one maps to."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ _OF_4H = {"ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h"}
 
 
 class Metadata(NamedTuple):
-  """What a file says of its model, as far as an architecture's own values follow from it.
+  """The parts of a file's metadata that architecture-specific values depend on.
 
   Attributes:
     config: the usual keys of its ``config.json``.
-    tensors: the names of its tensors, under llama.cpp's.
+    tensors: its tensors' names in llama.cpp.
   """
 
   config: Fields
@@ -62,21 +62,21 @@ class Metadata(NamedTuple):
 
 
 class GgufArchitecture(NamedTuple):
-  """How one of llama.cpp's architectures is read.
+  """How to read one of llama.cpp's architectures.
 
   Attributes:
-    family: the ``model_type`` that its tensors and config are read as.
-    blocks: its layers' tensors, and Hugging Face's names of them; with ``{expert}``, of what lies along the first axis.
-    outer: the other tensors, and Hugging Face's names of them.
-    layers: what Hugging Face's names of a layer's tensors begin with.
-    variants: names that change where a layer has the tensor before them.
-    packed: Hugging Face's tensors that are several of its own, one behind the other.
-    grouped: whether Hugging Face's code has the rows of ``attn_qkv`` by group, where llama.cpp has all queries first.
-    keys: further metadata, without the architecture's name before it, and the config key that it is.
-    rest: what else the config says, from what is known of the file.
-    swapped: whether the rows of queries and keys lie so that llama.cpp rotates neighbours, where Hugging Face's code
-      rotates halves.
-    norm_offset: what was added to the scales of norms.
+    family: the ``model_type`` that its tensors and config map to.
+    blocks: its layers' tensors → Hugging Face's names; with ``{expert}`` for slices along the first axis.
+    outer: the other tensors → Hugging Face's names.
+    layers: prefix of Hugging Face's names of a layer's tensors.
+    variants: names that change if the layer has the tensor before them.
+    packed: Hugging Face tensors that are concatenations of several of its tensors.
+    grouped: whether Hugging Face's code has the rows of ``attn_qkv`` by group; llama.cpp has all queries first.
+    keys: further metadata, without the architecture prefix → config keys.
+    rest: further config values, from the file's metadata.
+    swapped: whether the rows of queries and keys are permuted so that llama.cpp rotates adjacent elements, while
+      Hugging Face's code rotates halves.
+    norm_offset: constant that was added to norm scales.
   """
 
   family: str
@@ -93,12 +93,12 @@ class GgufArchitecture(NamedTuple):
 
 
 def _biases(**keys: str) -> Callable[[Metadata], Fields]:
-  """Config keys that are true where the first layer has a tensor."""
+  """Config keys that are true if the first layer has a tensor."""
   return lambda metadata: {key: metadata.has(f"{name}.bias") for key, name in keys.items()}
 
 
 def _query_scale(layers: int) -> Callable[[Metadata], Fields]:
-  """Gemma scales scores by the head dimension, but for the largest model, which has so many layers."""
+  """Gemma scales scores by the head dimension, except the largest model, recognised by its number of layers."""
 
   def rest(metadata: Metadata) -> Fields:
     config = metadata.config
@@ -113,20 +113,20 @@ def _query_scale(layers: int) -> Callable[[Metadata], Fields]:
 
 
 def _baichuan(metadata: Metadata) -> Fields:
-  """The 7B models. Nothing in a file says which of the two it is, but its vocabulary."""
+  """The 7B models. Only the vocabulary size in a file shows which of the two it is."""
   if metadata.config["vocab_size"] == 64_000:
     return {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
   return {"architectures": ["BaichuanForCausalLM"]}
 
 
 def _granite(metadata: Metadata) -> Fields:
-  """Without a scale of its own, attention has the usual one."""
+  """Without an explicit scale, attention uses the usual one."""
   scale = metadata.config.get("attention_multiplier") or metadata.config["head_dim"] ** -0.5
   return {"attention_multiplier": scale} | _biases(attention_bias="attn_q", mlp_bias="ffn_up")(metadata)
 
 
 def _minicpm(metadata: Metadata) -> Fields:
-  """What files of its first models do not say is what these have."""
+  """Values missing in a file are those of the first models."""
   config = metadata.config
   depth = config.pop("residual_scale", None)
   logits = config.pop("logit_scale", None)
@@ -139,7 +139,7 @@ def _minicpm(metadata: Metadata) -> Fields:
 
 
 def _windowed(model_type: str) -> Callable[[Metadata], Fields]:
-  """Every fourth layer is global, unless a list says which are; of this type where there is a window."""
+  """With a window, every fourth layer is global unless a list says which, and the model has this type."""
 
   def rest(metadata: Metadata) -> Fields:
     config = metadata.config
@@ -165,7 +165,7 @@ def _falcon(metadata: Metadata) -> Fields:
 
 
 def _mistral3(metadata: Metadata) -> Fields:
-  """Mistral Small, unless queries grow with their position, as Ministral 3's do."""
+  """Mistral Small, or Ministral 3 if queries are scaled by position."""
   rope = metadata.config.get("rope_scaling") or {}
   if "llama_4_scaling_beta" not in metadata.config:
     return {"model_type": "mistral", "sliding_window": None}
@@ -174,13 +174,13 @@ def _mistral3(metadata: Metadata) -> Fields:
 
 
 def _gpt_oss(metadata: Metadata) -> Fields:
-  """What files do not say is what its models have."""
+  """Values missing in files are those of its models."""
   rope = metadata.config.get("rope_scaling")
   return {"rope_scaling": rope and rope | {"truncate": False}} | _biases(attention_bias="attn_q")(metadata)
 
 
 def _llama(metadata: Metadata) -> Fields:
-  """A Llama, or where there are experts a Mixtral."""
+  """A Llama, or with experts a Mixtral."""
   count, chosen = (metadata.config.pop(key, 0) for key in ("num_local_experts", "num_experts_per_tok"))
   if not count:
     return _biases(attention_bias="attn_q", mlp_bias="ffn_up")(metadata)
@@ -259,7 +259,7 @@ ARCHITECTURES: dict[str, GgufArchitecture] = {
   "baichuan": GgufArchitecture(
     "baichuan", packed={"self_attn.W_pack": ("attn_q", "attn_k", "attn_v")}, rest=_baichuan, swapped=True
   ),
-  # Its packed rows come apart in llama.cpp's files, and the rest is a Llama.
+  # llama.cpp's files have its packed rows split, and the rest is a Llama.
   "internlm2": GgufArchitecture("llama", rest=_biases(attention_bias="attn_q"), swapped=True),
   "seed_oss": GgufArchitecture(
     "seed_oss",
@@ -290,7 +290,7 @@ ARCHITECTURES: dict[str, GgufArchitecture] = {
   "cohere2": GgufArchitecture("cohere2", keys=_WINDOW | {"logit_scale": "logit_scale"}, rest=_windowed("cohere2")),
   "stablelm": GgufArchitecture(
     "stablelm",
-    keys={"use_parallel_residual": "stated_residual"},  # what the tensors say is what llama.cpp does
+    keys={"use_parallel_residual": "stated_residual"},  # llama.cpp goes by the tensors
     rest=lambda metadata: {
       "use_qkv_bias": metadata.has("attn_q.bias"), "use_parallel_residual": not metadata.has("ffn_norm.weight"),
     },

@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file as the contents of a ``config.json``: strictly, for what is not read is not computed."""
+"""The metadata of a GGUF file as a ``config.json``; strict, because unread values would be ignored silently."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sa_jax.formats.gguf_architectures import ARCHITECTURES, GgufArchitecture, M
 from sa_jax.formats.reader import Config, Fields
 from sa_jax.ops import RopeConfig, rope_frequencies
 
-# What values mean that change the result, and that are not read for every architecture.
+# Values that change the result and are not read for every architecture: their meanings.
 _MEANINGS = {
   "attention.scale": "attention scores are scaled by it",
   "logit_scale": "logits are scaled by it",
@@ -32,7 +32,7 @@ _MEANINGS = {
   "expert_count": "the model is a mixture of experts",
   "nextn_predict_layers": "the last layers predict further tokens",
 }
-# Values that change nothing, whatever they are.
+# Values without any effect.
 _INERT = frozenset(
   """
   vocab_size tensor_data_layout rope.scaling.finetuned attention.layer_norm_epsilon
@@ -40,7 +40,7 @@ _INERT = frozenset(
   rope.scaling.original_context_length
   """.split()
 )
-# And those that say what is the case anyway.
+# Values that state the default.
 _NEUTRAL = {
   "attention.causal": True, "expert_count": 0, "rope.scaling.attn_factor": 1.0, "nextn_predict_layers": 0,
   "logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 1.0, "attention.clamp_kqv": 0.0,
@@ -49,7 +49,7 @@ _NEUTRAL = {
 
 
 class Values:
-  """The metadata of a file, of which it is known what has been read."""
+  """The metadata of a file; tracks which values have been read."""
 
   def __init__(self, path: Path, fields: Config):
     self.path, self._fields = path, fields
@@ -59,7 +59,7 @@ class Values:
     """A value.
 
     Raises:
-      UserError: if it is absent and there is no default, or is not of the kind.
+      UserError: if it is absent and there is no default, or has the wrong type.
     """
     if name not in self._fields:
       if default is None:
@@ -71,7 +71,7 @@ class Values:
     """A value, or None.
 
     Raises:
-      UserError: if it is not of the kind; a float is finite, and may be written as an integer.
+      UserError: if it has the wrong type; floats must be finite, and may be written as integers.
     """
     self._read.add(name)
     if name not in self._fields:
@@ -80,14 +80,14 @@ class Values:
     if not _is_of(kind, value):
       shown = repr(value) if len(repr(value)) < 80 else f"a {type(value).__name__} of {len(value)}"
       raise UserError(f"{self.path}: metadata value {name} is {shown}, not a {kind.__name__}")
-    # Stored as float32: the shortest decimal that rounds to it is the value that was meant.
+    # Stored as float32: the shortest decimal that rounds to it is the intended value.
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
   def check_all_read(self, prefix: str) -> None:
-    """Checks that nothing was left out that changes what the model computes.
+    """Checks that no unread value affects the model's result.
 
     Raises:
-      UserError: names each such value.
+      UserError: lists all such values.
     """
     faults = []
     for name in self._fields:
@@ -104,19 +104,19 @@ class Values:
 
 
 def _is_of(kind: type, value: object) -> bool:
-  """Whether a value is of a kind; true and false are no numbers."""
+  """Whether a value has a type; booleans are not numbers."""
   if kind is float:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
   return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
 
 
 def config_of(values: Values, shapes: Mapping[str, tuple[int, ...]], factors: Mapping[str, np.ndarray]) -> Fields:
-  """The contents of the ``config.json`` that says what the metadata says.
+  """Builds the equivalent ``config.json`` from the metadata.
 
   Args:
     values: the metadata.
-    shapes: of the tensors, by llama.cpp's names.
-    factors: of rotary frequencies, by the names of `ROPE_FACTORS`, where there are any.
+    shapes: the tensors' shapes, by llama.cpp's names.
+    factors: factors of rotary frequencies, by the names in `ROPE_FACTORS`, if any.
 
   Raises:
     UserError: if the architecture is not supported, a value is missing or malformed, or one is not implemented.
@@ -137,10 +137,10 @@ def config_of(values: Values, shapes: Mapping[str, tuple[int, ...]], factors: Ma
 
 
 def architecture_of(values: Values) -> GgufArchitecture:
-  """How the file is read.
+  """The file's architecture.
 
   Raises:
-    UserError: if its architecture is not supported.
+    UserError: if it is not supported.
   """
   name = values.take("general.architecture", str)
   if name not in ARCHITECTURES:
@@ -167,7 +167,7 @@ def _sizes(values: Values, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def _head_dim(values: Values, prefix: str, architecture: GgufArchitecture) -> Fields:
-  """The length of a head, and how much of it is rotated."""
+  """The head dimension, and the size of its rotated part."""
   width = values.take(f"{prefix}embedding_length", int) // max(values.take(f"{prefix}attention.head_count", int), 1)
   length = values.optional(f"{prefix}attention.key_length", int)
   rotated = values.optional(f"{prefix}rope.dimension_count", int)
@@ -181,7 +181,7 @@ def _head_dim(values: Values, prefix: str, architecture: GgufArchitecture) -> Fi
 
 
 def _tokens(values: Values) -> Fields:
-  # A chat model ends its turn with a token of its own.
+  # Chat models have a separate end-of-turn token.
   ends = [values.optional(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot")]
   return {
     "bos_token_id": values.optional("tokenizer.ggml.bos_token_id", int),
@@ -191,14 +191,14 @@ def _tokens(values: Values) -> Fields:
 
 
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
-"""Tensors that are part of the rotary embedding: what each frequency is divided by."""
+"""Tensors of the rotary embedding: divisors of each frequency."""
 
 
 def _rope_scaling(values: Values, prefix: str, config: Fields, factors: Mapping[str, np.ndarray]) -> Fields | None:
   prefix = f"{prefix}rope.scaling."
   number = lambda name: values.optional(name, float)
   kind = values.optional(f"{prefix}type", str)
-  # A factor without a type is llama.cpp's default, which is linear.
+  # For a factor without a type, llama.cpp defaults to linear.
   factor = number(f"{prefix}factor") or number(prefix.replace("scaling.", "scale_linear")) or 1.0
   original = values.optional(f"{prefix}original_context_length", int) or config["max_position_embeddings"]
   fixed, short, long = (factors.get(name) for name in ROPE_FACTORS)
@@ -234,8 +234,8 @@ def _yarn(values: Values, prefix: str, factor: float, original: int) -> Fields:
 
 
 def _llama3(values: Values, config: Config, found: np.ndarray) -> Fields:
-  """Llama 3.1's scaling, of which llama.cpp stores what it divides each frequency by."""
-  # Of all Llama 3 models; only the factor differs among them.
+  """Llama 3.1's scaling; llama.cpp stores the divisor of each frequency."""
+  # common to all Llama 3 models; only the factor differs
   theta, factor, low, high, length = config["rope_theta"], float(found.max()), 1.0, 4.0, 8192
   scaled = RopeConfig(theta, "llama3", factor, low_freq_factor=low, high_freq_factor=high, original_max_length=length)
   plain = rope_frequencies(RopeConfig(theta), config["head_dim"])

@@ -28,11 +28,11 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _ONE_ROW = "shared_expert_gate.weight"
 _CHUNK = 1 << 16
-"""Numbers that are dequantised at once: what is computed on the way stays in a processor's cache."""
+"""Elements dequantised per chunk, so that intermediate results fit in the CPU cache."""
 
 
 class GgufFile:
-  """A GGUF file, or the first of several; quantised tensors are dequantised to float32 as they are read."""
+  """A GGUF file, or the first of several; quantised tensors are dequantised to float32 when read."""
 
   def __init__(self, path: Path):
     try:
@@ -63,7 +63,7 @@ class GgufFile:
     return self._values.optional(name, kind)
 
   def _check_types(self, stored: dict[str, gguf.ReaderTensor]) -> None:
-    """Checks that every tensor can be dequantised, by doing so with one block of each type."""
+    """Checks that every tensor can be dequantised, by dequantising one block of each type."""
     import gguf
 
     faults = []
@@ -71,7 +71,7 @@ class GgufFile:
       try:
         block = np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
         with np.errstate(all="ignore"):
-          self._quants.dequantize(block, kind)  # which also makes the tables that some types need
+          self._quants.dequantize(block, kind)  # also creates the tables that some types need
       except NotImplementedError:
         names = sorted(tensor.name for tensor in stored.values() if tensor.tensor_type == kind)
         faults.append(
@@ -103,7 +103,7 @@ class GgufFile:
     return out
 
   def _dequantized(self, tensor: gguf.ReaderTensor, out: np.ndarray | None = None) -> np.ndarray:
-    """A tensor's numbers, a chunk of rows at a time."""
+    """A tensor's elements, in chunks of rows."""
     out = np.empty(_shape(tensor), np.float32) if out is None else out
     data = self._in_their_order(tensor)
     data = data if data.ndim > 1 else data[None]
@@ -114,17 +114,17 @@ class GgufFile:
       if chunk.dtype in (np.float64, np.float32, np.float16):
         rows[start : start + step] = chunk
       else:
-        # What the package's `dequantize` does with 16 rows at a time, three times slower.
+        # Equivalent to the package's `dequantize`, which uses 16 rows at a time and is three times slower.
         rows[start : start + step] = getattr(self._quants, tensor.tensor_type.name).dequantize_rows(chunk)
     return out
 
   def _in_their_order(self, tensor: gguf.ReaderTensor) -> np.ndarray:
-    """The file's own bytes, with rows in the order that Hugging Face's code has them in."""
+    """The file's bytes, with rows in the order of Hugging Face's code."""
     match = _BLOCK.fullmatch(tensor.name)
     block = match[2] if match else ""
     if self._architecture.swapped and block in ("attn_q", "attn_k"):
       heads = self.config["num_attention_heads" if block == "attn_q" else "num_key_value_heads"]
-      # Each head's rows go from neighbours to halves.
+      # Each head's rows go from adjacent pairs to halves.
       return tensor.data.reshape(heads, -1, 2, *tensor.data.shape[1:]).swapaxes(1, 2).reshape(tensor.data.shape)
     if self._architecture.grouped and block == "attn_qkv":
       heads, groups = self.config["num_attention_heads"], self.config["num_key_value_heads"]
@@ -161,15 +161,15 @@ def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
 
 
 def _along_first(tensor: gguf.ReaderTensor) -> list[gguf.ReaderTensor]:
-  """What lies along a tensor's first axis (the last of its shape as GGUF has it), each by itself."""
+  """The slices along a tensor's first axis (the last in GGUF's shape)."""
   return [tensor._replace(data=part, shape=tensor.shape[:-1]) for part in tensor.data]
 
 
 def _open_parts(path: Path) -> list[gguf.GGUFReader]:
-  """The file, or all parts of which it is the first.
+  """The file, or all parts if it is the first of several.
 
   Raises:
-    UserError: if it is not whole, is another part than the first, or a part is missing or another's.
+    UserError: if a file is incomplete, is not the first part, or a part is missing or from another model.
   """
   first = _open(path)
   field = first.fields.get("split.count")
@@ -203,7 +203,7 @@ def _open(path: Path) -> gguf.GGUFReader:
 
 @functools.lru_cache(maxsize=1)
 def _reader(path: Path, *_state: int) -> gguf.GGUFReader:
-  """A command opens its model twice, for the tokenizer and for the weights; its metadata are read once."""
+  """Cached, because a command opens its model twice, for the tokenizer and for the weights."""
   from sa_jax.formats.gguf_reader import QuickReader
 
   return QuickReader(path)
@@ -212,7 +212,7 @@ def _reader(path: Path, *_state: int) -> gguf.GGUFReader:
 def _named(
   stored: dict[str, gguf.ReaderTensor], architecture: GgufArchitecture
 ) -> dict[str, tuple[gguf.ReaderTensor, ...]]:
-  """Hugging Face's tensors, and the file's that each is; unknown names stay, for the account to report."""
+  """Maps Hugging Face's tensor names to the file's tensors; unknown names are kept, for the account to report."""
   whole = {part: (name, parts) for name, parts in architecture.packed.items() for part in parts}
   named: dict[str, tuple[gguf.ReaderTensor, ...]] = {}
   blocks = dict(architecture.blocks)
@@ -241,5 +241,5 @@ def _named(
 
 
 def _as_matrix(tensor: gguf.ReaderTensor) -> gguf.ReaderTensor:
-  """A vector as the matrix of one row that it is in Hugging Face's files."""
+  """Turns a vector into the one-row matrix of Hugging Face's files."""
   return tensor if len(tensor.shape) > 1 else tensor._replace(data=tensor.data[None], shape=np.append(tensor.shape, 1))

@@ -1,4 +1,4 @@
-"""The tokenizers inside GGUF files, as `tokenizers` objects."""
+"""Tokenizers from GGUF files, as `tokenizers` objects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
   from sa_jax.formats.gguf_file import GgufFile
 
 _GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# As Llama 3's, but for digits, which stand alone.
+# Like Llama 3's, but digits are separate.
 _QWEN2_SPLIT = LLAMA_3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 # How a GGUF's `tokenizer.ggml.pre` splits text before byte-level BPE, as llama.cpp defines the names.
 _PRE_TOKENIZERS = {
@@ -31,15 +31,15 @@ _PRE_TOKENIZERS = {
   "deepseek-r1-qwen": (_QWEN2_SPLIT,),
 }
 _OF_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3")
-"""Whose texts start with the start token, and whose tokens are taken whole before merges are tried."""
+"""Pre-tokenizers whose texts begin with the start token, and which look up whole words before trying merges."""
 _TEMPLATES = "tokenizer.chat_templates"
-"""The names of chat templates besides the default one, each of which is a value of its own."""
+"""The names of additional chat templates, each stored under a separate key."""
 _COMPOSED = ("qwen2",)
-"""Whose original composes characters first (NFC)."""
+"""Pre-tokenizers whose original normalises text to NFC."""
 
 
 def unsupported(file: GgufFile) -> str | None:
-  """Why the tokenizer inside a GGUF file cannot be rebuilt, or None when it can."""
+  """Why a GGUF file's tokenizer cannot be rebuilt, or None if it can."""
   kind, pre = file.optional("tokenizer.ggml.model", str), file.optional("tokenizer.ggml.pre", str)
   if kind == "llama" or (kind == "gpt2" and pre in _PRE_TOKENIZERS):
     return None
@@ -50,10 +50,10 @@ def unsupported(file: GgufFile) -> str | None:
 
 
 def from_gguf(file: GgufFile) -> Tokenizer:
-  """The tokenizer inside a GGUF file: byte-level BPE (``gpt2``), or SentencePiece's BPE (``llama``).
+  """The tokenizer in a GGUF file: byte-level BPE (``gpt2``), or SentencePiece's BPE (``llama``).
 
   Raises:
-    UserError: if the file holds another kind of tokenizer.
+    UserError: if the tokenizer has another type.
   """
   if reason := unsupported(file):
     raise UserError(reason)
@@ -62,7 +62,7 @@ def from_gguf(file: GgufFile) -> Tokenizer:
     backend = _sentencepiece(file) if kind == "llama" else _byte_level(file, pre)
   except UserError:
     raise
-  except Exception as error:  # tokenizers has no errors of its own
+  except Exception as error:  # tokenizers has no exception types of its own
     raise UserError(f"{file.path}: its tokenizer cannot be built: {error}") from None
   tokens = _list(file, "tokens")
   roles = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
@@ -71,7 +71,7 @@ def from_gguf(file: GgufFile) -> Tokenizer:
     for name, key in roles.items()
     if file.optional(f"tokenizer.ggml.{key}_token_id") is not None
   ]
-  # llama.cpp starts SentencePiece's texts and Llama 3's with the start token unless the file says otherwise.
+  # By default, llama.cpp puts the start token before the texts of SentencePiece and of Llama 3.
   starts = file.optional("tokenizer.ggml.add_bos_token", bool)
   if starts is None:
     starts = kind == "llama" or pre in _OF_LLAMA_3
@@ -86,7 +86,7 @@ def from_gguf(file: GgufFile) -> Tokenizer:
 
 
 def _token(file: GgufFile, tokens: list[str], role: str) -> str:
-  """The token with a role, such as ``bos``, which metadata names by its number."""
+  """The token for a role such as ``bos``, which the metadata give by id."""
   name = f"tokenizer.ggml.{role}_token_id"
   index = file.field(name, int)
   if not 0 <= index < len(tokens):
@@ -95,14 +95,14 @@ def _token(file: GgufFile, tokens: list[str], role: str) -> str:
 
 
 _ENTRIES = {"tokens": str, "merges": str, "scores": float, "token_type": int}
-"""What the tokenizer's lists hold."""
+"""Element types of the tokenizer's lists."""
 
 
 def _list(file: GgufFile, name: str) -> list[Any]:
   """One of the tokenizer's lists.
 
   Raises:
-    UserError: if it is missing, or holds anything else than it should.
+    UserError: if it is missing, or has elements of the wrong type.
   """
   values = file.field(f"tokenizer.ggml.{name}", list)
   if odd := [value for value in values if type(value) is not _ENTRIES[name]][:1]:
@@ -111,10 +111,10 @@ def _list(file: GgufFile, name: str) -> list[Any]:
 
 
 def _columns(file: GgufFile, *names: str) -> list[list[Any]]:
-  """Lists with an entry for each token.
+  """Lists with one entry per token.
 
   Raises:
-    UserError: if one is missing, or has another length than the others.
+    UserError: if one is missing, or lengths differ.
   """
   columns = [_list(file, name) for name in names]
   if len({len(column) for column in columns}) > 1:
@@ -124,7 +124,7 @@ def _columns(file: GgufFile, *names: str) -> list[list[Any]]:
 
 
 def _byte_level(file: GgufFile, pre: str) -> tokenizers.Tokenizer:
-  """BPE over bytes, as GPT-2's, with the merges that the file names."""
+  """Byte-level BPE, as in GPT-2, with the file's merges."""
   tokens, kinds = _columns(file, "tokens", "token_type")
   vocabulary = {token: index for index, token in enumerate(tokens)}
   merges = [tuple(merge.split(" ", 1)) for merge in _list(file, "merges")]

@@ -1,4 +1,4 @@
-"""`ModelConfig` from and to Hugging Face's ``config.json``, in the spelling of transformers 4 and of transformers 5."""
+"""`ModelConfig` from and to Hugging Face's ``config.json``, in the formats of transformers 4 and transformers 5."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ _MOST_LAYERS = 10_000
 _LOCAL_KINDS = {"full_attention": False, "attention": False, "sliding_attention": True}
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""Floating-point types that parameters may have."""
+"""Floating-point dtypes of parameters."""
 
 
 def read(values: Config, strict: bool = False) -> ModelConfig:
   """Reads the contents of a ``config.json``.
 
-  Both spellings are understood: ``rope_theta``, ``rope_scaling`` and ``torch_dtype`` (transformers 4), and
+  Both formats are supported: ``rope_theta``, ``rope_scaling`` and ``torch_dtype`` (transformers 4), and
   ``rope_parameters`` and ``dtype`` (transformers 5). The compute and parameter dtypes are the checkpoint's.
 
   Args:
     values: the contents.
-    strict: whether keys of which nobody knows what they do are refused, too; otherwise a warning lists them.
+    strict: whether unknown keys are errors; otherwise a warning lists them.
 
   Raises:
-    UserError: names, all at once, each value that is missing, malformed or not implemented.
+    UserError: lists all values that are missing, malformed or not implemented.
   """
   part = text_part(values)
   if part is not values:
@@ -101,7 +101,7 @@ def read(values: Config, strict: bool = False) -> ModelConfig:
 
 
 def _of_family(values: Config) -> Config:
-  """With the family's model type in place of that of an exported plan."""
+  """Replaces the model type of an exported plan by its family's."""
   model_type = values.get("model_type")
   if "shared_attention" in values and isinstance(model_type, str):
     return {**values, "model_type": model_type.removeprefix(hf_plan.SHARED)}
@@ -109,7 +109,7 @@ def _of_family(values: Config) -> Config:
 
 
 def _report(reader: ConfigReader, strict: bool) -> None:
-  """Raises what was wrong, and warns of what is unknown."""
+  """Raises the errors found, and warns of unknown keys."""
   unknown = [f"{each}: this key is not known; remove it if it has no effect" for each in reader.unknown]
   if faults := reader.errors + (unknown if strict else []):
     raise UserError("\n  ".join(("config.json cannot be used:", *faults)))
@@ -121,7 +121,7 @@ def family_of(values: Config) -> Family:
   """The family of a model.
 
   Raises:
-    UserError: if there is none, saying why.
+    UserError: if the family is unknown; says why.
   """
   values = _of_family(text_part(values))
   model_type = values.get("model_type")
@@ -159,7 +159,7 @@ def _read_sizes(reader: ConfigReader) -> dict[str, int]:
 
 
 def _reader(values: Config, family: Family) -> ConfigReader:
-  """A reader of the usual keys, whichever names the family has for them."""
+  """A reader of the usual keys, with the family's names for them."""
   values = hf_experts.usual(values, family.experts)
   if family.spelling is not None:
     values = family.spelling.usual(values)
@@ -172,7 +172,7 @@ def _reader(values: Config, family: Family) -> ConfigReader:
 
 
 def _read_keys(reader: ConfigReader, family: Family, sizes: Mapping[str, int]) -> Fields:
-  """The fields that only some families' configs have."""
+  """The fields from keys that only some families have."""
   fields: Fields = {}
   for key in family.keys:
     if key.kind == "flag":
@@ -212,7 +212,7 @@ def _to_theirs(value: float, kind: KeyKind, config: ModelConfig) -> float:
 
 
 def _read_window(reader: ConfigReader, family: Family, num_layers: int) -> Fields:
-  """Which layers are local, and how far they see."""
+  """Which layers are local, and their window."""
   if family.local_rope == "without":
     return {"local_layers": _without_rope(reader, num_layers)}
   if not family.window:
@@ -252,7 +252,7 @@ def _are_kinds(types: Any, num_layers: int) -> bool:
 
 
 def _without_rope(reader: ConfigReader, num_layers: int) -> tuple[int, ...]:
-  """The layers that rotate nothing."""
+  """The layers without RoPE."""
   every, flags = reader.integer("no_rope_layer_interval", 4), reader.take("no_rope_layers")
   if flags is None:
     return tuple(range(every - 1, num_layers, every))
@@ -263,7 +263,7 @@ def _without_rope(reader: ConfigReader, num_layers: int) -> tuple[int, ...]:
 
 
 def write(config: ModelConfig, spelling: Literal["v4", "v5"] = "v5") -> Fields:
-  """The contents of a ``config.json`` that transformers, and `read`, understand.
+  """The contents of a ``config.json`` for transformers and `read`.
 
   Args:
     config: the model.
@@ -271,7 +271,7 @@ def write(config: ModelConfig, spelling: Literal["v4", "v5"] = "v5") -> Fields:
       ``rope_scaling`` and ``torch_dtype``.
 
   Raises:
-    UserError: if there is no such family, or its ``config.json`` cannot describe the model.
+    UserError: if the family is unknown, or its ``config.json`` cannot describe the model.
   """
   if (family := FAMILIES.get(config.family)) is None:
     raise UserError(f"there is no family {config.family!r} to write a config.json of{near(config.family, FAMILIES)}")
@@ -331,7 +331,7 @@ def _write_window(config: ModelConfig, family: Family) -> Fields:
 
 
 def _check_written(config: ModelConfig, values: Config) -> None:
-  """Checks that the family's config can say all that the model is.
+  """Checks that the family's config can describe the model completely.
 
   Raises:
     UserError: names each field that a reader of ``values`` would get wrong.
@@ -340,17 +340,17 @@ def _check_written(config: ModelConfig, values: Config) -> None:
   ours = [field.name for field in dataclasses.fields(Architecture)]
   fields = [name for name in ours if getattr(config, name) != getattr(back, name)]
   if "window" in fields and not config.local_layers:
-    fields.remove("window")  # of no effect without local layers
+    fields.remove("window")  # no effect without local layers
   if wrong := [f"{field}={getattr(config, field)!r} (it has {getattr(back, field)!r})" for field in fields]:
     raise UserError(f"a {config.family} config.json cannot describe this model: {'; '.join(wrong)}")
 
 
 def _tidy(value: float) -> float:
-  """The number of few digits that a number is but for rounding."""
+  """Rounds a number to few digits if the difference is rounding error."""
   return float(f"{value:.12g}")
 
 
 def _whole(value: float) -> int | float:
-  """The same, and an integer where it is one."""
+  """The same, as an integer if it is whole."""
   short = _tidy(value)
   return round(short) if short == round(short) else short

@@ -10,11 +10,11 @@ from sa_jax.ops import Experts
 _CHOSEN = "num_experts_per_tok"
 
 
-_NUMBERS = ("num_experts", "num_local_experts")  # of transformers, which reads either in most families
+_NUMBERS = ("num_experts", "num_local_experts")  # transformers reads either in most families
 
 
 def usual(values: Config, keys: ExpertKeys | None) -> Config:
-  """The config with the number of experts under the family's own key, if it has only the other, or both alike."""
+  """The config with the number of experts under the family's key, if it has only the other key, or both are equal."""
   if keys is None:
     return values
   (other,) = set(_NUMBERS) - {keys.number}
@@ -24,7 +24,7 @@ def usual(values: Config, keys: ExpertKeys | None) -> Config:
 
 
 def read(reader: ConfigReader, keys: ExpertKeys | None) -> Experts | None:
-  """The experts that a config says; None of a family whose layers have one MLP."""
+  """The experts in a config; None for a family with a single MLP."""
   if keys is None:
     return None
   count, chosen = reader.integer(keys.number), reader.integer(_CHOSEN)
@@ -40,7 +40,7 @@ def read(reader: ConfigReader, keys: ExpertKeys | None) -> Experts | None:
 
 
 def write(config: ModelConfig, keys: ExpertKeys | None) -> Fields:
-  """The keys that say them."""
+  """The config keys of the experts."""
   experts = config.experts
   if keys is None or experts is None:
     return {}

@@ -22,8 +22,8 @@ from sa_jax.formats.table import Account, Entry, Index, account
 from sa_jax.formats.tokenizer import Tokenizer, read_tokenizer, warn_of_tokenizer
 from sa_jax.plan import SharingPlan
 
-# By the index file and the single file that a folder may have; the first pair found is read, and of a pair, as
-# transformers does, the single file: an index may have been left by an earlier save.
+# Index file and single file of each format. The first pair found is read; within a pair, as in transformers, the
+# single file takes precedence: the index may be left over from an earlier save.
 _FORMATS: tuple[tuple[str, str, type[Shard]], ...] = (
   ("model.safetensors.index.json", "model.safetensors", SafetensorsFile),
   ("pytorch_model.bin.index.json", "pytorch_model.bin", BinFile),
@@ -42,7 +42,7 @@ class HfFolder:
     if not (self.path / "config.json").exists() and (self.path / "adapter_config.json").exists():
       raise UserError(f"{self.path} is an adapter, not a model; merge it into its base model and open the result")
     config = read_json(self.path / "config.json")
-    # Chat models name further end tokens here, which generation must know.
+    # Chat models list further end tokens here, which generation needs.
     file = self.path / "generation_config.json"
     if file.exists() and "eos_token_id" in (generation := read_json(file)):
       config["eos_token_id"] = generation["eos_token_id"]
@@ -63,7 +63,7 @@ class HfFolder:
 
   @functools.cached_property
   def _stored(self) -> dict[str, str]:
-    """The names that the files have, by those that the model's family has."""
+    """The family's tensor names → the files' names."""
     return usual_names(self._whole, family_of(self.config))
 
   @property
@@ -72,7 +72,7 @@ class HfFolder:
 
   @functools.cached_property
   def _quantised(self) -> tuple[dict[str, Recipe], set[str]]:
-    """The tensors that are made of others, and those that are only parts."""
+    """Tensors computed from others, and tensors that are only parts of them."""
     settings = text_part(self.config).get("quantization_config")
     if settings is None or fault_of(settings) is not None:
       return {}, set()
@@ -85,7 +85,7 @@ class HfFolder:
     """The stored tensors that are parameters, or parts of packed ones.
 
     Raises:
-      UserError: if some other tensor is not of floating-point numbers.
+      UserError: if another tensor is not floating-point.
     """
     made, parts = self._quantised
     plain = [key for key in self._shard_of if key not in made and key not in parts]
@@ -109,7 +109,7 @@ class HfFolder:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
       raise UserError(f"{index} has no 'weight_map' from tensor names to file names")
     names = sorted(set(weight_map.values()))
-    # A plain name cannot leave the folder.
+    # A plain file name cannot leave the folder.
     if outside := [name for name in names if Path(name).name != name or not name.endswith(kind.suffix)]:
       raise UserError(f"{index} names files that are not {kind.suffix[1:]} files of its folder: {outside}")
     if missing := [name for name in names if not (self.path / name).is_file()]:
@@ -146,11 +146,11 @@ class HfFolder:
     """See `Source.parameter`."""
     if entry.stacked and entry.expert is not None:
       return entry.part_of(self._of_expert(entry.key, entry.expert[0]), index)
-    rows = entry.rows_of(index) if is_remote(self.path) else None  # what is mapped is not read until it is used
+    rows = entry.rows_of(index) if is_remote(self.path) else None  # mapped files are read only where used
     return entry.part_of(self.read(entry.key, rows), index)
 
   def _of_expert(self, key: str, number: int) -> np.ndarray:
-    """What one expert has of a tensor that holds all."""
+    """One expert's slice of a tensor with all experts."""
     rows = slice(number, number + 1)
     recipe = self._recipes.get(self._stored[key])
     if recipe is None or not recipe.by_row:

@@ -1,4 +1,4 @@
-"""Names of tensors as people's files have them: wrapped by compilers, trainers and multimodal models, or bare."""
+"""Tensor names as found in the wild: with prefixes of compilers, trainers and multimodal models, or without any."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from sa_jax.errors import UserError
 from sa_jax.formats.family import Family
 
 _WRAPPERS = ("_orig_mod.", "module.")
-"""What `torch.compile` and `DistributedDataParallel` put before every name."""
+"""Prefixes that `torch.compile` and `DistributedDataParallel` add to every name."""
 
-# By how a language model is kept in another: the beginnings of its names, and the usual ones. The first that fits is
-# taken; the last is a model that was saved without its head.
+# Name prefixes of language models inside other models → the usual ones. The first match is used; the last entry is
+# a model saved without its head.
 _HOLDERS: tuple[Mapping[str, str], ...] = (
   {"": ""},
   {"model.language_model.": "model.", "lm_head.": "lm_head."},
@@ -23,12 +23,12 @@ _HOLDERS: tuple[Mapping[str, str], ...] = (
 
 
 def usual_names(stored: Iterable[str], family: Family) -> dict[str, str]:
-  """The names that a family's table has, where a file has them otherwise: from usual names to the stored ones.
+  """A family's tensor names → the names in a file that uses different ones.
 
-  A name that belongs to no language model stays as it is.
+  Names outside the language model are unchanged.
 
   Raises:
-    UserError: if two stored names are one usual name.
+    UserError: if two stored names map to the same usual name.
   """
   bare = _each_once((_unwrapped(name), name) for name in stored)
   probe = next(rule.key for rule in family.table if "{layer}" in rule.key and not rule.when).format(layer=0)

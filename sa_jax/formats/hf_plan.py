@@ -1,4 +1,4 @@
-"""What tells a model from an ordinary one of its family, in ``config.json``'s ``shared_attention``."""
+"""The plan and value size of a model, in ``config.json``'s ``shared_attention``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sa_jax.formats.reader import Config, ConfigReader, Fields
 from sa_jax.plan import SharingPlan, as_plan
 
 SHARED = "shared_"
-"""Before the family's name, in the ``model_type`` of an exported plan."""
+"""Prefix of the family's name in the ``model_type`` of an exported plan."""
 
 
 def read_plan(values: Config, num_layers: int) -> SharingPlan:
-  """The plan in a ``config.json``'s ``shared_attention``; dense when the key is absent.
+  """The plan in a ``config.json``'s ``shared_attention``; dense if the key is absent.
 
   Raises:
     UserError: if it is malformed, or not a plan for a model of this depth.
@@ -39,7 +39,7 @@ def read_plan(values: Config, num_layers: int) -> SharingPlan:
 
 
 def read_value_dim(reader: ConfigReader, family: Family) -> int | None:
-  """How wide values are, where a plan's entry says that they are narrower than keys."""
+  """The size of values, if the plan's entry makes them narrower than keys."""
   shared = reader.values.get("shared_attention")
   value_dim = shared.get("value_dim") if isinstance(shared, Mapping) else None
   if value_dim is None:
@@ -53,7 +53,7 @@ def read_value_dim(reader: ConfigReader, family: Family) -> int | None:
 
 
 def write_plan(plan: SharingPlan, config: ModelConfig | None = None) -> Fields:
-  """The ``shared_attention`` of a ``config.json``: what `read_plan` reads back, and the width of a config's values."""
+  """The ``shared_attention`` of a ``config.json``: the plan as `read_plan` reads it, and the config's value size."""
   values: Fields = {"source": list(plan.source)}
   if config is not None and config.value_dim is not None:
     values["value_dim"] = config.value_dim
@@ -63,7 +63,7 @@ def write_plan(plan: SharingPlan, config: ModelConfig | None = None) -> Fields:
 
 
 def is_plain(config: ModelConfig, plan: SharingPlan) -> bool:
-  """Whether the family's own class computes the model: it has no followers, and values as wide as keys."""
+  """Whether the family's own class can run the model: no followers, and values as wide as keys."""
   return not plan.followers and config.value_width == config.head_dim
 
 

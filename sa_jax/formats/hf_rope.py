@@ -1,4 +1,4 @@
-"""The rotary embedding in a ``config.json``: both spellings, and all the scalings."""
+"""The rotary embedding in a ``config.json``: both formats, and all scalings."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _FULL, _LOCAL = "full_attention", "sliding_attention"
 _FRACTION, _ORIGINAL = "partial_rotary_factor", "original_max_position_embeddings"
 _OLDER_KINDS = {"su": "longrope", "mrope": "default"}
 _INERT = frozenset(
-  # What other scalings than the one at hand would read.
+  # keys of other scalings
   f"""
   factor alpha low_freq_factor high_freq_factor beta_fast beta_slow truncate attention_factor mscale mscale_all_dim
   short_factor long_factor max_position_embeddings {_ORIGINAL} {_FRACTION}
   """
-  # A training note, another code's name for attention_factor, and how pictures are laid out.
+  # A training note, another code's name for attention_factor, and the layout of images.
   """
   finetuned attn_factor mrope_section mrope_interleaved
   """.split()
@@ -34,7 +34,7 @@ class _Sizes(NamedTuple):
 
 
 def read(reader: ConfigReader, family: Family, head_dim: int, max_length: int) -> tuple[RopeConfig, RopeConfig | None]:
-  """The rotary embeddings of global and of local layers, the latter None where they have none of their own."""
+  """The rotary embeddings of global and local layers; None for the latter if they have no separate one."""
   sizes = _Sizes(head_dim, max_length)
   theta = reader.number("rope_theta", 10_000.0)
   scaling, parameters = reader.take("rope_scaling"), reader.take("rope_parameters", {})
@@ -48,7 +48,7 @@ def read(reader: ConfigReader, family: Family, head_dim: int, max_length: int) -
     family.defaults.get("rope_theta"),
   ):
     reader.fail("rope_theta", f"rope_parameters.rope_theta says {parameters['rope_theta']!r}; keep one of them")
-  # Two values may lie beside the scaling instead of in it.
+  # Two values may be next to the scaling instead of inside it.
   outer = {"rope_theta": theta} | {
     key: value for key in (_FRACTION, _ORIGINAL) if (value := reader.take(key)) is not None
   }
@@ -70,7 +70,7 @@ def read(reader: ConfigReader, family: Family, head_dim: int, max_length: int) -
 
 
 def _read_both(reader: ConfigReader, family: Family, sizes: _Sizes, values: Config) -> tuple[RopeConfig, RopeConfig]:
-  """Of a family whose global and local layers have an object each; ``values`` are those of an older config."""
+  """For families with separate objects for global and local layers; ``values`` come from an older config."""
   parameters = reader.take("rope_parameters", {})
   theta = values["rope_theta"]
   if family.local_rope == "own":
@@ -121,7 +121,7 @@ def _read_one(reader: ConfigReader, family: Family, sizes: _Sizes) -> RopeConfig
 
 
 def _fraction(reader: ConfigReader, family: Family, kind: str) -> float:
-  """How much of a head is rotated. Where a family's own code does not ask, transformers' scalings do all the same."""
+  """The rotated fraction of a head. transformers' scalings read it even if the family's code does not."""
   if _FRACTION not in family.defaults and kind == "default":
     return 1.0
   fraction = reader.number(_FRACTION, 1.0)
@@ -148,7 +148,7 @@ def _llama3(reader: ConfigReader, sizes: _Sizes) -> Fields:
 
 def _yarn(reader: ConfigReader, sizes: _Sizes) -> Fields:
   original = _original(reader, sizes)
-  # It may be null, but not absent.
+  # may be null, but not absent
   given = reader.optional_number("factor") if "factor" in reader.values else reader.number("factor")
   factor = given or sizes.max_length / original
   fast, slow = reader.number("beta_fast", 32.0), reader.number("beta_slow", 1.0)
@@ -165,7 +165,7 @@ def _yarn(reader: ConfigReader, sizes: _Sizes) -> Fields:
 
 
 def _yarn_magnitude(reader: ConfigReader, factor: float) -> float | None:
-  """The factor on q and k: given, or a quotient of two that DeepSeek's configs give, or None for the paper's."""
+  """The factor on q and k: explicit, or a quotient of two as in DeepSeek's configs, or None for the paper's."""
   given = reader.optional_number("attention_factor")
   mscale, mscale_all_dim = reader.optional_number("mscale"), reader.optional_number("mscale_all_dim")
   if given is not None or mscale is None or mscale_all_dim is None or factor <= 1:

@@ -1,25 +1,25 @@
-"""The language model in a multimodal model's ``config.json``, and models of which a plan cannot be made."""
+"""The language model in a multimodal ``config.json``, and model types that plans do not support."""
 
 from __future__ import annotations
 
 from sa_jax.formats.reader import Config
 
 _TEXT_KEYS = ("text_config", "llm_config")
-# The text parts that are a family's under another name.
+# Text models that are a family under another name.
 _TEXT_TYPES = {
   "qwen2_vl": "qwen2", "qwen2_vl_text": "qwen2", "qwen2_5_vl": "qwen2", "qwen2_5_vl_text": "qwen2",
   "qwen3_vl": "qwen3", "qwen3_vl_text": "qwen3",
 }  # fmt: skip
-# What a multimodal model's own object says of its text part, where that does not say it itself.
+# Values from the multimodal model's top level, if its text part lacks them.
 _OUTER = (
   "architectures", "dtype", "torch_dtype", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
   "quantization_config", "shared_attention", "transformers_version",
 )  # fmt: skip
-# Multimodal models that transformers ties if their text part says so, whatever they say themselves.
+# Multimodal models that transformers ties if their text part says so, regardless of the top level.
 _TIED_IF_EITHER = """
   fast_vlm glm4v hunyuan_vl llava llava_next_video llava_onevision paddleocr_vl qwen2_vl qwen2_5_vl video_llama_3
 """.split()
-# Numbers of tokens, and objects, that say how pictures and films come into the text.
+# Token ids and objects for images and video in the text.
 _OF_PICTURES = ("vision_", "image_", "video_", "audio_", "mm_", "boi_", "eoi_", "boa_", "eoa_")
 
 _SHARING = (
@@ -50,7 +50,7 @@ _SHARE_KEYS = ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unifi
 
 
 def refusal(values: Config) -> str | None:
-  """Why no plan can be made for a model of this type, or None where nothing is known against it."""
+  """Why plans do not support this model type, or None if there is no known reason."""
   model_type = values.get("model_type")
   if not isinstance(model_type, str):
     return None
@@ -60,7 +60,7 @@ def refusal(values: Config) -> str | None:
 
 
 def text_part(values: Config) -> Config:
-  """The config of the language model inside a multimodal one; any other config as it is."""
+  """The config of the language model inside a multimodal one; other configs unchanged."""
   found = next((key for key in _TEXT_KEYS if isinstance(values.get(key), dict)), None)
   model_type = values.get("model_type")
   if not isinstance(model_type, str) or (found is None and model_type not in _TEXT_TYPES):
@@ -70,7 +70,7 @@ def text_part(values: Config) -> Config:
   else:
     inner = {key: values[key] for key in _OUTER if values.get(key) is not None}
     inner |= {key: value for key, value in values[found].items() if value is not None or key not in inner}
-    # The whole model has the head, so that its own word on it comes first.
+    # The head belongs to the whole model, whose value takes precedence.
     if isinstance(tied := values.get("tie_word_embeddings"), bool):
       inner["tie_word_embeddings"] = tied or (model_type in _TIED_IF_EITHER and inner["tie_word_embeddings"])
   text_type = inner.get("model_type", model_type)

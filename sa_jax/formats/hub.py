@@ -26,24 +26,24 @@ _PATTERNS: dict[Need, tuple[str, ...]] = {
 
 
 def parse_hub_id(name: str | Path) -> tuple[str, str | None] | None:
-  """The id and the revision of ``org/model@revision``; None if it has another form, or a path of that name exists."""
+  """The id and the revision of ``org/model@revision``; None for another form, or if a path of that name exists."""
   match = _HUB_ID.fullmatch(str(name))
   return None if match is None or as_path(name).exists() else (match[1], match[2])
 
 
 def locate(name: str | Path, revision: str | None = None, need: Need = "weights") -> Path:
-  """The path of a model that is given by its path or its id on the Hugging Face hub.
+  """The path of a model, given its path or its id on the Hugging Face hub.
 
-  Of a hub id, what is needed is downloaded into huggingface_hub's cache, with its token and settings
+  For a hub id, the required files are downloaded to huggingface_hub's cache, with its token and settings
   (``HF_HUB_OFFLINE``, ``HF_HOME``).
 
   Args:
-    name: a path, or an id such as ``org/model`` or ``org/model@revision``; a path that exists wins.
-    revision: of a hub id: a branch, tag or commit.
-    need: what of it: the config alone, the tokenizer alone, or both and the weights.
+    name: a path, or an id such as ``org/model`` or ``org/model@revision``; existing paths take precedence.
+    revision: for a hub id: a branch, tag or commit.
+    need: which files: only the config, only the tokenizer, or both and the weights.
 
   Raises:
-    UserError: if there is no such path and no such hub model, or a revision is given for a path, or two are given.
+    UserError: if there is no such path or hub model, a revision is given for a path, or two revisions are given.
   """
   path = as_path(name)
   found = parse_hub_id(name)
@@ -60,7 +60,7 @@ def locate(name: str | Path, revision: str | None = None, need: Need = "weights"
   from huggingface_hub import snapshot_download
   from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-  # What lies beside a model, in folders or under other names, is the same weights in other forms.
+  # Subfolders and files of other names hold the same weights in other formats.
   others = ["*/*.json", "*/*.safetensors", "*/*.bin"]
   download = functools.partial(snapshot_download, hub_id, revision=named_revision or revision, ignore_patterns=others)
   try:

@@ -1,4 +1,4 @@
-"""Parameters that have not been read yet, and their way to devices: a slice at a time, in the dtype that is wanted."""
+"""Lazy parameters, and how they get to devices: in slices, in the requested dtype."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from sa_jax.trees import Params, Tree
 
 _LOG = logging.getLogger("sa_jax")
 _CACHE_LINE = 64
-_NAMED = 5  # names that a warning lists
+_NAMED = 5  # maximum number of names in a warning
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyTensor:
-  """A parameter that has not been read yet, or the stack of several layers'.
+  """A parameter that has not been read yet, or a stack of several layers' parameters.
 
   Attributes:
-    readers: one, or one a layer, or expert of a layer, in the order of the leading axes; each reads that array or a
-      slice of it, or maps it.
+    readers: one, or one per layer, or per expert and layer, in the order of the leading axes; each reads or maps the
+      array or a slice of it.
     layer_shape: the shape without the leading axes.
-    leading: those axes' lengths: of layers, then of experts; empty when there are none.
-    dtype: that it is wanted in.
-    names: what the files call each reader's tensor.
+    leading: sizes of the leading axes: layers, then experts; empty if there are none.
+    dtype: the requested dtype.
+    names: the file's name of each reader's tensor.
   """
 
   readers: tuple[Callable[[Index | None], np.ndarray], ...]
@@ -52,20 +52,20 @@ class LazyTensor:
 
   @property
   def size(self) -> int:
-    """How many numbers it holds."""
+    """The number of elements."""
     return math.prod(self.shape)
 
   @property
   def nbytes(self) -> int:
-    """Its bytes, in the dtype that it is wanted in."""
+    """Its bytes in the requested dtype."""
     return self.size * self.dtype.itemsize
 
   def read(self, layer: int = 0, index: Index | None = None) -> np.ndarray:
-    """One layer's tensor, or a slice of it; of a mapped file only what the slice needs is touched."""
+    """One layer's tensor, or a slice of it; of a mapped file only the slice is read."""
     return self.readers[layer](index).astype(self.dtype, copy=False)
 
   def read_whole(self) -> np.ndarray:
-    """All of it."""
+    """The whole parameter."""
     if not self.leading:
       return self.read()
     whole = np.empty((len(self.readers), *self.layer_shape), self.dtype)
@@ -74,19 +74,19 @@ class LazyTensor:
     return whole.reshape(self.shape)
 
   def read_owned(self, layer: int, index: Index | None) -> np.ndarray:
-    """`read` for an array that may live on: not one that JAX could take over as it is, still backed by the file."""
+    """Like `read`, but safe to keep: JAX cannot alias it while it is still backed by the file."""
     part = self.read(layer, index)
     return part if part.flags.owndata or not part.flags.c_contiguous else _copy(part)
 
   def stacked(self, others: Sequence[LazyTensor], leading: tuple[int, ...]) -> LazyTensor:
-    """The stack of this tensor and others of its shape."""
+    """The stack of this tensor and others of the same shape."""
     readers = tuple(reader for tensor in (self, *others) for reader in tensor.readers)
     names = tuple(name for tensor in (self, *others) for name in tensor.names)
     return dataclasses.replace(self, readers=readers, names=names, leading=(*leading, *self.leading))
 
 
 def _copy(array: np.ndarray) -> np.ndarray:
-  """A copy that JAX takes over on a CPU: it copies again what does not begin where a cache line does."""
+  """A copy that JAX can alias on a CPU; it would copy again if the start were not aligned to a cache line."""
   room = np.empty(array.nbytes + _CACHE_LINE, np.uint8)
   start = -room.ctypes.data % _CACHE_LINE
   out = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
@@ -95,10 +95,10 @@ def _copy(array: np.ndarray) -> np.ndarray:
 
 
 def lazy_tree(source: Source, used: Sequence[Entry], dtype: str) -> dict[str, Tree]:
-  """The layer layout, unread.
+  """The parameters in the layer layout, unread.
 
   Raises:
-    UserError: if a tensor alone is larger than this machine's memory.
+    UserError: if a single tensor is larger than host memory.
   """
   _check_memory(used)
   tree: dict[str, Tree] = {}
@@ -129,26 +129,26 @@ def _check_memory(used: Sequence[Entry]) -> None:
 
 
 def stack_lazily(leaves: Sequence[LazyTensor], leading: tuple[int, ...]) -> LazyTensor:
-  """For `sa_jax.params.stack`."""
+  """The stacking function for `sa_jax.params.stack`."""
   return leaves[0].stacked(leaves[1:], leading)
 
 
 def place(tree: Params, shardings: Tree, progress: Progress | None) -> dict[str, Tree]:
-  """Reads every parameter onto its devices, a layer at a time; each device is given its own slice and no more.
+  """Reads every parameter onto its devices, one layer at a time; each device reads only its slice.
 
-  Tensors that hold NaN or infinite numbers are named in a warning: a model with such weights computes nothing else.
+  Tensors with NaN or infinite elements are listed in a warning, because the model's output would be NaN.
 
   Args:
-    tree: of `LazyTensor`.
+    tree: a tree of `LazyTensor`.
     shardings: a tree like it, or one sharding for all.
-    progress: called with (tensors placed, tensors in all).
+    progress: called with (tensors placed, total tensors).
   """
   leaves, structure = jax.tree.flatten(tree)
   each = [shardings] * len(leaves) if isinstance(shardings, Sharding) else jax.tree.leaves(shardings)
   placed: list[jax.Array | None] = [None] * len(leaves)
   finite: list[tuple[str, jax.Array]] = []
   done, total = 0, sum(len(leaf.readers) for leaf in leaves)
-  # The largest first: the memory in flight is then least when the most is placed.
+  # Largest first, so that little memory is in flight when most is placed.
   for number in sorted(range(len(leaves)), key=lambda number: -leaves[number].nbytes):
     leaf, sharding = leaves[number], each[number]
     array = None
@@ -160,12 +160,12 @@ def place(tree: Params, shardings: Tree, progress: Progress | None) -> dict[str,
       else:
         array = _empty(leaf.shape, leaf.dtype, sharding) if array is None else array
         array = _insert(array, piece, tuple(np.int32(i) for i in np.unravel_index(layer, leaf.leading)))
-      array.block_until_ready()  # so that one tensor at most is in flight
+      array.block_until_ready()  # so that at most one tensor is in flight
       done += 1
       if progress is not None:
         progress(done, total)
     placed[number] = array
-  # A tensor of the file may hold several parameters.
+  # A tensor of the file may contain several parameters.
   if wrong := list(dict.fromkeys(name for name, is_finite in finite if not is_finite)):
     others = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
     _LOG.warning("NaN or infinite numbers in %s%s", ", ".join(wrong[:_NAMED]), others)
@@ -178,9 +178,9 @@ def _is_finite(array: jax.Array) -> jax.Array:
 
 
 def _put(leaf: LazyTensor, layer: int, sharding: Sharding) -> jax.Array:
-  # What is part of a stack lives only until it is copied there, so that it may be the file's memory.
+  # Layers of a stack are copied into it, so they may alias the file's memory.
   read = leaf.read if leaf.leading else leaf.read_owned
-  parts: dict[str, np.ndarray] = {}  # devices that hold the same slice read it once
+  parts: dict[str, np.ndarray] = {}  # devices that hold the same slice read it only once
 
   def part(index: Index | None) -> np.ndarray:
     if (name := str(index)) not in parts:
@@ -204,7 +204,7 @@ def _empty(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, sharding: Shardi
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _insert(stack: jax.Array, layer: jax.Array, position: tuple[jax.Array, ...]) -> jax.Array:
-  # As integers: XLA's CPU backend copies 16-bit floats one by one through float32, eight times slower.
+  # As integers: XLA's CPU backend copies 16-bit floats through float32 one by one, eight times slower.
   kind = jnp.uint16 if stack.dtype.itemsize == 2 else stack.dtype
   as_kind = lambda x: jax.lax.bitcast_convert_type(x, kind)
   start: tuple[Any, ...] = (*position, *[0] * layer.ndim)
@@ -213,7 +213,7 @@ def _insert(stack: jax.Array, layer: jax.Array, position: tuple[jax.Array, ...])
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-  """The array with its elements in the order of its axes; JAX's copy is several times faster than NumPy's."""
+  """The array in C order; JAX's copy is several times faster than NumPy's."""
   if array.flags.c_contiguous:
     return array
   return np.asarray(jax.device_put(array, jax.local_devices(backend="cpu")[0]))

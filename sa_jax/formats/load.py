@@ -88,7 +88,7 @@ def from_pretrained(
 
 
 def _fingerprint(opened: Opened) -> object:
-  """Equal on two hosts that read the same model; reading the weights would take too long."""
+  """Equal on hosts that read the same model; comparing the weights would take too long."""
   shapes = sorted((name, tuple(shape)) for name, shape in opened.source.shapes.items())
   return opened.config, opened.plan, shapes
 
@@ -100,7 +100,7 @@ def describe(
   *,
   revision: str | None = None,
 ) -> Transformer:
-  """The model that `from_pretrained` would open, without reading its weights; arguments and errors as there."""
+  """The model that `from_pretrained` would open, without reading its weights; same arguments and errors."""
   opened = open_model(path, plan, dtype, revision)
   return Transformer(opened.config, opened.plan)
 
@@ -139,9 +139,9 @@ def convert(
 
 
 def inspect(path: str | Path, plan: PlanLike = None, *, revision: str | None = None, strict: bool = False) -> Account:
-  """What a model's files hold and what the plan drops, without reading the weights; arguments as `from_pretrained`.
+  """The tensors of a model's files, and those that the plan drops, without reading the weights; see `from_pretrained`.
 
   Raises:
-    UserError: as `from_pretrained`.
+    UserError: see `from_pretrained`.
   """
   return open_model(path, plan, revision=revision, strict=strict).account

@@ -1,4 +1,4 @@
-"""The README of an exported folder: what the model is, which layers share, what that saves, how to use it."""
+"""The README of an exported folder: the model, which layers share, the savings, and how to use it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def model_card(config: ModelConfig, plan: SharingPlan, source: str) -> str:
   Args:
     config: the model.
     plan: which layers share.
-    source: what it was exported from; named as the base model if it is a hub id.
+    source: the model it was exported from; listed as the base model if it is a hub id.
   """
   plain = is_plain(config, plan)
   tags = ["jax", *([] if plain else ["shared-attention"])]
@@ -76,7 +76,7 @@ def _shared(config: ModelConfig, plan: SharingPlan) -> list[str]:
 
 
 def _picture(plan: SharingPlan) -> list[str]:
-  """A line for every run: a mark for each layer, and a space before each anchor."""
+  """One line per run: a mark for each layer, and a space before each anchor."""
   lines = []
   for run in plan.runs:
     group = "o" + "|" * run.followers

@@ -1,4 +1,4 @@
-"""A model's files under a plan: what becomes of each tensor, and the parameters, unread."""
+"""A model's files under a plan: the use of each tensor, and the lazy parameters."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Opened:
 
   Attributes:
     source: the files.
-    config: the model, in the dtype that was asked for.
+    config: the model, in the requested dtype.
     plan: which layers share.
-    account: what becomes of every stored tensor.
+    account: the use of every stored tensor.
   """
 
   source: Source
@@ -38,7 +38,7 @@ class Opened:
     """The parameters in the layer layout: `sa_jax.formats.lazy.LazyTensor`s.
 
     Raises:
-      UserError: if the head is stored, is not the embedding, and the config says that it is.
+      UserError: if a stored head differs from the embedding although the config ties them.
     """
     _check_tied(self.source, self.config)
     return lazy_tree(self.source, self.account.used, self.config.param_dtype)
@@ -51,7 +51,7 @@ def open_model(
   revision: str | None = None,
   strict: bool = False,
 ) -> Opened:
-  """Opens a model's files under a plan; arguments and errors as of `sa_jax.from_pretrained`."""
+  """Opens a model's files under a plan; see `sa_jax.from_pretrained` for arguments and errors."""
   source = open_source(name, revision)
   config, stored = model_of(source, strict)
   config = _with_dtype(config, dtype)
@@ -61,7 +61,7 @@ def open_model(
     return Opened(source, config, made, source.account(config, made))
   except UserError:
     if lost := sorted(set(made.anchors) - set(stored.anchors)):
-      source.account(config, stored)  # other faults are told first
+      source.account(config, stored)  # report other errors first
       raise UserError(
         f"the plan '{made}' makes layers {lost} anchors, but {source.path} holds no queries and keys for them: it was "
         f"made for the plan '{stored}'; start from the dense checkpoint"
@@ -70,18 +70,18 @@ def open_model(
 
 
 def _check_tied(source: Source, config: ModelConfig) -> None:
-  """Checks that a head which the config ties to the embedding, and which is stored all the same, is the embedding.
+  """Checks that a stored head equals the embedding if the config ties them.
 
   Raises:
-    UserError: if it is not.
+    UserError: if it does not.
   """
   stored = [key for key in head_keys(config) if key in source.shapes] if config.tie_embeddings else []
   for key in stored:
     (embedding,) = (entry.key for entry in entries(config) if entry.path == ("embed", "embedding"))
-    if embedding not in source.shapes:  # the head's name is the only one that the pair has
+    if embedding not in source.shapes:  # only the head's name is stored for the pair
       continue
     head, embedded = (source.read(each).astype(np.float32) for each in (key, embedding))
-    # One of the two may have been rounded to bfloat16.
+    # One of them may have been rounded to bfloat16.
     if not np.allclose(head, embedded, rtol=2**-8, atol=0):
       raise UserError(
         f"{source.path}: the config ties the output head to the embedding, but {key} differs from {embedding}; if the "
@@ -90,7 +90,7 @@ def _check_tied(source: Source, config: ModelConfig) -> None:
 
 
 def _asked(plan: PlanLike, stored: SharingPlan) -> SharingPlan:
-  """The plan asked for. A string or list says nothing of head maps: followers that keep their anchor keep their map."""
+  """The requested plan. Strings and lists have no head maps: followers that keep their anchor keep their stored map."""
   if plan is None:
     return stored
   made = as_plan(plan, stored.num_layers)

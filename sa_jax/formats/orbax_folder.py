@@ -1,7 +1,7 @@
-"""sa_jax's own checkpoints, read: ``config.json``, the tokenizer, and ``params/``, an Orbax tree in the layer layout.
+"""Reads sa_jax checkpoints: ``config.json``, the tokenizer, and ``params/``, an Orbax tree in the layer layout.
 
-TensorStore, which Orbax stores arrays with, reads them here: any slice of any array, mapped from the file, as
-safetensors are. `experiments/conversion` compares the two.
+They are read with TensorStore, Orbax's storage library: any slice of any array, mapped from the file like safetensors.
+`experiments/conversion` compares the two.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
   import tensorstore
 
 PARAMS = "params"
-_ARRAY = "/.zarray"  # beside an array's chunks: its shape and type
+_ARRAY = "/.zarray"  # next to an array's chunks: its shape and dtype
 _RETRIES = {"max_retries": 5, "initial_delay": "0.5s", "max_delay": "8s"}
 _CONTEXT = {
-  "cache_pool#index": {"total_bytes_limit": 100_000_000},  # what says where arrays are is read once
+  "cache_pool#index": {"total_bytes_limit": 100_000_000},  # read the array index only once
   "gcs_request_retries": _RETRIES,
   "s3_request_retries": _RETRIES,
 }
@@ -42,7 +42,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 class OrbaxFolder:
-  """A checkpoint that `sa_jax.convert`, `sa_jax.save` or training wrote; tensors have our own names."""
+  """A checkpoint written by `sa_jax.convert`, `sa_jax.save` or training; tensors have our own names."""
 
   def __init__(self, path: Path):
     self.path = path
@@ -80,7 +80,7 @@ class OrbaxFolder:
       arrays = {name: each.result() for name, each in zip(names, opening, strict=True)}
     except (OSError, ValueError) as error:
       raise UserError(f"{self.path / PARAMS} is not a whole checkpoint: {_first(error)}") from None
-    # A chunk that is not there would be read as zeros.
+    # A missing chunk would be read as zeros.
     chunks = Counter(key.rsplit("/", 1)[0] for key in keys if not key.endswith(_ARRAY))
     lacking = [name for name, array in arrays.items() if chunks[name] != _chunks(array)]
     if lacking or not arrays:
@@ -92,7 +92,7 @@ class OrbaxFolder:
     """See `Source.account`."""
     shapes = self.shapes
     used, dropped, known = [], {}, set()
-    errors: dict[str, None] = {}  # an ordered set: the experts of one array share its faults
+    errors: dict[str, None] = {}  # an ordered set: the experts of one array share its errors
     for theirs in entries(config):
       name, shape, expert = "/".join(theirs.path), theirs.our_shape(), theirs.expert
       whole = shape if expert is None else (expert[1], *shape)
@@ -125,7 +125,7 @@ class OrbaxFolder:
     if entry.expert is None:
       return self.read(entry.key, index)
     number = entry.expert[0]
-    if is_remote(self.path):  # where an array is read whole or not at all, not once for every expert
+    if is_remote(self.path):  # there an array is read whole, so not again for every expert
       return self._held(entry.key)[number][() if index is None else index]
     return self.read(entry.key, (slice(number, number + 1), *(index or ())))[0]
 
@@ -144,11 +144,11 @@ class OrbaxFolder:
 
 
 def _chunks(array: tensorstore.TensorStore) -> int:
-  """How many chunks an array is stored in."""
+  """The number of chunks of an array."""
   chunk: Sequence[int] = array.spec().to_json()["metadata"]["chunks"]
   return math.prod(-(-size // part) for size, part in zip(array.shape, chunk, strict=True))
 
 
 def _first(error: Exception) -> str:
-  """TensorStore's words, without where in its source they come from."""
+  """TensorStore's message without its source location."""
   return str(error).split(" [source locations=")[0].strip().split("\n")[0]

@@ -39,7 +39,7 @@ def push(
     The address of the commit.
 
   Raises:
-    UserError: as `sa_jax.export`; if there is no token, or the hub refuses the upload; if possible, before the export.
+    UserError: see `sa_jax.export`; if there is no token, or the hub refuses the upload; if possible, before the export.
   """
   from huggingface_hub import HfApi
 

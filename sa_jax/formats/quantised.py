@@ -1,4 +1,4 @@
-"""Quantised checkpoints: which tensors of a file make up one, and what number each was."""
+"""Quantised checkpoints: which tensors of a file form one parameter, and how to dequantise them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import numpy as np
 from sa_jax.errors import UserError
 from sa_jax.formats.reader import Config
 
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which column of eight each four bits are, the lowest first
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each nibble, lowest first
 _UNUSED = re.compile(r".*\.(input_scale|activation_scale|output_scale|k_scale|v_scale|weight_format)")
-"""What is quantised while a model runs, which ours does not do."""
+"""Tensors for quantising activations at run time, which we do not do."""
 
 
 class Stored(NamedTuple):
@@ -32,13 +32,13 @@ class Stored(NamedTuple):
 
 
 class Recipe(NamedTuple):
-  """A tensor that is made of others.
+  """How to make a tensor from others.
 
   Attributes:
-    shape: its own.
-    parts: the names of those it is made of.
-    dequantise: the tensor, float32, from them.
-    by_row: whether each of the tensor's numbers along its first axis is made of those of its parts alone.
+    shape: its shape.
+    parts: the names of the other tensors.
+    dequantise: computes the tensor, float32, from them.
+    by_row: whether each row along the first axis depends only on the same row of the parts.
   """
 
   shape: tuple[int, ...]
@@ -61,7 +61,7 @@ class Files(NamedTuple):
   read: Callable[[str], np.ndarray]
 
   def beside(self, end: str, **others: str) -> Iterable[tuple[str, list[str]]]:
-    """The tensors whose names end so, without that end, and the names of those beside them, each of a type."""
+    """Tensors whose names have a suffix, without it, and the tensors with other suffixes, each with its dtype."""
     for name in self.stored:
       if not name.endswith(f".{end}"):
         continue
@@ -74,10 +74,10 @@ class Files(NamedTuple):
       yield base, names
 
   def matrix(self, name: str) -> tuple[int, int]:
-    """How many rows and columns a tensor has.
+    """The number of rows and columns of a tensor.
 
     Raises:
-      UserError: if it is no matrix.
+      UserError: if it is not a matrix.
     """
     shape = self.stored[name].shape
     if len(shape) != 2:
@@ -85,10 +85,10 @@ class Files(NamedTuple):
     return shape[0], shape[1]
 
   def check_kind(self, name: str, kind: str, count: int | None = None) -> None:
-    """Checks the type of a tensor's numbers, and how many there are.
+    """Checks the dtype and, if given, the number of elements of a tensor.
 
     Raises:
-      UserError: if they are others.
+      UserError: if they are different.
     """
     shape, dtype = self.stored[name]
     if not dtype.startswith(kind):
@@ -100,14 +100,14 @@ class Files(NamedTuple):
     """Checks that a tensor has one of the shapes.
 
     Raises:
-      UserError: if it has not.
+      UserError: if it does not.
     """
     if (shape := self.stored[name].shape) not in shapes:
       raise UserError(f"{name} is {list(shape)}, and does not fit the tensors beside it")
 
 
 def fault_of(settings: object) -> str | None:
-  """Why a ``quantization_config`` is not understood, or None where it is, or there is none."""
+  """Why a ``quantization_config`` is unsupported, or None if it is supported or absent."""
   if settings is None:
     return None
   method = _method(settings)
@@ -128,17 +128,17 @@ def _method(settings: object) -> str:
 
 
 def recipes(files: Files) -> tuple[dict[str, Recipe], set[str]]:
-  """The quantised tensors, and the names of those that are only parts of them, or not needed.
+  """The quantised tensors, and the names of tensors that are only parts of them or not needed.
 
   Raises:
-    UserError: if the parts of a tensor do not fit each other.
+    UserError: if the parts of a tensor do not fit together.
   """
   found = dict(_METHODS[_method(files.settings)].find(files))
   used = {part for recipe in found.values() for part in recipe.parts}
   return found, (used - found.keys()) | {name for name in files.stored if _UNUSED.fullmatch(name)}
 
 
-# FP8: each number times the scale of its tensor, its row or its block.
+# FP8: each element times the scale of its tensor, row or block.
 
 
 def _fp8(files: Files) -> Iterable[tuple[str, Recipe]]:
@@ -165,11 +165,11 @@ def _scaled(weight: np.ndarray, scale: np.ndarray, block: tuple[int, int] | None
   return weight.astype(np.float32) * scale.repeat(block[0], 0)[:rows].repeat(block[1], 1)[:, :columns]
 
 
-# AWQ and GPTQ: four bits (or eight) times the scale of their group, above its zero.
+# AWQ and GPTQ: (x - zero) * scale, with 4-bit (or 8-bit) x, and zero and scale per group.
 
 
 def _nibbles(packed: np.ndarray, bits: int = 4) -> np.ndarray:
-  """int32 ``[..., n]`` → uint8 ``[..., n, 32 / bits]``, the lowest bits first."""
+  """int32 ``[..., n]`` → uint8 ``[..., n, 32 / bits]``, lowest bits first."""
   shifts = np.arange(0, 32, bits, dtype=np.uint32)
   return ((packed.view(np.uint32)[..., None] >> shifts) & ((1 << bits) - 1)).astype(np.uint8)
 
@@ -218,7 +218,7 @@ def _gptq_weight(
   return ((numbers - low[groups]) * scales.astype(np.float32)[groups]).T
 
 
-# bitsandbytes: eight bits times the scale of a row; or four, each of which stands for a number, times that of a block.
+# bitsandbytes: 8 bits times a scale per row; or 4-bit codebook indices, times a scale per block.
 
 
 def _bitsandbytes(files: Files) -> Iterable[tuple[str, Recipe]]:
@@ -236,7 +236,7 @@ def _bytes(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 class _State(NamedTuple):
-  """What a file says of a tensor of four bits: its shape, and how its scales lie."""
+  """The description of a 4-bit tensor in a file: its shape, and the layout of its scales."""
 
   shape: tuple[int, ...]
   block: int
@@ -266,7 +266,7 @@ def _four_bits(files: Files, name: str, described: str) -> Recipe:
   needed = [("uint8", numbers // 2), ("uint8" if len(parts) > 3 else "float", blocks), ("float", 16)]
   for part, (kind, count) in zip(parts, [*needed, ("float", -(-blocks // state.outer_block)), ("float", 256)]):
     files.check_kind(part, kind, count)
-  # The description is a part of it, too, of which nothing more is needed.
+  # The description is also a part, but nothing more of it is needed.
   return Recipe(state.shape, (*parts, described), functools.partial(_of_blocks, state))
 
 
@@ -280,11 +280,11 @@ def _of_blocks(
   return (numbers * np.repeat(most.astype(np.float32).reshape(-1), state.block)[: numbers.size]).reshape(state.shape)
 
 
-# MXFP4 (Open Compute Project, Microscaling Formats 1.0, sections 5.1 and 5.4): each four bits stand for a number, times
-# the power of two of their block.
+# MXFP4 (Open Compute Project, Microscaling Formats 1.0, sections 5.1 and 5.4): 4-bit codebook indices, times a power
+# of two per block.
 
 _FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-_FP4_PAIRS = np.stack(np.broadcast_arrays(_FP4[None, :], _FP4[:, None]), axis=-1).reshape(256, 2)  # the lower first
+_FP4_PAIRS = np.stack(np.broadcast_arrays(_FP4[None, :], _FP4[:, None]), axis=-1).reshape(256, 2)  # lower nibble first
 _POWERS = np.append(np.exp2(np.arange(255, dtype=np.float32) - 127), np.float32("nan"))
 
 

@@ -1,4 +1,4 @@
-"""Reading a ``config.json``: every value is checked, every key accounted for, every fault reported."""
+"""Reading a ``config.json``: checks every value, accounts for every key, reports every error."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ Config = Mapping[str, Any]
 """The contents of a ``config.json``, or of an object inside one."""
 
 Fields = dict[str, Any]
-"""Fields of `ModelConfig`, or keys of a ``config.json``, in the making."""
+"""Fields of `ModelConfig`, or keys of a ``config.json``, under construction."""
 
 
 class Fixed(NamedTuple):
   """A key of which only some values are implemented.
 
   Attributes:
-    values: that are; the first is what an absent key means.
-    meaning: what another value would ask for.
+    values: the implemented values; the first is the default.
+    meaning: what other values would mean.
   """
 
   values: tuple[Any, ...]
@@ -25,16 +25,16 @@ class Fixed(NamedTuple):
 
 
 class ConfigReader:
-  """Takes values out of a config and remembers which keys were read and what was wrong with them.
+  """Reads values from a config, and records which keys were read and which errors were found.
 
   Attributes:
     values: the config.
-    errors: one line a fault.
-    unknown: the keys, with their values, of which nobody knows what they do.
+    errors: one line per error.
+    unknown: the unknown keys, with their values.
   """
 
   def __init__(self, values: Config, spelled: Mapping[str, str] | None = None):
-    """``spelled`` are the names that the config has for some of the keys."""
+    """``spelled`` maps keys to the config's names for them."""
     self.values = values
     self._spelled = spelled or {}
     self.errors: list[str] = []
@@ -43,20 +43,20 @@ class ConfigReader:
     self._read: set[str] = set()
 
   def inner(self, values: Config, prefix: str) -> ConfigReader:
-    """A reader of an object inside the config, which reports to the same lists."""
+    """A reader of a nested object, which shares the lists of errors and unknown keys."""
     made = ConfigReader(values)
     made.errors, made.unknown, made._prefix = self.errors, self.unknown, prefix
     return made
 
   def fail(self, key: str, why: str) -> None:
-    """Notes a fault of a key."""
+    """Records an error of a key."""
     self.errors.append(f"{self._name(key)} = {self.values.get(key)!r}: {why}")
 
   def _name(self, key: str) -> str:
     return self._prefix + self._spelled.get(key, key)
 
   def take(self, key: str, default: Any = None) -> Any:
-    """A value as it is; the default when it is absent or null."""
+    """A value, unchecked; the default if absent or null."""
     self._read.add(key)
     value = self.values.get(key)
     return default if value is None else value
@@ -78,11 +78,11 @@ class ConfigReader:
     return float(value)
 
   def optional_number(self, key: str) -> float | None:
-    """A positive number, or None when it is absent or null."""
+    """A positive number, or None if absent or null."""
     return None if self.take(key) is None else self.number(key)
 
   def numbers(self, key: str, count: int) -> list[float]:
-    """So many positive numbers."""
+    """A list of ``count`` positive numbers."""
     values = self.take(key)
     if not isinstance(values, list) or len(values) != count or not all(_is_positive(value) for value in values):
       self.fail(key, f"a list of {count} positive numbers is needed")
@@ -107,7 +107,7 @@ class ConfigReader:
     return value
 
   def choice(self, key: str, choices: tuple[Any, ...], default: Any) -> Any:
-    """One of the values that are implemented."""
+    """One of the implemented values."""
     value = self.take(key, default)
     if not _is_one_of(value, choices):
       self.fail(key, f"not implemented; {' or '.join(map(repr, choices))} is")
@@ -115,19 +115,19 @@ class ConfigReader:
     return value
 
   def fixed(self, key: str, allowed: Fixed) -> None:
-    """A key of which only some values are implemented."""
+    """Checks a key of which only some values are implemented."""
     if not _is_one_of(self.take(key, allowed.values[0]), allowed.values):
       self.fail(key, f"{allowed.meaning}, which is not implemented; {' or '.join(map(repr, allowed.values))} is")
 
   def either(self, key: str, older: str, default: Any) -> Any:
-    """A value that has two names; it may not be given twice with two meanings."""
+    """A value that has two names; giving both with different values is an error."""
     value, old = self.take(key), self.take(older)
     if value is not None and old is not None and value != old:
       self.fail(older, f"{key} says {value!r}; keep one of them")
     return default if value is None and old is None else old if value is None else value
 
   def finish(self, inert: Iterable[str] = ()) -> None:
-    """Notes every key that nothing has read and that is not inert as unknown."""
+    """Records as unknown every key that was not read and is not inert."""
     for key, value in self.values.items():
       if key not in self._read and key not in inert:
         self.unknown.append(f"{self._name(key)} = {value!r}")
@@ -138,5 +138,5 @@ def _is_positive(value: Any) -> bool:
 
 
 def _is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
-  """Whether a value is among the choices, where True is not 1."""
+  """Whether a value is among the choices; True does not equal 1."""
   return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices)

@@ -1,4 +1,4 @@
-"""The rows of the families' tables: whose checkpoint tensor becomes which parameter."""
+"""The rows of the families' tables: which checkpoint tensor becomes which parameter."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ _QUERY, _KEY, _VALUE = "(N H) D -> D N H", "(K H) D -> D K H", "(K R) D -> D K R
 
 
 def row(key: str, path: str, axes: str, when: str = "") -> Rule:
-  """A tensor that is one parameter."""
+  """A tensor that is a single parameter."""
   return Rule(key, ((path, axes),), when=when)
 
 
 def block(key: str, path: str, axes: str, when: str = "") -> Rule:
-  """One of each layer, under Llama's beginning of its name."""
+  """A tensor of each layer, with Llama's name prefix."""
   return row(f"{_THEIRS}.{key}", f"{_OURS}/{path}", axes, when)
 
 
@@ -100,7 +100,7 @@ INTERNLM2 = (
   row("model.tok_embeddings.weight", "embed/embedding", "V D -> V D"),
   block("attention_norm.weight", "attention_norm/scale", "D -> D"),
   block("ffn_norm.weight", "mlp_norm/scale", "D -> D"),
-  # Each key/value head's rows: its G query heads, then its key, then its value.
+  # The rows of each KV head: its G query heads, then its key, then its value.
   _packed_qkv(
     "attention.wqkv.weight", ("G K H D -> D (K G) H", *("1 K H D -> D K H",) * 2), view="(K P H) D -> P K H D"
   ),
@@ -141,7 +141,7 @@ GEMMA = (*EMBED, *_PRE_AND_POST_NORMS, *_QKV, *OUTPUT, *GATE_UP, *DOWN, *HEAD)
 
 
 def _expert_rows(key: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
-  """The rows of experts that have a tensor each."""
+  """Rows for experts with separate tensors."""
   return (
     block(f"{key}.experts.{{expert}}.{gate}.weight", "mlp/experts/gate_proj/kernel", "F D -> D F"),
     block(f"{key}.experts.{{expert}}.{up}.weight", "mlp/experts/up_proj/kernel", "F D -> D F"),
@@ -150,7 +150,7 @@ def _expert_rows(key: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
 
 
 def _stacked_rows(gate_up: str, down: str) -> tuple[Rule, ...]:
-  """The rows of a layer's experts in one tensor: each one's gate, and its up behind it."""
+  """Rows for a layer's experts in one tensor: for each expert its gate, followed by its up projection."""
   gate, up, down_to = (f"{_OURS}/mlp/experts/{name}_proj/kernel" for name in ("gate", "up", "down"))
   return (
     Rule(f"{_THEIRS}.{gate_up}", ((gate, "F D -> D F"), (up, "F D -> D F")), stacked=True),
@@ -163,7 +163,7 @@ def _router(key: str) -> Rule:
 
 
 def _alternating(key: str, leaf: str, theirs: str, ours: str) -> Rule:
-  """A layer's experts in one tensor, in which each one's gates and ups alternate."""
+  """A layer's experts in one tensor, with interleaved gate and up rows per expert."""
   parts = [(f"{_OURS}/mlp/experts/{name}_proj/{leaf}", f"1 {ours} -> {ours}") for name in ("gate", "up")]
   return Rule(f"{_THEIRS}.{key}", tuple(parts), f"{theirs} -> P {ours}", stacked=True)
 

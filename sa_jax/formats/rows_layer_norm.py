@@ -1,4 +1,4 @@
-"""The rows of the families whose norms are layer norms; see `sa_jax.formats.rows`."""
+"""The rows of the families with layer norm; see `sa_jax.formats.rows`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _OURS = "layers/{layer}"
 
 
 def _linear(key: str, path: str, axes: str, bias: str, when: str) -> tuple[Rule, Rule]:
-  """A projection of each layer, and its bias."""
+  """A projection of each layer, with its bias."""
   return row(f"{key}.weight", f"{_OURS}/{path}/kernel", axes), row(f"{key}.bias", f"{_OURS}/{path}/bias", bias, when)
 
 
@@ -30,7 +30,7 @@ def _output(key: str) -> tuple[Rule, ...]:
 
 
 def _packed(key: str) -> tuple[Rule, Rule]:
-  """Queries, keys and values: of each key/value head's rows, its G query heads, then its key, then its value."""
+  """Packed queries, keys and values: the rows of each KV head are its G query heads, then its key, then its value."""
   parts = lambda leaf, query, key_value: tuple(
     (f"{_OURS}/attention/{name}_proj/{leaf}", query if name == "q" else key_value) for name in "qkv"
   )

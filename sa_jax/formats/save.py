@@ -1,4 +1,4 @@
-"""A model in memory to files and back: `save`, and its mirror `load`."""
+"""Saves a model in memory to files, and loads it back."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from sa_jax.sharding import abstract_params
 from sa_jax.trees import Params
 
 _MEMORY = "sa_jax.json"
-"""What `load` needs and no other door: the layout, and how the model was computed."""
+"""What only `load` needs: the layout and the compute settings."""
 
 
 def save(path: str | Path, model: Transformer, params: Params, tokenizer: Tokenizer | None = None) -> None:
-  """Writes a model as an sa_jax checkpoint, which `load` gives back as it was and `from_pretrained` opens.
+  """Writes a model as an sa_jax checkpoint, which `load` restores exactly and `from_pretrained` opens.
 
-  Of several processes all must call it: each takes part in gathering the parameters, and the first one writes.
+  All processes must call it: each takes part in gathering the parameters, and the first writes.
 
   Args:
-    path: the folder, which must not exist. It appears only once it is complete.
-    model: what the parameters are of.
-    params: in either layout, on any mesh, or NumPy arrays; all of one floating-point type, which is stored.
-    tokenizer: what to save beside it.
+    path: the folder, which must not exist. It appears only when complete.
+    model: the parameters' model.
+    params: in either layout, on any mesh, or NumPy arrays; all of the same floating-point dtype, which is stored.
+    tokenizer: saved with the model.
 
   Raises:
-    UserError: if the folder exists or cannot be written, or the parameters are not the model's.
+    UserError: if the folder exists or cannot be written, or the parameters do not fit the model.
   """
   params = nn.unbox(params)
   layout: Layout = "layers" if "layers" in params else "runs"
@@ -61,16 +61,16 @@ def save(path: str | Path, model: Transformer, params: Params, tokenizer: Tokeni
 
 
 def load(path: str | Path, mesh: Mesh | None = None) -> tuple[Transformer, Params]:
-  """What `save` was given: the model, and the parameters in their layout.
+  """Restores what `save` wrote: the model, and the parameters in their original layout.
 
-  Of any other model, what `from_pretrained` opens.
+  Other models are opened as by `from_pretrained`.
 
   Args:
     path: the folder.
-    mesh: where parameters go; see `from_pretrained`.
+    mesh: where parameters are placed; see `from_pretrained`.
 
   Raises:
-    UserError: as `from_pretrained`.
+    UserError: see `from_pretrained`.
   """
   file = as_path(path) / _MEMORY
   if not file.exists():
@@ -81,14 +81,14 @@ def load(path: str | Path, mesh: Mesh | None = None) -> tuple[Transformer, Param
   if not isinstance(compute, dict) or set(compute) - {field.name for field in dataclasses.fields(Compute)}:
     raise UserError(f"{file} must hold a 'layout', and a 'compute' with fields of sa_jax.config.Compute")
   model, params = from_pretrained(path, mesh=mesh, layout=layout)
-  # The stored type is what was just read.
+  # The stored dtype was read above.
   compute = compute | {"param_dtype": model.config.param_dtype}
   return model.clone(config=dataclasses.replace(model.config, **compute)), params
 
 
 def write(path: Path, model: Transformer, params: Params, save_extras: Callable[[Path], None]) -> None:
-  """Gathers the parameters, in either layout, and lets the first process write them; arguments as of `save`."""
-  # One parameter after the other is whole on every host, and stays so on the first.
+  """Gathers the parameters, in either layout; the first process writes them; arguments as in `save`."""
+  # Parameters are gathered on all hosts one by one, and kept only on the first.
   held = jax.tree.map(lambda leaf: _only_if(jax.process_index() == 0, fetch(leaf)), params)
   layers = lambda: as_layers(held, model.plan)
   by_first("the checkpoint", lambda: save_checkpoint(path, model.config, model.plan, layers(), save_extras))
@@ -99,7 +99,7 @@ def _only_if(wanted: bool, array: np.ndarray) -> np.ndarray | None:
 
 
 def _check(model: Transformer, params: Params, layout: Layout) -> None:
-  """Checks that the parameters are the model's, in one floating-point type, and that nothing would be lost."""
+  """Checks that the parameters fit the model, have one floating-point dtype, and that nothing would be lost."""
   if own := model.blocks.own:
     raise UserError(
       f"the model is made of {' and '.join(own)}, which a checkpoint does not hold: `load` would make another model of "

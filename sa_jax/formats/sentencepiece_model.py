@@ -1,4 +1,4 @@
-"""SentencePiece's BPE as a `tokenizers` object: from a ``tokenizer.model``, or from the pieces in a GGUF file."""
+"""SentencePiece's BPE as a `tokenizers` object, from a ``tokenizer.model`` or the pieces in a GGUF file."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tokenizers import decoders, normalizers
 from sa_jax.errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
-"""Kinds of pieces. The last two are found in a text whole."""
+"""Piece types. The last two are matched as whole tokens."""
 
 _SPACE = "▁"
-"""How SentencePiece writes a space."""
+"""SentencePiece's space symbol."""
 _BPE = 2
-"""The number of BPE among SentencePiece's models."""
+"""SentencePiece's model type for BPE."""
 
 
 class Pieces(NamedTuple):
@@ -25,9 +25,9 @@ class Pieces(NamedTuple):
 
   Attributes:
     tokens: the pieces.
-    scores: their scores; of two neighbours that a piece can be made of, those of the highest are joined first.
-    kinds: their kinds.
-    space_before: whether a space is put before a text.
+    scores: their scores; neighbours are merged in order of the merged piece's score, highest first.
+    kinds: their types.
+    space_before: whether a space is added before a text.
   """
 
   tokens: Sequence[str]
@@ -40,7 +40,7 @@ def read_pieces(file: Path) -> Pieces:
   """The vocabulary in a ``tokenizer.model``.
 
   Raises:
-    UserError: if the file is damaged, or is not of BPE over text as it is.
+    UserError: if the file is damaged, is not BPE, or normalises its text.
   """
   try:
     from google.protobuf.message import DecodeError
@@ -49,7 +49,7 @@ def read_pieces(file: Path) -> Pieces:
     raise UserError(
       f"reading {file} needs the sentencepiece and protobuf packages ({error}): pip install 'sa-jax[sentencepiece]'"
     ) from None
-  model = proto.ModelProto()  # type: ignore[attr-defined]  # the module is generated when it is imported
+  model = proto.ModelProto()  # type: ignore[attr-defined]  # the module is generated at import
   try:
     model.ParseFromString(file.read_bytes())
   except (DecodeError, OSError) as error:
@@ -73,10 +73,10 @@ def read_pieces(file: Path) -> Pieces:
 
 
 def backend_of(pieces: Pieces) -> tokenizers.Tokenizer:
-  """BPE over characters, with bytes for those that are no piece: SentencePiece's, as of Llama 2 and Mistral.
+  """BPE over characters with byte fallback: SentencePiece's, as in Llama 2 and Mistral.
 
-  SentencePiece joins the neighbours whose piece has the highest score (Kudo & Richardson, arXiv 1808.06226), so that
-  merges are all ways to make a piece of two, by the piece's score.
+  SentencePiece merges the neighbours whose piece has the highest score (Kudo & Richardson, arXiv 1808.06226), so the
+  merges are all splits of a piece into two pieces, ordered by the piece's score.
   """
   tokens, scores, kinds, space_before = pieces
   vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -101,7 +101,7 @@ def backend_of(pieces: Pieces) -> tokenizers.Tokenizer:
 
 
 def add_whole(backend: tokenizers.Tokenizer, tokens: Sequence[str], kinds: Sequence[int]) -> None:
-  """Tells the tokens that are found in a text whole."""
+  """Adds the tokens that are matched as a whole."""
   whole = {CONTROL: True, USER_DEFINED: False}
   backend.add_tokens(
     [
@@ -113,7 +113,7 @@ def add_whole(backend: tokenizers.Tokenizer, tokens: Sequence[str], kinds: Seque
 
 
 def put_around(backend: tokenizers.Tokenizer, before: Sequence[str], after: Sequence[str]) -> None:
-  """Puts tokens before and after every text."""
+  """Adds tokens before and after every text."""
   if before or after:
     special = [(token, backend.token_to_id(token)) for token in (*before, *after)]
     backend.post_processor = tokenizers.processors.TemplateProcessing(
@@ -122,9 +122,9 @@ def put_around(backend: tokenizers.Tokenizer, before: Sequence[str], after: Sequ
 
 
 def halves(piece: str, lengths: set[int]) -> list[tuple[str, str]]:
-  """The ways to cut a piece in two that have the lengths of pieces, the shorter left first.
+  """The splits of a piece into two halves with lengths of existing pieces, shorter left half first.
 
-  Of a piece of 100,000 characters all ways would be 10 GB of text; others as long as its halves there are hardly any.
+  All splits of a piece of 100,000 characters would take 10 GB; few other pieces are as long as its halves.
   """
   size = len(piece)
   cuts = range(1, size) if size <= len(lengths) else sorted(cut for cut in lengths if cut < size)

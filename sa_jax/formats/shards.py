@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors, and PyTorch's own format. Tensors are mapped into memory, not read, until used."""
+"""Tensor files: safetensors, and PyTorch's format. Tensors are memory-mapped, not read until used."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _TYPES = {
 }  # fmt: skip
 _NAMES = {np.dtype(kind).name: name for name, kind in _TYPES.items()}
 FLOATS = ("float64", "float32", "float16", "bfloat16")
-"""Types of parameters; tensors of others are parts of quantised ones."""
+"""Dtypes of parameters; tensors of other dtypes are parts of quantised ones."""
 
 _MOST_HEADER = 100_000_000
-"""Bytes; safetensors allows no more."""
+"""Maximum header size in bytes, the limit of safetensors."""
 
 
 class Shard(Protocol):
   """A file of tensors.
 
   Attributes:
-    suffix: of such files' names.
+    suffix: the suffix of such files.
     path: the file.
-    shapes: every tensor's name and shape.
-    dtypes: every tensor's name and type, such as ``bfloat16``.
+    shapes: the shape of every tensor by name.
+    dtypes: the dtype of every tensor by name, such as ``bfloat16``.
   """
 
   suffix: ClassVar[str]
@@ -47,18 +47,18 @@ class Shard(Protocol):
   def __init__(self, path: Path): ...
 
   def read(self, key: str, rows: slice | None = None) -> np.ndarray:
-    """One tensor, in its stored dtype; its memory is the file's and goes with the array.
+    """A tensor in its stored dtype; it may be mapped from the file.
 
-    With ``rows``, others than those along the first axis may hold anything.
+    With ``rows``, elements outside that slice of the first axis are undefined.
     """
     ...
 
 
 def check_types(path: Path, dtypes: Mapping[str, str], allowed: Sequence[str]) -> None:
-  """Checks that tensors are of types that are allowed.
+  """Checks that tensors have allowed dtypes.
 
   Raises:
-    UserError: if they are not.
+    UserError: if they do not.
   """
   if wrong := [key for key, dtype in dtypes.items() if dtype not in allowed]:
     others = f" (and {len(wrong) - 1} others like it)" if len(wrong) > 1 else ""
@@ -67,7 +67,7 @@ def check_types(path: Path, dtypes: Mapping[str, str], allowed: Sequence[str]) -
 
 
 class SafetensorsFile:
-  """A safetensors file. The package validates it; where its tensors lie we read ourselves, to map one at a time."""
+  """A safetensors file. The package validates it; we read the tensors' offsets ourselves, to map them one by one."""
 
   suffix: ClassVar[str] = ".safetensors"
 
@@ -108,7 +108,7 @@ class SafetensorsFile:
 
 
 class BinFile:
-  """A ``pytorch_model.bin``. Only its tensors are unpickled; a file that wants more is refused."""
+  """A ``pytorch_model.bin``. Only tensors are unpickled; files with other objects are rejected."""
 
   suffix: ClassVar[str] = ".bin"
 
@@ -143,7 +143,7 @@ class BinFile:
     del rows
     import torch
 
-    # A mapped file is opened anew: memory touched by earlier tensors is given back.
+    # The file is mapped again each time, so that memory touched by earlier tensors is released.
     tensor = (self._load() if self._held is None else self._held)[key].detach()
     if tensor.dtype == torch.bfloat16:
       return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -151,7 +151,7 @@ class BinFile:
 
 
 def _unreadable(tensor: Any) -> str:
-  """What is stored instead of a dense tensor of floating-point numbers; empty if it is one."""
+  """What is stored instead of a dense floating-point tensor; empty if it is one."""
   if not hasattr(tensor, "layout"):
     return f"a {type(tensor).__name__}"
   if str(tensor.layout) != "torch.strided" or tensor.is_nested or tensor.device.type != "cpu":
@@ -162,7 +162,7 @@ def _unreadable(tensor: Any) -> str:
 
 
 def _can_be_mapped(path: Path) -> bool:
-  """Whether the file is in PyTorch's format since 1.6, an archive; its tensors are parts of the file as they are.
+  """Whether the file has PyTorch's archive format since 1.6, in which tensors can be mapped.
 
   Raises:
     UserError: if the archive is compressed: PyTorch would map the compressed bytes as numbers.

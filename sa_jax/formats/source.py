@@ -1,4 +1,4 @@
-"""The one door to models in files: by a path or a hub id, whatever the format."""
+"""Opens models in files by path or hub id, in any format."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sa_jax.plan import SharingPlan
 
 
 class Source(Protocol):
-  """A model in files of some format. What is asked for is read, and no more.
+  """A model in files of some format. Only requested data are read.
 
   Attributes:
     path: the folder or file.
@@ -32,33 +32,33 @@ class Source(Protocol):
 
   @property
   def config(self) -> dict[str, Any]:
-    """The contents of its ``config.json``, or what is equivalent."""
+    """The contents of its ``config.json``, or the equivalent."""
     ...
 
   @property
   def shapes(self) -> Mapping[str, tuple[int, ...]]:
-    """Every stored tensor's name and shape."""
+    """The shape of every stored tensor by name."""
     ...
 
   @property
   def dtypes(self) -> Mapping[str, str]:
-    """Every stored tensor's name and type, as the format calls it."""
+    """The dtype of every stored tensor by name, in the format's terms."""
     ...
 
   def account(self, config: ModelConfig, plan: SharingPlan) -> Account:
-    """What becomes of every tensor under a plan.
+    """The use of every tensor under a plan.
 
     Raises:
-      UserError: lists every tensor that is missing, unknown, or of another shape than the config says.
+      UserError: lists every tensor that is missing, unknown, or does not have the shape given by the config.
     """
     ...
 
   def read(self, key: str) -> np.ndarray:
-    """One tensor, in its stored floating-point dtype (float32 if it is quantised), mapped from the file if possible."""
+    """A tensor in its stored floating-point dtype (float32 if quantised), mapped from the file if possible."""
     ...
 
   def parameter(self, entry: Entry, index: Index | None = None) -> np.ndarray:
-    """The parameter of an entry of the account, or a slice of it; its memory may be the file's."""
+    """The parameter of an entry, or a slice of it; it may be mapped from the file."""
     ...
 
   def tokenizer(self) -> Tokenizer:
@@ -70,7 +70,7 @@ class Source(Protocol):
     ...
 
   def save_extras(self, folder: Path) -> None:
-    """Writes the tokenizer, the chat template and the generation config, as far as there are any."""
+    """Writes the tokenizer, the chat template and the generation config, if present."""
     ...
 
 
@@ -79,8 +79,8 @@ def open_source(name: str | Path, revision: str | None = None, need: Need = "wei
 
   Args:
     name: its path or hub id.
-    revision: of a hub id: a branch, tag or commit.
-    need: what will be asked of it: the config alone, the tokenizer alone, or all; of a hub id no more is downloaded.
+    revision: for a hub id: a branch, tag or commit.
+    need: what will be used: only the config, only the tokenizer, or everything; for a hub id, only that is downloaded.
 
   Raises:
     UserError: if there is no such model.
@@ -97,10 +97,10 @@ def open_source(name: str | Path, revision: str | None = None, need: Need = "wei
 
 
 def model_of(source: Source, strict: bool = False) -> tuple[ModelConfig, SharingPlan]:
-  """What the model is, and its own plan, dense if it has none; ``strict`` as of `sa_jax.from_pretrained`.
+  """The model's config, and its plan, dense if it has none; ``strict`` as in `sa_jax.from_pretrained`.
 
   Raises:
-    UserError: names everything in its config that is missing, malformed or not implemented.
+    UserError: lists everything in its config that is missing, malformed or not implemented.
   """
   config = hf_config.read(source.config, strict)
   return config, hf_plan.read_plan(source.config, config.num_layers)
@@ -111,9 +111,9 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> Tokenize
 
   Args:
     name: its path or hub id.
-    revision: of a hub id: a branch, tag or commit.
+    revision: for a hub id: a branch, tag or commit.
 
   Raises:
-    UserError: if there is no such model, it has no tokenizer, or that is damaged.
+    UserError: if there is no such model, or its tokenizer is missing or damaged.
   """
   return open_source(name, revision, "tokenizer").tokenizer()

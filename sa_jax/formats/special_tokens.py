@@ -1,8 +1,8 @@
-"""The tokens that are found whole in a text, from wherever a tokenizer's folder names them, as transformers reads it.
+"""Special tokens, from all the places where a tokenizer folder defines them, following transformers.
 
-``tokenizer_config.json`` lists them by number (``added_tokens_decoder``), by the name that chat templates know them by
-(``bos_token``, ``image_token``), and without either (``extra_special_tokens``, once ``additional_special_tokens``).
-Where it has no list by number, ``special_tokens_map.json`` and ``added_tokens.json`` come on top of it.
+``tokenizer_config.json`` lists them by id (``added_tokens_decoder``), by their names in chat templates (``bos_token``,
+``image_token``), and without either (``extra_special_tokens``, formerly ``additional_special_tokens``). If it has no
+list by id, ``special_tokens_map.json`` and ``added_tokens.json`` are read in addition.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _LIST, _OLD_LIST, _BY_NUMBER = "extra_special_tokens", "additional_special_tokens", "added_tokens_decoder"
 
 Special = tuple[tuple[str, str], ...]
-"""Names and the tokens that they are of."""
+"""Names and their tokens."""
 
 
 def read_settings(folder: Path) -> dict[str, object]:
-  """What a folder's small files say of its tokenizer, in the form of ``tokenizer_config.json``, nulls left out.
+  """The tokenizer settings in a folder's small files, in the form of ``tokenizer_config.json``, without nulls.
 
   Raises:
-    UserError: if a file does not hold an object.
+    UserError: if a file is not a JSON object.
   """
   values = _read(folder, "tokenizer_config.json")
   if _OLD_LIST in values:
@@ -51,10 +51,10 @@ def read_settings(folder: Path) -> dict[str, object]:
 
 
 def special_of(values: Mapping[str, object], path: Path) -> Special:
-  """The special tokens that settings name.
+  """The special tokens named in the settings.
 
   Raises:
-    UserError: if one is no text.
+    UserError: if one is not a string.
   """
   others = [name for name in values if name.endswith("_token") and name not in _ROLES]
   named = {name: values[name] for name in (*_ROLES, *others) if name in values}
@@ -76,13 +76,13 @@ def special_of(values: Mapping[str, object], path: Path) -> Special:
 
 
 def add_tokens(backend: tokenizers.Tokenizer, values: Mapping[str, object], path: Path) -> Special:
-  """Makes a tokenizer find the tokens that settings name, which it may lack or know with other flags.
+  """Adds the settings' special tokens to a tokenizer, which may lack them or have them with different flags.
 
   Returns:
-    Those with names.
+    The named ones.
 
   Raises:
-    UserError: if the settings have another form, or a token gets another number than it is listed with.
+    UserError: if the settings are malformed, or a token gets a different id from the listed one.
   """
   special = special_of(values, path)
   names = {token for _, token in special}
@@ -108,10 +108,10 @@ def add_tokens(backend: tokenizers.Tokenizer, values: Mapping[str, object], path
 
 
 def by_number(values: Mapping[str, object], path: Path) -> dict[int, tokenizers.AddedToken]:
-  """The tokens that settings list by number.
+  """The tokens that the settings list by id.
 
   Raises:
-    UserError: if the list has another form.
+    UserError: if the list is malformed.
   """
   listed = values.get(_BY_NUMBER, {})
   tokens: dict[int, tokenizers.AddedToken] = {}
@@ -143,7 +143,7 @@ def _listed(values: Mapping[str, object]) -> Iterable[object]:
 
 
 def _added(entry: object) -> tokenizers.AddedToken:
-  """A special token, from its text or from an object with its flags."""
+  """A special token, from a string or an object with flags."""
   return tokenizers.AddedToken(_content(entry), **_flags(entry) | {"special": True})
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoint tensor becomes which parameter, worked out for one model from its family's table."""
+"""Maps a model's checkpoint tensors to parameters, from its family's table."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ _UNNEEDED = {
 
 Index = tuple[slice, ...]
 
-_LISTED = 200  # lines of an error message: all that a person reads
+_LISTED = 200  # maximum lines of an error message
 
 
 class Entry(NamedTuple):
-  """A parameter and the checkpoint tensor, or the part of one, that it comes from.
+  """A parameter, and the checkpoint tensor, or the part of one, that it comes from.
 
   Attributes:
     key: the checkpoint's name.
-    path: ours, in the layer layout.
+    path: our path, in the layer layout.
     axes: einops pattern from the part's axes to ours.
-    shape: of the checkpoint's tensor, whole; of one that holds all experts, what one has of it.
-    view: einops pattern that lets the parts lie along the first axis; none when empty.
-    part: where the part begins and ends along that axis, and how long the axis is.
-    sizes: of the letters.
-    expert: which of the experts along the parameter's first axis it is, and how many there are; None for all of it.
-    stacked: whether the checkpoint's tensor holds all experts, along its first axis.
+    shape: shape of the whole checkpoint tensor; if that holds all experts, the shape per expert.
+    view: einops pattern that brings the parts to the first axis; empty for none.
+    part: start and end of the part along that axis, and the size of the axis.
+    sizes: sizes of the letters.
+    expert: index along the parameter's axis of experts, and their number; None for all.
+    stacked: whether the checkpoint tensor holds all experts, along its first axis.
   """
 
   key: str
@@ -59,11 +59,11 @@ class Entry(NamedTuple):
 
   @property
   def stored_shape(self) -> tuple[int, ...]:
-    """The shape of the checkpoint's tensor with all experts that it holds."""
+    """The shape of the checkpoint tensor, with all experts that it holds."""
     return (self.expert[1], *self.shape) if self.stacked and self.expert else self.shape
 
   def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-    """The checkpoint's tensor as our parameter: a view of it where strides allow."""
+    """Converts the checkpoint tensor to our parameter: a view if strides allow."""
     if self.view:
       tensor = _rearrange(tensor, self.view, self.sizes | {"P": self.part[2]})
     return _rearrange(tensor[self.part[0] : self.part[1]], self.axes, self.sizes)
@@ -74,24 +74,24 @@ class Entry(NamedTuple):
     return ours if index is None else ours[index]
 
   def rows_of(self, index: Index | None) -> slice | None:
-    """Along the first axis of the checkpoint's tensor, what a slice of our parameter lies in; all of it if None."""
+    """The slice of the checkpoint tensor's first axis that covers a slice of our parameter; None for all of it."""
     if index is None or len(self.shape) < 1:
       return None
     numbers = np.arange(self.shape[0], dtype=np.int32).reshape(-1, *[1] * (len(self.shape) - 1))
     part = self.part_of(np.broadcast_to(numbers, self.shape), index)
-    # Numbers only grow along our axes.
+    # Indices only grow along our axes.
     return slice(int(part[(0,) * part.ndim]), int(part[(-1,) * part.ndim]) + 1)
 
   def to_theirs(self, parameter: np.ndarray) -> np.ndarray:
-    """Our parameter as the checkpoint's tensor, or as its part of a packed one (see `pack`): undoes `to_ours`."""
+    """Converts our parameter to the checkpoint tensor, or its part of one (see `pack`); the inverse of `to_ours`."""
     return _rearrange(parameter, _inverse(self.axes), self.sizes)
 
   def is_dropped(self, plan: SharingPlan) -> bool:
-    """Whether the parameter is of a kind that followers lack, in a follower."""
+    """Whether this is a follower's parameter that followers lack."""
     return bool(_ANCHOR_ONLY.match("/".join(self.path))) and not plan.is_anchor(int(self.path[1]))
 
   def under(self, plan: SharingPlan) -> Entry:
-    """The entry, or of a follower's packed tensor, which has no queries and keys, that of its values alone."""
+    """The entry; for a follower's packed tensor, which has no queries and keys, the entry of its values."""
     start, end, whole = self.part
     if self.path[2:3] != ("attention",) or end - start == whole or plan.is_anchor(int(self.path[1])):
       return self
@@ -100,12 +100,12 @@ class Entry(NamedTuple):
     return self._replace(shape=shape, part=(0, end - start, end - start))
 
   def our_shape(self) -> tuple[int, ...]:
-    """The parameter's shape, or what one expert has of it."""
+    """The parameter's shape, or its shape per expert."""
     return self.to_ours(np.broadcast_to(np.zeros((), np.bool_), self.shape)).shape
 
 
 def pack(parts: Sequence[tuple[Entry, np.ndarray]]) -> np.ndarray:
-  """The checkpoint's tensor from the parameters that it holds, all of them and in order."""
+  """The checkpoint tensor from its parameters, all of them and in order."""
   if parts[0][0].stacked:
     by_expert = itertools.groupby(parts, key=lambda part: part[0].expert)
     return np.stack([pack([(entry._replace(stacked=False), each) for entry, each in own]) for _, own in by_expert])
@@ -132,7 +132,7 @@ def _extents(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def entries(config: ModelConfig, table: tuple[Rule, ...] | None = None) -> Iterator[Entry]:
-  """Every parameter of a dense model of this config, in the order of its family's table, or of another one of it."""
+  """Every parameter of a dense model of this config, in the order of its family's table, or of an alternative table."""
   sizes = {
     "V": config.vocab_size,
     "D": config.embed_dim,
@@ -170,18 +170,18 @@ def entries(config: ModelConfig, table: tuple[Rule, ...] | None = None) -> Itera
 
 
 def _field(config: ModelConfig, name: str) -> object:
-  """A field of the config, or with its own before a dot, of its experts."""
+  """A field of the config, or of its experts, as ``experts.name``."""
   outer, _, inner = name.partition(".")
   value = getattr(config, outer)
   return getattr(value, inner) if inner and value is not None else value
 
 
 class Account(NamedTuple):
-  """What becomes of every tensor of a checkpoint.
+  """The use of every tensor of a checkpoint.
 
   Attributes:
     used: entries that become parameters.
-    dropped: names of tensors, or of parts of packed ones, that are not needed, each with the reason.
+    dropped: names of unneeded tensors, or parts of packed ones, with the reasons.
   """
 
   used: tuple[Entry, ...]
@@ -194,7 +194,7 @@ def head_keys(config: ModelConfig) -> list[str]:
 
 
 def _unneeded(key: str, config: ModelConfig) -> str | None:
-  """Why a tensor that no row of the table has is not needed, or None when nobody knows what it is."""
+  """Why a tensor without a row in the table is not needed, or None if it is unknown."""
   for pattern, reason in {**_UNNEEDED, **FAMILIES[config.family].dropped}.items():
     if re.fullmatch(pattern, key):
       return reason
@@ -202,33 +202,33 @@ def _unneeded(key: str, config: ModelConfig) -> str | None:
 
 
 def account(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, plan: SharingPlan, where: Any) -> Account:
-  """Matches the tensors that a checkpoint holds with those that the planned model needs.
+  """Matches a checkpoint's tensors with those that the planned model needs.
 
   Args:
     shapes: name → shape of every tensor in the checkpoint.
-    config: the model; its family names the table.
+    config: the model; its family determines the table.
     plan: decides which queries and keys are dropped.
     where: the checkpoint, for messages.
 
   Raises:
-    UserError: lists every tensor that is missing, unknown, or of another shape.
+    UserError: lists every tensor that is missing, unknown, or has the wrong shape.
   """
   used, dropped = [], {}
-  errors: dict[str, None] = {}  # an ordered set: the parts of one tensor share its faults
+  errors: dict[str, None] = {}  # an ordered set: the parts of one tensor share its errors
   known = set()
   heads, family = head_keys(config), FAMILIES[config.family]
   others = (rule.key.format(layer=0, expert=0) for rule in family.otherwise if rule not in family.table)
   is_otherwise = any(key in shapes for key in others)
   for entry in entries(config, family.otherwise if is_otherwise else family.table):
     if entry.path[0] == "embed" and config.tie_embeddings and entry.key not in shapes:
-      # Some files keep the tied pair under the head's name.
+      # Some files store the tied pair under the head's name.
       entry = entry._replace(key=next((head for head in heads if head in shapes), entry.key))
     known.add(entry.key)
     found = shapes.get(entry.key)
     if found is not None and tuple(found) != entry.stored_shape:
       alone = entry.under(plan)
       if alone != entry and entry.is_dropped(plan):
-        continue  # what is said of the values of the same tensor is enough
+        continue  # the entry of the same tensor's values is enough
       if tuple(found) == alone.shape:
         used.append(alone)
         continue

@@ -1,11 +1,11 @@
-"""The program that renders chat templates: a process of its own, whose time and memory are bounded.
+"""Renders chat templates in a separate process with limited time and memory.
 
-A chat template is a program that somebody else wrote. Jinja's sandbox keeps it from files and from Python, not from
-looping for ever and not from multiplying strings, and no check inside one process can stop a multiplication that has
-begun. `sa_jax.formats.chat_template` starts this file; it imports nothing of ours.
+A chat template is untrusted code. Jinja's sandbox prevents access to files and Python internals, but not endless loops
+or huge strings, and no check within one process can interrupt a running multiplication.
+`sa_jax.formats.chat_template` starts this file; it imports nothing of ours.
 
-Each line of the input is a JSON object: ``template``, ``calls`` (the variables of each rendering) and ``now``. Each
-line of the output answers one: ``done``, a list of ``text`` and ``spans``, or ``error``.
+Each input line is a JSON object: ``template``, ``calls`` (the variables of each rendering) and ``now``. Each output
+line is the answer to one: ``done``, a list of ``text`` and ``spans``, or ``error``.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pathlib import Path
 
 def _serve(seconds: int, memory: int, characters: int) -> None:
   """Answers requests until the input ends."""
-  for number in (signal.SIGINT, signal.SIGTERM):  # which a terminal or a scheduler sends to all: the parent answers
+  for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the parent handles them
     signal.signal(number, signal.SIG_IGN)
   _limit(memory)
-  import jinja2.ext  # with the limits in place, and before computing is counted
+  import jinja2.ext  # after the memory limit is set, but before CPU time is counted
   import jinja2.sandbox  # noqa: F401
 
   watch = functools.partial(_watch, seconds)
@@ -34,14 +34,14 @@ def _serve(seconds: int, memory: int, characters: int) -> None:
       answer: dict[str, object] = {"done": _rendered(json.loads(line), watch, characters)}
     except MemoryError:
       answer = {"error": f"it takes more than {memory >> 20} MiB of memory"}
-    except Exception as error:  # whatever a template does is the template's fault
+    except Exception as error:  # any exception is the template's fault
       kind = "" if type(error).__module__.startswith("jinja2") else f"{type(error).__name__}: "
       answer = {"error": kind + str(error)[:500]}
     print(json.dumps(answer), flush=True)
 
 
 def _limit(memory: int) -> None:
-  """Bounds this process's memory, where the system has such limits."""
+  """Limits this process's memory, if the system supports that."""
   with contextlib.suppress(ImportError, ValueError, OSError):
     import resource
 
@@ -51,9 +51,9 @@ def _limit(memory: int) -> None:
 
 
 def _watch(seconds: float) -> None:
-  """Gives this process so many seconds of computing from here on, after which SIGPROF ends it.
+  """Limits this process's CPU time from now on; then SIGPROF ends it.
 
-  What it has used before does not count, nor does waiting for a processor.
+  Earlier CPU time and waiting for a processor do not count.
   """
   if hasattr(signal, "setitimer"):  # on Unix
     signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -81,7 +81,7 @@ def _rendered(request: dict[str, object], watch: Callable[[], None], characters:
         if length > characters:
           raise TemplateError(f"it writes more than {characters} characters")
     text = "".join(blocks)
-    # What is marked inside a macro has no place in the text yet when it is counted.
+    # Marked text inside a macro has no position in the output yet.
     true = all(text[start : start + len(said)] == said for start, said in spans)
     out.append({"text": text, "spans": [[start, start + len(said)] for start, said in spans] if true else []})
   return out
@@ -89,7 +89,7 @@ def _rendered(request: dict[str, object], watch: Callable[[], None], characters:
 
 @functools.lru_cache(maxsize=16)
 def _compiled(template: str):  # type: ignore[no-untyped-def]  # jinja2 is imported late
-  """A template, and the environment that is its own: Jinja as transformers' `chat_template_utils` sets it up."""
+  """A compiled template and its own environment: Jinja as configured in transformers' `chat_template_utils`."""
   import jinja2
   from jinja2 import nodes
   from jinja2.ext import Extension, LoopControlExtension
@@ -98,12 +98,12 @@ def _compiled(template: str):  # type: ignore[no-untyped-def]  # jinja2 is impor
   from jinja2.utils import Namespace
 
   class Generation(Extension):
-    """``{% generation %}``, which marks what an assistant says."""
+    """``{% generation %}``, which marks the assistant's text."""
 
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
-      """The statements between the tags, as a call that notes what they write."""
+      """Wraps the statements between the tags in a call that records their output."""
       line = next(parser.stream).lineno
       body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
       return nodes.CallBlock(self.call_method("_note"), [], [], body).set_lineno(line)
@@ -115,7 +115,7 @@ def _compiled(template: str):  # type: ignore[no-untyped-def]  # jinja2 is impor
       return said
 
   class Environment(ImmutableSandboxedEnvironment):
-    """Knows what was written, and which of it an assistant says."""
+    """Tracks the output and the assistant's parts of it."""
 
     blocks: list[str] = []
     spans: list[tuple[int, str]] = []
@@ -126,7 +126,7 @@ def _compiled(template: str):  # type: ignore[no-untyped-def]  # jinja2 is impor
       yield self.spans
 
   class Attributes(Namespace):
-    """A namespace without names that Python reads."""
+    """A namespace without names that are special in Python."""
 
     def __init__(self, *given: object, **named: object) -> None:
       super().__init__()
@@ -145,7 +145,7 @@ def _compiled(template: str):  # type: ignore[no-untyped-def]  # jinja2 is impor
     return json.dumps(value, **{"ensure_ascii": False} | how)  # type: ignore[arg-type]
 
   made = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, LoopControlExtension])
-  made.filters["tojson"] = to_json  # Jinja's own escapes for HTML
+  made.filters["tojson"] = to_json  # Jinja's own filter escapes HTML
   made.globals |= {"raise_exception": fail, "namespace": Attributes}
   return made, made.from_string(template)
 

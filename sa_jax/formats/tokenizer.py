@@ -1,4 +1,4 @@
-"""Text to tokens and back, with the model's own chat template."""
+"""Text to tokens and back, and the model's chat template."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from sa_jax.formats.special_tokens import Special, add_tokens, by_number, read_s
 
 _LOG = logging.getLogger("sa_jax")
 _GROWTH = 1000
-"""Characters that a normaliser may make of one; those of people's models make 18 of U+FDFA and two of most."""
+"""Maximum characters that a normaliser may make of one; real ones make up to 18 of U+FDFA, and two of most."""
 
 _USUAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-"""The tokens of SentencePiece's and Mistral's vocabularies, of which settings need not tell."""
+"""Default tokens of SentencePiece and Mistral vocabularies, which settings may omit."""
 _SPLIT = "split_special_tokens"
-"""The setting by which special tokens in a text are text, and not themselves."""
+"""The setting that makes special tokens in a text plain text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """A Hugging Face fast tokenizer and the chat template that belongs to it.
+  """A Hugging Face fast tokenizer and its chat template.
 
   Attributes:
     backend: the `tokenizers` object; its vocabulary and special tokens are the model's.
     chat_template: a Jinja template over ``messages``, or None.
     templates: other templates by name, such as ``tool_use``.
     special: the special tokens that templates refer to, such as ``bos_token``.
-    now: the moment that a template which writes the date is told; None for the moment of each call.
+    now: the time for templates that insert the date; None for the time of each call.
   """
 
   backend: tokenizers.Tokenizer
@@ -52,31 +52,31 @@ class Tokenizer:
   templates: Special = ()
 
   def encode(self, text: str, *, special: bool = True) -> list[int]:
-    """Token ids of a text; ``special`` adds what the tokenizer puts around a text, such as a start token.
+    """Token ids of a text; ``special`` adds the tokenizer's tokens around a text, such as a start token.
 
     Raises:
-      UserError: if the text is not Unicode: half of a surrogate pair has no encoding.
+      UserError: if the text contains half of a surrogate pair, which cannot be encoded.
     """
     return self.backend.encode(encodable(text), add_special_tokens=special).ids
 
   def special_id(self, name: str) -> int | None:
-    """The token that ``special`` has under a name, such as ``eos_token``, or None."""
+    """The id of a special token by name, such as ``eos_token``, or None."""
     text = dict(self.special).get(name)
     return None if text is None else self.backend.token_to_id(text)
 
   @functools.cached_property
   def around(self) -> tuple[list[int], list[int]]:
-    """The tokens that the tokenizer puts before a text, and those that it puts after it."""
+    """The tokens that the tokenizer adds before and after a text."""
     encoded = self.backend.encode("a")
     ordinary = [at for at, special in enumerate(encoded.special_tokens_mask) if not special]
     first, last = (ordinary[0], ordinary[-1]) if ordinary else (len(encoded.ids), len(encoded.ids))
     return encoded.ids[:first], encoded.ids[last + 1 :]
 
   def opening(self, choice: str = "auto") -> list[int]:
-    """The tokens that a row of text begins with, as the model has learnt to read it.
+    """The tokens at the start of each row of text, as the model was trained.
 
     Args:
-      choice: ``auto`` for what the tokenizer itself puts before a text, which may be nothing; ``none``; or a token.
+      choice: ``auto`` for the tokens that the tokenizer adds before a text, if any; ``none``; or a token.
 
     Raises:
       UserError: if the token is not in the vocabulary.
@@ -93,7 +93,7 @@ class Tokenizer:
     return [token]
 
   def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
-    """The text of token ids; ``special`` keeps special tokens visible."""
+    """The text of token ids; ``special`` keeps special tokens."""
     return self.backend.decode([int(token) for token in tokens], skip_special_tokens=not special)
 
   @property
@@ -109,11 +109,11 @@ class Tokenizer:
     """One of several chat templates, ready to render.
 
     Args:
-      name: which; ``default``, or ``tool_use`` for tools if there is one, when None.
+      name: its name; None for ``default``, or with tools for ``tool_use`` if there is one.
       tools: whether there are tools.
 
     Raises:
-      UserError: if the model has none, or none of the name.
+      UserError: if the model has no chat template, or none of that name.
     """
     known = dict(self.templates) | ({} if self.chat_template is None else {"default": self.chat_template})
     if not known:
@@ -133,22 +133,22 @@ class Tokenizer:
     continue_final_message: bool | str = False,
     **options: object,
   ) -> str:
-    """Chat messages as the text that the model was trained on.
+    """Formats chat messages as the text that the model was trained on.
 
-    The template writes special tokens itself: encode its text with ``special=False``. Values that are null are left
-    out of the messages, as transformers does.
+    The template inserts special tokens itself: encode its text with ``special=False``. Keys with null values are
+    removed from the messages, as in transformers.
 
     Args:
       messages: each with ``role`` and ``content``.
-      prompt: whether to end with the opening of the assistant's answer, as it does unless a message is continued.
+      prompt: whether to add the generation prompt; by default, unless a message is continued.
       tools: JSON schemas of functions that the model may call.
-      template: which of several by name; see `template_of`.
-      continue_final_message: whether the text ends where the last message's does, for the model to go on with; or the
-        field of it that is gone on with, such as ``reasoning_content``.
-      options: what else the template reads, such as ``enable_thinking``, ``reasoning_effort`` or ``documents``.
+      template: name of the template, if there are several; see `template_of`.
+      continue_final_message: whether the text ends with the last message, for the model to continue; or the field to
+        continue, such as ``reasoning_content``.
+      options: other template variables, such as ``enable_thinking``, ``reasoning_effort`` or ``documents``.
 
     Raises:
-      UserError: if the model has no chat template, or it rejects the messages, fails, or takes too much time or memory.
+      UserError: if the model has no chat template, or that rejects the messages, fails, or exceeds its time or memory.
     """
     chosen = self.template_of(template, tools=tools is not None)
     variables = chosen.variables({**options, "tools": tools})
@@ -162,7 +162,7 @@ class Tokenizer:
     return chosen.continued(messages, field, variables)
 
   def save(self, folder: Path) -> None:
-    """Writes ``tokenizer.json`` and ``tokenizer_config.json``, which `read_tokenizer` and transformers read."""
+    """Writes ``tokenizer.json`` and ``tokenizer_config.json`` for `read_tokenizer` and transformers."""
     (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
     values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"} | dict(self.special)
     if self.backend.encode_special_tokens:
@@ -176,10 +176,10 @@ class Tokenizer:
 
 
 def encodable(text: str) -> str:
-  """The text, if it can be encoded.
+  """Returns the text if it can be encoded.
 
   Raises:
-    UserError: if it holds half of a surrogate pair, as JSON can spell it.
+    UserError: if it contains half of a surrogate pair, which JSON can represent.
   """
   try:
     text.encode()
@@ -189,10 +189,10 @@ def encodable(text: str) -> str:
 
 
 def _check_growth(backend: tokenizers.Tokenizer, file: Path) -> None:
-  """Checks that nothing in a tokenizer multiplies texts: one such file would take all memory at the first text.
+  """Checks that no part of a tokenizer multiplies texts: such a file could exhaust memory with the first text.
 
   Raises:
-    UserError: names the part that does.
+    UserError: names the part.
   """
   for name in ("normalizer", "decoder", "post_processor"):
     part = getattr(backend, name)
@@ -201,16 +201,16 @@ def _check_growth(backend: tokenizers.Tokenizer, file: Path) -> None:
 
 
 def _growth(part: Mapping[str, Any]) -> int:
-  """How many characters, or copies of a text, a part of a tokenizer may make of one.
+  """Maximum number of characters, or copies of a text, that a part of a tokenizer makes of one.
 
-  What Unicode does (NFKC, lower case) is bounded, and not done again by the next part.
+  Unicode operations (NFKC, lower case) are bounded, and not repeated by the next part.
   """
   inner = next((part[name] for name in ("normalizers", "decoders", "processors") if name in part), None)
   if isinstance(inner, list):
     return math.prod(map(_growth, inner))
   if part["type"] == "Replace":
     pattern, made = part["pattern"], len(part["content"])
-    # An expression may match what is empty, before every character.
+    # The pattern may match the empty string before every character.
     return max(1, -(-made // len(pattern["String"]))) if pattern.get("String") else 1 + made
   if part["type"] == "Precompiled":
     blob = base64.b64decode(part["precompiled_charsmap"] or "")
@@ -220,10 +220,10 @@ def _growth(part: Mapping[str, Any]) -> int:
 
 
 def _chat_templates(value: object, path: Path) -> dict[str, str]:
-  """Chat templates by name, an only one's being ``default``: of files of their own, or else of the settings.
+  """Chat templates by name, a single one as ``default``: from separate files, or else from the settings.
 
   Raises:
-    UserError: if they have another form.
+    UserError: if they are malformed.
   """
   files = {file.stem: file for file in sorted((path / NAMED_TEMPLATES).glob("*.jinja"))}
   if (file := path / "chat_template.jinja").exists():
@@ -257,10 +257,10 @@ def _from_json(file: Path) -> tokenizers.Tokenizer:
 
 
 def _from_vocabulary(path: Path, values: Mapping[str, object]) -> tuple[tokenizers.Tokenizer, dict[str, object]]:
-  """From the file of a folder without ``tokenizer.json``, and the settings with what such a file goes without saying.
+  """The tokenizer of a folder without ``tokenizer.json``, and the settings with defaults for such files.
 
   Raises:
-    UserError: if there is none, it is damaged, or it lacks what the settings put around texts.
+    UserError: if there is no vocabulary, it is damaged, or it lacks tokens that the settings add around texts.
   """
   file = next((path / name for name in ("tokenizer.model", "tekken.json") if (path / name).exists()), None)
   if file is None:
@@ -285,7 +285,7 @@ def _from_vocabulary(path: Path, values: Mapping[str, object]) -> tuple[tokenize
 
 
 def warn_of_tokenizer(path: Path) -> None:
-  """Warns of a folder's tokenizer, which is about to be copied as it is, if it cannot be read."""
+  """Warns if a folder's tokenizer, which is about to be copied unchanged, cannot be read."""
   if any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tekken.json")):
     try:
       read_tokenizer(path)
@@ -294,10 +294,9 @@ def warn_of_tokenizer(path: Path) -> None:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-  """The tokenizer in a folder, and the settings beside it.
+  """The tokenizer in a folder, with its settings.
 
-  Of ``tokenizer.json``, ``tokenizer.model`` (SentencePiece's or tiktoken's) and ``tekken.json`` the first that is there
-  is read.
+  Reads the first one of ``tokenizer.json``, ``tokenizer.model`` (SentencePiece or tiktoken) and ``tekken.json``.
 
   Raises:
     UserError: if there is none, or it is damaged.
@@ -308,7 +307,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     backend = _from_json(file)
   else:
     backend, values = _from_vocabulary(path, values)
-  # Whatever a tokenizer was last called with is saved with it, and is no property of the model.
+  # Padding and truncation of the last call are saved in the file, but are not part of the model.
   backend.no_truncation()
   backend.no_padding()
   backend.encode_special_tokens = values.get(_SPLIT) is True

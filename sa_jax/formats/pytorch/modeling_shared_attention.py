@@ -3,14 +3,14 @@
 Written by sa_jax's export beside a checkpoint, and loaded with ``AutoModelForCausalLM.from_pretrained(folder,
 trust_remote_code=True)``. Liao & Vargas, "Beyond KV Caching: Shared Attention for Efficient LLMs", arXiv 2407.12866.
 
-``config.shared_attention["source"]`` has one entry a layer: the layer whose softmaxed weights it uses, its own number
-for an anchor. ``config.shared_attention["head_map"]``, if there is one, says for each layer which anchor head each of
-its query heads uses, or null for the head of its own number. A follower has no queries and no keys, and caches its
-values alone. ``config.shared_attention["value_dim"]``, if there is one, is how many numbers a head's values have, where
-that is fewer than its keys have. Attention is eager: the weights that followers need are never formed by fused kernels.
+``config.shared_attention["source"]`` has one entry per layer: the layer whose softmaxed weights it uses, an anchor's
+being its own index. ``config.shared_attention["head_map"]``, if present, gives for each layer the anchor head that each
+of its query heads uses, or null for the head of the same index. A follower has no queries and keys, and caches only its
+values. ``config.shared_attention["value_dim"]``, if present, is the size of a head's values, if smaller than that of
+its keys. Attention is eager: fused kernels never materialise the weights that followers need.
 
-The model types are this file's own, so that transformers does not open such a folder without it: the family's class
-would make random queries and keys for the followers.
+The model types are specific to this file, so that transformers does not open such a folder without it: the family's
+class would initialise random queries and keys for the followers.
 """
 
 import functools
@@ -37,7 +37,7 @@ PASS = threading.local()
 
 
 class Anchor:
-  """Makes the family's attention leave its weights for followers."""
+  """Makes the family's attention keep its weights for followers."""
 
   def forward(self, hidden_states, **kwargs):
     output, weights = super().forward(hidden_states, **kwargs)
@@ -46,7 +46,7 @@ class Anchor:
 
 
 class Follower:
-  """Makes the family's attention use an anchor's weights: it has values and output alone."""
+  """Makes the family's attention use an anchor's weights: it has only values and output."""
 
   def forward(self, hidden_states, **kwargs):
     values, output = (getattr(self, name) for name in self.names)
@@ -63,14 +63,14 @@ class Follower:
 
 @functools.cache
 def attention_of(kind, family):
-  """The class of a family's anchors, or of its followers; transformers records the weights of both."""
+  """The class of a family's anchors or followers; transformers records the weights of both."""
   return type(f"{kind.__name__}{family.__name__}", (kind, family), {})
 
 
 class NarrowValues(nn.Linear):
-  """Values of few numbers a head, filled up with zeros to the width of keys, as the family's attention takes them.
+  """Narrow values, padded with zeros to the width of keys, as the family's attention expects.
 
-  Queries and keys, where they are made in the same product, come before.
+  Queries and keys, if computed by the same projection, come first.
   """
 
   def __init__(self, wide, heads, width, missing):
@@ -84,7 +84,7 @@ class NarrowValues(nn.Linear):
 
 
 class NarrowOutput(nn.Linear):
-  """The output projection of such values' attention, which does not read what fills them up."""
+  """The output projection for narrow values, without inputs for the padding."""
 
   def __init__(self, wide, heads, width):
     super().__init__(heads * width, wide.out_features, bias=wide.bias is not None)
@@ -95,7 +95,7 @@ class NarrowOutput(nn.Linear):
 
 
 class NarrowLayer(DynamicLayer):
-  """An anchor's cache of narrow values, without what fills them up."""
+  """An anchor's cache of narrow values, without the padding."""
 
   def __init__(self, width):
     super().__init__()
@@ -114,7 +114,7 @@ class ValueLayer(DynamicLayer):
 
 
 class SharedAttention:
-  """Turns a causal language model of transformers into one whose layers share attention weights."""
+  """Turns a causal language model from transformers into one whose layers share attention weights."""
 
   _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = False
   _can_record_outputs = {}
@@ -134,7 +134,7 @@ class SharedAttention:
       self._share(attention, anchor, heads)
 
   def _share(self, attention, anchor, head_map):
-    """Makes a layer's attention an anchor's, or a follower's."""
+    """Makes a layer's attention an anchor's or a follower's."""
     names = [next(name for name in names if hasattr(attention, name)) for names in (VALUES, OUTPUT)]
     values, output = (getattr(attention, name) for name in names)
     heads = self.config.num_attention_heads
@@ -185,15 +185,15 @@ class SharedAttention:
 
 
 def _read_as(family, own):
-  """What transformers does to a family's tensors as it reads them, such as stacking experts, it does to ours."""
+  """Applies transformers' conversions of a family's tensors on loading, such as stacking experts, to ours."""
   if conversion := conversion_mapping.get_checkpoint_conversion_mapping(family):
     conversion_mapping.register_checkpoint_conversion_mapping(own, conversion, overwrite=True)
 
 
 def __getattr__(name):
-  """``SharedX…`` made of transformers' ``X…``: a causal language model, or its config, for any family X.
+  """``SharedX…`` derived from transformers' ``X…``: a causal language model, or its config, for any family X.
 
-  Only what is asked for is imported, and made once.
+  Only requested classes are created, once.
   """
   if not name.startswith("Shared") or not name.endswith(("ForCausalLM", "Config")):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
