@@ -1,6 +1,6 @@
-"""Peak memory and time of opening and of converting a checkpoint; README.md says how to run it and what to expect.
+"""Peak memory and time to open and convert a checkpoint; README.md has the commands and expected results.
 
-Each measurement is a process of its own, whose peak resident memory the kernel reports when it ends.
+Each measurement runs in a separate process, whose peak resident memory the kernel reports at exit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TASKS = {
   "open ours, layers": _OPEN.format(3, "layers"),
   "copy": "copy(sys.argv[2], sys.argv[4])",
 }
-_SLOWER = 1.5  # opening ours may take so many times what opening safetensors takes
+_SLOWER = 1.5  # maximum time to open our checkpoint, relative to safetensors
 
 
 def peak_bytes() -> int:
@@ -36,7 +36,7 @@ def peak_bytes() -> int:
 
 
 def measure(task: str, src: Path, scratch: Path, times: int) -> dict[str, float]:
-  """Runs one task in fresh processes; the fastest one counts."""
+  """Runs one task in fresh processes; returns the fastest."""
   found = []
   for _ in range(times):
     if task in ("convert", "copy"):
@@ -50,7 +50,7 @@ def measure(task: str, src: Path, scratch: Path, times: int) -> dict[str, float]
 
 
 def copy(src: str, dst: str) -> None:
-  """Copies a folder and ends when the disk has it (fsync of each file), as conversion does: not in the page cache."""
+  """Copies a folder and waits until it is on disk (fsync of each file), as conversion does: not in the page cache."""
   shutil.copytree(src, dst)
   for file in Path(dst).iterdir():
     with file.open("rb") as opened:
@@ -58,7 +58,7 @@ def copy(src: str, dst: str) -> None:
 
 
 def run_task(task: str) -> None:
-  """The body of such a process: prints seconds and bytes."""
+  """Runs in such a process: prints seconds and bytes."""
   scope = {"sys": sys, "copy": copy}
   sys.argv = [sys.argv[0], task, *sys.argv[3:]]
   exec(_START, scope)
@@ -70,7 +70,7 @@ def run_task(task: str) -> None:
 
 
 def main() -> None:
-  """Measures, prints the table, and fails if a limit is passed."""
+  """Measures, prints the table, and fails if a limit is exceeded."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("folder", type=Path, nargs="?", help="a checkpoint; a synthetic one is made when left out")
   parser.add_argument("--times", type=int, default=3, help="processes a measurement; the fastest counts")
@@ -80,13 +80,13 @@ def main() -> None:
     folder = arguments.folder
     if folder is None:
       folder = Path(scratch) / "model"
-      # In a process of its own: a child's peak counts what its parent held when it was forked.
+      # In a separate process: a child's peak includes its parent's memory at the fork.
       subprocess.run([sys.executable, Path(__file__).with_name("make_checkpoint.py"), folder], check=True)
     from sa_jax.formats.source import open_source
 
     sizes = [2 * count for count in map(_count, open_source(folder).shapes.values())]
     stored, largest = sum(sizes), max(sizes)
-    measure("copy", folder, Path(scratch), 1)  # the page cache is warm for all that follow
+    measure("copy", folder, Path(scratch), 1)  # warms the page cache for all later measurements
     found = {task: measure(task, folder, Path(scratch), arguments.times) for task in _TASKS}
   start = found["start"]["peak"]
   opening = 1.15 * stored + 0.6e9

@@ -1,4 +1,4 @@
-"""How fast a GGUF file is dequantised, by type, in megabytes of result a CPU second; and the peak of memory.
+"""Speed of dequantising a GGUF file, by type, in megabytes of output per CPU second; and peak memory.
 
 python experiments/conversion/dequantise.py MODEL.gguf
 """
@@ -17,7 +17,7 @@ from sa_jax.formats.gguf_file import GgufFile
 
 
 def main() -> None:
-  """Reads every tensor, one after the other, and keeps none."""
+  """Reads every tensor, one by one, and keeps none."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("model", type=Path)
   flags = parser.parse_args()

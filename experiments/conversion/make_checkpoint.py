@@ -16,7 +16,7 @@ from sa_jax.formats.table import entries
 
 
 def make(folder: Path, shards: int = 5, layers: int = 22, experts: int = 0) -> sa_jax.ModelConfig:
-  """Writes ``config.json``, the shards and their index; the same numbers every time."""
+  """Writes ``config.json``, the shards and their index; the weights are the same every time."""
   config = sa_jax.ModelConfig(
     vocab_size=32_000, embed_dim=2048, num_layers=layers, num_heads=32, num_kv_heads=4, head_dim=64, mlp_dim=5632,
     bos_token_id=1, eos_token_ids=(2,), dtype="bfloat16", param_dtype="bfloat16",

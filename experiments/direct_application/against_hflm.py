@@ -29,7 +29,7 @@ TASKS = {"hellaswag": "hellaswag", "mmlu": "mmlu_anatomy", "rte": "rte"}
 
 
 def requests_of(manager: TaskManager, task: str, documents: int) -> list[Instance]:
-  """lm-eval's requests of a task's first documents."""
+  """lm-eval's requests for a task's first documents."""
   (made,) = manager.load([task])["tasks"].values()
   made.set_fewshot_seed(1234)
   if made.config.num_fewshot is None:
@@ -39,19 +39,19 @@ def requests_of(manager: TaskManager, task: str, documents: int) -> list[Instanc
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
-  """What a call returns, and its seconds."""
+  """A call's result, and its seconds."""
   begun = time.perf_counter()
   found = call()
   return found, time.perf_counter() - begun
 
 
 def compare(ours: SharedAttentionLM, theirs: HFLM, requests: list[Instance]) -> dict[str, Any]:
-  """Log-likelihoods of both, and seconds: of ours the first time, compiling, and again."""
+  """Log-likelihoods of both, and seconds; ours are timed twice, with and without compilation."""
   found, first = timed(lambda: ours.loglikelihood(requests))
   wanted, hflm = timed(lambda: theirs.loglikelihood(requests, disable_tqdm=True))
   _, again = timed(lambda: ours.loglikelihood(requests))
   differences = [abs(a - b) for (a, _), (b, _) in zip(found, wanted, strict=True)]
-  # torch's float32 log-softmax is off by some 2e-5 a token over 49,152 logits on a CPU: what differs is asked again.
+  # torch's float32 log-softmax on a CPU is off by about 2e-5 per token over 49,152 logits: check differences again.
   doubtful = [index for index, difference in enumerate(differences) if difference > 2e-4]
   theirs.softmax_dtype = torch.float64
   exact = theirs.loglikelihood([requests[index] for index in doubtful], disable_tqdm=True)

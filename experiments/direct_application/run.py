@@ -1,4 +1,4 @@
-"""The paper's table: Shared Attention applied to a pretrained model as it is, without training; see README.md."""
+"""The paper's table: Shared Attention applied to a pretrained model without training; see README.md."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ PLANS = {
   "late, 2": "26:27-28",
   "late, 6": "22:23-28",
 }
-"""The paper's kind of plan, a contiguous span, at several depths of the 30 layers."""
+"""Plans as in the paper, one contiguous span, at several depths of the 30 layers."""
 
 TASKS = ("mmlu", "gsm8k", "hellaswag", "rte", "cola", "mrpc", "sst2", "wnli")
 MORE = ("arc_easy", "arc_challenge", "piqa", "winogrande", "boolq", "lambada_openai")
 TELLING = ("hellaswag", "arc_easy", "piqa", "lambada_openai")
-"""Tasks on which a model of 135M parameters is well above chance."""
+"""Tasks on which a model with 135M parameters is well above chance."""
 TEXTS = ("wikitext-2 valid", "LAMBADA")
 LAYERS = 30
 SHOWN = {"gsm8k": ("exact_match, strict-match",), "hellaswag": ("acc_norm",), "cola": ("mcc",)}
-"""Of each task's metrics, the ones in the table; ``acc`` of the others."""
+"""The metrics in the table, by task; ``acc`` for the others."""
 
 
 def text_of(name: str, data: Path) -> str:
-  """A text to measure perplexity on."""
+  """A text for perplexity."""
   if name == "wikitext-2 valid":
     return (data / "corpora" / "wikitext2_valid.txt").read_text(encoding="utf-8")
   lines = (data / "eval" / "llm_foundry" / "lambada_openai.jsonl").read_text(encoding="utf-8").splitlines()
@@ -51,9 +51,9 @@ def text_of(name: str, data: Path) -> str:
 
 
 class Table:
-  """Results by plan and task, a file a plan, written after each task: what is there is not measured again.
+  """Results by plan and task, one file per plan, written after each task; stored results are not measured again.
 
-  Runs of different plans may share the folder at the same time.
+  Runs of different plans may use the folder at the same time.
   """
 
   def __init__(self, folder: Path, settings: dict[str, Any]):
@@ -61,7 +61,7 @@ class Table:
     folder.mkdir(parents=True, exist_ok=True)
 
   def results(self, name: str) -> dict[str, Any]:
-    """What has been measured under a plan, or of a checkpoint, by task."""
+    """The results of a plan or a checkpoint, by task."""
     file = self._file(name)
     if not file.exists():
       return {}
@@ -71,7 +71,7 @@ class Table:
     return stored["results"]
 
   def add(self, name: str, plan: str, task: str, values: dict[str, Any]) -> None:
-    """Keeps a result."""
+    """Stores a result."""
     results = self.results(name) | {task: values}
     stored = {"name": name, "plan": plan, "settings": self.settings, "results": results}
     self._file(name).write_text(json.dumps(stored, indent=1) + "\n")
@@ -80,7 +80,7 @@ class Table:
     return self.folder / f"{name.replace(':', '.').replace(',', '+')}.json"
 
   def show(self) -> None:
-    """Prints Markdown, the tasks that tell something and the others: values in per cent with standard errors."""
+    """Prints Markdown, the informative tasks and the others: values in per cent with standard errors."""
     stored = [json.loads(file.read_text()) for file in self.folder.glob("*.json")]
     stored.sort(key=lambda each: (_followers(each["plan"]), each["plan"], each["name"]))
     for tasks, texts in ((TELLING, TEXTS), ([task for task in (*TASKS, *MORE) if task not in TELLING], ())):
@@ -111,7 +111,7 @@ def _cell(name: str, values: dict[str, Any]) -> str:
 
 
 def measure(arguments: argparse.Namespace, table: Table, model_path: Path, plan: str | None, tasks: Path) -> None:
-  """Everything that is missing under a plan, or of a checkpoint that has its own (None), in one model."""
+  """All missing results of a plan, or of a checkpoint with its own plan (None), with one model."""
   name = plan or model_path.name
   missing = [task for task in (*arguments.tasks, *TEXTS) if task not in table.results(name)]
   if not missing:
@@ -162,7 +162,7 @@ def main() -> None:
   parser.add_argument("--slots", type=int, default=32, help="generations at once; some 256 on a GPU")
   parser.add_argument("--show", action="store_true", help="only print the table")
   arguments = parser.parse_args()
-  # float32 means float32: NVIDIA GPUs would round to TF32.
+  # Exact float32: NVIDIA GPUs would round to TF32.
   jax.config.update("jax_default_matmul_precision", "highest" if arguments.dtype == "float32" else "default")
   if arguments.model is None:
     from sa_jax.cli.demo import packaged_model

@@ -3,7 +3,7 @@
     python tasks.py DATA OUT
     sa-jax eval MODEL --include-path OUT --tasks mmlu gsm8k hellaswag rte
 
-The prompts, choices, metrics and numbers of examples stay lm-eval's; only where the documents come from changes.
+Prompts, choices, metrics and few-shot examples stay lm-eval's; only the source of the documents changes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Documents = Iterable[dict[str, Any]]
 
 
 def jsonl(path: Path) -> Documents:
-  """A JSON object a line."""
+  """One JSON object per line."""
   return (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
 
 
 def tsv(path: Path, names: list[str] | None = None) -> Documents:
-  """A line a row, as GLUE has them: no quoting; columns by the first line, or by ``names``."""
+  """One row per line, as in GLUE: no quoting; column names from the first line, or ``names``."""
   lines = [line.split("\t") for line in path.read_text(encoding="utf-8-sig").splitlines()]
   names = names or lines.pop(0)
   return (dict(zip(names, line, strict=True)) for line in lines)
@@ -44,7 +44,7 @@ def mmlu(path: Path) -> Documents:
 
 
 def hellaswag(documents: Documents) -> Documents:
-  """The subset has contexts whole, without activity labels; lm-eval's own cleaning of texts."""
+  """The subset has whole contexts, without activity labels; texts are cleaned as in lm-eval."""
   for each in documents:
     yield {
       "query": preprocess(each["question"]),
@@ -73,7 +73,7 @@ def piqa(documents: Documents) -> Documents:
 
 
 def winogrande(documents: Documents) -> Documents:
-  """WinoGrande's own schema: what the two contexts have in common, a gap, and what follows."""
+  """WinoGrande's own schema: the common part of the two contexts, a gap, and the rest."""
   for each in documents:
     contexts = each["context_options"]
     words = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*(text.split(" ") for text in contexts)))
@@ -94,13 +94,13 @@ def boolq(documents: Documents) -> Documents:
 
 
 def labelled(documents: Documents, **names: str) -> Documents:
-  """Columns under lm-eval's names, with a whole number as the label."""
+  """Columns renamed for lm-eval, with an integer label."""
   for each in documents:
     yield {new: each[old] for new, old in names.items()} | {"label": int(each["label"])}
 
 
 def sources(data: Path) -> dict[str, tuple[str, dict[str, Callable[[], Documents]], dict[str, Any]]]:
-  """Each task: lm-eval's file, the documents of its splits, and what else its YAML has to say."""
+  """For each task: lm-eval's file, the documents of its splits, and additional YAML values."""
   glue, foundry = data / "glue", data / "llm_foundry"
   cola = ["source", "label", "star", "sentence"]
   paraphrase = {"sentence1": "#1 String", "sentence2": "#2 String"}
@@ -213,7 +213,7 @@ def write_tasks(data: Path, out: Path) -> list[str]:
       file.write_text("".join(json.dumps(each) + "\n" for each in documents()), encoding="utf-8")
       files[split] = str(file)
     loaded = lm_eval.tasks._yaml_loader.load_yaml(STOCK / stock, resolve_func=False, recursive=True)
-    # A split that is not here must not be asked for.
+    # Do not let lm-eval ask for a missing split.
     absent = {key: None for key in splits_of if loaded.get(key) and loaded[key] not in splits}
     config = {
       "include": str(STOCK / stock),

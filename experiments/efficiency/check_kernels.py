@@ -1,4 +1,4 @@
-"""This GPU's attention kernels, compiled, against plain JAX in float32; exits with 1 where one is off.
+"""This GPU's attention kernels, compiled, against plain JAX in float32; exits with 1 if one is off.
 
 python experiments/efficiency/check_kernels.py
 """
@@ -19,7 +19,7 @@ from sa_jax.ops.attention import decode
 from sa_jax.trees import Tree
 
 TOLERANCE = 2e-2
-"""Of the largest magnitude: bfloat16 has 8 bits."""
+"""Relative to the largest magnitude: bfloat16 has 8 bits."""
 
 
 def normal(seed: int, *shapes: tuple[int, ...]) -> list[jax.Array]:
@@ -29,7 +29,7 @@ def normal(seed: int, *shapes: tuple[int, ...]) -> list[jax.Array]:
 
 
 def wide(tree: Tree) -> Tree:
-  """In float32, for which no kernel is chosen."""
+  """Casts to float32, for which no kernel is chosen."""
   return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
 
 
@@ -40,7 +40,7 @@ def off(found: Tree, expected: Tree) -> float:
 
 
 def attended(q: jax.Array, new: Tree, cached: Tree, rows: ops.Rows) -> tuple[jax.Array, jax.Array]:
-  """What an anchor and a follower give for a new token."""
+  """The outputs of an anchor and a follower for a new token."""
   out, weights, (_, values) = ops.decode_attend(q, new, cached, rows, with_weights=True)
   return out, ops.decode_follow(weights, new[1], values, rows.offset, rows.pages)[0]
 
@@ -51,7 +51,7 @@ def stored(cache_dtype: str | None, *cached: jax.Array) -> Tree:
 
 
 def decoding() -> Iterator[tuple[str, float]]:
-  """One new token a row, with and without sinks, quantised caches and narrow values."""
+  """One new token per row, with and without sinks, quantised caches and narrow values."""
   batch, heads, kv_heads, slots = 4, 16, 4, 512
   offset = jnp.asarray([0, 70, 128, slots - 1], jnp.int32)
   widths = (128, 128), (128, 64), (128, 32), (64, 32)
@@ -67,7 +67,7 @@ def decoding() -> Iterator[tuple[str, float]]:
 
 
 def in_pages() -> Iterator[tuple[str, float]]:
-  """One new token a row of caches in pages: rows of one, three and two, and two that no row has."""
+  """One new token per row with paged caches: rows of one, three and two pages, and two unused pages."""
   size, none = 64, 8
   table = jnp.asarray([[4, 6, none], [0, 5, 2], [3, none, none]], jnp.int32)
   owners = jnp.asarray([1, -1, 1, 2, 0, 1, 0, -1], jnp.int32)
@@ -83,7 +83,7 @@ def in_pages() -> Iterator[tuple[str, float]]:
 
 
 def gradients(backend: str, rows: ops.Rows) -> Callable[..., Tree]:
-  """Of the output times ``seed``, with respect to queries, keys and values."""
+  """Gradients of the output times ``seed``, with respect to queries, keys and values."""
 
   def total(q: jax.Array, k: jax.Array, v: jax.Array, seed: jax.Array) -> jax.Array:
     return jnp.sum(ops.attend(q, k, v, rows, backend=backend).astype(jnp.float32) * seed)
@@ -106,7 +106,7 @@ def whole_rows() -> Iterator[tuple[str, float]]:
 
 
 def groups() -> Iterator[tuple[str, float]]:
-  """Gradients of the layers of a group that have one backward pass, of each device's own kernels."""
+  """Gradients of a group's layers that share one backward pass, with each device's own kernels."""
   length, layers, spec = 4096, 4, ops.AttentionSpec()
   for heads, kv_heads in ((4, 2), (2, 2)):
     q, k, v, seeds = normal(
@@ -137,7 +137,7 @@ CASES = {"decode": decoding, "pages": in_pages, "rows": whole_rows, "groups": gr
 
 
 def main() -> None:
-  """Prints a line a case."""
+  """Prints one line per case."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
   parser.add_argument("--decode-kernels", default=decode.PREFERRED, choices=["flash_decode", "hopper_decode"])

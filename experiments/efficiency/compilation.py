@@ -1,4 +1,4 @@
-"""How long programs of Llama-3-8B take to trace, lower and compile here, without running or allocating them.
+"""Time to trace, lower and compile programs of Llama-3-8B on this machine, without running or allocating them.
 
 python compilation.py --json cpu/compilation.json
 """
@@ -20,8 +20,8 @@ from sa_jax.fit import Job, executables_of
 from sa_jax.mesh import MeshSizes
 
 KINDS = {"train": (1, 4096, "float32"), "loop": (16, 4096, "bfloat16"), "calibration": (4, 512, "bfloat16")}
-"""By kind (see `sa_jax.fit.Job`), rows, tokens a row, and what parameters are stored in. Calibration is what `share`
-compiles to refit a plan."""
+"""By kind (see `sa_jax.fit.Job`): rows, tokens per row, and the parameters' dtype. Calibration is the program that
+`share` uses to refit a plan."""
 
 EVENTS = {
   "/jax/core/compile/jaxpr_to_mlir_module_duration": "lower",
@@ -30,7 +30,7 @@ EVENTS = {
 
 
 def measure(kind: str, model: str, plan: str, layers: int | None) -> dict[str, float | str]:
-  """Seconds of one kind: of Python and tracing, of lowering, and of compiling, each program counted."""
+  """Seconds per kind for Python and tracing, lowering, and compiling, over all programs."""
   rows, length, stored = KINDS[kind]
   config = ModelConfig.preset(model)
   config = dataclasses.replace(
@@ -61,7 +61,7 @@ def measure(kind: str, model: str, plan: str, layers: int | None) -> dict[str, f
 
 
 def main() -> None:
-  """Measures each kind, dense where that can be, and under a plan."""
+  """Measures each kind under a plan, and dense where possible."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--model", default="llama-3-8b")
   parser.add_argument("--plan", nargs="+", default=["dense", "15:16-30"])

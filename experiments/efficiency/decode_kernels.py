@@ -1,4 +1,4 @@
-"""The decode kernel by itself, in Pallas Triton and in Pallas Mosaic GPU, side by side on one Hopper GPU.
+"""The decode kernel alone, in Pallas Triton and in Pallas Mosaic GPU, compared on one Hopper GPU.
 
 python experiments/efficiency/decode_kernels.py --json gpu/h200/decode-kernels.json
 """
@@ -22,16 +22,16 @@ from sa_jax.cli.common import show_table
 from sa_jax.ops.attention import flash_decode, hopper_decode
 
 HEADS, WIDTH = 32, 128
-"""Of Llama's layers."""
+"""The shapes of Llama's layers."""
 KERNELS = {"triton": flash_decode, "mosaic": hopper_decode}
 
 
 Carry = tuple[jax.Array, ops.Stored, ops.Stored]
-"""What was given so far, in all, and the cache."""
+"""The sum of the outputs so far, and the cache."""
 
 
 class Shape(NamedTuple):
-  """A step of decoding: rows, key heads, and the slots of the cache, all of them filled."""
+  """The shape of a decode step: rows, KV heads, and slots of the cache, all filled."""
 
   batch: int
   kv_heads: int
@@ -47,7 +47,7 @@ class Shape(NamedTuple):
 def measure(
   kernel: ModuleType, shape: Shape, cache_dtype: str | None, count: int, interpret: bool
 ) -> tuple[float, np.ndarray]:
-  """Median seconds of an anchor's kernel in a program of so many, and what these give in all."""
+  """Median seconds of one anchor kernel in a program with several, and the sum of their outputs."""
   batch, kv_heads, slots = shape
   normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
   q, key, value = normal(0, batch, HEADS, WIDTH), normal(1, batch, kv_heads, WIDTH), normal(2, batch, kv_heads, WIDTH)

@@ -1,4 +1,4 @@
-"""The decode kernel by itself: how long an anchor's takes with one tiling and another, and how fast it reads its cache.
+"""The decode kernel alone: an anchor's time with different tilings, and how fast it reads its cache.
 
 python experiments/efficiency/decode_tilings.py --json tilings.json
 """
@@ -22,18 +22,18 @@ from sa_jax.ops.attention.flash_decode import Tiling
 from sa_jax.trees import Tree
 
 KV_HEADS, GROUP, WIDTH, STEPS = 8, 4, 128, 32
-"""Llama 3 8B's layers; one program is as many steps as a token takes."""
+"""The shapes of Llama 3 8B's layers; one program runs as many steps as a token needs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """What the kernel reads.
+  """The kernel's input.
 
   Attributes:
     stored: ``bfloat16``, or one of `ops.FORMATS`.
-    values: how many numbers a head's values have.
+    values: size of a head's values.
     batch: rows.
-    slots: of each row, all filled.
+    slots: slots per row, all filled.
   """
 
   stored: str
@@ -42,7 +42,7 @@ class Cache:
   slots: int
 
   def arrays(self) -> tuple[list[jax.Array], tuple[Tree, Tree], jax.Array]:
-    """A token's query, key and value; keys and values; the token's slots."""
+    """A token's query, key and value; cached keys and values; the token's slots."""
     normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
     token = [normal(seed, self.batch, heads, width) for seed, (heads, width) in enumerate(self._heads())]
     store = (lambda x: x) if self.stored == "bfloat16" else ops.FORMATS[self.stored].store
@@ -56,7 +56,7 @@ class Cache:
 
 
 def reference(token: list[jax.Array], cache: tuple[Tree, Tree], positions: jax.Array) -> jax.Array:
-  """What the kernel should give, by plain JAX."""
+  """The expected output, by plain JAX."""
   q, key, value = token
   keys, values = (ops.write_slot(each, new, positions) for each, new in zip(cache, (key, value), strict=True))
   rows, spec = ops.Rows(offset=positions), ops.AttentionSpec(scale=WIDTH**-0.5)
@@ -65,14 +65,14 @@ def reference(token: list[jax.Array], cache: tuple[Tree, Tree], positions: jax.A
 
 
 def measure(cache: Cache, tiling: Tiling, plain: bool, interpret: bool) -> dict[str, float]:
-  """Seconds a step, bytes a second, and the largest error relative to the largest number."""
+  """Seconds per step, bytes per second, and the largest error relative to the largest magnitude."""
   token, arrays, positions = cache.arrays()
   bits = 16 if cache.stored == "bfloat16" else ops.FORMATS[cache.stored].bits
   nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
   expected = jax.jit(reference)(token, arrays, positions)
   before = flash_decode.TILINGS, flash_decode.block_of
   flash_decode.TILINGS = {**before[0], (bits, cache.values < WIDTH): tiling}
-  if plain:  # as an interpreter converts four bits
+  if plain:  # how an interpreter converts four bits
     flash_decode.block_of = lambda ref, here, dtype, _: stored.block_of(ref, here, dtype, True)
 
   def steps(token: list[jax.Array], arrays: tuple[Tree, Tree], positions: jax.Array) -> tuple[jax.Array, Tree, Tree]:
@@ -100,7 +100,7 @@ def measure(cache: Cache, tiling: Tiling, plain: bool, interpret: bool) -> dict[
 
 
 def main() -> None:
-  """Prints a line a tiling."""
+  """Prints one line per tiling."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   add = parser.add_argument
   add("--caches", nargs="+", default=["bfloat16:128", "bfloat16:64", "int8:128", "int4:128", "int4:64"])

@@ -1,4 +1,4 @@
-"""How fast SmolLM2-135M under a plan learns from the dense model: rows of 512 tokens, random weights.
+"""Speed of distilling SmolLM2-135M under a plan from the dense model: rows of 512 tokens, random weights.
 
 python distillation.py --json gpu/h200/distillation.json
 """
@@ -28,13 +28,13 @@ from sa_jax.train.step import make_state, make_step
 
 PLAN = "5:6-7,11:12,14:15,21:22,24:25,26:27-28"
 PEAK = 989e12
-"""FLOP/s of an H100 or H200 in bfloat16, by NVIDIA's data sheet."""
+"""bfloat16 FLOP/s of an H100 or H200, from NVIDIA's data sheet."""
 
 
 class Variant(NamedTuple):
   """Attributes:
-  remat: what the student's backward pass computes again.
-  layout: of the parameters: ``runs`` are scanned over, ``layers`` are not.
+  remat: what the student's backward pass recomputes.
+  layout: the parameters' layout: ``runs`` are scanned, ``layers`` are not.
   packed: whether rows hold several documents.
   """
 
@@ -52,7 +52,7 @@ VARIANTS = {
 
 
 def measure(how: Variant, rows: int, length: int, repeats: int) -> dict[str, float]:
-  """One variant: seconds of a step, and what follows from them."""
+  """One variant: seconds per step, and derived numbers."""
   config = dataclasses.replace(ModelConfig.preset("smollm2-135m"), dtype="bfloat16", param_dtype="float32")
   plan = SharingPlan.parse(PLAN, config.num_layers)
   student = Transformer(dataclasses.replace(config, remat=how.remat), plan)

@@ -1,11 +1,11 @@
-"""1,000 random requests through continuous batching, each compared with what it gets alone.
+"""1,000 random requests with continuous batching, each compared with its result alone.
 
     python experiments/efficiency/load.py
 
-Prompts of 1 to 2,000 tokens, random limits, four end tokens of 61, 16 slots in pages for 10 of the longest, chunks of
-512 prompt tokens, a tiny model, CPU. Every tenth request is cancelled while it runs or waits, and every fiftieth asks
-for more than the cache holds. Expected: 0 differences, every oversized request refused, every slot free at the end.
-Prints a line, and exits with 1 if anything differs.
+Prompts of 1 to 2,000 tokens, random limits, four end tokens out of 61, 16 slots in pages for 10 of the longest, chunks
+of 512 prompt tokens, a tiny model, CPU. Every tenth request is cancelled while it runs or waits, and every fiftieth
+needs more than the cache holds. Expected: 0 differences, every oversized request refused, every slot free at the end.
+Prints one line, and exits with 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LONGEST_PROMPT, LONGEST_ANSWER, CAPACITY = 2000, 32, 2048
 
 
 def tiny_model(rng: np.random.Generator) -> tuple[sa_jax.Transformer, dict]:
-  """A random model of three layers, one of which follows, that ends its rows now and then."""
+  """A random model of three layers, including one follower, that sometimes generates an end token."""
   config = sa_jax.ModelConfig(
     vocab_size=61, embed_dim=16, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=24,
     max_length=CAPACITY, eos_token_ids=(7, 19, 23, 42), attention="blockwise",

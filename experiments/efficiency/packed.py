@@ -1,4 +1,4 @@
-"""Attention over packed rows on an NVIDIA GPU: `flash` beside `reference`, and cuDNN where rows are one document.
+"""Attention over packed rows on an NVIDIA GPU: `flash`, `reference`, and cuDNN if rows are one document.
 
     python experiments/efficiency/packed.py
 
@@ -28,7 +28,7 @@ CALLS = 5
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
-  """The median of a call, compiled before."""
+  """The median time of a call, without compilation."""
   jax.block_until_ready(call())
   times = []
   for _ in range(5):
@@ -41,7 +41,7 @@ def milliseconds(call: Callable[[], Any]) -> float:
 
 
 def main() -> None:
-  """Times every backend that can compute the call."""
+  """Times every backend that supports the call."""
   argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
   rows = []
   for batch, length, heads, kv_heads, head_dim in SHAPES:

@@ -1,9 +1,9 @@
-"""Draws decode time and cache size against context length from what `sa-jax bench decode --json` wrote.
+"""Plots decode time and cache size against context length from the output of `sa-jax bench decode --json`.
 
     python plot.py gpu/h200/decode-llama-3-8b-b16.json --out gpu/h200/decode-context.png
 
-`sa-jax bench decode --length 4096 8192 --plot …` measures and draws in one run; this joins runs of the same batch and
-card.
+`sa-jax bench decode --length 4096 8192 --plot …` measures and plots in one run; this combines runs of the same batch
+and GPU.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from sa_jax.bench.task import Result, task_of
 
 
 def main() -> None:
-  """Reads results and draws them."""
+  """Reads results and plots them."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("files", nargs="+", type=Path)
   parser.add_argument("--out", type=Path, required=True)

@@ -1,4 +1,4 @@
-"""What quantised caches change in SmolLM2-135M's perplexity, everything that is attended to being read from them."""
+"""How quantised caches change SmolLM2-135M's perplexity, with all attention reading from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sa_jax.nn import Cache
 
 
 def loss(params: Any, tokens: jax.Array, model: sa_jax.Transformer) -> jax.Array:
-  """Mean loss of rows that are read into an empty cache, and attend to what it then holds."""
+  """Mean loss of rows that are written to an empty cache and attend to its contents."""
   length = tokens.shape[1]
   cache = Cache.empty(model.config, model.plan, *tokens.shape)
   rows = ops.Rows(jnp.full(len(tokens), length, jnp.int32), offset=jnp.zeros(len(tokens), jnp.int32))

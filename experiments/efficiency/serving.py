@@ -1,18 +1,18 @@
-"""Continuous batching as a server has it, beside static batches in as much cache.
+"""Continuous batching as in a server, compared with static batches with the same cache size.
 
     python experiments/efficiency/serving.py --out gpu/h200/serving.json
 
-Two loads, both in order of arrival and all there from the start:
+Two loads, both in order of arrival and all available at the start:
 
-* ``even``: 256 requests of 64 prompt tokens and 16 to 512 new ones, those of ``sa-jax bench batching``, in a cache of
+* ``even``: 256 requests with 64 prompt tokens and 16 to 512 new ones, those of ``sa-jax bench batching``, in a cache of
   16 rows of 640 slots.
-* ``mixed``: 64 requests of 64 prompt tokens, every fourth of 2048, and 16 to 256 new ones, in a cache of 16 rows of
+* ``mixed``: 64 requests with 64 prompt tokens, every fourth with 2048, and 16 to 256 new ones, in a cache of 16 rows of
   2304.
 
-Static batches have 16 rows, prompts padded to the longest of the batch, and wait for their longest answer; they are
-timed once. A batcher has the same cache, in rows or in pages. Of one that is watched, every look at new tokens is
-timed: the time between two tokens of a request is that between two looks over the tokens that came. Writes after every
-measurement.
+Static batches have 16 rows, with prompts padded to the longest in the batch, and wait for their longest answer; they
+are timed once. A batcher has the same cache, in rows or in pages. In watched runs, every poll for new tokens is timed:
+the time between two tokens of a request is the time between two polls divided by the tokens received. Writes after
+every measurement.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Load:
   """Requests.
 
   Attributes:
-    name: what it is called.
+    name: the load's name.
     prompts: int32 ``[T]`` each.
-    limits: new tokens of each.
-    rows: of the cache that static batches have.
-    capacity: slots of a row of it.
+    limits: new tokens per request.
+    rows: rows of the static batches' cache.
+    capacity: slots per row of it.
   """
 
   name: str
@@ -76,14 +76,14 @@ class Load:
 
   @property
   def steps(self) -> tuple[int, int]:
-    """Decode steps of static batches in order of arrival, and of a batch of as many rows that is full to the end."""
-    after_first = [limit - 1 for limit in self.limits]  # which the prompt's pass gives
+    """Decode steps of static batches in order of arrival, and of a batch of the same size that is always full."""
+    after_first = [limit - 1 for limit in self.limits]  # the prompt's pass gives the first
     static = sum(max(after_first[first : first + self.rows]) for first in range(0, len(after_first), self.rows))
     return static, math.ceil(sum(after_first) / self.rows)
 
 
 class Variant(NamedTuple):
-  """A way to serve a load; None is static batches."""
+  """A way to serve a load; None for static batches."""
 
   load: Load
   how: Serving | None
@@ -91,14 +91,14 @@ class Variant(NamedTuple):
 
 
 class Run(NamedTuple):
-  """One run of a variant: seconds, and those between tokens."""
+  """One run of a variant: total seconds, and seconds between tokens."""
 
   seconds: float
   between: np.ndarray
 
 
 def static(model: sa_jax.Transformer, params: dict, load: Load) -> Run:
-  """Batch after batch."""
+  """One static batch after the other."""
   engine, start = Engine(model), time.perf_counter()
   for first in range(0, len(load.prompts), load.rows):
     rows = slice(first, first + load.rows)
@@ -134,7 +134,7 @@ def serve(model: sa_jax.Transformer, params: dict, variant: Variant) -> Run:
 
 
 def variants(requests: tuple[int, int], vocab_size: int) -> list[Variant]:
-  """What is measured, the most important first."""
+  """The variants to measure, most important first."""
   even, mixed = Load.even(vocab_size, requests[0]), Load.mixed(vocab_size, requests[1])
   paged = {load.name: {"capacity": load.capacity, "cache_slots": load.rows * load.capacity} for load in (even, mixed)}
   in_rows = Serving(slots=even.rows, capacity=even.capacity)
@@ -158,7 +158,7 @@ def variants(requests: tuple[int, int], vocab_size: int) -> list[Variant]:
 
 
 def measured(run: Callable[[], Run], repeats: int, tokens: int) -> dict:
-  """Several runs in numbers."""
+  """Statistics of several runs."""
   runs = [run() for _ in range(repeats)]
   seconds = sorted(each.seconds for each in runs)
   between = np.concatenate([each.between for each in runs])

@@ -1,11 +1,11 @@
-"""What sequence parallelism sends: a dense stack of layers beside one under a plan, read off the compiled programs.
+"""Communication of sequence parallelism: a dense stack of layers and one under a plan, from the compiled programs.
 
     python experiments/efficiency/several_gpus.py --json several/sequence-8.json
 
-Layers of Llama-3-8B's shapes, one row of 32,768 tokens, split over `sequence` 8: compiled for 8 virtual CPU devices
-from abstract arrays, so nothing runs. Per layer, numbers are differences between 8 and 4 layers. Gradients of
-parameters, which are added up over `sequence` as over `data`, are left out: the gradient is the input's. The CPU's
-compiler makes float32 of bfloat16, so programs are compiled in float32, and bytes are halved.
+Layers with Llama-3-8B's shapes, one row of 32,768 tokens, sharded over `sequence` 8: compiled for 8 virtual CPU devices
+from abstract arrays, so nothing runs. Per-layer numbers are differences between 8 and 4 layers. Gradients of
+parameters, which are summed over `sequence` as over `data`, are left out: only the input's gradient is taken. The CPU
+compiler turns bfloat16 into float32, so programs are compiled in float32, and bytes are halved.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from sa_jax.nn import Runs
 from sa_jax.sharding import make_mesh, named_sharding, on_mesh, tree_shardings
 
 PLANS = {"dense": ("dense", "dense"), "0:1-3,4:5-7": ("0:1-3", "0:1-3,4:5-7")}
-"""What is compared: of 4 layers, and of 8."""
+"""The compared plans: for 4 layers, and for 8."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
-  """What one device takes part in, bfloat16 bytes.
+  """Communication of one device, in bfloat16 bytes.
 
   Attributes:
-    forward: exchanged by all-to-all in the forward pass, or gathered.
+    forward: all-to-all or all-gather bytes in the forward pass.
     again: the same in the backward pass, which recomputes each layer and sends gradients back.
-    reduced: added up over devices by the backward pass.
+    reduced: bytes summed over devices in the backward pass.
   """
 
   forward: int
@@ -54,7 +54,7 @@ class Sent:
     return Sent(self.forward - other.forward, self.again - other.again, self.reduced - other.reduced)
 
   def over(self, parts: int) -> Sent:
-    """An equal part of it."""
+    """An equal fraction of it."""
     values = dataclasses.astuple(self)
     assert all(value % parts == 0 for value in values), (values, parts)
     return Sent(*(value // parts for value in values))
@@ -81,7 +81,7 @@ def compiled(plan: str, layers: int, length: int, devices: int, gradient: bool) 
 
 
 def sent(plan: str, layers: int, length: int, devices: int) -> Sent:
-  """What a stack of layers sends forward and backward."""
+  """Bytes that a stack of layers sends, forward and backward."""
   forward, both = (
     {found.kind: found.bytes // 2 for found in compiled(plan, layers, length, devices, gradient)}
     for gradient in (False, True)

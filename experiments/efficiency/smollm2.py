@@ -1,4 +1,4 @@
-"""Tokens a second of SmolLM2-135M, greedy, beside transformers on the same card; see README.md beside this file."""
+"""Tokens per second of SmolLM2-135M, greedy, compared with transformers on the same GPU; see README.md."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def timed(call: Callable[[], Any], repeats: int) -> dict[str, float]:
 
 
 def endless(model: sa_jax.Transformer) -> sa_jax.Transformer:
-  """The model without end tokens, so that every row has all its tokens."""
+  """The model without end tokens, so that every row has the full length."""
   return sa_jax.Transformer(dataclasses.replace(model.config, eos_token_ids=()), model.plan)
 
 
 def ours(path: Path, plan: str, dtype: str, prompts: np.ndarray, count: int, repeats: int) -> tuple[np.ndarray, Any]:
-  """The tokens that we generate, ``[B, count]``, and how long that takes."""
+  """The tokens that we generate, ``[B, count]``, and the time."""
   model, params = sa_jax.from_pretrained(path, plan, dtype, layout="layers")
   call = lambda: sa_jax.generate(endless(model), params, prompts, max_new_tokens=count).tokens
   return call(), timed(call, repeats) if repeats else None
 
 
 class Theirs:
-  """transformers on the folder that `sa_jax.export` wrote."""
+  """transformers on the folder written by `sa_jax.export`."""
 
   def __init__(self, folder: Path, dtype: str):
     import torch
@@ -75,7 +75,7 @@ class Theirs:
 
 
 def main() -> None:
-  """Measures everything and prints a line each."""
+  """Measures everything and prints one line each."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--model", type=Path, required=True, help="the GGUF file")
   parser.add_argument("--text", type=Path, required=True, help="where prompts come from")

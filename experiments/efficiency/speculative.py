@@ -1,7 +1,7 @@
-"""Speculative decoding of SmolLM2: how many proposals of a draft are kept, and tokens a second beside plain greedy.
+"""Speculative decoding of SmolLM2: acceptance rate of drafts, and tokens per second compared with greedy decoding.
 
-Drafts are the model under plans with many followers, refitted, and its first layers alone. See README.md beside this
-file.
+Drafts are the model under plans with many followers, refitted, and its first layers alone. See README.md in this
+folder.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ PLANS = {
   16: "3:4,5:6-9,11:12-15,18:19-22,24:25,26:27-28",
   20: "2:3-4,5:6-9,10:11-15,16:17-20,21:22-23,24:25,26:27-28",
 }
-"""By the number of followers, of 30 layers."""
+"""By number of followers, for 30 layers."""
 
 
 def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
-  """Wall times of a call that ends on the host and has been compiled."""
+  """Wall times of a call that ends on the host, already compiled."""
   found = []
   for _ in range(repeats):
     start = time.perf_counter()
@@ -41,7 +41,7 @@ def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
 
 
 def drafts(model: sa_jax.Transformer, params: Any, rows: np.ndarray, chosen: argparse.Namespace) -> dict[str, Any]:
-  """What makes each draft, by name."""
+  """Functions that create the drafts, by name."""
 
   def refitted(plan: str) -> Draft:
     parsed = sa_jax.SharingPlan.parse(plan, model.config.num_layers)
@@ -59,7 +59,7 @@ def drafts(model: sa_jax.Transformer, params: Any, rows: np.ndarray, chosen: arg
 
 
 def main() -> None:
-  """Measures and prints a line for each draft."""
+  """Measures each draft and prints one line each."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--model", type=Path, required=True, help="the GGUF file")
   parser.add_argument("--text", type=Path, required=True, help="where prompts and the text to refit with come from")

@@ -1,4 +1,4 @@
-"""Makes ``RESULTS.md`` of the JSON files in this folder, one table a machine.
+"""Makes ``RESULTS.md`` from the JSON files in this folder, one table per machine.
 
 python experiments/efficiency/tables.py
 """
@@ -22,11 +22,11 @@ KINDS = {
 
 
 CEILINGS = ("decode", "prefill")
-"""Kinds of which the part of the ceiling is told."""
+"""Kinds for which the fraction of the ceiling is shown."""
 
 
 def read() -> dict[str, list[dict]]:
-  """Every measurement of `sa-jax bench`, with its file, by the device that it ran on."""
+  """Every measurement of `sa-jax bench`, with its file, by device."""
   machines: dict[str, list[dict]] = {}
   for path in sorted([*HERE.glob("gpu/**/*.json"), *HERE.glob("several/*.json")]):
     values = json.loads(path.read_text(encoding="utf-8"))
@@ -36,7 +36,7 @@ def read() -> dict[str, list[dict]]:
 
 
 def conditions(task: dict) -> tuple[str, ...]:
-  """What besides the plan and the program sets measurements apart."""
+  """Conditions that distinguish measurements, besides the plan and the program."""
   tokens = f"{task['filled']} of {task['length']}" if task.get("filled") else str(task["length"])
   split = [f"`{axis}` {size}" for axis, size in task["mesh"].items() if size > 1]
   more = [task["cache_dtype"] + " cache"] if task.get("cache_dtype") else []
@@ -110,7 +110,7 @@ def serving_rows(values: dict) -> Iterator[list[str]]:
 
 
 def fit_rows() -> Iterator[list[str]]:
-  """Rows of the programs that were compiled for TPUs."""
+  """Rows of the programs compiled for TPUs."""
   for path in sorted(HERE.glob("tpu/*.json")):
     values = json.loads(path.read_text(encoding="utf-8"))
     split = " × ".join(f"{axis} {size}" for axis, size in values["mesh"].items() if size > 1)

@@ -1,4 +1,4 @@
-"""The time line of one decode step, ours and transformers', kernel by kernel.
+"""The timeline of one decode step, ours and transformers', kernel by kernel.
 
 python timeline.py measure --who sa_jax --out ours.json; python timeline.py draw ours.json hf.json --out timeline.png
 """
@@ -18,14 +18,14 @@ from sa_jax.bench import Task, Timing
 from sa_jax.bench.task import STEPS
 
 PART = 0.01
-"""Kernels that take less of a step are drawn in one colour and not named."""
+"""Kernels with a smaller fraction of a step are drawn in one colour without names."""
 
 
 class Kernel(NamedTuple):
   """Attributes:
-  name: the kernel's.
-  start: microseconds.
-  length: microseconds.
+  name: the kernel's name.
+  start: in microseconds.
+  length: in microseconds.
   """
 
   name: str
@@ -34,7 +34,7 @@ class Kernel(NamedTuple):
 
 
 def of_jax(folder: Path) -> list[Kernel]:
-  """The kernels in a trace that `jax.profiler` wrote, in the order in which they began."""
+  """The kernels in a trace from `jax.profiler`, in order of their start."""
   import jax
 
   (path,) = folder.rglob("*.xplane.pb")
@@ -45,7 +45,7 @@ def of_jax(folder: Path) -> list[Kernel]:
 
 
 def of_torch(path: Path) -> list[Kernel]:
-  """The kernels in a trace that `torch.profiler` wrote, in the order in which they began."""
+  """The kernels in a trace from `torch.profiler`, in order of their start."""
   events = json.loads(path.read_text())["traceEvents"]
   on_card = ("kernel", "gpu_memcpy", "gpu_memset")
   kernels = [Kernel(each["name"], each["ts"], each["dur"]) for each in events if each.get("cat") in on_card]
@@ -53,7 +53,7 @@ def of_torch(path: Path) -> list[Kernel]:
 
 
 def one_of(kernels: list[Kernel], steps: int) -> list[Kernel]:
-  """The kernels of a step in the middle of so many: from one that each step has once to where it comes again."""
+  """The kernels of one step in the middle: between two occurrences of a kernel that runs once per step."""
   counts = collections.Counter(kernel.name for kernel in kernels)
   marks = [name for name, count in counts.items() if count == steps]
   if not marks:
@@ -64,7 +64,7 @@ def one_of(kernels: list[Kernel], steps: int) -> list[Kernel]:
 
 
 def measure(task: Task, out: Path) -> None:
-  """Records one decode step, and what the step takes without a profiler."""
+  """Records one decode step, and its time without a profiler."""
   found: list[Kernel] = []
 
   def timed(call: Callable[[], Any], repeats: int) -> Timing:
@@ -123,7 +123,7 @@ def _by_torch(call: Callable[[], Any], folder: Path) -> list[Kernel]:
 
 
 def totals(kernels: Iterable[Kernel]) -> dict[str, tuple[int, float]]:
-  """By name, how often a kernel runs and how many microseconds in all; the longest first."""
+  """Per kernel name, the number of runs and total microseconds, longest first."""
   found: dict[str, tuple[int, float]] = {}
   for kernel in kernels:
     count, length = found.get(kernel.name, (0, 0.0))
@@ -132,7 +132,7 @@ def totals(kernels: Iterable[Kernel]) -> dict[str, tuple[int, float]]:
 
 
 def draw(files: list[Path], out: Path) -> None:
-  """One figure: each file's step as a time line, and under it every kernel over `PART` of the step."""
+  """One figure: each file's step as a timeline, with every kernel above `PART` of the step listed below."""
   import matplotlib
 
   matplotlib.use("agg")

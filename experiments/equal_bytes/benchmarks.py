@@ -1,4 +1,4 @@
-"""Benchmarks of the board's mixtures, keys and values rounded as their caches do; see README.md beside this file."""
+"""Benchmarks of the board's mixtures, with keys and values rounded as in their caches; see README.md in this folder."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ CACHES: dict[str, CacheDtype] = {"bfloat16": None, "int8": "int8", "int4": "int4
 
 @functools.partial(jax.jit, static_argnames="config")
 def _scores(config: ModelConfig, params: Any, x: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Of each token after a row's first: its log-likelihood, and whether it is the likeliest."""
+  """For each token after a row's first: its log-likelihood, and whether it is the most likely."""
   logits = apply(PlannedTransformer(config), params, PlannedTransformer.read, x)[:, :-1]
   return ops.token_log_likelihoods(logits, tokens[:, 1:]), logits.argmax(axis=-1) == tokens[:, 1:]
 
 
 class Walked:
-  """Scores continuations given their contexts, in a model that is walked: see `sa_jax.evaluation.scoring.Scorer`.
+  """Scores continuations given their contexts, by walking the model; see `sa_jax.evaluation.scoring.Scorer`.
 
   Args:
-    config: with its cache's type.
-    params: whole.
-    plan: of the model.
-    batch_tokens: at once.
+    config: with the cache dtype.
+    params: from `whole`.
+    plan: the model's.
+    batch_tokens: tokens per batch.
   """
 
   def __init__(self, config: ModelConfig, params: Any, plan: SharingPlan, batch_tokens: int):
@@ -62,7 +62,7 @@ class Walked:
   def __call__(
     self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], report: Callable[[int, int], None]
   ) -> list[Scored]:
-    """Of pairs of a context's tokens and its continuation's."""
+    """Scores pairs of a context's and its continuation's tokens."""
     found: dict[int, Scored] = {}
     sizes: dict[int, list[int]] = {}
     for number, (context, continuation) in enumerate(pairs):
@@ -87,7 +87,7 @@ class Walked:
 
 
 class WalkedLM(SharedAttentionLM):
-  """lm-eval's model, whose keys and values are rounded as a cache rounds them."""
+  """lm-eval's model, with keys and values rounded as in a cache."""
 
   def __init__(self, board: Board, made: Made, cache_dtype: CacheDtype):
     super().__init__(made.model, made.params, board.tokenizer)
@@ -101,7 +101,7 @@ class WalkedLM(SharedAttentionLM):
 
 
 def main() -> None:
-  """Refits, asks and writes."""
+  """Refits, evaluates and writes."""
   parser = argparse.ArgumentParser(description=__doc__)
   add_flags(parser)
   add = parser.add_argument

@@ -1,4 +1,4 @@
-"""Mixtures refitted and measured, for the scripts beside this file."""
+"""Refits and measures mixtures, for the scripts in this folder."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Json = dict[str, Any]
 
 
 class Made(NamedTuple):
-  """A model that was refitted.
+  """A refitted model.
 
   Attributes:
-    model: without its cache's type.
+    model: without the cache dtype.
     params: in the layer layout.
   """
 
@@ -40,10 +40,10 @@ class Made(NamedTuple):
 
 
 class Board:
-  """The model, the texts, and what has been measured; a file keeps that from run to run.
+  """The model, the texts, and the measurements, which are stored in a file across runs.
 
   Args:
-    flags: of `add_flags`.
+    flags: see `add_flags`.
   """
 
   def __init__(self, flags: argparse.Namespace):
@@ -72,24 +72,24 @@ class Board:
     self.say(f"dense {self.dense}")
 
   def say(self, text: str) -> None:
-    """Prints a line, with the time."""
+    """Prints a line with the time."""
     print(f"[{time.perf_counter() - self.begun:6.1f} s] {text}", flush=True)
 
   def plans(self) -> list[sa_jax.SharingPlan]:
-    """Of the search that the flags name, the fewest followers first."""
+    """The plans of the search that the flags name, fewest followers first."""
     stored = json.loads(self.flags.plans.read_text(encoding="utf-8"))["results"]
     found = sorted(stored.items(), key=lambda each: int(each[0]))
     return [sa_jax.SharingPlan.parse(each["plan"], self.config.num_layers) for _, each in found]
 
   def judge(self) -> Judge:
-    """Of candidates, on few rows."""
+    """Measures candidates, on few rows."""
     few = [text._replace(calibration=text.calibration[: self.flags.search_rows]) for text in self.texts]
     return Judge(self.model, self.params, few, Refit(), chunk=self.flags.chunk, record=self.flags.record)
 
   def perplexities(self, made: Made, cache_dtype: CacheDtype) -> dict[str, dict[str, float]]:
-    """Of judging and test rows, by text, with keys and values as such a cache has them.
+    """Perplexities on held-out and test rows, by text, with keys and values as in this cache.
 
-    All plans and widths are walked by one program.
+    One program walks all plans and widths.
     """
     config = dataclasses.replace(self.config, cache_dtype=cache_dtype)
     params, rows = walk.whole(made.params, self.params), np.concatenate(list(self.rows.values()))
@@ -101,7 +101,7 @@ class Board:
     return found
 
   def refitted(self, mixture: Mixture) -> Made:
-    """The mixture's model, refitted on all rows; of those that differ by their cache's type alone, once."""
+    """The mixture's model, refitted on all rows; mixtures that differ only in cache dtype are refitted once."""
     mixture = mixture._replace(cache_dtype=None)
     if mixture not in self.made:
       rows = np.concatenate([text.calibration for text in self.texts])
@@ -111,7 +111,7 @@ class Board:
     return self.made[mixture]
 
   def measure(self, mixture: Mixture) -> Json:
-    """A mixture refitted on all rows, times the dense model's perplexity; measured once, and kept in the file."""
+    """A mixture's perplexity relative to the dense model's, refitted on all rows; measured once, and stored."""
     name = f"{mixture.plan}; {mixture}"
     if name not in self.stored["measured"]:
       begun = time.perf_counter()
@@ -130,7 +130,7 @@ class Board:
     return self.stored["measured"][name]
 
   def times_dense(self, found: dict[str, dict[str, float]]) -> Json:
-    """Perplexities as parts of the dense model's, and the mean logarithm of those of judging rows."""
+    """Perplexities relative to the dense model's, and the mean logarithm of those on held-out rows."""
     times = {kind: {name: value / self.dense[kind][name] for name, value in of.items()} for kind, of in found.items()}
     return {"times_dense": times, "judged": float(np.mean([math.log(each) for each in times["judging"].values()]))}
 
@@ -147,17 +147,17 @@ class Board:
     }
 
   def save(self) -> None:
-    """Writes what has been measured."""
+    """Writes the measurements."""
     self.flags.out.write_text(json.dumps(self.stored, indent=1) + "\n", encoding="utf-8")
 
 
 def show(times: dict[str, dict[str, float]]) -> str:
-  """Judging and test texts, on a line."""
+  """Held-out and test results, on one line."""
   return "  ".join(f"{kind} {' / '.join(f'{each:.3f}' for each in of.values())}" for kind, of in times.items())
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-  """What every script of the board needs to know."""
+  """Flags of all the board's scripts."""
   add = parser.add_argument
   add("--model", type=Path, required=True)
   add("--data", type=Path, required=True, help="folder with corpora/ and eval/")

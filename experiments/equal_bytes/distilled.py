@@ -1,4 +1,4 @@
-"""A mixture of the board distilled; see README.md beside this file."""
+"""Distils a mixture of the board; see README.md in this folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sa_jax.analysis.mixture import Mixture
 
 
 def text_of(board: Board, novels: Path | None, kept: Path | None) -> np.ndarray:
-  """Rows to distil on: those to fit to, the rest of their texts, further texts, and novels; kept in a file."""
+  """Rows to distil on: calibration rows, the rest of their texts, further texts, and novels; stored in a file."""
   flags, opening = board.flags, board.tokenizer.opening()
   if kept is not None and kept.exists():
     return np.load(kept)

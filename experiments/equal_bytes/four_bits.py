@@ -1,4 +1,4 @@
-"""Ways to round keys and values to four bits, by what they change in predictions; see README.md beside this file.
+"""Ways to round keys and values to four bits, by the change in predictions; see README.md in this folder.
 
 python experiments/equal_bytes/four_bits.py --model MODEL.gguf --text TEXT
 """
@@ -20,12 +20,12 @@ from sa_jax.nn import Cache
 from sa_jax.ops.attention import decode
 
 Rounding = Callable[[jax.Array], jax.Array]
-"""Keys or values ``[1, T, K, H]`` → what a cache would hold of them."""
+"""Keys or values ``[1, T, K, H]`` → their rounded values."""
 SCALE = jnp.bfloat16
 
 
 def symmetric(x: jax.Array) -> jax.Array:
-  """To -7 to 7 times a scale for each vector."""
+  """To -7 to 7 times a scale per vector."""
   scale = (jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 7).astype(SCALE).astype(x.dtype)
   return jnp.round(x / scale) * scale
 
@@ -45,17 +45,17 @@ def with_offset(x: jax.Array) -> jax.Array:
 
 
 def in_halves(rounding: Rounding) -> Rounding:
-  """Each half of a vector by itself."""
+  """Each half of a vector separately."""
   return lambda x: rounding(x.reshape(*x.shape[:-1], 2, -1)).reshape(x.shape)
 
 
 def rotated(rounding: Rounding) -> Rounding:
-  """After a Hadamard matrix, which is its own inverse."""
+  """After multiplication by a Hadamard matrix, which is its own inverse."""
   return lambda x: ops.hadamard(rounding(ops.hadamard(x)))
 
 
 def centred(rounding: Rounding) -> Rounding:
-  """Without the mean over a row's tokens but the first, as if it were known: it changes no softmax."""
+  """Without the mean over a row's tokens except the first, assumed known: softmax does not depend on it."""
 
   def of(x: jax.Array) -> jax.Array:
     mean = x[:, 1:].mean(axis=1, keepdims=True)
@@ -65,7 +65,7 @@ def centred(rounding: Rounding) -> Rounding:
 
 
 def by_channel(tokens: int) -> Rounding:
-  """Each channel of so many tokens by itself, with an offset (KIVI, arXiv 2402.02750), the last ones too."""
+  """Each channel of blocks of tokens separately, with an offset (KIVI, arXiv 2402.02750), including the last block."""
 
   def of(x: jax.Array) -> jax.Array:
     channels = jnp.moveaxis(x, 1, -1)
@@ -92,10 +92,10 @@ WAYS: dict[str, Rounding] = {
 
 
 class Predictions:
-  """Log-probabilities of a model whose keys and values are rounded before they join its cache.
+  """Log-probabilities of a model whose keys and values are rounded before they enter its cache.
 
   Args:
-    flags: of the command line.
+    flags: command-line flags.
   """
 
   def __init__(self, flags: argparse.Namespace):
@@ -128,7 +128,7 @@ class Predictions:
       ops.decode_attend = plain
 
   def beside_exact(self, found: np.ndarray) -> tuple[float, float]:
-    """The mean KL divergence of what is found from what is exact, in nats, and perplexity × the exact one's."""
+    """The mean KL divergence from the exact predictions, in nats, and perplexity relative to the exact one."""
     divergence = np.mean([(np.exp(a) * (a - b)).sum(-1).mean() for a, b in zip(self.exact, found, strict=True)])
     next_ones = self.tokens[:, 1:, None]
     loss = lambda x: -np.take_along_axis(x[:, :-1], next_ones, axis=-1).mean()
@@ -136,7 +136,7 @@ class Predictions:
 
 
 def main() -> None:
-  """Prints a row a way, of keys alone and of values alone."""
+  """Prints one row per method, for keys alone and for values alone."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--model", type=Path, required=True)
   parser.add_argument("--text", type=Path, required=True)

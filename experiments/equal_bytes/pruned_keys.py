@@ -1,9 +1,9 @@
-"""What keys cost that lose their least used rotary pairs, alone and with narrower values; see README.md beside this.
+"""The cost of dropping each key head's least used rotary pairs, alone and with narrower values; see README.md here.
 
-A pair of channels that the rotary embedding turns together is dropped from a key head and its query heads where the
-mean of ``q² k²`` is least (after ThinK, arXiv 2407.21018, which chooses by prompt). It is measured with zeros in W_Q
-and W_K, which gives the same numbers as keys without those channels. Each layer's W_O and MLP are refitted behind the
-pruned layers before it, as `sa_jax.analysis.refit` does.
+A pair of channels that RoPE rotates together is dropped from a key head and its query heads if its mean ``q² k²`` is
+lowest (after ThinK, arXiv 2407.21018, which chooses per prompt). It is simulated by zeros in W_Q and W_K, which is
+equivalent to keys without those channels. Each layer's W_O and MLP are refitted after the pruned layers before it, as
+in `sa_jax.analysis.refit`.
 
     python experiments/equal_bytes/pruned_keys.py --model MODEL --data "$SA_JAX_DATA" --out FILE
 """
@@ -30,15 +30,15 @@ from sa_jax.config import ModelConfig
 from sa_jax.nn import PlanArrays
 
 MIXTURES = ((24, 64), (32, 48), (24, 48), (16, 64), (32, 32), (20, 40), (16, 32))
-"""Rotary pairs of a key head, of 32, and numbers of its values, of 64."""
+"""Rotary pairs per key head, out of 32, and size of its values, out of 64."""
 
 
 def least_used(config: ModelConfig, targets: tuple[Targets, ...], pairs: int) -> jax.Array:
-  """Which channels stay, bool ``[K, H]``: of each key head the rotary pairs with the greatest mean ``q² k²``."""
+  """Which channels stay, bool ``[K, H]``: for each key head the rotary pairs with the largest mean ``q² k²``."""
   heads, half = config.num_kv_heads, config.head_dim // 2
   energy = jnp.zeros((heads, half))
   for target in targets:
-    # Turning a pair does not change how long it is, so that pairs can be told after the rotary embedding.
+    # Rotation preserves a pair's norm, so pairs can be compared after RoPE.
     q, k = (jnp.square(x.astype(jnp.float32)).mean((0, 1)) for x in (target.state.q, target.state.k))
     q = q.reshape(heads, -1, 2 * half).sum(1)
     energy += (q[:, :half] + q[:, half:]) * (k[:, :half] + k[:, half:])
@@ -47,7 +47,7 @@ def least_used(config: ModelConfig, targets: tuple[Targets, ...], pairs: int) ->
 
 
 def without(config: ModelConfig, block: Block, kept: jax.Array) -> Block:
-  """A layer with zeros for the channels that do not stay."""
+  """A layer with zeros for the dropped channels."""
   attention = dict(block["attention"])
   for name, count in (("q_proj", config.num_heads), ("k_proj", config.num_kv_heads)):
     mask = jnp.repeat(kept, count // len(kept), axis=0)
@@ -56,7 +56,7 @@ def without(config: ModelConfig, block: Block, kept: jax.Array) -> Block:
 
 
 def pruned(config: ModelConfig, params: Any, rows: np.ndarray, mixture: tuple[int, int], chunk: int) -> Any:
-  """The dense model with fewer rotary pairs and narrower values, refitted on rows layer by layer."""
+  """The dense model with fewer rotary pairs and narrower values, refitted layer by layer."""
   pairs, rank = mixture
   how = Refit(mlp=True, value_dim=rank)
   student = dense = walk.start(config, params, rows, chunk)
@@ -71,7 +71,7 @@ def pruned(config: ModelConfig, params: Any, rows: np.ndarray, mixture: tuple[in
 
 
 def main() -> None:
-  """Measures every mixture, and prints and writes them."""
+  """Measures every mixture, and prints and writes the results."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   add = parser.add_argument
   add("--model", type=Path, required=True, help="a model without norms of queries and keys")

@@ -1,4 +1,4 @@
-"""What a cache of equal bytes costs by one means and by another; see README.md beside this file."""
+"""The cost of caches of equal size by different methods; see README.md in this folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ METHODS: dict[str, tuple[Means, ...]] = {
 
 
 def run(board: Board, budgets: list[float], refitted: int) -> None:
-  """One row a method and budget: the best that fits, by judging rows."""
+  """One row per method and budget: the best that fits, by held-out rows."""
   plans, judge = board.plans(), board.judge()
   board.say("judging")
   for budget in budgets:
@@ -43,7 +43,7 @@ def run(board: Board, budgets: list[float], refitted: int) -> None:
     rows: dict[str, Json] = {}
     for name, options in fitting.items():
       tried = [mixture for mixture in order if mixture in options][:refitted]
-      # What a means alone gives is among what is refitted, so that a mixture is never judged worse.
+      # Single methods are among the refitted ones, so a mixture's held-out loss is never higher than theirs.
       alone = [rows[other] for other in rows if set(METHODS[other]) < set(METHODS[name])]
       rows[name] = min([*map(board.measure, tried), *alone], key=lambda made: made["judged"])
     others = [row for row in board.stored["rows"] if row["budget"] != budget]
@@ -53,7 +53,7 @@ def run(board: Board, budgets: list[float], refitted: int) -> None:
 
 
 def plot(file: Path) -> None:
-  """The picture of a file of results: loss against bytes, beside it."""
+  """Plots loss against bytes, next to the file of results."""
   import matplotlib.pyplot as plt
 
   stored = json.loads(file.read_text(encoding="utf-8"))

@@ -111,7 +111,7 @@ def gguf() -> Path | None:
 
 
 def test_rows(flags: argparse.Namespace) -> dict[str, np.ndarray]:
-  """The first rows of each text that quality is measured on; nothing is trained on them."""
+  """The first rows of each test text; nothing is trained on them."""
   tokenizer = sa_jax.load_tokenizer(flags.model)
   lambada = (flags.data / "eval" / "llm_foundry" / "lambada_openai.jsonl").read_text(encoding="utf-8").splitlines()
   rows = map(json.loads, lambada)
@@ -133,7 +133,7 @@ def score(path: Path, plan: str | None, texts: dict[str, np.ndarray]) -> dict[st
 def training_files(flags: argparse.Namespace) -> tuple[Path, ...]:
   """Encyclopedia, web text, instructions."""
   corpora, instruct = flags.data / "corpora", flags.data / "instruct"
-  # Raw text, in the spelling of the test text.
+  # Raw text, in the form of the test text.
   wikitext = flags.out / "wikitext2_train.txt"
   if not wikitext.exists():
     raw = (corpora / "wikitext2_train_5k.txt").read_text(encoding="utf-8")
@@ -150,7 +150,7 @@ def training_files(flags: argparse.Namespace) -> tuple[Path, ...]:
 
 
 def t0(archive: Path, path: Path, rows: int) -> Path:
-  """Rows of the archive's files in turn, one of each task after the other."""
+  """Rows from the archive's files in turn, alternating between tasks."""
   if path.exists():
     return path
   with tarfile.open(archive) as held:
@@ -162,12 +162,12 @@ def t0(archive: Path, path: Path, rows: int) -> Path:
 
 
 def untrained(path: Path, plan: str | None, texts: dict[str, np.ndarray]) -> dict[str, Any]:
-  """Scores a checkpoint as it is."""
+  """Scores a checkpoint without training."""
   return {"perplexity": score(path, plan, texts), "plan": plan}
 
 
 def trained(flags: argparse.Namespace, name: str, variant: str, texts: dict[str, np.ndarray]) -> dict[str, Any] | None:
-  """Trains one variant of one plan; None if its time was up."""
+  """Trains one variant of one plan; None if it ran out of time."""
   began = time.perf_counter()
   refitted = flags.refitted.get(name) if variant == "refitted" else None
   config = TrainConfig(
@@ -217,14 +217,14 @@ def trained(flags: argparse.Namespace, name: str, variant: str, texts: dict[str,
 
 
 class Results:
-  """What was measured, in a file that grows."""
+  """The measurements, in a file that grows."""
 
   def __init__(self, path: Path) -> None:
     self.path = path
     self.values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
 
   def measure(self, name: str, how: Callable[..., dict[str, Any] | None], *arguments: Any) -> None:
-    """Measures what is not there yet."""
+    """Measures what is missing."""
     if name not in self.values and (value := how(*arguments)) is not None:
       self.values[name] = value
       self.path.write_text(json.dumps(self.values, indent=2) + "\n")
@@ -247,7 +247,7 @@ class Results:
 
 
 def draw(flags: argparse.Namespace) -> None:
-  """Evaluation loss by step, a picture for all plans."""
+  """Plots evaluation loss by step, for all plans."""
   import matplotlib
 
   matplotlib.use("Agg")

@@ -1,8 +1,8 @@
 """A 12-layer byte-level model from scratch, dense and with groups of 2 and of 4, on the same tokens in the same order.
 
-Writes results.json (the loss at each evaluation, and the gap to dense at the end), curves.png, and a folder a run under
---out. With --experts 8 it is a mixture, and the load of the fullest and the emptiest expert is kept, too. Run
-again with the same flags to go on where it stopped. A try on a CPU:
+Writes results.json (the loss at each evaluation, and the gap to dense at the end), curves.png, and one folder per run
+under --out. With --experts 8 it is a mixture of experts, and the loads of the most and least loaded experts are also
+recorded. Run again with the same flags to resume. A test run on a CPU:
 
   python experiments/from_scratch/run.py --steps 4 --batch-size 2 --length 64 --embed 64 --dtype float32 --out /tmp/s
 """
@@ -29,7 +29,7 @@ TRAIN = ("wikitext2_train_5k.txt", "llamafactory_wiki_demo.txt", "llamafactory_c
 
 
 def main() -> None:
-  """Trains them all, and compares them."""
+  """Trains all models, and compares them."""
   flags = parse()
   runs = {name: run(flags, name, size) for size in flags.groups for name in [_name(size)]}
   dense = runs["dense"]["eval_loss"]
@@ -76,7 +76,7 @@ def _name(size: int) -> str:
 
 
 def architecture(flags: argparse.Namespace) -> ModelConfig:
-  """The dense model. Two experts together are as wide as the MLP that they stand for."""
+  """The dense model. Two experts together are as wide as the MLP that they replace."""
   heads = flags.embed // (64 if flags.embed >= 256 else 32)
   shape = ModelConfig(
     vocab_size=264, embed_dim=flags.embed, num_layers=LAYERS, num_heads=heads, num_kv_heads=heads,
@@ -90,7 +90,7 @@ def architecture(flags: argparse.Namespace) -> ModelConfig:
 
 
 def run(flags: argparse.Namespace, name: str, size: int) -> dict[str, Any]:
-  """Trains with groups of a size."""
+  """Trains with groups of one size."""
   shape = architecture(flags)
   plan = SharingPlan(tuple(layer // size * size for layer in range(LAYERS)))
   corpora = flags.data / "corpora"
@@ -138,7 +138,7 @@ def run(flags: argparse.Namespace, name: str, size: int) -> dict[str, Any]:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-  """Both losses by step, and of a mixture the loads of experts."""
+  """Plots both losses by step, and for a mixture the loads of experts."""
   import matplotlib
 
   matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Similarity maps of SmolLM2-135M, and their drift over checkpoints of our own; see README.md beside this file."""
+"""Similarity maps of SmolLM2-135M, and their drift over our training checkpoints; see README.md in this folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sa_jax.analysis import drift, layer_similarity, plots
 
 
 def main() -> None:
-  """Writes the maps (PNG), the numbers (JSON) and, of several checkpoints, the drift (GIF)."""
+  """Writes the maps (PNG), the numbers (JSON) and, for several checkpoints, the drift (GIF)."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--model", type=Path, nargs="*", default=[], help="checkpoints in order; SmolLM2 if not given")
   parser.add_argument("--data", type=Path, required=True, help="folder with corpora/")

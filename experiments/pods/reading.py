@@ -1,11 +1,11 @@
-"""Training on Parquet that is read while training, beside the same texts from a cache of tokens: tokens a second.
+"""Training on streamed Parquet, compared with the same texts from a token cache: tokens per second.
 
     python experiments/pods/reading.py --model SmolLM2.gguf --text TEXT ... --steps 60
 
 Texts are cut into documents and written as Parquet. A model of MODEL's shape is trained on it twice, from scratch:
-through `DataConfig(dataset=FOLDER)`, which reads, tokenises and packs as training goes on, and through
-`DataConfig(train=(FILE,))` with a token cache that is filled before. Besides, batches are taken without any training,
-which is the most that each way can feed. It fails if training on Parquet is slower than 80 % of the cached rate.
+with `DataConfig(dataset=FOLDER)`, which reads, tokenises and packs during training, and with
+`DataConfig(train=(FILE,))` and a token cache filled in advance. Batches are also read without any training, which is
+the maximum rate of each method. It fails if training on Parquet is slower than 80 % of the cached rate.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def write_parquet(folder: Path, paths: list[Path], copies: int) -> None:
-  """Documents of a few thousand characters, one a row."""
+  """Documents of a few thousand characters, one per row."""
   text = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in paths)
   documents = [text[start : start + _DOCUMENT] for start in range(0, len(text), _DOCUMENT)] * copies
   folder.mkdir()
@@ -89,7 +89,7 @@ def config_of(flags: argparse.Namespace, data: DataConfig, out: Path) -> TrainCo
 
 
 def read(config: TrainConfig, batches: int) -> float:
-  """Tokens a second of batches that nobody learns from, after the first."""
+  """Tokens per second of reading batches without training, after the first."""
   assert config.shape is not None
   model = Transformer(config.shape, SharingPlan.dense(config.shape.num_layers))
   data = training_data(config, model, tokenizer_of(config), range(config.batch_size), None, lambda _: None)
@@ -102,7 +102,7 @@ def read(config: TrainConfig, batches: int) -> float:
 
 
 def trained(config: TrainConfig) -> float:
-  """Tokens a second of a training run, over the windows after the first."""
+  """Tokens per second of a training run, over the windows after the first."""
   train(config)
   lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
   rates = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line][1:]

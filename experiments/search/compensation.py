@@ -1,10 +1,10 @@
-"""What a linear compensation of followers is worth beside a refit of W_O; see README.md beside this file.
+"""A linear compensation for followers compared with a refit of W_O; see README.md in this folder.
 
     python experiments/search/compensation.py --model MODEL --data "$SA_JAX_DATA" --out FILE
 
-UniAttn (arXiv 2502.00439) adds a linear map of a follower's input to its attention's output. Here it is fitted with W_O
-in one ridge regression: inputs are the head outputs and the normed input of the block, the target is what the dense
-layer's attention adds. The map has ``D²`` weights a follower; W_Q and W_K, which it lacks, have ``D (N + K) H``.
+UniAttn (arXiv 2502.00439) adds a linear map of a follower's input to its attention output. Here it is fitted together
+with W_O in one ridge regression: inputs are the head outputs and the block's normed input, the target is the dense
+layer's attention output. The map has ``D²`` weights per follower; W_Q and W_K, which it lacks, have ``D (N + K) H``.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ RIDGE = 0.01
 
 @program(static_argnames=("config", "linear"))
 def features(config: ModelConfig, block: walk.Block, chunk: Chunk, layer: PlanArrays, linear: bool) -> jax.Array:
-  """What the new weights read, ``[B, T, N H]``, with the normed input behind it ``[B, T, N H + D]``."""
+  """The regression's inputs, ``[B, T, N H]``, or with the normed input appended ``[B, T, N H + D]``."""
   heads = walk.call(config, block, PlannedBlock.heads, chunk.x, chunk.state, layer.head_map)
   flat = heads.reshape(*heads.shape[:2], -1)
   normed = walk.call(config, block, lambda self, x: self.attention_norm(x), chunk.x)
-  # As long as head outputs are, so that one ridge means the same of both.
+  # Scaled to the norm of head outputs, so that one ridge suits both.
   scale = jnp.sqrt(jnp.mean(jnp.square(flat)) / jnp.mean(jnp.square(normed)))
   return jnp.concatenate([flat, normed * scale], axis=-1) if linear else flat
 
 
 @program(static_argnames="config")
 def rest(config: ModelConfig, block: walk.Block, x: jax.Array, read: jax.Array, kernel: jax.Array) -> jax.Array:
-  """The block's output, its attention's being ``read kernel``."""
+  """The block's output if its attention output is ``read kernel``."""
   middle = walk.call(config, block, PlannedBlock.add_attention, x, product("BTX,XD->BTD", read, kernel))
   return walk.call(config, block, PlannedBlock.add_mlp, middle)
 
@@ -53,7 +53,7 @@ def rest(config: ModelConfig, block: walk.Block, x: jax.Array, read: jax.Array, 
 def losses(
   config: ModelConfig, params: Any, plan: sa_jax.SharingPlan, rows: list[np.ndarray], linear: bool | None
 ) -> list[float]:
-  """Mean loss of each text but the first, whose rows followers are fitted to; nothing is fitted if linear is None."""
+  """Mean loss of each text except the first, which followers are fitted on; no fit if linear is None."""
   streams = [walk.start(config, params, each, 8) for each in rows]
   dense = streams
   for layer in range(config.num_layers):

