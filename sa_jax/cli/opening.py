@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sa_jax.cli.common import silence
 from sa_jax.cli.progress import progress
-from sa_jax.config import FloatDtype, ModelConfig
+from sa_jax.config import CacheDtype, FloatDtype, ModelConfig
 from sa_jax.distributed import Hosts, start
 from sa_jax.mesh import MeshSizes
 from sa_jax.plan import PlanLike
@@ -54,12 +54,13 @@ class Opening:
     plan: PlanLike = None,
     dtype: FloatDtype | None = None,
     layout: Layout = "layers",
+    cache_dtype: CacheDtype = None,
   ) -> tuple[Transformer, Params]:
-    """The model and its parameters; see `sa_jax.from_pretrained`."""
-    from sa_jax import from_pretrained
+    """The model, with a cache of this dtype, and its parameters; see `sa_jax.from_pretrained`."""
+    from sa_jax import Transformer, from_pretrained
 
     with progress(f"opening {model.name}") as report:
-      return from_pretrained(
+      opened, params = from_pretrained(
         model,
         plan,
         dtype,
@@ -68,6 +69,7 @@ class Opening:
         revision=self.revision,
         progress=report,
       )
+    return Transformer(dataclasses.replace(opened.config, cache_dtype=cache_dtype), opened.plan), params
 
   def open_dense(self, model: Path) -> tuple[Transformer, Params]:
     """The dense model in float32."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -12,10 +12,13 @@ from sa_jax.cli.common import exact_float32, show_table, write_json
 from sa_jax.cli.opening import Opening
 from sa_jax.cli.progress import progress
 from sa_jax.cli.texts import RowLength, rows_of_texts
-from sa_jax.config import FloatDtype
+from sa_jax.config import CacheDtype, FloatDtype
 from sa_jax.fields import Count, check_fields
 from sa_jax.files import check_writable
 from sa_jax.plan import as_plan
+
+if TYPE_CHECKING:
+  from sa_jax.formats.load import Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,8 @@ class PerplexityOf:
   """Rows per batch."""
   dtype: FloatDtype | None = "float32"
   """Type of parameters and activations; None for the checkpoint's."""
+  cache_dtype: CacheDtype = None
+  """Attend to keys and values as an int8 or int4 cache holds them; None for the activations' type."""
   json: Path | None = None
   """Also write the numbers to this file."""
 
@@ -61,8 +66,9 @@ class PerplexityOf:
     tokenizer = self.opening.tokenizer(self.model)
     (tokens,) = rows_of_texts(tokenizer, [self.text], self.cutting, self.rows)
     results = {}
+    layout: Layout = "runs" if self.cache_dtype is None else "layers"
     for asked in dict.fromkeys(self.plan) or (None,):
-      model, params = self.opening.open(self.model, asked, self.dtype, "runs")
+      model, params = self.opening.open(self.model, asked, self.dtype, layout, self.cache_dtype)
       plan = asked or str(model.plan)
       with progress(f"scoring, {plan}") as report, exact_float32(model.config.dtype):
         results[plan] = perplexity(model, params, tokens, batch_size=self.batch_size, progress=report)

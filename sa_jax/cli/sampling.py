@@ -33,10 +33,7 @@ class Speaker(Opening):
 
   def ready(self, model: Path) -> tuple[Transformer, Params]:
     """The model, and its parameters in the layer layout."""
-    from sa_jax import Transformer
-
-    opened, params = self.open(model, self.plan, self.dtype)
-    return Transformer(dataclasses.replace(opened.config, cache_dtype=self.cache_dtype), opened.plan), params
+    return self.open(model, self.plan, self.dtype, cache_dtype=self.cache_dtype)
 
 
 @dataclasses.dataclass(frozen=True)

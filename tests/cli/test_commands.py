@@ -1,5 +1,6 @@
 """convert, generate, perplexity, cost and the demo's picture, as a user types them."""
 
+import dataclasses
 import gc
 import io
 import json
@@ -9,6 +10,7 @@ import signal
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
@@ -17,12 +19,14 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
 import sa_jax
+from sa_jax import ops
 from sa_jax.cli import main
 from sa_jax.cli.common import change, console, show_table
 from sa_jax.cli.demo import picture
 from sa_jax.cli.generate import read_prompts
 from sa_jax.cli.process import own
 from sa_jax.display import quantity
+from sa_jax.nn import Cache
 from tests import tiny
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference" / "llama-gqa-8l"
@@ -109,6 +113,32 @@ def test_perplexity_is_the_reference_s_loss(folder, expected, tmp_path, capsys):
   assert results[PLAN]["loss"] == pytest.approx(float(expected["loss"]), abs=1e-5)
   assert results["dense"]["loss"] != pytest.approx(results[PLAN]["loss"], abs=1e-3)
   assert f"{results[PLAN]['perplexity']:.3f}" in capsys.readouterr().out
+
+
+def test_perplexity_with_keys_and_values_as_a_cache_holds_them(folder, expected, tmp_path):
+  """What a model says that reads a row token by token, and each time what its cache holds."""
+  text, out = tmp_path / "text.txt", tmp_path / "out.json"
+  tokens = np.asarray(expected["input_ids"])[:1]
+  text.write_text(" ".join(map(str, tokens.ravel())))
+  model, params = sa_jax.from_pretrained(folder, dtype="float32", layout="layers")
+  losses = []
+  for flags, config in (
+    ([], model.config),
+    (["--cache-dtype", "int4"], dataclasses.replace(model.config, cache_dtype="int4")),
+  ):
+    arguments = ["perplexity", str(folder), str(text), "--length", str(tokens.size), "--json", str(out)]
+    assert main([*arguments, "--plan", "dense", *flags]) == 0
+    losses.append(json.loads(out.read_text())["dense"]["loss"])
+    reader = sa_jax.Transformer(config, model.plan)
+    cache, each = Cache.empty(config, model.plan, 1, tokens.size), []
+    for at in range(tokens.size - 1):
+      rows = ops.Rows(jnp.array([at + 1]), offset=jnp.array([at]))
+      given = {"params": params}, tokens[:, at : at + 1], cache, rows
+      hidden, cache = reader.apply(*given, method=reader.extend)
+      logits = reader.apply({"params": params}, hidden, method=reader.logits)[0, 0]
+      each.append(float(jax.nn.logsumexp(logits) - logits[tokens[0, at + 1]]))
+    assert losses[-1] == pytest.approx(np.mean(each), abs=1e-5)
+  assert losses[0] != pytest.approx(losses[1], abs=1e-4)
 
 
 def test_every_row_begins_with_the_start_token(folder, tmp_path, capsys):
