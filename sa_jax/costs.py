@@ -18,7 +18,7 @@ LABELS = {
   "param_bytes": ("parameter bytes", "B"),
   "flops": ("FLOPs of a forward pass", ""),
   "decode_flops": ("FLOPs of a decode step", ""),
-  "kv_bytes_per_token": ("KV cache bytes a token", "B"),
+  "kv_bytes_per_token": ("KV cache bytes per token", "B"),
   "kv_cache_bytes": ("KV cache bytes", "B"),
   "decode_bytes": ("bytes read by a decode step", "B"),
 }
@@ -72,7 +72,7 @@ def cost(config: ModelConfig, plan: PlanLike, batch: int = 1, seq_len: int = 1) 
     config: the model.
     plan: a plan, a plan string, or None for dense.
     batch: rows, ``B``.
-    seq_len: tokens a row, ``S``.
+    seq_len: tokens per row, ``S``.
 
   Raises:
     UserError: if the plan does not fit the model, or a size is not positive.

@@ -67,7 +67,7 @@ class Job:
       ``scoring`` (a batch of ``sa-jax eval``) or ``calibration`` (a refit as ``sa-jax share`` makes it of a batch).
     topology: a slice as libtpu names it, for example ``v5e:16x16``, ``v6e:4x4``, ``v5p:4x4x4``.
     batch: rows in all, ``B``.
-    length: tokens a row; when decoding, the slots of the cache.
+    length: tokens per row; when decoding, the slots of the cache.
     mesh: its sizes; of ``data``, when not given, what the topology's name leaves.
     remat: what a train step recomputes.
   """

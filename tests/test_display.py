@@ -68,7 +68,7 @@ def test_results_are_tables():
   scored, worse = Perplexity(12.5, 2.5257, 1000), Perplexity(15.0, 2.708, 1000)
   assert cells(parsed(scored))[0] == ["perplexity", "12.50"]
   found = Found(PLAN, np.array([2.6]), 0.0743)
-  assert cells(parsed(found)) == [["loss over dense, nats a token", "0.0743"]]
+  assert cells(parsed(found)) == [["loss over dense, nats per token", "0.0743"]]
   model = sa_jax.Transformer(sa_jax.ModelConfig.preset("smollm2-135m"), sa_jax.SharingPlan.parse("1:2", 30))
   shared = Shared(model, {}, {"<text>": scored}, {"<text>": worse}, [], Mixture(model.plan))
   assert cells(parsed(shared)) == [["perplexity", "dense", "shared"], ["<text>", "12.50", "15.00"]]

@@ -38,7 +38,7 @@ def main() -> None:
   draw(results, flags.out / "curves.png")
   show_table(
     f"wikitext-2 valid after {flags.steps} steps of {flags.batch_size} × {flags.length} bytes",
-    ["", "parameters", "KV bytes a token", "nats a byte", "bits a byte", "gap to dense"],
+    ["", "parameters", "KV bytes per token", "nats per byte", "bits per byte", "gap to dense"],
     [
       [name, f"{each['parameters']:,}", str(each["kv_bytes_per_token"]), f"{each['eval_loss']:.4f}",
        f"{each['eval_loss'] / 0.6931471805599453:.4f}", f"{each['gap']:+.4f}"]
@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
   add("--data", type=Path, default=data, required=data is None, help="folder of data (SA_JAX_DATA)")
   add("--out", type=Path, default=Path("results/from_scratch"))
   add("--steps", type=int, default=1500)
-  add("--batch-size", type=int, default=64, help="rows a step")
+  add("--batch-size", type=int, default=64, help="rows per step")
   add("--length", type=int, default=512, help="bytes a row")
   add("--embed", type=int, default=384, help="width; heads have 64 (32 if it is below 256)")
   add(
@@ -150,7 +150,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for name, each in results.items():
       axis.plot(*zip(*each[kind], strict=True), label=f"{name} ({each['eval_loss']:.3f})" if kind == "eval" else name)
     title = "training text" if kind == "train" else "wikitext-2 valid"
-    axis.set(title=title, xlabel="step", ylabel="nats a byte")
+    axis.set(title=title, xlabel="step", ylabel="nats per byte")
     axis.legend()
   if of_experts:
     for number, (name, each) in enumerate(results.items()):

@@ -36,7 +36,7 @@ def card(source: str, made: Shared, texts: Sequence[Text], effort: Effort, secon
   gone = bytes_of(config, mixture)
   rows = [
     "| parameters " + saved(dense.params, shared.params),
-    "| KV cache, bytes a token " + saved(dense.kv_bytes_per_token, shared.kv_bytes_per_token),
+    "| KV cache, bytes per token " + saved(dense.kv_bytes_per_token, shared.kv_bytes_per_token),
   ]
   for name, numbers in results(made).items():
     old, new = numbers["dense"], numbers["shared"]
@@ -61,7 +61,7 @@ def card(source: str, made: Shared, texts: Sequence[Text], effort: Effort, secon
     f"Made in {seconds:.0f} s by `sa-jax share`; recovery: {', '.join(name for name, value in done.items() if value)}.",
     "Perplexities are of the judging rows, which nothing was fitted to.",
     "",
-    "| text | rows to fit to | rows to judge by | tokens a row |",
+    "| text | rows to fit to | rows to judge by | tokens per row |",
     "|---|---|---|---|",
     *(f"| {text.name} | {len(text.calibration)} | {len(text.judging)} | {text.judging.shape[1]} |" for text in texts),
   ]

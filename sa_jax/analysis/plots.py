@@ -175,7 +175,7 @@ def pareto_front(
       # Labels of points in the right half go to the left, so that they stay inside the plot.
       side = (-6, "right") if saved[at + 1] > max(saved) / 2 else (6, "left")
       axes.annotate(label, (saved[at + 1], added[at + 1]), (side[0], 6), textcoords="offset points", ha=side[1])
-  axes.set(title=title, xlabel="KV cache saved, per cent", ylabel="loss added, nats a token")
+  axes.set(title=title, xlabel="KV cache saved, per cent", ylabel="loss added, nats per token")
   axes.margins(y=0.2)  # two-line labels
   axes.grid(alpha=0.3)
   axes.legend()

@@ -40,7 +40,7 @@ class Found(NamedTuple):
 
   def _repr_html_(self) -> str:
     """The plan as a picture, and its loss, for notebooks."""
-    return self.plan._repr_html_() + table([("loss over dense, nats a token", f"{self.increase:.4f}")])
+    return self.plan._repr_html_() + table([("loss over dense, nats per token", f"{self.increase:.4f}")])
 
 
 class Shortlist(NamedTuple):

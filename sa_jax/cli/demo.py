@@ -97,7 +97,7 @@ class Demo:
     for key, label, show in (
       ("cache_bytes", "measured cache bytes", lambda value: quantity(value, "B")),
       ("perplexity", f"perplexity of {rows.size} tokens", lambda value: f"{value:.2f}"),
-      ("tokens_per_second", "tokens a second", lambda value: f"{value:.1f}"),
+      ("tokens_per_second", "tokens per second", lambda value: f"{value:.1f}"),
     ):
       old, new = (result[key] for result in results.values())
       table.append([label, show(old), show(new), change(new, old)])

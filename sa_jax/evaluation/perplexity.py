@@ -39,7 +39,7 @@ class Perplexity(NamedTuple):
 
   def _repr_html_(self) -> str:
     """A table, for notebooks."""
-    loss = ("loss, nats a token", f"{self.loss:.4f}")
+    loss = ("loss, nats per token", f"{self.loss:.4f}")
     return table([("perplexity", f"{self.perplexity:.2f}"), loss, ("tokens predicted", f"{self.tokens:,}")])
 
 

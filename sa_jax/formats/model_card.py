@@ -45,7 +45,7 @@ def _shared(config: ModelConfig, plan: SharingPlan) -> list[str]:
   narrow = [f"Values are {config.value_width} numbers a head, keys {config.head_dim}.", ""]
   rows = [
     ("parameters", before.params, after.params),
-    ("KV cache, bytes a token", before.kv_bytes_per_token, after.kv_bytes_per_token),
+    ("KV cache, bytes per token", before.kv_bytes_per_token, after.kv_bytes_per_token),
   ]
   return [
     f"# A {config.family} model of {config.num_layers} layers, {len(plan.followers)} of which share attention weights",

@@ -190,7 +190,7 @@ def test_what_goes_with_an_export(exported):
   assert "\nlayers 0-3: o| o|\n" in card
   config = sa_jax.from_pretrained(exported)[0].config
   before, after = (sa_jax.cost(config, plan).kv_bytes_per_token for plan in (None, "0:1,2:3"))
-  assert f"| KV cache, bytes a token | {before:,} | {after:,} | -25.0 % |" in card
+  assert f"| KV cache, bytes per token | {before:,} | {after:,} | -25.0 % |" in card
 
 
 def test_transformers_knows_where_to_stop(tmp_path):
