@@ -1,4 +1,4 @@
-"""A bar that shows how far work is."""
+"""A progress bar."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LABEL = 28
 
 @contextlib.contextmanager
 def bar(label: str, screen: Console) -> Iterator[Callable[[int, int], None]]:
-  """Shows it on a terminal or in a notebook, until the work ends."""
+  """Shows a bar on a terminal or in a notebook until the work ends."""
   name = TextColumn(f"{{task.description:<{_LABEL}}}", table_column=Column(no_wrap=True, overflow="ellipsis"))
   with Progress(name, BarColumn(bar_width=24), _Count(), _Time(), console=screen, transient=True) as bar:
     task = bar.add_task(label, total=None)
@@ -25,14 +25,14 @@ def bar(label: str, screen: Console) -> Iterator[Callable[[int, int], None]]:
 
 
 class _Count(ProgressColumn):
-  """Done and in all, once that is known."""
+  """Done and total, once known."""
 
   def render(self, task: Task) -> Text:
     return Text("" if task.total is None else f"{task.completed:.0f}/{task.total:.0f}")
 
 
 class _Time(ProgressColumn):
-  """What is left; while nothing is known of that, what has passed."""
+  """Remaining time; elapsed time while that is unknown."""
 
   def render(self, task: Task) -> Text:
     left = task.time_remaining if task.total is not None else None

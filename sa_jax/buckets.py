@@ -1,4 +1,4 @@
-"""Paths such as ``gs://bucket/name``: those of `etils.epath`, which fail in one line and within a minute."""
+"""Paths such as ``gs://bucket/name``: `etils.epath` paths whose errors are one line and come within a minute."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from etils.epath import gpath
 from sa_jax.errors import UserError
 
 _PATIENCE = 45.0
-"""Seconds in which a bucket has to answer for the first time; who waits longer is told within the minute."""
+"""Seconds within which a bucket must first answer; otherwise there is an error within a minute."""
 _ORDINARY = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, UserError)
 _EXTRAS = {"gs": "gcs", "s3": "s3"}
 _DRIVERS = ("aiobotocore", "aiohttp", "asyncio", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs", "urllib3")
@@ -27,7 +27,7 @@ def remote(url: str) -> epath.Path:
   """The path of a URL.
 
   Raises:
-    UserError: if nobody knows its scheme.
+    UserError: if its scheme is unknown.
   """
   try:
     made = epath.Path(url)
@@ -38,7 +38,7 @@ def remote(url: str) -> epath.Path:
 
 
 def _told(method: Callable[P, T]) -> Callable[P, T]:
-  """A method whose errors are one line: drivers have dozens of kinds for a bucket that they cannot use."""
+  """A method with one-line errors: drivers raise dozens of types for an unusable bucket."""
 
   @functools.wraps(method)
   def call(*arguments: P.args, **options: P.kwargs) -> T:
@@ -52,7 +52,7 @@ def _told(method: Callable[P, T]) -> Callable[P, T]:
         _answering.add(root)
       raise
     except Exception as error:
-      # Who has never answered is at fault, whatever was asked for.
+      # A bucket that never answered is the cause, whatever was requested.
       raise UserError(f"{path if root in _answering else root} cannot be used: {reason(error, root)}") from error
     _answering.add(root)
     return found
@@ -65,7 +65,7 @@ def _listed(method: Callable[P, Iterator[T]]) -> Callable[P, Iterator[T]]:
 
 
 class Remote(gpath.PosixGPath):
-  """A path of `etils.epath` that fails in one line."""
+  """An `etils.epath` path with one-line errors."""
 
   exists = _told(gpath.PosixGPath.exists)
   is_dir = _told(gpath.PosixGPath.is_dir)
@@ -93,7 +93,7 @@ class Remote(gpath.PosixGPath):
 
 
 def reason(error: BaseException, root: str = "") -> str:
-  """An error of a driver in one line."""
+  """A driver's error in one line."""
   said = " ".join(str(error).split()) or type(error).__name__
   extra = _EXTRAS.get(root.split("://")[0])
   if isinstance(error, ImportError) and extra is not None:
@@ -102,12 +102,12 @@ def reason(error: BaseException, root: str = "") -> str:
 
 
 def is_of_driver(error: BaseException) -> bool:
-  """Whether a driver raised an error, of a kind of its own; faults of ours are other kinds."""
+  """Whether an error comes from a driver and has its own type, unlike bugs of ours."""
   return isinstance(error, NotImplementedError) or type(error).__module__.split(".")[0] in _DRIVERS
 
 
 def _within(seconds: float, work: Callable[[], T], what: str) -> T:
-  """What work gives, if it does so in time: a name that leads nowhere may be asked for ever."""
+  """The result of ``work``, with a timeout: drivers may retry an unresolvable name forever."""
   out: list[T] = []
   faults: list[BaseException] = []
 

@@ -26,11 +26,11 @@ Token = Annotated[int, Such(lambda number: -(2**31) <= number < 2**31, "a number
 
 
 class LayerKind(NamedTuple):
-  """What tells the attention of one layer from that of another in the same model.
+  """What distinguishes the attention of layers in the same model.
 
   Attributes:
     spec: window, soft cap and scale.
-    rope: the rotary position embedding, or None where queries and keys are not rotated.
+    rope: the rotary position embedding, or None for NoPE.
   """
 
   spec: AttentionSpec
@@ -48,8 +48,8 @@ class Architecture:
     num_heads: ``N``, query heads.
     num_kv_heads: ``K``, key/value heads; query head ``n`` uses key/value head ``n // (N / K)``.
     head_dim: ``H``.
-    value_dim: ``R``, the size of a head's values, if it is smaller than that of its keys; ``H`` when None.
-    mlp_dim: ``F``; of a mixture of experts, of each expert.
+    value_dim: ``R``, the size of a head's values, if smaller than that of its keys; None for ``H``.
+    mlp_dim: ``F``; in a mixture of experts, per expert.
     max_length: the context length the model was trained for, in tokens.
     norm: ``rms``, or ``layer``, which also subtracts the mean.
     norm_eps: added to the mean square, or to the variance.
@@ -57,37 +57,37 @@ class Architecture:
     rope: the rotary position embedding; None for NoPE.
     tie_embeddings: whether the output head is the embedding.
     qkv_bias: whether queries, keys and values have biases.
-    output_bias: whether attention's output projection has one.
-    mlp_bias: whether the MLP's projections have biases; of a mixture, those of all experts and of the router.
-    head_bias: whether the output head has one.
+    output_bias: whether attention's output projection has a bias.
+    mlp_bias: whether the MLP's projections have biases; in a mixture, those of all experts and of the router.
+    head_bias: whether the output head has a bias.
     qk_norm: normalisation of queries and keys: per ``head`` (Qwen 3, Gemma 3), across all ``heads`` (OLMo 2), or None.
-    norm_rotated: whether that is after RoPE (Hunyuan), not before.
+    norm_rotated: whether that comes after RoPE (Hunyuan) instead of before.
     norm_about_one: whether norms multiply by 1 + scale (Gemma).
     pre_norms: whether the inputs of attention and MLP are normalised.
-    post_norms: whether the outputs of attention and MLP are normalised before they are added: in addition (Gemma 2,
+    post_norms: whether the outputs of attention and MLP are normalised before the residual: in addition (Gemma 2,
       3), or only these (OLMo 2).
-    parallel: whether the MLP reads what attention reads, and not the sum of that and its output (GPT-NeoX, Cohere).
-    shared_norm: whether they then read it through one norm (Cohere, Phi-2).
+    parallel: whether the MLP has the same input as attention, instead of the residual sum after it (GPT-NeoX, Cohere).
+    shared_norm: whether both then use one norm (Cohere, Phi-2).
     mlp: ``gated``: ``down(f(gate(x)) * up(x))``; ``plain``: ``down(f(up(x)))``.
     experts: the experts that replace the MLP in every layer; None for a single MLP.
     mlp_clamp: ``c`` of a gated MLP ``down(f(min(gate(x), c)) * (1 + clip(up(x), -c, c)))`` (gpt-oss); None for
-      neither bounds nor one.
-    activation: the MLP's ``f``; of the GELUs, ``gelu_tanh`` is by its tanh formula, and ``quick_gelu`` is
+      neither the bounds nor the one.
+    activation: the MLP's ``f``; of the GELUs, ``gelu_tanh`` is the tanh approximation, and ``quick_gelu`` is
       ``x sigmoid(1.702 x)``.
-    embedding_scale: what embeddings are multiplied by.
-    residual_scale: what the outputs of attention and MLP are multiplied by before they are added (Granite, MiniCPM).
-    logits_scale: what logits are multiplied by.
-    sinks: whether each query head of an anchor has a sink, which takes a share of its attention and gives nothing for
-      it (gpt-oss); see `sa_jax.ops.Rows`.
-    normalize_head: whether the output head's rows are normalised to length one (Baichuan 2's NormHead).
-    attention_scale: what attention scores are multiplied by; ``1 / sqrt(H)`` when None.
+    embedding_scale: factor of the embeddings.
+    residual_scale: factor of the outputs of attention and MLP before the residual (Granite, MiniCPM).
+    logits_scale: factor of the logits.
+    sinks: whether each query head of an anchor has a sink, which takes part of its attention and contributes nothing
+      (gpt-oss); see `sa_jax.ops.Rows`.
+    normalize_head: whether the output head's rows are normalised to unit length (Baichuan 2's NormHead).
+    attention_scale: factor of the attention scores; None for ``1 / sqrt(H)``.
     attention_softcap: attention scores ``s`` become ``cap * tanh(s / cap)`` (Gemma 2); None for no cap.
     logits_softcap: the same for the logits.
     window: how many tokens a query of a local layer sees, itself included; None for all.
     local_layers: the layers with that window; the others are global.
-    local_rope: the rotary embedding of local layers; ``rope`` when None (Gemma 3; SmolLM 3, where they have none).
-    family: whose names and config spelling its checkpoints have; a ``model_type`` of Hugging Face.
-    bos_token_id: put before a text, or None.
+    local_rope: the rotary embedding of local layers; None for ``rope`` (Gemma 3; SmolLM 3, where they have none).
+    family: the Hugging Face ``model_type`` whose tensor names and config format its checkpoints use.
+    bos_token_id: prepended to a text, or None.
     eos_token_ids: tokens that end a generation.
     pad_token_id: fills rows after their end, or None.
   """
@@ -138,7 +138,7 @@ class Architecture:
   pad_token_id: Token | None = None
 
   def contradictions(self) -> list[str]:
-    """Which values do not fit each other, one line each."""
+    """Values that contradict each other, one line each."""
     wrong = []
     if self.num_heads % self.num_kv_heads:
       wrong.append(f"num_heads={self.num_heads} (a multiple of num_kv_heads={self.num_kv_heads} is needed)")
@@ -171,12 +171,12 @@ class Architecture:
 
   @property
   def value_width(self) -> int:
-    """``R``: `value_dim`, or ``H`` where that is None."""
+    """``R``: `value_dim`, or ``H`` if that is None."""
     return self.head_dim if self.value_dim is None else self.value_dim
 
   @property
   def kinds(self) -> tuple[LayerKind, ...]:
-    """The kinds of layers that the model has, in the order in which they first come."""
+    """The model's kinds of layers, in order of first occurrence."""
     return tuple(dict.fromkeys(self._kind(layer) for layer in range(self.num_layers)))
 
   def kind_of(self, layer: int) -> int:
@@ -188,12 +188,12 @@ class Architecture:
     return self._kind(layer).spec.window
 
   def may_follow(self, layer: int, anchor: int) -> bool:
-    """Whether a layer may use another's attention weights: it sees the same keys. It may be rotated otherwise."""
+    """Whether a layer may use another's attention weights: it sees the same keys. Its RoPE may differ."""
     return self.window_of(layer) == self.window_of(anchor)
 
   @property
   def can_follow(self) -> tuple[int, ...]:
-    """The layers that may follow the layer before them: no other can be a follower."""
+    """The layers that may follow the layer before them; no others can be followers."""
     return tuple(each for each in range(1, self.num_layers) if self.may_follow(each, each - 1))
 
   def _kind(self, layer: int) -> LayerKind:
@@ -204,7 +204,7 @@ class Architecture:
 
   @property
   def rope_depends_on_row(self) -> bool:
-    """Whether attention depends on more than how far apart two tokens are: on a row's length, or on their positions."""
+    """Whether attention depends on more than the distance of two tokens: on the row length, or on their positions."""
     return any(rope.depends_on_length or rope.query_growth for _, rope in self.kinds if rope is not None)
 
 
@@ -238,11 +238,11 @@ class Compute:
 
   @property
   def cache_format(self) -> ops.Format | None:
-    """How ``cache_dtype`` stores vectors; None where they are stored as they are."""
+    """The storage format of ``cache_dtype``; None if vectors are stored in the compute dtype."""
     return None if self.cache_dtype is None else ops.FORMATS[self.cache_dtype]
 
   def unknown(self) -> list[str]:
-    """Which names nobody knows, one line each."""
+    """Unknown names, one line each."""
     dtypes = get_args(FloatDtype)
     choices = {"attention": ("auto", *ops.backends), "dtype": dtypes, "param_dtype": dtypes}
     return [
@@ -256,8 +256,8 @@ class Compute:
 class ModelConfig(Compute, Architecture):
   """What a model is (`Architecture`) and how it is computed (`Compute`), in one flat value.
 
-  Fields of either are given by name and changed with `dataclasses.replace`. The checkpoint decides the first kind; the
-  second may be changed freely.
+  Fields of both are set by name and changed with `dataclasses.replace`. The checkpoint determines the architecture;
+  compute fields may be changed freely.
   """
 
   def __post_init__(self) -> None:
@@ -265,7 +265,7 @@ class ModelConfig(Compute, Architecture):
       raise UserError.of("model config", wrong)
 
   def contradictions(self) -> list[str]:
-    """Which values do not fit each other, one line each."""
+    """Values that contradict each other, one line each."""
     odd = [] if self.cache_format is None else [
       f"{name}={width} (a cache in {self.cache_dtype} needs a multiple of {self.cache_format.a_byte})"
       for name, width in (("head_dim", self.head_dim), ("value_dim", self.value_width))
@@ -275,12 +275,12 @@ class ModelConfig(Compute, Architecture):
 
   @property
   def architecture(self) -> Architecture:
-    """What the model is, by itself."""
+    """The architecture fields only."""
     return Architecture(**_fields_of(Architecture, self))
 
   @property
   def compute(self) -> Compute:
-    """How it is computed, by itself."""
+    """The compute fields only."""
     return Compute(**_fields_of(Compute, self))
 
   @classmethod
@@ -309,14 +309,14 @@ def _fields_of(kind: type[Architecture | Compute], value: ModelConfig) -> dict[s
 
 
 class HfSpelling(Protocol):
-  """Hugging Face's spelling of a config. `sa_jax.formats` brings it, which knows `ModelConfig`; not the reverse."""
+  """Hugging Face's config format. `sa_jax.formats` provides it, which depends on `ModelConfig`; not the reverse."""
 
   def read(self, values: Mapping[str, Any], strict: bool) -> ModelConfig:
-    """From the contents of a ``config.json``."""
+    """Reads the contents of a ``config.json``."""
     ...
 
   def write(self, config: ModelConfig, spelling: Literal["v4", "v5"]) -> dict[str, Any]:
-    """The contents of a ``config.json``."""
+    """Returns the contents of a ``config.json``."""
     ...
 
 
@@ -324,7 +324,7 @@ _hf: HfSpelling
 
 
 def use_hf_spelling(spelling: HfSpelling) -> None:
-  """Sets what `ModelConfig.from_hf` and `ModelConfig.to_hf` call; importing `sa_jax` does."""
+  """Sets what `ModelConfig.from_hf` and `ModelConfig.to_hf` call; importing `sa_jax` does that."""
   global _hf
   _hf = spelling
 

@@ -1,4 +1,4 @@
-"""What a model and a plan cost: parameters, FLOPs and cache bytes, counted without running anything."""
+"""Parameters, FLOPs and cache bytes of a model and a plan, counted without running anything."""
 
 from __future__ import annotations
 
@@ -22,28 +22,27 @@ LABELS = {
   "kv_cache_bytes": ("KV cache bytes", "B"),
   "decode_bytes": ("bytes read by a decode step", "B"),
 }
-"""What the fields of `Cost` are called in tables, and their units."""
+"""Labels and units of the fields of `Cost` in tables."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """What (config, plan, batch, seq_len) costs.
+  """Costs of (config, plan, batch, seq_len).
 
-  Matrix products count two FLOPs a multiply-add; element-wise work is left out. Attention counts the keys that a causal
+  Matrix products count two FLOPs per multiply-add; elementwise work is ignored. Attention counts the keys that a causal
   query sees, not the masked ones.
 
   Attributes:
     params: parameters, a tied head counted once.
-    active_params: those that one token goes through: of a mixture of experts, without the experts that it does not
-      choose.
-    param_bytes: their bytes in the config's ``param_dtype``.
+    active_params: parameters that one token goes through: in a mixture, without the experts that it does not choose.
+    param_bytes: bytes of ``params`` in the config's ``param_dtype``.
     flops: one forward pass over ``batch`` sequences of ``seq_len`` tokens, logits at every position, by the literal
-      algorithm: with the attention state ``query_key`` a follower's fused attention computes the scores once more.
-    decode_flops: one decode step of ``batch`` rows whose cache holds ``seq_len`` tokens, the new one included.
-    kv_cache_bytes: cache of ``batch`` rows of ``seq_len`` slots, as the config stores it.
-    kv_bytes_per_token: cache bytes that one token of one row takes.
-    decode_bytes: what a decode step must read: the parameters (of a separate embedding just the rows it looks up; of
-      experts those that the rows choose together, on average if they choose at random), and the cache.
+      algorithm: with the attention state ``query_key``, a follower's fused attention recomputes the scores.
+    decode_flops: one decode step of ``batch`` rows whose cache holds ``seq_len`` tokens, including the new one.
+    kv_cache_bytes: KV cache of ``batch`` rows of ``seq_len`` slots, in the config's format.
+    kv_bytes_per_token: KV cache bytes per token of one row.
+    decode_bytes: what a decode step must read: the parameters (only the looked-up rows of an untied embedding; only the
+      experts that the rows choose together, on average for random choices), and the cache.
   """
 
   params: int
@@ -61,7 +60,7 @@ class Cost:
 
   @property
   def labels(self) -> dict[str, tuple[str, str]]:
-    """`LABELS`, without those that say nothing: where all parameters are active, no line says so."""
+    """`LABELS` without redundant ones: active parameters only if they differ from all."""
     return {name: each for name, each in LABELS.items() if name != "active_params" or self.active_params < self.params}
 
 
@@ -123,13 +122,13 @@ def cost(config: ModelConfig, plan: PlanLike, batch: int = 1, seq_len: int = 1) 
 
 
 def _cached(config: ModelConfig, width: int) -> int:
-  """Bytes of one head's key or value of one token; a quantised one has a scale."""
+  """Bytes of one head's key or value per token, including the scale if quantised."""
   form = config.cache_format
   return width * jnp.dtype(config.dtype).itemsize if form is None else form.nbytes(width)
 
 
 def expert_bytes(config: ModelConfig, part: float = 1.0, tokens: int | None = None) -> float:
-  """Bytes of a part of the experts: of all there are, or of those that so many tokens choose together on average."""
+  """Bytes of a fraction of the experts: of all, or of those that ``tokens`` tokens choose together on average."""
   if config.experts is None:
     return 0.0
   number = config.experts.count if tokens is None else config.experts.expected(tokens)
@@ -147,7 +146,7 @@ def _mlp_bias(config: ModelConfig, width: int) -> int:
 
 
 def _outside_experts(config: ModelConfig) -> int:
-  """Parameters of a layer's matrices after attention: its MLP's, or of a mixture all but the experts'."""
+  """Parameters of a layer's matrices after attention: its MLP's, or in a mixture all but the experts'."""
   if (experts := config.experts) is None:
     return (3 if config.mlp == "gated" else 2) * config.embed_dim * config.mlp_dim
   return config.embed_dim * (experts.count + 3 * experts.shared_width + experts.shared_gate)
@@ -172,7 +171,7 @@ def _vectors(config: ModelConfig) -> int:
 
 
 def _anchor_vectors(config: ModelConfig) -> int:
-  """What an anchor has besides: biases and norms of queries and keys, and sinks."""
+  """An anchor's additional parameters: biases and norms of queries and keys, and sinks."""
   heads = config.num_heads + config.num_kv_heads
   biases = heads * config.head_dim if config.qkv_bias else 0
   normalised = {None: 0, "head": 2, "heads": heads}[config.qk_norm] * config.head_dim

@@ -1,7 +1,7 @@
-"""What people see: numbers, progress bars, and values in a notebook as tables and pictures.
+"""Formatting for users: numbers, progress bars, and notebook tables and pictures.
 
-HTML is in small pieces that need no other file. Colours are the reader's (``currentColor``), so that light and dark
-pages both show it.
+HTML is in small self-contained pieces. Colours are inherited (``currentColor``), so that they work on light and dark
+pages.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
   import numpy as np
 
 Progress = Callable[[int, int], None]
-"""Takes how much is done, and how much there is in all."""
+"""Takes (done, total)."""
 
 _STEP = 24  # pixels from layer to layer
 _ANCHOR = '<circle cx="{x}" cy="14" r="6" fill="currentColor"/>'
@@ -37,10 +37,10 @@ def progress(label: str, *, shown: bool = True) -> Iterator[Progress]:
 
   Args:
     label: what is being done.
-    shown: whether there is a bar at all.
+    shown: whether to show a bar at all.
 
   Yields:
-    A function that takes (done, in all).
+    A function that takes (done, total).
   """
   from rich.console import Console
 
@@ -53,7 +53,7 @@ def progress(label: str, *, shown: bool = True) -> Iterator[Progress]:
 
 
 def quantity(value: float, unit: str = "") -> str:
-  """A number with three digits and a decimal prefix, such as ``13.5 G`` of a unit."""
+  """A number with three digits and a decimal prefix, such as ``13.5 G``, and a unit."""
   prefixes = ["", "k", "M", "G", "T", "P"]
   while abs(value) >= 999.5 and len(prefixes) > 1:
     value /= 1000
@@ -67,8 +67,8 @@ def table(rows: Sequence[Sequence[str]], columns: Sequence[str] = ()) -> str:
   """A table: the first column names the row, the others are numbers.
 
   Args:
-    rows: one text a column.
-    columns: headings; none if empty.
+    rows: one text per column.
+    columns: headings; empty for none.
   """
   head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in columns)
   body = "".join(
@@ -84,8 +84,8 @@ def layers_picture(source: Sequence[int], title: str) -> str:
   """The layers in a row: anchors as discs, followers as rings tied to the layer before, a number below every fifth.
 
   Args:
-    source: of each layer, the one whose attention weights it uses.
-    title: below, and what readers hear who do not see.
+    source: per layer, the layer whose attention weights it uses.
+    title: the caption, also read by screen readers.
   """
   parts = []
   for layer, anchor in enumerate(source):
@@ -104,10 +104,10 @@ def layers_picture(source: Sequence[int], title: str) -> str:
 
 
 def maps_picture(maps: Sequence[tuple[str, np.ndarray]]) -> str:
-  """Matrices ``[L, L]`` side by side as images of one pixel an entry, white at 0 and dark at 1 and beyond.
+  """Matrices ``[L, L]`` side by side as images with one pixel per entry, white at 0 and dark at 1 and beyond.
 
   Args:
-    maps: with their titles.
+    maps: titles and matrices.
   """
   figures = []
   for title, values in maps:

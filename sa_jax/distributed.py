@@ -42,7 +42,7 @@ class Hosts:
 
 
 def start(hosts: Hosts) -> None:
-  """Joins the other processes, if there are any; must come before anything asks for devices.
+  """Joins the other processes, if any; must run before anything queries devices.
 
   Raises:
     UserError: if only some of the flags are given, or the others cannot be reached.
@@ -61,19 +61,19 @@ def start(hosts: Hosts) -> None:
 
 
 _PATIENCE = 50.0
-"""Seconds that processes wait for each other where all of them have little to do: nobody waits longer than a minute."""
+"""Timeout in seconds for short work: no process waits longer than a minute."""
 FOREVER = 24 * 3600.0
-"""For work that may take long."""
+"""Timeout in seconds for work that may take long."""
 _asked: collections.Counter[str] = collections.Counter()
 
 
 def exchange(what: str, mine: str, seconds: float = _PATIENCE) -> list[str]:
-  """What every process says to a question, in the order of processes. All of them have to ask it.
+  """Gathers a string from every process, in process order. All processes must call it.
 
-  It passes by the coordinator, not over the devices: processes that have stopped, or ask other things, are named.
+  It uses the coordinator, not the devices: processes that have stopped, or make other calls, are named.
 
   Raises:
-    UserError: if one does not answer in time, or the processes have not joined.
+    UserError: if a process does not answer in time, or the processes have not joined.
   """
   if jax.process_count() == 1:
     return [mine]
@@ -83,15 +83,15 @@ def exchange(what: str, mine: str, seconds: float = _PATIENCE) -> list[str]:
 
 
 def _key(what: str) -> str:
-  """A name for this question: the same that other processes have for theirs if they have asked as often."""
+  """A key for this exchange: the same on all processes that have made the same number of exchanges."""
   _asked[what] += 1
   return f"sa_jax/{what}/{_asked[what]}"
 
 
 def _client() -> Any:
-  from jax._src import distributed  # JAX has no public way to it; Orbax and others take this one
+  from jax._src import distributed  # there is no public API; Orbax and others use this
 
-  if (client := distributed.global_state.client) is None:  # a TPU host knows of the others without it
+  if (client := distributed.global_state.client) is None:  # TPU hosts know of each other without it
     raise UserError(
       f"this is one of {jax.process_count()} processes, and they have not joined: call jax.distributed.initialize() "
       "first, or give the command --multihost"
@@ -110,14 +110,14 @@ def _answer(key: str, process: int, what: str, seconds: float) -> str:
 
 
 def check_same(what: str, value: object) -> None:
-  """Checks that all processes have the same of something: rows of tokens, a config, a model's files.
+  """Checks that all processes have the same value: rows of tokens, a config, a model's files.
 
   Args:
-    what: its name, for people.
-    value: an array, bytes, or anything whose `repr` says all.
+    what: its name in messages.
+    value: an array, bytes, or anything whose `repr` is complete.
 
   Raises:
-    UserError: on every process, with the checksum that each has.
+    UserError: on every process, with each one's checksum.
   """
   if jax.process_count() == 1:
     return
@@ -125,14 +125,14 @@ def check_same(what: str, value: object) -> None:
 
 
 def check_given(call: str, given: Mapping[str, object]) -> None:
-  """Checks that all processes give a call the same; functions, such as those that show progress, may differ.
+  """Checks that all processes pass a call the same arguments; functions, such as progress callbacks, may differ.
 
   Args:
-    call: its name, for people.
+    call: its name in messages.
     given: its arguments by name.
 
   Raises:
-    UserError: on every process, with what each gives for an argument, or its checksum.
+    UserError: on every process, with each one's value or its checksum.
   """
   if jax.process_count() == 1:
     return
@@ -144,13 +144,13 @@ def check_given(call: str, given: Mapping[str, object]) -> None:
 
 
 def is_spread(params: Params) -> bool:
-  """Whether parameters are on devices of several processes, so that these compute with them together."""
+  """Whether parameters are sharded over several processes, which then compute together."""
   mesh = mesh_of(params)
   return mesh is not None and mesh.is_multi_process
 
 
 def check_call(params: Params, function: Callable[P, object], *arguments: P.args, **named: P.kwargs) -> None:
-  """`check_given` of all that a function is given but ``self`` and ``params``, if these are spread; errors as there."""
+  """`check_given` for all arguments except ``self`` and ``params``, if ``params`` are spread; errors as there."""
   if is_spread(params):
     call = inspect.signature(function).bind(*arguments, **named)
     call.apply_defaults()
@@ -159,7 +159,7 @@ def check_call(params: Params, function: Callable[P, object], *arguments: P.args
 
 
 def called_alike(function: Callable[Concatenate[M, Q, P], T]) -> Callable[Concatenate[M, Q, P], T]:
-  """A function of a model and its parameters that all processes, where these are spread over several, call alike."""
+  """Decorates a function of a model and its parameters: if these are spread, all processes must call it alike."""
 
   @functools.wraps(function)
   def call(model: M, params: Q, *arguments: P.args, **named: P.kwargs) -> T:
@@ -180,18 +180,18 @@ def _raise_unless_equal(what: str, answers: Sequence[str]) -> None:
 
 
 def _brief(value: object) -> str:
-  """A value for people, or its checksum where it is long."""
+  """A value for messages, or its checksum if long."""
   short = repr(value)
   return short if isinstance(value, int | float | str | None) and len(short) <= 16 else checksum(value)
 
 
 def checksum(value: object) -> str:
-  """Eight digits that tell values apart, on whatever process they are."""
+  """An eight-digit checksum of a value, the same on every process."""
   return hashlib.sha256(repr(_plain(value)).encode()).hexdigest()[:8]
 
 
 def _plain(value: object) -> object:
-  """What a value says on every process alike: no address, no order of a set, and nothing of functions."""
+  """A value's process-independent content: no addresses, no set order, no functions."""
   if isinstance(value, jax.core.Tracer) or (isinstance(value, jax.Array) and not value.is_fully_addressable):
     return value.shape, str(value.dtype)
   if isinstance(value, np.ndarray | jax.Array):
@@ -207,23 +207,23 @@ def _plain(value: object) -> object:
   if isinstance(value, set | frozenset):
     return sorted(map(repr, value))
   if isinstance(value, types.FunctionType | types.MethodType | types.BuiltinFunctionType | functools.partial):
-    return repr(None)  # as where there is none
+    return repr(None)  # as if there were none
   if type(value).__repr__ is object.__repr__:
     return repr(None) if callable(value) else type(value).__name__
   return repr(value)
 
 
 def on_all(what: str, work: Callable[[], T], value_of: Callable[[T], object], seconds: float = _PATIENCE) -> T:
-  """Work that every process does by itself, such as reading files: what fails on one fails on all.
+  """Work that every process does itself, such as reading files: a failure on one fails all.
 
   Args:
-    what: its result's name, for people.
-    work: what to do.
-    value_of: what has to be the same everywhere; see `check_same`.
-    seconds: that processes wait for each other; see `exchange`.
+    what: its result's name in messages.
+    work: the work.
+    value_of: the part of the result that must be the same everywhere; see `check_same`.
+    seconds: how long processes wait for each other; see `exchange`.
 
   Raises:
-    UserError: if the work raises one on any process, which is named, or the results differ.
+    UserError: if the work raises one on any process (which is named), or the results differ.
   """
   if jax.process_count() == 1:
     return work()
@@ -243,7 +243,7 @@ def on_all(what: str, work: Callable[[], T], value_of: Callable[[T], object], se
 
 
 def by_first(what: str, work: Callable[[], None]) -> None:
-  """Work that the first process does for all, such as writing files; the others wait for its end.
+  """Work that the first process does for all, such as writing files; the others wait for it to finish.
 
   Raises:
     UserError: on every process, if the work raises one.
@@ -257,7 +257,7 @@ def by_first(what: str, work: Callable[[], None]) -> None:
 
 
 def done_by_first(what: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
-  """A function of files that the first process runs for all; see `by_first`."""
+  """Decorates a function of files that the first process runs for all; see `by_first`."""
 
   def decorate(function: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(function)
@@ -270,7 +270,7 @@ def done_by_first(what: str) -> Callable[[Callable[P, None]], Callable[P, None]]
 
 
 def of_first(what: str, work: Callable[[], str], seconds: float = _PATIENCE) -> str:
-  """What the first process finds, on every process: a text that all have to have from one place.
+  """Broadcasts a text from the first process, for values that must come from one place.
 
   Raises:
     UserError: on every process, if the work raises one; if it takes longer.
@@ -294,10 +294,10 @@ def of_first(what: str, work: Callable[[], str], seconds: float = _PATIENCE) -> 
 
 
 def rows_of_all(rows: np.ndarray) -> np.ndarray:
-  """Each host's own rows ``[rows, T]``, put together in the order of hosts: what functions of this library take.
+  """Concatenates each host's own rows ``[rows, T]`` in host order.
 
-  They expect the same rows on every process; this makes them of rows that are not. Hosts may have different numbers of
-  rows, of the same length.
+  Functions of this library expect the same rows on every process; this builds them from different ones. Hosts may have
+  different numbers of rows, of the same length.
   """
   if jax.process_count() == 1:
     return rows
@@ -310,7 +310,7 @@ def rows_of_all(rows: np.ndarray) -> np.ndarray:
 
 
 def wait_for_all(what: str) -> None:
-  """Waits until every process has come here."""
+  """Waits until every process has reached this call."""
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
 

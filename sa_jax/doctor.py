@@ -1,4 +1,4 @@
-"""What this process, and the others beside it, find: devices, the mesh they would make, backends, storage, versions."""
+"""Diagnostics of all processes: devices, the mesh they would form, backends, storage, versions."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _PACKAGES = ("sa-jax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "
 @dataclasses.dataclass(frozen=True)
 class Finding:
   """Attributes:
-  about: what was looked at.
-  found: what was found.
-  is_fault: whether it has to be mended.
+  about: what was checked.
+  found: the result.
+  is_fault: whether it needs to be fixed.
   """
 
   about: str
@@ -37,10 +37,10 @@ class Finding:
 
 
 def examine(mesh: MeshSizes = MeshSizes(), paths: Sequence[Path] = ()) -> list[Finding]:
-  """Looks at what a run would need. All processes call it together, and find the same but for their own storage.
+  """Checks what a run would need. All processes call it together, with the same results except for their own storage.
 
   Args:
-    mesh: the sizes of one to make; all devices over ``data`` when none is given.
+    mesh: sizes of the mesh; by default all devices over ``data``.
     paths: folders that a run would read from and write to.
   """
   found = [Finding("versions", _versions()), *_processes(), _mesh(mesh)]
@@ -80,7 +80,7 @@ def _mesh(mesh: MeshSizes) -> Finding:
 
 
 def _backends(packed: bool) -> str:
-  """Which attention `auto` takes for a long prompt in bfloat16, and why not the others."""
+  """The attention backend that `auto` chooses for a long bfloat16 prompt, and why not the others."""
   said: list[str] = []
 
   def choose(q: jax.Array, segments: jax.Array) -> jax.Array:
@@ -104,7 +104,7 @@ def _storage(path: Path) -> Finding:
     try:
       check_writable(probe := path / "any")
     except UserError as error:
-      # The user knows of the folder alone.
+      # The user only knows the folder.
       said = str(error).removeprefix(f"{probe} ").replace(f" {probe}", "")
       return Finding(f"storage {path}", said, is_fault=True)
     return Finding(f"storage {path}", "can be written")

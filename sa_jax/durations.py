@@ -1,8 +1,8 @@
-"""Times for people."""
+"""Human-readable durations."""
 
 
 def duration(seconds: float) -> str:
-  """A time for people, such as ``3 min`` or ``2 h 05 min``."""
+  """A human-readable duration, such as ``3 min`` or ``2 h 05 min``."""
   minutes = round(seconds / 60)
   if seconds < 90:
     return f"{seconds:.0f} s"

@@ -1,7 +1,7 @@
-"""What a field of a settings dataclass may hold: its annotation says it, and `check_fields` checks it.
+"""Validation of settings dataclasses: annotations say what a field may hold, and `check_fields` checks it.
 
-People build these dataclasses in Python as well as by flags. What they reasonably give in another form is brought into
-the field's own: a text for a path, a list for a tuple, NumPy's numbers.
+These dataclasses are built in Python as well as from flags. Reasonable values of other types are converted to the
+field's type: a string for a path, a list for a tuple, NumPy numbers.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Such(NamedTuple):
   """In `Annotated`: which values of a type a field may hold.
 
   Attributes:
-    holds: whether it is one of them.
-    words: what they are, for an error.
+    holds: whether a value is allowed.
+    words: a description of allowed values, for errors.
   """
 
   holds: Callable[..., bool]
@@ -43,23 +43,23 @@ Portion = Annotated[float, Such(lambda number: 0 <= number <= 1, "0 to 1")]
 
 
 def check_fields(values: object, subject: str) -> None:
-  """Checks a dataclass by its annotations, in its ``__post_init__``; values of other forms are brought into theirs.
+  """Checks a dataclass by its annotations, in its ``__post_init__``, and converts values of other types.
 
-  Dataclasses in fields are taken to have checked themselves.
+  Nested dataclasses are assumed to have checked themselves.
 
   Args:
     values: the dataclass.
-    subject: what an error calls it.
+    subject: its name in errors.
 
   Raises:
-    UserError: names all fields that hold what they may not.
+    UserError: names all invalid fields.
   """
   if wrong := misfits(values):
     raise UserError.of(subject, wrong)
 
 
 def checked(name: str, value: T, hint: object) -> T:
-  """An argument in the form that a type hint asks for, as `check_fields` has a field in it.
+  """An argument converted to a type hint, as `check_fields` does for a field.
 
   Raises:
     UserError: if it does not fit.
@@ -75,7 +75,7 @@ def _told(name: str, value: object, misfit: _Misfit) -> str:
 
 
 def misfits(values: object) -> list[str]:
-  """What `check_fields` finds wrong, a line each."""
+  """The faults that `check_fields` would report, one line each."""
   found = []
   for name, hint in _hints(type(values)).items():  # type: ignore[arg-type]
     value = getattr(values, name)
@@ -90,11 +90,11 @@ def misfits(values: object) -> list[str]:
 
 
 class _Misfit(Exception):
-  """Says what would fit."""
+  """Says what would be valid."""
 
 
 class _NearMisfit(_Misfit):
-  """Says what would fit of the type that the value has."""
+  """Says what would be valid for the value's type."""
 
 
 @functools.cache
@@ -104,7 +104,7 @@ def _hints(kind: type) -> dict[str, object]:
 
 
 def _fitted(value: object, hint: object) -> object:
-  """The value in the form that a type hint asks for; hints that are no classes ask for nothing.
+  """The value converted to a type hint; hints that are not classes accept anything.
 
   Raises:
     _Misfit: if it does not fit.

@@ -1,6 +1,6 @@
-"""Files that a user names, on disks and in buckets: errors say which file, and what is written appears whole or not.
+"""Files that a user names, on disks and in buckets: errors name the file, and writes are atomic.
 
-`as_path` is the one way from a name to a path. Where buckets differ from disks, the functions here have both forms.
+`as_path` is the only way from a name to a path. Where buckets differ from disks, the functions here handle both.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ _REFUSED = re.compile(
   "No space left on device|Disk quota exceeded|File too large|Read-only file system|Permission denied|"
   "Input/output error"
 )
-"""What libraries that are not written in Python say in errors of their own kinds."""
+"""Messages of libraries not written in Python, which raise their own error types."""
 _UNFINISHED = ".unfinished"
-"""In a bucket, lies in a folder as long as it is being written."""
+"""In a bucket, this file is in a folder while it is being written."""
 
 
 def as_path(name: str | os.PathLike[str]) -> Path:
-  """A path on this machine, or of a name such as ``gs://bucket/file`` an `etils.epath` path, which has its methods.
+  """A local path, or for a name such as ``gs://bucket/file`` an `etils.epath` path, which has the same methods.
 
   Raises:
-    UserError: if the name has a scheme that nobody knows.
+    UserError: if the name has an unknown scheme.
   """
   text = os.fspath(name)
   if (match := _URL.match(text)) is None:
     return Path(text)
-  # pathlib, which may have had the name before us, leaves one slash of two.
+  # pathlib, which may have parsed the name before, reduces two slashes to one.
   return cast(Path, remote(f"{match[1]}://{match[2]}"))
 
 
@@ -64,11 +64,11 @@ def size_of(file: Path) -> int:
 
 
 def check_regular(path: Path, most: int | None = None) -> None:
-  """Checks that a path is a file of some size: reading a pipe may wait for ever, and a device may have no end.
+  """Checks that a path is a regular file of limited size: reading a pipe may block, and a device may be endless.
 
   Args:
-    path: what exists.
-    most: the most bytes that such a file has.
+    path: an existing path.
+    most: max bytes.
 
   Raises:
     UserError: if it is something else, or larger.
@@ -81,19 +81,19 @@ def check_regular(path: Path, most: int | None = None) -> None:
 
 @contextlib.contextmanager
 def named(path: Path, what: str = "read") -> Iterator[None]:
-  """Inside, what the system refuses (no such file, no permission, a full disk) is a `UserError` that names the file.
+  """Turns system errors inside (no such file, no permission, a full disk) into a `UserError` that names the file.
 
   Args:
     path: the file or folder.
-    what: what is done with it: ``read``, ``write``, ``make the folder``.
+    what: the operation: ``read``, ``write``, ``make the folder``.
   """
   path = as_path(path)
-  # The user knows a temporary name by the one that it is for.
+  # Report the final name instead of a temporary one.
   shown = re.sub(r"(^|/)\.([^/]+)\.unfinished-[^/]+(/.*)?$", r"\1\2", str(path))
   try:
     yield
   except OSError as error:
-    # A temporary name beside the file is not one that the user knows.
+    # The user does not know temporary names next to the file.
     culprit = as_path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else path
     other = "" if culprit.parent in (path.parent, path.resolve().parent) else f" ({culprit})"
     raise UserError(f"cannot {what} {shown}: {_reason(error)}{other}") from error
@@ -127,9 +127,9 @@ def read_text(path: Path) -> str:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-  """A file on this machine to write; it replaces the one at ``path`` when the block ends well, or goes.
+  """A local file to write; it replaces the one at ``path`` if the block succeeds, and is removed otherwise.
 
-  A device or a pipe, such as ``/dev/stdout``, is written as it is. What a killed process left behind is removed.
+  A device or a pipe, such as ``/dev/stdout``, is written directly. Leftovers of killed processes are removed.
 
   Raises:
     UserError: if it cannot be written.
@@ -169,7 +169,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_writable(path: Path | None) -> None:
-  """Checks, before the work that it is for, that a file can be written; nothing of it is left.
+  """Checks, before any work, that a file can be written; leaves nothing behind.
 
   Raises:
     UserError: if it cannot.
@@ -188,7 +188,7 @@ def check_writable(path: Path | None) -> None:
 
 
 def make_folder(path: Path) -> None:
-  """Makes a folder, or uses the one that is there.
+  """Creates a folder, or uses an existing one.
 
   Raises:
     UserError: if it cannot be made or written to.
@@ -200,7 +200,7 @@ def make_folder(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-  """Checks, before the work that it is for, that a folder can be made, or that files can be written to it.
+  """Checks, before any work, that a folder can be created, or that files can be written to it.
 
   Raises:
     UserError: if they cannot.
@@ -214,7 +214,7 @@ def check_folder(path: Path) -> None:
 
 
 def check_absent(path: Path | None) -> None:
-  """Checks, before the work that it is for, that a folder does not exist and can be made.
+  """Checks, before any work, that a folder does not exist and can be created.
 
   Raises:
     UserError: if it exists, or cannot be made.
@@ -232,7 +232,7 @@ def check_absent(path: Path | None) -> None:
 
 
 def _check_above(path: Path) -> None:
-  """Checks that what does not exist can be made where it shall be."""
+  """Checks that a path that does not exist can be created."""
   above = next(parent for parent in path.absolute().parents if parent.exists())
   if not above.is_dir():
     raise UserError(f"cannot write {path}: {above} is not a folder")
@@ -241,7 +241,7 @@ def _check_above(path: Path) -> None:
 
 
 def check_whole(path: Path) -> None:
-  """Checks that a folder in a bucket is not one that is being written, or was left so.
+  """Checks that a folder in a bucket is not unfinished: being written, or abandoned.
 
   Raises:
     UserError: if it is.
@@ -252,13 +252,13 @@ def check_whole(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-  """A folder to fill; it appears whole, when the block ends well, and goes when that fails.
+  """A folder to fill; it appears complete if the block succeeds, and is removed otherwise.
 
-  On a disk it has a temporary name until then, in a bucket a mark that `check_whole` sees. What a killed process left
-  behind is removed.
+  Until then it has a temporary name on a disk, or a marker in a bucket that `check_whole` detects. Leftovers of killed
+  processes are removed.
 
   Raises:
-    UserError: if the folder exists already, cannot be written, or on this machine another process is writing it.
+    UserError: if the folder already exists, cannot be written, or another process on this machine is writing it.
   """
   path = as_path(path)
   check_absent(path)
@@ -282,7 +282,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _marked(path: Path) -> Iterator[None]:
-  """Marks a folder in a bucket as unfinished until the block ends well; when it fails the folder goes."""
+  """Marks a folder in a bucket as unfinished until the block succeeds; removes the folder on failure."""
   remove(path)
   mark = path / _UNFINISHED
   mark.write_text(f"{socket.gethostname()}, process {os.getpid()}\n")
@@ -295,7 +295,7 @@ def _marked(path: Path) -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-  """Removes a file or a folder with all that is in it, if there is one and as far as that can be done."""
+  """Removes a file, or a folder with its contents, if it exists and as far as possible."""
   path = as_path(path)
   if is_remote(path):
     with contextlib.suppress(OSError, UserError):
@@ -308,7 +308,7 @@ def remove(path: Path) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-  """Gives a folder another name, in the same bucket or on the same disk; what has that name goes.
+  """Renames a folder within the same bucket or disk, replacing an existing target.
 
   Raises:
     OSError: if the system refuses it.
@@ -324,7 +324,7 @@ def move(source: Path, target: Path) -> None:
 
 
 def files_in(folder: Path) -> list[Path]:
-  """All files in a folder and the folders inside it."""
+  """All files in a folder, recursively."""
   found = []
   for each in folder.iterdir():
     found += files_in(each) if each.is_dir() else [each]
@@ -332,7 +332,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def copy(source: Path, target: Path) -> None:
-  """Copies a file, from and to anywhere; modes and times are not copied.
+  """Copies a file between any disks and buckets, without modes and times.
 
   Raises:
     OSError: if the system refuses it.
@@ -342,19 +342,19 @@ def copy(source: Path, target: Path) -> None:
 
 
 def _unfinished(path: Path) -> Path:
-  """A name beside a file or folder that no other process takes, even where all have the same number.
+  """A temporary name next to a file or folder, unique across processes even if their ids are equal.
 
-  It ends as the file's own does, which tells some writers what to write.
+  It keeps the suffix, from which some writers infer the format.
   """
   return path.with_name(f".{path.name}.unfinished-{secrets.token_hex(4)}{path.suffix}")
 
 
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[bool]:
-  """Holds a lock on a file or folder, which ends with the process; yields whether nobody else had it."""
+  """Holds a lock on a file or folder, released when the process ends; yields whether it was free."""
   try:
     import fcntl
-  except ImportError:  # not on Windows: nothing is known of other processes there
+  except ImportError:  # Windows: other processes cannot be detected
     yield True
     return
   handle = os.open(path, os.O_RDONLY)
@@ -372,7 +372,7 @@ def _held(path: Path) -> Iterator[bool]:
 
 
 def _remove_abandoned(path: Path) -> bool:
-  """Removes what killed processes left of a file or folder; returns whether no other process is writing it."""
+  """Removes leftovers of killed processes; returns whether no other process is writing the file or folder."""
   alone = True
   for left in path.parent.glob(f".{_literal(path.name)}.unfinished-*"):
     with contextlib.suppress(FileNotFoundError), _held(left) as free:  # another process may have just finished it
@@ -386,5 +386,5 @@ def _remove_abandoned(path: Path) -> bool:
 
 
 def _literal(name: str) -> str:
-  """A glob pattern that matches only the name."""
+  """A glob pattern that matches only this name."""
   return "".join(f"[{character}]" if character in "*?[" else character for character in name)

@@ -1,7 +1,7 @@
-"""Will it fit, and how long will it take at best? Compiling ahead of time for a TPU slice, on a machine without one.
+"""Memory and best-case time of a program on a TPU slice, by ahead-of-time compilation on a machine without one.
 
-`fit` compiles the real program with the real compiler (libtpu) for a named topology, and reads memory and collectives
-off the result. Nothing runs: times are analytic.
+`fit` compiles the real program with the real compiler (libtpu) for a named topology, and takes memory and collectives
+from the result. Nothing runs: times are analytic.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from sa_jax.trees import Tree
 
 Kind = Literal["train", "prefill", "decode", "loop", "perplexity", "scoring", "calibration"]
 
-# What libtpu needs to be told on a machine that is no TPU host.
+# Environment that libtpu needs on a machine that is not a TPU host.
 _ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
   "TPU_SKIP_MDS_QUERY": "1",
@@ -57,18 +57,18 @@ _ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A program and the slice that it is for.
+  """A program and its target slice.
 
   Attributes:
     config: the model. Parameters have its ``param_dtype``; a train step keeps Adam's moments in float32.
     plan: which layers share.
-    kind: ``train`` (a step of AdamW), ``prefill`` (of whole rows), ``decode`` (of one token a row), or what a public
-      function compiles: ``loop`` (`sa_jax.generate` of as many tokens as the cache has slots), ``perplexity``,
-      ``scoring`` (a batch of ``sa-jax eval``) or ``calibration`` (a refit as ``sa-jax share`` makes it of a batch).
-    topology: a slice as libtpu names it, for example ``v5e:16x16``, ``v6e:4x4``, ``v5p:4x4x4``.
-    batch: rows in all, ``B``.
-    length: tokens per row; when decoding, the slots of the cache.
-    mesh: its sizes; of ``data``, when not given, what the topology's name leaves.
+    kind: ``train`` (a step of AdamW), ``prefill`` (whole rows), ``decode`` (one token per row), or the programs of a
+      public function: ``loop`` (`sa_jax.generate` of as many tokens as the cache has slots), ``perplexity``,
+      ``scoring`` (a batch of ``sa-jax eval``) or ``calibration`` (a refit on a batch, as in ``sa-jax share``).
+    topology: libtpu's name of a slice, for example ``v5e:16x16``, ``v6e:4x4``, ``v5p:4x4x4``.
+    batch: total rows, ``B``.
+    length: tokens per row; for decoding, cache slots.
+    mesh: mesh sizes; if ``data`` is not given, it takes the remaining chips of the topology.
     remat: what a train step recomputes.
   """
 
@@ -104,28 +104,28 @@ class Job:
 
 
 def mesh_on(topology: str, mesh: MeshSizes) -> MeshSizes:
-  """The sizes over the chips that a topology's name, such as ``v5e:2x4``, counts: ``data`` is a number."""
+  """The sizes for the number of chips in a topology's name, such as ``v5e:2x4``, with ``data`` filled in."""
   counts = map(int, re.findall(r"\d+", topology.partition(":")[2]))
   return mesh.over(math.prod(counts) * mesh.slice)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-  """What compiling a `Job` showed. Everything is of one device, which on most TPUs is a chip.
+  """The result of compiling a `Job`, per device, which on most TPUs is a chip.
 
   Attributes:
-    device: its kind, as JAX names it.
-    devices: how many the topology has.
-    hbm_bytes: its memory.
+    device: JAX's device kind.
+    devices: number of devices in the topology.
+    hbm_bytes: memory of a device.
     fits: whether the program compiles for it.
     problem: why not, in the compiler's words.
-    peak_bytes: the most memory in use at one time, arguments included; None when it does not fit.
-    argument_bytes: of that, parameters, state, cache and batch.
-    collectives: what it sends and receives in one execution, by kind.
-    compute_seconds: analytic: the model's FLOPs at the peak matrix rate; of a train step three forward passes, and a
-      fourth where products with parameters are computed again.
-    memory_seconds: analytic: the bytes that must be read and written, at the peak memory rate.
-    compile_seconds: how long compiling took here.
+    peak_bytes: peak memory, including arguments; None if it does not fit.
+    argument_bytes: parameters, state, cache and batch in that.
+    collectives: data sent and received per execution, by kind.
+    compute_seconds: analytic: the model's FLOPs at the peak matrix rate; a train step counts three forward passes, or
+      four if products with parameters are recomputed.
+    memory_seconds: analytic: the bytes that must be read and written, at the peak memory bandwidth.
+    compile_seconds: compilation time on this machine.
   """
 
   device: str
@@ -142,23 +142,23 @@ class Fit:
 
   @property
   def roofline_seconds(self) -> float:
-    """No execution can be faster: the larger of the two, with communication free and everything overlapped."""
+    """A lower bound on execution time: the larger of the two, with free communication and full overlap."""
     return max(self.compute_seconds, self.memory_seconds)
 
 
 def fit(job: Job) -> Fit:
-  """Compiles a job in a process of its own, whose environment is what libtpu needs.
+  """Compiles a job in a separate process, with the environment that libtpu needs.
 
   Raises:
     UserError: if libtpu is not installed, or the job does not make sense (its topology, mesh or sizes).
-    RuntimeError: if the compiler fails in another way than running out of memory.
+    RuntimeError: if the compiler fails for another reason than running out of memory.
   """
   if importlib.util.find_spec("libtpu") is None:
     raise UserError("fit compiles with libtpu, which is not installed: pip install 'sa-jax[tpu]'")
   with tempfile.TemporaryDirectory() as folder:
     question, answer = Path(folder, "job"), Path(folder, "fit")
     question.write_bytes(pickle.dumps(job))
-    # -P: nothing of the current folder is imported.
+    # -P: import nothing from the current folder.
     command = [sys.executable, "-P", "-m", "sa_jax.fit", str(question), str(answer)]
     done = subprocess.run(command, env=os.environ | _ENVIRONMENT, capture_output=True, text=True)
     if not answer.exists():
@@ -205,7 +205,7 @@ def compile_job(job: Job) -> Fit:
 
 
 def executables_of(job: Job, mesh: Mesh) -> list[jax.stages.Compiled]:
-  """The programs of a job, each compiled for the mesh once; several where a public function runs several.
+  """The programs of a job, each compiled once for the mesh; several if a public function runs several.
 
   Raises:
     UserError: if the parameters do not fit the mesh.
@@ -217,7 +217,7 @@ def executables_of(job: Job, mesh: Mesh) -> list[jax.stages.Compiled]:
       return [step.lower(*arguments).compile()]
   with compiling() as programs:
     _CALLS[job.kind](job, mesh)
-  # What a loop runs once, its prefill, is another kind.
+  # The prefill, which a loop runs once, is a separate kind.
   return [each.executable for each in programs if job.kind != "loop" or each.name == "decode"]
 
 
@@ -225,7 +225,7 @@ def topology_mesh(job: Job) -> Mesh:
   """The job's mesh over the devices of its topology.
 
   Raises:
-    UserError: if libtpu does not know the topology, or its devices are not as many as the mesh needs.
+    UserError: if libtpu does not know the topology, or its number of devices does not match the mesh.
   """
   devices = tpu_devices(job.topology, job.mesh.slice)
   try:
@@ -235,9 +235,9 @@ def topology_mesh(job: Job) -> Mesh:
 
 
 def tpu_devices(topology: str, slices: int = 1) -> Sequence[jax.Device]:
-  """The devices of TPU slices that are not here, to make a mesh of and to compile for.
+  """The devices of TPU slices that are not attached, for a mesh to compile for.
 
-  In a process of its own, as `fit` starts one, or in one that has not used libtpu yet.
+  Requires a separate process, like the one `fit` starts, or one that has not used libtpu yet.
 
   Raises:
     UserError: if libtpu does not know the topology.
@@ -331,7 +331,7 @@ _CALLS: dict[Kind, Callable[[Job, Mesh], None]] = {
   "scoring": _scoring,
   "calibration": _calibration,
 }
-"""Kinds that are what a public function compiles, called with shapes in place of parameters."""
+"""Kinds that run a public function with shapes instead of parameters."""
 
 
 def _layer_params(model: Transformer, mesh: Mesh) -> Tree:
@@ -348,11 +348,10 @@ def _tokens(job: Job, mesh: Mesh, *axes: str) -> jax.ShapeDtypeStruct:
 
 
 def _roofline(job: Job, mesh: Mesh) -> tuple[float, float]:
-  """FLOPs and bytes of one execution on one device, from `sa_jax.cost`, padding and re-reading left out."""
+  """FLOPs and bytes of one execution on one device, from `sa_jax.cost`, without padding and re-reads."""
   counted = cost(job.config, job.plan, job.batch, job.length)
   devices, tensor = mesh_on(job.topology, job.mesh).size, job.mesh.tensor
-  # What a device reads of the parameters is what it multiplies with: its part of `tensor`, gathered over `fsdp`, and
-  # its own experts.
+  # A device reads the parameters it multiplies with: its `tensor` shard, gathered over `fsdp`, and its own experts.
   elsewhere = functools.partial(expert_bytes, job.config, 1 - 1 / job.mesh.expert)
   params = (counted.param_bytes - elsewhere()) / tensor
   cache = counted.kv_cache_bytes / devices
@@ -364,13 +363,13 @@ def _roofline(job: Job, mesh: Mesh) -> tuple[float, float]:
     return (counted.flops - skipped) / devices, params + cache
   if job.kind in ("perplexity", "scoring"):
     return counted.flops / devices, params
-  if job.kind == "calibration":  # the dense model beside the shared one, but for their heads
+  if job.kind == "calibration":  # the dense model as well as the shared one, without their heads
     head = 2 * job.config.vocab_size * job.config.embed_dim * job.batch * job.length
     dense = cost(job.config, None, job.batch, job.length)
     read = (counted.param_bytes + dense.param_bytes - 2 * elsewhere()) / tensor
     return (counted.flops + dense.flops - 2 * head) / devices, read
   arguments = program(job, mesh)[1]
-  # Forward, perhaps again, and twice as much backward; parameters and state are read and written once more to update.
+  # Forward, perhaps twice, and twice as much backward; the update reads and writes parameters and state once more.
   passes = 3 if job.remat in ("none", "dots") else 4
   held = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(arguments[0]))
   return passes * counted.flops / devices, 3 * params + 2 * held
@@ -381,7 +380,7 @@ def _shard_bytes(array: jax.ShapeDtypeStruct) -> int:
 
 
 def _main(question: str, answer: str) -> None:
-  """The process of `fit`: a job in, its `Fit` or what was wrong with it out."""
+  """The process started by `fit`: a job in, its `Fit` or its error out."""
   result: Fit | Exception
   try:
     result = compile_job(pickle.loads(Path(question).read_bytes()))
@@ -391,7 +390,7 @@ def _main(question: str, answer: str) -> None:
 
 
 if __name__ == "__main__":
-  # Under its own name, so that what is pickled here can be read elsewhere.
+  # Imported under its own name, so that pickles made here load elsewhere.
   from sa_jax.fit import _main as main
 
   main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Pure functions on arrays: the mathematics, with no Flax in it."""
+"""Pure functions on arrays: the mathematics, without Flax."""
 
 from sa_jax.ops.attention import (
   DEMANDS,

@@ -1,7 +1,7 @@
-"""Mixtures of experts: a token goes through a few of many MLPs. Dropless and exact: no expert has a capacity.
+"""Mixtures of experts: each token goes through a few of many MLPs. Dropless and exact: experts have no capacity limit.
 
-Weights are stacked, ``[X, D, F]`` of X experts. Many tokens are sorted by their experts and multiplied group by group;
-for a few tokens, only the chosen experts' weights are read.
+Weights are stacked, ``[X, D, F]`` for X experts. Many tokens are sorted by expert and multiplied group by group; for a
+few tokens, only the chosen experts' weights are read.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from sa_jax.ops.grouped import grouped_product
 from sa_jax.ops.linear import chosen_down, chosen_gated, has_chosen_kernels
 
 Weights = Mapping[str, Mapping[str, jax.Array]]
-"""``gate_proj``, ``up_proj`` and ``down_proj``: each a ``kernel [X, in, out]``, and a ``bias [X, out]`` and adapters if
-it has any."""
+"""``gate_proj``, ``up_proj`` and ``down_proj``: each a ``kernel [X, in, out]``, with an optional ``bias [X, out]`` and
+optional adapters."""
 
 Gated = Callable[[jax.Array, jax.Array], jax.Array]
-"""What the last projection reads, from what ``gate_proj`` and ``up_proj`` give."""
+"""The last projection's input, from the outputs of ``gate_proj`` and ``up_proj``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-  """The experts that a layer has in the place of its MLP.
+  """The experts that replace a layer's MLP.
 
   Attributes:
-    count: how many there are, ``X``; each is as wide as the config's ``mlp_dim``.
-    chosen: how many a token goes through: those of the highest scores.
-    normalised: whether the weights of those add up to one: the softmax of their scores. Otherwise they are what the
-      softmax of all scores gives them.
-    shared_width: of one more expert, which every token goes through; 0 for none.
-    shared_gate: whether what that gives is multiplied by the sigmoid of a score of its own (Qwen2-MoE).
+    count: number of experts, ``X``; each has the config's ``mlp_dim``.
+    chosen: experts per token: those with the highest scores.
+    normalised: whether their weights sum to one: the softmax over their scores only. Otherwise the softmax over all
+      scores.
+    shared_width: width of a shared expert, which every token goes through; 0 for none.
+    shared_gate: whether the shared expert's output is multiplied by the sigmoid of its own score (Qwen2-MoE).
   """
 
   count: int
@@ -55,16 +55,16 @@ class Experts:
     return wrong
 
   def expected(self, tokens: int) -> float:
-    """How many experts so many tokens go through together, on average, if each chooses at random."""
+    """Average number of distinct experts that ``tokens`` tokens go through, if each chooses at random."""
     return self.count * (1 - (1 - self.chosen / self.count) ** tokens)
 
 
 class Routes(NamedTuple):
-  """Where tokens go.
+  """The routing of tokens.
 
   Attributes:
-    experts: int32 ``[..., C]``, the numbers of each token's experts.
-    weights: float32 ``[..., C]``, what the outputs of these are multiplied by.
+    experts: int32 ``[..., C]``, indices of each token's experts.
+    weights: float32 ``[..., C]``, the factors of their outputs.
   """
 
   experts: jax.Array
@@ -72,14 +72,14 @@ class Routes(NamedTuple):
 
 
 def route(scores: jax.Array, experts: Experts) -> Routes:
-  """The experts of the highest scores, and their weights.
+  """The experts with the highest scores, and their weights.
 
   Args:
     scores: float32 ``[..., X]``, the router's, before any softmax.
-    experts: how many are chosen, and whether the weights of those chosen sum to 1.
+    experts: how many are chosen, and whether their weights sum to 1.
 
   Returns:
-    Numbers and weights, ``[..., C]`` each, highest score first.
+    Indices and weights, ``[..., C]`` each, highest score first.
   """
   highest, numbers = jax.lax.top_k(scores, experts.chosen)
   if experts.normalised:
@@ -94,15 +94,15 @@ def through_experts(
   gated: Gated,
   first: jax.Array | None = None,
 ) -> jax.Array:
-  """What the experts of each token give, weighted and added up.
+  """The weighted sum of the outputs of each token's experts.
 
   Args:
     x: ``[N, D]`` tokens.
-    routes: of each, ``[N, C]``.
-    weights: of all experts, or of some that follow each other.
+    routes: ``[N, C]``.
+    weights: weights of all experts, or of a contiguous range.
     gated: such as ``lambda gate, up: f(gate) * up``.
-    first: the number of the first expert that there are weights of, int32 ``[]``: others add nothing. None when there
-      are weights of all.
+    first: int32 ``[]``, index of the first expert in ``weights``; experts outside the range add nothing. None if
+      ``weights`` has all.
 
   Returns:
     ``[N, D]`` in x's dtype.
@@ -110,12 +110,12 @@ def through_experts(
   (tokens, chosen), count = routes.experts.shape, weights["down_proj"]["kernel"].shape[0]
   numbers = routes.experts.reshape(-1)
   if first is not None:
-    # Those of experts that are elsewhere come last, and belong to no group.
+    # Tokens of experts on other devices come last, in no group.
     numbers = jnp.where((numbers >= first) & (numbers < first + count), numbers - first, count)
   order = jnp.argsort(numbers, stable=True)
   back = jnp.argsort(order)
   groups = jnp.sum(numbers[:, None] == jnp.arange(count)[None], axis=0, dtype=jnp.int32)
-  # Each index occurs once, so that the gradients of taking are takings, too.
+  # Each index occurs once, so that the gradient of a gather is a gather.
   take = lambda x, indices: x.at[indices].get(unique_indices=True, mode="promise_in_bounds")
   repeated = jnp.broadcast_to(x[:, None], (tokens, chosen, x.shape[1])).reshape(tokens * chosen, -1)
   product = lambda x, kernel: grouped_product(x, kernel, groups)
@@ -140,7 +140,7 @@ def _mlp(
   product: Callable[[jax.Array, jax.Array], jax.Array],
   bias: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-  """``down(gated(gate(x), up(x)))``, with biases and adapters where there are any."""
+  """``down(gated(gate(x), up(x)))``, with biases and adapters, if any."""
 
   def linear(x: jax.Array, name: str) -> jax.Array:
     kernel, *adapters = (weights[name][each] for each in ("kernel", "lora_a", "lora_b") if each in weights[name])
@@ -158,21 +158,21 @@ def through_few(
   gated: Gated,
   kernels: bool,
 ) -> jax.Array:
-  """`through_experts` of a few tokens: reads the weights of the chosen experts, each once, and no others.
+  """`through_experts` for a few tokens: reads only the chosen experts' weights, each once.
 
   Args:
     x: ``[N, D]``.
     routes: ``[N, C]``.
-    weights: of all experts.
+    weights: weights of all experts.
     gated: as in `through_experts`.
-    kernels: whether to compute it by kernels, which know no adapters.
+    kernels: whether to use kernels, which do not support adapters.
 
   Returns:
     ``[N, D]`` in x's dtype.
   """
   count = weights["down_proj"]["kernel"].shape[0]
   is_chosen = jnp.any(routes.experts.reshape(-1)[:, None] == jnp.arange(count)[None], axis=0)
-  # As many places as there can be chosen experts; those that stay empty have the number -1.
+  # One place per possible chosen expert; unused places are -1.
   (places,) = jnp.nonzero(is_chosen, size=min(count, routes.experts.size), fill_value=-1)
   places = places.astype(jnp.int32)
   here = routes.experts[None] == places[:, None, None]
@@ -187,7 +187,7 @@ def through_few(
     held = jax.tree.map(lambda array: array[jnp.maximum(places, 0)], {name: dict(weights[name]) for name in weights})
     product = lambda x, kernel: jnp.einsum("...nd,pdf->pnf" if x.ndim == 2 else "pnd,pdf->pnf", x, kernel)
     y = _mlp(x, held, gated, product, lambda bias: bias[:, None])
-  # Experts compute all tokens, and what one gives a token that did not choose it may be infinite.
+  # Every expert computes all tokens; its output for a token that did not choose it may be infinite.
   y = jnp.where(here.any(axis=-1)[..., None], y.astype(jnp.float32), 0.0)
   return jnp.einsum("pnd,pn->nd", y, shares).astype(x.dtype)
 
@@ -199,13 +199,13 @@ def has_few_kernels(x: jax.Array, weights: Weights) -> bool:
 
 
 class Balance(NamedTuple):
-  """How tokens are spread over the experts of several layers, as sums over tokens, float32.
+  """How tokens are distributed over the experts of several layers, as float32 sums over tokens.
 
   Attributes:
-    load_balance: ``[]``, what is least where the experts of each layer have equal shares of the tokens and of the
-      probabilities (Fedus et al., arXiv 2101.03961, equation 4), times the number of tokens; then it is ``chosen``.
-    z: ``[]``, the squared logarithm of the softmax's denominator (Zoph et al., arXiv 2202.08906, equation 5).
-    tokens: ``[layers, X]``, how many went to each expert.
+    load_balance: ``[]``, a balancing loss (Fedus et al., arXiv 2101.03961, equation 4) times the number of tokens. The
+      loss is least, ``chosen``, if each layer's experts have equal shares of tokens and probabilities.
+    z: ``[]``, the squared log-sum-exp of the scores (Zoph et al., arXiv 2202.08906, equation 5).
+    tokens: ``[layers, X]``, number of tokens per expert.
   """
 
   load_balance: jax.Array
@@ -214,11 +214,11 @@ class Balance(NamedTuple):
 
 
 def balance(scores: jax.Array, experts: Experts, counts: jax.Array) -> Balance:
-  """How the tokens of a batch are spread; the two losses are means over layers.
+  """How a batch's tokens are distributed; both losses are means over layers.
 
   Args:
     scores: the router's, float32 ``[layers, B, T, X]``.
-    experts: what they choose.
+    experts: how experts are chosen.
     counts: bool or float32 ``[B, T]``, which tokens count; padding does not.
   """
   counts = counts.astype(jnp.float32)

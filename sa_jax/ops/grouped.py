@@ -1,7 +1,7 @@
-"""Products of rows that lie group by group, each group with weights of its own: `jax.lax.ragged_dot`, with kernels.
+"""Grouped matrix products, each group of rows with its own weights: `jax.lax.ragged_dot`, with kernels.
 
 On NVIDIA GPUs XLA multiplies all rows by the weights of every group. The kernels here (Pallas, Triton) multiply each
-row once, forward and backward, in half precision; elsewhere, and in other precisions, it is XLA's.
+row once, forward and backward, in half precision; elsewhere, and in other precisions, XLA's version is used.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from sa_jax.ops.kernels import has_gpu_kernels
 from sa_jax.ops.kernels import triton as plgpu
 
 _ROWS, _COLUMNS, _INNER = 128, 128, 64
-"""Of a program's product; its rows are those of one tile, which may hold the ends of several groups."""
+"""Block sizes of a program's product. Its rows are one tile, which may span several groups."""
 _TILES_TOGETHER = 8
-"""Tiles whose rows stay in the cache while all columns are computed."""
+"""Tiles whose rows stay in cache while all columns are computed."""
 
 
 def grouped_product(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
   """Each row times the weights of its group.
 
   Args:
-    x: ``[R, K]``, rows group by group; those after the last group become zero.
+    x: ``[R, K]``, rows sorted by group; rows after the last group give zero.
     weights: ``[X, K, N]``.
-    sizes: int32 ``[X]``, rows of each group.
+    sizes: int32 ``[X]``, rows per group.
 
   Returns:
     ``[R, N]``.
@@ -47,7 +47,7 @@ def _takes(x: jax.Array, weights: jax.Array) -> bool:
 
 
 def product_by_kernels(x: jax.Array, weights: jax.Array, sizes: jax.Array, interpret: bool = False) -> jax.Array:
-  """`grouped_product` by the kernels; ``interpret`` runs them on any device, slowly."""
+  """`grouped_product` with the kernels; ``interpret`` runs them on any device, slowly."""
   rows = x.shape[0]
   padded = jnp.pad(x, ((0, -rows % _ROWS), (0, 0)))
   return _product(padded, weights, sizes, interpret)[:rows]
@@ -75,11 +75,11 @@ _product.defvjp(_forward, _backward)
 
 
 def _tiles(rows: int, sizes: jax.Array) -> jax.Array:
-  """A list of the tiles of so many rows, a multiple of `_ROWS`, each once for every group that has rows in it.
+  """The tiles of ``rows`` rows, a multiple of `_ROWS`, each listed once per group that has rows in it.
 
   Returns:
-    int32 ``[4, T]``: whose weights (the number of groups for rows of none, which become zero), the tile's first
-    row, the group's first row in it, and the first row after those, which is the same where the list has ended.
+    int32 ``[4, T]``: the group (the number of groups for rows in no group, which become zero), the tile's first row,
+    the group's first row in the tile, and its end; past the end of the list both are equal.
   """
   groups = sizes.shape[0]
   rest = rows - jnp.sum(sizes, dtype=jnp.int32)
@@ -101,7 +101,7 @@ def _tiles(rows: int, sizes: jax.Array) -> jax.Array:
 
 
 def _multiply(x: jax.Array, weights: jax.Array, sizes: jax.Array, transposed: bool, interpret: bool) -> jax.Array:
-  """``x weights[group]``, or of transposed weights, of rows that are filled up to whole tiles."""
+  """``x weights[group]``, or with transposed weights; rows are padded to whole tiles."""
   rows = x.shape[0]
   columns = weights.shape[1 if transposed else 2]
   tiles = _tiles(rows, sizes)
@@ -120,7 +120,7 @@ def _multiply(x: jax.Array, weights: jax.Array, sizes: jax.Array, transposed: bo
 
 
 def _of_weights(x: jax.Array, d_out: jax.Array, sizes: jax.Array, interpret: bool) -> jax.Array:
-  """``x_gᵀ d_out_g`` of every group ``g``."""
+  """``x_gᵀ d_out_g`` for every group ``g``."""
   (_, inner), columns, groups = x.shape, d_out.shape[1], sizes.shape[0]
   ends = jnp.cumsum(sizes, dtype=jnp.int32)
   begins = ends - sizes.astype(jnp.int32)
@@ -148,7 +148,7 @@ def _multiply_kernel(
   groups, inner = weights_ref.shape[0], x_ref.shape[1]
   number, blocks = tiles_ref.shape[1], out_ref.shape[1] // _COLUMNS
   program = pl.program_id(0)
-  # A few tiles with all their columns, then the next few.
+  # A few tiles with all columns, then the next few.
   together = program // (_TILES_TOGETHER * blocks)
   left = jnp.minimum(number - together * _TILES_TOGETHER, _TILES_TOGETHER)
   within = program % (_TILES_TOGETHER * blocks)

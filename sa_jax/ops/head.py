@@ -1,4 +1,4 @@
-"""The product that ends a model."""
+"""The product of the output head."""
 
 import functools
 
@@ -9,14 +9,14 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def logits(hidden: jax.Array, weights: jax.Array, axes: str) -> jax.Array:
-  """Each token's score, in float32.
+  """Logits in float32.
 
-  In half precision, the gradient of float32 logits would be a product in float32, at half the rate of the forward pass
-  or less: it is rounded to the hidden states' dtype first, and products accumulate in float32. That gradient has no
-  forward mode; in float32 there is nothing to round, and any derivative can be taken.
+  In half precision, the backward pass of float32 logits would use float32 products, at half the rate of the forward
+  pass or less. So the gradient is first rounded to the hidden states' dtype, and products accumulate in float32. It has
+  no forward mode; in float32 nothing is rounded, and any derivative can be taken.
 
   Args:
-    hidden: ``[..., D]``; its dtype is what products are computed in.
+    hidden: ``[..., D]``; products are computed in its dtype.
     weights: ``[V, D]`` or ``[D, V]``.
     axes: which of the two, ``"VD"`` or ``"DV"``.
 

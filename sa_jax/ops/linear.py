@@ -1,4 +1,4 @@
-"""Products of so few rows that reading the weights is the cost, as kernels for NVIDIA GPUs (Pallas, Triton).
+"""Products with few rows, bound by reading the weights, as kernels for NVIDIA GPUs (Pallas, Triton).
 
 Not differentiable: for decoding.
 """
@@ -15,18 +15,18 @@ from sa_jax.ops.kernels import has_gpu_kernels
 from sa_jax.ops.kernels import triton as plgpu
 
 _BLOCK_IN, _BLOCK_OUT = 64, 64
-_PARTS = 4  # that a sum over the hidden features of an expert is made of: more programs, where outputs are few
+_PARTS = 4  # splits of a sum over an expert's hidden features: more programs if there are few outputs
 _MIN_ROWS, _MAX_ROWS = 16, 64
 
 
 def linears(x: jax.Array, weights: Sequence[jax.Array], *, interpret: bool = False) -> list[jax.Array]:
   """``x w`` for every ``w``, in one kernel.
 
-  XLA would copy the weights side by side to make one product of several, or lose time between products.
+  XLA would either concatenate the weights into one product, or lose time between products.
 
   Args:
     x: ``[B, D]``, B up to 64.
-    weights: ``[D, F]`` each, of any number of features F; D and F multiples of 64.
+    weights: ``[D, F]`` each, F may differ; D and F multiples of 64.
     interpret: runs the kernel on any device, slowly.
 
   Returns:
@@ -81,14 +81,14 @@ def chosen_gated(
   *,
   interpret: bool = False,
 ) -> jax.Array:
-  """``gated(x gate[e], x up[e])`` of every row with every chosen expert ``e``; no other expert's weights are read.
+  """``gated(x gate[e], x up[e])`` for every row and chosen expert ``e``; no other expert's weights are read.
 
   Args:
     x: ``[B, D]``, B up to 64.
     kernels: gate and up, ``[X, D, F]`` each; D and F multiples of 64.
-    biases: of both, ``[X, F]`` each, or none.
-    places: int32 ``[P]``, the chosen experts; zeros come out where it is negative.
-    gated: such as ``lambda gate, up: silu(gate) * up``, of float32, element by element.
+    biases: of both, ``[X, F]`` each, or empty.
+    places: int32 ``[P]``, the chosen experts; negative ones give zeros.
+    gated: such as ``lambda gate, up: silu(gate) * up``, elementwise on float32.
     interpret: runs the kernel on any device, slowly.
 
   Returns:
@@ -118,7 +118,7 @@ def chosen_down(hidden: jax.Array, down: jax.Array, places: jax.Array, *, interp
   Args:
     hidden: ``[P, B, F]``, B up to 64.
     down: ``[X, F, D]``; F and D multiples of 64.
-    places: int32 ``[P]``; zeros come out where it is negative.
+    places: int32 ``[P]``; negative ones give zeros.
     interpret: runs the kernel on any device, slowly.
 
   Returns:
@@ -166,19 +166,19 @@ def has_linear_kernels(x: jax.Array, *weights: jax.Array) -> bool:
 
 
 def _padded(x: jax.Array) -> int:
-  """Rows of a product: tensor cores multiply at least 16, and a power of two."""
+  """Padded rows of a product: tensor cores need at least 16, and a power of two."""
   return max(_MIN_ROWS, pl.next_power_of_2(x.shape[0]))
 
 
 def _real(rows: int, columns: int, batch: int) -> jax.Array:
-  """Which elements of a block of ``rows`` are of the batch."""
+  """Which elements of a block belong to the batch, not to its padding."""
   return jax.lax.broadcasted_iota(jnp.int32, (rows, columns), 0) < batch
 
 
 def _products(
   x_ref: jax.Ref, weights: Sequence[jax.Ref], columns: Any, batch: int, of: tuple[jax.Array, ...] = ()
 ) -> tuple[jax.Array, ...]:
-  """Some columns of ``x w``, in float32; ``of`` are indices before those of a matrix's rows and columns."""
+  """Some columns of ``x w``, in float32; ``of`` are leading indices of the weights."""
   rows, features = x_ref.shape
 
   def block(index: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

@@ -1,4 +1,4 @@
-"""Log-likelihoods of tokens, and the losses made of them, in chunks, so that ``[B, T, V]`` logits never exist."""
+"""Token log-likelihoods and losses, computed in chunks so that ``[B, T, V]`` logits are never materialised."""
 
 import functools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ ToLogits = Callable[[jax.Array], jax.Array]
 
 
 class Predictions(NamedTuple):
-  """What a model says of the next tokens.
+  """A model's predictions of the next tokens.
 
   Attributes:
     head: from hidden states to logits.
@@ -27,19 +27,19 @@ class Predictions(NamedTuple):
 
 
 class Teaching(NamedTuple):
-  """What a student learns of a teacher's predictions.
+  """How a student learns from a teacher's predictions.
 
   Attributes:
     temperature: positive; logits are divided by it.
-    alpha: 0 to 1, how much the teacher counts, and not the text's own tokens.
+    alpha: 0 to 1, the teacher's weight relative to the text's own tokens.
   """
 
   temperature: float = 1.0
   alpha: float = 1.0
 
 
-# Logits that exist at once on a device when the caller does not say: 2 GiB in float32. Each chunk reads the head's
-# weights and adds to their gradient: in chunks much shorter than the embedding dimension, that would cost the most.
+# Default number of logits in memory per device: 2 GiB in float32. Each chunk reads the head's weights and adds to their
+# gradient; in chunks much shorter than the embedding dimension, that would dominate.
 _LOGITS = 2**29
 
 
@@ -48,15 +48,15 @@ def token_log_likelihoods(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
   Args:
     logits: ``[..., V]``.
-    tokens: int ``[...]``; what ``logits`` predict (shift them by one for next-token prediction).
+    tokens: int ``[...]``, predicted by ``logits`` (shift them by one for next-token prediction).
 
   Returns:
     float32 ``[...]``; NaN for a token outside the vocabulary.
   """
   logits = logits.astype(jnp.float32)
   if jnp.iinfo(tokens.dtype).bits < 32:
-    tokens = tokens.astype(jnp.int32)  # the vocabulary may have more numbers than their type
-  # Not a gather, whose gradient is a scatter: this one is computed together with the softmax's, in one pass.
+    tokens = tokens.astype(jnp.int32)  # the vocabulary may exceed their dtype
+  # Not a gather, whose gradient is a scatter: this gradient fuses with the softmax's into one pass.
   is_token = jax.lax.broadcasted_iota(tokens.dtype, logits.shape, logits.ndim - 1) == tokens[..., None]
   chosen = jnp.sum(jnp.where(is_token, logits, 0.0), axis=-1)
   chosen = jnp.where((tokens >= 0) & (tokens < logits.shape[-1]), chosen, jnp.nan)
@@ -80,18 +80,18 @@ def next_token_loss(
     head: from hidden states to logits.
     hidden: ``[B, T, D]``; position ``t`` predicts token ``t + 1``.
     tokens: int ``[B, T]``.
-    weights: float ``[B, T]``, how much predicting each token counts, 0 for padding, whatever tokens fill it; all 1
-      when None. The first token is not predicted, and the weight it has is not used.
-    z_loss: the weight of the squared logarithm of the softmax's normaliser, which keeps logits from drifting
+    weights: float ``[B, T]``, the weight of predicting each token, 0 for padding, which may hold any value; None for
+      all 1. The first token is not predicted, so its weight is not used.
+    z_loss: the weight of the squared log-sum-exp of the logits, which keeps logits from drifting
       (Chowdhery et al., arXiv 2204.02311, section 5).
-    chunk: positions a row whose logits exist at once; so many that they take 2 GiB on a device when None.
+    chunk: positions per row whose logits are in memory at a time; None for 2 GiB per device.
 
   Returns:
-    The weighted sum of losses and the sum of weights, float32 scalars: their quotient is the mean, also over several
+    The weighted sum of losses and the sum of weights, float32 scalars; their quotient is the mean, also across
     batches.
 
   Raises:
-    UserError: if shapes do not fit, or chunk is not positive.
+    UserError: if shapes do not match, or chunk is not positive.
   """
   targets, weights = _predicted(hidden, tokens, weights)
 
@@ -112,15 +112,15 @@ def distillation_loss(
 ) -> tuple[jax.Array, jax.Array]:
   """``(1 - alpha) * cross-entropy + alpha * temperature² * KL(teacher ‖ student)`` of each next token's distribution.
 
-  Hinton et al., arXiv 1503.02531: both distributions are of logits divided by the temperature, and its square keeps the
+  Hinton et al., arXiv 1503.02531: both distributions use logits divided by the temperature; its square preserves the
   gradient's scale. The teacher gets no gradient.
 
   Args:
     student: its predictions.
-    teacher: its predictions, of the same tokens, from hidden states of any width.
+    teacher: its predictions of the same tokens, from hidden states of any width.
     tokens: as in `next_token_loss`.
     weights: as in `next_token_loss`.
-    how: the temperature and alpha.
+    how: temperature and alpha.
     chunk: as in `next_token_loss`.
 
   Returns:
@@ -153,17 +153,17 @@ def distillation_loss(
 
 
 def _cross_entropy(logits: jax.Array, targets: jax.Array, z_loss: float = 0.0) -> jax.Array:
-  """Of float32 logits ``[..., V]``: float32 ``[...]``."""
+  """Float32 logits ``[..., V]`` → float32 ``[...]``."""
   losses = -token_log_likelihoods(logits, targets)
   return losses + z_loss * jnp.square(jax.nn.logsumexp(logits, axis=-1)) if z_loss else losses
 
 
 @jax.custom_vjp
 def _divergence(student: jax.Array, teacher: jax.Array) -> jax.Array:
-  """KL(teacher ‖ student) of the distributions of float32 logits ``[..., V]``: float32 ``[...]``.
+  """KL(teacher ‖ student) from float32 logits ``[..., V]``: float32 ``[...]``.
 
-  The teacher gets no gradient. Logits are read once for their maxima, once for all sums, and once for the gradient,
-  which is the difference of the two distributions.
+  The teacher gets no gradient. Logits are read once for the maxima, once for all sums, and once for the gradient, which
+  is the difference of the two distributions.
   """
   return _divergence_forward(student, teacher)[0]
 
@@ -188,7 +188,7 @@ _divergence.defvjp(_divergence_forward, _divergence_backward)
 
 
 def _predicted(hidden: jax.Array, tokens: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-  """The token that each position predicts and how much that counts, ``[B, T]``; the last position predicts nothing."""
+  """The token that each position predicts and its weight, ``[B, T]``; the last position predicts nothing."""
   batch, length, _ = hidden.shape
   if tokens.shape != (batch, length) or (weights is not None and weights.shape != tokens.shape):
     raise UserError(
@@ -198,12 +198,12 @@ def _predicted(hidden: jax.Array, tokens: jax.Array, weights: jax.Array | None) 
   if weights is None:
     weights = jnp.ones(tokens.shape, jnp.float32)
   weights = jnp.roll(weights.astype(jnp.float32), -1, axis=1).at[:, -1].set(0.0)
-  # Padding may be filled with what is no token, -100 for example, whose loss is NaN, and so is zero times it.
+  # Padding may hold non-tokens such as -100, whose loss is NaN, and NaN times zero is NaN.
   return jnp.where(weights != 0, jnp.roll(tokens, -1, axis=1), 0), weights
 
 
 def _chunk(chunk: int | None, head: ToLogits, hidden: jax.Array) -> int:
-  """Positions a row whose logits exist at once."""
+  """Positions per row whose logits are in memory at a time."""
   if chunk is not None:
     if chunk < 1:
       raise UserError(f"chunk must be at least 1 position, not {chunk}")
@@ -216,20 +216,20 @@ def _chunk(chunk: int | None, head: ToLogits, hidden: jax.Array) -> int:
 def _over_positions(
   term: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], weights: jax.Array, chunk: int
 ) -> jax.Array:
-  """The sum of ``weights * term(*arrays)`` over positions, one chunk after the other; weights get no gradient."""
+  """The sum of ``weights * term(*arrays)`` over positions, chunk by chunk; weights get no gradient."""
   batch, length = weights.shape
   steps = -(-length // min(chunk, length))
 
   def chunks(x: jax.Array) -> jax.Array:
     """``[B, T, ...]`` → ``[steps, B, chunk, ...]``, zeros after the end.
 
-    A chunk takes every ``steps``-th position: where the length is split over devices, each has its part of every chunk.
+    A chunk takes every ``steps``-th position: if the length is sharded, each device has its part of every chunk.
     """
     x = jnp.pad(x, ((0, 0), (0, -length % steps)) + ((0, 0),) * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(batch, -1, steps, *x.shape[2:]), 2, 0)
 
   inputs = tuple(chunks(x) for x in (*arrays, weights))
-  # The head's parameters, which the term closes over, become arguments that can be differentiated.
+  # The head's parameters, which the term closes over, become differentiable arguments.
   term, params = jax.closure_convert(term, *(x[0] for x in inputs[:-1]))
   return _sum_of_chunks(term, tuple(params), inputs)
 
@@ -240,8 +240,8 @@ def _sum_of_chunks(
 ) -> jax.Array:
   """The sum of ``weights * term(*arrays, *params)`` over stacked chunks of ``(*arrays, weights)``.
 
-  A scalar's gradient is known but for a factor, so that the forward pass computes it too, while it has the logits: they
-  are never computed a second time.
+  A scalar's gradient is known up to a factor, so the forward pass computes it too, while it has the logits: they are
+  never recomputed.
   """
 
   def one(total: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:

@@ -1,4 +1,4 @@
-"""Cached vectors in whole numbers with a scale each: int8 takes half of bfloat16's bytes, int4 a good quarter."""
+"""Quantised cache vectors, one scale each: int8 takes half of bfloat16's bytes, int4 slightly over a quarter."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-  """How a cache stores vectors: one scale each, and whole numbers of 8 bits, or of 4 bits two in a byte.
+  """How a cache stores vectors: one scale each, and integers of 8 bits, or of 4 bits with two per byte.
 
-  Numbers of 4 bits are multiples of 16 from -128 to 112, as if alone in the high half of a byte: so a kernel gets them
-  with one operation from a byte that holds two.
+  4-bit numbers are multiples of 16 from -128 to 112, as if in the high half of a byte: a kernel extracts each from a
+  packed byte with one operation.
 
   Attributes:
-    bits: of a number, 8 or 4.
-    scale_dtype: of the scales.
-    rotates_keys: whether queries and keys are to go through `hadamard`. One scale is enough for a vector whose numbers
-      are of like size, and keys have a few channels that are much larger than the others.
+    bits: bits per number, 8 or 4.
+    scale_dtype: dtype of the scales.
+    rotates_keys: whether queries and keys go through `hadamard`. One scale per vector suffices if its elements have
+      similar magnitudes, but keys have a few channels that are much larger than the others.
   """
 
   bits: int
@@ -30,23 +30,23 @@ class Format:
 
   @property
   def step(self) -> int:
-    """From one number to the next."""
+    """Distance between adjacent numbers."""
     return 1 << (8 - self.bits)
 
   @property
   def a_byte(self) -> int:
-    """Numbers in a byte."""
+    """Numbers per byte."""
     return 8 // self.bits
 
   def nbytes(self, width: int) -> int:
-    """Bytes of one vector of so many numbers."""
+    """Bytes of one vector of ``width`` numbers."""
     return width // self.a_byte + jnp.dtype(self.scale_dtype).itemsize
 
   def store(self, x: jax.Array) -> Quantised:
-    """The nearest vectors to float ``[..., H]`` whose element of the largest magnitude is the number -128.
+    """Quantises float ``[..., H]``, mapping the element of the largest magnitude to -128.
 
-    No element is off by more than half a step of its vector's scale; but by up to a whole one where it is nearly as
-    large as the largest, and of the other sign.
+    The error is at most half a step of the vector's scale, except for elements of the opposite sign that are nearly as
+    large as the largest: there it is at most one step.
     """
     x = x.astype(jnp.float32)
     low, high = jnp.min(x, axis=-1, keepdims=True), jnp.max(x, axis=-1, keepdims=True)
@@ -59,7 +59,7 @@ class Format:
     return Quantised(high | (low >> 4 & 15), scale, self)
 
   def parts(self, data: jax.Array) -> tuple[jax.Array, ...]:
-    """The numbers that stored bytes hold, int8: all of a vector's, or its first half and its second."""
+    """Unpacks stored bytes to int8 numbers: a whole vector, or its first and second halves."""
     return (data,) if self.bits == 8 else (data << 4, data & -16)
 
 
@@ -67,19 +67,19 @@ FORMATS: Mapping[str, Format] = {
   "int8": Format(8, "float32"),
   "int4": Format(4, "bfloat16", rotates_keys=True),
 }
-"""By the name that a config's ``cache_dtype`` gives them."""
+"""Formats by the config's ``cache_dtype``."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantised:
-  """Vectors along the last axis: whole numbers times ``scale``.
+  """Quantised vectors along the last axis: integers times ``scale``.
 
   Attributes:
-    data: int8 ``[..., H]``; of 4 bits int8 ``[..., H / 2]``, the first half of a vector in the low halves of bytes, the
-      second in the high ones.
+    data: int8 ``[..., H]``; for 4 bits int8 ``[..., H / 2]``, the first half of a vector in the low halves of bytes,
+      the second in the high halves.
     scale: ``[..., 1]``.
-    format: what they are stored in.
+    format: the storage format.
   """
 
   data: jax.Array
@@ -92,36 +92,36 @@ class Quantised:
     return self.data.shape[-1] * self.format.a_byte
 
   def numbers(self) -> jax.Array:
-    """The whole numbers, int8 ``[..., H]``."""
+    """The integers, int8 ``[..., H]``."""
     return jnp.concatenate(self.format.parts(self.data), axis=-1)
 
   def vectors(self, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The vectors that are meant, ``[..., H]``."""
+    """The dequantised vectors, ``[..., H]``."""
     return (self.numbers().astype(jnp.float32) * self.scale.astype(jnp.float32)).astype(dtype)
 
 
 Stored = jax.Array | Quantised
-"""Vectors as a cache may hold them, keys or values ``[B, K, S, H]`` for example."""
+"""Vectors as a cache stores them, e.g. keys or values ``[B, K, S, H]``."""
 
 
 def product_dtype(stored: Stored | jax.Ref, dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
-  """What weights are multiplied by cached vectors in, scales being multiplied into the weights.
+  """The dtype of products of weights and cached vectors, with the scales multiplied into the weights.
 
-  Float16 has no room for the product of a small weight and a small scale; bfloat16 holds every int8.
+  The product of a small weight and a small scale underflows in float16; bfloat16 represents every int8 exactly.
   """
   return jnp.bfloat16 if isinstance(stored, Quantised) and dtype == jnp.float16 else dtype
 
 
 def as_stored(new: jax.Array, cache: Stored) -> Stored:
-  """New vectors in the form of those of a cache that they join."""
+  """New vectors converted to the cache's format."""
   return cache.format.store(new) if isinstance(cache, Quantised) else new.astype(cache.dtype)
 
 
 def hadamard(x: jax.Array) -> jax.Array:
-  """Vectors ``[..., H]`` rotated so that a large element's size is spread over all; products of two stay what they are.
+  """Rotates vectors ``[..., H]`` so that large elements are spread over all; inner products are unchanged.
 
-  A Hadamard matrix over its root, as QuaRot rotates queries and keys after their position embedding (Ashkboos et al.,
-  arXiv 2404.00456, section 4). Of an ``H`` that is no power of two, parts as large as the powers that divide it.
+  A normalised Hadamard matrix, as QuaRot applies to queries and keys after RoPE (Ashkboos et al., arXiv 2404.00456,
+  section 4). If ``H`` is not a power of two, it applies to blocks of the largest power of two that divides it.
   """
   width = x.shape[-1]
   size = width & -width

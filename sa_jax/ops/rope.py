@@ -15,34 +15,34 @@ RopeScaling = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrop
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-  """Rotary position embedding (Su et al., arXiv 2104.09864), with the usual ways to stretch it.
+  """Rotary position embedding (Su et al., arXiv 2104.09864), with the usual scaling methods.
 
   Attributes:
     theta: the base of the geometric series of wavelengths.
     scaling: ``default`` for none; ``linear`` divides every frequency by ``factor`` (Chen et al., arXiv 2306.15595);
-      ``dynamic`` raises theta as a sequence outgrows ``original_max_length`` (dynamic NTK); ``yarn`` stretches long
-      wavelengths alone and rescales q and k (Peng et al., arXiv 2309.00071); ``llama3`` is Llama 3.1's; ``longrope``
-      stretches each wavelength by a factor of its own, in short and in long sequences (Ding et al., arXiv 2402.13753);
-      ``none`` rotates nothing (Kazemnejad et al., arXiv 2305.19466).
-    factor: by how much wavelengths are stretched.
+      ``dynamic`` raises theta as a sequence outgrows ``original_max_length`` (dynamic NTK); ``yarn`` stretches only
+      long wavelengths and rescales q and k (Peng et al., arXiv 2309.00071); ``llama3`` is Llama 3.1's; ``longrope``
+      stretches each wavelength by its own factor, for short and for long sequences (Ding et al., arXiv 2402.13753);
+      ``none`` does not rotate (Kazemnejad et al., arXiv 2305.19466).
+    factor: the stretch of the wavelengths.
     original_max_length: dynamic, yarn, llama3, longrope: the context length before stretching, in tokens.
     low_freq_factor: llama3: wavelengths above ``original_max_length / low_freq_factor`` are stretched in full.
-    high_freq_factor: llama3: wavelengths below ``original_max_length / high_freq_factor`` are left alone.
-    beta_fast: yarn: planes that turn more often than this over the original length are left alone.
+    high_freq_factor: llama3: wavelengths below ``original_max_length / high_freq_factor`` are unchanged.
+    beta_fast: yarn: planes that turn more often than this over the original length are unchanged.
     beta_slow: yarn: planes that turn less often than this are stretched in full.
     truncate: yarn: whether the bounds between the two are rounded to whole planes.
     attention_factor: yarn, longrope: what rotated q and k are multiplied by; when None, yarn's ``0.1 ln(factor) + 1``,
       longrope's ``sqrt(1 + ln(factor) / ln(original_max_length))``.
     short_factors: longrope: each wavelength's factor in sequences of at most ``original_max_length`` tokens.
-    long_factors: longrope: and in longer ones.
-    fraction: how much of each head is rotated: its first numbers; the others stay as they are.
+    long_factors: longrope: the same in longer sequences.
+    fraction: the fraction of each head, from its start, that is rotated; the rest is unchanged.
     query_growth: queries at position ``p`` are multiplied by ``1 + query_growth * ln(1 + p // original_max_length)``
       (Llama 4's, in Ministral 3).
-    interleaved: whether a plane is two neighbouring numbers ``(x[2i], x[2i + 1])`` (GLM, Cohere), instead of
-      ``(x[i], x[i + R/2])`` where R are rotated (Llama).
+    interleaved: whether a plane is two adjacent elements ``(x[2i], x[2i + 1])`` (GLM, Cohere), instead of
+      ``(x[i], x[i + R/2])`` with R rotated elements (Llama).
 
   Raises:
-    UserError: if there is no such scaling, or a number is not positive.
+    UserError: if the scaling is unknown, or a number is not positive.
   """
 
   theta: Positive = 10_000.0
@@ -66,7 +66,7 @@ class RopeConfig:
 
   @property
   def magnitude(self) -> float:
-    """What rotated q and k are multiplied by."""
+    """The factor of rotated q and k."""
     if self.scaling not in ("yarn", "longrope"):
       return 1.0
     if self.attention_factor is not None:
@@ -79,25 +79,25 @@ class RopeConfig:
 
   @property
   def depends_on_length(self) -> bool:
-    """Whether a token is rotated by how long its sequence is, too."""
+    """Whether the rotation also depends on the sequence length."""
     return self.scaling in ("dynamic", "longrope")
 
   def rotated(self, head_dim: int) -> int:
-    """How many numbers of a head are rotated."""
+    """Number of rotated elements per head."""
     return int(head_dim * self.fraction)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int, lengths: jax.Array | int | None = None) -> np.ndarray | jax.Array:
-  """Radians per position of each of the ``R / 2`` planes, in float32 arithmetic as models were trained with.
+  """Radians per position of each of the ``R / 2`` planes, in float32 arithmetic, as in training.
 
   Args:
     rope: theta and scaling.
     head_dim: ``H``, of which an even number ``R`` is rotated.
-    lengths: int32 ``[B]`` or a number: tokens in each sequence; only ``dynamic`` and ``longrope`` look at it, and take
-      the original length when None.
+    lengths: int32 ``[B]`` or a number: tokens per sequence; only used by ``dynamic`` and ``longrope``, which take the
+      original length if None.
 
   Returns:
-    float32 ``[R / 2]``, or ``[B, R / 2]`` where it depends on the lengths and these are one a row.
+    float32 ``[R / 2]``, or ``[B, R / 2]`` if it depends on the lengths and these are per row.
   """
   head_dim = int(head_dim * rope.fraction)
   planes = np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)
@@ -107,8 +107,8 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, lengths: jax.Array | int |
     case "linear":
       return frequencies / np.float32(rope.factor)
     case "dynamic" if lengths is not None:
-      # A context stretched by s raises theta so that the longest wavelength is stretched by s. A known length is
-      # worked out with NumPy, whose powers are exact to the last bit.
+      # A context stretched by s raises theta so that the longest wavelength is stretched by s. A concrete length is
+      # handled in NumPy, whose powers are exact to the last bit.
       lib, dtype = (np, np.float64) if isinstance(lengths, int) else (jnp, np.float32)
       longer = lib.maximum(lib.asarray(lengths, dtype), dtype(rope.original_max_length))
       grown = dtype(rope.factor) * longer / dtype(rope.original_max_length) - dtype(rope.factor - 1)
@@ -130,7 +130,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, lengths: jax.Array | int |
       kept = 1 - _yarn_ramp(rope, head_dim)
       return stretched * (1 - kept) + frequencies * kept
     case "llama3":
-      # In the order in which PyTorch divides a number by a tensor, to the last bit.
+      # In PyTorch's order of operations for number / tensor, to match the last bit.
       turns = np.float32(1) / (np.float32(1) / frequencies * np.float32(2 * math.pi))
       turns *= np.float32(rope.original_max_length)
       kept = (turns - np.float32(rope.low_freq_factor)) / np.float32(rope.high_freq_factor - rope.low_freq_factor)
@@ -140,10 +140,10 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, lengths: jax.Array | int |
 
 
 def _yarn_ramp(rope: RopeConfig, head_dim: int) -> np.ndarray:
-  """How much each plane is stretched, 0 to 1 (arXiv 2309.00071, section 3.2)."""
+  """Stretch of each plane, 0 to 1 (arXiv 2309.00071, section 3.2)."""
 
   def plane(turns: float) -> float:
-    """The plane, not a whole number, that turns this often over the original length."""
+    """The (fractional) plane that turns this often over the original length."""
     length = rope.original_max_length / (turns * 2 * math.pi)
     return head_dim * math.log(length) / (2 * math.log(rope.theta))
 
@@ -168,14 +168,14 @@ def apply_rope(
   Args:
     x: ``[B, T, heads, H]``.
     positions: int32 ``[T]`` or ``[B, T]``.
-    frequencies: ``[R / 2]`` or ``[B, R / 2]``, from `rope_frequencies`; what lies behind the first R stays as it is.
-    magnitude: what the rotated numbers are multiplied by; see `RopeConfig`.
-    interleaved: which two numbers are a plane; see `RopeConfig`.
+    frequencies: ``[R / 2]`` or ``[B, R / 2]``, from `rope_frequencies`; elements after the first R are unchanged.
+    magnitude: factor of the rotated elements; see `RopeConfig`.
+    interleaved: which two elements form a plane; see `RopeConfig`.
 
   Returns:
     ``[B, T, heads, H]`` in x's dtype.
   """
-  # A plain product: as a matrix product it would be rounded to bfloat16 or TF32 on accelerators.
+  # Elementwise: a matrix product would be rounded to bfloat16 or TF32 on accelerators.
   angles = jnp.atleast_2d(positions).astype(jnp.float32)[:, :, None] * jnp.atleast_2d(frequencies)[:, None, :]
   angles = jnp.broadcast_to(angles, (x.shape[0], x.shape[1], angles.shape[-1]))[:, :, None, :]
   cos, sin = jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
@@ -192,12 +192,12 @@ def apply_rope(
 
 
 def _swap_layout(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
-  """The last axis, read as a matrix of this shape, transposed: from neighbouring pairs to two halves, and back."""
+  """Transposes the last axis as a matrix of this shape: from adjacent pairs to two halves, and back."""
   return x.reshape(*x.shape[:-1], *shape).swapaxes(-1, -2).reshape(x.shape)
 
 
 def grow_queries(q: jax.Array, positions: jax.Array, rope: RopeConfig) -> jax.Array:
-  """Queries ``[B, T, N, H]`` that grow with their positions, int32 ``[T]`` or ``[B, T]``; see `RopeConfig`."""
+  """Scales queries ``[B, T, N, H]`` by their positions, int32 ``[T]`` or ``[B, T]``; see `RopeConfig`."""
   if not rope.query_growth:
     return q
   turns = jnp.atleast_2d(positions)[:, :, None, None] // rope.original_max_length
