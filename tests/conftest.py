@@ -64,6 +64,8 @@ def keep_fast(config, items):
   limit = config.getoption("--faster-than")
   if limit is None:
     return
+  if config.getoption("--durations-from") is None:
+    raise pytest.UsageError("--faster-than needs --durations-from")
   seconds = json.loads(config.getoption("--durations-from").read_text(encoding="utf-8"))
   slow = [item for item in items if seconds.get(item.nodeid, 0) >= limit]
   config.hook.pytest_deselected(items=slow)

@@ -50,6 +50,11 @@ def stored(cache_dtype: str | None, *cached: jax.Array) -> Tree:
   return cached if cache_dtype is None else tuple(map(ops.FORMATS[cache_dtype].store, cached))
 
 
+def kernels_of(given: tuple[jax.Array, Tree, Tree]) -> str:
+  """Which kernels decode queries, new keys and values, and a cache."""
+  return decode.which_kernels(1, given[0].dtype, *given[2]) or "no kernel"
+
+
 def decoding() -> Iterator[tuple[str, float]]:
   """One new token per row, with and without sinks, quantised caches and narrow values."""
   batch, heads, kv_heads, slots = 4, 16, 4, 512
@@ -63,7 +68,8 @@ def decoding() -> Iterator[tuple[str, float]]:
     rows = ops.Rows(offset=offset, sinks=jnp.linspace(-1, 3, heads) if sinks else None)
     given = q, (key, value), stored(cache_dtype, keys, values)
     distance = off(jax.jit(attended)(*given, rows), jax.jit(attended)(*wide(given), rows))
-    yield f"decode H={width} R={narrow}{' sinks' * sinks}, cache in {cache_dtype or 'bfloat16'}", distance
+    name = f"decode H={width} R={narrow}{' sinks' * sinks}, cache in {cache_dtype or 'bfloat16'}"
+    yield f"{name}, {kernels_of(given)}", distance
 
 
 def in_pages() -> Iterator[tuple[str, float]]:
@@ -79,7 +85,7 @@ def in_pages() -> Iterator[tuple[str, float]]:
     )
     given = q, (key, value), stored(cache_dtype, keys, values)
     distance = off(jax.jit(attended)(*given, rows), jax.jit(attended)(*wide(given), rows))
-    yield f"decode, cache in pages, in {cache_dtype or 'bfloat16'}", distance
+    yield f"decode, cache in pages, in {cache_dtype or 'bfloat16'}, {kernels_of(given)}", distance
 
 
 def gradients(backend: str, rows: ops.Rows) -> Callable[..., Tree]:
