@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _LATER = ("analysis", "train")
-"""Modules that are attributes from the start, and loaded when they are first asked for."""
+"""Modules that are imported on first access."""
 
 
 def __getattr__(name: str) -> ModuleType:
@@ -40,7 +40,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-  # What a model is, and which layers share.
+  # Models, plans and their cost.
   "ModelConfig",
   "SharingPlan",
   "Transformer",
@@ -55,7 +55,7 @@ __all__ = [
   "load_tokenizer",
   "save",
   "Tokenizer",
-  # Use.
+  # Generation and evaluation.
   "generate",
   "Generated",
   "perplexity",
@@ -67,11 +67,11 @@ __all__ = [
   "stack",
   "stack_unpruned",
   "unstack",
-  # What a user did and can mend.
+  # Errors that the user can fix.
   "UserError",
   # Building blocks.
   "nn",
   "ops",
-  # Plans of known models.
+  # Known plans.
   "plans",
 ]

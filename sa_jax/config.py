@@ -26,7 +26,7 @@ Token = Annotated[int, Such(lambda number: -(2**31) <= number < 2**31, "a number
 
 
 class LayerKind(NamedTuple):
-  """What distinguishes the attention of layers in the same model.
+  """The attention settings that can differ between layers of the same model.
 
   Attributes:
     spec: window, soft cap and scale.
@@ -71,7 +71,7 @@ class Architecture:
     mlp: ``gated``: ``down(f(gate(x)) * up(x))``; ``plain``: ``down(f(up(x)))``.
     experts: the experts that replace the MLP in every layer; None for a single MLP.
     mlp_clamp: ``c`` of a gated MLP ``down(f(min(gate(x), c)) * (1 + clip(up(x), -c, c)))`` (gpt-oss); None for
-      neither the bounds nor the one.
+      ``down(f(gate(x)) * up(x))``.
     activation: the MLP's ``f``; of the GELUs, ``gelu_tanh`` is the tanh approximation, and ``quick_gelu`` is
       ``x sigmoid(1.702 x)``.
     embedding_scale: factor of the embeddings.

@@ -24,9 +24,9 @@ _REFUSED = re.compile(
   "No space left on device|Disk quota exceeded|File too large|Read-only file system|Permission denied|"
   "Input/output error"
 )
-"""Messages of libraries not written in Python, which raise their own error types."""
+"""Error messages of native libraries, which raise their own exception types."""
 _UNFINISHED = ".unfinished"
-"""In a bucket, this file is in a folder while it is being written."""
+"""Marker file of a folder in a bucket that is being written."""
 
 
 def as_path(name: str | os.PathLike[str]) -> Path:
@@ -58,7 +58,7 @@ def check_local(path: Path, what: str) -> None:
 
 
 def size_of(file: Path) -> int:
-  """The bytes of a file."""
+  """The size of a file in bytes."""
   found = file.stat()
   return int(found.length if is_remote(file) else found.st_size)  # type: ignore[attr-defined]
 
@@ -68,10 +68,10 @@ def check_regular(path: Path, most: int | None = None) -> None:
 
   Args:
     path: an existing path.
-    most: max bytes.
+    most: maximum size in bytes; None for no limit.
 
   Raises:
-    UserError: if it is something else, or larger.
+    UserError: if it is not a regular file, or larger.
   """
   if not path.is_file():
     raise UserError(f"{path} is a {'folder' if path.is_dir() else 'pipe or a device'}, not a file")

@@ -1,4 +1,4 @@
-"""Reading collectives off a compiled program's text."""
+"""Parsing collectives from the HLO text of a compiled program."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ class Collective:
   """The collectives of one kind in one execution of a program.
 
   Attributes:
-    kind: as HLO names it. Where the TPU compiler has handed one over to the network between slices, such as
-      ``all-reduce between slices``.
-    count: how many a device takes part in, those in loops counted once an iteration.
-    bytes: their arrays on one device: what is gathered, reduced or sent; of a reduce-scatter what is left after it,
-      or, where the TPU compiler made it of an all-reduce, what was there before.
+    kind: HLO's name. For transfers between TPU slices, it ends in ``between slices``.
+    count: number per device, with those in loops counted once per iteration.
+    bytes: size of their arrays on one device: the gathered, reduced or sent array. For a reduce-scatter, the output; if
+      the TPU compiler implements it as a fused all-reduce, the input.
   """
 
   kind: str
@@ -42,25 +41,25 @@ class Collective:
 def collectives(text: str, slice_size: int | None = None) -> tuple[Collective, ...]:
   """The collectives of a compiled program, by kind.
 
-  Three disguises of the TPU compiler are seen through: a reduce-scatter is an all-reduce inside a fusion of that name,
-  an asynchronous collective is spread over several fusions, whose parts share a channel, and what joins devices of
-  several slices is sent to the host and comes back from there.
+  It handles three rewrites of the TPU compiler: a reduce-scatter can be an all-reduce in a fusion of that name, an
+  asynchronous collective can be spread over several fusions with the same channel id, and a collective across slices
+  becomes a transfer through the host.
 
   Args:
-    text: HLO after optimisation, ``compiled.as_text()``.
-    slice_size: count those only that join devices of different slices, each of so many devices in the mesh's order.
+    text: optimised HLO, from ``compiled.as_text()``.
+    slice_size: if given, count only collectives between slices of this many consecutive devices of the mesh.
   """
   computations = _computations(text)
   callers = {callee: name for name, lines in computations.items() for callee in _callees(lines)}
   loops = dict(_loops(computations))
 
   def times(name: str) -> int:
-    """How often a computation runs."""
+    """The number of times that a computation runs."""
     repeats = loops.get(name, 1)
     return repeats * times(callers[name]) if name in callers else repeats
 
   def scope(name: str) -> str:
-    """The loop's body, or the whole program, that a computation is part of."""
+    """The enclosing loop body of a computation, or the entry computation."""
     return name if name in loops or name not in callers else scope(callers[name])
 
   found: dict[tuple[str, str], tuple[str, int, int]] = {}
@@ -68,7 +67,7 @@ def collectives(text: str, slice_size: int | None = None) -> tuple[Collective, .
     for line in lines:
       if match := _BETWEEN_SLICES.search(line):
         instruction, shape, transfer = match.groups()
-        sent = _ARRAY.search(shape)  # beside a context word and a token
+        sent = _ARRAY.search(shape)  # the first element of a tuple with a context word and a token
         kind = f"{transfer.lower().replace('_', '-')} between slices"
         found[name, instruction] = (kind, times(name), _bytes(sent[0] if sent else "", is_start=False))
       elif (match := _OPERATION.search(line)) and (slice_size is None or _crosses(line, slice_size)):
@@ -90,7 +89,7 @@ def collectives(text: str, slice_size: int | None = None) -> tuple[Collective, .
 
 
 def _crosses(line: str, slice_size: int) -> bool:
-  """Whether a collective joins devices of different slices."""
+  """Whether a collective involves devices of different slices."""
   if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", line):
     groups = [[int(device) for device in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", listed[1])]
   elif iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
@@ -98,7 +97,7 @@ def _crosses(line: str, slice_size: int) -> bool:
     devices = np.arange(math.prod(dims or ())).reshape(dims)
     groups = (devices if order is None else devices.transpose(order)).reshape(shape).tolist()
   else:
-    return True  # of all devices
+    return True  # no groups: all devices
   return any(len({device // slice_size for device in group}) > 1 for group in groups)
 
 
@@ -122,7 +121,7 @@ def _callees(lines: Iterable[str]) -> Iterable[str]:
 
 
 def _loops(computations: Mapping[str, list[str]]) -> Iterable[tuple[str, int]]:
-  """Each loop's body and how often it runs: what its condition compares a counter, which starts at 0, with."""
+  """Each loop's body and its trip count: the constant in its condition, assuming a counter that starts at 0."""
   for lines in computations.values():
     for line in lines:
       if match := _WHILE.search(line):
@@ -131,12 +130,12 @@ def _loops(computations: Mapping[str, list[str]]) -> Iterable[tuple[str, int]]:
 
 
 def _bytes(shape: str, is_start: bool) -> int:
-  """Bytes of an array or of a tuple of arrays; of an asynchronous start's operands and results, the results."""
+  """Bytes of an array or a tuple of arrays; for an asynchronous start, of the results without the operands."""
   sizes = []
   for kind, bits, dims, pred, pred_dims in _ARRAY.findall(shape):
     count = math.prod(int(dim) for dim in (dims or pred_dims).split(",") if dim)
     width = 8 if pred else int(bits)
-    if not (is_start and kind in "us" and not dims):  # A context word of the runtime.
+    if not (is_start and kind in "us" and not dims):  # a context word of the runtime
       sizes.append(count * width // 8)
   return sum(sizes[len(sizes) // 2 :]) if is_start else sum(sizes)
 

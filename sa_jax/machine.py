@@ -1,4 +1,4 @@
-"""What this machine has."""
+"""Properties of the host machine."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def memory() -> int | None:
-  """Bytes of its memory; None where the system does not say."""
+  """The host's physical memory in bytes; None if the system does not report it."""
   return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None

@@ -1,4 +1,4 @@
-"""Devices arranged in a mesh, and the one spelling of its sizes."""
+"""Device meshes, and the notation of their sizes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from sa_jax.fields import Count, check_fields
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 _AXES = ("slice", *MESH_AXES)
 _AUTO = "auto"
-_SHOWN = ("data", "fsdp", "tensor")  # in messages, whatever their size
+_SHOWN = ("data", "fsdp", "tensor")  # always shown in messages, even if of size 1
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSizes:
-  """The sizes of a mesh, spelt ``data=2,fsdp=4``, or ``auto``; see `make_mesh` for what each axis splits.
+  """Sizes of the mesh axes, written ``data=2,fsdp=4`` or ``auto``. See `make_mesh` for what each axis splits.
 
   Attributes:
-    data: None for what the other axes leave of the devices.
+    data: as in `make_mesh`; None for all devices that the other axes leave.
     fsdp: as in `make_mesh`.
     expert: as in `make_mesh`.
     tensor: as in `make_mesh`.
@@ -48,12 +48,12 @@ class MeshSizes:
 
   @classmethod
   def parse(cls, text: str) -> MeshSizes:
-    """The sizes from their spelling; an axis that is not named has size 1, and ``data`` what is left.
+    """Parses sizes such as ``data=2,fsdp=4``. Other axes have size 1, except that ``data`` takes the remaining devices.
 
-    ``auto`` names none.
+    ``auto`` stands for no named axis.
 
     Raises:
-      UserError: if it is spelt otherwise.
+      UserError: if the text has another form.
     """
     if text.strip() == _AUTO:
       return cls()
@@ -73,32 +73,32 @@ class MeshSizes:
     return ",".join(f"{name}={size}" for name, size in sizes.items() if name == "data" or size > 1) or _AUTO
 
   def over(self, devices: int) -> MeshSizes:
-    """The sizes over so many devices: ``data`` is a number."""
+    """The sizes for this many devices, with ``data`` filled in."""
     rest = self.slice * self.fsdp * self.expert * self.tensor * self.sequence
     return self if self.data is not None else dataclasses.replace(self, data=max(devices // rest, 1))
 
   def axes(self) -> dict[str, int]:
-    """The sizes by axis, a ``data`` that is not given as 1."""
+    """The size of each axis; an open ``data`` counts as 1."""
     return {name: getattr(self, name) or 1 for name in _AXES}
 
   @property
   def size(self) -> int:
-    """How many devices the mesh has, a ``data`` that is not given as 1."""
+    """The number of devices; an open ``data`` counts as 1."""
     return math.prod(self.axes().values())
 
   @property
   def ways(self) -> int:
-    """Over how many devices rows are split."""
+    """The number of parts that rows are split into."""
     return self.slice * (self.data or 1) * self.fsdp * self.expert
 
   @property
   def ways_spelt(self) -> str:
-    """The same, with what it is the product of."""
+    """`ways` as a product, for messages."""
     before, after = "slice × " if self.slice > 1 else "", " × expert" if self.expert > 1 else ""
     return f"{before}data × fsdp{after} = {self.ways}"
 
   def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices, or over some; errors as `make_mesh`."""
+    """The mesh over ``devices``, by default all. Raises as `make_mesh`."""
     devices = jax.devices() if devices is None else devices
     return make_mesh(**dataclasses.asdict(self.over(len(devices))), devices=devices)
 
@@ -113,24 +113,25 @@ def make_mesh(
   expert: int = 1,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-  """A mesh over all devices, or over some.
+  """A mesh of devices with the axes that `sa_jax.sharding.DEFAULT_RULES` use.
 
   Args:
-    data: over how many rows are split, and parameters are not.
-    fsdp: over how many rows and parameters are split.
-    tensor: over how many heads, MLP and vocabulary are split.
-    sequence: over how many the tokens of a row are split. For attention they are exchanged for heads, where there are
-      key heads for ``tensor * sequence`` devices; otherwise keys and values are gathered. Queries and keys are sent
-      once a group, values once a layer.
-    slice: how many slices the devices are of, each a network of its own. Rows are split over slices and nothing else
-      is, so that a train step sends gradients between them, once; the other axes stay inside a slice. A mesh of one
-      slice has no such axis.
-    expert: over how many rows are split, and the experts of a mixture (`sa_jax.ops.Experts`): of those, each has some.
-      For them, tokens are gathered, and what experts give is added up where the tokens are.
-    devices: which; all when None.
+    data: size of the axis that splits rows (data parallelism).
+    fsdp: size of the axis that splits rows and parameters (fully sharded data parallelism).
+    tensor: size of the axis that splits heads, MLP and vocabulary (tensor parallelism).
+    sequence: size of the axis that splits the tokens of a row. Attention uses an all-to-all between tokens and heads if
+      the KV heads can be split over ``tensor * sequence`` devices; otherwise it gathers keys and values. Queries and
+      keys are communicated once per group, values once per layer.
+    slice: number of slices, connected by a data-centre network. Only rows are split over slices, so a train step
+      communicates only gradients between them, once; all other axes stay within a slice. With one slice, the mesh does
+      not have this axis.
+    expert: size of the axis that splits rows and the experts of a mixture (`sa_jax.ops.Experts`). Tokens are gathered
+      before the experts, and their outputs are reduce-scattered.
+    devices: by default all devices.
 
   Raises:
-    UserError: if the sizes do not multiply to the number of devices, or the devices are of another number of slices.
+    UserError: if the product of the sizes is not the number of devices, or the devices belong to another number of
+      slices.
   """
   sizes = dict(zip(MESH_AXES, (data, fsdp, expert, tensor, sequence), strict=True))
   devices = jax.devices() if devices is None else devices
@@ -144,10 +145,10 @@ def make_mesh(
 
 
 def check_devices(params: object, mesh: Mesh) -> None:
-  """Checks that all parameters are on the devices of a mesh, or on none that they have to stay on.
+  """Checks that all parameters are on the devices of a mesh, or uncommitted.
 
   Raises:
-    UserError: if one is elsewhere.
+    UserError: if one is committed to other devices.
   """
   devices = set(mesh.devices.flat)
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -176,7 +177,7 @@ def _slices(devices: Sequence[jax.Device]) -> int:
 
 
 def _in_slices(shape: tuple[int, ...], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
-  """Devices ``[slices, *shape]``: of each slice by itself, or of equal stretches where devices do not say theirs."""
+  """Devices ``[slices, *shape]``. If devices do not report their slice, they are split into equal contiguous parts."""
   if _slices(devices) > 1:
     from jax.experimental import mesh_utils
 
@@ -188,7 +189,7 @@ def _in_slices(shape: tuple[int, ...], slices: int, devices: Sequence[jax.Device
 
 
 def _arranged(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
-  """Devices of one slice as near to each other as their network has them."""
+  """Devices of one slice, arranged by the topology of their network."""
   from jax.experimental import mesh_utils
 
   return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

@@ -1,9 +1,9 @@
 """The two parameter layouts, and the pure functions between them.
 
-* layer layout: ``{"embed", "layers": {"0": block, "1": block, …}, "final_norm", "lm_head"}``. On disk and in decoding.
-  A follower's block has no ``q_proj`` and no ``k_proj``, and nothing that hangs on them.
-* run layout: ``{"embed", "runs": {"0": {"anchor": block, "followers": block}, …}, "final_norm", "lm_head"}``, where
-  an anchor's leaves are stacked ``[groups, …]`` and the followers' ``[groups, followers, …]``. For scan.
+* layer layout: ``{"embed", "layers": {"0": block, "1": block, …}, "final_norm", "lm_head"}``, on disk and in decoding.
+  A follower's block lacks `ANCHOR_ONLY`.
+* run layout: ``{"embed", "runs": {"0": {"anchor": block, "followers": block}, …}, "final_norm", "lm_head"}``, for
+  ``scan``. Anchors' leaves are stacked to ``[groups, …]`` and followers' to ``[groups, followers, …]``.
 
 Everything here works on arrays (JAX or NumPy) and on `jax.ShapeDtypeStruct`.
 """
@@ -25,7 +25,7 @@ from sa_jax.plan import Run, SharingPlan
 from sa_jax.trees import Params, Tree
 
 ANCHOR_ONLY = ("q_proj", "k_proj", "q_norm", "k_norm", "sinks")
-"""What an anchor's attention has and a follower's has not."""
+"""Parameters of attention that anchors have and followers do not."""
 
 Join = Callable[[Sequence[Tree], tuple[int, ...]], Tree]
 
@@ -35,10 +35,13 @@ def stack(params: Params, plan: SharingPlan, *, donate: bool = False, join: Join
 
   Args:
     params: in the layer layout, pruned to the plan.
-    plan: gives the runs.
-    donate: frees each leaf's layers as soon as they are stacked, so that no two copies of the model exist; ``params``
-      cannot be used afterwards.
-    join: for leaves of another kind: stacks them and gives the new first axis a shape.
+    plan: defines the runs.
+    donate: free each leaf's layers as soon as they are stacked, so that memory never holds two copies of the model;
+      ``params`` cannot be used afterwards.
+    join: for leaves that are not arrays: (leaves, shape) → the stacked leaf, with its first axis reshaped to ``shape``.
+
+  Returns:
+    The parameters in the run layout.
 
   Raises:
     UserError: if ``params`` are not in the layer layout, or not of this plan.
@@ -50,9 +53,10 @@ def stack(params: Params, plan: SharingPlan, *, donate: bool = False, join: Join
 
 
 def stack_unpruned(params: Params, plan: SharingPlan) -> dict[str, Tree]:
-  """The dense model's layer layout → the plan's run layout, with all that the plan's followers will not have.
+  """The dense model's layer layout → the plan's run layout, with followers' `ANCHOR_ONLY` parameters kept.
 
-  `sa_jax.nn.GradualTransformer` takes it; `prune` makes the plan's run layout of it, and `unstack` undoes it.
+  `sa_jax.nn.GradualTransformer` takes this layout; `prune` converts it to the plan's run layout. `unstack` is the
+  inverse.
 
   Raises:
     UserError: if ``params`` are not the dense model's layer layout.
@@ -96,18 +100,17 @@ def unstack(params: Params, plan: SharingPlan, *, donate: bool = False) -> dict[
 
 
 def prune(params: Params, plan: SharingPlan) -> dict[str, Tree]:
-  """Drops what the plan's followers do not have, `ANCHOR_ONLY`, and copies nothing.
+  """Drops the followers' `ANCHOR_ONLY` parameters, without copying arrays.
 
   Args:
-    params: in the layer layout, or as `stack_unpruned` gives them.
-    plan: says which layers follow.
+    params: in the layer layout, or as returned by `stack_unpruned`.
+    plan: defines the followers.
 
   Returns:
-    The same layout.
+    The remaining parameters in the same layout.
 
   Raises:
-    UserError: if an anchor of the plan has no ``q_proj`` or ``k_proj`` to begin with, or the run layout is of another
-      plan.
+    UserError: if an anchor of the plan has no ``q_proj`` or ``k_proj``, or the run layout is of another plan.
   """
   if "runs" in params:
     _check_runs(params["runs"], plan)
@@ -131,10 +134,10 @@ def _without_own(block: Params) -> dict[str, Tree]:
 
 
 def as_layers(params: Params, plan: SharingPlan) -> Params:
-  """The parameters in the layer layout, unboxed: as they are, or a second copy if they are in the run layout.
+  """The parameters in the layer layout, unboxed; a copy if they are in the run layout.
 
   Raises:
-    UserError: if they are of another depth, or lack what the plan's anchors need.
+    UserError: if the depth differs from the plan's, or parameters of its anchors are missing.
   """
   params = nn.unbox(params)
   if "layers" not in params:
@@ -144,7 +147,7 @@ def as_layers(params: Params, plan: SharingPlan) -> Params:
 
 
 def as_runs(params: Params, plan: SharingPlan) -> Params:
-  """The parameters in the run layout, unboxed: as they are, or a second copy if they are in the layer layout."""
+  """The parameters in the run layout, unboxed; a copy if they are in the layer layout."""
   params = nn.unbox(params)
   return params if "runs" in params else stack(params, plan)
 
@@ -161,7 +164,7 @@ def _check_anchors(layers: Params, plan: SharingPlan) -> None:
 
 
 def _held(layers: Params, plan: SharingPlan) -> list[set[str]]:
-  """What each layer's attention has."""
+  """Names of the parameters of each layer's attention."""
   return [set(layers[str(layer)]["attention"]) for layer in range(plan.num_layers)]
 
 
@@ -220,7 +223,7 @@ def _join(leaves: Sequence[Tree], leading: tuple[int, ...], donate: bool) -> Tre
 
 
 def _unstack_into(layers: dict[str, Tree], stacked: Any, numbers: Sequence[int], axes: int, donate: bool) -> None:
-  """Splits the leading ``axes`` of every leaf over the layers with these numbers."""
+  """Splits the leading ``axes`` of every leaf into the layers with these indices."""
   leaves, structure = jax.tree.flatten(stacked)
   columns = [_split(leaf, axes, donate) for leaf in leaves]
   for position, layer in enumerate(numbers):

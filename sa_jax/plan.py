@@ -1,7 +1,7 @@
 """Which layer computes attention weights, and which layers reuse them.
 
 A plan is one tuple, ``source``: layer ``l`` uses the attention weights of layer ``source[l]``. Anchors, followers,
-groups and runs are all derived from it. A head map may say which of those weights each head of a follower uses.
+groups and runs are derived from it. An optional head map assigns an anchor head to each head of a follower.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from sa_jax.errors import UserError
 from sa_jax.fields import check_fields
 
 HeadMap = tuple[int, ...]
-"""Of one follower: which anchor head each of its N query heads uses."""
+"""For each of a follower's N query heads, the anchor head whose weights it uses."""
 
 _SPAN = re.compile(r"(\d+):(\d+)(?:-(\d+))?")
 _EXAMPLE = "'22:23-26' is anchor 22 with followers 23 to 26; several groups are joined by commas"
 
 
 class LayerGroup(NamedTuple):
-  """An anchor layer and the follower layers right after it."""
+  """An anchor and the followers right after it, by layer index."""
 
   anchor: int
   followers: tuple[int, ...]
 
 
 class Run(NamedTuple):
-  """Consecutive groups with the same number of followers: what one `scan` covers."""
+  """Consecutive groups with the same number of followers, executed by one ``scan``."""
 
   start: int
   groups: int
@@ -39,7 +39,7 @@ class Run(NamedTuple):
 
   @property
   def layers(self) -> range:
-    """The layers the run covers."""
+    """The layers of the run."""
     return range(self.start, self.start + self.groups * (1 + self.followers))
 
 
@@ -48,16 +48,16 @@ class SharingPlan:
   """An immutable, hashable Shared Attention plan.
 
   Attributes:
-    source: one entry a layer; ``source[l]`` is the layer whose attention weights layer ``l`` uses, ``l`` itself for an
-      anchor.
-    head_map: one entry a layer; ``head_map[l][n]`` is the anchor head whose weights query head ``n`` of follower ``l``
-      uses. The entry is None where heads are not renumbered (anchors, and followers with the identity), and the whole
-      is None if every entry would be: plans that mean the same are equal. Plan strings leave head maps out.
+    source: one entry per layer; ``source[l]`` is the layer whose attention weights layer ``l`` uses, which is ``l``
+      for an anchor.
+    head_map: one entry per layer; ``head_map[l][n]`` is the anchor head whose weights query head ``n`` of follower
+      ``l`` uses. An entry is None for anchors and for the identity, and ``head_map`` is None if all entries are, so
+      that equivalent plans are equal. Plan strings do not include head maps.
 
   Raises:
-    UserError: if layer 0 is a follower, a source lies outside the model or after its follower, or a follower's source
-      is not the nearest anchor before it (groups are contiguous); if a head map is given for an anchor, or names a head
-      that does not exist.
+    UserError: if layer 0 is a follower, a source is outside the model or after its follower, or a follower's source is
+      not the nearest anchor before it (groups are contiguous); if an anchor has a head map, or a head map has an
+      invalid head.
   """
 
   source: tuple[int, ...]
@@ -91,16 +91,16 @@ class SharingPlan:
 
   @classmethod
   def from_followers(cls, num_layers: int, followers: Iterable[int]) -> SharingPlan:
-    """The plan whose followers are the given layers, each using the nearest layer before it that is not one.
+    """The plan with these followers, each of which uses the nearest earlier layer that is not a follower.
 
-    This is the notation of the PyTorch reference (metacarbon/shareAtt), whose "shared layers" 23..26 reuse layer 22.
+    This is the notation of the PyTorch reference (metacarbon/shareAtt): its "shared layers" 23..26 reuse layer 22.
 
     Args:
       num_layers: the model's depth.
       followers: the follower layers, in any order.
 
     Raises:
-      UserError: if a layer is named twice, lies outside the model, or is layer 0.
+      UserError: if a layer is listed twice, is outside the model, or is layer 0.
     """
     listed = list(followers)
     if duplicates := sorted({layer for layer in listed if listed.count(layer) > 1}):
@@ -117,17 +117,17 @@ class SharingPlan:
 
   @classmethod
   def parse(cls, text: str, num_layers: int) -> SharingPlan:
-    """Reads a plan string such as ``"22:23-26"`` or ``"14:15-18,26:27"``; ``"dense"`` shares nothing.
+    """Parses a plan string such as ``"22:23-26"`` or ``"14:15-18,26:27"``; ``"dense"`` is the plan without followers.
 
-    Every group names its anchor and its followers, so that no span can be read in two ways.
+    Every group gives both its anchor and its followers, so the notation is unambiguous.
 
     Args:
       text: the plan string.
       num_layers: the model's depth.
 
     Raises:
-      UserError: if the text has another form, or a group is reversed, out of range, overlapping or detached from its
-        anchor.
+      UserError: if the text has another form, or a group is reversed, is out of range, overlaps another, or does not
+        start right after its anchor.
     """
     text = text.strip()
     if text == "dense":
@@ -158,7 +158,7 @@ class SharingPlan:
     return cls.from_followers(num_layers, followers)
 
   def __str__(self) -> str:
-    """The plan string that `parse` reads back."""
+    """The plan string, the inverse of `parse`."""
     parts = [
       f"{anchor}:{followers[0]}" + (f"-{followers[-1]}" if len(followers) > 1 else "")
       for anchor, followers in self.groups
@@ -174,7 +174,7 @@ class SharingPlan:
 
   @property
   def num_layers(self) -> int:
-    """The depth of the model the plan is for."""
+    """The depth of the model."""
     return len(self.source)
 
   @property
@@ -184,18 +184,18 @@ class SharingPlan:
 
   @property
   def followers(self) -> tuple[int, ...]:
-    """The layers that reuse them."""
+    """The layers that reuse the weights of an anchor."""
     return tuple(layer for layer, source in enumerate(self.source) if layer != source)
 
   @property
   def groups(self) -> tuple[LayerGroup, ...]:
-    """Every anchor with its followers, in layer order."""
+    """Each anchor with its followers, in layer order."""
     by_source = itertools.groupby(enumerate(self.source), key=lambda item: item[1])
     return tuple(LayerGroup(anchor, tuple(layer for layer, _ in members)[1:]) for anchor, members in by_source)
 
   @property
   def runs(self) -> tuple[Run, ...]:
-    """Maximal stretches of consecutive groups with the same number of followers, in layer order."""
+    """Maximal sequences of consecutive groups with the same number of followers, in layer order."""
     runs = []
     for size, members in itertools.groupby(self.groups, key=lambda group: len(group.followers)):
       groups = list(members)
@@ -211,10 +211,10 @@ class SharingPlan:
     return None if self.head_map is None else self.head_map[layer]
 
   def with_head_maps(self, maps: Mapping[int, Sequence[int] | None]) -> SharingPlan:
-    """The same sharing with these head maps, by follower; followers not named, or with None, have the identity.
+    """The same plan with these head maps, by follower; other followers, and those with None, get the identity.
 
     Raises:
-      UserError: as the class.
+      UserError: as the class does.
     """
     if unknown := sorted(set(maps) - set(range(self.num_layers))):
       raise UserError(f"head maps for layers {unknown}, but the layers are 0 to {self.num_layers - 1}")
@@ -222,10 +222,10 @@ class SharingPlan:
     return SharingPlan(self.source, tuple(None if entry is None else tuple(entry) for entry in given))
 
   def check_heads(self, num_heads: int) -> None:
-    """Checks that the head maps are for a model of this many query heads.
+    """Checks that every head map has one entry per query head.
 
     Raises:
-      UserError: if they are not.
+      UserError: if one does not.
     """
     if self.head_map is None:
       return
@@ -272,7 +272,7 @@ def as_plan(plan: PlanLike, num_layers: int) -> SharingPlan:
     case SharingPlan():
       made = plan
     case _:
-      made = SharingPlan(cast("tuple[int, ...]", plan))  # which checks it
+      made = SharingPlan(cast("tuple[int, ...]", plan))  # checks that it is a sequence
   if made.num_layers != num_layers:
     raise UserError(f"the plan is for {made.num_layers} layers, the model has {num_layers}")
   return made

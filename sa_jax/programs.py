@@ -1,8 +1,8 @@
-"""The library's compiled functions: they run where their arguments are, or are compiled for devices elsewhere.
+"""Jitted functions that can also be compiled ahead of time for other devices.
 
-Every function of the library that `jax.jit` compiles is a `program`, and what comes back to the host comes through
-`fetch`. So a public function can be called with shapes in place of parameters: under `compiling`, all that it would
-run is compiled for the mesh of those shapes, by its real compiler, and nothing runs.
+The library jits functions with `program` and transfers results to the host with `fetch`. A public function can
+therefore be called with shapes instead of parameters: under `compiling`, every program that it would run is compiled
+for the mesh of those shapes, and nothing runs.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ T = TypeVar("T")
 
 
 class Compiled(NamedTuple):
-  """A program that was compiled and not run.
+  """A program that was compiled but not run.
 
   Attributes:
-    name: of the function.
-    executable: with its memory, its text, and the shapes and shardings of its results.
+    name: the function's name.
+    executable: the compiled executable.
   """
 
   name: str
@@ -38,11 +38,11 @@ _compiled: contextvars.ContextVar[dict[Hashable, Compiled] | None] = contextvars
 
 
 class Program(Generic[T]):
-  """A function under `jax.jit`; see `program`.
+  """A function jitted by `program`.
 
   Attributes:
-    name: the function's.
-    jitted: what `jax.jit` made of it.
+    name: the function's name.
+    jitted: the result of `jax.jit`.
   """
 
   def __init__(self, function: Callable[..., T], jitted: jax.stages.Wrapped) -> None:
@@ -50,15 +50,15 @@ class Program(Generic[T]):
     self.name, self.jitted = function.__name__, jitted
 
   def __get__(self, instance: object, owner: type | None = None) -> Callable[..., T]:
-    """The program as a method, whose ``self`` is an argument like others."""
+    """Binds the program as a method, with ``self`` as the first argument."""
     return self if instance is None else functools.partial(self, instance)
 
   def __call__(self, *arguments: Any, **named: Any) -> T:
-    """Runs it; under `compiling`, with shapes among the arguments, compiles it and returns shapes."""
+    """Runs the program; under `compiling`, if any argument is a shape, compiles it and returns shapes."""
     compiled = _compiled.get()
     if compiled is None or not any(map(_is_shape, jax.tree.leaves((arguments, named)))):
       return self.jitted(*arguments, **named)
-    # Arrays that are here are shapes without a place there.
+    # Local arrays become shapes without a sharding.
     arguments, named = jax.tree.map(_shape_of, (arguments, named))
     leaves, structure = jax.tree.flatten((arguments, named))
     key = (self.jitted, structure, jax.sharding.get_abstract_mesh(), *leaves)
@@ -77,10 +77,10 @@ def program(**options: Any) -> Callable[[Callable[..., T]], Program[T]]:
 
 @contextlib.contextmanager
 def compiling() -> Iterator[Collection[Compiled]]:
-  """Calls inside with shapes among their arguments compile and do not run; yields what they have compiled so far.
+  """Makes programs that are called with shapes compile instead of run; yields a live view of what they compiled.
 
-  The shapes' shardings say for which devices. What comes to the host by `fetch` is made up, ones: what a public
-  function returns inside means nothing.
+  The shardings of the shapes determine the devices. Inside, `fetch` returns ones for shapes, so the results of public
+  functions are meaningless.
   """
   compiled: dict[Hashable, Compiled] = {}
   token = _compiled.set(compiled)
@@ -91,9 +91,9 @@ def compiling() -> Iterator[Collection[Compiled]]:
 
 
 def fetch(tree: Tree) -> Tree:
-  """Arrays as NumPy's, whole and the same on every process, wherever they are.
+  """Transfers arrays to the host as NumPy arrays, complete and equal on every process.
 
-  What is spread over several processes is gathered first, so that all of them have to call this together.
+  Arrays that are sharded over several processes are gathered first, so all processes must make the same call.
   """
   leaves, structure = jax.tree.flatten(tree)
   apart = [leaf for leaf in leaves if isinstance(leaf, jax.Array) and not _is_here(leaf)]
@@ -105,7 +105,7 @@ def fetch(tree: Tree) -> Tree:
 
 
 def _is_here(array: jax.Array) -> bool:
-  """Whether this process has all of an array."""
+  """Whether this process can read the whole array."""
   return array.is_fully_addressable or array.is_fully_replicated
 
 

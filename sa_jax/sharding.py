@@ -1,4 +1,4 @@
-"""Where arrays live: logical axes, the rules that map them to a mesh, and shardings made from the two."""
+"""Shardings from logical axes, and the rules that map these to mesh axes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
 from sa_jax.mesh import check_devices
-from sa_jax.mesh import make_mesh as make_mesh  # what the rules are for
+from sa_jax.mesh import make_mesh as make_mesh  # re-export
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.axes import bare, fitting, mesh_axes_of
 from sa_jax.plan import SharingPlan
@@ -50,18 +50,18 @@ DEFAULT_RULES: Rules = (
   ("groups", None),
   ("followers", None),
 )
-"""Logical axis → mesh axis, for the axes of `make_mesh`. An axis that a mesh lacks splits nothing on it."""
+"""Logical axis → mesh axis, for the axes of `make_mesh`. Mesh axes that a mesh does not have are ignored."""
 
-_RULES = jax.make_user_context(())  # part of what `jax.jit` knows a trace by, which Flax's own context is not
+_RULES = jax.make_user_context(())  # part of `jax.jit`'s cache key, unlike Flax's own context
 _OF_ALL_ROWS = ("heads", "kv_heads", "head_dim", "mlp", "vocab")
-"""What every device with the same part of it needs all rows of its mesh axes for, unlike ``embed``'s (FSDP)."""
+"""Tensor-parallel axes: rows cannot be split over a mesh axis that splits one of these, unlike ``embed`` (FSDP)."""
 
 
 def check_mesh(mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> None:
-  """Checks that a mesh is one that the rules can split arrays over.
+  """Checks that the rules can shard arrays over a mesh.
 
   Raises:
-    UserError: if JAX would have to be told how to split each operation over one of its axes, or no rule names any.
+    UserError: if an axis is not of type ``Auto``, or no rule names any axis of the mesh.
   """
   if explicit := [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Auto]:
     raise UserError(
@@ -78,7 +78,7 @@ def check_mesh(mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> None:
 
 
 def _idle(mesh: Mesh | AbstractMesh, rules: Rules) -> list[str]:
-  """The mesh axes over which nothing is split."""
+  """The mesh axes that no rule names."""
   return [name for name in mesh.axis_names if mesh.shape[name] > 1 and name not in _named(rules)]
 
 
@@ -87,7 +87,7 @@ def _named(rules: Rules) -> set[str]:
 
 
 def rules_on(mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> Rules:
-  """The rules without the mesh axes that the mesh lacks.
+  """The rules without mesh axes that the mesh does not have.
 
   Raises:
     UserError: see `check_mesh`.
@@ -104,11 +104,18 @@ def rules_on(mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> Rules:
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
-  """Makes the mesh and the rules ambient for what is traced inside, and the mesh for arrays that are made there.
+  """Sets the ambient mesh and rules, for your own ``jax.jit`` around ``model.apply``.
 
-  The modules' constraints on activations act only where rules are ambient, and attention that XLA cannot split finds
-  there how to split itself. Functions of this library that take parameters need no such context: they trace where the
-  parameters are (`where_parameters_are`). It is for your own ``jax.jit`` around ``model.apply``.
+  Sharding constraints on activations, and attention kernels that XLA cannot partition, use the ambient rules. Functions
+  of this library that take parameters do not need this context: they infer mesh and rules from the parameters
+  (`where_parameters_are`).
+
+  Args:
+    mesh: the mesh, also for arrays that are created inside.
+    rules: logical axis → mesh axis.
+
+  Raises:
+    UserError: see `check_mesh`.
   """
   with jax.set_mesh(mesh), traced_on(mesh, rules):
     yield
@@ -116,10 +123,7 @@ def on_mesh(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
 
 @contextlib.contextmanager
 def traced_on(mesh: Mesh | None, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
-  """`on_mesh` for tracing alone, inside a function that `jax.jit` is tracing or around calls of one.
-
-  Without a mesh, nothing changes.
-  """
+  """`on_mesh` for tracing only: inside a function that `jax.jit` traces, or around its call. None changes nothing."""
   if mesh is None:
     yield
     return
@@ -129,7 +133,7 @@ def traced_on(mesh: Mesh | None, rules: Rules = DEFAULT_RULES) -> Iterator[None]
 
 
 def mesh_of(tree: object) -> Mesh | None:
-  """The mesh that arrays, or shapes with shardings, are spread over; None where they are on one device."""
+  """The mesh of a tree of arrays, or of shapes with shardings; None if they are on one device."""
   for leaf in jax.tree.leaves(tree):
     if isinstance(sharding := getattr(leaf, "sharding", None), NamedSharding) and sharding.mesh.size > 1:
       return sharding.mesh if isinstance(sharding.mesh, Mesh) else None
@@ -137,19 +141,22 @@ def mesh_of(tree: object) -> Mesh | None:
 
 
 def rules_of(config: ModelConfig, params: Params, mesh: Mesh) -> Rules:
-  """The rules by which a model's parameters are split over a mesh, read off their shardings.
+  """Infers the rules that shard a model's parameters over a mesh from their shardings.
 
-  How activations' rows are split cannot be seen there, and changes no result: over every mesh axis that splits neither
-  heads nor MLP nor vocabulary, but for the one of `DEFAULT_RULES` for tokens. Of parameters that `DEFAULT_RULES` have
-  split, these are the same rules.
+  Parameters do not show how activations are sharded, which changes no result. Rows are split over all mesh axes that
+  split neither heads nor MLP nor vocabulary, except the axis that `DEFAULT_RULES` use for tokens. For parameters that
+  were sharded by `DEFAULT_RULES`, this returns the same rules.
 
   Args:
     config: the model.
-    params: in either layout, whole: arrays, or shapes with shardings.
-    mesh: theirs.
+    params: all parameters, in either layout: arrays, or shapes with shardings.
+    mesh: their mesh.
+
+  Returns:
+    Logical axis → mesh axis, for all axes of `DEFAULT_RULES`.
 
   Raises:
-    UserError: if some of them are on other devices.
+    UserError: if some parameters are on other devices.
   """
   check_devices(params, mesh)
   block = params["runs"]["0"]["anchor"] if "runs" in params else params["layers"]["0"]
@@ -159,34 +166,34 @@ def rules_of(config: ModelConfig, params: Params, mesh: Mesh) -> Rules:
     leaf = leaves.get(path)
     spec = tuple(getattr(getattr(leaf, "sharding", None), "spec", ()))
     spec += (None,) * (len(getattr(leaf, "shape", ())) - len(spec))
-    # Of stacked layers, the last axes are a layer's.
+    # Leaves of stacked layers have additional leading axes.
     for name, entry in zip(reversed(names), reversed(spec)):
       if name is not None and (axes := mesh_axes_of(entry)):
         found.setdefault(name, axes)
   taken = {axis for name in _OF_ALL_ROWS for axis in found.get(name, ())}
   vocab = mesh_axes_of(dict(DEFAULT_RULES)["vocab"])
   if "vocab" not in found and taken.issuperset(vocab) and config.vocab_size % math.prod(mesh.shape[a] for a in vocab):
-    found["vocab"] = vocab  # of a head that is whole because these do not divide it, logits are split all the same
+    found["vocab"] = vocab  # a head that these axes do not divide is replicated, but logits are split
   over_tokens = [
     axis for axis in mesh_axes_of(dict(DEFAULT_RULES)["length"]) if axis in mesh.shape and axis not in taken
   ]
   rows = tuple(axis for axis in mesh.axis_names if axis not in {*taken, *over_tokens})
   found |= {"batch": rows, "length": tuple(over_tokens)}
-  # Of what this model has not, such as experts, nothing is seen.
+  # Axes that this model does not have, such as experts, keep their default rule.
   seen = {name for names in _logical_axes(config).values() for name in names}
   found |= {
     name: tuple(axis for axis in mesh_axes_of(entry) if axis in mesh.shape)
     for name, entry in DEFAULT_RULES
     if name not in seen and name not in found
   }
-  # Spelt as `rules_on` spells them, so that equal rules are the same rules to `jax.jit`.
+  # In the form of `rules_on`, so that equivalent rules have the same `jax.jit` cache key.
   spelt = lambda name, axes: axes[0] if len(axes) == 1 and name != "batch" else axes or None
   return tuple((name, spelt(name, found.get(name, ()))) for name, _ in DEFAULT_RULES)
 
 
 @functools.lru_cache
 def _logical_axes(config: ModelConfig) -> dict[str, PartitionSpec]:
-  """The logical axes of the parameters around the layers and of an anchor's, by their paths in the layer layout."""
+  """The logical axes of the parameters of an anchor and outside the layers, by path in the layer layout."""
   one = Transformer(dataclasses.replace(config, num_layers=1, local_layers=()), SharingPlan.dense(1))
   return _by_path(nn.get_partition_spec(abstract_params(one, layout="layers", boxed=True)))
 
@@ -198,9 +205,9 @@ def _by_path(tree: object) -> dict[str, Tree]:
 
 @contextlib.contextmanager
 def where_parameters_are(config: ModelConfig, params: Params) -> Iterator[None]:
-  """`traced_on` the mesh that parameters are spread over, by the rules that split them; on one device, nothing changes.
+  """`traced_on` with the mesh and rules of the parameters; does nothing if they are on one device.
 
-  An ambient `on_mesh` of the same mesh stays: its rules may say more than the parameters show.
+  An ambient `on_mesh` of the same mesh takes precedence, as its rules may contain more than the parameters show.
   """
   mesh = mesh_of(params)
   said = bool(nn.get_logical_axis_rules())
@@ -212,7 +219,7 @@ def where_parameters_are(config: ModelConfig, params: Params) -> Iterator[None]:
 
 
 def traced_where_parameters_are(function: Callable[Concatenate[M, Q, P], T]) -> Callable[Concatenate[M, Q, P], T]:
-  """A function of a model and its parameters that calls all it calls `where_parameters_are`."""
+  """Decorates a function of a model and its parameters to run in `where_parameters_are`."""
 
   @functools.wraps(function)
   def call(model: M, params: Q, *arguments: P.args, **named: P.kwargs) -> T:
@@ -223,7 +230,7 @@ def traced_where_parameters_are(function: Callable[Concatenate[M, Q, P], T]) -> 
 
 
 def placed_like(array: Tree, other: object) -> Tree:
-  """The array where another one is, split as that is; as it is where that has no place: under a trace, or NumPy's."""
+  """The array with the sharding of another; unchanged if that has none, as under a trace or for NumPy arrays."""
   sharding = getattr(other, "sharding", None)
   if sharding is None or isinstance(other, jax.core.Tracer):
     return array
@@ -235,38 +242,41 @@ def placed_like(array: Tree, other: object) -> Tree:
 def named_sharding(
   mesh: Mesh, axes: tuple[str | None, ...], rules: Rules = DEFAULT_RULES, shape: tuple[int, ...] | None = None
 ) -> NamedSharding:
-  """The sharding of an array with these logical axes; of token rows, for example, ``("batch", "length")``.
+  """The sharding of an array with these logical axes, such as ``("batch", "length")`` for token rows.
 
   Args:
-    mesh: with the axes that the rules name.
-    axes: one a dimension.
+    mesh: the mesh.
+    axes: logical axis of each dimension, or None.
     rules: logical axis → mesh axis.
-    shape: the array's, of which a dimension that does not divide is whole on every device; None if all do.
+    shape: the array's shape, to replicate dimensions that their mesh axis does not divide; None if all are divisible.
+
+  Raises:
+    UserError: see `check_mesh`.
   """
   spec = nn.logical_to_mesh_axes(axes, rules_on(mesh, rules)) or PartitionSpec()
   return NamedSharding(mesh, spec if shape is None else fitting(spec, shape, mesh.shape))
 
 
 def cache_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Cache:
-  """A `NamedSharding` for every array of a model's `sa_jax.nn.Cache`: rows like the batch, heads like the keys'.
+  """A `NamedSharding` for every array of a model's `sa_jax.nn.Cache`, split over rows and KV heads.
 
-  Where there are key heads for fewer devices than `DEFAULT_RULES` would split them over, each device has all of them.
+  If the mesh axis does not divide the number of KV heads, they are replicated.
   """
   axes = ("batch", "kv_heads", "length", "head_dim")
-  # Of a cache whose rows and slots divide.
+  # Sizes of rows and slots that every mesh axis divides.
   shapes = jax.eval_shape(lambda: Cache.empty(model.config, model.plan, mesh.size, mesh.size))
   return jax.tree.map(lambda leaf: named_sharding(mesh, axes, rules, leaf.shape), shapes)
 
 
 def optimizer_shardings(optimizer: optax.GradientTransformation, params: Tree, shardings: Tree) -> Tree:
-  """A `NamedSharding` for every array of an optimiser's state: like its parameter, or else a copy on every device.
+  """A `NamedSharding` for every array of an optimiser's state: that of its parameter, or replicated.
 
   Args:
-    optimizer: whose ``init`` makes the state.
+    optimizer: the optimiser.
     params: the parameters' shapes and dtypes.
-    shardings: of the parameters, as from `param_shardings`.
+    shardings: the parameters' shardings, from `param_shardings`.
   """
-  import optax  # an eighth of the time that importing sa_jax takes, and only training needs it
+  import optax  # lazily: only training needs it, and it is an eighth of sa_jax's import time
 
   mesh = jax.tree.leaves(shardings)[0].mesh
   everywhere = NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -283,18 +293,17 @@ def param_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES
   """A `NamedSharding` for every parameter, from the logical axes that the modules declare.
 
   Args:
-    model: whose parameters.
-    mesh: with the axes that the rules name.
+    model: the model.
+    mesh: the mesh.
     rules: logical axis → mesh axis.
     layout: ``runs`` or ``layers``.
 
   Returns:
-    A tree like the model's parameters. An axis of theirs that its mesh axis does not divide is whole on every device,
-    which one line of the log says.
+    A tree like the model's parameters. Dimensions that their mesh axis does not divide are replicated, with a warning.
 
   Raises:
-    UserError: if two axes of a parameter map to one mesh axis, or a mesh axis that rules name for axes of parameters
-      divides none of them.
+    UserError: if two axes of a parameter map to the same mesh axis, or the rules name a mesh axis for parameters but it
+      divides none of their dimensions.
   """
   _check_experts(model.config, mesh, rules)
   shardings = tree_shardings(abstract_params(model, layout=layout, boxed=True), mesh, rules)
@@ -315,7 +324,7 @@ def param_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES
 
 
 def _sizes(config: ModelConfig) -> dict[str, int]:
-  """How large a model's logical axes are."""
+  """The sizes of a model's logical axes."""
   return {
     "embed": config.embed_dim,
     "heads": config.num_heads,
@@ -327,7 +336,7 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def _check_experts(config: ModelConfig, mesh: Mesh, rules: Rules) -> None:
-  """Checks that the mesh divides the experts, before every array of theirs is told not to fit.
+  """Checks that the mesh divides the experts, for one error instead of one per array.
 
   Raises:
     UserError: if it does not.
@@ -342,14 +351,14 @@ def _check_experts(config: ModelConfig, mesh: Mesh, rules: Rules) -> None:
 
 def tree_shardings(boxed: Tree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Tree:
   """A `NamedSharding` for every leaf of a tree of boxed shapes, as from `abstract_params`; see `param_shardings`."""
-  by_axis = dict(reversed(rules_on(mesh, rules)))  # the first rule for an axis counts, as for activations
+  by_axis = dict(reversed(rules_on(mesh, rules)))  # the first rule for an axis applies, as for activations
   if idle := _idle(mesh, rules):
     _LOG.warning("no rule uses the mesh axis %s: arrays are replicated along it", ", ".join(idle))
   errors: list[str] = []
   whole: dict[str, None] = {}
 
   def sharding(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct, logical: PartitionSpec) -> NamedSharding | None:
-    # Not by Flax's own function, which leaves an axis unsharded when its mesh axis is taken.
+    # Flax's own function silently replicates an axis whose mesh axis is already used.
     spec = PartitionSpec(*(by_axis.get(axis) for axis in logical))
     used = [axis for entry in spec for axis in mesh_axes_of(entry)]
     if len(used) != len(set(used)):
@@ -373,17 +382,20 @@ def tree_shardings(boxed: Tree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Tre
 
 @functools.cache
 def _warn_once(text: str) -> None:
-  """Opening a model and training it ask for the same shardings."""
+  """Warns once: opening a model and training it compute the same shardings."""
   _LOG.warning(text)
 
 
 def abstract_params(model: Transformer, *, layout: str = "runs", boxed: bool = False) -> Tree:
-  """The parameters' shapes and dtypes, without computing anything.
+  """The parameters' shapes and dtypes, by abstract evaluation.
 
   Args:
-    model: whose parameters.
+    model: the model.
     layout: ``runs`` or ``layers``.
     boxed: whether leaves carry their logical axes (`sa_jax.nn.axes.WithAxes`).
+
+  Returns:
+    A tree of `jax.ShapeDtypeStruct`s.
   """
 
   def init(key: jax.Array) -> Tree:

@@ -1,6 +1,6 @@
-"""What programs do on a disk, done in a bucket: reading files in parts, and writing to one that grows.
+"""Partial reads and incremental writes for files in a bucket.
 
-Objects in a bucket appear whole when they are closed, and never grow; nothing is mapped into memory.
+Objects in a bucket appear when they are closed, cannot be appended to, and cannot be memory-mapped.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _COPYING = threading.Lock()
 
 @functools.cache
 def _copies() -> Path:
-  """The folder of copies, which goes with this process."""
+  """A folder of copies that is removed when this process exits."""
   folder = tempfile.mkdtemp(prefix="sa_jax-")
   atexit.register(shutil.rmtree, folder, ignore_errors=True)
   return Path(folder)
 
 
 def local_copy(path: Path) -> Path:
-  """A file as one on this machine, for readers that can have no other: itself, or a copy that goes with this process.
+  """A local path for a file, for readers that need one: the file itself, or a copy that is removed on exit.
 
   Raises:
-    UserError: if it cannot be read, or there is no room.
+    UserError: if the file cannot be read, or the disk is full.
   """
   if not is_remote(path):
     return path
@@ -56,25 +56,25 @@ def local_copy(path: Path) -> Path:
 
 @contextlib.contextmanager
 def outline(path: Path, head: bytes) -> Iterator[Path]:
-  """A file on this machine that is as long as another and begins like it, for what is checked by these two."""
+  """A local sparse file with the size of ``path`` that begins with ``head``, for parsers of headers."""
   if not is_remote(path):
     yield path
     return
   with tempfile.NamedTemporaryFile(prefix="sa_jax-") as file:
     file.write(head)
-    file.truncate(size_of(path))  # a hole takes no room
+    file.truncate(size_of(path))  # sparse: takes no disk space
     file.flush()
     yield Path(file.name)
 
 
 def range_of(path: Path, start: int, size: int, wanted: slice) -> np.ndarray:
-  """Bytes of a file in a bucket.
+  """Reads a range of bytes of a file in a bucket.
 
   Args:
     path: the file.
-    start: where in the file the bytes begin.
-    size: how many there are.
-    wanted: which of them are read; the others are not set, and take no memory.
+    start: offset of the range in the file, in bytes.
+    size: size of the range, in bytes.
+    wanted: the part of the range to read; the rest of the result is uninitialised, and takes no memory.
 
   Returns:
     uint8 ``[size]``.
@@ -90,10 +90,10 @@ def range_of(path: Path, start: int, size: int, wanted: slice) -> np.ndarray:
 
 
 class Mirrored:
-  """A folder that is written to as work goes on: itself on a disk, or a local one whose files are copied to a bucket.
+  """A folder for incremental writes: the folder itself, or for a bucket a local folder that is copied there.
 
   Attributes:
-    local: where to write.
+    local: the local folder to write to.
   """
 
   def __init__(self, folder: Path):
@@ -104,7 +104,7 @@ class Mirrored:
     self._resting = 0.0
 
   def push(self, at_once: bool = False) -> None:
-    """Copies what has changed; unless that has to be at once, a tenth of the time at most is spent on it.
+    """Copies changed files to the bucket. Unless ``at_once``, it is rate-limited to a tenth of the elapsed time.
 
     Raises:
       UserError: if the bucket cannot be written.
@@ -123,7 +123,7 @@ class Mirrored:
     self._resting = now + 9 * (now - began)
 
   def close(self) -> None:
-    """Copies the rest.
+    """Copies the remaining changes.
 
     Raises:
       UserError: if the bucket cannot be written.

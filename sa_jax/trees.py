@@ -1,4 +1,4 @@
-"""Names for trees of arrays, whose nesting Python's types cannot describe."""
+"""Type aliases for pytrees of arrays, whose nesting Python's types cannot express."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 Params = Mapping[str, Any]
-"""Parameters in dictionaries nested as the modules are; at the leaves arrays, or shapes and dtypes, or shardings."""
+"""Parameters as nested dictionaries. Leaves are arrays, `jax.ShapeDtypeStruct`s or shardings."""
 
 Tree = Any
-"""Any pytree of arrays, or of what stands for them."""
+"""Any pytree of arrays, `jax.ShapeDtypeStruct`s or shardings."""

@@ -1,7 +1,8 @@
-"""Plans that were searched for known models, with their head maps: `get` finds a model's, whatever file it is in.
+"""Plans of known models, with head maps, found by search: `get` returns the plan of a model.
 
-A model is known by the names and shapes of its parameters; where parameters are given, by one tensor of them too, since
-models of one shape may attend differently. The data, beside this file, say how each plan was made and what it cost.
+Models are identified by the names and shapes of their parameters and, if parameters are given, by a hash of one tensor:
+models of the same shape can have different attention patterns. The JSON files in this folder record how each plan was
+found and its perplexity.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ class KnownPlan(NamedTuple):
 
   Attributes:
     model: the model's name.
-    plan: with head maps, to refit from.
-    times_dense: by text, how many times the dense model's perplexity the refitted model had.
-    recovery: what it was refitted by to have that.
-    made: how plan and numbers were made.
+    plan: the plan with head maps; the model must be refitted under it.
+    times_dense: for each text, the refitted model's perplexity divided by the dense model's.
+    recovery: the method of refitting behind these numbers.
+    made: how the plan and the numbers were obtained.
   """
 
   model: str
@@ -64,11 +65,11 @@ def get(model: Transformer | ModelConfig, followers: int, params: Params | None 
 
   Args:
     model: the dense model, or its config.
-    followers: how many layers follow.
-    params: in either layout; with them it is known that the model is not another one of the same shape.
+    followers: number of followers.
+    params: in either layout, to tell the model from others of the same shape.
 
   Raises:
-    UserError: if the model is not known, or has no such plan.
+    UserError: if the model is unknown, or has no such plan.
   """
   config = model if isinstance(model, ModelConfig) else model.config
   shape = of_shapes(config)
@@ -89,7 +90,7 @@ def get(model: Transformer | ModelConfig, followers: int, params: Params | None 
 
 @functools.cache
 def of_shapes(config: ModelConfig) -> str:
-  """A hash of the names and shapes of the dense model's parameters, its layers stacked."""
+  """A hash of the names and shapes of the dense model's parameters, in the run layout."""
   leaves = jax.tree_util.tree_leaves_with_path(
     abstract_params(Transformer(config, SharingPlan.dense(config.num_layers)))
   )
@@ -98,7 +99,7 @@ def of_shapes(config: ModelConfig) -> str:
 
 
 def of_final_norm(params: Params) -> str:
-  """A hash of the last norm's scale in bfloat16, in which all files of a model agree."""
+  """A hash of the final norm's scale in bfloat16, which is the same in all file formats of a model."""
   scale = np.asarray(fetch(jnp.asarray(params["final_norm"]["scale"]).astype(jnp.bfloat16)))
   return hashlib.sha256(scale.tobytes()).hexdigest()[:16]
 

@@ -1,7 +1,7 @@
-"""Attention: one definition, several ways to compute it.
+"""Attention: one definition, several backends.
 
-`attend` computes ``softmax(q kᵀ / sqrt(H) + mask) v`` without handing out the weights; `attention_weights` and
-`apply_weights` are its two halves. Handing `attend` an anchor's q and k and a follower's v *is* Shared Attention.
+`attend` computes ``softmax(q kᵀ / sqrt(H) + mask) v`` without returning the weights; `attention_weights` and
+`apply_weights` are its two halves. Called with an anchor's q and k and a follower's v, `attend` *is* Shared Attention.
 """
 
 from sa_jax.ops.attention.decode import decode_apply, decode_attend, decode_follow, decode_weights, write_slot

@@ -2,7 +2,7 @@
 
 The forward pass keeps, per query, a running maximum, a running sum and an accumulator (Milakov & Gimelshein, arXiv
 1805.02867); the backward pass recomputes each block of weights from the log-sum-exp (Dao et al., arXiv 2205.14135,
-algorithm 4). Loops over blocks run from the window's edge to the diagonal, so what is masked costs nothing.
+algorithm 4). Loops over blocks run from the window's edge to the diagonal, so fully masked blocks cost nothing.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _BLOCK = 256
 
 
 class _Sight(NamedTuple):
-  """`Rows` as blocks read them.
+  """`Rows` in the form that blocks need.
 
   Attributes:
     lengths: int32 ``[B]``.
     offset: int32 ``[]``, the slot of the first query among the keys.
-    segments: the documents of queries and keys, or None.
+    segments: document ids of queries and keys, or None.
   """
 
   lengths: jax.Array
@@ -39,12 +39,12 @@ class _Sight(NamedTuple):
 
 
 class _How(NamedTuple):
-  """What is known before the arrays are.
+  """Static options.
 
   Attributes:
     spec: window, soft cap and scale.
-    block: tokens in a block.
-    causal: whether a query sees no key after its own slot.
+    block: tokens per block.
+    causal: whether keys after a query's own slot are hidden from it.
   """
 
   spec: AttentionSpec
@@ -53,14 +53,14 @@ class _How(NamedTuple):
 
 
 class _Call(NamedTuple):
-  """A call of `attend`, in whole blocks.
+  """The arguments of `attend`, padded to whole blocks.
 
   Attributes:
     q: ``[B, T, K, G, H]``.
     k: ``[B, S, K, H]``.
     sinks: float32 ``[K, G]``, or None.
     sight: which keys the queries may see.
-    how: what is known before the arrays are.
+    how: static options.
   """
 
   q: jax.Array
@@ -71,7 +71,7 @@ class _Call(NamedTuple):
 
   @classmethod
   def of(cls, q: jax.Array, k: jax.Array, rows: Rows, spec: AttentionSpec, block: int = _BLOCK) -> _Call:
-    """From what `attend` is given."""
+    """From the arguments of `attend`."""
     batch, length = q.shape[:2]
     block = min(block, length)
     keys = jnp.full((batch,), k.shape[1], jnp.int32)
@@ -85,32 +85,32 @@ class _Call(NamedTuple):
     return cls(_grouped(q, k.shape[2], block), _filled(k, block), sinks, sight, how)
 
   def keys(self, x: jax.Array) -> jax.Array:
-    """Values ``[B, S, K, R]`` in whole blocks."""
+    """Pads values ``[B, S, K, R]`` to whole blocks."""
     return _filled(x, self.how.block)
 
   def queries(self, x: jax.Array) -> jax.Array:
-    """Something of each query, ``[B, T, N, R]``, as ``q`` is."""
+    """Brings a per-query array ``[B, T, N, R]`` into the layout of ``q``."""
     return _grouped(x, self.k.shape[2], self.how.block)
 
   def per_query(self, x: jax.Array) -> jax.Array:
-    """A number a query, ``[B, N, T]``, in blocks: ``[T / block, B, K, G, block]``."""
+    """Splits per-query scalars ``[B, N, T]`` into blocks ``[T / block, B, K, G, block]``."""
     x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % self.how.block)))
     return jnp.moveaxis(x.reshape(x.shape[0], *self.q.shape[2:4], -1, self.how.block), 3, 0)
 
 
 def _filled(x: jax.Array, block: int) -> jax.Array:
-  """``[B, T, ...]`` filled up with zeros to whole blocks."""
+  """Zero-pads ``[B, T, ...]`` to whole blocks along T."""
   return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)) + ((0, 0),) * (x.ndim - 2))
 
 
 def _grouped(x: jax.Array, kv_heads: int, block: int) -> jax.Array:
-  """``[B, T, N, H]`` → ``[B, T, K, G, H]`` in whole blocks."""
+  """``[B, T, N, H]`` → ``[B, T, K, G, H]``, padded to whole blocks."""
   x = _filled(x, block)
   return x.reshape(*x.shape[:2], kv_heads, x.shape[2] // kv_heads, x.shape[3])
 
 
 def _ungrouped(x: jax.Array, like: jax.Array) -> jax.Array:
-  """``[B, T, K, G, H]`` in whole blocks → ``[B, T, N, H]``, as many as another array has of queries and heads."""
+  """``[B, T, K, G, H]``, padded to whole blocks, → ``[B, T, N, H]`` with the T and N of ``like``."""
   return x[:, : like.shape[1]].reshape(*like.shape[:3], x.shape[4])
 
 
@@ -123,7 +123,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: Attention
 
 
 def forward(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
-  """`attend`, and each query's log of sums; see `sa_jax.ops.attention.group.Parts`."""
+  """`attend`, and each query's log-sum-exp; see `sa_jax.ops.attention.group.Parts`."""
   call = _Call.of(q, k, rows, spec)
   out, (*_, log_sums) = _forward(call.q, call.k, call.keys(v), call.sinks, call.sight, call.how)
   log_sums = jnp.moveaxis(log_sums, 0, 3)
@@ -133,7 +133,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: Attentio
 def d_values(
   q: jax.Array, k: jax.Array, log_sums: jax.Array, d_out: jax.Array, rows: Rows, spec: AttentionSpec
 ) -> jax.Array:
-  """The gradient of values; see `sa_jax.ops.attention.group.Parts`."""
+  """The gradient of the values; see `sa_jax.ops.attention.group.Parts`."""
   call = _Call.of(q, k, rows, spec)
   d_out_blocks = _blocks(call.queries(d_out), call.how.block)
   backward = _Backward.of(call, call.per_query(log_sums))
@@ -149,9 +149,9 @@ def d_values(
 def d_query_key(
   q: jax.Array, k: jax.Array, gathered: Gathered, rows: Rows, spec: AttentionSpec
 ) -> tuple[jax.Array, jax.Array]:
-  """The gradients of queries and keys; see `sa_jax.ops.attention.group.Parts`."""
+  """The gradients of the queries and keys; see `sa_jax.ops.attention.group.Parts`."""
   call = _Call.of(q, k, rows, spec)
-  of_layers = lambda cut, x: jnp.moveaxis(jax.vmap(cut)(x), 0, -2)  # [..., L, R]: one product, over L R
+  of_layers = lambda cut, x: jnp.moveaxis(jax.vmap(cut)(x), 0, -2)  # [..., L, R], contracted over both
   v = of_layers(call.keys, gathered.v)
   d_out_blocks = _blocks(of_layers(call.queries, gathered.d_out), call.how.block)
   inner = call.per_query(gathered.inner)
@@ -197,7 +197,7 @@ def _scores(q: jax.Array, k: jax.Array, i: jax.Array, j: jax.Array, sight: _Sigh
 
 
 def _key_blocks(i: jax.Array, offset: jax.Array, how: _How, blocks: int) -> tuple[jax.Array | int, jax.Array | int]:
-  """The first and one past the last of the key blocks that queries of block ``i`` see."""
+  """The range (first, end) of key blocks that queries of block ``i`` see."""
   slot, window = offset + i * how.block, how.spec.window
   last: jax.Array | int = slot + how.block - 1
   if not how.causal:
@@ -207,7 +207,7 @@ def _key_blocks(i: jax.Array, offset: jax.Array, how: _How, blocks: int) -> tupl
 
 
 def _query_blocks(j: jax.Array, offset: jax.Array, how: _How, blocks: int) -> tuple[jax.Array | int, jax.Array | int]:
-  """The first and one past the last of the query blocks that see keys of block ``j``."""
+  """The range (first, end) of query blocks that see keys of block ``j``."""
   window = how.spec.window
   slot: jax.Array | int = j * how.block - offset
   end = blocks if window is None else jnp.minimum((slot + how.block + window - 2) // how.block + 1, blocks)
@@ -248,7 +248,7 @@ def _forward(
 
     batch, _, kv_heads, group, _ = q_i.shape
     queries = (batch, kv_heads, group, block)
-    # A sink is a key that has been seen already, and whose value is zero.
+    # A sink is an additional key with score `sinks` and value zero, included in the initial state.
     start = (
       jnp.zeros((batch, block, kv_heads, group, v.shape[-1]), jnp.float32),
       jnp.broadcast_to(jnp.float32(MASKED) if sinks is None else sinks[None, :, :, None], queries),
@@ -256,7 +256,7 @@ def _forward(
     )
     seen = _key_blocks(i, sight.offset, how, len(k_blocks))
     accumulated, maximum, total = jax.lax.fori_loop(*seen, key_block, start)
-    total = jnp.where(total == 0, 1.0, total)  # of queries that see no block of keys
+    total = jnp.where(total == 0, 1.0, total)  # queries that see no block of keys
     out = accumulated / _to_heads_last(total)[..., None]
     return carry, (out.astype(v.dtype), maximum + jnp.log(total))
 
@@ -266,13 +266,13 @@ def _forward(
 
 
 class _Backward(NamedTuple):
-  """What the blocks of a backward pass have in common.
+  """Common state of the blocks of a backward pass.
 
   Attributes:
     q: ``[T / block, B, block, K, G, H]``.
     log_sums: float32 ``[T / block, B, K, G, block]``.
     sight: which keys the queries may see.
-    how: what is known before the arrays are.
+    how: static options.
   """
 
   q: jax.Array
@@ -282,21 +282,21 @@ class _Backward(NamedTuple):
 
   @classmethod
   def of(cls, call: _Call, log_sums: jax.Array) -> _Backward:
-    """The backward pass of a call."""
+    """From a call and its log-sum-exps."""
     return cls(_blocks(call.q, call.how.block), log_sums, call.sight, call.how)
 
   @property
   def zeros(self) -> jax.Array:
-    """Where queries' gradients are summed, in float32."""
+    """The float32 accumulator of the queries' gradients."""
     return jnp.zeros(self.q.shape, jnp.float32)
 
   def weights(self, i: jax.Array, j: jax.Array, k_j: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scores and weights ``[B, K, G, block, block]``, computed again."""
+    """Recomputes scores and weights ``[B, K, G, block, block]``."""
     scores = _scores(self.q[i], k_j, i, j, self.sight, self.how)
     return scores, jnp.exp(scores - self.log_sums[i][..., None])
 
   def d_scores(self, scores: jax.Array, weights: jax.Array, d_weights: jax.Array, inner: jax.Array) -> jax.Array:
-    """The gradient of ``q kᵀ``, from that of the weights; ``inner`` is D, ``[B, K, G, block]``."""
+    """The gradient of ``q kᵀ`` from that of the weights; ``inner`` is ``D = rowsum(dO ∘ O)``, ``[B, K, G, block]``."""
     spec = self.how.spec
     d_scores = weights * (d_weights - inner[..., None]) * spec.scale_for(self.q.shape[-1])
     if spec.softcap is not None:
@@ -307,23 +307,23 @@ class _Backward(NamedTuple):
   def add(
     self, i: jax.Array, d_scores: jax.Array, k_j: jax.Array, dq: jax.Array, dk_j: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    """The gradients of queries and of a block's keys, with what a block of scores adds to them."""
+    """Adds a block's contribution to the gradients of the queries and of that block's keys."""
     dk_j = dk_j + _product("BKGTS,BTKGH->BSKH", d_scores, self.q[i])
     return dq.at[i].add(_product("BKGTS,BSKH->BTKGH", d_scores, k_j)), dk_j
 
   def over_blocks(
     self, step: Callable[[jax.Array, jax.Array, Tree, Tree], Tree], of_queries: Tree, of_keys: Tree, like: Tree
   ) -> tuple[Tree, Tree]:
-    """Sums over all blocks of scores that are not masked as a whole.
+    """Accumulates over all blocks of scores that are not fully masked.
 
     Args:
-      step: of i, j, the arrays of key block j, and the sums of queries and of that block's keys; it adds to them.
-      of_queries: what the sums of queries are at first.
-      of_keys: the arrays ``[B, S, ...]``, cut into blocks for the steps.
-      like: of which shapes and dtypes the sums of keys are; they are summed in float32.
+      step: (i, j, arrays of key block j, (query sums, sums of key block j)) → the updated sums.
+      of_queries: initial query sums.
+      of_keys: arrays ``[B, S, ...]``, split into key blocks.
+      like: shapes and dtypes of the key sums, which are accumulated in float32.
 
     Returns:
-      The sums of queries and of keys.
+      The query sums and the key sums.
     """
     cut = functools.partial(_blocks, block=self.how.block)
     blocks = jax.tree.map(cut, of_keys)

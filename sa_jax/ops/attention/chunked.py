@@ -1,7 +1,7 @@
-"""Reference attention of some queries at a time: memory that grows with the keys and not with queries times keys.
+"""Reference attention over chunks of queries, in O(S) memory.
 
-Nothing but ordinary operations, so that every derivative exists: forward mode, reverse mode, one in the other. The
-backward pass computes the weights of each chunk again.
+It uses ordinary JAX operations only, so forward-mode, reverse-mode and nested derivatives all work. The backward pass
+recomputes the weights of each chunk.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ _CHUNK = 256
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: AttentionSpec, chunk: int = _CHUNK) -> jax.Array:
-  """Attention by chunks; shapes as in `sa_jax.ops.attend`. ``chunk`` is how many queries have weights at once."""
+  """Attention by chunks of ``chunk`` queries. Shapes as in `sa_jax.ops.attend`."""
   length = q.shape[1]
   if length <= chunk:
     return reference.attend(q, k, v, rows, spec)
@@ -36,7 +36,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: Attention
 
 
 def _chunks(x: jax.Array, axis: int, chunk: int) -> jax.Array:
-  """An array cut along an axis, which is padded to whole chunks; they are the new first axis."""
+  """Pads an axis to whole chunks, and splits it into a new first axis of chunks."""
   room = [(0, -x.shape[axis] % chunk if each == axis else 0) for each in range(x.ndim)]
   padded = jnp.pad(x, room)
   shape = (*x.shape[:axis], -1, chunk, *x.shape[axis + 1 :])

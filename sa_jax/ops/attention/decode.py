@@ -1,4 +1,4 @@
-"""Attention of new tokens over a cache that holds the tokens before them."""
+"""Decode attention: new tokens over a cache of the tokens before them."""
 
 import functools
 import importlib
@@ -16,18 +16,21 @@ from sa_jax.ops.kernels import has_gpu_kernels, is_hopper, is_whole
 from sa_jax.ops.quantize import Quantised, Stored, as_stored, product_dtype
 
 Kernels = Literal["flash_decode", "hopper_decode"]
-"""Implementations of the decode kernels, by the module: in Pallas Triton, and in Pallas Mosaic GPU for Hopper alone."""
+"""Modules with decode kernels: in Pallas Triton, and in Pallas Mosaic GPU for Hopper only."""
 PREFERRED: Kernels = "flash_decode"
-"""Which runs where both could."""
+"""The one to use if both support the call."""
 
 
 def write_slot(cache: Stored, new: jax.Array, slots: jax.Array) -> Stored:
-  """Writes one token a row, or T, into slots; a slot past the end writes nothing.
+  """Writes one token per row, or T, into cache slots. Slots past the end are ignored.
 
   Args:
     cache: ``[B, K, S, H]``.
     new: ``[B, K, H]``, or ``[B, T, K, H]``.
-    slots: int32 ``[B]``, or ``[B, T]``, those of a row all different.
+    slots: int32 ``[B]``, or ``[B, T]`` without duplicates in a row.
+
+  Returns:
+    The updated cache.
   """
   rows = jnp.arange(slots.shape[0]).reshape((-1,) + (1,) * (slots.ndim - 1))
 
@@ -38,10 +41,10 @@ def write_slot(cache: Stored, new: jax.Array, slots: jax.Array) -> Stored:
 
 
 def _read(stored: Stored, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array | None]:
-  """The cache as attention takes it, ``[B, S, K, H]``, and what remains to be multiplied in, ``[B, K, S]``.
+  """The cache in attention's axis order, ``[B, S, K, H]``, and the scales still to be applied, ``[B, K, S]`` or None.
 
-  A scale can be multiplied into a quantised vector's product instead of into its elements: then the cache that a
-  product reads is of whole numbers, and no copy of it is made in another dtype.
+  Scales are applied to the products instead of the vectors, so that products read the integers without a dequantised
+  copy of the cache.
   """
   if isinstance(stored, Quantised):
     return jnp.swapaxes(stored.numbers(), 1, 2).astype(dtype), stored.scale[..., 0].astype(jnp.float32)
@@ -53,8 +56,8 @@ def decode_weights(q: jax.Array, keys: Stored, rows: Rows, spec: AttentionSpec =
 
   Args:
     q: ``[B, T, N, H]``.
-    keys: ``[B, K, S, H]``, the tokens' own among them; with pages ``[P, K, S, H]``.
-    rows: whose offset, int32 ``[B]``, is the slot of each row's first new token; and the pages, if there are any.
+    keys: ``[B, K, S, H]``, including those of the new tokens; with pages ``[P, K, S, H]``.
+    rows: ``rows.offset``, int32 ``[B]``, is the slot of each row's first new token; ``rows.pages`` for a paged cache.
     spec: window, soft cap and scale.
 
   Returns:
@@ -83,22 +86,22 @@ def decode_attend(
   spec: AttentionSpec = AttentionSpec(),
   with_weights: bool = False,
 ) -> tuple[jax.Array, jax.Array | None, tuple[Stored, Stored]]:
-  """Attention of new tokens over the cache that they join.
+  """Adds new tokens to the cache and computes their attention over it.
 
-  On NVIDIA GPUs in half precision, one token a row is one kernel that reads no block of 64 slots past the row's end (on
-  a mesh, only under `jax.shard_map`); elsewhere `write_slot`, `decode_weights` and `decode_apply`.
+  For one token per row in half precision on NVIDIA GPUs, this is a single kernel that skips blocks of 64 slots past a
+  row's end (on a mesh, only under `jax.shard_map`). Otherwise it is `write_slot`, `decode_weights` and `decode_apply`.
 
   Args:
     q: ``[B, T, N, H]``.
-    new: keys ``[B, T, K, H]`` and values ``[B, T, K, R]`` of the tokens.
-    cached: keys ``[B, K, S, H]`` and values ``[B, K, S, R]``; with pages, P of them instead of B.
-    rows: whose offset, int32 ``[B]``, is the slot that each row's first new token takes; and its pages, if it has any.
+    new: the tokens' keys ``[B, T, K, H]`` and values ``[B, T, K, R]``.
+    cached: keys ``[B, K, S, H]`` and values ``[B, K, S, R]``; with pages, P instead of B.
+    rows: ``rows.offset``, int32 ``[B]``, is the slot for each row's first new token; ``rows.pages`` for a paged cache.
     spec: window, soft cap and scale.
-    with_weights: whether followers need the weights; without, a kernel may keep them.
+    with_weights: whether to return the weights, which followers need.
 
   Returns:
-    ``[B, T, N, R]``; the softmaxed weights ``[B, N, T, S]``, with pages ``[P, N, T, S]``, or None; cached keys and
-    values with the new ones.
+    The output ``[B, T, N, R]``; the softmaxed weights ``[B, N, T, S]`` (with pages ``[P, N, T, S]``) or None; the
+    updated keys and values.
   """
   assert rows.offset is not None, "new tokens have a slot in the cache"
   plain = spec.window is None and spec.softcap is None and not set(rows.demands) - {OFFSETS, SINKS, PAGES}
@@ -114,16 +117,16 @@ def decode_attend(
 
 
 def _with_new(cache: Stored, new: jax.Array, offset: jax.Array, pages: Pages | None) -> Stored:
-  """The cache with new tokens' vectors ``[B, T, K, H]`` from each row's offset on."""
+  """Writes new tokens' vectors ``[B, T, K, H]`` into the cache, starting at each row's offset."""
   if pages is None:
     return write_slot(cache, new, Rows(offset=offset).positions(new.shape[1]))
   slots, size = Rows(offset=pages.offsets(offset)).positions(new.shape[1]), jax.tree.leaves(cache)[0].shape[2]
-  # Slots before a page are not in it, and counted from its end they would be.
+  # A slot before the page is negative, which would index from its end: move it past the end, where it is ignored.
   return write_slot(cache, pages.of_rows(new), jnp.where(slots < 0, size - slots, slots))
 
 
 def _apply(weights: jax.Array, values: Stored, pages: Pages | None) -> jax.Array:
-  """`decode_apply`, and the sum over each row's pages."""
+  """`decode_apply`, summed over each row's pages."""
   out = decode_apply(weights, values)
   return out if pages is None else pages.summed(out.astype(jnp.float32)).astype(out.dtype)
 
@@ -131,17 +134,17 @@ def _apply(weights: jax.Array, values: Stored, pages: Pages | None) -> jax.Array
 def decode_follow(
   weights: jax.Array, new_values: jax.Array, values: Stored, offset: jax.Array, pages: Pages | None = None
 ) -> tuple[jax.Array, Stored]:
-  """A follower's attention of new tokens over the values that theirs join; a kernel where `decode_attend` is one.
+  """Adds new tokens' values to the cache and computes a follower's attention; a kernel when `decode_attend` is one.
 
   Args:
     weights: ``[B, N, T, S]``, the anchor's; with pages ``[P, N, T, S]``.
     new_values: ``[B, T, K, R]``.
     values: ``[B, K, S, R]``; with pages ``[P, K, S, R]``.
-    offset: int32 ``[B]``, the slot that each row's first new token takes.
-    pages: where the rows lie in a cache of pages.
+    offset: int32 ``[B]``, the slot for each row's first new token.
+    pages: page tables of a paged cache, or None.
 
   Returns:
-    ``[B, T, N, R]``, and the values with the new ones.
+    The output ``[B, T, N, R]``, and the updated values.
   """
   name = which_kernels(weights.shape[2], weights.dtype, values)
   if name is not None:
@@ -153,7 +156,7 @@ def decode_follow(
 
 
 def which_kernels(tokens: int, dtype: jax.typing.DTypeLike, *cached: Stored) -> Kernels | None:
-  """Which implementation takes so many new tokens a row, queries or weights of this dtype, and these caches, if any."""
+  """The implementation that supports this many new tokens per row, dtype of q or weights, and caches; None if none."""
   takes: dict[Kernels, bool] = {
     "flash_decode": all(map(functools.partial(_has_kernel, tokens, dtype), cached)),
     "hopper_decode": all(map(functools.partial(_has_hopper_kernel, tokens, dtype), cached)),
@@ -162,7 +165,7 @@ def which_kernels(tokens: int, dtype: jax.typing.DTypeLike, *cached: Stored) -> 
 
 
 def _has_hopper_kernel(tokens: int, dtype: jax.typing.DTypeLike, stored: Stored) -> bool:
-  """Whether Hopper's kernels take so many new tokens a row, queries or weights of this dtype, and this cache."""
+  """Whether the Hopper kernels support this many new tokens per row, dtype of q or weights, and cache."""
   data = stored.data if isinstance(stored, Quantised) else stored
   if isinstance(stored, Quantised):
     takes = stored.format.bits == 8 and stored.width == 128
@@ -179,7 +182,7 @@ def _has_hopper_kernel(tokens: int, dtype: jax.typing.DTypeLike, stored: Stored)
 
 
 def _has_kernel(tokens: int, dtype: jax.typing.DTypeLike, stored: Stored) -> bool:
-  """Whether kernels take so many new tokens a row, queries or weights of this dtype, and this cache."""
+  """Whether the Triton kernels support this many new tokens per row, dtype of q or weights, and cache."""
   data, width = (stored.data, stored.width) if isinstance(stored, Quantised) else (stored, stored.shape[3])
   return (
     has_gpu_kernels(data)

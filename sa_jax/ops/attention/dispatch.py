@@ -1,4 +1,4 @@
-"""One `attend`, and the choice of how to compute it."""
+"""`attend`, and the choice of its backend."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ _MACHINES = {"gpu": "NVIDIA GPUs", "tpu": "TPUs", "cpu": "CPUs"}
 
 
 class Backend(NamedTuple):
-  """A way to compute attention.
+  """An implementation of attention and the calls that it supports.
 
   Attributes:
-    attend: the function; of q, k, v, rows and spec.
-    serves: which of `DEMANDS` it meets.
-    platforms: those that it runs on; any when None.
-    dtypes: those that it computes in; any when None.
-    unsupported: from q and spec, why else it cannot compute the call, or None when it can.
-    partitions: whether XLA can split it over a mesh; what it cannot split runs under `jax.shard_map`, as
+    attend: a function of (q, k, v, rows, spec), with the shapes of `sa_jax.ops.attend`.
+    serves: the `DEMANDS` that it supports.
+    platforms: JAX platforms that it runs on; None for all.
+    dtypes: names of the dtypes that it computes in; None for all.
+    unsupported: a function of (q, spec): any other reason why it cannot compute the call, or None.
+    partitions: whether XLA can partition it over a mesh. If not, it must be called under `jax.shard_map`, as
       `sa_jax.nn.QueryKey` does.
-    narrow: whether it takes values narrower than keys as they are; otherwise it gets them filled up with zeros.
-    parts: what a group's one backward pass is made of; None where each layer has its own.
+    narrow: whether it accepts values narrower than keys (R < H). If not, values are zero-padded to H.
+    parts: the building blocks of a group's shared backward pass; None if each layer needs its own.
   """
 
   attend: Callable[[jax.Array, jax.Array, jax.Array, Rows, AttentionSpec], jax.Array]
@@ -58,7 +58,7 @@ class Backend(NamedTuple):
   parts: Parts | None = None
 
   def taking_narrow(self) -> Backend:
-    """The backend that takes values of any width: itself, or one that fills them up with zeros."""
+    """A backend that accepts values of any width up to H: itself, or a wrapper that zero-pads them."""
     if self.narrow:
       return self
 
@@ -70,7 +70,14 @@ class Backend(NamedTuple):
     return self._replace(attend=attend, narrow=True)
 
   def refusal(self, platform: str, q: jax.Array, rows: Rows, spec: AttentionSpec) -> str | None:
-    """Why it cannot compute the call, or None when it can."""
+    """The reason why it cannot compute the call, or None if it can.
+
+    Args:
+      platform: ``cpu``, ``gpu`` or ``tpu``.
+      q: ``[B, T, N, H]`` (array or shape).
+      rows: which keys the queries may see (arrays or shapes).
+      spec: window, soft cap and scale.
+    """
     if self.platforms is not None and platform not in self.platforms:
       return f"it runs on {_MACHINES.get(self.platforms[0], self.platforms[0])}, and this is {platform}"
     if self.dtypes is not None and str(q.dtype) not in self.dtypes:
@@ -120,9 +127,9 @@ backends: dict[str, Backend] = {
     "chunked": Backend(chunked.attend, _ALL, narrow=True),
   }.items()
 }
-"""By name: the fused ones first, the fastest of those that a platform has before the others."""
+"""Backends by name, in the order in which ``auto`` tries them."""
 
-# Up to this many keys the weights fit in cache and one softmax beats many small ones.
+# With at most this many keys, the weights fit in cache, and one softmax is faster than a loop over blocks.
 _SHORT = 1024
 
 
@@ -134,23 +141,26 @@ def choose_backend(
   spec: AttentionSpec = AttentionSpec(),
   platform: str | None = None,
 ) -> str:
-  """The backend that `attend` will use for these arrays.
+  """The backend that `attend` uses for these arrays.
 
   Args:
-    name: a backend, or ``auto`` for the fastest that supports the call.
+    name: a backend, or ``auto`` for the fastest built-in one that supports the call.
     q: ``[B, T, N, H]`` (array or shape).
     k: ``[B, S, K, H]`` (array or shape).
     rows: which keys the queries may see (arrays or shapes).
     spec: window, soft cap and scale.
-    platform: ``cpu``, ``gpu`` or ``tpu``; when None, the ambient mesh's (`jax.set_mesh`) or else the default backend's.
+    platform: ``cpu``, ``gpu`` or ``tpu``; None for that of the ambient mesh (`jax.set_mesh`), or else JAX's default.
+
+  Returns:
+    The backend's name, a key of `backends`.
 
   Raises:
-    UserError: if there is no backend of that name, or it cannot compute this call (the reason is given).
+    UserError: if there is no backend of that name, or it cannot compute this call (with the reason).
   """
   platform = platform or kernels.platform()
   able = [each for each, backend in backends.items() if backend.refusal(platform, q, rows, spec) is None]
   if name == "auto":
-    # A length that `jax.export` leaves open cannot be cut into blocks.
+    # A symbolic length (`jax.export`) cannot be cut into blocks.
     short = not isinstance(k.shape[1], int) or k.shape[1] <= _SHORT
     chosen = "reference" if able[0] == "blockwise" and short else able[0]
     _LOG.debug("attention of q %s, k %s, %s on %s: %s", q.shape, k.shape, q.dtype, platform, chosen)
@@ -163,16 +173,16 @@ def choose_backend(
 
 
 def register_backend(name: str, backend: Backend) -> None:
-  """Adds a way to compute attention, which configs and calls may then name; ``auto`` does not choose it.
+  """Registers an attention backend, which configs and calls can then name. ``auto`` never chooses it.
 
-  It computes whole rows, prompts too. New tokens against a cache are computed by the library's own decode attention.
+  It is used for whole rows, including prompts. New tokens over a cache always use the library's decode attention.
 
   Args:
-    name: not one of those that there are.
-    backend: what it computes and for which calls.
+    name: an unused name.
+    backend: the implementation and the calls that it supports.
 
   Raises:
-    UserError: if the name is taken, it is no `Backend`, or it serves what nothing demands.
+    UserError: if the name is taken, ``backend`` is not a `Backend`, or ``backend.serves`` has an unknown demand.
   """
   if name in ("auto", *backends):
     raise UserError(f"there is an attention backend {name!r} already; choose another name")
@@ -191,37 +201,37 @@ def attend(
   spec: AttentionSpec = AttentionSpec(),
   backend: str = "auto",
 ) -> jax.Array:
-  """Attention ``softmax(q kᵀ / sqrt(H) + bias, where seen) v``, causal unless the rows say otherwise.
+  """Multi-head or grouped-query attention, ``softmax(q kᵀ / sqrt(H) + bias) v`` over the visible keys.
 
-  With q and k of an anchor layer and v of a follower, this is the follower's attention (Liao & Vargas, arXiv
-  2407.12866).
+  Causal unless ``rows.causal`` is False. Query head ``n`` uses key/value head ``n // (N / K)``. With an anchor's q and
+  k and a follower's v, this is the follower's attention (Liao & Vargas, arXiv 2407.12866).
 
   Args:
-    q: ``[B, T, N, H]``.
-    k: ``[B, S, K, H]``, N a multiple of K; S is T unless the rows have an offset or are not causal.
+    q: ``[B, T, N, H]``, floating-point.
+    k: ``[B, S, K, H]``, where K divides N; S equals T unless the rows have an offset or are not causal.
     v: ``[B, S, K, R]``, R at most H.
-    rows: which keys the queries may see. Outputs at or past a row's length are finite and meaningless.
+    rows: which keys the queries may see. Outputs at or past a row's length are finite but meaningless.
     spec: window, soft cap and scale.
-    backend: ``auto``, ``reference`` (O(T S) memory), ``blockwise`` (O(T) memory, any device), ``cudnn``, ``flash``
-      (NVIDIA), ``splash`` (TPU), ``chunked``, or one of `register_backend`. On a mesh, call ``flash`` and ``splash``
-      under `jax.shard_map`. Derivatives of every order and mode are those of ``reference``, and in long rows of
-      ``chunked``; the others have a gradient of their own, without a forward mode (`jax.jvp`).
+    backend: ``auto``, ``reference`` (O(T S) memory), ``blockwise`` (O(T) memory, any device), ``cudnn`` and ``flash``
+      (NVIDIA), ``splash`` (TPU), ``chunked`` (O(S) memory), or a name from `register_backend`. On a mesh, call
+      ``flash`` and ``splash`` under `jax.shard_map`. Only ``reference`` and ``chunked`` (for long rows) support
+      forward mode (`jax.jvp`) and higher derivatives; the others define a custom gradient.
 
   Returns:
     ``[B, T, N, R]`` in v's dtype.
 
   Raises:
-    UserError: if arrays do not fit, or the named backend does not exist or cannot compute the call.
+    UserError: if the arrays do not fit each other, or the named backend does not exist or cannot compute the call.
   """
   check_shapes(q, k, v, rows)
   return backends[choose_backend(backend, q, k, rows, spec)].attend(q, k, v, rows, spec)
 
 
 def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows) -> None:
-  """Checks what `attend` is given.
+  """Checks the arguments of `attend`.
 
   Raises:
-    UserError: if the arrays do not fit each other, with every fault.
+    UserError: if the arrays do not fit each other; lists all errors.
   """
   if any(not is_array(x, jnp.floating) or len(x.shape) != 4 for x in (q, k, v)) or (
     k.shape[:3] != v.shape[:3]

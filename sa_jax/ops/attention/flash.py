@@ -1,8 +1,8 @@
-"""Fused attention for NVIDIA GPUs (Pallas, Triton), where cuDNN has none: packed rows, soft caps, parts of rows.
+"""Flash attention in Pallas Triton, for what cuDNN does not support: packed rows, soft caps, and query offsets.
 
-Every query sees the keys of one interval, and neither end of it ever moves back from one query to the next: causality,
-windows, documents and a row's part are all that. Blocks outside the interval are not read, so that packed rows cost
-what their documents cost. The algorithm is FlashAttention-2's (Dao, arXiv 2307.08691), forward and backward.
+With causality, windows, documents and offsets, each query sees one interval of keys, whose ends never decrease along
+the queries. Blocks outside the interval are not read, so packed rows cost no more than their documents. Forward and
+backward passes follow FlashAttention-2 (Dao, arXiv 2307.08691).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sa_jax.ops.kernels import triton as plgpu
 from sa_jax.trees import Tree
 
 BLOCK = 64
-"""Queries, and keys, that a program works on at once."""
+"""Queries per block, and keys per block."""
 
 _LOG2_E = math.log2(math.e)
 
@@ -32,10 +32,10 @@ class Bounds(NamedTuple):
   """The keys that each query sees, and the blocks of queries that see each block of keys.
 
   Attributes:
-    first: int32 ``[B, T]``, the first key; it never falls along T.
-    last: int32 ``[B, T]``, the last key; likewise.
+    first: int32 ``[B, T]``, the first key, non-decreasing along T.
+    last: int32 ``[B, T]``, the last key, non-decreasing along T.
     begin: int32 ``[B, S / BLOCK]``, the first block of queries that sees some of these keys.
-    end: int32 ``[B, S / BLOCK]``, the first after it that does not.
+    end: int32 ``[B, S / BLOCK]``, one past the last.
   """
 
   first: jax.Array
@@ -52,10 +52,10 @@ def attend(
   spec: AttentionSpec,
   interpret: bool = False,
 ) -> jax.Array:
-  """Attention in O(T) memory. Shapes as in `sa_jax.ops.attend`.
+  """Flash attention; O(T) memory. Shapes as in `sa_jax.ops.attend`.
 
-  Lengths are not looked at: the padding follows its row, whose causal queries do not see it.
-  ``interpret`` runs the kernels on any device, slowly.
+  Lengths are ignored: causality hides right padding from a row's tokens. ``interpret`` runs the kernels in Pallas's
+  interpreter, on any device.
   """
   (batch, queries), keys = q.shape[:2], k.shape[1]
   bounds = _bounds(batch, rows.positions(queries), keys, spec.window, rows.segments)
@@ -66,7 +66,7 @@ def attend(
 
 
 def _bounds(batch: int, positions: jax.Array, keys: int, window: int | None, segments: jax.Array | None) -> Bounds:
-  """The bounds of queries at int32 ``positions [T]`` among so many keys, both filled up to whole blocks."""
+  """The bounds of queries at int32 ``positions [T]`` among ``keys`` keys, both padded to whole blocks."""
   last = jnp.broadcast_to(positions.astype(jnp.int32), (batch, positions.size))
   first = jnp.zeros_like(last) if window is None else jnp.maximum(last - (window - 1), 0)
   if segments is not None:
@@ -83,7 +83,7 @@ def _bounds(batch: int, positions: jax.Array, keys: int, window: int | None, seg
 
 
 class _How(NamedTuple):
-  """What is known before the arrays are: the spec, and whether the kernels are interpreted."""
+  """Static options: the spec, and whether the kernels are interpreted."""
 
   spec: AttentionSpec
   interpret: bool
@@ -99,7 +99,7 @@ def _attention(
 def _forward(
   q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, bounds: Bounds, how: _How
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-  """The output, and what the backward pass needs: its arguments, the output, and each query's log of sums."""
+  """The output, and the residuals of the backward pass: the arguments, the output, and each query's log-sum-exp."""
   calls = _Calls(q, k, how.interpret)
   out, log_sums = calls.over_queries(
     functools.partial(_forward_kernel, spec=how.spec),
@@ -108,7 +108,7 @@ def _forward(
     "flash_forward",
   )(q, (k, v), (bounds.first, bounds.last))
   if sinks is not None:
-    # One key more, whose value is zero: the sums grow, and the output shrinks as they do.
+    # A sink is an additional key whose value is zero: rescale the output to the larger sum.
     without, log_sums = log_sums, jnp.logaddexp2(log_sums, _in_base_2(sinks))
     out = (out * jnp.swapaxes(jnp.exp2(without - log_sums), 1, 2)[..., None]).astype(out.dtype)
   out, log_sums = (checkpoint_name(x, KEPT) for x in (out, log_sums))
@@ -123,7 +123,7 @@ def _in_base_2(sinks: jax.Array) -> jax.Array:
 def _backward(how: _How, residuals: tuple[Any, ...], d_out: jax.Array) -> tuple[jax.Array | None, ...]:
   q, k, v, sinks, bounds, out, log_sums = residuals
   spec, calls = how.spec, _Calls(q, k, how.interpret)
-  # What each row of the softmax's gradient has in common.
+  # D = rowsum(dO ∘ O), the row term of the softmax's gradient.
   shared = jnp.einsum("BTNH,BTNH->BNT", d_out, out, preferred_element_type=jnp.float32)
   (d_q,) = calls.over_queries(
     functools.partial(_d_q_kernel, spec=spec),
@@ -154,7 +154,7 @@ _attention.defvjp(_forward, _backward)
 
 
 class _Calls:
-  """The blocks that programs of the kernels see, and the calls over them."""
+  """Block specs of the kernels' arguments, and the `pallas_call` of each grid."""
 
   def __init__(self, q: jax.Array, k: jax.Array, interpret: bool) -> None:
     self.batch, queries, self.heads, head_dim = q.shape
@@ -163,12 +163,12 @@ class _Calls:
     self.warps = 4 if head_dim <= 64 else 8
     self.statistic = jax.ShapeDtypeStruct((self.batch, self.heads, queries), jnp.float32)
     group = self.heads // self.kv_heads
-    # Programs of `over_queries`: a block of queries of a head of a row.
+    # Programs of `over_queries`: one block of queries of one head and row.
     self.query = pl.BlockSpec((None, BLOCK, None, head_dim), lambda i, n, b: (b, i, n, 0))
     self.keys = pl.BlockSpec((None, keys, None, head_dim), lambda i, n, b: (b, 0, n // group, 0))
     self.bound = pl.BlockSpec((None, BLOCK), lambda i, n, b: (b, i))
     self.per_query = pl.BlockSpec((None, None, BLOCK), lambda i, n, b: (b, n, i))
-    # Programs of `over_keys`: a block of keys of a KV head of a row, and all queries of the head's group.
+    # Programs of `over_keys`: one block of keys of one KV head and row, with all queries of its group of heads.
     self.key = pl.BlockSpec((None, BLOCK, None, head_dim), lambda i, n, b: (b, i, n, 0))
     self.queries = pl.BlockSpec((None, queries, group, head_dim), lambda i, n, b: (b, 0, n, 0))
     self.all_bounds = pl.BlockSpec((None, queries), lambda i, n, b: (b, 0))
@@ -199,19 +199,19 @@ class _Calls:
 def _scores(
   q: jax.Array, k: jax.Array, first: jax.Array, last: jax.Array, start: jax.Array, spec: AttentionSpec
 ) -> tuple[jax.Array, jax.Array]:
-  """Scores of some queries with the keys from slot ``start`` on, not yet masked, and which of them count."""
+  """Unmasked scores of a block of queries and the block of keys that begins at ``start``, and their mask."""
   slots = start + jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], k.shape[0]), 1)
   seen = (slots >= first[:, None]) & (slots <= last[:, None])
   return spec.scores(plgpu.dot(q, k.T), q.shape[1]), seen
 
 
 class _After(NamedTuple):
-  """What a backward pass has that the forward pass had not.
+  """The additional inputs of a backward pass.
 
   Attributes:
     d_out: the output's gradient.
-    sums: each query's log of sums, in base 2.
-    shared: what each row of the softmax's gradient has in common.
+    sums: each query's log-sum-exp, in base 2.
+    shared: ``D = rowsum(dO ∘ O)``.
   """
 
   d_out: Tree
@@ -246,14 +246,14 @@ def _forward_kernel(q_ref: jax.Ref, keys: _Refs, bounds: _Refs, made: _Refs, *, 
 
 
 def _key_blocks(first: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The blocks of keys that some of a block's queries see: the first, and the one after the last."""
+  """The range (first, end) of key blocks that the queries of a block see."""
   return jax.lax.div(first.min(), BLOCK), jax.lax.div(last.max(), BLOCK) + 1
 
 
 def _d_scores(
   weights: jax.Array, d_weights: jax.Array, shared: jax.Array, scores: jax.Array, head_dim: int, spec: AttentionSpec
 ) -> jax.Array:
-  """The gradient of ``q kᵀ``, from that of the weights."""
+  """The gradient of ``q kᵀ`` from that of the weights."""
   d_scores = weights * (d_weights - shared[:, None])
   if spec.softcap is not None:
     d_scores = d_scores * (1 - jnp.square(scores / spec.softcap))

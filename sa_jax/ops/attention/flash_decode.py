@@ -1,9 +1,9 @@
-"""Decode attention as one kernel a layer for NVIDIA GPUs (Pallas, Triton): an anchor's, and a follower's.
+"""Decode attention in Pallas Triton: one kernel per layer, for anchors and for followers.
 
-A row's slots are split over programs, none of which reads a block past the one that the row ends in; what is in that
-block must be finite. An anchor's keeps a running
-maximum, sum and accumulator over its slots; a small reduction joins the splits, if there are several (Dao et al.,
-"Flash-Decoding", 2023). The program that owns the new token's slot also writes its key and value, in place.
+A row's slots are split over programs. No program reads past the block in which the row ends; the contents of that block
+must be finite. An anchor's program keeps a running maximum, sum and accumulator; if a row has several splits, a small
+reduction combines them (Dao et al., "Flash-Decoding", 2023). The program that owns the new token's slot also writes its
+key and value, in place.
 """
 
 import functools
@@ -26,19 +26,19 @@ from sa_jax.trees import Tree
 # Tensor cores multiply at least 16 rows.
 _MIN_ROWS = 16
 BLOCK = 64
-"""Slots read at once, or a multiple; a cache's slots must be a multiple of it."""
+"""The number of slots of a cache, and of a block, must be a multiple of this."""
 _PROCESSORS = 132
-"""Multiprocessors of an H100 or H200."""
+"""Streaming multiprocessors of an H100 or H200."""
 
 
 class Tiling(NamedTuple):
-  """How a program goes through its part of a cache.
+  """Tuning parameters of a decode kernel.
 
   Attributes:
-    block: slots read at once.
-    warps: of a program.
-    stages: how many blocks are on their way from memory, at most.
-    longest: slots that a program has, at most.
+    block: slots per block.
+    warps: warps per program.
+    stages: pipeline depth, in blocks.
+    longest: maximum number of slots per program.
   """
 
   block: int = BLOCK
@@ -55,16 +55,16 @@ TILINGS = {
   (4, False): Tiling(warps=1),
   (4, True): Tiling(128, warps=2),
 }
-"""An anchor's, by the bits of a cached number and whether values are narrower than keys; chosen for 16 rows of 16,384
-tokens on an H200 (`experiments/efficiency`), but for narrow values in int8, which were not timed."""
+"""Tilings of anchors by the bits of a cached number and whether values are narrower than keys. Tuned for 16 rows of
+16,384 tokens on an H200 (`experiments/efficiency`), except narrow values in int8, which were not timed."""
 
 
 class How(NamedTuple):
-  """What is known before the arrays are.
+  """Static options.
 
   Attributes:
-    scale: what multiplies ``q kᵀ``.
-    with_weights: whether to hand out the softmaxed weights, for followers.
+    scale: factor of ``q kᵀ``.
+    with_weights: whether to return the softmaxed weights, for followers.
   """
 
   scale: float
@@ -79,19 +79,19 @@ def attend(
   how: How,
   interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array | None, tuple[Stored, Stored]]:
-  """Attention of one new token a row over the cache that it joins.
+  """Adds one new token per row to the cache and computes its attention over it.
 
   Args:
     q: ``[B, N, H]``.
-    new: key ``[B, K, H]`` and value ``[B, K, R]`` of the token.
-    cached: keys ``[B, K, S, H]`` and values ``[B, K, S, R]``; with pages, P of them instead of B.
-    rows: whose offset, int32 ``[B]``, is the slot that each row's token takes; its sinks, and its pages.
-    how: what else is known.
-    interpret: runs the kernel on any device, slowly.
+    new: the token's key ``[B, K, H]`` and value ``[B, K, R]``.
+    cached: keys ``[B, K, S, H]`` and values ``[B, K, S, R]``; with pages, P instead of B.
+    rows: ``rows.offset``, int32 ``[B]``, is the slot for each row's token; ``rows.sinks`` and ``rows.pages``.
+    how: static options.
+    interpret: run the kernel in Pallas's interpreter, on any device.
 
   Returns:
-    ``[B, N, R]``; the weights ``[B, N, S]`` in q's dtype, with pages ``[P, N, S]``, or None; cached keys and values
-    with the new ones.
+    The output ``[B, N, R]``; the weights ``[B, N, S]`` in q's dtype (with pages ``[P, N, S]``) or None; the updated
+    keys and values.
   """
   assert rows.offset is not None, "a new token has a slot in the cache"
   (keys, values), (new_key, new_value), positions, pages = cached, new, rows.offset, rows.pages
@@ -104,13 +104,14 @@ def attend(
   group = heads // kv_heads
   tiles = TILINGS[keys.format.bits if isinstance(keys, Quantised) else 16, width < head_dim]
   block = math.gcd(slots, tiles.block)
-  # Every multiprocessor has work.
+  # Enough programs to occupy the multiprocessors.
   split = choose_split(batch * kv_heads, slots, programs=_PROCESSORS * 3 // 4, longest=tiles.longest)
   block, splits = min(block, split), slots // split
 
   token = as_stored(new_key, keys), as_stored(new_value, values)
-  before = 2 + len(jax.tree.leaves(token))  # arrays before the cache's: positions, queries, the token's
-  # Few programs have all the shared memory they need: 32 KB for 64 slots of keys and values, 128 wide in bfloat16.
+  before = 2 + len(jax.tree.leaves(token))  # inputs before the cache: positions, queries, the token's
+  # Shared memory allows a deeper pipeline if there are few programs: 64 slots of bfloat16 keys and values of width 128
+  # take 32 KB.
   stages = max(3, tiles.stages) if batch * kv_heads * splits <= 2 * _PROCESSORS else tiles.stages
   [made] = pl.pallas_call(
     functools.partial(_attend_kernel, of=_Call(group, block, interpret, how.scale)),
@@ -155,25 +156,25 @@ def follow(
   *,
   interpret: bool = False,
 ) -> tuple[jax.Array, Stored]:
-  """A follower's attention of one new token a row: an anchor's weights over the cache of values that it joins.
+  """Adds one new token's value per row to the cache and computes a follower's attention.
 
   Args:
-    weights: ``[B, N, S]``; with pages ``[P, N, S]``.
+    weights: the anchor's, ``[B, N, S]``; with pages ``[P, N, S]``.
     new_value: ``[B, K, R]``.
     values: ``[B, K, S, R]``; with pages ``[P, K, S, R]``.
-    positions: int32 ``[B]``, the slot that each row's token takes.
-    pages: where the rows lie in a cache of pages.
-    interpret: runs the kernel on any device, slowly.
+    positions: int32 ``[B]``, the slot for each row's token.
+    pages: page tables of a paged cache, or None.
+    interpret: run the kernel in Pallas's interpreter, on any device.
 
   Returns:
-    ``[B, N, R]`` in the dtype of the weights, and the values with the new ones.
+    The output ``[B, N, R]`` in the dtype of the weights, and the updated values.
   """
   if pages is not None:
     new_value, positions = pages.of_rows(new_value), pages.offsets(positions)
   batch, heads, slots = weights.shape
   kv_heads, width = new_value.shape[1:]
   group = heads // kv_heads
-  # More programs than an anchor's kernel has: of all splits, those into about 500 were the fastest on an H200.
+  # About 500 programs are fastest on an H200, more than for an anchor.
   split = choose_split(batch * kv_heads, slots, programs=3 * _PROCESSORS, longest=4096)
   splits = slots // split
   token = as_stored(new_value, values)
@@ -199,16 +200,16 @@ def follow(
 
 
 def _part_dtype(like: jax.Array, splits: int, pages: Pages | None) -> jnp.dtype:
-  """Of what programs give: float32 where it is a part of a row's sum."""
+  """The dtype of a program's output: float32 if it is a partial sum of a row."""
   return like.dtype if splits == 1 and pages is None else jnp.dtype(jnp.float32)
 
 
 def _rows(group: int) -> int:
-  """Rows of a product: the heads of a group, padded."""
+  """Rows of a matrix product: the heads of a group, padded."""
   return max(_MIN_ROWS, pl.next_power_of_2(group))
 
 
-# What of an array a program ``(row, key head, split)`` has. Of a quantised cache, numbers and scales have a spec each.
+# Block specs of a program ``(row, KV head, split)``. A quantised cache has one spec for its numbers and one for scales.
 _A_ROW = pl.BlockSpec((None,), lambda b, k, s: (b,))
 
 
@@ -234,7 +235,7 @@ def _cached(cache: Stored, split: int) -> Any:
 
 
 def choose_split(rows: int, slots: int, programs: int, longest: int) -> int:
-  """Slots a program: as many as divide ``slots``, up to ``longest``, while there are at least so many programs."""
+  """Slots per program: `BLOCK` doubled while it divides ``slots``, is within ``longest`` and gives enough programs."""
   split = BLOCK
   while slots % (2 * split) == 0 and 2 * split <= longest and rows * (slots // (2 * split)) >= programs:
     split *= 2
@@ -245,13 +246,13 @@ _Carry = tuple[list[jax.Array], jax.Array, jax.Array, tuple[Scales, Scales]]
 
 
 class _Call(NamedTuple):
-  """What a kernel is told before it runs.
+  """Static options of a kernel.
 
   Attributes:
-    group: query heads of a key head.
-    size: slots of a block.
-    interpret: whether any device runs the kernel.
-    scale: what multiplies ``q kᵀ`` in an anchor's.
+    group: ``G``, query heads per KV head.
+    size: slots per block.
+    interpret: whether the kernel is interpreted.
+    scale: an anchor's factor of ``q kᵀ``.
   """
 
   group: int
@@ -261,10 +262,10 @@ class _Call(NamedTuple):
 
 
 class _Made(NamedTuple):
-  """What an anchor's kernel writes.
+  """Outputs of an anchor's kernel.
 
   Attributes:
-    out: ``[B, K, P, G, R]``, of P parts.
+    out: ``[B, K, P, G, R]``, of P parts of a row.
     log_total: ``[B, K, P, G]``.
     cached: keys and values.
     scores: ``[B, K, G, S]``, or None.
@@ -288,7 +289,7 @@ def _attend_kernel(
   (new_key_ref, new_value_ref), (key_ref, value_ref) = new, cached
   group, size = of.group, of.size
   rows, split = q_ref.shape[0], jax.tree.leaves(key_ref)[0].shape[0]
-  at = position_ref[...] - pl.program_id(2) * split  # the new token's slot, counted from this program's first
+  at = position_ref[...] - pl.program_id(2) * split  # the new token's slot, relative to this program's first
   kept = jax.lax.broadcasted_iota(jnp.int32, (rows,), 0) < group
   q = [plgpu.load(part, mask=_kept(part, group), other=0.0) for part in parts_of(q_ref, key_ref)]
 
@@ -320,7 +321,7 @@ def _attend_kernel(
   )
   accumulated, maximum, total, _ = jax.lax.fori_loop(0, blocks, block, start)
 
-  # The new token joins from registers: the loop above stays a plain stream of the cache, which pipelines.
+  # The new token is added from registers, so that the loop above only reads the cache and can be pipelined.
   mine = (at >= 0) & (at < split)
   products = zip(q, floats_of(new_key_ref), strict=True)
   score = sum((a.astype(jnp.float32) * b[None, :]).sum(axis=1) for a, b in products) * of.scale
@@ -328,7 +329,7 @@ def _attend_kernel(
   new_maximum = jnp.maximum(maximum, score)
   weight, shrink = jnp.where(mine, jnp.exp(score - new_maximum), 0.0), jnp.exp(maximum - new_maximum)
   maximum, total = new_maximum, total * shrink + weight
-  # A split past the row's end has no slot to weigh: its share in the whole is nothing, of numbers that are finite.
+  # A split past the row's end has no visible slot. Its share of the result is zero, but must be finite.
   whole = jnp.where(total > 0, total, 1.0)[:, None]
   for out, before, value in zip(outs, accumulated, floats_of(new_value_ref), strict=True):
     mean = (before * shrink[:, None] + weight[:, None] * value[None, :]) / whole
@@ -375,21 +376,21 @@ def _follow_kernel(
 
 
 def _blocks(new: jax.Array, split: int, size: int) -> jax.Array:
-  """How many of a program's blocks of so many slots have slots before the new token's."""
+  """The number of a program's blocks, of ``size`` slots each, with slots before the new token's."""
   return jnp.clip(pl.cdiv(new, size), 0, split // size)
 
 
 def _before(new: jax.Array, index: jax.Array, shape: tuple[int, int]) -> jax.Array:
-  """Which slots of a block are before the new token's, for every row of a product: ``[rows, size]``."""
+  """Mask of a block's slots before the new token's, ``[rows, size]``."""
   return index * shape[1] + jax.lax.broadcasted_iota(jnp.int32, shape, 1) < new
 
 
 def _write(cache_ref: Stored | jax.Ref, new_ref: Stored | jax.Ref, slot: jax.Array, mine: jax.Array) -> None:
-  """Writes the new token's vector into its slot, if that is this program's."""
+  """Writes the new token's vector into its slot, if this program owns it."""
   for into, ref in zip(jax.tree.leaves(cache_ref), jax.tree.leaves(new_ref), strict=True):
     plgpu.store(into.at[slot, :], ref[...], mask=jnp.broadcast_to(mine, ref.shape))
 
 
 def _kept(ref: jax.Ref, group: int) -> jax.Array:
-  """Which rows of ``[rows, n]`` are a head's; the others fill the product up."""
+  """Mask of the rows of ``[rows, n]`` that belong to a head; the others are padding."""
   return jax.lax.broadcasted_iota(jnp.int32, ref.shape, 0) < group

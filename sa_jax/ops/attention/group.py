@@ -1,15 +1,16 @@
 """One backward pass for all followers of an anchor.
 
-Attention is linear in its weights, and the layers of a group have the same ones. What reaches the scores from its
-followers is therefore one product over their heads side by side,
+Attention is linear in its weights, and all layers of a group share them. The followers' contribution to the gradient
+of the scores is therefore one product over the concatenated heads of all followers,
 
     dS = P ∘ (Σ_l dO_l V_lᵀ - Σ_l D_l),    D_l = rowsum(dO_l ∘ O_l),
 
-and the gradients of queries and keys are computed of it once. A follower's own backward pass is ``dV_l = Pᵀ dO_l``, two
-products of the five that attention has. (The softmax's gradient: Dao et al., arXiv 2205.14135, appendix B.2.)
+from which the gradients of queries and keys are computed once. A follower's own backward pass is ``dV_l = Pᵀ dO_l``,
+two of the five matrix products of a full backward pass. (Softmax gradient: Dao et al., arXiv 2205.14135, appendix B.2.)
 
-A follower's ``dO_l`` and ``V_l`` reach its anchor by a `Tap`: zeros that it is given and does not read, and whose
-cotangents they are said to be. They are no gradients, so that a tap serves one call of `follow` and nothing else.
+Each follower takes a `Tap`: zeros that its forward pass ignores. Its backward pass returns ``dO_l`` and ``V_l`` as the
+tap's cotangents, which is how they reach the anchor. They are not gradients, so use each tap in one call of `follow`
+only.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from sa_jax.ops.attention.spec import KEPT, AttentionSpec
 
 
 class Gathered(NamedTuple):
-  """What the followers of a group hand to their anchor's backward pass, or zeros in its place.
+  """What the followers of a group pass to their anchor's backward pass (zeros in the forward pass).
 
   Attributes:
-    d_out: ``[L, B, T, N, R]``, the gradients of the L followers' outputs.
+    d_out: ``[L, B, T, N, R]``, output gradients of the L followers.
     v: ``[L, B, S, K, R]``, their values.
-    inner: float32 ``[B, N, T]``, the sum of their D.
-    log_sums: float32 ``[B, N, T]``, each query's log of the sum of exponentials; of a `Tap`, for each follower.
+    inner: float32 ``[B, N, T]``, the sum of their ``D_l``.
+    log_sums: float32 ``[B, N, T]``, each query's log-sum-exp.
   """
 
   d_out: jax.Array
@@ -43,18 +44,18 @@ class Gathered(NamedTuple):
 
 
 Tap = Gathered
-"""One follower's part of it, without the first axis; of all of them, with a first axis of L everywhere."""
+"""The same fields for one follower, without the axis L; stacked for all followers, every field has a first axis L."""
 
 
 class Parts(NamedTuple):
-  """Attention in the parts that a group's backward pass is made of; shapes as in `sa_jax.ops.attend`.
+  """The building blocks of a group's shared backward pass; shapes as in `sa_jax.ops.attend`.
 
   Attributes:
-    forward: of q, k, v, rows, spec: the output, and each query's log of sums, float32 ``[B, N, T]``.
-    d_values: of q, k, the log of sums, the output's gradient ``[B, T, N, R]``, rows, spec: that of v.
-    d_query_key: of q, k, what is `Gathered`, rows, spec: those of q and k.
-    takes: from q, rows and spec, whether they can compute the call.
-    least: for how many followers they are worth while.
+    forward: (q, k, v, rows, spec) → the output, and each query's log-sum-exp, float32 ``[B, N, T]``.
+    d_values: (q, k, log_sums, d_out ``[B, T, N, R]``, rows, spec) → the gradient of v.
+    d_query_key: (q, k, `Gathered`, rows, spec) → the gradients of q and k.
+    takes: (q, rows, spec) → whether the call is supported.
+    least: minimum number of followers for which this is faster than separate backward passes.
     partitions: as in `Backend`.
     narrow: as in `Backend`.
   """
@@ -69,13 +70,13 @@ class Parts(NamedTuple):
 
 
 class Followers(NamedTuple):
-  """What is known of a group's followers before the arrays are.
+  """Static properties of a group's followers.
 
   Attributes:
-    parts: what computes their attention.
+    parts: the implementation of their attention.
     spec: window, soft cap and scale.
-    layers: how many there are.
-    width: ``R``, how many numbers a head's values have.
+    layers: ``L``, number of followers.
+    width: ``R``, size of a value head.
   """
 
   parts: Parts
@@ -86,12 +87,12 @@ class Followers(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def taps(q: jax.Array, k: jax.Array, rows: Rows, how: Followers) -> Tap:
-  """What the followers of these queries and keys are given, each its own: the first axis is theirs."""
+  """The taps of all followers that use these queries and keys, stacked along a first axis L."""
   return _zeros(q, k, rows, how)
 
 
 def _zeros(q: jax.Array, k: jax.Array, rows: Rows, how: Followers) -> Tap:
-  # Made of all that followers have in common, so that under `jax.vmap` there are as many as of any of it.
+  # Computed from all common arguments, so that under `jax.vmap` the zeros are batched if any of them is.
   none = lambda x: jax.lax.select(jnp.zeros((), bool), x[(0,) * x.ndim].astype(jnp.float32), jnp.float32(0))
   nothing = sum(map(none, jax.tree.leaves((q, k, rows))), jnp.float32(0))
 
@@ -122,12 +123,12 @@ taps.defvjp(_taps_forward, _taps_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def follow(q: jax.Array, k: jax.Array, v: jax.Array, tap: Tap, rows: Rows, how: Followers) -> jax.Array:  # noqa: ARG001
-  """A follower's attention: `sa_jax.ops.attend`, whose gradients of q and k take the way through the tap."""
+  """A follower's attention: `sa_jax.ops.attend` that passes its share of the gradients of q and k through the tap."""
   return how.parts.forward(q, k, v, rows, how.spec)[0]
 
 
 _Residuals = tuple[jax.Array, jax.Array, jax.Array, Rows, jax.Array, jax.Array]
-"""Of `follow`: q, k, v, rows, the output, and each query's log of sums."""
+"""Of `follow`: q, k, v, rows, the output, and each query's log-sum-exp."""
 
 
 def _follow_forward(

@@ -1,6 +1,6 @@
-"""The backward pass of a group's followers on Hopper GPUs (H100, H200): around cuDNN, with kernels of our own.
+"""A group's shared backward pass on Hopper GPUs (H100, H200), for the cuDNN backend.
 
-Of full causal rows in half precision with heads of 128, where cuDNN computes everything forward.
+It supports full causal rows in half precision with a head dimension of 128. cuDNN computes the forward pass.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from sa_jax.ops.attention.rows import Rows
 from sa_jax.ops.attention.spec import AttentionSpec
 
 _WIDTH = 128
-"""Numbers of a head."""
+"""The supported head dimension."""
 _MULTIPLE, _SHORTEST = 256, 4096
-"""Tokens of a row: of what they are a multiple, and from how many on the kernels are worth while."""
+"""A row's length in tokens must be a multiple of the first; below the second, the kernels are not faster."""
 _SQUARE = 2**31
-"""Bytes of the gradients of one head's scores that may be in memory at once."""
+"""Maximum bytes in memory for the gradients of one head's scores."""
 
 
 def takes(q: jax.Array, rows: Rows, spec: AttentionSpec) -> bool:
-  """Whether these kernels can compute the call; see `Parts`."""
+  """Whether these kernels support the call; see `Parts`."""
   plain = rows.lengths is None and not rows.demands and spec.window is None and spec.softcap is None
   shaped = q.shape[1] % _MULTIPLE == 0 and q.shape[1] >= _SHORTEST and q.shape[3] == _WIDTH
   return plain and shaped and q.dtype in (jnp.bfloat16, jnp.float16) and kernels.is_hopper()
 
 
 def forward(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
-  """cuDNN's attention, and each query's log of sums; see `Parts`."""
+  """cuDNN's attention, and each query's log-sum-exp; see `Parts`."""
   del rows  # full and causal
   attend = functools.partial(jax.nn.dot_product_attention, scale=spec.scale, is_causal=True, implementation="cudnn")
   out, backward = jax.vjp(attend, q, k, v)
-  # JAX hands the log of sums out in half precision, and keeps it in float32 for its own backward pass.
+  # JAX's public output casts the log-sum-exp to half precision; the custom call has it in float32.
   statistic = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
   log_sums = [x for x in jax.tree.leaves(backward) if (x.shape, x.dtype) == (statistic.shape, statistic.dtype)]
   if len(log_sums) != 1:
@@ -48,7 +48,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: Attentio
 def d_values(
   q: jax.Array, k: jax.Array, log_sums: jax.Array, d_out: jax.Array, rows: Rows, spec: AttentionSpec
 ) -> jax.Array:
-  """``Pᵀ dO``, by a kernel; see `Parts`."""
+  """``Pᵀ dO``; see `Parts`."""
   from sa_jax.ops.attention import hopper_kernels
 
   del rows  # full and causal
@@ -58,7 +58,7 @@ def d_values(
 def d_query_key(
   q: jax.Array, k: jax.Array, gathered: Gathered, rows: Rows, spec: AttentionSpec
 ) -> tuple[jax.Array, jax.Array]:
-  """One head's scores after the other: their gradients, then the products with keys and queries; see `Parts`."""
+  """Head by head: the gradients of the scores, then their products with keys and queries; see `Parts`."""
   from sa_jax.ops.attention import hopper_kernels
 
   del rows  # full and causal
@@ -93,4 +93,4 @@ def d_query_key(
 
 
 PARTS = Parts(forward, d_values, d_query_key, takes, least=4, partitions=False, narrow=False)
-"""What cuDNN's attention has for a group; of less than four followers, its own backward pass of each is as fast."""
+"""For the cuDNN backend. With fewer than four followers, cuDNN's own backward pass per layer is as fast."""

@@ -1,6 +1,6 @@
-"""What a program of Hopper's decode kernels has in shared memory and in registers (Pallas Mosaic GPU).
+"""Shared memory and registers of the Hopper decode kernels (Pallas Mosaic GPU).
 
-Slots are the rows of its arrays, and queries their columns, as `hopper_decode` tells.
+Rows of the arrays are cache slots and columns are queries; see `hopper_decode`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from sa_jax.trees import Tree
 
 
 class Side(NamedTuple):
-  """Keys or values of a program's head. Vectors in int8 have scales, and are made wider before a product reads them.
+  """Keys or values of a program's head. Int8 vectors have scales, and are widened before a product reads them.
 
   Attributes:
-    cached: a head's vectors ``[S, H]``, and their scales ``[S]`` or None, in the GPU's memory.
+    cached: a head's vectors ``[S, H]``, and their scales ``[S]`` or None, in global memory.
     new: a new token's, ``[H]`` and ``[1]``.
     first: the program's first slot.
-    token: the new token's vector, in shared memory as all below.
-    here: barriers that tell when a block has come.
-    ring: blocks on their way.
-    scales: those of the blocks, or None.
-    widened: a block as products read it, or None.
+    token: the new token's vector, in shared memory like all fields below.
+    here: barriers that signal the arrival of a block.
+    ring: ring buffer of blocks.
+    scales: scales of these blocks, or None.
+    widened: a block in the dtype of the products, or None.
   """
 
   cached: tuple[Tree, Tree | None]
@@ -43,7 +43,7 @@ class Side(NamedTuple):
   widened: Tree | None = None
 
   def fetch(self, index: jax.Array | int) -> None:
-    """Has a block on its way to its place in the ring."""
+    """Starts the copy of a block into the ring buffer."""
     stages, block = self.ring.shape[:2]
     slot, slots = jax.lax.rem(index, stages), pl.ds(self.first + index * block, block)
     for cached, ring in zip(self.cached, (self.ring, self.scales), strict=True):
@@ -51,7 +51,7 @@ class Side(NamedTuple):
         mosaic.copy_gmem_to_smem(cached.at[slots], ring.at[slot], self.here.at[slot])
 
   def read(self, slot: jax.Array) -> Tree:
-    """A block that has come, for a product."""
+    """A block that has arrived, in the dtype of the products."""
     if self.widened is None:
       return self.ring.at[slot]
     numbers = mosaic.load(self.ring.at[slot], *_INDEX, layout=mosaic.Layout.WGMMA_UPCAST_2X)
@@ -60,24 +60,24 @@ class Side(NamedTuple):
     return self.widened
 
   def times_scales(self, products: jax.Array, slot: jax.Array) -> jax.Array:
-    """Products ``[slots, queries]`` with a block's vectors, or weights for them, times its scales."""
+    """Scales ``[slots, queries]``: products with a block's vectors, or weights of them."""
     return products if self.scales is None else products * of_all_queries(self.scales.at[slot], products.shape[1])
 
   def write(self, new: jax.Array) -> None:
-    """The new token's vector into its slot, counted from the program's first."""
+    """Writes the new token's vector into its slot, which is relative to the program's first."""
     mosaic.copy_smem_to_gmem(self.token, self.cached[0].at[self.first + new])
     (_, scales), (_, scale) = self.cached, self.new
     if scales is not None and scale is not None:
       scales[self.first + new] = scale[0]
 
   def floats(self, columns: int) -> jax.Array:
-    """The new token's vector ``[H, queries]``, the same for each query."""
+    """The new token's vector, broadcast over queries: ``[H, queries]``."""
     numbers = of_all_queries(self.token, columns)
     return numbers if self.new[1] is None else numbers * self.new[1][0]
 
 
 def side_memory(stored: Stored, ring: tuple[int, int, int], dtype: DTypeLike) -> tuple[Tree, ...]:
-  """The shared memory of a `Side`, whose products are in this dtype."""
+  """The shared memory of a `Side` with products in this dtype."""
   (stages, block, width), quantised = ring, isinstance(stored, Quantised)
   data = jnp.int8 if quantised else dtype
   token, here = mosaic.SMEM((width,), data), mosaic.Barrier(num_arrivals=1 + quantised, num_barriers=stages)
@@ -86,17 +86,17 @@ def side_memory(stored: Stored, ring: tuple[int, int, int], dtype: DTypeLike) ->
 
 
 def of_a_head(refs: tuple[Tree, Tree | None], row: jax.Array, head: jax.Array) -> tuple[Tree, Tree | None]:
-  """What of vectors ``[B, K, …]``, and of their scales or None, a row's key head has."""
+  """One row's KV head of vectors ``[B, K, …]``, and of their scales or None."""
   data, scales = refs
   return data.at[row, head], None if scales is None else scales.at[row, head]
 
 
 Fetch = Callable[[jax.Array | int], None]
-"""Has a block, by its index, on its way to its place in a ring."""
+"""Starts the copy of a block, given its index, into a ring buffer."""
 
 
 def start_fetching(fetches: tuple[Fetch, ...], stages: int, blocks: jax.Array) -> None:
-  """Has the first blocks on their way, as many as there are places for."""
+  """Starts the copies of the first blocks, as many as the ring buffer holds."""
   for index in range(stages):
 
     @pl.when(index < blocks)
@@ -106,20 +106,20 @@ def start_fetching(fetches: tuple[Fetch, ...], stages: int, blocks: jax.Array) -
 
 
 def columns_of(ref: Tree) -> jax.Array:
-  """Rows in shared memory, transposed, in a warpgroup's registers."""
+  """Loads rows from shared memory into a warpgroup's registers, transposed."""
   layout = mosaic.Layout.WGMMA_TRANSPOSED
   return mosaic.load(ref.transpose((1, 0)), *_INDEX, layout=layout, optimized=False)
 
 
 def store_columns(x: jax.Array, ref: Tree) -> None:
-  """Weights ``[slots, queries]`` into shared memory, as columns for a product."""
+  """Stores weights ``[slots, queries]`` in shared memory, transposed, as an operand of a product."""
   narrow = x.astype(ref.dtype)
   ref.transpose((1, 0))[...] = mosaic.layout_cast(narrow, mosaic.Layout.WGMMA_TRANSPOSED)
   mosaic.commit_smem()
 
 
 def product(a: Tree, b: Tree) -> jax.Array:
-  """Of two arrays in shared memory, in a warpgroup's registers."""
+  """The product of two arrays in shared memory, in a warpgroup's registers."""
 
   def within(ref: Tree) -> jax.Array:
     mosaic.wgmma(ref, a, b)
@@ -129,28 +129,28 @@ def product(a: Tree, b: Tree) -> jax.Array:
 
 
 def filled(number: float, *shape: int) -> jax.Array:
-  """The same number everywhere, ``[rows, queries]``."""
+  """A constant array ``[rows, queries]``."""
   return mosaic.layout_cast(jnp.full(shape, number, jnp.float32), mosaic.Layout.WGMMA)
 
 
 def slots_of(*shape: int) -> jax.Array:
-  """The slot of each score of a block."""
+  """The slot index of each score of a block."""
   return mosaic.broadcasted_iota(jnp.int32, shape, 0, layout=mosaic.Layout.WGMMA)
 
 
 def of_all_slots(of_queries: jax.Array, rows: int) -> jax.Array:
-  """What there is one of a query, the same for so many rows."""
+  """Broadcasts per-query numbers over ``rows`` rows."""
   return jax.lax.broadcast_in_dim(of_queries, (rows, *of_queries.shape), [1])
 
 
 def of_all_queries(ref: Tree, columns: int) -> jax.Array:
-  """A head's numbers in shared memory, the same for each query."""
+  """Broadcasts a head's numbers in shared memory over queries."""
   of_numbers = mosaic.load(ref, *_INDEX, layout=mosaic.Layout.WGMMA.reduce(1), optimized=False).astype(jnp.float32)
   return jax.lax.broadcast_in_dim(of_numbers, (*ref.shape, columns), [0])
 
 
 def shared_memory(dtype: DTypeLike, *shape: int) -> Tree:
-  """Shared memory as the tensor cores read it, in rows of 128 bytes if there are so many."""
+  """Shared memory in the tiled and swizzled layout of tensor cores, swizzled by up to 128 bytes."""
   size = jnp.dtype(dtype).itemsize
   row = min(128, shape[-1] * size)
   return mosaic.SMEM(shape, dtype, transforms=(mosaic.TilingTransform((8, row // size)), mosaic.SwizzleTransform(row)))

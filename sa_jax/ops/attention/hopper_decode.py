@@ -1,9 +1,9 @@
-"""Decode attention as one kernel a layer for Hopper GPUs (H100, H200), in Pallas Mosaic GPU; `flash_decode`'s twin.
+"""Decode attention in Pallas Mosaic GPU for Hopper GPUs (H100, H200); the same interface as `flash_decode`.
 
-A program is one warpgroup, which keeps a ring of blocks of keys and values on their way from memory. Slots are the
-rows of its products and queries their columns, of which tensor cores take eight: scores are ``K Qᵀ``, the output is
-``Vᵀ P``, both transposed, and no product is padded to the 64 rows that a tensor core of Hopper multiplies.
-Importing this takes half a second, so that only what runs it does.
+A program is one warpgroup that prefetches blocks of keys and values into a ring buffer. Products have slots as rows and
+queries as columns: scores are ``K Qᵀ`` and the output is ``Vᵀ P``, both transposed. Hopper's tensor cores multiply 64
+rows by a multiple of 8 columns, so this avoids padding the few queries to 64. Importing this module takes half a
+second, so it is imported lazily.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ from sa_jax.ops.quantize import Quantised, Stored, as_stored, product_dtype
 from sa_jax.trees import Tree
 
 _COLUMNS = 8
-"""Queries of a product: a multiple."""
+"""The number of columns (queries) of a product is a multiple of this."""
 _LOG2_E = math.log2(math.e)
 _PROCESSORS = 132
 _OF_QUERIES = mosaic.Layout.WGMMA.reduce(0)
-"""How registers have what there is one of a query."""
+"""Register layout of per-query numbers."""
 
 
 class Tiling(NamedTuple):
-  """How a program goes through its part of a cache.
+  """Tuning parameters of a decode kernel.
 
   Attributes:
-    block: slots read at once.
-    stages: how many blocks are on their way from memory, at most.
-    longest: slots that a program has, at most.
-    programs: how many there are, at least, where the cache has blocks for them.
+    block: slots per block.
+    stages: pipeline depth, in blocks.
+    longest: maximum number of slots per program.
+    programs: minimum number of programs, if the cache has enough blocks.
   """
 
   block: int = 64
@@ -64,9 +64,9 @@ class Tiling(NamedTuple):
 
 _INTERPRETER: Callable[[], object] | None = getattr(mosaic, "InterpretGPUParams", None)
 CAN_INTERPRET = _INTERPRETER is not None
-"""Whether any device can run these kernels, slowly: not with JAX before 0.11."""
+"""Whether these kernels can be interpreted on any device, which needs JAX 0.11."""
 TILING = FOLLOWING = Tiling()
-"""An anchor's, and a follower's."""
+"""For anchors, and for followers."""
 
 
 def attend(
@@ -77,7 +77,7 @@ def attend(
   how: How,
   interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array | None, tuple[Stored, Stored]]:
-  """`flash_decode.attend`, of caches in the dtype of q or in int8, and of heads of 64 numbers or a multiple."""
+  """`flash_decode.attend` for caches in q's dtype or int8, with a head dimension that is a multiple of 64."""
   assert rows.offset is not None, "a new token has a slot in the cache"
   positions, pages = rows.offset, rows.pages
   if pages is not None:
@@ -97,9 +97,9 @@ def attend(
     score_ref, scores_ref = for_weights or (None, None)
     row, head, part = map(jax.lax.axis_index, ("row", "head", "part"))
     first = part * split
-    new = positions_ref[row] - first  # the new token's slot, counted from this program's first
-    blocks = jax.lax.div(jnp.clip(new, 0, split) + (block - 1), block)  # with slots before it
-    mine = new < split  # if not before this program's first
+    new = positions_ref[row] - first  # the new token's slot, relative to this program's first
+    blocks = jax.lax.div(jnp.clip(new, 0, split) + (block - 1), block)  # with slots before the new token's
+    mine = new < split  # given new >= 0
 
     def within(*shared: Tree) -> None:
       given, queries, weights, sums, given_here, of_keys, of_values = shared
@@ -136,7 +136,7 @@ def attend(
       start = filled(0, wide, columns), none, filled(0, block, columns)
       summed, maximum, total = jax.lax.fori_loop(0, blocks, step, start)
 
-      # The new token joins from registers, and the cache when it has been read.
+      # The new token is added from registers, and written after the cache has been read.
       def join(summed: jax.Array, maximum: jax.Array, total: jax.Array) -> tuple[jax.Array, ...]:
         keys.write(new)
         values.write(new)
@@ -173,7 +173,7 @@ def attend(
         side_memory(cached[1], (stages, block, wide), of_weights),
       )
 
-    @pl.when(new < 0)  # no slot to weigh
+    @pl.when(new < 0)  # no visible slot
     def _() -> None:
       out_ref.at[row, head, part][...] = filled(0, wide, columns)
 
@@ -201,7 +201,7 @@ def follow(
   *,
   interpret: bool = False,
 ) -> tuple[jax.Array, Stored]:
-  """`flash_decode.follow`, of a cache in the weights' dtype or in int8, and of heads of 64 numbers or a multiple."""
+  """`flash_decode.follow` for a cache in the weights' dtype or int8, with a head dimension that is a multiple of 64."""
   if pages is not None:
     new_value, positions = pages.of_rows(new_value), pages.offsets(positions)
   (batch, heads, slots), (kv_heads, wide) = weights.shape, new_value.shape[1:]
@@ -216,7 +216,7 @@ def follow(
     row, head, part = map(jax.lax.axis_index, ("row", "head", "part"))
     first = part * split
     new = positions_ref[row] - first
-    blocks = jnp.minimum(jax.lax.div(new, block) + 1, split // block)  # up to the new token's
+    blocks = jnp.minimum(jax.lax.div(new, block) + 1, split // block)  # up to and including the new token's
     mine = new < split
 
     def within(*shared: Tree) -> None:
@@ -277,7 +277,7 @@ def follow(
 
 
 def _leaves(stored: Stored) -> tuple[jax.Array, jax.Array | None]:
-  """Vectors ``[…, H]`` as they are stored, and the scales of quantised ones ``[…]``."""
+  """Stored vectors ``[…, H]``, and their scales ``[…]`` if quantised, else None."""
   return (stored.data, stored.scale) if isinstance(stored, Quantised) else (stored, None)
 
 
@@ -304,7 +304,7 @@ def _interpreter() -> object:
 def _in_place(
   call: Callable[..., list[jax.Array]], given: tuple[Tree, ...], cached: tuple[Stored, ...]
 ) -> tuple[list[jax.Array], list[Stored]]:
-  """What a kernel hands out, and caches as it leaves them. It gets scales as ``[B, K, S]``."""
+  """Calls a kernel that updates caches in place, with scales as ``[B, K, S]``; returns its outputs and the caches."""
   flat = [jax.tree.map(lambda x: x.reshape(x.shape[:3]) if x.shape[3] == 1 else x, _leaves(each)) for each in cached]
   refs = jax.tree.map(jax.new_ref, flat)
   out = call(*given, *refs)

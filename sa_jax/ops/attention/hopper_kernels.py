@@ -1,7 +1,7 @@
-"""Kernels for the backward pass of a group's followers on Hopper GPUs (H100, H200), in Pallas Mosaic GPU.
+"""Kernels of a group's shared backward pass on Hopper GPUs (H100, H200), in Pallas Mosaic GPU.
 
-A program has two warpgroups that compute and one that copies what they read into a ring of blocks in shared memory.
-Importing this takes half a second, so that only `sa_jax.ops.attention.hopper` does, where it is needed.
+A program has two warpgroups that compute, and one that prefetches blocks into a ring buffer in shared memory. Importing
+this module takes half a second, so `sa_jax.ops.attention.hopper` imports it lazily.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from jax.typing import DTypeLike
 from sa_jax.trees import Tree
 
 BLOCK, _HALF = 128, 64
-"""Queries, and keys, that a program works on at once, and those of each of its warpgroups."""
+"""Queries (and keys) per block, and per warpgroup."""
 WIDE = 256
-"""Keys at once where the gradients of scores are computed."""
+"""Keys per block in `d_scores`."""
 _PART = 64
-"""Numbers of a head at once there."""
+"""Elements of the head dimension per block in `d_scores`."""
 _LOG2_E = math.log2(math.e)
 _WARPGROUPS: dict[str, Tree] = {
   "num_threads": 3,
@@ -34,14 +34,14 @@ _WARPGROUPS: dict[str, Tree] = {
 
 
 def d_values(q: jax.Array, k: jax.Array, log_sums: jax.Array, d_out: jax.Array, scale: float) -> jax.Array:
-  """``Pᵀ dO`` of full causal rows, summed over the query heads of each key head.
+  """``Pᵀ dO`` of full causal rows, summed over the query heads of each KV head.
 
   Args:
     q: ``[B, T, N, H]``, T a multiple of `BLOCK`.
     k: ``[B, T, K, H]``.
     log_sums: float32 ``[B, N, T]``.
     d_out: ``[B, T, N, H]``.
-    scale: what multiplies ``q kᵀ``.
+    scale: factor of ``q kᵀ``.
 
   Returns:
     ``[B, T, K, H]``.
@@ -53,7 +53,7 @@ def d_values(q: jax.Array, k: jax.Array, log_sums: jax.Array, d_out: jax.Array, 
     q_ref, k_ref, sums_ref, d_out_ref, d_v_ref, *shared = refs
     keys, queries, d_outs, sums, keys_here, here, d_here, free, d_free = shared
     head, block, row, me = map(jax.lax.axis_index, ("head", "block", "row", "warpgroup"))
-    seeing = blocks - block  # how many blocks of queries see these keys
+    seeing = blocks - block  # number of query blocks that see these keys
     steps = group * seeing
 
     @pl.when(me == 2)
@@ -79,7 +79,7 @@ def d_values(q: jax.Array, k: jax.Array, log_sums: jax.Array, d_out: jax.Array, 
       def step(index: jax.Array, d_v: jax.Array) -> jax.Array:
         slot = jax.lax.rem(index, jnp.int32(2))
         mosaic.barrier_wait(here.at[slot])
-        # Transposed, [keys, queries], so that weights are an operand as they are.
+        # Transposed, [keys, queries], so that the weights can be an operand without a transpose.
         scores = _plus_product(_zeros(_HALF, BLOCK), mine, queries.at[slot].transpose((1, 0)))
         of_queries = _load(sums.at[slot], mosaic.Layout.WGMMA.reduce(0))
         mosaic.barrier_arrive(free.at[slot])
@@ -118,13 +118,13 @@ def d_scores(
   of_queries: tuple[jax.Array, jax.Array],
   scale: float,
 ) -> jax.Array:
-  """The gradients of one head's scores, ``P ∘ (Σ_l dO_l V_lᵀ - D)`` scaled.
+  """The gradients of one head's scores, ``scale * P ∘ (Σ_l dO_l V_lᵀ - D)``.
 
   Args:
-    heads: queries ``[T, H]``, the last T of the row, and keys ``[S, H]``; multiples of `WIDE`.
-    layers: output's gradients ``[L, T, R]`` and values ``[L, S, R]``.
-    of_queries: D and the log of sums, float32 ``[T]``.
-    scale: what multiplies ``q kᵀ``.
+    heads: queries ``[T, H]``, the last T of the row, and keys ``[S, H]``; T and S are multiples of `WIDE`.
+    layers: output gradients ``[L, T, R]`` and values ``[L, S, R]``.
+    of_queries: D and the log-sum-exp, float32 ``[T]`` each.
+    scale: factor of ``q kᵀ``.
 
   Returns:
     ``[T, S]`` in the dtype of the queries.
@@ -133,7 +133,7 @@ def d_scores(
   parts, slots = width // _PART, 3
   steps = (layers[0].shape[0] + 1) * parts
   blocks, offset = length // BLOCK, keys - length
-  # Programs that run at once read blocks that are near each other.
+  # Programs that run at the same time read nearby blocks, for cache locality.
   near = math.gcd(8, blocks)
 
   def kernel(*refs: jax.Ref) -> None:
@@ -141,7 +141,7 @@ def d_scores(
     out_ref, left, right, out, of_queries, here, free, queries_here = rest
     outer, key, inner, me = map(jax.lax.axis_index, ("outer", "key", "inner", "warpgroup"))
     query = outer * near + inner
-    slot_in, end = offset + query * BLOCK, (key + 1) * WIDE  # the first query's slot, and that after the last key's
+    slot_in, end = offset + query * BLOCK, (key + 1) * WIDE  # the first query's slot, and one past the last key's
     seen = key * WIDE < slot_in + BLOCK
 
     @pl.when(seen & (me == 2))
@@ -186,7 +186,7 @@ def d_scores(
       )
       weights = jnp.exp2(scores * (scale * _LOG2_E) - sums)
       visible = lambda x: jnp.where(_iota(x, 0) + offset + first >= _iota(x, 1) + key * WIDE, x, 0.0)
-      # In half precision, which leaves registers for the products to come.
+      # Half precision frees registers for the following products.
       weights = jax.lax.cond(end > slot_in, visible, lambda x: x, weights).astype(dtype)
       d_weights = jax.lax.fori_loop(parts, steps, step, _zeros(_HALF, WIDE))
       d_scores = weights.astype(jnp.float32) * (d_weights - inner) * scale
@@ -215,7 +215,7 @@ def d_scores(
 
 
 def _fill(fetch: Callable[[jax.Array, jax.Array, bool], None], steps: jax.Array | int, slots: int) -> None:
-  """Fetches for each step into the ring's slots in turn, and waits for one to be free once all have been filled."""
+  """Fetches the data of each step into the ring buffer, and waits for free slots once it is full."""
   mosaic.set_max_registers(40, action="decrease")
   for step in range(slots):
     pl.when(step < steps)(functools.partial(fetch, jnp.int32(step), jnp.int32(step), False))
@@ -223,12 +223,12 @@ def _fill(fetch: Callable[[jax.Array, jax.Array, bool], None], steps: jax.Array 
 
 
 def _plus_product(sum_: jax.Array, a: jax.Array | jax.Ref, b: jax.Ref) -> jax.Array:
-  """A sum in a warpgroup's registers, plus a product; b, and a unless it is in registers, in shared memory."""
+  """Adds a product to a sum in registers; b is in shared memory, a in registers or shared memory."""
   return pl.run_state(lambda ref: mosaic.wgmma(ref, a, b))(mosaic.ACC.init(sum_))  # type: ignore[attr-defined]
 
 
 def _store(x: jax.Array, shared: Tree, ref: Tree) -> None:
-  """Writes a warpgroup's registers to memory, by way of shared memory."""
+  """Writes a warpgroup's registers to global memory through shared memory."""
   shared[...] = x.astype(shared.dtype)
   mosaic.commit_smem()
   mosaic.copy_smem_to_gmem(shared, ref)
@@ -236,11 +236,11 @@ def _store(x: jax.Array, shared: Tree, ref: Tree) -> None:
 
 
 _INDEX = [()] if "idx" in inspect.signature(mosaic.load).parameters else []
-"""Of a whole array, for `mosaic.load` before JAX 0.12."""
+"""The index argument that `mosaic.load` needs before JAX 0.12."""
 
 
 def _load(ref: Tree, layout: Tree) -> jax.Array:
-  """An array in shared memory, in a warpgroup's registers."""
+  """Loads an array from shared memory into a warpgroup's registers."""
   return mosaic.load(ref, *_INDEX, layout=layout)
 
 
@@ -253,5 +253,5 @@ def _iota(like: jax.Array, axis: int) -> jax.Array:
 
 
 def _shared(dtype: DTypeLike, *shape: int) -> Tree:
-  """Shared memory as the tensor cores read it."""
+  """Shared memory in the tiled and swizzled layout of tensor cores."""
   return mosaic.SMEM(shape, dtype, transforms=(mosaic.TilingTransform((8, 64)), mosaic.SwizzleTransform(128)))

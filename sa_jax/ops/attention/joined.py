@@ -1,4 +1,4 @@
-"""What kernels make of parts of a row's slots, and what these are together."""
+"""Combining the partial results of split decode attention."""
 
 from typing import NamedTuple
 
@@ -11,12 +11,12 @@ from sa_jax.ops.attention.rows import Rows
 
 
 class Partial(NamedTuple):
-  """What a kernel makes of each part of a row's slots.
+  """A kernel's results for P parts of each row's slots, each with its own softmax.
 
   Attributes:
-    out: ``[B, K, P, G, R]``, the sum of values as a part's own weights weigh them.
-    log_total: float32 ``[B, K, P, G]``, the log of the sum that these were divided by.
-    scores: float32 ``[B, K, G, S]``, scaled, for weights; or None.
+    out: ``[B, K, P, G, R]``, the attention output of each part.
+    log_total: float32 ``[B, K, P, G]``, the log-sum-exp of each part.
+    scores: float32 ``[B, K, G, S]``, scaled scores, from which weights are computed; or None.
   """
 
   out: jax.Array
@@ -25,7 +25,7 @@ class Partial(NamedTuple):
 
 
 def joined(parts: Partial, rows: Rows, dtype: DTypeLike) -> tuple[jax.Array, jax.Array | None]:
-  """What all parts of a row's slots, or of its pages', are together: what `attend` returns of them."""
+  """Combines the parts of each row, and of its pages, into the output and the weights (or None)."""
   (out, log_total, scores), positions, pages = parts, rows.offset, rows.pages
   batch, kv_heads, splits, group, width = out.shape
   assert positions is not None, "a new token has a slot in the cache"
@@ -33,23 +33,23 @@ def joined(parts: Partial, rows: Rows, dtype: DTypeLike) -> tuple[jax.Array, jax
     positions = pages.offsets(positions)
   mine = jax.nn.logsumexp(log_total, axis=2)
   if splits > 1:
-    # Of a page that is still empty, all parts are.
+    # All parts of an empty page have a log-sum of minus infinity.
     shares = jnp.exp(log_total - jnp.maximum(mine, MASKED)[:, :, None])
     out = jnp.einsum("BKSGH,BKSG->BKGH", out, shares)
   log_total = mine
   if pages is not None:
     log_total = pages.log_totals(log_total)
   if rows.sinks is not None:
-    # One key more, whose value is zero.
+    # A sink is an additional key whose value is zero.
     log_total = jnp.logaddexp(log_total, rows.sinks.astype(jnp.float32).reshape(1, kv_heads, group))
   if pages is not None:
     log_total = pages.of_rows(log_total)
   if log_total is not mine:
-    # The sums have grown, and the output shrinks as they do.
+    # Rescale the output to the larger sum.
     out = out.reshape(batch, kv_heads, group, width) * jnp.exp(mine - log_total)[..., None].astype(out.dtype)
   weights = None
   if scores is not None:
-    # The kernel leaves slots past a row's end as they are in memory, which may be anything.
+    # The kernel does not write slots past a row's end: they hold arbitrary memory.
     seen = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 3) <= positions[:, None, None, None]
     weights = jnp.where(seen, jnp.exp(scores - log_total[..., None]), 0.0)
     weights = weights.astype(dtype).reshape(batch, kv_heads * group, -1)

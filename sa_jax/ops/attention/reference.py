@@ -1,4 +1,4 @@
-"""Attention as the formula says it, with the weights in memory."""
+"""Reference attention: the literal formula, with the weights in memory."""
 
 import dataclasses
 
@@ -9,11 +9,11 @@ from sa_jax.ops.attention.rows import Rows, heads_grouped
 from sa_jax.ops.attention.spec import AttentionSpec
 
 MASKED = -1e30
-"""Score of a key that a query may not see: finite, so that a row with no visible key stays finite."""
+"""Score of a masked key: finite, so that a query with no visible key does not give NaN."""
 
 
 Segments = tuple[jax.Array, jax.Array]
-"""The documents that queries and keys belong to, int32 ``[B, T]`` and ``[B, S]``."""
+"""Document ids of queries and keys, int32 ``[B, T]`` and ``[B, S]``."""
 
 
 def visible(
@@ -24,14 +24,15 @@ def visible(
   segments: Segments | None = None,
   causal: bool = True,
 ) -> jax.Array:
-  """Which keys each query sees: those at or before it, within its window and document, and before a padded row's end.
+  """Which keys each query sees: those at or before it, in its window and document, and before its row's end.
 
   Args:
     query_positions: int32 ``[T]`` or ``[B, T]``.
     key_positions: int32 ``[S]``.
-    lengths: int32 ``[B]``, tokens of each row, or None when rows are full.
-    window: how many keys a query sees at most, its own included; None for all. To each side if not causal.
-    segments: the documents of packed rows; None when a row is one document.
+    lengths: int32 ``[B]``, number of tokens per row; None if all rows are full.
+    window: size of the sliding window, including the query's own key; None for no window. If not causal, it extends
+      this far to each side.
+    segments: document ids of packed rows; None if each row is one document.
     causal: whether keys after a query are hidden from it.
 
   Returns:
@@ -65,12 +66,12 @@ def attention_weights(
     k: ``[B, S, K, H]``; with pages ``[P, S, K, H]``.
     rows: which keys the queries may see.
     spec: window, soft cap and scale.
-    positions: int32 ``[T]`` or ``[B, T]``, the slot of each query among the keys; when None, that of the rows.
-    key_scale: ``[B, K, S]``, what each key is to be multiplied by; None when keys are as they are.
+    positions: int32 ``[T]`` or ``[B, T]``, each query's slot among the keys; None for ``rows.positions``.
+    key_scale: ``[B, K, S]``, factor of each key, for quantised keys; None for 1.
 
   Returns:
-    ``[B, N, T, S]`` in q's dtype; rows sum to one, or with sinks to less. With pages ``[P, N, T, S]``: those of a row's
-    pages together do.
+    ``[B, N, T, S]`` in q's dtype. Over S they sum to one, or less with sinks. With pages ``[P, N, T, S]``, which sum
+    to one over all pages of a row.
   """
   pages = rows.pages
   if pages is not None:
@@ -107,11 +108,11 @@ def attention_weights(
 
 
 def apply_weights(weights: jax.Array, v: jax.Array) -> jax.Array:
-  """Weighted sums of values: the second half of attention, and all of it in a follower layer.
+  """Weighted sums of values: the second half of attention, and all that a follower computes.
 
   Args:
     weights: ``[B, N, T, S]``.
-    v: ``[B, S, K, R]``; each value head serves N / K consecutive weight heads.
+    v: ``[B, S, K, R]``; each KV head serves N / K consecutive query heads.
 
   Returns:
     ``[B, T, N, R]`` in v's dtype.
@@ -124,11 +125,11 @@ def apply_weights(weights: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def segments_at(segments: jax.Array, positions: jax.Array) -> jax.Array:
-  """The documents, int32 ``[B, T]``, of the queries at ``[T]`` or ``[B, T]`` among keys of documents ``[B, S]``."""
+  """Document ids of queries, int32 ``[B, T]``, from those of keys ``[B, S]`` and positions ``[T]`` or ``[B, T]``."""
   positions = jnp.broadcast_to(positions, (segments.shape[0], positions.shape[-1]))
   return jnp.take_along_axis(segments, positions, axis=1, mode="clip")
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: AttentionSpec) -> jax.Array:
-  """Attention through its weights; O(T S) memory. Shapes as in `sa_jax.ops.attend`."""
+  """Attention with materialised weights; O(T S) memory. Shapes as in `sa_jax.ops.attend`."""
   return apply_weights(attention_weights(q, k, rows, spec), v).astype(v.dtype)

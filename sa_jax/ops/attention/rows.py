@@ -1,4 +1,4 @@
-"""What the rows of a call are like, and so which keys each of their queries may see."""
+"""`Rows`: which keys each query of a batch may see."""
 
 from __future__ import annotations
 
@@ -14,33 +14,34 @@ SEGMENTS, BIAS, MASK = "segments", "bias of the scores", "mask"
 OFFSET, OFFSETS = "offset of the queries among the keys", "offset of the queries for each row by itself"
 NOT_CAUSAL, SINKS = "attention that is not causal", "attention sinks"
 DEMANDS = (SEGMENTS, BIAS, MASK, OFFSET, OFFSETS, NOT_CAUSAL, SINKS)
-"""What rows may ask of a backend besides causal attention over whole right-padded rows (`Backend.serves`)."""
+"""What rows may require of a backend besides causal attention over whole right-padded rows (`Backend.serves`)."""
 PAGES = "keys in pages"
-"""What no backend serves: `decode_attend` does."""
+"""No backend supports it; `decode_attend` does."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """The one value that travels from a model's door to the backend that computes its attention.
+  """Which keys each query may see: lengths, documents, offset, bias, mask. Passed from the model to the backend.
 
-  A query of slot ``t`` sees the keys at slots 0 to ``t``, if they are before its row's end, in its document, in its
-  layer's window (`AttentionSpec`) and not masked. A value of all defaults is a batch of full rows.
+  The query at slot ``t`` sees the keys at slots 0 to ``t`` that are before its row's end, in its document, in its
+  layer's window (`AttentionSpec`) and not masked. `Rows()` is a batch of full rows.
 
   Attributes:
-    lengths: int32 ``[B]``, tokens of right-padded rows; None when rows are full.
-    segments: int32 ``[B, S]``, the document of each slot of packed rows, each a stretch of the row; None when a row is
-      one document.
-    offset: int32 ``[]``, or ``[B]`` where rows differ: the slot of the first query among the keys, where the queries
-      are part of a row; None for 0.
-    bias: ``[B or 1, N or 1, T, S]``, added to the scaled and capped scores (ALiBi, for example), or None.
+    lengths: int32 ``[B]``, number of tokens per right-padded row; None if all rows are full.
+    segments: int32 ``[B, S]``, document id of each slot in packed rows, where documents are contiguous; None if each
+      row is one document.
+    offset: int32 ``[]``, or ``[B]`` if rows differ: the first query's slot among the keys, when the queries are only
+      part of a row; None for 0.
+    bias: floating-point ``[B or 1, N or 1, T, S]``, added to the scaled and capped scores (such as ALiBi), or None.
     mask: bool ``[B or 1, N or 1, T, S]``, False where a query may not see a key, or None.
-    sinks: floating-point ``[N]``, for each head the score of one key more, which all queries see and whose value is
-      zero (Xiao et al., arXiv 2309.17453, section 3.2; gpt-oss); None for no such key. An anchor's, and so in what
-      its followers attend with.
-    causal: whether a query sees no key after its own slot. If not, queries and keys may differ in number, as in
-      cross-attention, and a window reaches to both sides.
-    pages: where the rows lie in a cache of pages, whose first axis is P and not B; None for a slot after the other.
+    sinks: floating-point ``[N]``, per head the score of an additional key that all queries see and whose value is
+      zero (Xiao et al., arXiv 2309.17453, section 3.2; gpt-oss), or None. Followers inherit the anchor's sinks with
+      its weights.
+    causal: whether keys after a query's own slot are hidden from it. If False, T and S may differ, as in
+      cross-attention, and a window extends to both sides.
+    pages: page tables, if keys and values are in a paged cache, whose first axis is P instead of B; None for a
+      contiguous cache.
   """
 
   lengths: jax.Array | None = None
@@ -53,7 +54,7 @@ class Rows:
   pages: Pages | None = None
 
   def positions(self, queries: int) -> jax.Array:
-    """The slots of so many queries among the keys, int32 ``[T]``, or ``[B, T]`` where rows differ."""
+    """The slots of T queries among the keys: int32 ``[T]``, or ``[B, T]`` if rows differ."""
     slots = jnp.arange(queries)
     if self.offset is None:
       return slots
@@ -61,7 +62,7 @@ class Rows:
 
   @property
   def demands(self) -> tuple[str, ...]:
-    """What these rows ask of a backend besides causal attention over whole right-padded rows, in words."""
+    """What these rows require besides causal attention over whole right-padded rows: some of `DEMANDS` and `PAGES`."""
     asked = {
       SEGMENTS: self.segments is not None,
       OFFSET: self.offset is not None and self.offset.ndim == 0,
@@ -75,7 +76,7 @@ class Rows:
     return tuple(name for name, here in asked.items() if here)
 
   def faults(self, batch: int, heads: int, queries: int, keys: int) -> list[str]:
-    """What is no array that attention of these sizes takes, a line each."""
+    """Arrays that do not have the shape or dtype for attention of these sizes, one message each."""
     square = f"[B or 1, N or 1, T, S], of {(batch, heads, queries, keys)}"
     squares = [(rows, each, queries, keys) for rows in (1, batch) for each in (1, heads)]
     return [
@@ -93,19 +94,19 @@ class Rows:
 
 
 def is_array(value: object, kind: DTypeLike = jnp.generic) -> bool:
-  """Whether a value is an array, or is described like one, of such numbers."""
+  """Whether a value has a shape, and a dtype of this kind."""
   return hasattr(value, "shape") and hasattr(value, "dtype") and jnp.issubdtype(value.dtype, kind)
 
 
 def described(value: object) -> str:
-  """What a value is, for an error about arrays."""
+  """A value's dtype and shape, for error messages."""
   if hasattr(value, "shape") and hasattr(value, "dtype"):
     return f"{value.dtype} of shape {value.shape}"
   return f"a Python {type(value).__name__}, of which np.asarray makes an array"
 
 
 def heads_grouped(x: jax.Array, kv_heads: int) -> jax.Array:
-  """A bias or mask ``[B or 1, N or 1, T, S]`` by key heads: ``[B or 1, K or 1, G or 1, T, S]``."""
+  """Groups the heads of a bias or mask by KV head: ``[B or 1, N or 1, T, S]`` → ``[B or 1, K or 1, G or 1, T, S]``."""
   batch, heads, queries, keys = x.shape
   grouped = (1, 1) if heads == 1 else (kv_heads, heads // kv_heads)
   return x.reshape(batch, *grouped, queries, keys)

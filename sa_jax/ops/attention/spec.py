@@ -1,4 +1,4 @@
-"""What an attention computes besides the causal mask."""
+"""Static options of attention: window, soft cap and scale."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import jax.numpy as jnp
 from sa_jax.errors import UserError
 
 KEPT = "attention"
-"""The name under which fused backends leave, for rematerialisation, what their backward pass needs of their forward
-pass: the output and each query's log of sums."""
+"""`checkpoint_name` of the residuals of fused backends: the output and each query's log-sum-exp."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-  """The static options of an attention, the same in every backend.
+  """Static options of attention, common to all backends.
 
   Attributes:
-    window: how many tokens a query sees, itself included (sliding window); all before it when None.
-    softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask (Gemma 2, arXiv 2408.00118).
-    scale: what ``q kᵀ`` is multiplied by; ``1 / sqrt(H)`` when None.
+    window: size of the sliding window in tokens, including the query's own; None for no window.
+    softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask (Gemma 2, arXiv 2408.00118); None for
+      no cap.
+    scale: factor of ``q kᵀ``; None for ``1 / sqrt(H)``.
 
   Raises:
     UserError: if a value is not positive.
@@ -39,10 +39,10 @@ class AttentionSpec:
         raise UserError(f"attention {field.name} = {value!r}: a positive number or None is needed")
 
   def scale_for(self, head_dim: int) -> float:
-    """What ``q kᵀ`` is multiplied by."""
+    """The factor of ``q kᵀ`` for heads of this dimension."""
     return 1.0 / math.sqrt(head_dim) if self.scale is None else self.scale
 
   def scores(self, products: jax.Array, head_dim: int) -> jax.Array:
-    """Scaled and capped scores, not yet masked, from float32 ``q kᵀ``."""
+    """Scaled and capped scores, before the mask, from float32 ``q kᵀ``."""
     scores = products * self.scale_for(head_dim)
     return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)

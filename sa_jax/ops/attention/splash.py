@@ -1,4 +1,4 @@
-"""JAX's splash attention, the TPU's fused attention kernel, which is imported where it is used."""
+"""JAX's splash attention, a fused kernel for TPUs. It is imported lazily."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _BLOCK = 512
 
 
 def padded_length(length: int) -> int:
-  """The least length that splits into whole blocks: a multiple of 128 up to 1024, and of 512 above."""
+  """The length rounded up to whole blocks: a multiple of 128 up to 1024, and of 512 above."""
   unit = _LANES if length <= 2 * _BLOCK else _BLOCK
   return -(-length // unit) * unit
 
 
 def block_sizes(length: int) -> splash.BlockSizes:
-  """Blocks for a `padded_length`: all of it up to 1024 tokens, then 1024 or 512, with weights in tiles of up to 512.
+  """Block sizes for a `padded_length`: all of it up to 1024 tokens, then 1024 or 512; compute tiles of up to 512.
 
-  The backward pass computes dQ apart from dK and dV: the kernel that fuses them stores dQ once for every block of keys.
+  The backward pass computes dQ separately from dK and dV: the fused kernel stores one dQ per block of keys.
   """
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -49,16 +49,15 @@ def attend(
   *,
   interpret: bool = False,
 ) -> jax.Array:
-  """Splash attention; O(T) memory, grouped keys and values as they are. Shapes as in `sa_jax.ops.attend`.
+  """Splash attention; O(T) memory, without repeating grouped keys and values. Shapes as in `sa_jax.ops.attend`.
 
-  Lengths need no mask of their own: causality keeps a row's tokens from the padding on their right, and what padding
-  attends to means nothing.
+  Lengths need no mask: causality hides right padding from a row's tokens, and outputs at padding are ignored.
 
   Args:
     q: ``[B, T, N, H]``.
     k: ``[B, T, K, H]``.
     v: ``[B, T, K, H]``.
-    rows: lengths, segments and sinks; nothing else.
+    rows: lengths, segments and sinks only.
     spec: window, soft cap and scale.
     interpret: run the kernels in Pallas's interpreter, on any device.
   """

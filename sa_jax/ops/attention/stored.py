@@ -1,4 +1,4 @@
-"""A cache's vectors as kernels read them: in parts, without their scales, which their products get."""
+"""How kernels read cached vectors: in parts, and unscaled. Scales are applied to their products instead."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from sa_jax.ops.kernels import triton as plgpu
 from sa_jax.ops.quantize import Quantised, Stored
 
 Scales = jax.Array | None
-"""Of a block of vectors, float32; None of vectors that are stored as they are."""
+"""Float32 scales of a block of quantised vectors; None for vectors that are not quantised."""
 
 
 def parts_of(ref: jax.Ref, stored: Stored | jax.Ref) -> list[jax.Ref]:
-  """``[rows, n]`` in the parts that a block of cached vectors comes in."""
+  """Splits ``[rows, n]`` into as many parts as a block of cached vectors has."""
   parts = stored.format.a_byte if isinstance(stored, Quantised) else 1
   size = ref.shape[1] // parts
   return [ref.at[:, pl.ds(part * size, size)] for part in range(parts)]
 
 
 def block_of(ref: Stored | jax.Ref, here: Any, dtype: jax.typing.DTypeLike, interpret: bool) -> list[jax.Array]:
-  """A block of cached vectors, in parts, without their scales."""
+  """Reads a block of cached vectors, in parts, without scales."""
   if not isinstance(ref, Quantised):
     return [ref[here, :]]
   if ref.format.bits == 4 and dtype == jnp.bfloat16 and not interpret:
@@ -33,14 +33,14 @@ def block_of(ref: Stored | jax.Ref, here: Any, dtype: jax.typing.DTypeLike, inte
 
 
 def _nibbles(data: jax.Array, into: str) -> jax.Array:
-  """The low halves of bytes as bfloat16, four at a time: half of `Format.parts`, in fewer instructions.
+  """Converts the low nibbles of bytes to bfloat16, four at a time: half of `Format.parts` in fewer instructions.
 
-  The bits of a bfloat16 from 2048 to 2288, in steps of 16, end in four that count: a number's own, its sign turned,
-  are put there, and 2176 is subtracted.
+  The bfloat16 numbers from 2048 to 2288 in steps of 16 differ only in four mantissa bits. The nibble, with its sign bit
+  flipped, is placed there, and 2176 is subtracted.
 
   Args:
     data: int8, any shape.
-    into: how register ``here`` gets from register ``$2`` the bytes whose low halves are meant.
+    into: a PTX instruction that moves the bytes from register ``$2`` to ``here``, with the nibbles in the low halves.
   """
   like = jax.ShapeDtypeStruct(data.shape, jnp.bfloat16)
   text = f"""{{
@@ -60,9 +60,9 @@ def _nibbles(data: jax.Array, into: str) -> jax.Array:
 
 
 def scales_of(ref: Stored | jax.Ref, index: jax.Array | int, size: int) -> Scales:
-  """The scales of a block, for its products instead of its vectors; None of vectors that are stored as they are.
+  """The scales of a block, to be applied to its products; None for vectors that are not quantised.
 
-  They are loaded a block ahead, so that a block need not wait for its own.
+  Callers load them one block ahead, to hide the latency.
   """
   if isinstance(ref, Quantised):
     return ref.scale[pl.ds(index * size, size), 0].astype(jnp.float32)
@@ -70,12 +70,12 @@ def scales_of(ref: Stored | jax.Ref, index: jax.Array | int, size: int) -> Scale
 
 
 def times_scales(products: jax.Array, scales: Scales) -> jax.Array:
-  """Products ``[rows, slots]`` with a block's vectors, or weights for them, times its scales."""
+  """Scales ``[rows, slots]``: products with a block's vectors, or weights of them."""
   return products if scales is None else products * scales[None, :]
 
 
 def floats_of(ref: Stored | jax.Ref) -> Sequence[jax.Array]:
-  """A new token's vector, in parts, as its cache has it."""
+  """A new token's vector as stored in its cache, in parts, float32."""
   if isinstance(ref, Quantised):
     scale = ref.scale[...].astype(jnp.float32)
     return [part.astype(jnp.float32) * scale for part in ref.format.parts(ref.data[...])]
