@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -32,13 +33,12 @@ _MOST = 1 << 24
 
 
 def _letters() -> list[str]:
-  """The printable character for each byte: the byte's own if printable, otherwise one from 256 on."""
-  seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
-  hidden = [byte for byte in range(256) if byte not in seen]
-  return [chr(byte) if byte in seen else chr(256 + hidden.index(byte)) for byte in range(256)]
+  printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, itertools.count(256)
+  return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-_LETTERS = _letters()
+LETTERS = _letters()
+"""The character for each byte, as in GPT-2: the byte's own if printable, otherwise one from 256 on."""
 
 
 def split_as(backend: tokenizers.Tokenizer, patterns: Sequence[str]) -> None:
@@ -57,7 +57,7 @@ def from_ranks(ranked: Sequence[bytes], pattern: str, special: Sequence[str] = (
     pattern: the split pattern.
     special: special tokens, which come first.
   """
-  words = ["".join(_LETTERS[byte] for byte in string) for string in ranked]
+  words = ["".join(LETTERS[byte] for byte in string) for string in ranked]
   vocabulary = {token: index for index, token in enumerate([*special, *words])}
   vocabulary |= {token: index for index, token in enumerate(special)}
   ranks = {word: rank for rank, word in enumerate(words)}

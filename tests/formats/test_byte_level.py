@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from sa_jax import UserError, load_tokenizer
-from sa_jax.formats.byte_level import _LETTERS, LLAMA_3_SPLIT
+from sa_jax.formats.byte_level import LETTERS, LLAMA_3_SPLIT
 
 TEKKEN_SPLIT = (
   r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
@@ -35,9 +35,9 @@ def ranked():
       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
   )
-  trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=_LETTERS, show_progress=False)
+  trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=LETTERS, show_progress=False)
   tokenizer.train_from_iterator([*LINES, *LINES], trainer)
-  byte_of = {letter: byte for byte, letter in enumerate(_LETTERS)}
+  byte_of = {letter: byte for byte, letter in enumerate(LETTERS)}
   vocabulary = tokenizer.get_vocab()
   learnt = [bytes(byte_of[letter] for letter in token) for token in sorted(vocabulary, key=vocabulary.get)]
   return [*(bytes([byte]) for byte in range(256)), *(string for string in learnt if len(string) > 1)]
