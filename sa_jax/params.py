@@ -88,15 +88,19 @@ def unstack(params: Params, plan: SharingPlan, *, donate: bool = False) -> dict[
   if "runs" not in params:
     raise UserError(f"unstack takes the run layout, which has 'runs'; these parameters have {sorted(params)}")
   _check_runs(params["runs"], plan)
+  layers = unstack_runs(params["runs"], plan, donate=donate)
+  return {name: value for name, value in params.items() if name != "runs"} | {"layers": layers}
+
+
+def unstack_runs(runs: Params, plan: SharingPlan, *, donate: bool = False) -> dict[str, Tree]:
+  """Blocks by layer, from those of runs, which may lack parts, as adapters do; unchecked; otherwise as `unstack`."""
   layers: dict[str, Tree] = {}
   for index, run in enumerate(plan.runs):
-    stacked = params["runs"][str(index)]
-    anchors, followers = _members(run)
-    _unstack_into(layers, stacked["anchor"], anchors, 1, donate)
-    if followers:
-      _unstack_into(layers, stacked["followers"], followers, 2, donate)
-  ordered = {str(layer): layers[str(layer)] for layer in range(plan.num_layers)}
-  return {name: value for name, value in params.items() if name != "runs"} | {"layers": ordered}
+    parts = runs.get(str(index), {})
+    for (name, axes), numbers in zip((("anchor", 1), ("followers", 2)), _members(run), strict=True):
+      if name in parts:
+        _unstack_into(layers, parts[name], numbers, axes, donate)
+  return {layer: layers[layer] for layer in sorted(layers, key=int)}
 
 
 def prune(params: Params, plan: SharingPlan) -> dict[str, Tree]:

@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 import numpy as np
 from safetensors.numpy import load, save
 
@@ -18,7 +17,7 @@ from sa_jax.files import as_path, new_folder
 from sa_jax.formats.extras import read_json
 from sa_jax.formats.table import Entry, entries
 from sa_jax.nn import Transformer
-from sa_jax.plan import SharingPlan
+from sa_jax.params import unstack_runs
 from sa_jax.train.lora import INPUT_AXES, LoraConfig, abstract_adapters
 from sa_jax.trees import Tree
 
@@ -51,7 +50,7 @@ def save_adapters(path: Path, model: Transformer, adapters: Tree, config: LoraCo
       f"PEFT's format has no place for the adapters of experts, and {', '.join(adapted)} are theirs: choose targets of "
       "attention"
     )
-  layers = adapters["layers"] if "layers" in adapters else _unstacked(adapters["runs"], model.plan)
+  layers = adapters["layers"] if "layers" in adapters else unstack_runs(adapters["runs"], model.plan)
   tensors: dict[str, np.ndarray] = {}
   modules = _modules(model.config)
   for module, (layer, part, name) in modules.items():
@@ -165,20 +164,3 @@ def _modules(config: ModelConfig) -> dict[str, tuple[str, str, str]]:
       _, layer, part, name, _ = entry.path
       found[entry.key.removesuffix(".weight")] = (layer, part, name)
   return found
-
-
-def _unstacked(runs: Mapping[str, Tree], plan: SharingPlan) -> dict[str, Tree]:
-  """Adapters by layer, from the run layout; layers without adapters are left out."""
-  layers: dict[str, Tree] = {}
-  for index, run in enumerate(plan.runs):
-    size = 1 + run.followers
-    members = {
-      "anchor": (list(run.layers)[::size], 1),
-      "followers": ([layer for layer in run.layers if (layer - run.start) % size], 2),
-    }
-    for part, stacked in runs.get(str(index), {}).items():
-      numbers, leading = members[part]
-      flat = jax.tree.map(lambda leaf: np.asarray(leaf).reshape(-1, *leaf.shape[leading:]), stacked)  # noqa: B023
-      for place, layer in enumerate(numbers):
-        layers[str(layer)] = jax.tree.map(lambda leaf: leaf[place], flat)  # noqa: B023
-  return layers
