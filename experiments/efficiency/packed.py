@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_jax import ops
+from sa_jax.bench import timed
 from sa_jax.cli.common import show_table
 
 SHAPES = ((32, 512, 9, 3, 64), (2, 4096, 32, 8, 128))
@@ -29,15 +28,7 @@ CALLS = 5
 
 def milliseconds(call: Callable[[], Any]) -> float:
   """The median time of a call, without compilation."""
-  jax.block_until_ready(call())
-  times = []
-  for _ in range(5):
-    start = time.perf_counter()
-    for _ in range(CALLS):
-      out = call()
-    jax.block_until_ready(out)
-    times.append(1e3 * (time.perf_counter() - start) / CALLS)
-  return statistics.median(times)
+  return 1e3 * timed(lambda: [call() for _ in range(CALLS)], repeats=5, warmup=1).median / CALLS
 
 
 def main() -> None:

@@ -6,9 +6,7 @@ import argparse
 import dataclasses
 import functools
 import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import jax
 import numpy as np
 
 import sa_jax
+from sa_jax import bench
 
 NEW_TOKENS = 256
 PROMPT = 64
@@ -24,13 +23,8 @@ PROMPT = 64
 
 def timed(call: Callable[[], Any], repeats: int) -> dict[str, float]:
   """Seconds of a call that ends on the host: median, fastest and slowest; the first call compiles."""
-  call()
-  seconds = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    call()
-    seconds.append(time.perf_counter() - start)
-  return {"seconds": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
+  timing = bench.timed(call, repeats, warmup=1)
+  return {"seconds": timing.median, "low": timing.low, "high": timing.high}
 
 
 def endless(model: sa_jax.Transformer) -> sa_jax.Transformer:

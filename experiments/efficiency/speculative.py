@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import jax
 import numpy as np
 
 import sa_jax
+from sa_jax import bench
 from sa_jax.analysis.refit import refit
 from sa_jax.decode import Draft, Settings, speculate
 
@@ -28,16 +27,6 @@ PLANS = {
   20: "2:3-4,5:6-9,10:11-15,16:17-20,21:22-23,24:25,26:27-28",
 }
 """By number of followers, for 30 layers."""
-
-
-def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
-  """Wall times of a call that ends on the host, already compiled."""
-  found = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    call()
-    found.append(time.perf_counter() - start)
-  return found
 
 
 def drafts(model: sa_jax.Transformer, params: Any, rows: np.ndarray, chosen: argparse.Namespace) -> dict[str, Any]:
@@ -87,13 +76,8 @@ def main() -> None:
   results: dict[str, Any] = {"device": jax.devices()[0].device_kind, "new_tokens": new, "ahead": arguments.ahead}
 
   def rate(call: Callable[[], Any]) -> dict[str, float]:
-    times = seconds(call, arguments.repeats)
-    count = len(prompts) * new
-    return {
-      "tokens_per_second": count / statistics.median(times),
-      "low": count / max(times),
-      "high": count / min(times),
-    }
+    timing, count = bench.timed(call, arguments.repeats, warmup=0), len(prompts) * new
+    return {"tokens_per_second": count / timing.median, "low": count / timing.high, "high": count / timing.low}
 
   greedy = lambda: [sa_jax.generate(cast(model), small, prompt, max_new_tokens=new).tokens for prompt in prompts]
   plain = np.concatenate(greedy())

@@ -9,11 +9,11 @@ import argparse
 import collections
 import json
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sa_jax import bench
 from sa_jax.bench import Task, Timing
 from sa_jax.bench.task import STEPS
 
@@ -71,16 +71,10 @@ def measure(task: Task, out: Path) -> None:
     import jax
 
     wait = jax.block_until_ready if task.who == "sa_jax" else _synchronised
-    for _ in range(3):
-      wait(call())
-    seconds = []
-    for _ in range(repeats):
-      start = time.perf_counter()
-      wait(call())
-      seconds.append(time.perf_counter() - start)
+    timing = bench.timed(call, repeats, warmup=3, wait=wait)
     with tempfile.TemporaryDirectory() as folder:
       found.extend(one_of((_by_jax if task.who == "sa_jax" else _by_torch)(call, Path(folder)), STEPS))
-    return Timing(sorted(seconds)[len(seconds) // 2], min(seconds), max(seconds))
+    return timing
 
   if task.who == "sa_jax":
     from sa_jax.bench import ours

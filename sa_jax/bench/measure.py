@@ -30,23 +30,29 @@ class Timing(NamedTuple):
     return Timing(*(value * factor for value in self))
 
 
-def timed(call: Callable[[], Any], repeats: int = 10, warmup: int = 2) -> Timing:
+def timed(
+  call: Callable[[], Any],
+  repeats: int = 10,
+  warmup: int = 2,
+  wait: Callable[[Any], object] = jax.block_until_ready,
+) -> Timing:
   """Times a call until its result is ready on the device.
 
   Args:
     call: its result is waited for.
     repeats: timed calls.
     warmup: untimed calls before them, which compile.
+    wait: waits for a result.
 
   Returns:
     Median, fastest and slowest, in seconds.
   """
   for _ in range(warmup):
-    jax.block_until_ready(call())
+    wait(call())
   seconds = []
   for _ in range(repeats):
     start = time.perf_counter()
-    jax.block_until_ready(call())
+    wait(call())
     seconds.append(time.perf_counter() - start)
   return Timing(statistics.median(seconds), min(seconds), max(seconds))
 

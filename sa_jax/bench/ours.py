@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sa_jax import ops
-from sa_jax.bench.measure import Timing, copy_bandwidth, device_name, matrix_rate, timed, training_rate
+from sa_jax.bench.measure import copy_bandwidth, device_name, matrix_rate, timed, training_rate
 from sa_jax.bench.task import LONGEST_ANSWER, PROMPT, STEPS, Result, Task
 from sa_jax.config import ModelConfig
 from sa_jax.costs import cost
@@ -236,9 +234,10 @@ def batching(task: Task) -> Result:
   static(task.batch_size)
   longest_first = dataclasses.replace(in_rows, longest_first=True)
   ours, arrival, pages = (
-    _wall(functools.partial(continuous, task.requests, how), task.repeats) for how in (longest_first, in_rows, in_pages)
+    timed(functools.partial(continuous, task.requests, how), task.repeats, warmup=0)
+    for how in (longest_first, in_rows, in_pages)
   )
-  static_batches = _wall(functools.partial(static, task.requests), task.repeats)
+  static_batches = timed(functools.partial(static, task.requests), task.repeats, warmup=0)
   tokens = int(lengths.sum())
   detail = (
     f"{static_batches.median / ours.median:.2f} × static batches ({tokens / static_batches.median:.0f} tokens/s); "
@@ -246,13 +245,3 @@ def batching(task: Task) -> Result:
     f"with {in_pages.slots} rows in pages of as much cache {static_batches.median / pages.median:.2f} ×"
   )
   return Result(task, *ours, tokens, 0.0, device_name(), detail=detail)
-
-
-def _wall(call: Callable[[], None], repeats: int) -> Timing:
-  """Times a call that ends on the host, compiled before."""
-  seconds = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    call()
-    seconds.append(time.perf_counter() - start)
-  return Timing(float(np.median(seconds)), min(seconds), max(seconds))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
-from sa_jax.bench.measure import Timing, training_rate
+from sa_jax.bench.measure import Timing, timed, training_rate
 from sa_jax.bench.task import STEPS, Result, Task
 from sa_jax.config import ModelConfig
 from sa_jax.costs import cost
@@ -40,18 +38,10 @@ def _build(task: Task, head: bool, dtype: str = "bfloat16") -> tuple[Any, ModelC
   return model, config
 
 
-def _timed(call: Callable[[], Any], repeats: int, warmup: int = 3) -> Timing:
+def _timed(call: Callable[[], Any], repeats: int) -> Timing:
   import torch
 
-  seconds = []
-  for attempt in range(warmup + repeats):
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    if attempt >= warmup:
-      seconds.append(time.perf_counter() - start)
-  return Timing(statistics.median(seconds), min(seconds), max(seconds))
+  return timed(call, repeats, warmup=3, wait=lambda _: torch.cuda.synchronize())
 
 
 def decode(task: Task) -> Result:
