@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from sa_jax import ModelConfig, SharingPlan, Transformer
+from sa_jax.bench.measure import H100_PEAK
 from sa_jax.bench.ours import random_tree
 from sa_jax.cli.common import show_table
 from sa_jax.config import RematPolicy
@@ -27,8 +28,6 @@ from sa_jax.train.objective import distill
 from sa_jax.train.step import make_state, make_step
 
 PLAN = "5:6-7,11:12,14:15,21:22,24:25,26:27-28"
-PEAK = 989e12
-"""bfloat16 FLOP/s of an H100 or H200, from NVIDIA's data sheet."""
 
 
 class Variant(NamedTuple):
@@ -86,8 +85,8 @@ def measure(how: Variant, rows: int, length: int, repeats: int) -> dict[str, flo
     "low": 1e3 * min(seconds[1:]),
     "high": 1e3 * max(seconds[1:]),
     "tokens_per_second": rows * length / median,
-    "mfu_of_student": learning / median / PEAK,
-    "mfu_with_teacher": (learning + teaching) / median / PEAK,
+    "mfu_of_student": learning / median / H100_PEAK,
+    "mfu_with_teacher": (learning + teaching) / median / H100_PEAK,
     "temporaries_gb": memory.temp_size_in_bytes / 1e9 if memory else float("nan"),
     "compile_seconds": compiling,
   }

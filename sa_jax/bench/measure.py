@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sa_jax.machine import PEAK_TFLOPS
+
 
 class Timing(NamedTuple):
   """Time of one call in seconds, over repeats.
@@ -101,8 +103,8 @@ def device_name(mesh: Mesh | None = None) -> str:
   return name if mesh is None else f"{mesh.size} × {name}"
 
 
-H100_PEAK = 989e12
-"""Dense bfloat16 FLOP/s from the H100 SXM data sheet; model FLOPs utilisation (MFU) is relative to it."""
+H100_PEAK = 1e12 * PEAK_TFLOPS["NVIDIA H100"]
+"""Model FLOPs utilisation (MFU) is relative to this many FLOP/s."""
 
 
 def training_rate(tokens: int, flops: float, seconds: float, devices: int = 1) -> str:

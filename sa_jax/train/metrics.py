@@ -12,20 +12,9 @@ import numpy as np
 
 from sa_jax.config import ModelConfig
 from sa_jax.costs import cost
+from sa_jax.machine import PEAK_TFLOPS
 from sa_jax.plan import SharingPlan
 from sa_jax.train.step import EXPERT_TOKENS
-
-PEAK_TFLOPS = {
-  "NVIDIA A100": 312.0,
-  "NVIDIA H100": 989.0,
-  "NVIDIA H200": 989.0,
-  "TPU v4": 275.0,
-  "TPU v5 lite": 197.0,
-  "TPU v5p": 459.0,
-  "TPU v5": 459.0,
-  "TPU v6 lite": 918.0,
-}
-"""Vendors' dense bfloat16 rates, by prefix of the device name."""
 
 
 def peak_tflops(stated: float | None) -> float | None:
