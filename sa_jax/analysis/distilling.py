@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sa_jax.analysis.reconstruct import RELATIVE_ADAM
+from sa_jax.analysis.reconstruct import RELATIVE_ADAM, warmed_cosine
 from sa_jax.config import FloatDtype
 from sa_jax.display import Progress
 from sa_jax.distributed import check_call
@@ -73,8 +73,7 @@ class Distillation:
 
   def rate(self, step: int, steps: int) -> float:
     """The learning rate of a step, counted from 0."""
-    rise = min((step + 1) / max(0.05 * steps, 1.0), 1.0)
-    return self.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
+    return self.learning_rate * warmed_cosine(step, steps, warmup=0.05)
 
 
 class Distilled(NamedTuple):

@@ -48,8 +48,13 @@ class Reconstruction:
 
   def rate(self, step: int, steps: int) -> float:
     """The learning rate of a step, counted from 0."""
-    done = (step + 1) / steps
-    return self.learning_rate * min(10 * done, 1.0) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return self.learning_rate * warmed_cosine(step, steps, warmup=0.1)
+
+
+def warmed_cosine(step: int, steps: int, warmup: float) -> float:
+  """A step's fraction of the peak learning rate: a linear rise over a fraction of the steps, then cosine decay to 0."""
+  rise = min((step + 1) / max(warmup * steps, 1.0), 1.0)
+  return rise * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
 
 
 class Group(NamedTuple):
