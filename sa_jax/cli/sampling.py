@@ -101,14 +101,12 @@ def template_options(words: Sequence[str]) -> dict[str, Any]:
 
 def say_tokens(tokenizer: Tokenizer, coming: Iterator[list[int]]) -> list[int]:
   """Prints text as its tokens arrive, and returns the tokens."""
+  from sa_jax.decode import Detokenizer
+
   tokens: list[int] = []
-  said = ""
+  text = Detokenizer(tokenizer)
   for new in coming:
     tokens += new
-    text = tokenizer.decode(tokens)
-    # A character of several tokens may be incomplete.
-    if not text.endswith("\ufffd"):
-      say(text[len(said) :], end="")
-      said = text
-  say(tokenizer.decode(tokens)[len(said) :])
+    say(text.push(new), end="")
+  say(text.finish())
   return tokens
