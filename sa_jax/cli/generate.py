@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
@@ -13,8 +12,9 @@ import tyro
 
 from sa_jax.cli.common import console, say, write_json
 from sa_jax.cli.sampling import Sampling, Speaker, TemplateOptions, say_tokens, template_options
+from sa_jax.cli.texts import read_strings
 from sa_jax.errors import UserError
-from sa_jax.files import check_writable, read_text
+from sa_jax.files import check_writable
 from sa_jax.trees import Params
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Generate:
     template_options(self.options)
     check_writable(self.json)
     asked = [sys.stdin.read() if text == "-" else text for text in self.prompt]
-    asked += [] if self.prompts is None else read_prompts(self.prompts)
+    asked += [] if self.prompts is None else read_strings(self.prompts, "prompt")
     if not asked:
       raise UserError("give at least one prompt: sa-jax generate MODEL PROMPT ..., or a file (`prompts`)")
     self.opening.begin()
@@ -92,30 +92,3 @@ class Generate:
   def _prompt(self, tokenizer: Tokenizer, text: str) -> str:
     options = template_options(self.options)
     return tokenizer.chat([{"role": "user", "content": text}], **options) if self.chat else text
-
-
-def read_prompts(path: Path) -> list[str]:
-  """The prompts in a file.
-
-  Raises:
-    UserError: if it cannot be read, or a line has no prompt.
-  """
-  text = read_text(path)
-  if path.suffix != ".jsonl":
-    return [text]
-  prompts: list[str] = []
-  faults = []
-  for number, line in enumerate(text.split("\n"), 1):
-    if not line.strip():
-      continue
-    try:
-      value = json.loads(line)
-    except ValueError:
-      value = None
-    if isinstance(value, dict) and isinstance(value.get("prompt"), str):
-      prompts.append(value["prompt"])
-    else:
-      faults.append(f"line {number} is not a JSON object with a text 'prompt'")
-  if faults:
-    raise UserError.of(str(path), faults)
-  return prompts

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
   from sa_jax.config import ModelConfig
 
 
+_LISTED = 20
+"""Maximum lines of an error message."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RowLength:
   """How rows are cut from texts."""
@@ -44,28 +48,35 @@ class RowLength:
     return rows_of(tokenizer.encode(text, special=False), self.length, rows, self.opening(tokenizer))
 
 
-def read_documents(path: Path) -> str:
-  """A text file, or the ``text`` fields of a ``.jsonl`` file with blank lines between them.
+def read_strings(path: Path, key: str) -> list[str]:
+  """A text file, or the string at a key of every line of a ``.jsonl`` file.
 
   Raises:
-    UserError: if it cannot be read or a line has no ``text``.
+    UserError: if it cannot be read or a line has no such string.
   """
   contents = read_text(path)
   if path.suffix != ".jsonl":
-    return contents
-  documents = []
+    return [contents]
   # Not splitlines, which also splits at characters that are allowed in JSON strings.
-  for number, line in enumerate(contents.split("\n"), 1):
-    if not line.strip():
-      continue
-    try:
-      value = json.loads(line)
-    except ValueError:
-      value = None
-    if not (isinstance(value, dict) and isinstance(value.get("text"), str)):
-      raise UserError(f"{path}, line {number}, is not a JSON object with a 'text' string")
-    documents.append(value["text"])
-  return "\n\n".join(documents)
+  found = {number: _string(line, key) for number, line in enumerate(contents.split("\n"), 1) if line.strip()}
+  if wrong := [number for number, text in found.items() if text is None]:
+    faults = [f"line {number} is not a JSON object with a {key!r} string" for number in wrong]
+    raise UserError.of(str(path), faults[:_LISTED])
+  return [text for text in found.values() if text is not None]
+
+
+def _string(line: str, key: str) -> str | None:
+  try:
+    value = json.loads(line)
+  except ValueError:
+    return None
+  text = value.get(key) if isinstance(value, dict) else None
+  return text if isinstance(text, str) else None
+
+
+def read_documents(path: Path) -> str:
+  """A text file, or the ``text`` fields of a ``.jsonl`` file with blank lines between them; see `read_strings`."""
+  return "\n\n".join(read_strings(path, "text"))
 
 
 def rows_of_texts(

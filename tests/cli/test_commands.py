@@ -23,8 +23,8 @@ from sa_jax import ops
 from sa_jax.cli import main
 from sa_jax.cli.common import change, console, show_table
 from sa_jax.cli.demo import picture
-from sa_jax.cli.generate import read_prompts
 from sa_jax.cli.process import own
+from sa_jax.cli.texts import read_strings
 from sa_jax.display import quantity
 from sa_jax.nn import Cache
 from tests import tiny
@@ -80,9 +80,9 @@ def test_prompts_come_from_files_and_pipes(folder, expected, tmp_path, monkeypat
   assert [each["tokens"] for each in json.loads(out.read_text())["results"]] == expected["greedy_tokens"].tolist()
   file.write_text('{"prompt": "1"}\n{"prompt": 2}\n\nnone\n')
   with pytest.raises(ValueError, match="prompts.jsonl:\n  line 2 is not .*\n  line 4 is not"):
-    read_prompts(file)
+    read_strings(file, "prompt")
   (tmp_path / "one.txt").write_text("1 2\n3\n")
-  assert read_prompts(tmp_path / "one.txt") == ["1 2\n3\n"]
+  assert read_strings(tmp_path / "one.txt", "prompt") == ["1 2\n3\n"]
 
 
 def test_a_chat_remembers_until_it_begins_again(folder, tmp_path, monkeypatch, capsys):
@@ -267,7 +267,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder, capsys, arguments, says):
   [
     (["perplexity", "FOLDER", "text.txt", "--plan", "dense", "6:9"], "'6:9' goes past the model"),
     (["perplexity", "FOLDER", "text.txt", "--batch-size", "0"], "--batch-size 0 (at least 1 is needed)"),
-    (["perplexity", "FOLDER", "numbers.jsonl"], "numbers.jsonl, line 1, is not a JSON object with a 'text'"),
+    (["perplexity", "FOLDER", "numbers.jsonl"], "numbers.jsonl: line 1 is not a JSON object with a 'text'"),
     (["perplexity", "FOLDER", "text.txt", "--plan"], "--plan has no value"),
     (["analyze", "text.txt", "FOLDER", "--block", "-4"], "--block -4 (at least 1 is needed)"),
     (["analyze", "none.txt", "FOLDER"], "cannot read none.txt"),
