@@ -19,7 +19,7 @@ from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
 from sa_jax.files import is_remote
 from sa_jax.formats.extras import copy_extras, read_json
-from sa_jax.formats.table import Account, Entry, Index, entries
+from sa_jax.formats.table import Account, Entry, Index, account, entries
 from sa_jax.formats.tokenizer import Tokenizer, read_tokenizer, warn_of_tokenizer
 from sa_jax.plan import SharingPlan
 
@@ -90,27 +90,7 @@ class OrbaxFolder:
 
   def account(self, config: ModelConfig, plan: SharingPlan) -> Account:
     """See `Source.account`."""
-    shapes = self.shapes
-    used, dropped, known = [], {}, set()
-    errors: dict[str, None] = {}  # an ordered set: the experts of one array share its errors
-    for theirs in entries(config):
-      name, shape, expert = "/".join(theirs.path), theirs.our_shape(), theirs.expert
-      whole = shape if expert is None else (expert[1], *shape)
-      known.add(name)
-      if name in shapes and shapes[name] != whole:
-        errors[f"wrong shape: {name} is {list(shapes[name])}, the config says {list(whole)}"] = None
-      elif theirs.is_dropped(plan):
-        if name in shapes:
-          layer = int(theirs.path[1])
-          dropped[name] = f"layer {layer} follows layer {plan.source[layer]}"
-      elif name not in shapes:
-        errors[f"missing: {name} {list(whole)}"] = None
-      else:
-        used.append(Entry(name, theirs.path, "... -> ...", shape, "", (0, shape[0], shape[0]), {}, expert))
-    errors |= {f"unknown: {name} {list(shape)}": None for name, shape in shapes.items() if name not in known}
-    if errors:
-      raise UserError(f"{self.path} does not hold the model that its config describes:\n  " + "\n  ".join(errors))
-    return Account(tuple(used), dropped)
+    return account(self.shapes, config, plan, self.path, map(_by_our_name, entries(config)))
 
   def read(self, key: str, index: Index | None = None) -> np.ndarray:
     """See `Source.read`."""
@@ -141,6 +121,13 @@ class OrbaxFolder:
     """See `Source.save_extras`."""
     warn_of_tokenizer(self.path)
     copy_extras(self.path, folder)
+
+
+def _by_our_name(entry: Entry) -> Entry:
+  """The entry of a parameter that is stored as it is, experts together."""
+  shape, experts = entry.our_shape(), entry.expert is not None
+  whole = (0, shape[0], shape[0])
+  return Entry("/".join(entry.path), entry.path, "... -> ...", shape, "", whole, {}, entry.expert, experts)
 
 
 def _chunks(array: tensorstore.TensorStore) -> int:

@@ -20,6 +20,7 @@ from sa_jax.files import as_path
 from sa_jax.formats.checkpoint import save_checkpoint
 from sa_jax.formats.extras import read_json
 from sa_jax.formats.load import Layout, from_pretrained
+from sa_jax.formats.table import differences
 from sa_jax.formats.tokenizer import Tokenizer
 from sa_jax.nn import Transformer
 from sa_jax.params import as_layers
@@ -110,13 +111,7 @@ def _check(model: Transformer, params: Params, layout: Layout) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
   wanted, found = named(abstract_params(model, layout=layout)), named(params)
-  faults = [f"missing: {name} {list(leaf.shape)}" for name, leaf in wanted.items() if name not in found]
-  faults += [f"unknown: {name} {list(leaf.shape)}" for name, leaf in found.items() if name not in wanted]
-  faults += [
-    f"wrong shape: {name} is {list(found[name].shape)}, the model has {list(leaf.shape)}"
-    for name, leaf in wanted.items()
-    if name in found and found[name].shape != leaf.shape
-  ]
+  faults = differences(*({name: leaf.shape for name, leaf in each.items()} for each in (found, wanted)))
   types = {str(leaf.dtype): name for name, leaf in found.items()}
   if len(types) > 1:
     faults.append(f"one type is needed, not {', '.join(f'{each} ({name})' for each, name in types.items())}")

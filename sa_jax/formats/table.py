@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import einops
 import numpy as np
@@ -28,6 +29,7 @@ _UNNEEDED = {
 }
 
 Index = tuple[slice, ...]
+Shape = tuple[int, ...]
 
 _LISTED = 200  # maximum lines of an error message
 
@@ -195,13 +197,21 @@ def head_keys(config: ModelConfig) -> list[str]:
 
 def _unneeded(key: str, config: ModelConfig) -> str | None:
   """Why a tensor without a row in the table is not needed, or None if it is unknown."""
+  if key in head_keys(config) and config.tie_embeddings:
+    return "the output head is tied to the embedding"
   for pattern, reason in {**_UNNEEDED, **FAMILIES[config.family].dropped}.items():
     if re.fullmatch(pattern, key):
       return reason
   return None
 
 
-def account(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, plan: SharingPlan, where: Any) -> Account:
+def account(
+  shapes: Mapping[str, Shape],
+  config: ModelConfig,
+  plan: SharingPlan,
+  where: Path,
+  named: Iterable[Entry] | None = None,
+) -> Account:
   """Matches a checkpoint's tensors with those that the planned model needs.
 
   Args:
@@ -209,13 +219,38 @@ def account(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, plan: Sh
     config: the model; its family determines the table.
     plan: decides which queries and keys are dropped.
     where: the checkpoint, for messages.
+    named: a dense model's parameters, if the checkpoint does not have the family's names.
 
   Raises:
     UserError: lists every tensor that is missing, unknown, or has the wrong shape.
   """
-  used, dropped = [], {}
-  errors: dict[str, None] = {}  # an ordered set: the parts of one tensor share its errors
-  known = set()
+  used: list[Entry] = []
+  needed: dict[str, Shape] = {}
+  optional: dict[str, Shape] = {}
+  dropped: dict[str, str] = {}
+  for entry in _of_family(shapes, config) if named is None else named:
+    found = shapes.get(entry.key)
+    if entry.is_dropped(plan):
+      optional[entry.key] = entry.stored_shape
+      if found == entry.stored_shape:
+        layer = int(entry.path[1])
+        packed = entry.part[1] - entry.part[0] < entry.part[2]
+        name = f"{entry.key}[{entry.path[-2]}]" if packed else entry.key
+        dropped[name] = f"layer {layer} follows layer {plan.source[layer]}"
+    else:
+      alone = entry.under(plan)
+      used.append(alone if found == alone.stored_shape else entry)
+      needed[entry.key] = used[-1].stored_shape
+  others = [key for key in shapes if key not in needed and key not in optional]
+  unneeded = {key: reason for key in others if (reason := _unneeded(key, config))}
+  if faults := differences({key: shapes[key] for key in shapes if key not in unneeded}, needed, optional):
+    listed = faults[:_LISTED] + ([f"… and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else [])
+    raise UserError(f"{where} does not hold the model that its config describes:\n  " + "\n  ".join(listed))
+  return Account(tuple(used), dropped | unneeded)
+
+
+def _of_family(shapes: Mapping[str, Shape], config: ModelConfig) -> Iterator[Entry]:
+  """A dense model's parameters by those of its family's names that the checkpoint has."""
   heads, family = head_keys(config), FAMILIES[config.family]
   others = (rule.key.format(layer=0, expert=0) for rule in family.otherwise if rule not in family.table)
   is_otherwise = any(key in shapes for key in others)
@@ -223,36 +258,17 @@ def account(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, plan: Sh
     if entry.path[0] == "embed" and config.tie_embeddings and entry.key not in shapes:
       # Some files store the tied pair under the head's name.
       entry = entry._replace(key=next((head for head in heads if head in shapes), entry.key))
-    known.add(entry.key)
-    found = shapes.get(entry.key)
-    if found is not None and tuple(found) != entry.stored_shape:
-      alone = entry.under(plan)
-      if alone != entry and entry.is_dropped(plan):
-        continue  # the entry of the same tensor's values is enough
-      if tuple(found) == alone.shape:
-        used.append(alone)
-        continue
-      errors[f"wrong shape: {entry.key} is {list(found)}, the config says {list(entry.stored_shape)}"] = None
-    elif entry.is_dropped(plan):
-      if found is not None:
-        layer = int(entry.path[1])
-        packed = entry.part[1] - entry.part[0] < entry.part[2]
-        name = f"{entry.key}[{entry.path[-2]}]" if packed else entry.key
-        dropped[name] = f"layer {layer} follows layer {plan.source[layer]}"
-    elif found is None:
-      errors[f"missing: {entry.key} {list(entry.stored_shape)}"] = None
-    else:
-      used.append(entry)
-  for key in shapes:
-    if key in known:
-      continue
-    if key in heads and config.tie_embeddings:
-      dropped[key] = "the output head is tied to the embedding"
-    elif reason := _unneeded(key, config):
-      dropped[key] = reason
-    else:
-      errors[f"unknown: {key} {list(shapes[key])}"] = None
-  if errors:
-    listed = [*errors][:_LISTED] + ([f"… and {len(errors) - _LISTED} more"] if len(errors) > _LISTED else [])
-    raise UserError(f"{where} does not hold the model that its config describes:\n  " + "\n  ".join(listed))
-  return Account(tuple(used), dropped)
+    yield entry
+
+
+def differences(
+  found: Mapping[str, Shape], needed: Mapping[str, Shape], optional: Mapping[str, Shape] = {}
+) -> list[str]:
+  """How arrays differ from those of a model, name → shape: one line for each that is missing, unknown or misshapen."""
+  wanted = {**optional, **needed}
+  wrong = [name for name, shape in wanted.items() if name in found and found[name] != shape]
+  return [
+    *(f"missing: {name} {list(shape)}" for name, shape in needed.items() if name not in found),
+    *(f"unknown: {name} {list(shape)}" for name, shape in found.items() if name not in wanted),
+    *(f"wrong shape: {name} is {list(found[name])}, the config says {list(wanted[name])}" for name in wrong),
+  ]

@@ -87,7 +87,7 @@ def test_refused(tmp_path):
   assert str(caught.value).split("\n  ")[1:] == [
     "missing: layers/2/mlp/up_proj/kernel [32, 48]",
     "unknown: spare [2]",
-    "wrong shape: final_norm/scale is [3], the model has [32]",
+    "wrong shape: final_norm/scale is [3], the config says [32]",
   ]
   mixed = tiny.params(MODEL)
   mixed["final_norm"]["scale"] = mixed["final_norm"]["scale"].astype(np.float16)
