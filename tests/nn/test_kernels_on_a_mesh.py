@@ -19,7 +19,8 @@ def on_gpus(monkeypatch):
   """As if these were GPUs, any dtype and head being good for the kernels; yields what they are called with."""
   monkeypatch.setattr(kernels, "platform", lambda: "gpu")
   monkeypatch.setattr(ops, "has_linear_kernels", lambda x, *weights: all(map(kernels.has_gpu_kernels, weights)))
-  monkeypatch.setattr(decode, "_has_kernel", lambda tokens, dtype, stored: kernels.has_gpu_kernels(stored))
+  which = lambda tokens, dtype, *cached: "flash_decode" if all(map(kernels.has_gpu_kernels, cached)) else None
+  monkeypatch.setattr(decode, "which_kernels", which)
   called = []
 
   def interpreted(module, name):

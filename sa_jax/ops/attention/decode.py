@@ -1,6 +1,5 @@
 """Decode attention: new tokens over a cache of the tokens before them."""
 
-import functools
 import importlib
 from typing import Literal
 
@@ -19,6 +18,11 @@ Kernels = Literal["flash_decode", "hopper_decode"]
 """Modules with decode kernels: in Pallas Triton, and in Pallas Mosaic GPU for Hopper only."""
 PREFERRED: Kernels = "flash_decode"
 """The one to use if both support the call."""
+_WIDTHS: dict[Kernels, dict[int, tuple[int, ...]]] = {
+  "flash_decode": {16: (32, 64, 128), 8: (32, 64, 128), 4: (32, 64, 128)},
+  "hopper_decode": {16: (64, 128), 8: (128,)},
+}
+"""Sizes of cached vectors that they support, by bits per number."""
 
 
 def write_slot(cache: Stored, new: jax.Array, slots: jax.Array) -> Stored:
@@ -157,38 +161,17 @@ def decode_follow(
 
 def which_kernels(tokens: int, dtype: jax.typing.DTypeLike, *cached: Stored) -> Kernels | None:
   """The implementation that supports this many new tokens per row, dtype of q or weights, and caches; None if none."""
-  takes: dict[Kernels, bool] = {
-    "flash_decode": all(map(functools.partial(_has_kernel, tokens, dtype), cached)),
-    "hopper_decode": all(map(functools.partial(_has_hopper_kernel, tokens, dtype), cached)),
-  }
-  return PREFERRED if takes[PREFERRED] else next((name for name in takes if takes[name]), None)
+  if tokens != 1 or dtype not in (jnp.bfloat16, jnp.float16):
+    return None
+  able = [name for name in _WIDTHS if all(_supports(name, dtype, stored) for stored in cached)]
+  return PREFERRED if PREFERRED in able else next(iter(able), None)
 
 
-def _has_hopper_kernel(tokens: int, dtype: jax.typing.DTypeLike, stored: Stored) -> bool:
-  """Whether the Hopper kernels support this many new tokens per row, dtype of q or weights, and cache."""
-  data = stored.data if isinstance(stored, Quantised) else stored
+def _supports(kernels: Kernels, dtype: jax.typing.DTypeLike, stored: Stored) -> bool:
+  """Whether kernels support this dtype of q or weights, and this cache on its devices."""
   if isinstance(stored, Quantised):
-    takes = stored.format.bits == 8 and stored.width == 128
+    data, width, bits = stored.data, stored.width, stored.format.bits
   else:
-    takes = stored.dtype == dtype and stored.shape[3] in (64, 128)
-  return (
-    takes
-    and is_hopper()
-    and is_whole(data)
-    and tokens == 1
-    and dtype in (jnp.bfloat16, jnp.float16)
-    and data.shape[2] % flash_decode.BLOCK == 0
-  )
-
-
-def _has_kernel(tokens: int, dtype: jax.typing.DTypeLike, stored: Stored) -> bool:
-  """Whether the Triton kernels support this many new tokens per row, dtype of q or weights, and cache."""
-  data, width = (stored.data, stored.width) if isinstance(stored, Quantised) else (stored, stored.shape[3])
-  return (
-    has_gpu_kernels(data)
-    and tokens == 1
-    and dtype in (jnp.bfloat16, jnp.float16)
-    and (isinstance(stored, Quantised) or stored.dtype == dtype)
-    and width in (32, 64, 128)
-    and data.shape[2] % flash_decode.BLOCK == 0
-  )
+    data, width, bits = stored, stored.shape[3], 16 if stored.dtype == dtype else 0
+  here = has_gpu_kernels(data) if kernels == "flash_decode" else is_hopper() and is_whole(data)
+  return here and width in _WIDTHS[kernels].get(bits, ()) and data.shape[2] % flash_decode.BLOCK == 0
