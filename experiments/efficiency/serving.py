@@ -103,7 +103,7 @@ def static(model: sa_jax.Transformer, params: dict, load: Load) -> Run:
   for first in range(0, len(load.prompts), load.rows):
     rows = slice(first, first + load.rows)
     length, limits = max(map(len, load.prompts[rows])), load.limits[rows]
-    batch = Prompts.of(load.prompts[rows], length, limits, 0, range(len(limits)))
+    batch = Prompts.of(load.prompts[rows], length, limits)
     state = engine.prefill(params, batch, sampler=Sampler(), capacity=load.capacity)
     steps, width = np.int32(max(limits) - 1), load.capacity
     jax.block_until_ready(engine.decode(params, state, sampler=Sampler(), steps=steps, width=width))

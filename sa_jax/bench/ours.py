@@ -221,7 +221,7 @@ def batching(task: Task) -> Result:
   def static(count: int) -> None:
     for start in range(0, count, task.batch_size):
       rows = slice(start, start + task.batch_size)
-      batch = Prompts.of(list(prompts[rows]), PROMPT, lengths[rows].tolist(), 0, range(task.batch_size))
+      batch = Prompts.of(list(prompts[rows]), PROMPT, lengths[rows].tolist())
       state = engine.prefill(params, batch, sampler=Sampler(), capacity=task.length)
       jax.block_until_ready(
         engine.decode(params, state, sampler=Sampler(), steps=LONGEST_ANSWER - 1, width=LONGEST_ANSWER - 1)

@@ -17,7 +17,7 @@ from sa_jax.trees import Params
 
 if TYPE_CHECKING:
   from sa_jax import Tokenizer, Transformer
-  from sa_jax.decode import Sampler
+  from sa_jax.decode import Sampler, Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,9 +57,13 @@ class Sampling:
     Raises:
       UserError: if a value is invalid, or has no effect together with the others.
     """
+    self.settings()
+
+  def settings(self) -> Settings:
+    """The settings for `sa_jax.decode.stream`."""
     from sa_jax.decode.settings import Settings
 
-    Settings(self.max_new_tokens, self.sampler(), self.seed)
+    return Settings(self.max_new_tokens, self.sampler(), self.seed)
 
   def sampler(self) -> Sampler:
     """The sampler for these settings."""
@@ -71,7 +75,7 @@ class Sampling:
     """Yields new tokens for one prompt as they are generated."""
     from sa_jax.decode import stream
 
-    return stream(model, params, prompt, self.max_new_tokens, seed=self.seed, sampler=self.sampler())
+    return stream(model, params, prompt, self.settings())
 
 
 TemplateOptions = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")]

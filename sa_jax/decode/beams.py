@@ -119,7 +119,7 @@ def beam_search(
   capacity = capacity_for(longest + how.max_new_tokens)
   check_room(len(prompts) * how.width, capacity, mesh_of(params), model)
   layers = as_layers(params, model.plan)
-  batch = Prompts.of(prompts, pad_to(longest, capacity), [how.max_new_tokens] * len(prompts), 0, range(len(prompts)))
+  batch = Prompts.of(prompts, pad_to(longest, capacity), how.max_new_tokens)
   static = dataclasses.replace(how, length_penalty=0.0)  # one program for all penalties
   penalty = np.float32(how.length_penalty)
   found = fetch(_search(Engine.of(model, layers), layers, batch, penalty, how=static, capacity=capacity))

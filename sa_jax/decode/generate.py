@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,11 +16,12 @@ from sa_jax.decode.prefix import PromptCache
 from sa_jax.decode.room import check_room
 from sa_jax.decode.sampling import Sampler
 from sa_jax.decode.serving import Serving
+from sa_jax.decode.settings import Settings
 from sa_jax.decode.state import DecodeState, Drawn, Prompts, newest
 from sa_jax.decode.unsound import tell_unsound
 from sa_jax.distributed import called_alike
 from sa_jax.errors import UserError
-from sa_jax.fields import Count, Seed, checked
+from sa_jax.fields import Count, checked
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_tokens
 from sa_jax.params import as_layers
@@ -94,35 +94,33 @@ def generate(
     UserError: if a token is not in the vocabulary, a length does not fit, or the prompts and their continuations do
       not fit the cache.
   """
-  sampler = _one_sampler(sampler, temperature)
+  how = Settings(max_new_tokens, _one_sampler(sampler, temperature), seed)
   tokens = _as_rows(tokens)
   if attention_mask is not None:
     if lengths is not None:
       raise UserError("give lengths or attention_mask, not both")
     tokens, lengths = to_right_padded(tokens, np.asarray(attention_mask))
   prompts, lengths = checked_prompts(model, tokens, lengths)
-  sampler.check(model.config.vocab_size)
-  seed, max_new_tokens = checked("seed", seed, Seed), checked("max_new_tokens", max_new_tokens, Count)
+  how.sampler.check(model.config.vocab_size)
   samples, slots = checked("samples", samples, Count), checked("slots", slots, Count)
-  needed = _slots_for(int(lengths.max()), max_new_tokens)
+  needed = _slots_for(int(lengths.max()), how.max_new_tokens)
   capacity = capacity_for(max(needed, tokens.shape[1])) if cache_length is None else cache_length
   if needed > capacity or tokens.shape[1] > capacity:
     raise UserError(
-      f"prompts of up to {int(lengths.max())} tokens (rows of {tokens.shape[1]}) with {max_new_tokens} new ones do not "
-      f"fit a cache of {capacity} slots; {max(needed, tokens.shape[1])} are needed"
+      f"prompts of up to {int(lengths.max())} tokens (rows of {tokens.shape[1]}) with {how.max_new_tokens} new ones do "
+      f"not fit a cache of {capacity} slots; {max(needed, tokens.shape[1])} are needed"
     )
   check_room(min(len(tokens) * samples, slots), capacity, mesh_of(params), model)
   if len(prompts) * samples > slots:
-    batcher = Batcher(model, params, Serving(slots=slots, capacity=capacity), sampler=sampler, prefix=prefix)
-    drawn = _continuous(batcher, [row for row in prompts for _ in range(samples)], max_new_tokens, seed)
+    batcher = Batcher(model, params, Serving(slots=slots, capacity=capacity), sampler=how.sampler, prefix=prefix)
+    drawn = _continuous(batcher, [row for row in prompts for _ in range(samples)], how)
   else:
-    length, new, numbers = pad_to(tokens.shape[1], capacity), [max_new_tokens] * len(prompts), range(len(prompts))
-    batch = Prompts.of(prompts, length, new, seed, numbers)
-    layers = as_layers(params, model.plan)
+    batch = Prompts.of(prompts, pad_to(tokens.shape[1], capacity), how.max_new_tokens, how.seed)
     begun = None if prefix is None else prefix.begun(batch, model)
+    layers = as_layers(params, model.plan)
     engine = Engine.of(model, layers)
-    read = functools.partial(engine.prefill, layers, batch, capacity=capacity, begun=begun, samples=samples)
-    drawn = _static(engine, layers, read(sampler=sampler), sampler, max_new_tokens)
+    state = engine.prefill(layers, batch, sampler=how.sampler, capacity=capacity, begun=begun, samples=samples)
+    drawn = _static(engine, layers, state, how)
   return Generated.of(model, drawn)
 
 
@@ -169,11 +167,7 @@ def stream(
   model: Transformer,
   params: Params,
   prompt: ArrayLike,
-  max_new_tokens: int = 24,
-  temperature: float = 0.0,
-  seed: int = 0,
-  *,
-  sampler: Sampler | None = None,
+  how: Settings = Settings(),
   chunk: int = 8,
 ) -> Iterator[list[int]]:
   """Continues one prompt and yields new tokens as they are generated; together they equal `generate` for that prompt.
@@ -182,20 +176,16 @@ def stream(
     model: from `from_pretrained`.
     params: in either layout; see `generate`.
     prompt: int ``[T]``.
-    max_new_tokens: max new tokens.
-    temperature: 0 for greedy; otherwise see `Sampler`.
-    seed: seed of the samples.
-    sampler: instead of temperature; see `generate`.
+    how: how many tokens to generate, and how they are sampled.
     chunk: tokens generated on the device between two yields.
 
   Raises:
     UserError: as `generate`.
   """
   prompt = np.asarray(prompt)
-  capacity = capacity_for(max(1, _slots_for(prompt.size, max_new_tokens)))
-  chosen = _one_sampler(sampler, temperature)
-  batcher = Batcher(model, params, Serving(slots=1, capacity=capacity, chunk=chunk), sampler=chosen)
-  request = batcher.submit(prompt, max_new_tokens, seed=seed)
+  capacity = capacity_for(max(1, _slots_for(prompt.size, how.max_new_tokens)))
+  batcher = Batcher(model, params, Serving(slots=1, capacity=capacity, chunk=chunk), sampler=how.sampler)
+  request = batcher.submit(prompt, how.max_new_tokens, seed=how.seed)
   yield batcher.enter()[request]
   while batcher.busy:
     yield batcher.step()[request]
@@ -206,27 +196,29 @@ def _slots_for(prompt: int, new: int) -> int:
   return prompt + new - 1
 
 
-def _static(engine: Engine, layers: Params, state: DecodeState, sampler: Sampler, new: int) -> Drawn:
-  """Decodes rows after their first tokens, up to ``new`` tokens per row in total."""
+def _static(engine: Engine, layers: Params, state: DecodeState, how: Settings) -> Drawn:
+  """Decodes rows after their first tokens."""
+  new = how.max_new_tokens
   width = pad_to(new - 1, state.cache.capacity)
   # Fetched before the state is donated.
   tokens, log_probs, lengths, unsound = fetch((state.tokens, state.log_probs, state.positions, state.unsound))
-  drawn = newest(tokens, log_probs, sampler)
+  drawn = newest(tokens, log_probs, how.sampler)
   if new > 1:
-    state, rest = engine.decode(layers, state, sampler=sampler, steps=np.int32(new - 1), width=width)
+    state, rest = engine.decode(layers, state, sampler=how.sampler, steps=np.int32(new - 1), width=width)
     rest, unsound = fetch((rest, state.unsound))
     drawn = Drawn(*jax.tree.map(lambda one, more: np.concatenate([one, more[:, : new - 1]], axis=1), drawn, rest))
   tell_unsound(unsound, lengths.tolist(), range(len(lengths)))
   return drawn
 
 
-def _continuous(batcher: Batcher, prompts: Sequence[np.ndarray], max_new_tokens: int, seed: int) -> Drawn:
+def _continuous(batcher: Batcher, prompts: Sequence[np.ndarray], how: Settings) -> Drawn:
   """Continuous batching, for more rows than slots."""
-  requests = [batcher.submit(row, max_new_tokens, seed=seed, row=number) for number, row in enumerate(prompts)]
+  new = how.max_new_tokens
+  requests = [batcher.submit(row, new, seed=how.seed, row=number) for number, row in enumerate(prompts)]
   batcher.run()
-  rows = np.full((len(prompts), max_new_tokens), -1, np.int32)
-  log_probs = np.zeros((len(prompts), max_new_tokens), np.float32)
+  rows = np.full((len(prompts), new), -1, np.int32)
+  log_probs = np.zeros((len(prompts), new), np.float32)
   for row, values, request in zip(rows, log_probs, requests, strict=True):
     row[: len(request.tokens)] = request.tokens
     values[: len(request.log_probs)] = request.log_probs
-  return Drawn(rows, log_probs if batcher.sampler.log_probs else None)
+  return Drawn(rows, log_probs if how.sampler.log_probs else None)

@@ -385,8 +385,7 @@ def speculate(
   check_room(len(prompts), capacity, mesh_of(params), model, *(() if draft.is_beginning else (draft.model,)))
   layers = as_layers(params, model.plan)
   engine = SpeculativeEngine.of(model, layers, draft)
-  new = [how.max_new_tokens] * len(prompts)
-  batch = Prompts.of(prompts, pad_to(int(counts.max()), capacity), new, how.seed, range(len(prompts)))
+  batch = Prompts.of(prompts, pad_to(int(counts.max()), capacity), how.max_new_tokens, how.seed)
   both = layers, draft.params
   state = engine.prefill(both, batch, sampler=how.sampler, capacity=capacity)
   tokens, log_probs = fetch((state.rows.tokens, state.rows.log_probs))  # before the state is donated

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,15 +38,21 @@ class Prompts:
 
   @classmethod
   def of(
-    cls, rows: Sequence[np.ndarray], length: int, new: Sequence[int], seeds: Any, numbers: Sequence[int]
+    cls,
+    rows: Sequence[np.ndarray],
+    length: int,
+    new: int | Sequence[int],
+    seeds: int | Sequence[int] = 0,
+    numbers: Sequence[int] | None = None,
   ) -> Prompts:
-    """Rows of tokens, padded to a length; ``seeds`` is one for all or one per row."""
+    """Rows of tokens, padded to a length; ``new`` and ``seeds`` are one for all or one per row; numbered from 0."""
     tokens = np.zeros((len(rows), length), np.int32)
     for padded, row in zip(tokens, rows, strict=True):
       padded[: len(row)] = row
     lengths = np.array([len(row) for row in rows], np.int32)
-    seeds = np.broadcast_to(np.asarray(seeds, np.uint32), len(rows))
-    return cls(tokens, lengths, np.asarray(new, np.int32), seeds, np.asarray(numbers, np.int32))
+    of_rows = lambda values, dtype: np.broadcast_to(np.asarray(values, dtype), len(rows))
+    numbers = range(len(rows)) if numbers is None else numbers
+    return cls(tokens, lengths, of_rows(new, np.int32), of_rows(seeds, np.uint32), np.asarray(numbers, np.int32))
 
   def repeated(self, samples: int) -> Prompts:
     """Each row repeated ``samples`` times in sequence, with distinct numbers: that many answers per prompt."""

@@ -10,7 +10,18 @@ import pytest
 
 import sa_jax
 from sa_jax import Transformer, decode, stack
-from sa_jax.decode import DecodeState, Engine, Prompts, Sampler, capacity_for, right_pad, room, stream, to_right_padded
+from sa_jax.decode import (
+  DecodeState,
+  Engine,
+  Prompts,
+  Sampler,
+  Settings,
+  capacity_for,
+  right_pad,
+  room,
+  stream,
+  to_right_padded,
+)
 from sa_jax.nn import Cache
 from tests import tiny
 
@@ -58,9 +69,9 @@ def without_a_cache(model, params, prompts, new: int) -> np.ndarray:
 
 def test_a_stream_names_what_is_wrong(model, params):
   with pytest.raises(ValueError, match=r"max_new_tokens=0 \(at least 1 is needed\)"):
-    list(stream(model, params, [1], 0))
+    list(stream(model, params, [1], Settings(0)))
   with pytest.raises(ValueError, match="a prompt is a list of at least one token"):
-    list(stream(model, params, [], 1))
+    list(stream(model, params, [], Settings(1)))
 
 
 def test_caches_have_slots_that_kernels_can_split():
@@ -70,7 +81,7 @@ def test_caches_have_slots_that_kernels_can_split():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_stream_is_what_generate_gives_the_prompt_alone(model, params, temperature):
-  parts = list(stream(model, params, PROMPTS[0], NEW, temperature, seed=3, chunk=2))
+  parts = list(stream(model, params, PROMPTS[0], Settings(NEW, Sampler(temperature), seed=3), chunk=2))
   out = sa_jax.generate(model, params, np.array([PROMPTS[0]]), None, NEW, temperature, seed=3)
   assert [token for part in parts for token in part] == out.tokens[0].tolist()
   assert [len(part) for part in parts] == [1, 2, 2, 1]  # the first as soon as it is there
@@ -306,7 +317,7 @@ def test_a_cache_that_is_larger_than_memory_is_refused_before_anything_is_alloca
   for refused in (
     lambda: sa_jax.generate(model, params, [[1, 2]], max_new_tokens=3, cache_length=10**18),
     lambda: sa_jax.generate(model, params, [[1, 2]], max_new_tokens=10**18),
-    lambda: next(sa_jax.decode.stream(model, params, [1, 2], 10**18)),
+    lambda: next(sa_jax.decode.stream(model, params, [1, 2], Settings(10**18))),
     lambda: sa_jax.decode.Batcher(model, params, sa_jax.decode.Serving(capacity=10**13)),
   ):
     with pytest.raises(
