@@ -1,6 +1,7 @@
 """Generation: prefill, the KV cache, the token loop on device, sampling."""
 
-from sa_jax.decode.batcher import Batcher, Request
+from sa_jax.decode.admission import Request
+from sa_jax.decode.batcher import Batcher
 from sa_jax.decode.beams import Beams, Found, beam_search
 from sa_jax.decode.detokenizer import Detokenizer
 from sa_jax.decode.engine import Begun, Engine, capacity_for, pad_to

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from sa_jax.decode.batcher import Batcher, Request
+from sa_jax.decode.admission import Request
+from sa_jax.decode.batcher import Batcher
 from sa_jax.decode.detokenizer import Detokenizer
 from sa_jax.decode.engine import capacity_for
 from sa_jax.decode.serving import Serving
