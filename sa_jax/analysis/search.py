@@ -9,7 +9,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 
 from sa_jax.analysis.budget import Budget
-from sa_jax.analysis.judge import Judge
+from sa_jax.analysis.judge import Judge, Walk
 from sa_jax.config import ModelConfig
 from sa_jax.display import Progress, table
 from sa_jax.errors import UserError
@@ -41,6 +41,12 @@ class Found(NamedTuple):
   def _repr_html_(self) -> str:
     """The plan as a picture, and its loss, for notebooks."""
     return self.plan._repr_html_() + table([("loss over dense, nats per token", f"{self.increase:.4f}")])
+
+
+def measured(judge: Judge, plan: SharingPlan, base: Walk | None = None) -> Found:
+  """A plan with its measured losses; arguments as in `Judge.losses`."""
+  losses = judge.losses(plan, base)
+  return Found(plan, losses, judge.increase(losses))
 
 
 class Shortlist(NamedTuple):
@@ -108,8 +114,7 @@ def beam(
     progress = stage(f"follower {len(best) + 1}{last}{so_far}")
     found = []
     for index, plan in enumerate(candidates):
-      losses = judge.losses(plan, parents[plan])
-      found.append(Found(plan, losses, judge.increase(losses)))
+      found.append(measured(judge, plan, parents[plan]))
       progress(index + 1, len(candidates))
     found.sort(key=lambda each: (each.increase, each.plan.source))
     if not found or found[0].increase > budget.nats:
@@ -253,8 +258,7 @@ def best_of(judge: Judge, plans: Sequence[SharingPlan], progress: Progress | Non
     raise UserError("there is no plan to choose from")
   found = []
   for index, plan in enumerate(plans):
-    losses = judge.losses(plan)
-    found.append(Found(plan, losses, judge.increase(losses)))
+    found.append(measured(judge, plan))
     if progress is not None:
       progress(index + 1, len(plans))
   return min(found, key=lambda each: each.increase)
@@ -290,9 +294,7 @@ def improve(
       break
     plan = min(swaps, key=lambda plan: (plan_cost(plan, costs), plan.source))
     tried.add(plan)
-    losses = judge.losses(plan)
-    found = Found(plan, losses, judge.increase(losses))
-    best = min(best, found, key=lambda each: each.increase)
+    best = min(best, measured(judge, plan), key=lambda each: each.increase)
     if progress is not None:
       progress(attempt + 1, tries)
   return best

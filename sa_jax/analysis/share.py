@@ -162,43 +162,45 @@ def search_plan(judge: Judge, budget: Budget, how: Search, stage: search.Stage =
     UserError: if no plan within the search's limits has that many followers, or none is within the budget.
   """
   how.check(judge.config)
-  excluded, followers = how.excluded, budget.most(judge.config)
+  followers = budget.most(judge.config)
+  if how.strategy in ("greedy", "beam"):
+    best = _grown(judge, budget, how, stage)
+    return best[-1] if best else search.too_much(budget)
   if how.strategy == "spans":
-
-    def best_span(count: int) -> search.Found:
-      spans = search.late_spans(judge.config, count)
-      allowed = [plan for plan in spans if not set(excluded) & set(plan.followers)]
-      return search.best_of(judge, allowed, stage(f"measuring spans of {count}"))
-
-    return search.most_within(budget, followers, best_span)
-  if how.strategy == "dp":
-    costs = judge.costs(how.reach, stage("estimating pairs"))
-    cheapest = lambda count: search.best_of(judge, [search.cheapest(costs, count, excluded)])
-    found = search.most_within(budget, followers, cheapest)
-    return search.improve(judge, found, costs, tries=how.swaps, excluded=excluded, progress=stage("trying swaps"))
-  shortlist: search.Shortlist | None = None
-  if how.shortlist is not None:
-    shortlist = search.Shortlist(how.shortlist, judge.costs(how.reach, stage("estimating pairs")))
-  width = how.width if how.strategy == "beam" else 1
-  best = search.beam(judge, budget, width=width, shortlist=shortlist, excluded=excluded, stage=stage)
-  return best[-1] if best else search.too_much(budget)
+    return search.most_within(budget, followers, lambda count: _best_span(judge, count, how, stage))
+  costs = judge.costs(how.reach, stage("estimating pairs"))
+  cheapest = lambda count: search.measured(judge, search.cheapest(costs, count, how.excluded))
+  found = search.most_within(budget, followers, cheapest)
+  return search.improve(judge, found, costs, tries=how.swaps, excluded=how.excluded, progress=stage("trying swaps"))
 
 
 def plans_by_followers(
   judge: Judge, most: int, how: Search, stage: search.Stage = search.no_stage
 ) -> list[SharingPlan]:
   """A plan for each feasible number of followers up to ``most``; arguments as in `search_plan`."""
+  counts = range(1, most + 1)
   if how.strategy in ("greedy", "beam"):
-    shortlist = None
-    if how.shortlist is not None:
-      shortlist = search.Shortlist(how.shortlist, judge.costs(how.reach, stage("estimating pairs")))
-    width = how.width if how.strategy == "beam" else 1
-    found = search.beam(judge, most, width=width, shortlist=shortlist, excluded=how.excluded, stage=stage)
-    return [each.plan for each in found]
+    return [each.plan for each in _grown(judge, most, how, stage)]
   if how.strategy == "spans":
-    return [search_plan(judge, Budget("followers", count), how, stage).plan for count in range(1, most + 1)]
+    return [_best_span(judge, count, how, stage).plan for count in counts]
   costs = judge.costs(how.reach, stage("estimating pairs"))
-  return [search.cheapest(costs, count, how.excluded) for count in range(1, most + 1)]
+  return [search.cheapest(costs, count, how.excluded) for count in counts]
+
+
+def _grown(judge: Judge, budget: Budget | int, how: Search, stage: search.Stage) -> list[search.Found]:
+  """`search.beam` with these settings."""
+  shortlist = None
+  if how.shortlist is not None:
+    shortlist = search.Shortlist(how.shortlist, judge.costs(how.reach, stage("estimating pairs")))
+  width = how.width if how.strategy == "beam" else 1
+  return search.beam(judge, budget, width=width, shortlist=shortlist, excluded=how.excluded, stage=stage)
+
+
+def _best_span(judge: Judge, count: int, how: Search, stage: search.Stage) -> search.Found:
+  """The best of `search.late_spans` without excluded layers."""
+  spans = search.late_spans(judge.config, count)
+  allowed = [plan for plan in spans if not set(how.excluded) & set(plan.followers)]
+  return search.best_of(judge, allowed, stage(f"measuring spans of {count}"))
 
 
 _REFITTED = 2
@@ -208,9 +210,10 @@ _REFITTED = 2
 def find(judge: Judge, budget: Budget, effort: Effort, stage: search.Stage = search.no_stage) -> list[Mixture]:
   """The candidates to refit: the plan within the budget, or the best mixtures if other methods are allowed."""
   if budget.allow == ("sharing",):
-    counted = budget.counted(judge.config, judge.texts[0].judging.shape[1])
-    return [Mixture(search_plan(judge, counted, effort.search, stage).plan)]
-  return list(mixtures(judge, budget, effort.search, stage))[:_REFITTED]
+    found = [Mixture(search_plan(judge, budget, effort.search, stage).plan)]
+  else:
+    found = list(mixtures(judge, budget, effort.search, stage))[:_REFITTED]
+  return [mixture._replace(plan=judge.with_maps(mixture.plan)) for mixture in found]
 
 
 def mixtures(judge: Judge, budget: Budget, how: Search, stage: search.Stage = search.no_stage) -> dict[Mixture, float]:
@@ -297,48 +300,42 @@ def share(
   wanted = Budget("followers", int(wanted)) if isinstance(wanted, int | np.integer) else wanted
   check_texts(texts, model.config.vocab_size)
   recovery = effort.recovery(model.config)
-  fitted = [text._replace(calibration=text.calibration[: effort.most_rows]) for text in texts]
+  fitted = _with_rows(texts, effort.most_rows)
   if isinstance(wanted, SharingPlan):
     candidates = [Mixture(wanted)]
   else:
     effort.search.check(model.config)  # reports impossible requests before any work
     if wanted.allow == ("sharing",):
       wanted = wanted.counted(model.config, texts[0].judging.shape[1])
-    judged = [text._replace(calibration=text.calibration[: effort.search.search_rows]) for text in fitted]
-    judge = Judge(
-      model,
-      params,
-      judged,
-      dataclasses.replace(recovery, mlp=False, local_epochs=0),
-      chunk=chunk,
-      record=record,
-      progress=stage(READING),
-    )
-    candidates = [
-      mixture._replace(plan=judge.with_maps(mixture.plan)) for mixture in find(judge, wanted, effort, stage)
-    ]
+    searched = _with_rows(fitted, effort.search.search_rows)
+    quick = dataclasses.replace(recovery, mlp=False, local_epochs=0)
+    judge = Judge(model, params, searched, quick, chunk=chunk, record=record, progress=stage(READING))
+    candidates = find(judge, wanted, effort, stage)
     del judge
   rows = np.concatenate([text.calibration for text in fitted])
   at_once = rows_at_once(chunk)
   score = lambda label, each, weights: _perplexities(each, weights, texts, stage(label))
-  dense, refitted = score(SCORING_DENSE, model, params), None
+  dense, best = score(SCORING_DENSE, model, params), None
   for mixture, how in itertools.product(candidates, refits(recovery, len(rows), at_once)):
     narrow = dataclasses.replace(how, value_dim=mixture.value_dim)
     made = refit(model, params, mixture.plan, rows, narrow, chunk=at_once, progress=stage(f"refitting, {mixture}"))
     made_so = made.model.clone(config=mixture.config(made.model.config))
     measured = score("scoring, shared", made_so, made.params)
     found = Shared(made_so, made.params, dense, measured, made.reports, mixture._replace(plan=made.plan))
-    refitted = found if refitted is None or _loss(found.shared) < _loss(refitted.shared) else refitted
-  assert refitted is not None
+    best = found if best is None or _loss(found.shared) < _loss(best.shared) else best
+  assert best is not None
   if distillation is None:
-    return refitted
-  student, shared = (refitted.model, refitted.params), refitted.shared
+    return best
   rows = np.concatenate([text.calibration for text in texts])
-  done = distill_rows(student, (model, params), rows, distillation, stage("distilling"))
-  distilled = score("scoring, distilled", refitted.model, done.params)
-  if _loss(distilled) > _loss(shared):
-    return refitted._replace(undistilled=shared)
-  return refitted._replace(params=done.params, shared=distilled, undistilled=shared)
+  done = distill_rows((best.model, best.params), (model, params), rows, distillation, stage("distilling"))
+  distilled = score("scoring, distilled", best.model, done.params)
+  before = best._replace(undistilled=best.shared)
+  return before if _loss(distilled) > _loss(best.shared) else before._replace(params=done.params, shared=distilled)
+
+
+def _with_rows(texts: Sequence[Text], most: int | None) -> list[Text]:
+  """The texts with at most this many calibration rows."""
+  return [text._replace(calibration=text.calibration[:most]) for text in texts]
 
 
 def _loss(found: dict[str, Perplexity]) -> float:
