@@ -15,7 +15,7 @@ from sa_jax.config import Activation, ModelConfig
 from sa_jax.nn.attention import projection
 from sa_jax.nn.axes import LECUN, Axes, fitting, mesh_axes_of, with_axes
 from sa_jax.nn.mlp import Mlp, gated
-from sa_jax.nn.split import constrain, divides, mesh_axes, spec_of
+from sa_jax.nn.split import constrain, divides, mesh_axes, spec_of, splits
 
 ROUTER_SCORES = "router_scores"
 """The collection in which every mixture stores its router's scores ``[B, T, X]``, stacked like its parameters."""
@@ -186,7 +186,7 @@ def _on_each_device(
   exchanges of ``[B, T, D]``, however many experts a token has.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if _is_whole() or mesh.manual_axes or not nn.get_logical_axis_rules():
+  if not (splits(mesh) and nn.get_logical_axis_rules()):
     return _through(config, x, routes, weights)
   rows = spec_of(("batch", "length", None))
   if not divides(mesh, rows, x.shape):

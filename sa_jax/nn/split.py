@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from sa_jax import ops
 from sa_jax.errors import UserError
 from sa_jax.nn.axes import Axes, fitting, mesh_axes_of
+from sa_jax.ops.kernels import traced_mesh
 from sa_jax.trees import Tree
 
 
@@ -54,7 +55,7 @@ def on_each_device(
     outputs: the logical axes of the result, or of each result. Query heads are split like their keys.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1 or mesh.manual_axes or not nn.get_logical_axis_rules():
+  if not (splits(mesh) and nn.get_logical_axis_rules()):
     return call
   of_heads = {"heads", "kv_heads"} <= {name for each in inputs for name in each}
   if length_axis(mesh) is not None or (of_heads and mesh_axes("heads") != mesh_axes("kv_heads")):
@@ -88,10 +89,8 @@ def attend(
   row over two devices) are not split: every device computes all of them. If key heads divide over fewer devices than
   query heads, every device has all key heads and takes those of its queries.
   """
-  ambient = jax.sharding.get_abstract_mesh()
-  # Without an ambient mesh, the arrays' own shardings have it, also under `jax.jit`.
-  mesh = jax.typeof(q).sharding.mesh if ambient.empty else ambient
-  if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+  ambient, mesh = jax.sharding.get_abstract_mesh(), traced_mesh(q)
+  if not splits(mesh):
     return ops.attend(q, k, v, rows, spec, backend)
   ops.check_shapes(q, k, v, rows)
   heads = Heads(q.shape[2], k.shape[2])
@@ -137,12 +136,11 @@ def parts_of_group(
   That is the case if the backend has none, if its backward pass does not support these rows, and on a mesh that splits
   a row's queries, or separates query heads from their keys.
   """
-  ambient = jax.sharding.get_abstract_mesh()
-  mesh = jax.typeof(q).sharding.mesh if ambient.empty else ambient
+  ambient, mesh = jax.sharding.get_abstract_mesh(), traced_mesh(q)
   parts = ops.backends[ops.choose_backend(backend, q, k, rows, spec)].parts
   if parts is None or not parts.takes(q, rows, spec):
     return None
-  if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+  if not splits(mesh):
     return parts
   heads = Heads(q.shape[2], k.shape[2])
   if ambient.empty or query_axis(mesh, heads) is not None or not heads_stay_with_their_keys(mesh, heads):
@@ -192,6 +190,11 @@ def _rows_axes(rows: ops.Rows, queries: PartitionSpec) -> ops.Rows:
     return PartitionSpec(*(axis if size > 1 else None for axis, size in zip((batch, heads), x.shape)), tokens, None)
 
   return jax.tree_util.tree_map_with_path(spec, rows)
+
+
+def splits(mesh: jax.sharding.AbstractMesh) -> bool:
+  """Whether XLA splits arrays over the mesh: it has several devices, and this is not inside `jax.shard_map`."""
+  return not (mesh.empty or mesh.size == 1 or mesh.manual_axes)
 
 
 def divides(mesh: jax.sharding.AbstractMesh, spec: PartitionSpec, shape: tuple[int, ...]) -> bool:

@@ -34,12 +34,17 @@ def has_gpu_kernels(array: jax.Array) -> bool:
   return triton is not None and platform() in ("gpu", "cuda") and is_whole(array)
 
 
+def traced_mesh(array: jax.Array) -> jax.sharding.AbstractMesh:
+  """The ambient mesh, or without one that of the array's sharding, which is known under `jax.jit` too."""
+  ambient = jax.sharding.get_abstract_mesh()
+  return jax.typeof(array).sharding.mesh if ambient.empty else ambient
+
+
 def is_whole(array: jax.Array) -> bool:
   """Whether a kernel can take the array: it must not be sharded over several devices.
 
   XLA cannot partition a kernel: every device would gather all arrays and compute everything. Under `jax.shard_map`,
   where an array is one device's shard, a kernel can run; `sa_jax.nn` does that.
   """
-  ambient = jax.sharding.get_abstract_mesh()
-  mesh = jax.typeof(array).sharding.mesh if ambient.empty else ambient
+  mesh = traced_mesh(array)
   return mesh.empty or mesh.size == 1 or len(mesh.manual_axes) == len(mesh.axis_names)
