@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -43,10 +43,15 @@ class Found(NamedTuple):
     return self.plan._repr_html_() + table([("loss over dense, nats per token", f"{self.increase:.4f}")])
 
 
-def measured(judge: Judge, plan: SharingPlan, base: Walk | None = None) -> Found:
-  """A plan with its measured losses; arguments as in `Judge.losses`."""
-  losses = judge.losses(plan, base)
-  return Found(plan, losses, judge.increase(losses))
+def measured(judge: Judge, plans: Mapping[SharingPlan, Walk | None], progress: Progress | None = None) -> list[Found]:
+  """Measures plans, each from the walk of another (`Judge.walk`), if there is one."""
+  found = []
+  for plan, base in plans.items():
+    losses = judge.losses(plan, base)
+    found.append(Found(plan, losses, judge.increase(losses)))
+    if progress is not None:
+      progress(len(found), len(plans))
+  return found
 
 
 class Shortlist(NamedTuple):
@@ -112,10 +117,7 @@ def beam(
     so_far = f", {math.exp(best[-1].increase):.3f} × with {len(best)}" if best else ""
     last = f" of {followers}" if math.isinf(budget.nats) else ""
     progress = stage(f"follower {len(best) + 1}{last}{so_far}")
-    found = []
-    for index, plan in enumerate(candidates):
-      found.append(measured(judge, plan, parents[plan]))
-      progress(index + 1, len(candidates))
+    found = measured(judge, {plan: parents[plan] for plan in candidates}, progress)
     found.sort(key=lambda each: (each.increase, each.plan.source))
     if not found or found[0].increase > budget.nats:
       break
@@ -256,12 +258,7 @@ def best_of(judge: Judge, plans: Sequence[SharingPlan], progress: Progress | Non
   """
   if not plans:
     raise UserError("there is no plan to choose from")
-  found = []
-  for index, plan in enumerate(plans):
-    found.append(measured(judge, plan))
-    if progress is not None:
-      progress(index + 1, len(plans))
-  return min(found, key=lambda each: each.increase)
+  return min(measured(judge, dict.fromkeys(plans), progress), key=lambda each: each.increase)
 
 
 def improve(
@@ -294,7 +291,7 @@ def improve(
       break
     plan = min(swaps, key=lambda plan: (plan_cost(plan, costs), plan.source))
     tried.add(plan)
-    best = min(best, measured(judge, plan), key=lambda each: each.increase)
+    best = min(best, *measured(judge, {plan: None}), key=lambda each: each.increase)
     if progress is not None:
       progress(attempt + 1, tries)
   return best

@@ -169,7 +169,7 @@ def search_plan(judge: Judge, budget: Budget, how: Search, stage: search.Stage =
   if how.strategy == "spans":
     return search.most_within(budget, followers, lambda count: _best_span(judge, count, how, stage))
   costs = judge.costs(how.reach, stage("estimating pairs"))
-  cheapest = lambda count: search.measured(judge, search.cheapest(costs, count, how.excluded))
+  cheapest = lambda count: search.best_of(judge, [search.cheapest(costs, count, how.excluded)])
   found = search.most_within(budget, followers, cheapest)
   return search.improve(judge, found, costs, tries=how.swaps, excluded=how.excluded, progress=stage("trying swaps"))
 
