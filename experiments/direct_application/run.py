@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import jax
-from tasks import write_tasks
+from tasks import jsonl, write_tasks
 
 import sa_jax
 from sa_jax import SharingPlan
@@ -45,8 +45,7 @@ def text_of(name: str, data: Path) -> str:
   """A text for perplexity."""
   if name == "wikitext-2 valid":
     return (data / "corpora" / "wikitext2_valid.txt").read_text(encoding="utf-8")
-  lines = (data / "eval" / "llm_foundry" / "lambada_openai.jsonl").read_text(encoding="utf-8").splitlines()
-  rows = map(json.loads, lines)
+  rows = jsonl(data / "eval" / "llm_foundry" / "lambada_openai.jsonl")
   return "\n\n".join(f"{row['context']} {row['continuation']}" for row in rows)
 
 
