@@ -14,9 +14,9 @@ CEILINGS = {
   "depth: decode step": 11,
   "depth: train step": 19,
   # `convert` says, as `from_pretrained`, how strictly a config is read; `make_mesh` has a size for each axis.
-  "functions of 7 or more parameters": 11,
-  "kernels of 7 or more parameters": 5,
-  "Any": 185,
+  "functions of 7 or more parameters": 9,
+  "kernels of 7 or more parameters": 0,
+  "Any": 184,
   "import circles": 0,
   "upward imports": 0,
   "modules over 400 lines": 0,

@@ -259,7 +259,7 @@ class TestPadding:
     ("mask", "message"),
     [
       ([[1, 0, 1]], "rows \\[0\\] are empty, or have padding between tokens; pad on one side only"),
-      ([[0, 0, 0]], "rows \\[0\\] are none"),
+      ([[0, 0, 0]], "rows \\[0\\] are empty"),
       ([[1, 2, 1]], "attention_mask holds 1 at tokens and 0 at padding"),
       ([[1, 1]], "tokens and attention_mask are both \\[batch, length\\]"),
     ],
