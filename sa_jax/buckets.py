@@ -33,11 +33,11 @@ def remote(url: str) -> epath.Path:
     made = epath.Path(url)
   except KeyError:
     scheme = url.split("://")[0]
-    raise UserError(f"{url}: unknown storage {scheme}://; use gs://, s3:// or a disk") from None
+    raise UserError(f"{url}: unknown storage {scheme}://; use gs://, s3:// or a local path") from None
   return Remote(url) if isinstance(made, gpath.PosixGPath) else made
 
 
-def _told(method: Callable[P, T]) -> Callable[P, T]:
+def _one_line_errors(method: Callable[P, T]) -> Callable[P, T]:
   """A method with one-line errors: drivers raise dozens of types for an unusable bucket."""
 
   @functools.wraps(method)
@@ -67,16 +67,16 @@ def _listed(method: Callable[P, Iterator[T]]) -> Callable[P, Iterator[T]]:
 class Remote(gpath.PosixGPath):
   """An `etils.epath` path with one-line errors."""
 
-  exists = _told(gpath.PosixGPath.exists)
-  is_dir = _told(gpath.PosixGPath.is_dir)
-  iterdir = _told(_listed(gpath.PosixGPath.iterdir))
-  glob = _told(_listed(gpath.PosixGPath.glob))
-  mkdir = _told(gpath.PosixGPath.mkdir)
-  rmdir = _told(gpath.PosixGPath.rmdir)
-  rmtree = _told(gpath.PosixGPath.rmtree)
-  unlink = _told(gpath.PosixGPath.unlink)
-  open = _told(gpath.PosixGPath.open)
-  stat = _told(gpath.PosixGPath.stat)
+  exists = _one_line_errors(gpath.PosixGPath.exists)
+  is_dir = _one_line_errors(gpath.PosixGPath.is_dir)
+  iterdir = _one_line_errors(_listed(gpath.PosixGPath.iterdir))
+  glob = _one_line_errors(_listed(gpath.PosixGPath.glob))
+  mkdir = _one_line_errors(gpath.PosixGPath.mkdir)
+  rmdir = _one_line_errors(gpath.PosixGPath.rmdir)
+  rmtree = _one_line_errors(gpath.PosixGPath.rmtree)
+  unlink = _one_line_errors(gpath.PosixGPath.unlink)
+  open = _one_line_errors(gpath.PosixGPath.open)
+  stat = _one_line_errors(gpath.PosixGPath.stat)
 
   def resolve(self, strict: bool = False) -> Remote:
     """Itself: there are no links."""

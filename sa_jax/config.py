@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol, get_args
 
 from sa_jax import ops
 from sa_jax.errors import UserError, near
-from sa_jax.fields import Natural, Positive, Such, misfits
+from sa_jax.fields import Constraint, Natural, Positive, misfits
 from sa_jax.ops import AttentionSpec, Experts, RopeConfig
 
 AttentionState = Literal["query_key", "attention_weights"]
@@ -21,8 +21,8 @@ NormKind = Literal["rms", "layer"]
 MlpKind = Literal["gated", "plain"]
 QkNorm = Literal["head", "heads", None]
 
-Size = Annotated[int, Such(lambda number: number > 0, "a positive integer")]
-Token = Annotated[int, Such(lambda number: -(2**31) <= number < 2**31, "a number of 32 bits")]
+Size = Annotated[int, Constraint(lambda number: number > 0, "a positive integer")]
+Token = Annotated[int, Constraint(lambda number: -(2**31) <= number < 2**31, "a 32-bit integer")]
 
 
 class LayerKind(NamedTuple):
@@ -141,14 +141,14 @@ class Architecture:
     """Values that contradict each other, one line each."""
     wrong = []
     if self.num_heads % self.num_kv_heads:
-      wrong.append(f"num_heads={self.num_heads} (a multiple of num_kv_heads={self.num_kv_heads} is needed)")
+      wrong.append(f"num_heads={self.num_heads} (must be a multiple of num_kv_heads={self.num_kv_heads})")
     if self.rope is not None and self.rope.rotated(self.head_dim) % 2:
-      wrong.append(f"head_dim={self.head_dim} (rotary embedding needs an even number)")
+      wrong.append(f"head_dim={self.head_dim} (must be even for rotary embedding)")
     if self.value_width > self.head_dim:
-      wrong.append(f"value_dim={self.value_dim} (at most head_dim={self.head_dim} is possible)")
+      wrong.append(f"value_dim={self.value_dim} (must be at most head_dim={self.head_dim})")
     both = [(rope.fraction, rope.interleaved) for rope in (self.rope, self.local_rope) if rope is not None]
     if len(set(both)) > 1:
-      wrong.append("local_rope has another fraction or order than rope (the same are needed)")
+      wrong.append("local_rope has a different fraction or order than rope (must be the same)")
     if self.local_layers and self.window is None and self.local_rope is None:
       wrong.append("window=None (local_layers need a number of tokens, or a separate rotary embedding)")
     if outside := [layer for layer in self.local_layers if not 0 <= layer < self.num_layers]:
@@ -156,17 +156,17 @@ class Architecture:
     if self.normalize_head and self.tie_embeddings:
       wrong.append("normalize_head=True (a head that is tied to the embedding cannot be normalised)")
     if self.head_bias and self.tie_embeddings:
-      wrong.append("head_bias=True (a head that is tied to the embedding has none)")
+      wrong.append("head_bias=True (a head that is tied to the embedding has no bias)")
     if self.shared_norm and not (self.parallel and self.pre_norms):
-      wrong.append("shared_norm=True (only parallel blocks with pre_norms read through one norm)")
+      wrong.append("shared_norm=True (needs parallel=True and pre_norms=True)")
     if not (self.pre_norms or self.post_norms):
       wrong.append("pre_norms=False (without post_norms nothing would be normalised)")
     if self.mlp_clamp is not None and self.mlp != "gated":
-      wrong.append(f"mlp_clamp={self.mlp_clamp} (only a gated MLP is clamped)")
+      wrong.append(f"mlp_clamp={self.mlp_clamp} (needs mlp='gated')")
     if self.experts is not None:
       wrong += self.experts.faults()
       if self.mlp != "gated":
-        wrong.append(f"mlp={self.mlp!r} (experts are gated)")
+        wrong.append(f"mlp={self.mlp!r} (experts need 'gated')")
     return wrong
 
   @property
@@ -246,7 +246,7 @@ class Compute:
     dtypes = get_args(FloatDtype)
     choices = {"attention": ("auto", *ops.backends), "dtype": dtypes, "param_dtype": dtypes}
     return [
-      f"{name}={value!r} (one of {', '.join(known)} is needed{near(str(value), known)})"
+      f"{name}={value!r} (must be one of {', '.join(known)}{near(str(value), known)})"
       for name, known in choices.items()
       if (value := getattr(self, name)) not in known
     ]
@@ -267,9 +267,9 @@ class ModelConfig(Compute, Architecture):
   def contradictions(self) -> list[str]:
     """Values that contradict each other, one line each."""
     odd = [] if self.cache_format is None else [
-      f"{name}={width} (a cache in {self.cache_dtype} needs a multiple of {self.cache_format.a_byte})"
+      f"{name}={width} (must be a multiple of {self.cache_format.per_byte} for a cache in {self.cache_dtype})"
       for name, width in (("head_dim", self.head_dim), ("value_dim", self.value_width))
-      if width % self.cache_format.a_byte
+      if width % self.cache_format.per_byte
     ]  # fmt: skip
     return super().contradictions() + odd
 

@@ -93,8 +93,8 @@ def _client() -> Any:
 
   if (client := distributed.global_state.client) is None:  # TPU hosts know of each other without it
     raise UserError(
-      f"this is one of {jax.process_count()} processes, and they have not joined: call jax.distributed.initialize() "
-      "first, or give the command --multihost"
+      f"this is one of {jax.process_count()} processes, but they are not connected: call jax.distributed.initialize() "
+      "first, or use --multihost"
     )
   return client
 
@@ -104,8 +104,8 @@ def _answer(key: str, process: int, what: str, seconds: float) -> str:
     return _client().blocking_key_value_get(f"{key}/{process}", int(1000 * seconds))
   except jax.errors.JaxRuntimeError:
     raise UserError(
-      f"process {process} has not come to {what} within {seconds:.0f} s of process {jax.process_index()}: it has "
-      "stopped, or was started with another command or config; its own output says why"
+      f"process {process} did not reach {what} within {seconds:.0f} s of process {jax.process_index()}: it has "
+      "stopped, or runs another command or config; see its output"
     ) from None
 
 
@@ -143,7 +143,7 @@ def check_given(call: str, given: Mapping[str, object]) -> None:
     _raise_unless_equal(f"{name} for {call}", [answer[name] for answer in answers])
 
 
-def is_spread(params: Params) -> bool:
+def is_multiprocess(params: Params) -> bool:
   """Whether parameters are sharded over several processes, which then compute together."""
   mesh = mesh_of(params)
   return mesh is not None and mesh.is_multi_process
@@ -151,14 +151,14 @@ def is_spread(params: Params) -> bool:
 
 def check_call(params: Params, function: Callable[P, object], *arguments: P.args, **named: P.kwargs) -> None:
   """`check_given` for all arguments except ``self`` and ``params``, if ``params`` are spread; errors as there."""
-  if is_spread(params):
+  if is_multiprocess(params):
     call = inspect.signature(function).bind(*arguments, **named)
     call.apply_defaults()
     given = {name: value for name, value in call.arguments.items() if name not in ("self", "params")}
     check_given(function.__qualname__, given)
 
 
-def called_alike(function: Callable[Concatenate[M, Q, P], T]) -> Callable[Concatenate[M, Q, P], T]:
+def same_call_on_all(function: Callable[Concatenate[M, Q, P], T]) -> Callable[Concatenate[M, Q, P], T]:
   """Decorates a function of a model and its parameters: if these are spread, all processes must call it alike."""
 
   @functools.wraps(function)
@@ -213,7 +213,7 @@ def _plain(value: object) -> object:
   return repr(value)
 
 
-def on_all(what: str, work: Callable[[], T], value_of: Callable[[T], object], seconds: float = _PATIENCE) -> T:
+def run_on_all(what: str, work: Callable[[], T], value_of: Callable[[T], object], seconds: float = _PATIENCE) -> T:
   """Work that every process does itself, such as reading files: a failure on one fails all.
 
   Args:
@@ -242,7 +242,7 @@ def on_all(what: str, work: Callable[[], T], value_of: Callable[[T], object], se
   return cast(T, result)
 
 
-def by_first(what: str, work: Callable[[], None]) -> None:
+def run_on_first(what: str, work: Callable[[], None]) -> None:
   """Work that the first process does for all, such as writing files; the others wait for it to finish.
 
   Raises:
@@ -253,23 +253,23 @@ def by_first(what: str, work: Callable[[], None]) -> None:
     work()
     return ""
 
-  of_first(what, done, FOREVER)
+  broadcast_text(what, done, FOREVER)
 
 
-def done_by_first(what: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
-  """Decorates a function of files that the first process runs for all; see `by_first`."""
+def runs_on_first(what: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
+  """Decorates a function of files that the first process runs for all; see `run_on_first`."""
 
   def decorate(function: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(function)
     def call(*arguments: P.args, **named: P.kwargs) -> None:
-      by_first(what, lambda: function(*arguments, **named))
+      run_on_first(what, lambda: function(*arguments, **named))
 
     return call
 
   return decorate
 
 
-def of_first(what: str, work: Callable[[], str], seconds: float = _PATIENCE) -> str:
+def broadcast_text(what: str, work: Callable[[], str], seconds: float = _PATIENCE) -> str:
   """Broadcasts a text from the first process, for values that must come from one place.
 
   Raises:
@@ -317,7 +317,7 @@ def wait_for_all(what: str) -> None:
     multihost_utils.sync_global_devices(what)
 
 
-def of_first_process(number: int) -> int:
+def broadcast_number(number: int) -> int:
   """The first process's number, on every process."""
   if jax.process_count() == 1:
     return number

@@ -66,7 +66,7 @@ def _processes() -> list[Finding]:
   wrong = [str(process) for process, each in enumerate(versions) if each != versions[0]]
   found = [Finding(f"process {process} of {len(said)}", each) for process, each in enumerate(said)]
   if wrong:
-    found.append(Finding("processes", f"{', '.join(wrong)} have other versions than process 0", is_fault=True))
+    found.append(Finding("processes", f"{', '.join(wrong)} have different versions than process 0", is_fault=True))
   return found
 
 

@@ -22,7 +22,7 @@ from sa_jax.files import as_path
 T = TypeVar("T")
 
 
-class Such(NamedTuple):
+class Constraint(NamedTuple):
   """In `Annotated`: which values of a type a field may hold.
 
   Attributes:
@@ -34,12 +34,12 @@ class Such(NamedTuple):
   words: str
 
 
-Count = Annotated[int, Such(lambda number: number >= 1, "at least 1")]
-Natural = Annotated[int, Such(lambda number: number >= 0, "0 or more")]
-Seed = Annotated[int, Such(lambda number: 0 <= number < 1 << 32, f"0 to {(1 << 32) - 1}")]
-Positive = Annotated[float, Such(lambda number: number > 0, "a positive number")]
-NotNegative = Annotated[float, Such(lambda number: number >= 0, "0 or more")]
-Portion = Annotated[float, Such(lambda number: 0 <= number <= 1, "0 to 1")]
+Count = Annotated[int, Constraint(lambda number: number >= 1, "at least 1")]
+Natural = Annotated[int, Constraint(lambda number: number >= 0, "0 or more")]
+Seed = Annotated[int, Constraint(lambda number: 0 <= number < 1 << 32, f"0 to {(1 << 32) - 1}")]
+Positive = Annotated[float, Constraint(lambda number: number > 0, "a positive number")]
+NotNegative = Annotated[float, Constraint(lambda number: number >= 0, "0 or more")]
+Portion = Annotated[float, Constraint(lambda number: 0 <= number <= 1, "0 to 1")]
 
 
 def check_fields(values: object, subject: str) -> None:
@@ -67,11 +67,11 @@ def checked(name: str, value: T, hint: object) -> T:
   try:
     return typing.cast("T", _fitted(value, hint))
   except _Misfit as misfit:
-    raise UserError(_told(name, value, misfit)) from None
+    raise UserError(_message(name, value, misfit)) from None
 
 
-def _told(name: str, value: object, misfit: _Misfit) -> str:
-  return f"{name}={shown(value)} ({misfit} is needed)"
+def _message(name: str, value: object, misfit: _Misfit) -> str:
+  return f"{name}={shown(value)} (must be {misfit})"
 
 
 def misfits(values: object) -> list[str]:
@@ -82,7 +82,7 @@ def misfits(values: object) -> list[str]:
     try:
       fitted = _fitted(value, hint)
     except _Misfit as misfit:
-      found.append(_told(name, value, misfit))
+      found.append(_message(name, value, misfit))
     else:
       if fitted is not value:
         object.__setattr__(values, name, fitted)  # frozen dataclasses too
@@ -112,9 +112,9 @@ def _fitted(value: object, hint: object) -> object:
   origin, parts = typing.get_origin(hint), typing.get_args(hint)
   if origin is Annotated:
     fitted = _fitted(value, parts[0])
-    for such in parts[1:]:
-      if isinstance(such, Such) and not such.holds(fitted):
-        raise _NearMisfit(such.words)
+    for constraint in parts[1:]:
+      if isinstance(constraint, Constraint) and not constraint.holds(fitted):
+        raise _NearMisfit(constraint.words)
     return fitted
   if origin in (Union, types.UnionType):
     return _fitted_to_one(value, parts)
@@ -155,7 +155,7 @@ def _fitted_tuple(value: object, parts: tuple[object, ...]) -> tuple[object, ...
   try:
     fitted = tuple(map(_fitted, values, parts[:1] * len(values) if size is None else parts))
   except _Misfit as misfit:
-    raise _NearMisfit(f"for each of them {misfit}") from None
+    raise _NearMisfit(f"a tuple in which each entry is {misfit}") from None
   same = isinstance(value, tuple) and all(new is old for new, old in zip(fitted, values, strict=True))
   return typing.cast("tuple[object, ...]", value) if same else fitted
 
@@ -191,7 +191,7 @@ def _float(value: object) -> float:
 
 def _str(value: object) -> str:
   if not isinstance(value, str | os.PathLike):
-    raise _Misfit("a text")
+    raise _Misfit("a string")
   return os.fspath(value)
 
 

@@ -54,7 +54,7 @@ def check_local(path: Path, what: str) -> None:
     UserError: if it is in a bucket.
   """
   if is_remote(path := as_path(path)):
-    raise UserError(f"{what} has to be on a disk of this machine; copy {path} to one")
+    raise UserError(f"{what} must be on a local disk; copy {path} to one")
 
 
 def size_of(file: Path) -> int:
@@ -76,7 +76,7 @@ def check_regular(path: Path, most: int | None = None) -> None:
   if not path.is_file():
     raise UserError(f"{path} is a {'folder' if path.is_dir() else 'pipe or a device'}, not a file")
   if most is not None and (size := size_of(path)) > most:
-    raise UserError(f"{path} has {size:,} bytes; such a file has at most {most:,}")
+    raise UserError(f"{path} has {size:,} bytes; at most {most:,} are allowed")
 
 
 @contextlib.contextmanager
@@ -237,7 +237,7 @@ def _check_above(path: Path) -> None:
   if not above.is_dir():
     raise UserError(f"cannot write {path}: {above} is not a folder")
   if not os.access(above, os.W_OK | os.X_OK):
-    raise UserError(f"cannot write {path}: {above} may not be written to")
+    raise UserError(f"cannot write {path}: {above} is not writable")
 
 
 def check_whole(path: Path) -> None:

@@ -85,16 +85,16 @@ class Job:
     check_fields(self, "fit")
     wrong = []
     if self.kind != "train" and self.remat != "full":
-      wrong.append(f"remat={self.remat} ({self.kind} takes none: it is for train)")
+      wrong.append(f"remat={self.remat} (only for train, not for {self.kind})")
     if self.length >= 2**31:
-      wrong.append(f"length={self.length} (positions are int32: less than {2**31:,} is needed)")
+      wrong.append(f"length={self.length} (must be less than {2**31:,}: positions are int32)")
     if self.kind == "loop" and self.length < 2:
-      wrong.append(f"length={self.length} (a loop needs a prompt's token and one to add: at least 2)")
+      wrong.append(f"length={self.length} (must be at least 2 for a loop: a prompt token and a new one)")
     sizes = mesh_on(self.topology, self.mesh)
     if self.batch % sizes.ways:
-      wrong.append(f"batch={self.batch} (a multiple of {sizes.ways_spelt} is needed)")
+      wrong.append(f"batch={self.batch} (must be a multiple of {sizes.ways_spelt})")
     if self.length % sizes.sequence:
-      wrong.append(f"length={self.length} (a multiple of sequence = {sizes.sequence} is needed)")
+      wrong.append(f"length={self.length} (must be a multiple of sequence = {sizes.sequence})")
     if self.plan.num_layers != self.config.num_layers:
       wrong.append(f"a plan for {self.plan.num_layers} layers (the model has {self.config.num_layers})")
     if self.kind == "calibration" and not self.plan.followers:

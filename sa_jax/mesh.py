@@ -63,7 +63,7 @@ class MeshSizes:
       if name not in _AXES or name in sizes or not re.fullmatch("[0-9]{1,9}", size):
         axes = ", ".join(_AXES)
         raise UserError(
-          f"the mesh {shown(text)} is not spelt like 'data=2,fsdp=4': sizes of {axes}, each at most once; or {_AUTO}"
+          f"invalid mesh {shown(text)}: give sizes of {axes}, each at most once, such as 'data=2,fsdp=4', or {_AUTO}"
         )
       sizes[name] = int(size)
     return cls(**sizes)
@@ -156,8 +156,8 @@ def check_devices(params: object, mesh: Mesh) -> None:
     if bound and leaf.sharding.device_set != devices:
       name = jax.tree_util.keystr(path, simple=True, separator="/")
       raise UserError(
-        f"{name} is on {len(leaf.sharding.device_set)} of the devices, others are on a mesh of {len(devices)}: put "
-        "all on one, as jax.device_put(params, sa_jax.sharding.param_shardings(model, mesh, layout=...)) does"
+        f"{name} is on {len(leaf.sharding.device_set)} of the devices, others are on a mesh of {len(devices)}: move "
+        "all with jax.device_put(params, sa_jax.sharding.param_shardings(model, mesh, layout=...))"
       )
 
 
@@ -169,7 +169,7 @@ def _check_sizes(sizes: Mapping[str, int], slices: int, devices: Sequence[jax.De
     raise UserError(f"a mesh of {spelt} needs {product} devices; there are {len(devices)}")
   found = _slices(devices)
   if found != slices and (slices > 1 or devices[0].platform == "tpu") and found > 1:
-    raise UserError(f"slice={slices}, but the devices are of {found} slices; slice={found} is what they need")
+    raise UserError(f"slice={slices}, but the devices belong to {found} slices; use slice={found}")
 
 
 def _slices(devices: Sequence[jax.Device]) -> int:

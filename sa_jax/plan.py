@@ -104,9 +104,9 @@ class SharingPlan:
     """
     listed = list(followers)
     if duplicates := sorted({layer for layer in listed if listed.count(layer) > 1}):
-      raise UserError(f"followers named more than once: {duplicates}")
+      raise UserError(f"followers are listed more than once: {duplicates}")
     if outside := sorted(layer for layer in listed if not 0 <= layer < num_layers):
-      raise UserError(f"followers {outside} lie outside the model, whose layers are 0 to {num_layers - 1}")
+      raise UserError(f"followers {outside} are outside the model, whose layers are 0 to {num_layers - 1}")
     if 0 in listed:
       raise UserError("layer 0 cannot be a follower: no layer before it could be its anchor")
     chosen = set(listed)
@@ -230,7 +230,7 @@ class SharingPlan:
     if self.head_map is None:
       return
     if wrong := [layer for layer, entry in enumerate(self.head_map) if entry is not None and len(entry) != num_heads]:
-      raise UserError(f"the head maps of layers {wrong} do not have {num_heads} entries, one a query head")
+      raise UserError(f"the head maps of layers {wrong} do not have {num_heads} entries, one per query head")
 
 
 def _normal_head_map(
@@ -238,7 +238,7 @@ def _normal_head_map(
 ) -> tuple[HeadMap | None, ...] | None:
   """The head map with identities replaced by None."""
   if len(given) != len(source):
-    raise UserError(f"the head map has {len(given)} entries, the plan {len(source)} layers: one a layer is needed")
+    raise UserError(f"the head map has {len(given)} entries, but the plan has {len(source)} layers; give one per layer")
   entries: list[HeadMap | None] = []
   errors = []
   for layer, entry in enumerate(given):

@@ -65,8 +65,8 @@ def check_mesh(mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> None:
   """
   if explicit := [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Auto]:
     raise UserError(
-      f"the mesh's axes {', '.join(explicit)} are not jax.sharding.AxisType.Auto: make it by "
-      "sa_jax.sharding.make_mesh, or by "
+      f"the mesh's axes {', '.join(explicit)} are not jax.sharding.AxisType.Auto: create it with "
+      "sa_jax.sharding.make_mesh, or "
       f"jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)})"
     )
   active, idle = [name for name in mesh.axis_names if mesh.shape[name] > 1], _idle(mesh, rules)
@@ -242,26 +242,20 @@ def placed_like(array: Tree, other: object) -> Tree:
 def named_sharding(
   mesh: Mesh, axes: tuple[str | None, ...], rules: Rules = DEFAULT_RULES, shape: tuple[int, ...] | None = None
 ) -> NamedSharding:
-  """The sharding of an array with these logical axes, such as ``("batch", "length")`` for token rows.
+  """The sharding of an array with these logical axes, such as ``("batch", "length")``. Raises as `check_mesh`.
 
   Args:
     mesh: the mesh.
     axes: logical axis of each dimension, or None.
     rules: logical axis → mesh axis.
     shape: the array's shape, to replicate dimensions that their mesh axis does not divide; None if all are divisible.
-
-  Raises:
-    UserError: see `check_mesh`.
   """
   spec = nn.logical_to_mesh_axes(axes, rules_on(mesh, rules)) or PartitionSpec()
   return NamedSharding(mesh, spec if shape is None else fitting(spec, shape, mesh.shape))
 
 
 def cache_shardings(model: Transformer, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Cache:
-  """A `NamedSharding` for every array of a model's `sa_jax.nn.Cache`, split over rows and KV heads.
-
-  If the mesh axis does not divide the number of KV heads, they are replicated.
-  """
+  """A `NamedSharding` for every array of a `sa_jax.nn.Cache`, split over rows and, if divisible, over KV heads."""
   axes = ("batch", "kv_heads", "length", "head_dim")
   # Sizes of rows and slots that every mesh axis divides.
   shapes = jax.eval_shape(lambda: Cache.empty(model.config, model.plan, mesh.size, mesh.size))

@@ -155,10 +155,10 @@ class TestRefused:
   @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-      ("hidden_act", "mish", "not implemented; 'swish' or 'silu' or"),
+      ("hidden_act", "mish", "not implemented; must be 'swish' or 'silu' or"),
       ("quantization_config", {"bits": 4}, "the weights are quantised by a method without a name, which is not read"),
-      ("is_encoder_decoder", True, "the model has an encoder, which is not implemented; False is"),
-      ("rope_interleaved", True, "queries and keys are rotated in pairs of neighbouring numbers, which is not"),
+      ("is_encoder_decoder", True, "an encoder is not implemented; must be False"),
+      ("rope_interleaved", True, "interleaved rotary embedding is not implemented"),
     ],
   )
   def test_value_that_is_not_implemented(self, key, value, message):
@@ -167,20 +167,20 @@ class TestRefused:
   @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-      ("vocab_size", 0, "a positive integer is needed"),
-      ("num_hidden_layers", "32", "a positive integer is needed"),
-      ("intermediate_size", None, "a positive integer is needed"),
-      ("max_position_embeddings", True, "a positive integer is needed"),
-      ("tie_word_embeddings", "yes", "true or false is needed"),
-      ("attention_bias", 1, "true or false is needed"),
-      ("rms_norm_eps", -1e-5, "a positive number is needed"),
-      ("rope_theta", "10000", "a positive number is needed"),
+      ("vocab_size", 0, "must be a positive integer"),
+      ("num_hidden_layers", "32", "must be a positive integer"),
+      ("intermediate_size", None, "must be a positive integer"),
+      ("max_position_embeddings", True, "must be a positive integer"),
+      ("tie_word_embeddings", "yes", "must be true or false"),
+      ("attention_bias", 1, "must be true or false"),
+      ("rms_norm_eps", -1e-5, "must be a positive number"),
+      ("rope_theta", "10000", "must be a positive number"),
       ("num_key_value_heads", 5, "num_attention_heads = 32 must be a multiple of it"),
       ("head_dim", 127, "rotary embedding needs an even number"),
-      ("eos_token_id", "2", "a token id, a list of token ids or null is needed"),
-      ("bos_token_id", "1", "a token id or null is needed"),
-      ("torch_dtype", "int8", "one of float32, bfloat16, float16 is needed"),
-      ("rope_scaling", 2.0, "an object or null is needed"),
+      ("eos_token_id", "2", "must be a token id, a list of token ids or null"),
+      ("bos_token_id", "1", "must be a token id or null"),
+      ("torch_dtype", "int8", "must be one of float32, bfloat16, float16"),
+      ("rope_scaling", 2.0, "must be an object or null"),
     ],
   )
   def test_malformed(self, key, value, message):
@@ -189,17 +189,17 @@ class TestRefused:
   @pytest.mark.parametrize("token", [2**40, 2**70, -(2**31) - 1])
   def test_tokens_that_no_array_can_hold(self, token):
     for key, name in (("eos_token_id", "eos_token_ids"), ("bos_token_id",) * 2, ("pad_token_id",) * 2):
-      with pytest.raises(ValueError, match=rf"{name}=\(?{token},?\)? \(.*a number of 32 bits.* is needed\)"):
+      with pytest.raises(ValueError, match=rf"{name}=\(?{token},?\)? \(must be .*a 32-bit integer.*\)"):
         ModelConfig.from_hf(LLAMA_2 | {key: token})
 
   @pytest.mark.parametrize("key", ["rope_type", "type"])
   def test_rope_type(self, key):
-    message = f"rope_parameters.{key} = 'spiral': not implemented for this family; 'default' or 'linear'"
+    message = f"rope_parameters.{key} = 'spiral': not implemented for this family; must be 'default' or 'linear'"
     self.refuse({"rope_scaling": {key: "spiral", "factor": 2.0}}, message)
 
   def test_llama3_without_its_numbers(self):
     missing = ("factor", "low_freq_factor", "high_freq_factor")
-    messages = [f"rope_parameters.{key} = None: a positive number is needed" for key in missing]
+    messages = [f"rope_parameters.{key} = None: must be a positive number" for key in missing]
     with pytest.raises(ValueError, match="config.json cannot be used") as caught:
       ModelConfig.from_hf(LLAMA_2 | {"rope_scaling": {"rope_type": "llama3"}})
     assert all(message in str(caught.value) for message in messages)
@@ -226,22 +226,22 @@ class TestModelConfig:
     with pytest.raises(ValueError, match="model config:") as caught:
       tiny.config(vocab_size=0, mlp_dim=1.5, norm_eps=0.0, attention="fast", remat="some")
     for message in (
-      "vocab_size=0 (a positive integer is needed)",
-      "mlp_dim=1.5 (an integer is needed)",
-      "norm_eps=0.0 (a positive number is needed)",
-      "attention='fast' (one of auto, cudnn, flash, splash, blockwise, reference, chunked is needed",
-      "remat='some' (one of none, full, attention, dots is needed)",
+      "vocab_size=0 (must be a positive integer)",
+      "mlp_dim=1.5 (must be an integer)",
+      "norm_eps=0.0 (must be a positive number)",
+      "attention='fast' (must be one of auto, cudnn, flash, splash, blockwise, reference, chunked",
+      "remat='some' (must be one of none, full, attention, dots)",
     ):
       assert message in str(caught.value)
 
   @pytest.mark.parametrize(
     ("changes", "message"),
     [
-      ({"num_kv_heads": 3}, "num_heads=4 \\(a multiple of num_kv_heads=3 is needed\\)"),
-      ({"head_dim": 7}, "head_dim=7 \\(rotary embedding needs an even number\\)"),
-      ({"dtype": "bf16"}, "dtype='bf16' \\(one of float32, bfloat16, float16 is needed; did you mean bfloat16"),
-      ({"param_dtype": "int8"}, "param_dtype='int8' \\(one of float32, bfloat16, float16 is needed\\)"),
-      ({"attention_state": "qk"}, "attention_state='qk' \\(query_key or attention_weights is needed\\)"),
+      ({"num_kv_heads": 3}, "num_heads=4 \\(must be a multiple of num_kv_heads=3\\)"),
+      ({"head_dim": 7}, "head_dim=7 \\(must be even for rotary embedding\\)"),
+      ({"dtype": "bf16"}, "dtype='bf16' \\(must be one of float32, bfloat16, float16; did you mean bfloat16"),
+      ({"param_dtype": "int8"}, "param_dtype='int8' \\(must be one of float32, bfloat16, float16\\)"),
+      ({"attention_state": "qk"}, "attention_state='qk' \\(must be query_key or attention_weights\\)"),
     ],
   )
   def test_refused(self, changes, message):
@@ -257,9 +257,9 @@ class TestModelConfig:
   @pytest.mark.parametrize(
     ("changes", "message"),
     [
-      ({"theta": -1.0}, "rope: theta=-1.0 \\(a positive number is needed\\)"),
-      ({"factor": 0.0}, "rope: factor=0.0 \\(a positive number is needed\\)"),
-      ({"scaling": "lineal"}, "rope: scaling='lineal' \\(one of default, linear, dynamic, yarn, llama3"),
+      ({"theta": -1.0}, "rope: theta=-1.0 \\(must be a positive number\\)"),
+      ({"factor": 0.0}, "rope: factor=0.0 \\(must be a positive number\\)"),
+      ({"scaling": "lineal"}, "rope: scaling='lineal' \\(must be one of default, linear, dynamic, yarn, llama3"),
     ],
   )
   def test_rope_refused(self, changes, message):

@@ -51,24 +51,24 @@ class Outer:
   [
     ({}, []),
     ({"kind": None, "name": "x", "inner": Inner(False)}, []),
-    ({"kind": "c"}, ["kind='c' (a or b or None is needed)"]),
-    ({"one": True}, ["one=True (one of a, b, 3 is needed)"]),
-    ({"count": "3"}, ["count='3' (an integer is needed)"]),
-    ({"count": True}, ["count=True (an integer is needed)"]),
-    ({"count": 2.0, "name": 4}, ["count=2.0 (an integer is needed)", "name=4 (a text or None is needed)"]),
-    ({"rate": "1"}, ["rate='1' (a number or None is needed)"]),
-    ({"rate": 0}, ["rate=0 (a positive number is needed)"]),
-    ({"rate": math.inf}, ["rate=inf (a finite number is needed)"]),
-    ({"rate": math.nan}, ["rate=nan (a finite number is needed)"]),
-    ({"rate": 10**400}, [f"rate=1{'0' * 78}… (a finite number is needed)"]),
-    ({"path": 1}, ["path=1 (a path or None is needed)"]),
-    ({"paths": "x"}, ["paths='x' (a tuple is needed)"]),
-    ({"paths": (1,)}, ["paths=(1,) (for each of them a path is needed)"]),
-    ({"pair": 3}, ["pair=3 (a tuple of 2 or None is needed)"]),
-    ({"pair": (1,)}, ["pair=(1,) (a tuple of 2 is needed)"]),
-    ({"pair": (1, -1)}, ["pair=(1, -1) (for each of them 0 or more is needed)"]),
-    ({"inner": None}, ["inner=None (an Inner is needed)"]),
-    ({"inner": {}}, ["inner={} (an Inner is needed)"]),
+    ({"kind": "c"}, ["kind='c' (must be a or b or None)"]),
+    ({"one": True}, ["one=True (must be one of a, b, 3)"]),
+    ({"count": "3"}, ["count='3' (must be an integer)"]),
+    ({"count": True}, ["count=True (must be an integer)"]),
+    ({"count": 2.0, "name": 4}, ["count=2.0 (must be an integer)", "name=4 (must be a string or None)"]),
+    ({"rate": "1"}, ["rate='1' (must be a number or None)"]),
+    ({"rate": 0}, ["rate=0 (must be a positive number)"]),
+    ({"rate": math.inf}, ["rate=inf (must be a finite number)"]),
+    ({"rate": math.nan}, ["rate=nan (must be a finite number)"]),
+    ({"rate": 10**400}, [f"rate=1{'0' * 78}… (must be a finite number)"]),
+    ({"path": 1}, ["path=1 (must be a path or None)"]),
+    ({"paths": "x"}, ["paths='x' (must be a tuple)"]),
+    ({"paths": (1,)}, ["paths=(1,) (must be a tuple in which each entry is a path)"]),
+    ({"pair": 3}, ["pair=3 (must be a tuple of 2 or None)"]),
+    ({"pair": (1,)}, ["pair=(1,) (must be a tuple of 2)"]),
+    ({"pair": (1, -1)}, ["pair=(1, -1) (must be a tuple in which each entry is 0 or more)"]),
+    ({"inner": None}, ["inner=None (must be an Inner)"]),
+    ({"inner": {}}, ["inner={} (must be an Inner)"]),
   ],
 )
 def test_misfits(values, said):
@@ -86,7 +86,7 @@ class Numbers:
 
 @pytest.mark.parametrize("values", [{"seed": -1}, {"seed": 2**32}, {"part": -0.1}, {"part": 1.1}])
 def test_ranges(values):
-  with pytest.raises(UserError, match=r"numbers: \w+=\S+ \(0 to \d+ is needed\)"):
+  with pytest.raises(UserError, match=r"numbers: \w+=\S+ \(must be 0 to \d+\)"):
     Numbers(**values)
   assert Numbers(2**32 - 1, 1) == Numbers(2**32 - 1, 1.0)
 
@@ -169,7 +169,7 @@ JOB = {
 )
 def test_what_is_built_in_python_is_checked(kind, changes):
   """With one line for each fault, that names the field."""
-  with pytest.raises(UserError, match=rf"^\w+( \w+)?: ({'|'.join(changes)})=.* is needed\)$") as caught:
+  with pytest.raises(UserError, match=rf"^\w+( \w+)?: ({'|'.join(changes)})=.* \(must be .*\)$") as caught:
     kind(**changes)
   assert "\n" not in str(caught.value)
 

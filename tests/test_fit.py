@@ -108,15 +108,15 @@ def test_what_cannot_be_is_said(changes, message):
 
 
 def test_sizes_are_checked_before_anything_is_compiled():
-  with pytest.raises(ValueError, match=r"batch=3 \(a multiple of data × fsdp = 2 is needed\)\n  a plan for 3 layers"):
+  with pytest.raises(ValueError, match=r"batch=3 \(must be a multiple of data × fsdp = 2\)\n  a plan for 3 layers"):
     Job(SMALL, SharingPlan.dense(3), "train", "v5e:2x2", batch=3, length=8, mesh=MeshSizes(1, fsdp=2))
-  with pytest.raises(ValueError, match=r"length=99999999999 \(.*: less than 2,147,483,648 is needed\)"):
+  with pytest.raises(ValueError, match=r"length=99999999999 \(must be less than 2,147,483,648.*\)"):
     job("dense", "train", length=99_999_999_999)
-  with pytest.raises(ValueError, match=r"length=0 \(at least 1 is needed\)"):
+  with pytest.raises(ValueError, match=r"length=0 \(must be at least 1\)"):
     job("dense", "train", length=0)
   with pytest.raises(ValueError, match="calibration needs followers"):
     job("dense", "calibration")
-  with pytest.raises(ValueError, match=r"length=1 \(a loop needs .*: at least 2\)"):
+  with pytest.raises(ValueError, match=r"length=1 \(must be at least 2 for a loop.*\)"):
     job("dense", "loop", length=1)
 
 

@@ -65,7 +65,7 @@ def test_without_pallas_triton_there_are_no_gpu_kernels_and_everything_else():
   """
   done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
   assert done.stdout.split() == ["False", "blockwise"]
-  assert "it is written in Pallas Triton, which this version of JAX does not have" in done.stderr
+  assert "it needs Pallas Triton, which this version of JAX does not have" in done.stderr
 
 
 def test_public_names_exist():

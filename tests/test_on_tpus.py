@@ -97,7 +97,7 @@ def test_ones_own_jit_needs_the_context():
   """Without it, one line says what is missing; in it, the model compiles."""
   made, params = model("0:1", (("fsdp", 8),), "runs")
   apply = jax.jit(lambda params, tokens: made.apply({"params": params}, tokens))
-  with pytest.raises(sa_jax.UserError, match=r"'splash' runs on a mesh only .*on_mesh"):
+  with pytest.raises(sa_jax.UserError, match=r"'splash' needs sharding rules .*on_mesh"):
     apply.lower(params, TOKENS)
   with traced_on(mesh_of(params)):
     assert "tpu_custom_call" in apply.lower(params, TOKENS).as_text()

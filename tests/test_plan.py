@@ -87,7 +87,7 @@ def test_a_source_is_a_plan_or_refused(source):
 
 @pytest.mark.parametrize("source", [(0, 0.9), (0, False), 5])
 def test_sources_are_layers(source):
-  with pytest.raises(UserError, match=r"^plan: source=.*(an integer|a tuple) is needed\)"):
+  with pytest.raises(UserError, match=r"^plan: source=.*must be (an integer|a tuple).*\)"):
     as_plan(source, 2)
 
 
@@ -127,8 +127,8 @@ def test_refused_strings(text, message):
   ("followers", "message"),
   [
     ([0, 1], "layer 0 cannot be a follower: no layer before it could be its anchor"),
-    ([2, 3, 2], "followers named more than once: \\[2\\]"),
-    ([3, 8, -1], "followers \\[-1, 8\\] lie outside the model, whose layers are 0 to 7"),
+    ([2, 3, 2], "followers are listed more than once: \\[2\\]"),
+    ([3, 8, -1], "followers \\[-1, 8\\] are outside the model, whose layers are 0 to 7"),
   ],
 )
 def test_refused_followers(followers, message):

@@ -61,7 +61,7 @@ def test_another_model_is_not():
   with pytest.raises(sa_jax.UserError, match="no plans are known for this model, only for Gemma 3 270M, SmolLM2"):
     plans.get(tiny.config(num_layers=1), 2)
   other = {"final_norm": {"scale": np.ones(576, np.float32)}}
-  with pytest.raises(sa_jax.UserError, match="the shapes of SmolLM2-135M-Instruct, and other weights"):
+  with pytest.raises(sa_jax.UserError, match="the shapes of SmolLM2-135M-Instruct, but different weights"):
     plans.get(SMOLLM2, 8, other)
 
 

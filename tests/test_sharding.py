@@ -189,7 +189,9 @@ def test_parameters_on_two_meshes_are_refused(use):
   meshes = make_mesh(fsdp=4, tensor=2), make_mesh(tensor=2, devices=jax.devices()[:2])
   params, other = (jax.device_put(tiny.params(model), param_shardings(model, mesh, layout="layers")) for mesh in meshes)
   params["layers"]["1"] = other["layers"]["1"]
-  with pytest.raises(UserError, match=r"layers/1/attention/\w+/kernel is on 2 of the devices, .* a mesh of 8: put all"):
+  with pytest.raises(
+    UserError, match=r"layers/1/attention/\w+/kernel is on 2 of the devices, .* a mesh of 8: move all with"
+  ):
     getattr(sa_jax, use)(model, params, tiny.tokens(2, 8, 64))
 
 
@@ -212,9 +214,9 @@ def test_a_mesh_is_spelt():
   assert dict(MeshSizes.parse("slice=2,tensor=4").mesh().shape)["slice"] == 2
   assert MeshSizes.parse(" data = 2 , fsdp=4") == MeshSizes(2, 4)
   for text in ("data=2,fsdp", "dat=8", "data=2,data=4", "", "data=٣", "data=" + "9" * 5000, "auto,fsdp=2"):
-    with pytest.raises(UserError, match="is not spelt like 'data=2,fsdp=4'"):
+    with pytest.raises(UserError, match="such as 'data=2,fsdp=4'"):
       MeshSizes.parse(text).mesh()
-  with pytest.raises(UserError, match=r"data=0 \(at least 1 is needed\)"):
+  with pytest.raises(UserError, match=r"data=0 \(must be at least 1\)"):
     MeshSizes.parse("data=0,fsdp=8")
   with pytest.raises(UserError, match="needs 6 devices; there are 8"):
     MeshSizes.parse("slice=3,fsdp=2").mesh()
@@ -260,7 +262,7 @@ class Tpu:
 @pytest.mark.parametrize(("slices", "said"), [(3, 2), (1, 2), (2, 4)])
 def test_a_slice_count_that_the_devices_do_not_have(slices, said):
   devices = [Tpu(number, number * said // 12) for number in range(12)]
-  with pytest.raises(UserError, match=f"slice={slices}, but the devices are of {said} slices"):
+  with pytest.raises(UserError, match=f"slice={slices}, but the devices belong to {said} slices"):
     make_mesh(slice=slices, fsdp=12 // slices, devices=devices)
 
 

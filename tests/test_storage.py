@@ -205,6 +205,6 @@ def test_a_bucket_that_cannot_be_used_is_one_line(hf, gs, monkeypatch, capsys):
   assert "any" not in told.out + told.err, "the user has named the folder alone"
   assert (told.out + told.err).count(SAID) == 1
   monkeypatch.setattr(buckets, "_PATIENCE", 0.05)
-  slow = buckets._told(functools.wraps(time.sleep)(lambda self: time.sleep(0.5)))
+  slow = buckets._one_line_errors(functools.wraps(time.sleep)(lambda self: time.sleep(0.5)))
   with pytest.raises(UserError, match="gs://silent does not respond within 0 s; check its name"):
     slow(as_path("gs://silent/a"))

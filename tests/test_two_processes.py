@@ -116,4 +116,4 @@ def test_faults_are_told_by_every_process(found):
   assert "nowhere" in second["faults"][1]
   assert "nowhere" in conversion
   assert second["faults"][2] == f"process 0: {conversion}"
-  assert "process 1 has not come to a step that process 1 leaves out within 1 s of process 0" in left_out
+  assert "process 1 did not reach a step that process 1 leaves out within 1 s of process 0" in left_out

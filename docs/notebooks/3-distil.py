@@ -1,9 +1,10 @@
 # %% [markdown]
-# # 3. Distil it back
+# # 3. Recover quality by distillation
 #
-# A plan that was chosen without care costs a lot. The dense model can teach the shared one on any text, and low-rank
-# adapters keep that small. On two CPU cores there is time for a few steps only: enough to see the loss fall. A minute
-# on one GPU brings a refitted model with 8 followers [almost back](../benchmarks.md) to the dense one.
+# A badly chosen plan costs a lot of quality. Distillation trains the shared model on any text with the dense model as
+# the teacher; low-rank adapters keep the number of trained parameters small. On two CPU cores there is only time for a
+# few steps, enough to see the loss fall. On one GPU, a minute of distillation brings a refitted model with 8 followers
+# [close to](../benchmarks.md) the dense one.
 
 # %%
 import importlib.util
@@ -19,7 +20,7 @@ path = next(pathlib.Path(folder).glob("*.gguf"))
 tokenizer = sa_jax.load_tokenizer(path)
 
 # %% [markdown]
-# Four late layers follow, in one span:
+# Four late layers follow one anchor:
 
 # %%
 plan = sa_jax.SharingPlan.parse("24:25-28", num_layers=30)
@@ -28,17 +29,17 @@ plan
 # %% [markdown]
 # ## Text
 #
-# Python's own documentation, a file to learn from and another to measure on.
+# Python's documentation: a file to train on, and held-out rows to measure on.
 
 # %%
 work = pathlib.Path(tempfile.mkdtemp())
-learnt = work / "learnt.txt"
-learnt.write_text("\n\n".join(topics[name] for name in ("objects", "execmodel", "class", "exceptions")))
+train_file = work / "train.txt"
+train_file.write_text("\n\n".join(topics[name] for name in ("objects", "execmodel", "class", "exceptions")))
 rows = sa_jax.rows_of(tokenizer.encode(topics["specialnames"], special=False), 128, 4, start=tokenizer.opening())
 
 
 def perplexity(model_path, of_plan):
-  """Of the rows that nothing is trained on."""
+  """The perplexity of the held-out rows."""
   model, params = sa_jax.from_pretrained(model_path, of_plan, "float32")
   return sa_jax.perplexity(model, params, rows, batch_size=4).perplexity
 
@@ -49,8 +50,8 @@ print(f"dense {dense:.2f}, shared {before:.2f}")
 # %% [markdown]
 # ## The run
 #
-# `mode="distill"` makes the dense model of the same file the teacher. Everything else is an ordinary run: its folder
-# has metrics and checkpoints, and the same call goes on where it was stopped.
+# With `mode="distill"`, the dense model from the same file is the teacher. Otherwise it is an ordinary run: its folder
+# has metrics and checkpoints, and the same call resumes an interrupted run.
 
 # %%
 config = TrainConfig(
@@ -62,7 +63,7 @@ config = TrainConfig(
   steps=8,
   batch_size=4,
   dtype="float32",
-  data=DataConfig(train=(learnt,), length=64),
+  data=DataConfig(train=(train_file,), length=64),
   optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=1, weight_decay=0.0),
   lora=LoraConfig(rank=16),
   log=LogConfig(log_every=1, tensorboard=False),
@@ -74,5 +75,5 @@ after = perplexity(outcome.model, None)
 print(f"dense {dense:.2f}, shared {before:.2f}, distilled {after:.2f}")
 
 # %% [markdown]
-# `outcome.model` is a folder that every command opens, the adapters merged; `run/adapter` has them by themselves, in
-# PEFT's format. [How to train](../how-to/train.md) says what else a run can do.
+# `outcome.model` is a folder with the adapters merged, which every command opens; `run/adapter` has only the adapters,
+# in PEFT's format. [How to train](../how-to/train.md) describes all options of a run.

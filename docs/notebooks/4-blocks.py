@@ -1,11 +1,11 @@
 # %% [markdown]
 # # 4. Use the blocks in your own model
 #
-# `AnchorAttention` returns its output and its *state*. `FollowerAttention` takes a state, and has values and an output
-# projection only. The state is an argument like any other, so it works under `jit`, `grad`, `scan` and
-# rematerialisation, and in any model that you write.
+# `AnchorAttention` returns its output and its *state*. `FollowerAttention` takes a state, and only has value and output
+# projections. The state is an argument like any other, so it works under `jit`, `grad`, `scan` and rematerialisation,
+# and in any model that you write.
 #
-# This model learns to repeat: eight random tokens, and the same eight again.
+# This model learns to repeat eight random tokens.
 
 # %%
 import flax.linen as nn
@@ -53,7 +53,7 @@ sorted(params["AnchorAttention_0"]), sorted(params["FollowerAttention_0"])
 # %% [markdown]
 # ## Train it
 #
-# With optax, as any Flax model. The loss is over the second half, which can be known.
+# With optax, like any Flax model. The loss is over the second half, which is predictable.
 
 # %%
 optimizer = optax.adam(1e-2)
@@ -89,8 +89,8 @@ print(f"{accuracy:.1%} of the repeated tokens are right")
 # %% [markdown]
 # ## Below the modules
 #
-# The state holds the anchor's queries and keys. An attention function that is called with them and other values *is*
-# Shared Attention, so any kernel will do, and no weights are stored:
+# The state holds the anchor's queries and keys. Any attention function that is called with them and other values *is*
+# Shared Attention, so any kernel works, and no weights are stored:
 
 # %%
 q, k, v, other = (jax.random.normal(jax.random.key(n), (2, 16, 4, 8)) for n in range(4))
@@ -100,5 +100,5 @@ difference = float(jnp.abs(by_state - by_function).max())
 print("largest difference:", difference)
 
 # %% [markdown]
-# [Compose with your own JAX](../how-to/composing.md) says more: your own mask or bias, attention across two sequences,
-# a changed block in the library's transformer, and Flax nnx.
+# [Compose with your own JAX](../how-to/composing.md) covers more: your own mask or bias, cross-attention, a custom
+# block in the library's transformer, and Flax nnx.

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 5. From PyTorch to JAX and back
 #
-# A model of transformers is opened in JAX, shared, and given back. A tiny Llama with random weights shows it in
-# seconds; a real one takes the same lines.
+# This notebook opens a transformers model in JAX, applies a plan, and exports it to PyTorch again. It uses a tiny Llama
+# with random weights; a real model takes the same lines.
 #
 #     pip install 'sa-jax' torch transformers
 
@@ -35,7 +35,7 @@ with torch.no_grad():
 # %% [markdown]
 # ## Into JAX
 #
-# The same logits, to rounding:
+# The logits agree up to rounding:
 
 # %%
 model, params = sa_jax.from_pretrained(work / "original", dtype="float32")
@@ -46,8 +46,8 @@ print(f"largest difference {there:.1e}, largest logit {np.abs(expected).max():.1
 # %% [markdown]
 # ## And back
 #
-# `save` writes what is in memory, `export` makes a Hugging Face folder of it. Nothing has been trained here, so the
-# weights that come back are the ones that left.
+# `save` writes the model in memory, and `export` converts it to a Hugging Face folder. Nothing was trained here, so the
+# exported weights equal the original ones.
 
 # %%
 sa_jax.save(work / "saved", model, params)
@@ -59,15 +59,15 @@ print("bit for bit the same:", unchanged)
 # %% [markdown]
 # ## A shared model in PyTorch
 #
-# Under a plan, followers lose their queries and keys. The exported folder brings its own PyTorch code along, one file
-# that you can read.
+# Under a plan, followers have no query and key projections. The exported folder includes its PyTorch code, in one
+# readable file.
 
 # %%
 sa_jax.export(work / "original", work / "shared", plan="2:3-4")
 sorted(each.name for each in (work / "shared").iterdir())
 
 # %% [markdown]
-# transformers runs such code under `trust_remote_code=True`. You can import the file by yourself instead:
+# transformers runs such code with `trust_remote_code=True`. You can also import the file yourself:
 
 # %%
 spec = importlib.util.spec_from_file_location("modeling_shared_attention", work / "shared/modeling_shared_attention.py")
@@ -85,5 +85,5 @@ apart = float(np.abs(from_jax - from_torch).max())
 print(f"{shared.plan} in both, largest difference {apart:.1e}")
 
 # %% [markdown]
-# What was trained in JAX comes back in the same way, in the layout of `save`. [How to convert and
-# export](../how-to/convert.md) has the commands, and the families that can be read.
+# Models trained in JAX are exported in the same way, after `save`. [How to convert and export](../how-to/convert.md)
+# lists the commands and the supported families.

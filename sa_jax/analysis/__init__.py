@@ -3,7 +3,7 @@
 The modules `align`, `refit` and `share` each contain a function of the same name, so import it from there.
 """
 
-from sa_jax.analysis.inside import Captured, Edit, Looked, Site, ablate, logit_lens, look, patch, steer
+from sa_jax.analysis.inside import Captured, Edit, Inspection, Site, ablate, logit_lens, look, patch, steer
 from sa_jax.analysis.judge import Judge, Text
 from sa_jax.analysis.similarity import Similarity, drift, layer_similarity
 
@@ -11,7 +11,7 @@ __all__ = [
   # Inspection and interventions.
   "Captured",
   "Edit",
-  "Looked",
+  "Inspection",
   "Site",
   "ablate",
   "logit_lens",

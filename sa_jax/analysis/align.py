@@ -21,7 +21,7 @@ from sa_jax.analysis import problems, walk
 from sa_jax.analysis.ridge import Sums, gain, total
 from sa_jax.config import ModelConfig
 from sa_jax.display import Progress
-from sa_jax.distributed import called_alike
+from sa_jax.distributed import same_call_on_all
 from sa_jax.errors import UserError
 from sa_jax.nn import PlanArrays, PlannedBlock, PlannedTransformer, Transformer
 from sa_jax.nn.state import QueryKey, State
@@ -214,7 +214,7 @@ def _loss(config: ModelConfig, params: Params, tokens: jax.Array, plan: PlanArra
   return -ops.token_log_likelihoods(logits[:, :-1], tokens[:, 1:]).mean()
 
 
-@called_alike
+@same_call_on_all
 @traced_where_parameters_are
 def align(
   model: Transformer,

@@ -41,7 +41,7 @@ class Budget:
     if self.measure == "followers" and not (amount >= 1 and amount == int(amount)):
       raise UserError(f"{amount:.12g} followers are impossible: give a whole number, at least 1")
     if self.measure in ("kv", "flops") and not 0 < amount < 1:
-      raise UserError(f"{self} is not a fraction of the dense model's: give a value between 0 % and 100 %")
+      raise UserError(f"{self} is not a fraction of the dense model: give a value between 0 % and 100 %")
     if self.measure != "kv" and self.allow != ("sharing",):
       raise UserError(f"allow={' '.join(self.allow)} shrinks caches: it needs a budget such as kv=75%, not {self}")
     if not self.allow:

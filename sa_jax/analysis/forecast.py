@@ -96,7 +96,7 @@ def work(
   }
 
 
-def foretold(flops: dict[str, float], stage: search.Stage, say: Callable[[str], None]) -> search.Stage:
+def with_estimates(flops: dict[str, float], stage: search.Stage, say: Callable[[str], None]) -> search.Stage:
   """A stage callback that reports the total time after the first part.
 
   Args:
@@ -105,7 +105,7 @@ def foretold(flops: dict[str, float], stage: search.Stage, say: Callable[[str], 
     say: receives the message.
   """
   first = next(iter(flops))
-  begun: list[tuple[float, int]] = []
+  marks: list[tuple[float, int]] = []
 
   def begin(name: str) -> Progress:
     report = stage(name)
@@ -114,13 +114,13 @@ def foretold(flops: dict[str, float], stage: search.Stage, say: Callable[[str], 
 
     def timed(done: int, total: int) -> None:
       report(done, total)
-      begun.append((time.monotonic(), done))
-      since, before = begun[0]  # includes compilation
-      if before < done == total == len(begun):
+      marks.append((time.monotonic(), done))
+      since, before = marks[0]  # includes compilation
+      if before < done == total == len(marks):
         seconds = (time.monotonic() - since) / (total - before) * total / flops[first]
         parts = {part: count * seconds for part, count in flops.items() if part != first}
         shown = ", ".join(f"{part} {duration(each)}" for part, each in parts.items())
-        say(f"about {duration(sum(parts.values()))}, and what compiles: {shown}")
+        say(f"about {duration(sum(parts.values()))} plus compilation: {shown}")
 
     return timed
 

@@ -18,7 +18,7 @@ from flax import struct
 from numpy.typing import ArrayLike
 
 from sa_jax import ops
-from sa_jax.distributed import called_alike
+from sa_jax.distributed import same_call_on_all
 from sa_jax.errors import UserError
 from sa_jax.nn import AnchorAttention, AttentionWeights, FollowerAttention, Mlp, Moe, Transformer
 from sa_jax.nn.block import Block
@@ -124,7 +124,7 @@ def steer(
   return Edit(site, layer, value, 1.0, heads, positions)
 
 
-class Looked(NamedTuple):
+class Inspection(NamedTuple):
   """What `look` returns.
 
   Attributes:
@@ -136,7 +136,7 @@ class Looked(NamedTuple):
   seen: dict[str, tuple[Tree, ...]]
 
 
-@called_alike
+@same_call_on_all
 def look(
   model: Transformer,
   params: Params,
@@ -144,7 +144,7 @@ def look(
   rows: ops.Rows = ops.Rows(),
   capture: Sequence[Captured] = (),
   edits: Sequence[Edit] = (),
-) -> Looked:
+) -> Inspection:
   """A forward pass that captures and edits activations.
 
   Captured activations include the edits at their site.
@@ -196,16 +196,16 @@ def _check(edits: Sequence[Edit], model: Transformer) -> None:
   layers, faults = model.config.num_layers, []
   for number, edit in enumerate(edits):
     if edit.site not in _TOKENS:
-      faults.append(f"edit {number} is of {edit.site!r}; the sites are {', '.join(_TOKENS)}")
+      faults.append(f"edit {number} has the unknown site {edit.site!r}; choose from {', '.join(_TOKENS)}")
       continue
     last = layers if edit.site == "residual" else layers - 1
     heads = model.config.num_kv_heads if edit.site == "values" else model.config.num_heads
     if edit.heads is not None and edit.site not in _HEADS:
-      faults.append(f"edit {number} names heads, and {edit.site!r} has none")
+      faults.append(f"edit {number} selects heads, but {edit.site!r} has none")
     for name, values, most in (("layer", edit.layer, last), ("heads", edit.heads, heads - 1)):
       known = values is not None and not isinstance(values, jax.core.Tracer)
       if known and not ((np.asarray(values) >= 0) & (np.asarray(values) <= most)).all():
-        faults.append(f"edit {number} has {name} {np.asarray(values).tolist()}; there are 0 to {most}")
+        faults.append(f"edit {number} has {name} {np.asarray(values).tolist()}; must be 0 to {most}")
   if faults:
     raise UserError.of("look", faults)
 
@@ -213,18 +213,18 @@ def _check(edits: Sequence[Edit], model: Transformer) -> None:
 @traced_where_parameters_are
 def _look(
   model: Transformer, params: Params, tokens: jax.Array, rows: ops.Rows, edits: tuple[Edit, ...], capture: Tree
-) -> Looked:
+) -> Inspection:
   return _look_inside(model, nn.unbox(params), tokens, rows, edits, capture=capture)
 
 
 @program(static_argnames=("model", "capture"))
 def _look_inside(
   model: Transformer, params: Params, tokens: jax.Array, rows: ops.Rows, edits: tuple[Edit, ...], *, capture: Tree
-) -> Looked:
+) -> Inspection:
   watcher = _Watcher(model.config.num_layers, edits, capture)
   with nn.intercept_methods(watcher):
     logits = apply(model, as_layers(params, model.plan), Transformer.__call__, tokens, None, None, rows)
-  return Looked(
+  return Inspection(
     logits, {name: tuple(watcher.seen[name][layer] for layer in sorted(watcher.seen[name])) for name in capture}
   )
 

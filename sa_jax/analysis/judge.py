@@ -25,7 +25,7 @@ from sa_jax.analysis.ridge import solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import CacheDtype, ModelConfig
 from sa_jax.display import Progress
-from sa_jax.distributed import check_call, check_given, is_spread, of_first
+from sa_jax.distributed import broadcast_text, check_call, check_given, is_multiprocess
 from sa_jax.errors import UserError
 from sa_jax.files import as_path, read_text, write_text
 from sa_jax.nn import PlanArrays, PlannedBlock, Transformer
@@ -126,7 +126,7 @@ class Judge:
     record: Path | None = None,
     progress: Progress | None = None,
   ):
-    if is_spread(params):
+    if is_multiprocess(params):
       check_given("the judge", {"model": model, "texts": texts, "how": how, "maps": maps, "chunk": chunk})
     self.config = walk.walking(model, params)
     check_texts(texts, self.config.vocab_size)
@@ -378,7 +378,7 @@ class Record:
     self.plans: dict[str, list[float]] = {}
     # Only the first process reads and writes: processes that know different plans would diverge.
     read = lambda: read_text(path) if path is not None and path.exists() else ""
-    if text := of_first("the record", read):
+    if text := broadcast_text("the record", read):
       try:
         stored = json.loads(text)
         settings, self.plans = stored["settings"], stored["plans"]

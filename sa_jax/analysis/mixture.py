@@ -76,7 +76,7 @@ def within(config: ModelConfig, budget: Budget, plans: Sequence[SharingPlan]) ->
   dtypes = (None, *(each for each in quantised if each in budget.allow))
   found, least = [], math.inf
   for cache_dtype in dtypes:
-    widest, together = 0, 1 if cache_dtype is None else FORMATS[cache_dtype].a_byte
+    widest, together = 0, 1 if cache_dtype is None else FORMATS[cache_dtype].per_byte
     for plan in (SharingPlan.dense(config.num_layers), *(plans if "sharing" in budget.allow else [])):
       for value_dim in (each for each in widths if each % together == 0):
         mixture = Mixture(plan, None if value_dim == width else value_dim, cache_dtype)
@@ -88,7 +88,9 @@ def within(config: ModelConfig, budget: Budget, plans: Sequence[SharingPlan]) ->
             widest = value_dim
           break
   if not found:
-    raise UserError(f"nothing reduces kv to {budget.amount:.1%} by {', '.join(budget.allow)}: the least is {least:.1%}")
+    raise UserError(
+      f"kv cannot be reduced to {budget.amount:.1%} by {', '.join(budget.allow)}: the minimum is {least:.1%}"
+    )
   return found
 
 

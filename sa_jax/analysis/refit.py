@@ -30,7 +30,7 @@ from sa_jax.analysis.ridge import Sums, relative_error, solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import ModelConfig
 from sa_jax.display import Progress, table
-from sa_jax.distributed import called_alike
+from sa_jax.distributed import same_call_on_all
 from sa_jax.errors import UserError
 from sa_jax.fields import Count, Natural, Positive, check_fields
 from sa_jax.nn import Middle, PlanArrays, PlannedBlock, Transformer
@@ -84,18 +84,16 @@ class Refit:
         values are not wider than their new size.
     """
     if self.value_dim is not None and self.value_dim >= config.value_width:
-      raise UserError(
-        f"values of {self.value_dim} numbers are not narrower than the model's, which have {config.value_width}"
-      )
+      raise UserError(f"value_dim={self.value_dim} (must be less than the model's {config.value_width})")
     if self.mlp and config.experts is not None:
       raise UserError(
-        "the refit of MLPs solves for one last projection a layer, and in a mixture of experts each has its own: leave "
-        "MLPs as they are (mlp=False); W_O is refitted all the same"
+        "the MLPs of a mixture of experts cannot be refitted, as each expert has its own down projection: use "
+        "mlp=False; W_O is still refitted"
       )
     if self.maps and not can_map_by_refit(config):
       raise UserError(
         f"{config.num_heads} heads × {config.num_kv_heads} KV heads × {config.value_width} are too many features to "
-        "choose head maps by refit error: choose them by similarity and loss, with align, and refit without maps"
+        "choose head maps by refit error: choose them with align, and refit without maps"
       )
 
 
@@ -314,7 +312,7 @@ class Refitted(NamedTuple):
     return self.plan._repr_html_() + table(rows, ["error, of the target's energy", "before", "after"])
 
 
-@called_alike
+@same_call_on_all
 @traced_where_parameters_are
 def refit(
   model: Transformer,

@@ -109,7 +109,9 @@ def beam(
     }
     parents = {plan: base for plan, base in parents.items() if fits(judge.config, plan)}
     if not parents and math.isinf(budget.nats):
-      raise UserError(f"no layer can follow any more with {len(best)} followers: no anchor sees what those left see")
+      raise UserError(
+        f"at most {len(best)} followers are possible: no remaining layer sees the same keys as its anchor"
+      )
     candidates = list(parents)
     if shortlist is not None:
       costs = shortlist.costs

@@ -21,7 +21,7 @@ from sa_jax.analysis.mixture import Mixture, judged, within
 from sa_jax.analysis.refit import Refit, Report, refit
 from sa_jax.config import ModelConfig
 from sa_jax.display import Progress, table
-from sa_jax.distributed import called_alike
+from sa_jax.distributed import same_call_on_all
 from sa_jax.evaluation import Perplexity, perplexity
 from sa_jax.fields import Count, Natural, check_fields
 from sa_jax.nn import Transformer
@@ -265,7 +265,7 @@ class Shared(NamedTuple):
     return self.plan._repr_html_() + table(rows, ["perplexity", "dense", "shared"])
 
 
-@called_alike
+@same_call_on_all
 @traced_where_parameters_are
 def share(
   model: Transformer,

@@ -18,7 +18,7 @@ from jax.scipy.special import entr
 from numpy.typing import ArrayLike
 
 from sa_jax.display import Progress, maps_picture
-from sa_jax.distributed import called_alike
+from sa_jax.distributed import same_call_on_all
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.nn.state import QueryKey, State
@@ -67,7 +67,7 @@ class Similarity(NamedTuple):
     )
 
 
-@called_alike
+@same_call_on_all
 @traced_where_parameters_are
 def layer_similarity(
   model: Transformer,
@@ -224,7 +224,7 @@ def drift(similarities: Sequence[Similarity]) -> np.ndarray:
     UserError: if there are none, or their shapes differ.
   """
   if len({similarity.cosine.shape for similarity in similarities}) != 1:
-    raise UserError("drift compares checkpoints of one model: at least one, and all of the same depth and heads")
+    raise UserError("drift needs at least one checkpoint, all with the same depth and number of heads")
   maps = [similarity.mean().cosine for similarity in similarities]
   upper = np.triu_indices(len(maps[0]), 1)
   return np.array([np.abs(each - maps[-1])[upper].mean() for each in maps])

@@ -72,16 +72,16 @@ def walking(model: Transformer, params: Params) -> ModelConfig:
     UserError: if they do not, or the model has custom blocks.
   """
   if own := model.blocks.own:
-    raise UserError(f"a walk computes the library's own blocks, not {' and '.join(own)}")
+    raise UserError(f"analysis supports only the library's own blocks, not {' and '.join(own)}")
   config = model.config
   if "layers" not in params:
-    raise UserError("parameters in the layer layout are needed: open the model with layout='layers'")
+    raise UserError("parameters must be in the layer layout: open the model with layout='layers'")
   layers = params["layers"]
   if missing := [
     layer for layer in range(config.num_layers) if not {"q_proj", "k_proj"} <= set(layers[str(layer)]["attention"])
   ]:
     raise UserError(
-      f"layers {missing} have no q_proj and k_proj, without which it cannot be told what they attend to: "
+      f"layers {missing} have no q_proj and k_proj, so their attention weights are unknown: "
       "start from the dense checkpoint"
     )
   return dataclasses.replace(config, attention_state="query_key")

@@ -87,23 +87,23 @@ class Task(Setting):
       takes = f"takes {', '.join(allowed)}" if allowed else "runs on one device"
       wrong.append(f"{' and '.join(refused)} ({what} {takes})")
     if self.value_dim is not None and self.who != "sa_jax":
-      wrong.append(f"value_dim {self.value_dim} (the peer {self.who} has values as wide as keys)")
+      wrong.append(f"value_dim {self.value_dim} (the peer {self.who} does not support narrow values)")
     if self.batch_size * self.length >= _MOST:
-      wrong.append(f"batch_size {self.batch_size} of `length` {self.length} (fewer than {_MOST:,} tokens are needed)")
+      wrong.append(f"batch_size {self.batch_size} of `length` {self.length} (must be fewer than {_MOST:,} tokens)")
     if not wrong and self.batch_size % self.mesh.ways:
-      wrong.append(f"batch_size {self.batch_size} (a multiple of {self.mesh.ways_spelt} is needed)")
+      wrong.append(f"batch_size {self.batch_size} (must be a multiple of {self.mesh.ways_spelt})")
     if not wrong and self.length % self.mesh.sequence:
-      wrong.append(f"`length` {self.length} (a multiple of sequence = {self.mesh.sequence} is needed)")
+      wrong.append(f"`length` {self.length} (must be a multiple of sequence = {self.mesh.sequence})")
     if self.kind == "decode" and not STEPS <= self.tokens <= self.length:
-      wrong.append(f"{self.tokens} filled slots of {self.length} (from {STEPS}, the steps of a call, to all)")
+      wrong.append(f"{self.tokens} filled slots of {self.length} (must be {STEPS}, the steps of a call, to all)")
     if self.kind == "decode" and self.who != "sa_jax" and self.length < 6 * STEPS:
-      wrong.append(f"`length` {self.length} (peers need {6 * STEPS} slots)")
+      wrong.append(f"`length` {self.length} (must be at least {6 * STEPS} for peers)")
     if not wrong and self.kind == "batching" and self.requests % self.batch_size:
-      wrong.append(f"{self.requests} requests (a multiple of batch_size {self.batch_size} is needed, for batches)")
+      wrong.append(f"{self.requests} requests (must be a multiple of batch_size {self.batch_size}, for batches)")
     if self.kind == "batching" and self.length < (needed := PROMPT + LONGEST_ANSWER - 1):
-      wrong.append(f"`length` {self.length} ({needed} slots are needed, for the longest request)")
+      wrong.append(f"`length` {self.length} (must be at least {needed} slots, for the longest request)")
     wrong += [
-      f"{field.name} ({self.kind} takes none: it is for {', '.join(_ONLY[field.name])})"
+      f"{field.name} ({self.kind} does not use it; it is for {', '.join(_ONLY[field.name])})"
       for field in dataclasses.fields(self)
       if self.kind not in _ONLY.get(field.name, (self.kind,)) and getattr(self, field.name) != field.default
     ]

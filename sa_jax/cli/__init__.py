@@ -88,8 +88,8 @@ def _run(arguments: Sequence[str] | None) -> int:
   except Exception as error:
     if os.environ.get("SA_JAX_DEBUG") or not _is_out_of_memory(error):
       raise
-    said = str(error).removeprefix("RESOURCE_EXHAUSTED: ").split("\n")[0]
-    print(_fitted(f"sa-jax: error: not enough memory ({said}); {_LESS_MEMORY}"), file=sys.stderr)
+    reason = str(error).removeprefix("RESOURCE_EXHAUSTED: ").split("\n")[0]
+    print(_fitted(f"sa-jax: error: not enough memory ({reason}); {_LESS_MEMORY}"), file=sys.stderr)
     return 2
   return 0
 
@@ -102,7 +102,7 @@ def _log_level() -> str:
   """
   given = os.environ.get("SA_JAX_LOG") or "WARNING"
   if given.upper() not in logging.getLevelNamesMapping():
-    raise UserError(f"SA_JAX_LOG={given} is no level; DEBUG, INFO, WARNING or ERROR is needed")
+    raise UserError(f"SA_JAX_LOG={given} is not a log level; use DEBUG, INFO, WARNING or ERROR")
   return given.upper()
 
 
@@ -170,9 +170,9 @@ def _parse(commands: dict[str, Callable[..., Command]], given: Sequence[str]) ->
     UserError: if values contradict each other.
     SystemExit: for ``--help``, and if arguments cannot be parsed, after printing why.
   """
-  said = _Said()
+  captured = _CapturedStderr()
   try:
-    with contextlib.redirect_stderr(said):
+    with contextlib.redirect_stderr(captured):
       parsed = _parsed(commands, given)
   except SystemExit as stop:
     # If one of our dataclasses raises, tyro prints it as a parsing error; report it like other errors instead.
@@ -181,9 +181,9 @@ def _parse(commands: dict[str, Callable[..., Command]], given: Sequence[str]) ->
       cause = cause.__context__
     if cause is not None:
       raise cause from None
-    sys.stderr.write(said.getvalue())
+    sys.stderr.write(captured.getvalue())
     raise
-  sys.stderr.write(said.getvalue())
+  sys.stderr.write(captured.getvalue())
   return parsed
 
 
@@ -215,7 +215,7 @@ def _parsed(commands: dict[str, Callable[..., Command]], given: Sequence[str]) -
   return tyro.cli(command, prog=f"sa-jax {name}", args=given[1:], config=config, registry=registry)
 
 
-class _Said(io.StringIO):
+class _CapturedStderr(io.StringIO):
   """Captures stderr, with the same width and colours."""
 
   def isatty(self) -> bool:

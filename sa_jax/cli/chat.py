@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from sa_jax.cli.common import console
-from sa_jax.cli.sampling import Sampling, Speaker, TemplateOptions, say_tokens, template_options
+from sa_jax.cli.sampling import GenerationOpening, Sampling, TemplateOptions, say_tokens, template_options
 from sa_jax.errors import UserError
 
 
@@ -25,7 +25,7 @@ class Chat:
   """System message."""
   options: TemplateOptions = ()
   """Extra chat-template variables, such as enable_thinking=false."""
-  opening: Speaker = Speaker()
+  opening: GenerationOpening = GenerationOpening()
   """Model."""
   sampling: Sampling = dataclasses.field(default_factory=lambda: Sampling(max_new_tokens=512))
   """Tokens."""

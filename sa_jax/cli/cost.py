@@ -74,7 +74,7 @@ def model_of(model: str, revision: str | None = None) -> tuple[ModelConfig, Shar
   if model in PRESETS and revision is None:
     return PRESETS[model], SharingPlan.dense(PRESETS[model].num_layers)
   if model in PRESETS:
-    raise UserError(f"`revision={revision}` is of models on the hub, and {model} is a preset: leave it out")
+    raise UserError(f"`revision={revision}` is for models on the hub, but {model} is a preset: leave it out")
   try:
     source = open_source(model, revision, "config")
   except UserError as error:

@@ -110,10 +110,10 @@ class Demo:
     with progress("comparing layers"):
       similarity = layer_similarity(model, dense, jnp.asarray(rows[:1, :128]))
     file = self.out / "similarity.png"
-    title = f"{path.stem}: layers attend alike\n{_TEXT.name}, its first 128 tokens; plan {plan}"
+    title = f"{path.stem}: layer similarity\n{_TEXT.name}, its first 128 tokens; plan {plan}"
     make_folder(self.out)
     plots.similarity_map(similarity.mean().cosine, file, title=title, plan=plan)
-    tell("\nWhich layers attend alike (the plan's groups are outlined)", file)
+    tell("\nLayer similarity (the plan's groups are outlined)", file)
     write_json(self.json, {"plan": str(plan), "costs": dict(zip(models, costs, strict=True)), "results": results})
 
   def _time(self, models: Mapping[str, tuple[Any, Any]], tokens: Any, report: Any, rounds: int = 5) -> dict[str, float]:

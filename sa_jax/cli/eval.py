@@ -89,13 +89,13 @@ class Eval:
       console.print("* not paired: the metric is not a mean over documents, or the documents differ")
     if self.markdown is not None:
       write_text(self.markdown, markdown(title, columns, rows))
-    told = {name: self._told(results) for name, results in found.items()}
+    shown = {name: self._without_samples(results) for name, results in found.items()}
     flat = [
       {"plan": name, "than": base, "task": task, "metric": metric, **each._asdict()}
       for name, of in changed.items()
       for (task, metric), each in of.items()
     ]
-    write_json(self.json, {"plans": told, "differences": flat} if others else told[base])
+    write_json(self.json, {"plans": shown, "differences": flat} if others else shown[base])
     if self.output_path is not None:
       console.print(f"results in lm-eval's format: {self.output_path}")
 
@@ -172,11 +172,11 @@ class Eval:
         tracker=tracker,
       )
     if tracker is not None and written is not None:
-      save_results(tracker, self._told(results))
+      save_results(tracker, self._without_samples(results))
       written.close()
     return results
 
-  def _told(self, results: Results) -> Results:
+  def _without_samples(self, results: Results) -> Results:
     """The results, without samples unless requested."""
     return results if self.how.log_samples else {key: value for key, value in results.items() if key != "samples"}
 

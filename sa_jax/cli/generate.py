@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from sa_jax.cli.common import console, say, write_json
-from sa_jax.cli.sampling import Sampling, Speaker, TemplateOptions, say_tokens, template_options
+from sa_jax.cli.sampling import GenerationOpening, Sampling, TemplateOptions, say_tokens, template_options
 from sa_jax.cli.texts import read_strings
 from sa_jax.errors import UserError
 from sa_jax.files import check_writable
@@ -36,7 +36,7 @@ class Generate:
   """Apply the model's chat template to each prompt, as a user message."""
   options: TemplateOptions = ()
   """Extra chat-template variables, such as enable_thinking=false."""
-  opening: Speaker = Speaker()
+  opening: GenerationOpening = GenerationOpening()
   """Model."""
   sampling: Sampling = dataclasses.field(default_factory=Sampling)
   """Tokens."""

@@ -49,7 +49,7 @@ def _nothing(label: str, screen: Console) -> Iterator[Progress]:
 def _lines(label: str, screen: Console) -> Iterator[Progress]:
   """Prints occasional lines, and the total time at the end if there were any."""
   del screen
-  begun = said = time.monotonic()
+  start = said = time.monotonic()
   first: tuple[float, int] | None = None
 
   def say(text: str) -> None:
@@ -70,5 +70,5 @@ def _lines(label: str, screen: Console) -> Iterator[Progress]:
       first = now, done
 
   yield report
-  if said != begun:
-    say(f"done in {duration(time.monotonic() - begun)}")
+  if said != start:
+    say(f"done in {duration(time.monotonic() - start)}")

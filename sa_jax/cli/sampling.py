@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Speaker(Opening):
+class GenerationOpening(Opening):
   """How to open the model for generation."""
 
   plan: Annotated[str | None, tyro.conf.arg(metavar="PLAN")] = None

@@ -40,12 +40,12 @@ class Share(Searching):
   json: Path | None = None
   """Also write the numbers to this file."""
 
-  def saves_a_search(self) -> bool:
+  def prefers_known_plan(self) -> bool:
     """Whether to use a known plan: on a CPU, where a search takes an hour, if no search flag is given."""
     import jax
 
-    told = self.plan is not None or self.record is not None or self.settings.search != EFFORTS["good"].search
-    return self.effort == "good" and not told and jax.default_backend() == "cpu"
+    explicit = self.plan is not None or self.record is not None or self.settings.search != EFFORTS["good"].search
+    return self.effort == "good" and not explicit and jax.default_backend() == "cpu"
 
   @exact_float32()
   def run(self) -> None:
@@ -55,13 +55,13 @@ class Share(Searching):
     from sa_jax.analysis.budget import Budget
     from sa_jax.analysis.card import card, results
     from sa_jax.analysis.distilling import Distillation
-    from sa_jax.analysis.forecast import foretold, work
+    from sa_jax.analysis.forecast import with_estimates, work
     from sa_jax.analysis.share import share
     from sa_jax.cli.progress import stages
     from sa_jax.cli.texts import rows_at_once
     from sa_jax.formats.hf_plan import write_plan
 
-    begun = time.perf_counter()
+    start = time.perf_counter()
     check_absent(self.out)
     if self.plot is not None:
       plots.check_installed()
@@ -82,7 +82,7 @@ class Share(Searching):
     model, params, texts = self.prepare(all_rows=distillation is not None)
     if known is not None:
       wanted = plans.get(model, Budget.parse(known).most(config), params).plan
-    elif isinstance(wanted, Budget) and wanted.measure == "followers" and self.saves_a_search():
+    elif isinstance(wanted, Budget) and wanted.measure == "followers" and self.prefers_known_plan():
       with contextlib.suppress(UserError):
         wanted = plans.get(model, int(wanted.amount), params).plan
         tell("plan", f"{wanted}, known for this model; --plan search searches for one on these texts")
@@ -92,7 +92,7 @@ class Share(Searching):
       chunk = rows_at_once(model.config, length)
       if isinstance(wanted, SharingPlan) or wanted.measure == "followers":
         count = wanted if isinstance(wanted, SharingPlan) else int(wanted.amount)
-        stage = foretold(work(config, texts, count, self.settings, chunk), stage, lambda text: tell("time", text))
+        stage = with_estimates(work(config, texts, count, self.settings, chunk), stage, lambda text: tell("time", text))
       made = share(
         model, params, texts, wanted, self.settings,
         chunk=chunk, distillation=distillation, record=self.record, stage=stage,
@@ -106,7 +106,7 @@ class Share(Searching):
       table.append([f"perplexity, {name}", f"{old:.3f}", f"{new:.3f}", change(new, old)])
     show_table(f"{made.mixture}; {length} tokens", ["", "dense", "shared", "change"], table)
     self.opening.save(self.out, self.model, made.model, made.params, self.dtype)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     if is_first():
       write_text(self.out / "README.md", card(self.model.name, made, texts, self.settings, seconds))
     console.print(f"\n{plan}\n", style="bold")

@@ -4,7 +4,7 @@ from sa_jax.decode.admission import Request
 from sa_jax.decode.batcher import Batcher
 from sa_jax.decode.beams import Beams, Found, beam_search
 from sa_jax.decode.detokenizer import Detokenizer
-from sa_jax.decode.engine import Begun, Engine, capacity_for, pad_to
+from sa_jax.decode.engine import CachedPrefixes, Engine, capacity_for, pad_to
 from sa_jax.decode.generate import Generated, generate, stream
 from sa_jax.decode.padding import right_pad, to_right_padded
 from sa_jax.decode.prefix import PromptCache
@@ -70,7 +70,7 @@ __all__ = [
   "Request",
   "Serving",
   # The compiled programs.
-  "Begun",
+  "CachedPrefixes",
   "Cache",
   "DecodeState",
   "Drawn",

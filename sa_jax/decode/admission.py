@@ -16,9 +16,9 @@ from sa_jax.decode.engine import pad_to
 from sa_jax.decode.serving import PageTable, Serving
 from sa_jax.decode.state import Prompts
 from sa_jax.errors import UserError
-from sa_jax.fields import Count, Seed, Such, check_fields
+from sa_jax.fields import Constraint, Count, Seed, check_fields
 
-RowNumber = Annotated[int, Such(lambda number: 0 <= number < 1 << 31, f"0 to {(1 << 31) - 1}")]
+RowNumber = Annotated[int, Constraint(lambda number: 0 <= number < 1 << 31, f"0 to {(1 << 31) - 1}")]
 
 
 @dataclasses.dataclass(eq=False)
@@ -100,7 +100,7 @@ class Admission:
     if request.slots > self._how.capacity:
       raise UserError(
         f"a prompt of {len(request.prompt)} tokens with {request.max_new_tokens} new ones needs {request.slots} cache "
-        f"slots, and a row has {self._how.capacity}"
+        f"slots, but a row has {self._how.capacity}"
       )
     with self._lock:
       self._waiting.append(request)

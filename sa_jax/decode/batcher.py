@@ -10,14 +10,14 @@ import numpy as np
 
 from sa_jax.decode.admission import Admission, Entering, Request
 from sa_jax.decode.engine import Engine
+from sa_jax.decode.nonfinite import warn_nonfinite
 from sa_jax.decode.prefix import PromptCache
 from sa_jax.decode.reading import Reading, admit_read, begin, read
 from sa_jax.decode.room import check_room
 from sa_jax.decode.sampling import Sampler
 from sa_jax.decode.serving import PageTable, Serving
 from sa_jax.decode.state import Drawn, retire
-from sa_jax.decode.unsound import tell_unsound
-from sa_jax.distributed import check_given, is_spread
+from sa_jax.distributed import check_given, is_multiprocess
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
 from sa_jax.nn.transformer import check_tokens
@@ -71,8 +71,8 @@ class Batcher:
     self._state = self._engine.empty(how.slots, capacity, sampler, pages)
     self._stepping = threading.Lock()  # any thread may submit and cancel; only one steps at a time
     self._running: dict[int, Request] = {}
-    self._begun: _Begun | None = None
-    self._told = False
+    self._prefilling: _ChunkedPrefill | None = None
+    self._warned = False
 
   def submit(self, prompt: Sequence[int] | np.ndarray, max_new_tokens: int, *, seed: int = 0, row: int = 0) -> Request:
     """Queues a prompt; ``seed`` and ``row`` determine its samples as in `sa_jax.generate`.
@@ -84,9 +84,9 @@ class Batcher:
     try:
       tokens = np.asarray(prompt)
     except ValueError:
-      raise UserError("a prompt is a list of tokens, not of lists of different lengths") from None
+      raise UserError("a prompt must be a flat list of tokens") from None
     if tokens.ndim != 1 or not tokens.size:
-      raise UserError(f"a prompt is a list of at least one token, not of shape {tokens.shape}")
+      raise UserError(f"a prompt must be a flat list of at least one token, not of shape {tokens.shape}")
     check_tokens(tokens[None], None, self._engine.model.config.vocab_size)
     request = Request(tokens.astype(np.int32), max_new_tokens, seed, row)
     self._admission.add(request)
@@ -135,7 +135,7 @@ class Batcher:
 
   def _check_alike(self, chunk: int) -> None:
     """Checks that processes stepping together have the same requests in the same order."""
-    if is_spread(self._params):
+    if is_multiprocess(self._params):
       requests = self._admission.with_waiting(self._running.values())
       check_given(
         "a step of the batcher", {"requests": requests, "sampler": self.sampler, "how": self.how, "chunk": chunk}
@@ -145,7 +145,7 @@ class Batcher:
     """Decodes a chunk of tokens; the result stays on the device."""
     # While requests wait, stop as soon as a few rows have ended, to fill their slots.
     slots, width = self.how.slots, min(max(self.how.chunk, _UNWATCHED), self.how.capacity)  # max tokens of a row
-    held = self._begun is not None or self._admission.held  # requests wait only because rows are running
+    held = self._prefilling is not None or self._admission.held  # requests wait only because rows are running
     wanted = len(self._admission) and not held
     enough = np.int32(min(slots, slots - len(self._running) + self.how.together) if wanted else slots)
     self._state, out = self._engine.decode(
@@ -160,10 +160,12 @@ class Batcher:
 
   def _collect(self, first: list[tuple[np.ndarray, Drawn]], out: Drawn | None) -> dict[Request, list[int]]:
     """Fetches first tokens by slot and a chunk's tokens in one transfer: with small models, host time dominates."""
-    out, done, unsound, first = fetch((out, self._state.done, self._state.unsound, first))
-    if not self._told:
+    out, done, nonfinite, first = fetch((out, self._state.done, self._state.nonfinite, first))
+    if not self._warned:
       slots, running = list(self._running), self._running.values()
-      self._told = tell_unsound(unsound[slots], [len(each.prompt) for each in running], [each.row for each in running])
+      self._warned = warn_nonfinite(
+        nonfinite[slots], [len(each.prompt) for each in running], [each.row for each in running]
+      )
     firsts = {slot: _row(each, at) for slots, each in first for at, slot in enumerate(slots.tolist())}
     news = {}
     for slot, request in list(self._running.items()):
@@ -188,43 +190,43 @@ class Batcher:
     """Prefills waiting requests into free slots; returns slots and first tokens (on device)."""
     if self._table is not None:
       self._table.keep(self._running)
-    if self._begun is not None and self._begun.request.status != "waiting":  # cancelled
-      self._begun = None
-    if self._begun is None:
+    if self._prefilling is not None and self._prefilling.request.status != "waiting":  # cancelled
+      self._prefilling = None
+    if self._prefilling is None:
       free = [slot for slot in range(self.how.slots) if slot not in self._running]
       groups = self._admission.next(free, busy=bool(self._running))
       if not (groups and groups[0].is_long):
         return [self._admit(entering) for entering in groups]
-      self._begun = _Begun.of(self._engine, groups[0], self.how, self.prefix)
-    return self._read_on(self._begun)
+      self._prefilling = _ChunkedPrefill.of(self._engine, groups[0], self.how, self.prefix)
+    return self._continue_prefill(self._prefilling)
 
   def _admit(self, entering: Entering) -> tuple[np.ndarray, Drawn]:
     """Prefills requests into their slots. They run only after that: an interrupt loses none."""
     prompts = entering.prompts
-    begun = None if self.prefix is None else self.prefix.begun(prompts, self._engine.model)
+    prefixes = None if self.prefix is None else self.prefix.match(prompts, self._engine.model)
     self._give_pages(entering)
     self._state, first = self._engine.admit(
-      self._params, self._state, entering.slots, prompts, sampler=self.sampler, begun=begun
+      self._params, self._state, entering.slots, prompts, sampler=self.sampler, prefixes=prefixes
     )
     self._run(entering)
     return entering.slots, first
 
-  def _read_on(self, begun: _Begun) -> list[tuple[np.ndarray, Drawn]]:
+  def _continue_prefill(self, prefilling: _ChunkedPrefill) -> list[tuple[np.ndarray, Drawn]]:
     """Prefills a chunk of a long prompt, or all of the rest if no row runs; returns the same as `_fill_slots`."""
-    self._begun = None  # an interrupt loses the prefilled chunks, but not the request, which is still waiting
-    while begun.request.status == "waiting" and not begun.is_read:
-      begun = begun.read_on(self._engine, self._params)
+    self._prefilling = None  # an interrupt loses the prefilled chunks, but not the request, which is still waiting
+    while prefilling.request.status == "waiting" and not prefilling.is_done:
+      prefilling = prefilling.advance(self._engine, self._params)
       if self._running:
         break
-    if begun.request.status != "waiting":
+    if prefilling.request.status != "waiting":
       return []
-    if not begun.is_read:
-      self._begun = begun
+    if not prefilling.is_done:
+      self._prefilling = prefilling
       return []
-    entering = begun.entering
+    entering = prefilling.entering
     self._give_pages(entering)
     self._state, first = admit_read(
-      self._engine, self._params, self._state, entering.slots, begun.reading, sampler=self.sampler
+      self._engine, self._params, self._state, entering.slots, prefilling.reading, sampler=self.sampler
     )
     self._run(entering)
     return [(entering.slots, first)]
@@ -244,7 +246,7 @@ class Batcher:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Begun:
+class _ChunkedPrefill:
   """A request whose prompt is prefilled in chunks.
 
   Attributes:
@@ -260,23 +262,23 @@ class _Begun:
   start: int = 0
 
   @classmethod
-  def of(cls, engine: Engine, entering: Entering, how: Serving, prefix: PromptCache | None) -> _Begun:
+  def of(cls, engine: Engine, entering: Entering, how: Serving, prefix: PromptCache | None) -> _ChunkedPrefill:
     assert how.read is not None, "prompts are read whole"
     prompts = entering.prompts
     if prefix is None:
       return cls(entering, begin(engine, prompts), how.read)
-    begun = prefix.begun(prompts, engine.model)
-    return cls(entering, begin(engine, prompts, begun), how.read, int(begun.shared[0]))
+    prefixes = prefix.match(prompts, engine.model)
+    return cls(entering, begin(engine, prompts, prefixes), how.read, int(prefixes.shared[0]))
 
   @property
   def request(self) -> Request:
     return self.entering.requests[0]
 
   @property
-  def is_read(self) -> bool:
+  def is_done(self) -> bool:
     return self.start >= len(self.request.prompt)
 
-  def read_on(self, engine: Engine, params: Params) -> _Begun:
+  def advance(self, engine: Engine, params: Params) -> _ChunkedPrefill:
     """Prefills one more chunk."""
     reading = read(engine, params, self.reading, np.int32(self.start), chunk=self.chunk)
     return dataclasses.replace(self, reading=reading, start=self.start + self.chunk)

@@ -16,7 +16,7 @@ from sa_jax.decode.engine import Engine, capacity_for, pad_to
 from sa_jax.decode.generate import checked_prompts, pad_token
 from sa_jax.decode.room import check_room
 from sa_jax.decode.state import Prompts
-from sa_jax.distributed import called_alike
+from sa_jax.distributed import same_call_on_all
 from sa_jax.fields import Count, check_fields
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.typed import apply
@@ -95,7 +95,7 @@ class _Search:
   ended: _Ranked
 
 
-@called_alike
+@same_call_on_all
 def beam_search(
   model: Transformer, params: Params, tokens: ArrayLike, lengths: ArrayLike | None = None, how: Beams = Beams()
 ) -> Found:

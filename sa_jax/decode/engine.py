@@ -12,11 +12,11 @@ from flax import struct
 from jax.sharding import Mesh
 
 from sa_jax import ops
+from sa_jax.decode.nonfinite import nonfinite_from
 from sa_jax.decode.processors import Start
 from sa_jax.decode.room import check_room
 from sa_jax.decode.sampling import Sampler
 from sa_jax.decode.state import DecodeState, Drawn, Prompts, insert, newest
-from sa_jax.decode.unsound import unsound_from
 from sa_jax.errors import UserError
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.typed import apply
@@ -30,7 +30,7 @@ _SHORTEST = 64
 
 
 @struct.dataclass
-class Begun:
+class CachedPrefixes:
   """Prompts' prefixes that are already cached.
 
   Attributes:
@@ -103,7 +103,7 @@ class Engine:
     """
     config, plan = self.model.config, self.model.plan
     if pages is not None and self.mesh is not None:
-      raise UserError("a cache of pages lies on one device: leave out cache_slots on a mesh")
+      raise UserError("a paged cache cannot be sharded: leave out cache_slots on a mesh")
     shape = (slots, capacity) if pages is None else (len(pages.owners), capacity // pages.table.shape[1])
     check_room(*shape, self.mesh, self.model)
 
@@ -133,7 +133,7 @@ class Engine:
     *,
     sampler: Sampler,
     capacity: int,
-    begun: Begun | None = None,
+    prefixes: CachedPrefixes | None = None,
     samples: int = 1,
   ) -> DecodeState:
     """Prefills prompts into a cache of ``capacity`` slots per row, at least T, and samples the first tokens.
@@ -143,10 +143,10 @@ class Engine:
       prompts: the prompts.
       sampler: how tokens are sampled.
       capacity: cache slots per row.
-      begun: cached prefixes, if any.
+      prefixes: cached prefixes, if any.
       samples: how many rows continue each prompt, which is prefilled once; see `Prompts.repeated`.
     """
-    logits, cache = self._prefilled(params, prompts, begun, capacity)
+    logits, cache = self._prefilled(params, prompts, prefixes, capacity)
     if samples > 1:
       prompts = prompts.repeated(samples)
       logits, cache = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (logits, cache))
@@ -161,15 +161,15 @@ class Engine:
     prompts: Prompts,
     *,
     sampler: Sampler,
-    begun: Begun | None = None,
+    prefixes: CachedPrefixes | None = None,
   ) -> tuple[DecodeState, Drawn]:
     """`prefill` and `insert` at int32 ``slots [rows]``, in one program.
 
     Returns:
       The batch, and the rows' first tokens ``[rows, 1]``.
     """
-    capacity = prompts.tokens.shape[1] if begun is None else state.cache.capacity
-    logits, cache = self._prefilled(params, prompts, begun, capacity)
+    capacity = prompts.tokens.shape[1] if prefixes is None else state.cache.capacity
+    logits, cache = self._prefilled(params, prompts, prefixes, capacity)
     return self.admitted(state, slots, prompts, (logits, cache), sampler)
 
   def admitted(
@@ -185,12 +185,14 @@ class Engine:
     rows = self._first(sampler, prompts, logits, cache, state.cache.capacity + 1)
     return self._in_place(insert(state, rows, slots)), newest(rows.tokens, rows.log_probs, sampler)
 
-  def _prefilled(self, params: Params, prompts: Prompts, begun: Begun | None, capacity: int) -> tuple[jax.Array, Cache]:
+  def _prefilled(
+    self, params: Params, prompts: Prompts, prefixes: CachedPrefixes | None, capacity: int
+  ) -> tuple[jax.Array, Cache]:
     """Logits ``[B, V]`` after the prompts, and their cache of ``capacity`` slots."""
     _LOG.info("compiling prefill of %s × %s tokens into %s slots", *prompts.tokens.shape, capacity)
     with traced_on(self.mesh, self.rules):
-      if begun is not None:
-        return self._read_on(params, prompts, begun, capacity)
+      if prefixes is not None:
+        return self._prefill_rest(params, prompts, prefixes, capacity)
       logits, cache = apply(self.model, params, Transformer.prefill, prompts.tokens, prompts.lengths)
       return logits, cache.grow(capacity)
 
@@ -204,14 +206,16 @@ class Engine:
     )
     return self._in_place(self.drawn(sampler, logits, state))
 
-  def _read_on(self, params: Params, prompts: Prompts, begun: Begun, capacity: int) -> tuple[jax.Array, Cache]:
+  def _prefill_rest(
+    self, params: Params, prompts: Prompts, prefixes: CachedPrefixes, capacity: int
+  ) -> tuple[jax.Array, Cache]:
     """`Transformer.prefill` for prompts whose prefixes are cached; the cache has ``capacity`` slots."""
-    cache = begun.rows(prompts.tokens.shape[0], capacity)
-    places = begun.shared[:, None] + jnp.arange(begun.rest)[None]
+    cache = prefixes.rows(prompts.tokens.shape[0], capacity)
+    places = prefixes.shared[:, None] + jnp.arange(prefixes.rest)[None]
     tokens = jnp.take_along_axis(prompts.tokens, places, axis=1, mode="clip")
-    sight = ops.Rows(jnp.asarray(prompts.lengths), offset=jnp.asarray(begun.shared))
-    hidden, cache = apply(self.model, params, Transformer.extend, tokens, cache, sight)
-    last = jnp.take_along_axis(hidden, (prompts.lengths - begun.shared - 1)[:, None, None], axis=1)
+    visible = ops.Rows(jnp.asarray(prompts.lengths), offset=jnp.asarray(prefixes.shared))
+    hidden, cache = apply(self.model, params, Transformer.extend, tokens, cache, visible)
+    last = jnp.take_along_axis(hidden, (prompts.lengths - prefixes.shared - 1)[:, None, None], axis=1)
     return apply(self.model, params, Transformer.logits, last)[:, 0], cache
 
   @program(static_argnames=("self", "width"), donate_argnames="state")
@@ -287,7 +291,7 @@ class Engine:
       tokens=stay(state.tokens, tokens),
       done=state.done | ended,
       log_probs=log_probs,
-      unsound=stay(state.unsound, unsound_from(state.unsound, logits, state.positions)),
+      nonfinite=stay(state.nonfinite, nonfinite_from(state.nonfinite, logits, state.positions)),
       history=sampler.after(state.history, tokens),
     )
 

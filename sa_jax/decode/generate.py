@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from sa_jax.decode.batcher import Batcher
 from sa_jax.decode.engine import Engine, capacity_for, pad_to
+from sa_jax.decode.nonfinite import warn_nonfinite
 from sa_jax.decode.padding import to_right_padded
 from sa_jax.decode.prefix import PromptCache
 from sa_jax.decode.room import check_room
@@ -18,8 +19,7 @@ from sa_jax.decode.sampling import Sampler
 from sa_jax.decode.serving import Serving
 from sa_jax.decode.settings import Settings
 from sa_jax.decode.state import DecodeState, Drawn, Prompts, newest
-from sa_jax.decode.unsound import tell_unsound
-from sa_jax.distributed import called_alike
+from sa_jax.distributed import same_call_on_all
 from sa_jax.errors import UserError
 from sa_jax.fields import Count, checked
 from sa_jax.nn import Transformer
@@ -52,7 +52,7 @@ class Generated(NamedTuple):
     return cls(tokens, there.sum(axis=1).astype(np.int32), drawn.log_probs)
 
 
-@called_alike
+@same_call_on_all
 def generate(
   model: Transformer,
   params: Params,
@@ -116,10 +116,10 @@ def generate(
     drawn = _continuous(batcher, [row for row in prompts for _ in range(samples)], how)
   else:
     batch = Prompts.of(prompts, pad_to(tokens.shape[1], capacity), how.max_new_tokens, how.seed)
-    begun = None if prefix is None else prefix.begun(batch, model)
+    prefixes = None if prefix is None else prefix.match(batch, model)
     layers = as_layers(params, model.plan)
     engine = Engine.of(model, layers)
-    state = engine.prefill(layers, batch, sampler=how.sampler, capacity=capacity, begun=begun, samples=samples)
+    state = engine.prefill(layers, batch, sampler=how.sampler, capacity=capacity, prefixes=prefixes, samples=samples)
     drawn = _static(engine, layers, state, how)
   return Generated.of(model, drawn)
 
@@ -129,7 +129,7 @@ def _one_sampler(sampler: Sampler | None, temperature: float) -> Sampler:
   if sampler is None:
     return Sampler(temperature)
   if temperature:
-    raise UserError("give a sampler, which has a temperature, or a temperature, not both")
+    raise UserError("give a sampler or a temperature, not both: a sampler has its own temperature")
   return sampler
 
 
@@ -137,7 +137,7 @@ def _as_rows(tokens: ArrayLike) -> np.ndarray:
   try:
     return np.asarray(tokens)
   except ValueError:
-    raise UserError("prompts are rows of one length: right-pad shorter ones, and give lengths") from None
+    raise UserError("prompts must have one length: right-pad shorter ones, and give lengths") from None
 
 
 def checked_prompts(
@@ -162,7 +162,7 @@ def pad_token(model: Transformer) -> int:
   return config.pad_token_id if config.pad_token_id is not None else (*config.eos_token_ids, 0)[0]
 
 
-@called_alike
+@same_call_on_all
 def stream(
   model: Transformer,
   params: Params,
@@ -201,13 +201,13 @@ def _static(engine: Engine, layers: Params, state: DecodeState, how: Settings) -
   new = how.max_new_tokens
   width = pad_to(new - 1, state.cache.capacity)
   # Fetched before the state is donated.
-  tokens, log_probs, lengths, unsound = fetch((state.tokens, state.log_probs, state.positions, state.unsound))
+  tokens, log_probs, lengths, nonfinite = fetch((state.tokens, state.log_probs, state.positions, state.nonfinite))
   drawn = newest(tokens, log_probs, how.sampler)
   if new > 1:
     state, rest = engine.decode(layers, state, sampler=how.sampler, steps=np.int32(new - 1), width=width)
-    rest, unsound = fetch((rest, state.unsound))
+    rest, nonfinite = fetch((rest, state.nonfinite))
     drawn = Drawn(*jax.tree.map(lambda one, more: np.concatenate([one, more[:, : new - 1]], axis=1), drawn, rest))
-  tell_unsound(unsound, lengths.tolist(), range(len(lengths)))
+  warn_nonfinite(nonfinite, lengths.tolist(), range(len(lengths)))
   return drawn
 
 

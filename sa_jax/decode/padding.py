@@ -46,9 +46,9 @@ def to_right_padded(tokens: np.ndarray, attention_mask: np.ndarray) -> tuple[np.
   """
   tokens, mask = np.asarray(tokens), np.asarray(attention_mask)
   if tokens.ndim != 2 or mask.shape != tokens.shape:
-    raise UserError(f"tokens and attention_mask are both [batch, length], not {tokens.shape} and {mask.shape}")
+    raise UserError(f"tokens and attention_mask must both be [batch, length], not {tokens.shape} and {mask.shape}")
   if not np.isin(mask, (0, 1)).all():
-    raise UserError("attention_mask holds 1 at tokens and 0 at padding, and nothing else")
+    raise UserError("attention_mask must be 1 at tokens and 0 at padding")
   starts = mask.argmax(axis=1)
   lengths = mask.sum(axis=1)
   slots = np.arange(mask.shape[1])

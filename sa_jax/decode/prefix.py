@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sa_jax.decode.engine import Begun, Engine, pad_to
+from sa_jax.decode.engine import CachedPrefixes, Engine, pad_to
 from sa_jax.decode.state import Prompts
-from sa_jax.distributed import check_given, is_spread
+from sa_jax.distributed import check_given, is_multiprocess
 from sa_jax.errors import UserError
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.transformer import check_tokens
@@ -60,12 +60,12 @@ class PromptCache:
         "the model's rotary embedding depends on a row's length, so a cached prefix cannot be reused in longer rows: "
         "give whole prompts, without a prefix"
       )
-    if is_spread(params):
+    if is_multiprocess(params):
       check_given("PromptCache.read", {"model": model, "tokens": row})
     layers = as_layers(params, model.plan)
     return cls(row[0].astype(np.int32), _read(Engine.of(model, layers), layers, row.astype(np.int32)), model)
 
-  def begun(self, prompts: Prompts, model: Transformer) -> Begun:
+  def match(self, prompts: Prompts, model: Transformer) -> CachedPrefixes:
     """The part of each prompt that is already cached; at least its last token is not.
 
     Raises:
@@ -76,7 +76,7 @@ class PromptCache:
     width = min(tokens.shape[1], len(self.tokens))
     same = np.cumprod(tokens[:, :width] == self.tokens[:width], axis=1).sum(axis=1)
     shared = np.minimum(same, lengths - 1).astype(np.int32)
-    return Begun(self.cache, shared, pad_to(int((lengths - shared).max()), tokens.shape[1]))
+    return CachedPrefixes(self.cache, shared, pad_to(int((lengths - shared).max()), tokens.shape[1]))
 
   def check(self, model: Transformer) -> None:
     """Checks that the prefix is valid for a model.
@@ -86,6 +86,6 @@ class PromptCache:
     """
     if (self.model.config, self.model.plan) != (model.config, model.plan):
       raise UserError(
-        f"the prompt cache was read by another model (plan {self.model.plan}) than this one (plan {model.plan}): "
-        "read the tokens again with PromptCache.read"
+        f"the prompt cache is of a different model (plan {self.model.plan}) than this one (plan {model.plan}): "
+        "compute it again with PromptCache.read"
       )

@@ -85,7 +85,7 @@ class RepetitionPenalty(Processor):
 
   def __post_init__(self) -> None:
     if isinstance(self.penalty, int | float) and not self.penalty > 0:
-      raise UserError(f"a repetition penalty is a positive number, not {self.penalty}")
+      raise UserError(f"a repetition penalty must be positive, not {self.penalty}")
 
   def begin(self, start: Start) -> jax.Array:
     """Count of each token in each row, int32 ``[B, V]``."""
@@ -140,7 +140,7 @@ class _OfTokens(Processor):
   def check(self, vocab_size: int) -> None:
     """See `Processor`."""
     if wrong := [int(token) for token in self.tokens if not 0 <= token < vocab_size]:
-      raise UserError(f"{type(self).__name__} names tokens {wrong}; the vocabulary is 0 to {vocab_size - 1}")
+      raise UserError(f"{type(self).__name__} has invalid tokens {wrong}; the vocabulary is 0 to {vocab_size - 1}")
 
 
 @_value(data_fields=["tokens"], meta_fields=[])
@@ -239,7 +239,7 @@ class Automaton(Processor):
     shapes = np.shape(self.allowed), np.shape(self.following)
     if shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][1] != vocab_size:
       raise UserError(
-        f"an automaton's tables are both [states, vocabulary], with a vocabulary of {vocab_size}; "
+        f"an automaton's tables must both be [states, vocabulary], with a vocabulary of {vocab_size}; "
         f"not {shapes[0]} and {shapes[1]}"
       )
     states = np.append(np.asarray(self.following).ravel(), self.first)
@@ -264,7 +264,7 @@ class Automaton(Processor):
 
 
 @struct.dataclass
-class Said:
+class History:
   """The tokens of rows.
 
   Attributes:
@@ -292,14 +292,14 @@ class HostMask(Processor):
 
   function: Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-  def begin(self, start: Start) -> Said:
+  def begin(self, start: Start) -> History:
     """The prompts."""
     batch, length = start.tokens.shape
     tokens = jnp.zeros((batch, max(start.room, length)), jnp.int32).at[:, :length].set(start.tokens)
     lengths = jnp.asarray(start.lengths)
-    return Said(tokens, lengths, lengths + 0)  # a copy: a donated state must not hold an array twice
+    return History(tokens, lengths, lengths + 0)  # a copy: a donated state must not hold an array twice
 
-  def __call__(self, logits: jax.Array, state: Said) -> jax.Array:
+  def __call__(self, logits: jax.Array, state: History) -> jax.Array:
     """See the class."""
 
     def ask(tokens: np.ndarray, prompts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -310,7 +310,7 @@ class HostMask(Processor):
     allowed = jax.pure_callback(ask, shape, state.tokens, state.prompts, state.lengths)
     return jnp.where(allowed, logits, -jnp.inf)
 
-  def after(self, state: Said, tokens: jax.Array) -> Said:
+  def after(self, state: History, tokens: jax.Array) -> History:
     """With the new tokens added."""
     rows = jnp.arange(tokens.shape[0])
     written = state.tokens.at[rows, state.lengths].set(tokens, mode="drop")

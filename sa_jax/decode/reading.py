@@ -11,7 +11,7 @@ from flax import struct
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
-from sa_jax.decode.engine import Begun, Engine
+from sa_jax.decode.engine import CachedPrefixes, Engine
 from sa_jax.decode.sampling import Sampler
 from sa_jax.decode.state import DecodeState, Drawn, Prompts
 from sa_jax.nn import Cache, LayerCache, Transformer
@@ -51,21 +51,21 @@ def _plain(engine: Engine) -> Engine:
   return dataclasses.replace(engine, model=engine.model.clone(config=config))
 
 
-def begin(engine: Engine, prompts: Prompts, begun: Begun | None = None) -> Reading:
+def begin(engine: Engine, prompts: Prompts, prefixes: CachedPrefixes | None = None) -> Reading:
   """Prompts of which nothing is prefilled yet, or only their cached prefixes."""
-  if begun is None:
+  if prefixes is None:
     return _begin(_plain(engine), prompts, None)
   # `rest` is not used here, and each value would compile another program.
-  return _begin(engine, prompts, dataclasses.replace(begun, rest=0))
+  return _begin(engine, prompts, dataclasses.replace(prefixes, rest=0))
 
 
 @program(static_argnames="engine")
-def _begin(engine: Engine, prompts: Prompts, begun: Begun | None) -> Reading:
+def _begin(engine: Engine, prompts: Prompts, prefixes: CachedPrefixes | None) -> Reading:
   config, plan = engine.model.config, engine.model.plan
-  if begun is None:
+  if prefixes is None:
     cache = Cache.empty(config, plan, *prompts.tokens.shape)
   else:
-    cache = begun.rows(*prompts.tokens.shape)
+    cache = prefixes.rows(*prompts.tokens.shape)
   if engine.mesh is not None:
     cache = jax.lax.with_sharding_constraint(cache, cache_shardings(engine.model, engine.mesh, engine.rules))
   return Reading(prompts, cache, jnp.zeros((len(prompts.tokens), config.embed_dim), config.dtype))
@@ -86,10 +86,10 @@ def read(engine: Engine, params: Params, reading: Reading, start: jax.Array | in
   rows, length = prompts.tokens.shape
   _LOG.info("compiling a chunk of %s × %s tokens of prompts of up to %s", rows, chunk, length)
   tokens = jnp.take(jnp.asarray(prompts.tokens), start + jnp.arange(chunk), axis=1, mode="clip")
-  sight = ops.Rows(jnp.asarray(prompts.lengths), offset=jnp.full(rows, start))
+  visible = ops.Rows(jnp.asarray(prompts.lengths), offset=jnp.full(rows, start))
   with traced_on(engine.mesh, engine.rules):
     model = (_plain(engine) if _is_plain(reading.cache) else engine).model
-    hidden, cache = apply(model, params, Transformer.extend, tokens, reading.cache, sight)
+    hidden, cache = apply(model, params, Transformer.extend, tokens, reading.cache, visible)
   at = (prompts.lengths - 1 - start)[:, None]
   here = jnp.take_along_axis(hidden, at[..., None], axis=1, mode="clip")[:, 0]
   return Reading(prompts, cache, jnp.where((at >= 0) & (at < chunk), here, reading.last))

@@ -30,8 +30,8 @@ def check_room(rows: int, capacity: int, mesh: Mesh | None, *models: Transformer
   if (have := _memory(devices)) is not None and needed > have:
     what, take = ("a cache", "takes") if len(models) == 1 else (f"{len(models)} caches", "take")
     raise UserError(
-      f"{what} of {rows} rows of {capacity:,} tokens {take} {needed / 1e9:,.1f} GB, and there are {have / 1e9:,.1f}: "
-      "use fewer rows or tokens"
+      f"{what} of {rows} rows of {capacity:,} tokens {take} {needed / 1e9:,.1f} GB, but there are only "
+      f"{have / 1e9:,.1f}: use fewer rows or tokens"
     )
 
 

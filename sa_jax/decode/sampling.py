@@ -53,7 +53,7 @@ class Sampler:
     for name in ("temperature", "top_p", "min_p"):
       value = getattr(self, name)
       if isinstance(value, str):
-        raise UserError(f"{name} is a number, not {value!r}")
+        raise UserError(f"{name} must be a number, not {value!r}")
       if isinstance(value, np.generic | np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer):
         object.__setattr__(self, name, np.asarray(value).item())
     if not all(isinstance(value, int | float | None) for value in (self.temperature, self.top_p, self.min_p)):

@@ -53,8 +53,8 @@ class Serving:
     check_fields(self, "serving")
     if self.cache_slots is not None and self.page_count < (needed := self.pages_for(self.capacity)):
       raise UserError(
-        f"cache_slots {self.cache_slots} are too few for a row of {self.capacity} (capacity): in pages of "
-        f"{self.page_size}, {needed * self.page_size} are needed"
+        f"cache_slots={self.cache_slots} (must be at least {needed * self.page_size} for a row of capacity "
+        f"{self.capacity} in pages of {self.page_size})"
       )
 
   @property

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Annotated
 
 from sa_jax.decode.sampling import Sampler
-from sa_jax.fields import Count, Seed, Such, check_fields
+from sa_jax.fields import Constraint, Count, Seed, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,6 @@ class TextSettings(Settings):
     slots: max texts generated concurrently.
   """
 
-  stops: tuple[Annotated[str, Such(bool, "a text that is not empty")], ...] = ()
+  stops: tuple[Annotated[str, Constraint(bool, "a non-empty string")], ...] = ()
   chunk: Count = 8
   slots: Count = 32

@@ -18,12 +18,12 @@ from numpy.typing import ArrayLike
 from sa_jax import ops
 from sa_jax.decode.engine import Engine, capacity_for, pad_to
 from sa_jax.decode.generate import Generated, checked_prompts
+from sa_jax.decode.nonfinite import nonfinite_from, warn_nonfinite
 from sa_jax.decode.room import check_room
 from sa_jax.decode.sampling import Sampler
 from sa_jax.decode.settings import Settings
 from sa_jax.decode.state import DecodeState, Drawn, Prompts, newest
-from sa_jax.decode.unsound import tell_unsound, unsound_from
-from sa_jax.distributed import called_alike
+from sa_jax.distributed import same_call_on_all
 from sa_jax.errors import UserError
 from sa_jax.fields import Count, check_fields
 from sa_jax.nn import Cache, Transformer
@@ -44,20 +44,20 @@ class Draft:
   Attributes:
     model: the draft model.
     params: its parameters, in the layer layout; may be arrays of the target model.
-    ahead: tokens proposed per round.
+    proposals: tokens proposed per round.
     is_beginning: whether it is the first layers of the target model, so that one cache serves both.
   """
 
   model: Transformer
   params: Params
-  ahead: Count = 4
+  proposals: Count = 4
   is_beginning: bool = False
 
   def __post_init__(self) -> None:
     check_fields(self, "draft")
 
   @classmethod
-  def sharing(cls, model: Transformer, params: Params, plan: SharingPlan | str, ahead: int = 4) -> Draft:
+  def sharing(cls, model: Transformer, params: Params, plan: SharingPlan | str, proposals: int = 4) -> Draft:
     """The model itself under a plan with more followers, using the same arrays.
 
     Raises:
@@ -65,17 +65,17 @@ class Draft:
     """
     if isinstance(plan, str):
       plan = SharingPlan.parse(plan, model.config.num_layers)
-    return cls(model.clone(plan=plan), prune(as_layers(params, model.plan), plan), ahead)
+    return cls(model.clone(plan=plan), prune(as_layers(params, model.plan), plan), proposals)
 
   @classmethod
-  def early_exit(cls, model: Transformer, params: Params, layers: int, ahead: int = 4) -> Draft:
+  def early_exit(cls, model: Transformer, params: Params, layers: int, proposals: int = 4) -> Draft:
     """The model's first layers with its final norm and head, using the same arrays.
 
     Raises:
       UserError: if the model does not have more layers than that.
     """
     if not 0 < layers < model.plan.num_layers:
-      raise UserError(f"an early exit is after 1 to {model.plan.num_layers - 1} layers, not {layers}")
+      raise UserError(f"an early exit must be after 1 to {model.plan.num_layers - 1} layers, not {layers}")
     whole = as_layers(params, model.plan)
     own = {name: value for name, value in whole["layers"].items() if int(name) < layers}
     config = dataclasses.replace(
@@ -83,7 +83,7 @@ class Draft:
     )
     maps = model.plan.head_map
     plan = SharingPlan(model.plan.source[:layers], None if maps is None else maps[:layers])
-    return cls(model.clone(config=config, plan=plan), {**whole, "layers": own}, ahead, is_beginning=True)
+    return cls(model.clone(config=config, plan=plan), {**whole, "layers": own}, proposals, is_beginning=True)
 
 
 @struct.dataclass
@@ -118,13 +118,13 @@ class SpeculativeEngine:
   Attributes:
     engine: the model's.
     draft: the draft's, with the same placement.
-    ahead: see `Draft`.
+    proposals: see `Draft`.
     is_beginning: see `Draft`.
   """
 
   engine: Engine
   draft: Engine
-  ahead: int
+  proposals: int
   is_beginning: bool = False
 
   @classmethod
@@ -136,9 +136,9 @@ class SpeculativeEngine:
     """
     sizes = model.config.vocab_size, draft.model.config.vocab_size
     if sizes[0] != sizes[1]:
-      raise UserError(f"a draft has its model's vocabulary: the model has {sizes[0]} tokens, the draft {sizes[1]}")
+      raise UserError(f"the vocabularies must be equal: the model has {sizes[0]} tokens, the draft {sizes[1]}")
     engine = Engine.of(model, params)
-    return cls(engine, dataclasses.replace(engine, model=draft.model), draft.ahead, draft.is_beginning)
+    return cls(engine, dataclasses.replace(engine, model=draft.model), draft.proposals, draft.is_beginning)
 
   @program(static_argnames=("self", "capacity"))
   def prefill(
@@ -168,16 +168,16 @@ class SpeculativeEngine:
 
     Args:
       params: the model's and the draft's, in the layer layout.
-      state: donated; the cache needs room for the tokens of rows that have not ended, and ``ahead`` more.
+      state: donated; the cache needs room for the tokens of rows that have not ended, and ``proposals`` more.
       sampler: how tokens are sampled; the same as in `prefill`.
-      width: columns of the result: at least ``ahead + 1`` per round, or as many as rows may still add.
+      width: columns of the result: at least ``proposals + 1`` per round, or as many as rows may still add.
       rounds: max rounds; None for no limit.
 
     Returns:
       The state, and the sampled tokens, left-aligned per row.
     """
     batch = state.before.shape[0]
-    _LOG.info("compiling speculative steps of %s rows, %s tokens ahead", batch, self.ahead)
+    _LOG.info("compiling speculative steps of %s rows, %s proposals each", batch, self.proposals)
     Carry = tuple[jax.Array, SpeculativeState, jax.Array, Drawn]
 
     def unfinished(carry: Carry) -> jax.Array:
@@ -186,7 +186,7 @@ class SpeculativeEngine:
     def one(carry: Carry) -> Carry:
       number, state, written, out = carry
       state, new = self._round(params, state, sampler)
-      columns = written[:, None] + jnp.arange(self.ahead + 1)[None]
+      columns = written[:, None] + jnp.arange(self.proposals + 1)[None]
       columns = jnp.where(new.tokens < 0, width, columns)  # out of range: dropped
       write = lambda to, x: to.at[jnp.arange(batch)[:, None], columns].set(x, mode="drop")
       return number + 1, state, written + (new.tokens >= 0).sum(axis=1), jax.tree.map(write, out, new)
@@ -202,31 +202,31 @@ class SpeculativeEngine:
   def _round(
     self, params: tuple[Params, Params], state: SpeculativeState, sampler: Sampler
   ) -> tuple[SpeculativeState, Drawn]:
-    """Proposes, verifies and accepts; returns the accepted tokens ``[B, ahead + 1]``, left-aligned per row."""
+    """Proposes, verifies and accepts; returns the accepted tokens ``[B, proposals + 1]``, left-aligned per row."""
     rows = state.rows
-    keys = jax.vmap(lambda key, at: jax.random.split(jax.random.fold_in(key, at), self.ahead + 1))(
+    keys = jax.vmap(lambda key, at: jax.random.split(jax.random.fold_in(key, at), self.proposals + 1))(
       rows.keys, rows.positions
     )
     proposed, state = self._propose(params[1], state, sampler, keys[:, :-1])
     read = jnp.concatenate([rows.tokens[:, None], proposed.tokens], axis=1)
-    sight = ops.Rows(rows.positions + self.ahead + 1, offset=rows.positions)
-    hidden, cache = apply(self.engine.model, params[0], Transformer.extend, read, state.rows.cache, sight)
+    visible = ops.Rows(rows.positions + self.proposals + 1, offset=rows.positions)
+    hidden, cache = apply(self.engine.model, params[0], Transformer.extend, read, state.rows.cache, visible)
     logits = apply(self.engine.model, params[0], Transformer.logits, hidden)
     ruled = [sampler.processed(logits[:, at], history) for at, history in enumerate(proposed.histories)]
     wanted = sampler.probabilities(jnp.concatenate(ruled)).reshape(len(ruled), *ruled[0].shape)
     agreed, own = accept(jnp.moveaxis(wanted, 0, 1), proposed.probabilities, proposed.tokens, keys[:, -1])
-    places = jnp.arange(self.ahead + 1)[None]
+    places = jnp.arange(self.proposals + 1)[None]
     tokens = jnp.where(places < agreed[:, None], jnp.pad(proposed.tokens, ((0, 0), (0, 1))), own[:, None])
     ends = self.engine.is_end(tokens)
     ended_before = jnp.cumsum(ends, axis=1) > ends.astype(jnp.int32)
     kept = (places <= agreed[:, None]) & ~ended_before & (places < rows.remaining[:, None]) & ~rows.done[:, None]
-    told = jnp.where(kept, ops.token_log_likelihoods(logits, tokens), 0.0) if sampler.log_probs else None
-    new = Drawn(jnp.where(kept, tokens, -1), told)
-    unsound = rows.unsound
-    for at in range(self.ahead + 1):
-      found = unsound_from(unsound, logits[:, at], rows.positions + 1 + at)
-      unsound = jnp.where(kept[:, at], found, unsound)
-    read_on = dataclasses.replace(state, rows=dataclasses.replace(rows, cache=cache, unsound=unsound))
+    log_probs = jnp.where(kept, ops.token_log_likelihoods(logits, tokens), 0.0) if sampler.log_probs else None
+    new = Drawn(jnp.where(kept, tokens, -1), log_probs)
+    nonfinite = rows.nonfinite
+    for at in range(self.proposals + 1):
+      found = nonfinite_from(nonfinite, logits[:, at], rows.positions + 1 + at)
+      nonfinite = jnp.where(kept[:, at], found, nonfinite)
+    read_on = dataclasses.replace(state, rows=dataclasses.replace(rows, cache=cache, nonfinite=nonfinite))
     return self._advanced(read_on, proposed.histories, new, (ends & kept).any(axis=1), sampler), new
 
   def _propose(
@@ -240,8 +240,8 @@ class SpeculativeEngine:
     else:
       # The draft may not have cached the token before: that was its own last proposal.
       pair = jnp.stack([state.before, rows.tokens], axis=1)
-      sight = ops.Rows(rows.positions + 1, offset=rows.positions - 1)
-      hidden, cache = apply(model, params, Transformer.extend, pair, state.cache, sight)
+      visible = ops.Rows(rows.positions + 1, offset=rows.positions - 1)
+      hidden, cache = apply(model, params, Transformer.extend, pair, state.cache, visible)
       logits = apply(model, params, Transformer.logits, hidden[:, 1:])[:, 0]
 
     def draw(logits: jax.Array, history: tuple[Tree, ...], keys: jax.Array) -> tuple[jax.Array, jax.Array, Tree]:
@@ -256,7 +256,7 @@ class SpeculativeEngine:
       return (tokens, cache, history), (tokens, probabilities, history)
 
     first = draw(logits, rows.history, keys[:, 0])
-    numbers = jnp.arange(1, self.ahead)
+    numbers = jnp.arange(1, self.proposals)
     (_, cache, _), others = jax.lax.scan(
       further, (first[0], cache, first[2]), (numbers, jnp.moveaxis(keys[:, 1:], 1, 0))
     )
@@ -267,7 +267,7 @@ class SpeculativeEngine:
     else:
       state = dataclasses.replace(state, cache=cache)
     at = lambda number: jax.tree.map(lambda x: x[number], histories)
-    after = [at(number) for number in range(self.ahead)]
+    after = [at(number) for number in range(self.proposals)]
     return _Proposed(jnp.moveaxis(tokens, 0, 1), jnp.moveaxis(probabilities, 0, 1), [rows.history, *after]), state
 
   def _advanced(
@@ -353,7 +353,7 @@ class Speculated(NamedTuple):
   rounds: np.ndarray
 
 
-@called_alike
+@same_call_on_all
 def speculate(
   model: Transformer,
   params: Params,
@@ -381,7 +381,7 @@ def speculate(
   """
   prompts, counts = checked_prompts(model, np.asarray(tokens), lengths)
   how.sampler.check(model.config.vocab_size)
-  capacity = capacity_for(int(counts.max()) + how.max_new_tokens + draft.ahead)
+  capacity = capacity_for(int(counts.max()) + how.max_new_tokens + draft.proposals)
   check_room(len(prompts), capacity, mesh_of(params), model, *(() if draft.is_beginning else (draft.model,)))
   layers = as_layers(params, model.plan)
   engine = SpeculativeEngine.of(model, layers, draft)
@@ -391,8 +391,8 @@ def speculate(
   tokens, log_probs = fetch((state.rows.tokens, state.rows.log_probs))  # before the state is donated
   first = newest(tokens, log_probs, how.sampler)
   state, rest = engine.decode(both, state, sampler=how.sampler, width=pad_to(how.max_new_tokens, capacity))
-  rest, rounds, unsound = fetch((rest, state.rounds, state.rows.unsound))
-  tell_unsound(unsound, counts.tolist(), range(len(prompts)))
+  rest, rounds, nonfinite = fetch((rest, state.rounds, state.rows.nonfinite))
+  warn_nonfinite(nonfinite, counts.tolist(), range(len(prompts)))
   join = lambda one, more: np.concatenate([one, more], axis=1)[:, : how.max_new_tokens]
   drawn = Drawn(*jax.tree.map(join, first, rest))
   out = Generated.of(model, drawn)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from sa_jax.decode.nonfinite import FINITE
 from sa_jax.decode.sampling import Sampler
-from sa_jax.decode.unsound import SOUND
 from sa_jax.nn import Cache
 from sa_jax.programs import program
 from sa_jax.trees import Tree
@@ -79,7 +79,7 @@ class DecodeState:
     done: bool ``[B]``, whether the row has ended: by an end token, or with none remaining.
     keys: ``[B]`` PRNG keys of the rows.
     log_probs: float32 ``[B]``, of the newest tokens, if the sampler returns them; otherwise zeros.
-    unsound: int32 ``[B]``, see `unsound_from`.
+    nonfinite: int32 ``[B]``, see `nonfinite_from`.
     history: the states of the sampler's rules.
   """
 
@@ -90,7 +90,7 @@ class DecodeState:
   done: jax.Array
   keys: jax.Array
   log_probs: jax.Array
-  unsound: jax.Array
+  nonfinite: jax.Array
   history: tuple[Tree, ...] = ()
 
   @classmethod
@@ -105,7 +105,7 @@ class DecodeState:
       done=~zeros(bool),
       keys=keys,
       log_probs=zeros(jnp.float32),
-      unsound=zeros(jnp.int32) + SOUND,
+      nonfinite=zeros(jnp.int32) + FINITE,
       history=history,
     )
 

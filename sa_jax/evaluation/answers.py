@@ -89,7 +89,7 @@ class Answers:
         self.path.unlink()
         return
     if _parsed(first) != self._asked_of:
-      raise UserError(f"{self.path} does not hold answers of {self._asked_of}; use another folder")
+      raise UserError(f"{self.path} does not contain answers of {self._asked_of}; use another folder")
     self._is_torn = bool(lines and lines[-1])  # a killed process wrote half a line
     for line in lines:
       value = _parsed(line)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from sa_jax.decode import Batcher, Sampler, Serving, capacity_for, pad_to
 from sa_jax.display import Progress
-from sa_jax.distributed import check_given, is_spread
+from sa_jax.distributed import check_given, is_multiprocess
 from sa_jax.errors import UserError
 from sa_jax.evaluation.answers import Answers, Request
 from sa_jax.evaluation.scoring import Scorer, part, together
@@ -100,7 +100,7 @@ class SharedAttentionLM(TemplateLM):
     ends = model.config.eos_token_ids
     end = special.get("eos_token", ends[0] if ends else None)
     if end is None:
-      raise UserError("neither the config nor the tokenizer names an end token, which lm-eval needs")
+      raise UserError("neither the config nor the tokenizer defines an end token, which lm-eval needs")
     start = special.get("bos_token", model.config.bos_token_id)
     self._end, self._start = int(end), int(end if start is None else start)
     self._start_text = tokenizer.decode([self._start], special=True)
@@ -204,7 +204,9 @@ class SharedAttentionLM(TemplateLM):
   def _truncated(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
     """Truncates a request's context at the start if it is too long; the continuation stays complete."""
     if len(continuation) > self.max_length:
-      raise UserError(f"a continuation of {len(continuation)} tokens is longer than the model's {self.max_length}")
+      raise UserError(
+        f"a continuation of {len(continuation)} tokens is longer than the model's context of {self.max_length}"
+      )
     return context[-(self.max_length + 1 - len(continuation)) :], continuation
 
   def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -252,13 +254,13 @@ class SharedAttentionLM(TemplateLM):
   def _generate(self, contexts: Sequence[str], settings: dict[str, Any], disable_tqdm: bool) -> list[str]:
     stops, longest, sampler = self._read_settings(settings)
     if longest >= self.max_length:
-      raise UserError(f"{longest} new tokens leave no room for a prompt in the model's {self.max_length}")
+      raise UserError(f"{longest} new tokens leave no room for a prompt in the model's context of {self.max_length}")
     check_given("generation", {"contexts": contexts, "settings": settings, "slots": self.slots})
     self._encode_ahead(contexts)
     prompts = [self.tok_encode(context)[-(self.max_length - longest) :] or [self._start] for context in contexts]
     self._encoded = {}
     # If the model spans processes, all of them run it together.
-    spread = is_spread(self._params)
+    spread = is_multiprocess(self._params)
     mine = range(len(prompts)) if spread else part(range(len(prompts)), jax.process_index(), jax.process_count())
     # One capacity for all prompts, so that every process compiles the same programs.
     needed = max(map(len, prompts)) + longest - 1

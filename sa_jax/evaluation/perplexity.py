@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from sa_jax import ops
 from sa_jax.display import Progress, table
-from sa_jax.distributed import called_alike
+from sa_jax.distributed import same_call_on_all
 from sa_jax.errors import UserError
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.transformer import check_tokens
@@ -93,7 +93,7 @@ def _log_likelihood(model: Transformer, params: Params, tokens: jax.Array) -> ja
   return ops.token_log_likelihoods(logits[:, :-1], tokens[:, 1:]).sum(axis=-1)
 
 
-@called_alike
+@same_call_on_all
 @traced_where_parameters_are
 def perplexity(
   model: Transformer,

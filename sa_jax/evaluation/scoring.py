@@ -15,7 +15,7 @@ from sa_jax import ops
 from sa_jax.costs import cost
 from sa_jax.decode.padding import right_pad
 from sa_jax.display import Progress
-from sa_jax.distributed import check_given, is_spread
+from sa_jax.distributed import check_given, is_multiprocess
 from sa_jax.errors import UserError
 from sa_jax.evaluation.prefixes import Family, Row, families, padded_size, rows_of_requests
 from sa_jax.nn import Cache, Transformer
@@ -185,7 +185,7 @@ class Scorer:
       read.append((tokens[:-1], len(context) - 1))
       targets.append(tokens[len(context) :])
     check_given("scores", {"requests": (read, targets), "batch_tokens": self.batch_tokens})
-    spread = is_spread(self._params)
+    spread = is_multiprocess(self._params)
     rows = rows_of_requests(read, merge=self._share)
     grouped = families(rows) if self._share else [Family((row,), 0) for row in rows]
     scores = np.zeros(len(requests)), np.zeros(len(requests), np.int64)
@@ -226,8 +226,8 @@ class Scorer:
         own, lengths = chosen.padded([row.tokens[start:] for row, start in zip(rows, starts)])
         fill = lambda x: np.pad(np.asarray(x, np.int32), (0, len(own) - len(x)))  # noqa: B023
         owners = fill([owner for owner, _ in chosen.items])
-        sight = ops.Rows(jnp.asarray(lengths + fill(starts)), offset=jnp.asarray(fill(starts)))
-        hidden = _hidden_after(self._model, self._params, cache, owners, own, sight)
+        visible = ops.Rows(jnp.asarray(lengths + fill(starts)), offset=jnp.asarray(fill(starts)))
+        hidden = _hidden_after(self._model, self._params, cache, owners, own, visible)
         yield self._scored(hidden, rows, starts, requests)
 
   def _by_length(

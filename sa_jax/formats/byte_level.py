@@ -85,11 +85,11 @@ def read_tekken(file: Path) -> tokenizers.Tokenizer:
   values = read_json(file)
   config, vocabulary = values.get("config"), values.get("vocab")
   if not isinstance(config, dict) or not isinstance(config.get("pattern"), str) or not isinstance(vocabulary, list):
-    raise UserError(f"{file} is not a tokenizer: it needs a config with a text 'pattern', and a list 'vocab'")
+    raise UserError(f"{file} is not a tokenizer: it must have a config with a string 'pattern', and a list 'vocab'")
   size, count = (config.get(name) for name in ("default_vocab_size", "default_num_special_tokens"))
   for each in (size, count):
     if each is not None and not (isinstance(each, int) and 0 <= each <= _MOST):
-      raise UserError(f"{file} is not a tokenizer: its config has the size {shown(each)}")
+      raise UserError(f"{file} is not a tokenizer: its config has the invalid size {shown(each)}")
   special = _OLD_TEKKEN if (listed := values.get("special_tokens")) is None else _in_order(listed, file)
   special = [*special, *(f"<SPECIAL_{number}>" for number in range(len(special), count or 0))]
   kept = vocabulary if size is None else vocabulary[: max(size - len(special), 0)]
@@ -100,7 +100,7 @@ def read_tekken(file: Path) -> tokenizers.Tokenizer:
     return from_ranks(ranked, config["pattern"], special)
   except Exception as error:  # the tokenizers package raises bare Exception
     pattern = shown(config["pattern"])
-    raise UserError(f"{file} is not a tokenizer: its pattern {pattern} splits no text: {error}") from None
+    raise UserError(f"{file} is not a tokenizer: its pattern {pattern} is invalid: {error}") from None
 
 
 def is_tiktoken(file: Path) -> bool:
@@ -125,13 +125,13 @@ def read_tiktoken(file: Path, listed: Mapping[int, tokenizers.AddedToken]) -> to
   for number, line in enumerate(file.read_bytes().splitlines()):
     word, _, rank = line.partition(b" ")
     if rank.strip() != b"%d" % number:
-      raise UserError(f"{file}, line {number + 1}: a string in base64 and the rank {number} are needed")
+      raise UserError(f"{file}, line {number + 1}: expected a base64 string and the rank {number}")
     ranked.append(_bytes(word, number, file))
   _check_once(ranked, file)
   backend = from_ranks(ranked, LLAMA_3_SPLIT)
   last = max(listed, default=-1)
   if last > _MOST:
-    raise UserError(f"{file} has {len(ranked)} tokens, and the settings one of number {last}")
+    raise UserError(f"{file} has {len(ranked)} tokens, but the settings have one with id {last}")
   for number in range(len(ranked), last + 1):
     token = tokenizers.AddedToken(f"<|reserved_token_{number}|>", special=True, normalized=False)
     backend.add_tokens([listed.get(number, token)])
@@ -158,7 +158,7 @@ def _decoded(word: object) -> bytes | None:
 
 def _bytes(word: object, rank: int, file: Path) -> bytes:
   if not (found := _decoded(word)):
-    raise UserError(f"{file} is not a tokenizer: the string of rank {rank} is {shown(word)}, and not one in base64")
+    raise UserError(f"{file} is not a tokenizer: the string of rank {rank} is {shown(word)}, which is not base64")
   return found
 
 
@@ -167,6 +167,6 @@ def _check_once(ranked: Sequence[bytes], file: Path) -> None:
   if len(set(ranked)) < len(ranked):
     faults.append("some strings have two ranks")
   if len({string for string in ranked if len(string) == 1}) < 256:
-    faults.append("some bytes have no rank of their own")
+    faults.append("some bytes have no rank")
   if faults:
     raise UserError.of(f"{file} is not a tokenizer", faults)

@@ -75,7 +75,7 @@ class Template(NamedTuple):
   now: datetime.datetime | None = None
 
   @property
-  def tells_the_date(self) -> bool:
+  def uses_date(self) -> bool:
     """Whether the text may depend on the date."""
     return "strftime_now" in self.source
 
@@ -86,13 +86,13 @@ class Template(NamedTuple):
       UserError: if ``tools`` or ``documents`` are not objects, or an option is not a valid variable.
     """
     if "add_generation_prompt" in options:
-      raise UserError("whether a chat ends with the opening of an answer is told by `prompt`")
+      raise UserError("use `prompt` instead of the option add_generation_prompt")
     if "messages" in options:
-      raise UserError("the messages are given by themselves, and not among what else the template reads")
+      raise UserError("pass messages as an argument, not as an option")
     for name in ("tools", "documents"):
       given = options.get(name)
       if given is not None and not (isinstance(given, list | tuple) and all(isinstance(one, Mapping) for one in given)):
-        raise UserError(f"{name} are a list of objects, of tools their JSON schemas, not {shown(given)}")
+        raise UserError(f"{name} must be a list of objects (JSON schemas for tools), not {shown(given)}")
     return dict(options)
 
   def unread(self, options: Iterable[str]) -> list[str]:
@@ -141,7 +141,7 @@ class Template(NamedTuple):
     (rendered,) = self.render([Call([*before, {**last, **dict.fromkeys(fields, given)}], False, variables)])
     text, mark = rendered.text, _HERE.strip()
     if mark not in text or content.strip() not in text:
-      raise UserError("the chat template does not write the last message as it is, so it cannot be continued")
+      raise UserError("the chat template changes the last message, so it cannot be continued")
     at = text.rindex(mark)
     return text[:at] if text[at : at + len(_HERE)] == _HERE else text[:at].rstrip()
 
@@ -166,7 +166,7 @@ def _messages(messages: Sequence[Message]) -> list[dict[str, object]]:
   out = []
   for message in messages:
     if not isinstance(message, Mapping):
-      raise UserError(f"a message is an object with 'role' and 'content', not {type(message).__name__}")
+      raise UserError(f"a message must be an object with 'role' and 'content', not {type(message).__name__}")
     kept = {key: value for key, value in message.items() if value is not None}
     if (thought := next((kept[name] for name in _REASONING if name in kept), None)) is not None:
       kept = {"thinking": thought, **kept, "reasoning_content": thought}
@@ -213,7 +213,7 @@ class _Process:
       if not line:
         self.end()
         raise UserError(
-          f"the chat template takes more than {SECONDS} s of computing for one chat, or breaks what renders it"
+          f"the chat template takes more than {SECONDS} s of CPU time for one chat, or crashes its process"
         )
     answer: dict[str, object] = json.loads(line)
     return answer

@@ -96,7 +96,7 @@ def _handler(progress: Progress | None, started: list[_Writing]) -> Any:
   import tensorstore as ts
   from orbax.checkpoint import type_handlers
 
-  class Told:
+  class Recording:
     """Records pending writes."""
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
@@ -104,10 +104,10 @@ def _handler(progress: Progress | None, started: list[_Writing]) -> Any:
       started.extend(futures)
       return futures
 
-  class NumpyHandler(Told, type_handlers.NumpyHandler):
+  class NumpyHandler(Recording, type_handlers.NumpyHandler):
     """Writes NumPy arrays."""
 
-  class ArrayHandler(Told, type_handlers.ArrayHandler):
+  class ArrayHandler(Recording, type_handlers.ArrayHandler):
     """Writes JAX arrays."""
 
   class LazyHandler(NumpyHandler):

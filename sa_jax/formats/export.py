@@ -13,7 +13,7 @@ import numpy as np
 
 from sa_jax.config import ModelConfig
 from sa_jax.display import Progress
-from sa_jax.distributed import done_by_first
+from sa_jax.distributed import runs_on_first
 from sa_jax.errors import UserError
 from sa_jax.files import as_path, copy, new_file, new_folder
 from sa_jax.formats import hf_config, hf_plan
@@ -30,7 +30,7 @@ WITHOUT_CODE = ("baichuan", "internlm2", "internlm3", "mimo", "minicpm")
 _SHARD_BYTES = 500_000_000
 
 
-@done_by_first("the export")
+@runs_on_first("the export")
 def export(
   src: str | Path,
   dst: str | Path,

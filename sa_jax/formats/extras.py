@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
   except (ValueError, RecursionError) as error:
     raise UserError(f"{path} is not readable JSON: {error}") from None
   if not isinstance(values, dict):
-    raise UserError(f"{path} must hold a JSON object, and holds a {type(values).__name__}")
+    raise UserError(f"{path} must contain a JSON object, not a {type(values).__name__}")
   return values
 
 

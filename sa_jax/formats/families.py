@@ -176,8 +176,8 @@ FAMILIES: dict[str, Family] = {
     rows.BAICHUAN,
     fields={"normalize_head": True},
     # Baichuan 1 spells it BaiChuan, and has no NormHead.
-    fixed={"architectures": Fixed((["BaichuanForCausalLM"],), "another model of this name")},
-    required={"max_position_embeddings": "the 13B models lack it: they use ALiBi, which is not implemented"},
+    fixed={"architectures": Fixed((["BaichuanForCausalLM"],), "an older model of this name")},
+    required={"max_position_embeddings": "it must be given: the 13B models lack it, as they use ALiBi"},
     ropes=("default",),
   ),
   "internlm2": Family(
@@ -193,13 +193,13 @@ FAMILIES: dict[str, Family] = {
     keys=GRANITE_KEYS,
     spelling=_GRANITE_4,
     fixed={
-      "num_local_experts": Fixed((0,), "the model is a mixture of experts"),
+      "num_local_experts": Fixed((0,), "a mixture of experts"),
       "position_embedding_type": Fixed(("rope",), "another position embedding"),
       "normalization_function": Fixed(("rmsnorm",), "another norm"),
     },
     required={
-      "layer_types": "without it all layers are of another kind than attention (Mamba)",
-      "position_embedding_type": "without it nothing is rotated, as beside Mamba",
+      "layer_types": "it must be given: by default, all layers are Mamba layers",
+      "position_embedding_type": "it must be given: by default, there is no rotary embedding",
     },
     defaults=GRANITE_DEFAULTS | {"num_local_experts": 8},
     inert=_GRANITE_4_INERT,
@@ -214,7 +214,7 @@ FAMILIES: dict[str, Family] = {
       Key("scale_depth", ("residual_scale",), "over_root_depth"),
       Key("dim_model_base", ("logits_scale",), "over_width"),
     ),
-    fixed={"sparse_config": Fixed((None,), "tokens see only a part of those before them")},
+    fixed={"sparse_config": Fixed((None,), "sparse attention")},
     defaults={"scale_emb": 1, "scale_depth": 1, "dim_model_base": 1, "tie_word_embeddings": True},
     inert=frozenset({"mup_denominator"}),
     ropes=("default", "linear", "dynamic", "longrope"),
@@ -236,7 +236,7 @@ FAMILIES: dict[str, Family] = {
     "SmolLM3ForCausalLM",
     rows.LLAMA,
     keys=(_ATTENTION_BIAS, _MLP_BIAS),
-    fixed={"use_sliding_window": Fixed((False,), "layers without rotary embedding see so many tokens")},
+    fixed={"use_sliding_window": Fixed((False,), "a sliding window in layers without rotary embedding")},
     defaults={
       "num_key_value_heads": 4, "max_position_embeddings": 32_768, "rope_theta": 2e6, "bos_token_id": 128_000,
       "eos_token_id": 128_001, "pad_token_id": 128_004, "tie_word_embeddings": True,
@@ -264,9 +264,9 @@ FAMILIES: dict[str, Family] = {
     fields={"qk_norm": "head", "norm_rotated": True},
     keys=(_ATTENTION_BIAS,),
     fixed={
-      "use_qk_norm": Fixed((True,), "queries and keys are not normalised"),
-      "use_cla": Fixed((False,), "layers share keys and values already, so that a plan does not fit"),
-      "use_mla": Fixed((False,), "queries, keys and values are of low rank"),
+      "use_qk_norm": Fixed((True,), "attention without normalised queries and keys"),
+      "use_cla": Fixed((False,), "cross-layer attention, in which layers already share keys and values,"),
+      "use_mla": Fixed((False,), "multi-head latent attention"),
     },
     defaults={"rms_norm_eps": 1e-5, "pad_token_id": 0},
     inert=frozenset({"eod_token_id", "cla_share_factor"}),

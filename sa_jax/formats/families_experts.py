@@ -10,8 +10,8 @@ from sa_jax.formats.reader import Config, Fields, Fixed
 _ATTENTION_BIAS = Key("attention_bias", ("qkv_bias", "output_bias"), "flag")
 _INERT = frozenset({"router_aux_loss_coef", "router_jitter_noise"})  # training only
 _DENSE_LAYERS = {
-  "mlp_only_layers": Fixed(([],), "some layers are no mixtures"),
-  "decoder_sparse_step": Fixed((1,), "some layers are no mixtures"),
+  "mlp_only_layers": Fixed(([],), "a mixture with dense MLPs in some layers"),
+  "decoder_sparse_step": Fixed((1,), "a mixture with dense MLPs in some layers"),
 }
 # `intermediate_size` is the width of dense layers.
 _QWEN_DEFAULTS = {
@@ -98,7 +98,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
     fields={"qk_norm": "heads"},
     keys=(_ATTENTION_BIAS,),
     experts=ExpertKeys("num_experts", "norm_topk_prob"),
-    fixed={"clip_qkv": Fixed((None,), "queries, keys and values are clipped to it")},
+    fixed={"clip_qkv": Fixed((None,), "clipping of queries, keys and values")},
     defaults={
       "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "pad_token_id": 1, "bos_token_id": None,
       "eos_token_id": 50_279, "num_experts": 64, "num_experts_per_tok": 8,
@@ -131,7 +131,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
     keys=(_ATTENTION_BIAS, Key("swiglu_limit", ("mlp_clamp",), "number")),
     experts=ExpertKeys("num_local_experts"),
     spelling=Spelling(_gpt_oss, dict),
-    fixed={"swiglu_alpha": Fixed((1.702,), "gates are multiplied by it before their sigmoid")},
+    fixed={"swiglu_alpha": Fixed((1.702,), "another SwiGLU coefficient")},
     activations={"silu": "quick_gelu"},
     defaults={
       "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5,

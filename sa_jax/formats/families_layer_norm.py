@@ -9,7 +9,7 @@ from sa_jax.formats.reader import Config, Fields, Fixed
 _ATTENTION_BIAS = Key("attention_bias", ("qkv_bias", "output_bias"), "flag")
 _ALL_BIASES = ("qkv_bias", "output_bias", "mlp_bias")
 _EPS = {"layer_norm_eps": "rms_norm_eps"}
-_NORM_OF_EACH_HEAD = Fixed((False,), "queries and keys are normalised, each head with a scale of its own")
+_NORM_OF_EACH_HEAD = Fixed((False,), "a norm of queries and keys with one scale per head")
 _BIASED = {"norm": "layer", "norm_bias": True}
 _COHERE_DEFAULTS = {
   "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "pad_token_id": 0, "bos_token_id": 5,
@@ -79,7 +79,7 @@ LAYER_NORM_FAMILIES: dict[str, Family] = {
     fields=_COHERE_FIELDS,
     keys=_COHERE_KEYS,
     aliases=_EPS,
-    required={"sliding_window": "without it nothing would be rotated"},
+    required={"sliding_window": "it must be given: without it, there is no rotary embedding"},
     defaults=_COHERE_DEFAULTS | {"sliding_window": 4096, "sliding_window_pattern": 4},
     inert=_COHERE_INERT,
     window="layers",
@@ -134,8 +134,8 @@ LAYER_NORM_FAMILIES: dict[str, Family] = {
     aliases={"layer_norm_epsilon": "rms_norm_eps"},
     spelling=Spelling(_falcon_usual, _falcon_own),
     fixed={
-      "alibi": Fixed((False,), "scores are lowered with distance, by ALiBi"),
-      "apply_residual_connection_post_layernorm": Fixed((False,), "what is normalised is added, not what is not"),
+      "alibi": Fixed((False,), "ALiBi"),
+      "apply_residual_connection_post_layernorm": Fixed((False,), "a residual connection after the norm"),
     },
     defaults={
       "rms_norm_eps": 1e-5, "activation": "gelu", "bos_token_id": 11, "eos_token_id": 11, "tie_word_embeddings": True,

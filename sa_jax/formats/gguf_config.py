@@ -15,22 +15,22 @@ from sa_jax.formats.gguf_architectures import ARCHITECTURES, GgufArchitecture, M
 from sa_jax.formats.reader import Config, Fields
 from sa_jax.ops import RopeConfig, rope_frequencies
 
-# Values that change the result and are not read for every architecture: their meanings.
+# Metadata that changes the result but is not read for every architecture, and the feature that it selects.
 _MEANINGS = {
-  "attention.scale": "attention scores are scaled by it",
-  "logit_scale": "logits are scaled by it",
-  "residual_scale": "what layers add is scaled by it",
-  "embedding_scale": "embeddings are scaled by it",
-  "attention.sliding_window": "tokens see so many before them",
-  "rope.scaling.attn_factor": "queries and keys are scaled by it",
-  "rope.scaling.yarn_ext_factor": "how much of the stretching is YaRN's",
-  "attention.causal": "tokens see those behind them",
-  "attention.clamp_kqv": "queries, keys and values are clipped to it",
-  "attention.max_alibi_bias": "scores are lowered with distance, by ALiBi",
-  "final_logit_softcapping": "logits are capped at it",
-  "attn_logit_softcapping": "attention scores are capped at it",
-  "expert_count": "the model is a mixture of experts",
-  "nextn_predict_layers": "the last layers predict further tokens",
+  "attention.scale": "a custom scale of attention scores",
+  "logit_scale": "scaling of logits",
+  "residual_scale": "scaling of residual branches",
+  "embedding_scale": "scaling of embeddings",
+  "attention.sliding_window": "a sliding window",
+  "rope.scaling.attn_factor": "scaling of queries and keys",
+  "rope.scaling.yarn_ext_factor": "a YaRN extrapolation factor",
+  "attention.causal": "non-causal attention",
+  "attention.clamp_kqv": "clipping of queries, keys and values",
+  "attention.max_alibi_bias": "ALiBi",
+  "final_logit_softcapping": "a soft cap of logits",
+  "attn_logit_softcapping": "a soft cap of attention scores",
+  "expert_count": "a mixture of experts",
+  "nextn_predict_layers": "multi-token prediction",
 }
 # Values without any effect.
 _INERT = frozenset(
@@ -97,8 +97,8 @@ class Values:
       value = self._fields[name].contents()
       if key in _NEUTRAL and value == _NEUTRAL[key]:
         continue
-      meaning = _MEANINGS.get(key, "what it does is not known")
-      faults.append(f"{name} = {value!r}: {meaning}, which is not implemented for this architecture")
+      meaning = _MEANINGS.get(key, "this unknown key")
+      faults.append(f"{name} = {value!r}: {meaning} is not implemented for this architecture")
     if faults:
       raise UserError.of(f"{self.path} cannot be used", faults)
 
@@ -144,7 +144,9 @@ def architecture_of(values: Values) -> GgufArchitecture:
   """
   name = values.take("general.architecture", str)
   if name not in ARCHITECTURES:
-    raise UserError(f"{values.path} holds the architecture {name!r}; supported in GGUF are: {', '.join(ARCHITECTURES)}")
+    raise UserError(
+      f"{values.path} has the unsupported architecture {name!r}; supported in GGUF are: {', '.join(ARCHITECTURES)}"
+    )
   return ARCHITECTURES[name]
 
 
@@ -174,9 +176,11 @@ def _head_dim(values: Values, prefix: str, architecture: GgufArchitecture) -> Fi
   in_part = "partial_rotary_factor" in FAMILIES[architecture.family].defaults
   head_dim = length or (width if in_part else rotated or width)
   if not in_part and rotated not in (None, head_dim):
-    raise UserError(f"{values.path}: heads of {head_dim} with rotary embedding on {rotated} of it are not implemented")
+    raise UserError(f"{values.path}: rotary embedding on {rotated} of {head_dim} head dimensions is not implemented")
   if (of_values := values.optional(f"{prefix}attention.value_length", int)) not in (None, head_dim):
-    raise UserError(f"{values.path}: values of {of_values} numbers beside keys of {head_dim} are not implemented")
+    raise UserError(
+      f"{values.path}: value heads of dimension {of_values} with key heads of {head_dim} are not implemented"
+    )
   return {"head_dim": head_dim} | ({"partial_rotary_factor": (rotated or head_dim) / head_dim} if in_part else {})
 
 
@@ -241,6 +245,6 @@ def _llama3(values: Values, config: Config, found: np.ndarray) -> Fields:
   plain = rope_frequencies(RopeConfig(theta), config["head_dim"])
   divided = np.asarray(plain / rope_frequencies(scaled, config["head_dim"]))
   if found.shape != divided.shape or not np.allclose(found, divided, rtol=1e-4):
-    raise UserError(f"{values.path}: rotary frequencies are divided by {ROPE_FACTORS[0]}, which are not Llama 3's")
+    raise UserError(f"{values.path}: {ROPE_FACTORS[0]} are not Llama 3's factors; others are not implemented")
   names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
   return {"rope_type": "llama3"} | dict(zip(names, (factor, low, high, length), strict=True))

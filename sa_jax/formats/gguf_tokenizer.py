@@ -106,7 +106,7 @@ def _list(file: GgufFile, name: str) -> list[Any]:
   """
   values = file.field(f"tokenizer.ggml.{name}", list)
   if odd := [value for value in values if type(value) is not _ENTRIES[name]][:1]:
-    raise UserError(f"{file.path}: metadata value tokenizer.ggml.{name} holds {odd[0]!r}, which is no entry of it")
+    raise UserError(f"{file.path}: metadata value tokenizer.ggml.{name} contains the invalid entry {odd[0]!r}")
   return values
 
 
@@ -119,7 +119,7 @@ def _columns(file: GgufFile, *names: str) -> list[list[Any]]:
   columns = [_list(file, name) for name in names]
   if len({len(column) for column in columns}) > 1:
     sizes = ", ".join(f"{len(column)} {name}" for name, column in zip(names, columns, strict=True))
-    raise UserError(f"{file.path}: the tokenizer's lists should have an entry for each token, not {sizes}")
+    raise UserError(f"{file.path}: the tokenizer's lists must have one entry per token, not {sizes}")
   return columns
 
 

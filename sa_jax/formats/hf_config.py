@@ -62,11 +62,11 @@ def read(values: Config, strict: bool = False) -> ModelConfig:
   eos = reader.take("eos_token_id", () if "eos_token_id" in reader.values else 2)
   eos = (eos,) if isinstance(eos, int) else eos
   if not isinstance(eos, list | tuple) or not all(isinstance(token, int) for token in eos):
-    reader.fail("eos_token_id", "a token id, a list of token ids or null is needed")
+    reader.fail("eos_token_id", "must be a token id, a list of token ids or null")
     eos = ()
   dtype = str(reader.either("dtype", "torch_dtype", "float32")).removeprefix("torch.")
   if dtype not in DTYPES:
-    reader.fail("dtype" if "dtype" in values else "torch_dtype", f"one of {', '.join(DTYPES)} is needed")
+    reader.fail("dtype" if "dtype" in values else "torch_dtype", f"must be one of {', '.join(DTYPES)}")
   for key, allowed in {**FIXED, **family.fixed}.items():
     reader.fixed(key, allowed)
   for key in ("quantization_config", "quantization"):
@@ -133,12 +133,11 @@ def family_of(values: Config) -> Family:
   if any("experts" in key for key in values):
     mixtures = ", ".join(name for name, family in FAMILIES.items() if family.experts)
     raise UserError(
-      f"model_type {model_type!r} is a mixture of experts of a kind that is not supported; supported are: {mixtures}"
+      f"model_type {model_type!r} is an unsupported kind of mixture of experts; supported are: {mixtures}"
     )
   if values.get("is_encoder_decoder") or not any("CausalLM" in str(name) for name in values.get("architectures") or ()):
     raise UserError(
-      f"model_type {model_type!r} is not known as a decoder-only language model, and no other is supported; "
-      f"supported are: {supported}"
+      f"model_type {model_type!r} is not known to be a decoder-only language model; supported are: {supported}"
     )
   raise UserError(f"model_type {model_type!r} is not supported; supported are: {supported}")
 
@@ -146,7 +145,7 @@ def family_of(values: Config) -> Family:
 def _read_sizes(reader: ConfigReader) -> dict[str, int]:
   sizes = {ours: reader.integer(theirs) for theirs, ours in _SIZES.items()}
   if sizes["num_layers"] > _MOST_LAYERS:
-    reader.fail("num_hidden_layers", f"models of more than {_MOST_LAYERS} layers are not believed")
+    reader.fail("num_hidden_layers", f"must be at most {_MOST_LAYERS}")
     sizes["num_layers"] = 1
   num_kv_heads = reader.integer("num_key_value_heads", sizes["num_heads"])
   if sizes["num_heads"] % num_kv_heads:
@@ -167,7 +166,7 @@ def _reader(values: Config, family: Family) -> ConfigReader:
   reader = ConfigReader({**family.defaults, **{family.aliases.get(key, key): values[key] for key in values}}, spelled)
   for usual, own in spelled.items():
     if usual in values and values[usual] != values[own]:
-      reader.fail(usual, f"it has two values, of which {usual} says {values[usual]!r}; keep one of them")
+      reader.fail(usual, f"conflicts with {usual} = {values[usual]!r}; keep one of them")
   return reader
 
 
@@ -231,11 +230,11 @@ def _read_window(reader: ConfigReader, family: Family, num_layers: int) -> Field
   elif _are_kinds(types, num_layers):
     pattern = [_LOCAL_KINDS[kind] for kind in types]
   else:
-    reader.fail("layer_types", f"a list of {num_layers} names, each of {' or '.join(_LOCAL_KINDS)}, is needed")
+    reader.fail("layer_types", f"must be a list of {num_layers} names, each {' or '.join(_LOCAL_KINDS)}")
     return {}
   if not switched_on or family.window == "none":
     if types is not None and any(pattern):
-      reader.fail("layer_types", "it names sliding_attention, and use_sliding_window is false")
+      reader.fail("layer_types", "has sliding_attention, but use_sliding_window is false")
     return {}
   if window is None and any(pattern):
     reader.fail("sliding_window", "layers with sliding_attention need a number of tokens")
@@ -257,7 +256,7 @@ def _without_rope(reader: ConfigReader, num_layers: int) -> tuple[int, ...]:
   if flags is None:
     return tuple(range(every - 1, num_layers, every))
   if not isinstance(flags, list) or len(flags) != num_layers or not all(flag in (0, 1) for flag in flags):
-    reader.fail("no_rope_layers", f"a list of {num_layers} numbers, 1 for a layer with rotary embedding, is needed")
+    reader.fail("no_rope_layers", f"must be a list of {num_layers} numbers, 1 for a layer with rotary embedding")
     return ()
   return tuple(layer for layer, rotates in enumerate(flags) if not rotates)
 
@@ -274,7 +273,9 @@ def write(config: ModelConfig, spelling: Literal["v4", "v5"] = "v5") -> Fields:
     UserError: if the family is unknown, or its ``config.json`` cannot describe the model.
   """
   if (family := FAMILIES.get(config.family)) is None:
-    raise UserError(f"there is no family {config.family!r} to write a config.json of{near(config.family, FAMILIES)}")
+    raise UserError(
+      f"cannot write a config.json of the unknown family {config.family!r}{near(config.family, FAMILIES)}"
+    )
   activations = {ours: theirs for theirs, ours in family.activations.items()}
   eos = config.eos_token_ids
   values = {

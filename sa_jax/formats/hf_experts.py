@@ -30,9 +30,9 @@ def read(reader: ConfigReader, keys: ExpertKeys | None) -> Experts | None:
   count, chosen = reader.integer(keys.number), reader.integer(_CHOSEN)
   for other in _NUMBERS:
     if reader.take(other) not in (None, count):
-      reader.fail(other, f"{keys.number} says {count}; keep one of them")
+      reader.fail(other, f"conflicts with {keys.number} = {count}; keep one of them")
   if chosen > count:
-    reader.fail(_CHOSEN, f"at most {keys.number} = {count} is possible")
+    reader.fail(_CHOSEN, f"must be at most {keys.number} = {count}")
     chosen = 1
   normalised = reader.flag(keys.normalised, False) if isinstance(keys.normalised, str) else keys.normalised
   shared = reader.integer(keys.shared) if keys.shared and reader.take(keys.shared) != 0 else 0

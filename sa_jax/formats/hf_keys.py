@@ -50,10 +50,10 @@ INERT = frozenset(
 """Keys that do not affect our computation."""
 
 FIXED: dict[str, Fixed] = {
-  "is_encoder_decoder": Fixed((False,), "the model has an encoder"),
-  "add_cross_attention": Fixed((False,), "layers attend to another sequence"),
-  "pruned_heads": Fixed(({},), "heads were taken out of layers"),
-  "rope_interleaved": Fixed((False,), "queries and keys are rotated in pairs of neighbouring numbers"),
-  "use_bidirectional_attention": Fixed((False,), "tokens see those behind them"),
+  "is_encoder_decoder": Fixed((False,), "an encoder"),
+  "add_cross_attention": Fixed((False,), "cross-attention"),
+  "pruned_heads": Fixed(({},), "a model with pruned heads"),
+  "rope_interleaved": Fixed((False,), "interleaved rotary embedding"),
+  "use_bidirectional_attention": Fixed((False,), "bidirectional attention"),
 }
 """Keys that affect every family's code."""

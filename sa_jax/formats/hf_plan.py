@@ -26,7 +26,7 @@ def read_plan(values: Config, num_layers: int) -> SharingPlan:
     return SharingPlan.dense(num_layers)
   source = shared.get("source") if isinstance(shared, Mapping) else None
   if not _integers(source):
-    raise UserError('config.json: shared_attention must be {"source": [one layer number a layer]}')
+    raise UserError('config.json: shared_attention must be {"source": [one layer index per layer]}')
   if unknown := sorted(set(shared) - {"source", "head_map", "value_dim"}):
     raise UserError(f"config.json: shared_attention has unknown keys {unknown}")
   plan = as_plan(source, num_layers)
@@ -34,7 +34,9 @@ def read_plan(values: Config, num_layers: int) -> SharingPlan:
   if head_map is None:
     return plan
   if not isinstance(head_map, list) or not all(entry is None or _integers(entry) for entry in head_map):
-    raise UserError("config.json: shared_attention's head_map must be a list, for each layer null or a list of heads")
+    raise UserError(
+      "config.json: shared_attention's head_map must be a list with null or a list of heads for each layer"
+    )
   return SharingPlan(plan.source, tuple(entry and tuple(entry) for entry in head_map))
 
 
@@ -45,7 +47,7 @@ def read_value_dim(reader: ConfigReader, family: Family) -> int | None:
   if value_dim is None:
     return None
   if isinstance(value_dim, bool) or not isinstance(value_dim, int) or value_dim < 1:
-    reader.fail("shared_attention", f"its value_dim is {value_dim!r}; a positive integer is needed")
+    reader.fail("shared_attention", f"its value_dim is {value_dim!r}; must be a positive integer")
     return None
   if family.interleaves_values:
     reader.fail("shared_attention", "this family's files have values between queries and keys: they cannot be narrower")

@@ -40,14 +40,16 @@ def read(reader: ConfigReader, family: Family, head_dim: int, max_length: int) -
   scaling, parameters = reader.take("rope_scaling"), reader.take("rope_parameters", {})
   for key, value in (("rope_scaling", scaling or {}), ("rope_parameters", parameters)):
     if not isinstance(value, Mapping):
-      reader.fail(key, "an object or null is needed")
+      reader.fail(key, "must be an object or null")
       return RopeConfig(), None
   if "rope_theta" in parameters and reader.take("rope_theta") not in (
     None,
     parameters["rope_theta"],
     family.defaults.get("rope_theta"),
   ):
-    reader.fail("rope_theta", f"rope_parameters.rope_theta says {parameters['rope_theta']!r}; keep one of them")
+    reader.fail(
+      "rope_theta", f"conflicts with rope_parameters.rope_theta = {parameters['rope_theta']!r}; keep one of them"
+    )
   # Two values may be next to the scaling instead of inside it.
   outer = {"rope_theta": theta} | {
     key: value for key in (_FRACTION, _ORIGINAL) if (value := reader.take(key)) is not None
@@ -55,11 +57,11 @@ def read(reader: ConfigReader, family: Family, head_dim: int, max_length: int) -
   if family.local_rope in ("own", "unscaled"):
     return _read_both(reader, family, sizes, outer | dict(scaling or {}))
   if scaling and parameters and dict(scaling) != dict(parameters):
-    reader.fail("rope_scaling", "it says something other than rope_parameters does; keep one of them")
+    reader.fail("rope_scaling", "conflicts with rope_parameters; keep one of them")
   values = outer | dict(scaling or {}) | dict(parameters)
   rope = _read_one(reader.inner(values, "rope_parameters."), family, sizes)
   if rope.rotated(head_dim) % 2:
-    reader.fail("head_dim", f"rotary embedding needs an even number, not {rope.rotated(head_dim)}")
+    reader.fail("head_dim", f"rotary embedding needs an even number of dimensions, not {rope.rotated(head_dim)}")
   still = RopeConfig(scaling="none", fraction=rope.fraction, interleaved=rope.interleaved)
   match family.local_rope:
     case "without":
@@ -76,7 +78,7 @@ def _read_both(reader: ConfigReader, family: Family, sizes: _Sizes, values: Conf
   if family.local_rope == "own":
     theta = reader.number("rope_local_base_freq", 10_000.0)
   if unknown := sorted(set(parameters) - {_FULL, _LOCAL}):
-    reader.fail("rope_parameters", f"it has {unknown}, where {_FULL} and {_LOCAL} are known")
+    reader.fail("rope_parameters", f"has unknown keys {unknown}; known are {_FULL} and {_LOCAL}")
   ropes = []
   for name, older in ((_FULL, values), (_LOCAL, {"rope_theta": theta})):
     inner = parameters.get(name) or {}
@@ -95,7 +97,7 @@ def _read_one(reader: ConfigReader, family: Family, sizes: _Sizes) -> RopeConfig
   rotated = int(sizes.head_dim * fields["fraction"])
   if kind not in family.ropes:
     name = "rope_type" if reader.take("rope_type") else "type"
-    reader.fail(name, f"not implemented for this family; {' or '.join(map(repr, family.ropes))} is")
+    reader.fail(name, f"not implemented for this family; must be {' or '.join(map(repr, family.ropes))}")
     return RopeConfig(theta)
   if kind == "dynamic" and "alpha" in reader.values and family.fixed_stretch:
     theta *= reader.number("alpha") ** (sizes.head_dim / (sizes.head_dim - 2))
@@ -126,10 +128,10 @@ def _fraction(reader: ConfigReader, family: Family, kind: str) -> float:
     return 1.0
   fraction = reader.number(_FRACTION, 1.0)
   if fraction > 1:
-    reader.fail(_FRACTION, "a number above 0 and at most 1 is needed")
+    reader.fail(_FRACTION, "must be a number above 0 and at most 1")
     return 1.0
   if _FRACTION not in family.defaults and fraction != 1:
-    reader.fail(_FRACTION, "a part of each head is rotated, which this family's code does not do")
+    reader.fail(_FRACTION, "partial rotary embedding is not implemented for this family")
     return 1.0
   return fraction
 
@@ -191,7 +193,7 @@ def write(config: ModelConfig, family: Family, spelling: Literal["v4", "v5"]) ->
   if family.local_rope == "alone" and config.local_rope is not None:
     rope = config.local_rope
   if rope is None:
-    raise UserError(f"a config.json of {config.family!r} has a rotary embedding, and this model has none (rope=None)")
+    raise UserError(f"a config.json of {config.family!r} has a rotary embedding, but this model has none (rope=None)")
   scaling = _scaling(rope, config.max_length)
   beside: Fields = {}
   if _ORIGINAL in family.defaults:

@@ -23,18 +23,18 @@ _TIED_IF_EITHER = """
 _OF_PICTURES = ("vision_", "image_", "video_", "audio_", "mm_", "boi_", "eoi_", "boa_", "eoa_")
 
 _SHARING = (
-  "its last layers use the keys and values of earlier ones (num_kv_shared_layers): it shares attention already, and "
-  "a follower, which has values of its own, does not fit"
+  "its last layers already reuse the keys and values of earlier ones (num_kv_shared_layers), so followers, which have "
+  "their own values, do not apply"
 )
 _OTHER_HEADS = (
-  "its global layers have heads of another size than its local ones, and some take keys for values (attention_k_eq_v); "
-  "a follower, which has values of its own and its anchor's heads, does not fit"
+  "its global and local layers have different head dimensions, and some use keys as values (attention_k_eq_v), so "
+  "followers, which have their own values and their anchor's heads, do not apply"
 )
-_MIXED = "some or all of its layers are of another kind than attention, and have no attention weights to share"
-_LATENT = "keys and values are made of one vector of low rank (latent attention), which is not implemented"
-_ALIBI = "scores fall with the distance (ALiBi), which is not implemented"
-_LEARNT = "positions are learnt and added to the embeddings, which is not implemented"
-_CROSS = "some of its layers attend to another sequence"
+_MIXED = "some or all of its layers are not attention layers, and have no attention weights to share"
+_LATENT = "multi-head latent attention is not implemented"
+_ALIBI = "ALiBi is not implemented"
+_LEARNT = "learned position embeddings are not implemented"
+_CROSS = "some of its layers are cross-attention"
 _REFUSED = {
   _MIXED: """
     bamba bailing_hybrid falcon_h1 falcon_mamba jamba kimi_linear lfm2 lfm3 mamba mamba2 nemotron_h

@@ -56,7 +56,7 @@ def locate(name: str | Path, revision: str | None = None, need: Need = "weights"
     return path
   hub_id, named_revision = found
   if revision is not None and named_revision not in (None, revision):
-    raise UserError(f"{name} names one revision, but `revision` is {revision!r}; give only one")
+    raise UserError(f"{name} already contains a revision, but `revision` is {revision!r}; give only one")
   from huggingface_hub import snapshot_download
   from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

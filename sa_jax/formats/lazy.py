@@ -123,7 +123,7 @@ def _check_memory(used: Sequence[Entry]) -> None:
   if largest is None or have is None or (needed := 2 * math.prod(largest.shape)) <= have:
     return
   raise UserError(
-    f"{largest.key} {largest.shape} takes at least {needed / 1e9:,.1f} GB, and this machine has {have / 1e9:,.1f}: the "
+    f"{largest.key} {largest.shape} takes at least {needed / 1e9:,.1f} GB, but this machine has {have / 1e9:,.1f}: the "
     "file is damaged, or needs a machine with more memory"
   )
 

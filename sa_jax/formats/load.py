@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from sa_jax.display import Progress
-from sa_jax.distributed import check_given, done_by_first, on_all
+from sa_jax.distributed import check_given, run_on_all, runs_on_first
 from sa_jax.errors import UserError, shown
 from sa_jax.files import as_path, check_absent
 from sa_jax.formats import checkpoint
@@ -77,7 +77,7 @@ def from_pretrained(
     check_given("from_pretrained", {"mesh": mesh, "rules": rules, "dtype": dtype, "plan": plan, "layout": layout})
   read = functools.partial(open_model, path, plan, dtype, revision, strict)
   # If a file is missing on one process, the others must not wait forever.
-  opened = on_all("the files of the model", read, _fingerprint) if spread else read()
+  opened = run_on_all("the files of the model", read, _fingerprint) if spread else read()
   model = Transformer(opened.config, opened.plan)
   tree = opened.tree()
   if layout == "runs":
@@ -105,7 +105,7 @@ def describe(
   return Transformer(opened.config, opened.plan)
 
 
-@done_by_first("the conversion")
+@runs_on_first("the conversion")
 def convert(
   src: str | Path,
   dst: str | Path,

@@ -63,7 +63,7 @@ def open_model(
     if lost := sorted(set(made.anchors) - set(stored.anchors)):
       source.account(config, stored)  # report other errors first
       raise UserError(
-        f"the plan '{made}' makes layers {lost} anchors, but {source.path} holds no queries and keys for them: it was "
+        f"the plan '{made}' makes layers {lost} anchors, but {source.path} has no queries and keys for them: it was "
         f"made for the plan '{stored}'; start from the dense checkpoint"
       ) from None
     raise
@@ -85,7 +85,7 @@ def _check_tied(source: Source, config: ModelConfig) -> None:
     if not np.allclose(head, embedded, rtol=2**-8, atol=0):
       raise UserError(
         f"{source.path}: the config ties the output head to the embedding, but {key} differs from {embedding}; if the "
-        "head was trained by itself, set tie_word_embeddings to false in config.json"
+        "head was trained separately, set tie_word_embeddings to false in config.json"
       )
 
 

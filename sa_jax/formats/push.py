@@ -45,14 +45,14 @@ def push(
 
   open_model(src, plan)  # fails before a repository is created
   api = HfApi(library_name="sa_jax")
-  with _told(hub_id):
+  with _one_line_errors(hub_id):
     api.create_repo(hub_id, private=private, exist_ok=True)
     if branch is not None:
       api.create_branch(hub_id, branch=branch, exist_ok=True)
   with tempfile.TemporaryDirectory(prefix="sa_jax-push-") as above:
     folder = Path(above) / "model"
     export(src, folder, plan=plan, progress=progress)
-    with _told(hub_id):
+    with _one_line_errors(hub_id):
       done = api.upload_folder(
         repo_id=hub_id, folder_path=folder, revision=branch, commit_message="Upload a model exported by sa_jax"
       )
@@ -60,7 +60,7 @@ def push(
 
 
 @contextlib.contextmanager
-def _told(hub_id: str) -> Iterator[None]:
+def _one_line_errors(hub_id: str) -> Iterator[None]:
   """Turns the hub client's exceptions, which include those of its HTTP library, into one-line errors."""
   from huggingface_hub.errors import LocalTokenNotFoundError
 

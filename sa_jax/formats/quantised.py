@@ -69,7 +69,7 @@ class Files(NamedTuple):
       names = [f"{base}.{other}" for other in others]
       for each, kind in zip(names, others.values(), strict=True):
         if each not in self.stored:
-          raise UserError(f"{name} is quantised, and there is no {each} beside it")
+          raise UserError(f"{name} is quantised, but {each} is missing")
         self.check_kind(each, kind)
       yield base, names
 
@@ -81,7 +81,7 @@ class Files(NamedTuple):
     """
     shape = self.stored[name].shape
     if len(shape) != 2:
-      raise UserError(f"{name} is {list(shape)}, where a matrix is needed")
+      raise UserError(f"{name} has shape {list(shape)}; must be a matrix")
     return shape[0], shape[1]
 
   def check_kind(self, name: str, kind: str, count: int | None = None) -> None:
@@ -92,9 +92,9 @@ class Files(NamedTuple):
     """
     shape, dtype = self.stored[name]
     if not dtype.startswith(kind):
-      raise UserError(f"{name} is of type {dtype}, where {kind} is needed")
+      raise UserError(f"{name} has dtype {dtype}; must be {kind}")
     if count is not None and math.prod(shape) != count:
-      raise UserError(f"{name} is {list(shape)}, where {count} numbers are needed")
+      raise UserError(f"{name} has shape {list(shape)}; must have {count} elements")
 
   def check(self, name: str, *shapes: tuple[int, ...]) -> None:
     """Checks that a tensor has one of the shapes.
@@ -103,7 +103,7 @@ class Files(NamedTuple):
       UserError: if it does not.
     """
     if (shape := self.stored[name].shape) not in shapes:
-      raise UserError(f"{name} is {list(shape)}, and does not fit the tensors beside it")
+      raise UserError(f"{name} has shape {list(shape)}, which does not match its other quantisation tensors")
 
 
 def fault_of(settings: object) -> str | None:
@@ -148,7 +148,7 @@ def _fp8(files: Files) -> Iterable[tuple[str, Recipe]]:
       continue
     scale = next((each for each in (f"{name}_scale_inv", f"{name}_scale") if each in files.stored), None)
     if scale is None or len(shape) != 2:
-      raise UserError(f"{name} {list(shape)} is of type {dtype}, and is no matrix with a {name}_scale beside it")
+      raise UserError(f"{name} {list(shape)} has dtype {dtype}, but is not a matrix with a {name}_scale")
     rows, columns = shape
     blocks = (-(-rows // high), -(-columns // wide))
     files.check_kind(scale, "float")
@@ -192,7 +192,7 @@ def _awq(files: Files) -> Iterable[tuple[str, Recipe]]:
     files.check(names[1], (groups, packed))
     files.check(names[2], (groups, packed * 8))
     if inputs % groups:
-      raise UserError(f"{names[0]} has {inputs} rows, which do not divide into {groups} groups")
+      raise UserError(f"{names[0]} has {inputs} rows, which cannot be divided into {groups} groups")
     yield f"{base}.weight", Recipe((packed * 8, inputs), tuple(names), _awq_weight)
 
 
@@ -212,7 +212,7 @@ def _gptq_weight(
   bits: int, above: int, packed: np.ndarray, zeros: np.ndarray, scales: np.ndarray, groups: np.ndarray
 ) -> np.ndarray:
   if groups.min() < 0 or groups.max() >= len(scales):
-    raise UserError(f"a g_idx names group {groups.max()} of {len(scales)}")
+    raise UserError(f"g_idx contains group {groups.max()}, but there are only {len(scales)} groups")
   numbers = _nibbles(packed, bits).swapaxes(1, 2).reshape(-1, packed.shape[1]).astype(np.float32)
   low = _nibbles(zeros, bits).reshape(len(zeros), -1).astype(np.float32) + above
   return ((numbers - low[groups]) * scales.astype(np.float32)[groups]).T
@@ -248,7 +248,7 @@ def _four_bits(files: Files, name: str, described: str) -> Recipe:
   outer = [f"{name}.{each}" for each in ("nested_absmax", "nested_quant_map")]
   parts = [name, f"{name}.absmax", f"{name}.quant_map", *(outer if outer[0] in files.stored else [])]
   if missing := [part for part in parts if part not in files.stored]:
-    raise UserError(f"{name} is quantised, and there is no {missing[0]} beside it")
+    raise UserError(f"{name} is quantised, but {missing[0]} is missing")
   try:
     said = json.loads(files.read(described).tobytes())
     state = _State(
@@ -258,10 +258,12 @@ def _four_bits(files: Files, name: str, described: str) -> Recipe:
       float(said.get("nested_offset", 0)),
     )
   except (ValueError, KeyError, TypeError) as error:
-    raise UserError(f"{described} does not describe a tensor of four bits: {error!r}") from None
+    raise UserError(f"{described} does not describe a 4-bit tensor: {error!r}") from None
   numbers = math.prod(state.shape)
   if math.prod(files.stored[name].shape) * 2 != numbers or min(state.block, state.outer_block, *state.shape) < 1:
-    raise UserError(f"{described} says that {name} is {list(state.shape)}, which is another number of numbers")
+    raise UserError(
+      f"{described} gives {name} the shape {list(state.shape)}, which does not match its number of elements"
+    )
   blocks = -(-numbers // state.block)
   needed = [("uint8", numbers // 2), ("uint8" if len(parts) > 3 else "float", blocks), ("float", 16)]
   for part, (kind, count) in zip(parts, [*needed, ("float", -(-blocks // state.outer_block)), ("float", 256)]):
@@ -295,13 +297,13 @@ def _mxfp4(files: Files) -> Iterable[tuple[str, Recipe]]:
     base = name.removesuffix("_blocks")
     scales = f"{base}_scales"
     if scales not in files.stored:
-      raise UserError(f"{name} is quantised, and there is no {scales} beside it")
+      raise UserError(f"{name} is quantised, but {scales} is missing")
     for each in (name, scales):
       if files.stored[each].dtype != "uint8":
-        raise UserError(f"{each} is of type {files.stored[each].dtype}, where uint8 is needed")
+        raise UserError(f"{each} has dtype {files.stored[each].dtype}; must be uint8")
     shape = files.stored[name].shape
     if len(shape) != 4:
-      raise UserError(f"{name} is {list(shape)}, where [experts, outputs, blocks, bytes] are needed")
+      raise UserError(f"{name} has shape {list(shape)}; must be [experts, outputs, blocks, bytes]")
     files.check(scales, shape[:3])
     experts, outputs, blocks, size = shape
     yield base, Recipe((experts, blocks * size * 2, outputs), (name, scales), _of_powers, by_row=True)
@@ -321,7 +323,7 @@ class _Method(NamedTuple):
 def _only(key: str, values: Sequence[object], default: object) -> Callable[[Config], str | None]:
   def fault(settings: Config) -> str | None:
     value = settings.get(key, default)
-    return None if value in values else f"{key} is {value!r}, where {' or '.join(map(repr, values))} is read"
+    return None if value in values else f"{key} is {value!r}; must be {' or '.join(map(repr, values))}"
 
   return fault
 
@@ -341,7 +343,7 @@ def _gptq_fault(settings: Config) -> str | None:
 
 def _compressed_fault(settings: Config) -> str | None:
   if settings.get("transform_config"):
-    return "by its transform_config, activations are rotated between layers, which is not implemented"
+    return "transform_config, which rotates activations between layers, is not implemented"
   return _only("format", ("float-quantized", "naive-quantized"), None)(settings) or _fp8_fault(settings)
 
 
@@ -353,7 +355,7 @@ def _fp8_fault(settings: Config) -> str | None:
   block = settings.get("weight_block_size")
   is_size = lambda size: isinstance(size, int) and size > 0
   if block is not None and not (isinstance(block, list) and len(block) == 2 and all(map(is_size, block))):
-    return f"weight_block_size is {block!r}, where two numbers are needed"
+    return f"weight_block_size is {block!r}; must be two numbers"
   return None
 
 

@@ -17,7 +17,7 @@ class Fixed(NamedTuple):
 
   Attributes:
     values: the implemented values; the first is the default.
-    meaning: what other values would mean.
+    meaning: the feature that other values select, as a noun phrase for errors.
   """
 
   values: tuple[Any, ...]
@@ -65,7 +65,7 @@ class ConfigReader:
     """A positive integer."""
     value = self.take(key, default)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-      self.fail(key, "a positive integer is needed")
+      self.fail(key, "must be a positive integer")
       return 1
     return value
 
@@ -73,7 +73,7 @@ class ConfigReader:
     """A positive number."""
     value = self.take(key, default)
     if not _is_positive(value):
-      self.fail(key, "a positive number is needed")
+      self.fail(key, "must be a positive number")
       return 1.0
     return float(value)
 
@@ -85,7 +85,7 @@ class ConfigReader:
     """A list of ``count`` positive numbers."""
     values = self.take(key)
     if not isinstance(values, list) or len(values) != count or not all(_is_positive(value) for value in values):
-      self.fail(key, f"a list of {count} positive numbers is needed")
+      self.fail(key, f"must be a list of {count} positive numbers")
       return [1.0] * count
     return [float(value) for value in values]
 
@@ -93,7 +93,7 @@ class ConfigReader:
     """True or false."""
     value = self.take(key, default)
     if not isinstance(value, bool):
-      self.fail(key, "true or false is needed")
+      self.fail(key, "must be true or false")
       return default
     return value
 
@@ -102,7 +102,7 @@ class ConfigReader:
     self._read.add(key)
     value = self.values.get(key, absent)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-      self.fail(key, "a token id or null is needed")
+      self.fail(key, "must be a token id or null")
       return None
     return value
 
@@ -110,20 +110,20 @@ class ConfigReader:
     """One of the implemented values."""
     value = self.take(key, default)
     if not _is_one_of(value, choices):
-      self.fail(key, f"not implemented; {' or '.join(map(repr, choices))} is")
+      self.fail(key, f"not implemented; must be {' or '.join(map(repr, choices))}")
       return default
     return value
 
   def fixed(self, key: str, allowed: Fixed) -> None:
     """Checks a key of which only some values are implemented."""
     if not _is_one_of(self.take(key, allowed.values[0]), allowed.values):
-      self.fail(key, f"{allowed.meaning}, which is not implemented; {' or '.join(map(repr, allowed.values))} is")
+      self.fail(key, f"{allowed.meaning} is not implemented; must be {' or '.join(map(repr, allowed.values))}")
 
   def either(self, key: str, older: str, default: Any) -> Any:
     """A value that has two names; giving both with different values is an error."""
     value, old = self.take(key), self.take(older)
     if value is not None and old is not None and value != old:
-      self.fail(older, f"{key} says {value!r}; keep one of them")
+      self.fail(older, f"conflicts with {key} = {value!r}; keep one of them")
     return default if value is None and old is None else old if value is None else value
 
   def finish(self, inert: Iterable[str] = ()) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sa_jax.config import Compute
-from sa_jax.distributed import by_first
+from sa_jax.distributed import run_on_first
 from sa_jax.errors import UserError
 from sa_jax.files import as_path
 from sa_jax.formats.checkpoint import save_checkpoint
@@ -80,7 +80,7 @@ def load(path: str | Path, mesh: Mesh | None = None) -> tuple[Transformer, Param
   layout: Any = values.get("layout")
   compute = values.get("compute")
   if not isinstance(compute, dict) or set(compute) - {field.name for field in dataclasses.fields(Compute)}:
-    raise UserError(f"{file} must hold a 'layout', and a 'compute' with fields of sa_jax.config.Compute")
+    raise UserError(f"{file} must have a 'layout', and a 'compute' with fields of sa_jax.config.Compute")
   model, params = from_pretrained(path, mesh=mesh, layout=layout)
   # The stored dtype was read above.
   compute = compute | {"param_dtype": model.config.param_dtype}
@@ -92,7 +92,7 @@ def write(path: Path, model: Transformer, params: Params, save_extras: Callable[
   # Parameters are gathered on all hosts one by one, and kept only on the first.
   held = jax.tree.map(lambda leaf: _only_if(jax.process_index() == 0, fetch(leaf)), params)
   layers = lambda: as_layers(held, model.plan)
-  by_first("the checkpoint", lambda: save_checkpoint(path, model.config, model.plan, layers(), save_extras))
+  run_on_first("the checkpoint", lambda: save_checkpoint(path, model.config, model.plan, layers(), save_extras))
 
 
 def _only_if(wanted: bool, array: np.ndarray) -> np.ndarray | None:
@@ -103,8 +103,8 @@ def _check(model: Transformer, params: Params, layout: Layout) -> None:
   """Checks that the parameters fit the model, have one floating-point dtype, and that nothing would be lost."""
   if own := model.blocks.own:
     raise UserError(
-      f"the model is made of {' and '.join(own)}, which a checkpoint does not hold: `load` would make another model of "
-      "it. Save the parameters by themselves, with Orbax for example, and make the model from code"
+      f"the model uses {' and '.join(own)}, which a checkpoint does not store: `load` would build a different model. "
+      "Save only the parameters, for example with Orbax, and build the model in code"
     )
   named = lambda tree: {
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf
@@ -114,6 +114,6 @@ def _check(model: Transformer, params: Params, layout: Layout) -> None:
   faults = differences(*({name: leaf.shape for name, leaf in each.items()} for each in (found, wanted)))
   types = {str(leaf.dtype): name for name, leaf in found.items()}
   if len(types) > 1:
-    faults.append(f"one type is needed, not {', '.join(f'{each} ({name})' for each, name in types.items())}")
+    faults.append(f"all must have one dtype, not {', '.join(f'{each} ({name})' for each, name in types.items())}")
   if faults:
-    raise UserError.of(f"these parameters, in the layout {layout!r}, are not the model's", faults)
+    raise UserError.of(f"the parameters in the layout {layout!r} do not match the model", faults)

@@ -58,8 +58,8 @@ def read_pieces(file: Path) -> Pieces:
   faults = [
     reason
     for wrong, reason in (
-      (not model.pieces, "it holds no pieces"),
-      (model.trainer_spec.model_type != _BPE, "it is not of BPE, which alone is read"),
+      (not model.pieces, "it has no pieces"),
+      (model.trainer_spec.model_type != _BPE, "it is not BPE, the only supported type"),
       (bool(rules.precompiled_charsmap), f"it rewrites characters ({rules.name}), which is not implemented"),
       (rules.remove_extra_whitespaces, "it removes spaces, which is not implemented"),
     )

@@ -63,7 +63,7 @@ def check_types(path: Path, dtypes: Mapping[str, str], allowed: Sequence[str]) -
   if wrong := [key for key, dtype in dtypes.items() if dtype not in allowed]:
     others = f" (and {len(wrong) - 1} others like it)" if len(wrong) > 1 else ""
     found, *needed = (_NAMES.get(dtype, dtype) for dtype in (dtypes[wrong[0]], *allowed))
-    raise UserError(f"{wrong[0]} in {path} is {found}; one of {', '.join(needed)} is needed{others}")
+    raise UserError(f"{wrong[0]} in {path} is {found}; must be one of {', '.join(needed)}{others}")
 
 
 class SafetensorsFile:
@@ -84,7 +84,7 @@ class SafetensorsFile:
         pass
       header: dict[str, Any] = json.loads(text)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-      raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+      raise UserError(f"{path} is not a complete safetensors file: {error}") from None
     header.pop("__metadata__", None)
     check_types(path, {key: entry["dtype"] for key, entry in header.items()}, tuple(_TYPES))
     self.shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
@@ -118,9 +118,9 @@ class BinFile:
     self._mapped = _can_be_mapped(self._file)
     tensors = self._load()
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
-      raise UserError(f"{path} does not hold a dictionary from names to tensors")
+      raise UserError(f"{path} does not contain a dictionary from names to tensors")
     if wrong := [f"{key} is {what}" for key, tensor in tensors.items() if (what := _unreadable(tensor))]:
-      raise UserError.of(f"{path} holds other things than dense tensors of floating-point numbers", wrong[:20])
+      raise UserError.of(f"{path} contains values that are not dense floating-point tensors", wrong[:20])
     self.shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     self.dtypes = {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in tensors.items()}
     self._held = None if self._mapped else tensors
@@ -136,7 +136,7 @@ class BinFile:
       return torch.load(self._file, map_location="cpu", weights_only=True, mmap=self._mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
       first = str(error).strip().split("\n")[0]
-      raise UserError(f"{self.path} is not a whole file of PyTorch tensors and nothing else: {first}") from None
+      raise UserError(f"{self.path} is not a complete PyTorch file of tensors only: {first}") from None
 
   def read(self, key: str, rows: slice | None = None) -> np.ndarray:
     """See `Shard.read`."""
@@ -174,7 +174,7 @@ def _can_be_mapped(path: Path) -> bool:
     with zipfile.ZipFile(path) as archive:
       packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
   except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
-    raise UserError(f"{path} is not a whole file of PyTorch tensors and nothing else: {error}") from None
+    raise UserError(f"{path} is not a complete PyTorch file of tensors only: {error}") from None
   if packed:
     raise UserError(f"{path} is compressed ({packed[0]}, …); unpack it and save it again with torch.save")
   return True

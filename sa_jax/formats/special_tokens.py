@@ -64,12 +64,12 @@ def special_of(values: Mapping[str, object], path: Path) -> Special:
   found = {name: _content(value) for name, value in named.items()}
   entries = [*((f"{name} is", value) for name, value in named.items()), *((f"{_LIST} has", e) for e in _listed(values))]
   faults = [
-    f"{what} {shown(entry)}; a text or an object with a text 'content' is needed, and flags that are true or false"
+    f"{what} {shown(entry)}; must be a string, or an object with a string 'content' and boolean flags"
     for what, entry in entries
     if entry is not None and (_content(entry) is None or not _are_flags(_flags(entry)))
   ]
   if not isinstance(values.get(_LIST, []), list | dict):
-    faults.append(f"{_LIST} is {shown(values[_LIST])}; a list or an object is needed")
+    faults.append(f"{_LIST} is {shown(values[_LIST])}; must be a list or an object")
   if faults:
     raise UserError.of(f"{path}: the tokenizer's settings", faults)
   return tuple((name, text) for name, text in found.items() if text is not None)
@@ -99,7 +99,7 @@ def add_tokens(backend: tokenizers.Tokenizer, values: Mapping[str, object], path
     token.special = token.special or token.content in names
   backend.add_tokens(new)
   if faults := [
-    f"it gives {token.content!r} the number {number}, and tokenizer.json makes it {made}"
+    f"it gives {token.content!r} the id {number}, but tokenizer.json gives it {made}"
     for number, token in listed.items()
     if (made := backend.token_to_id(token.content)) != number
   ]:
@@ -115,11 +115,11 @@ def by_number(values: Mapping[str, object], path: Path) -> dict[int, tokenizers.
   """
   listed = values.get(_BY_NUMBER, {})
   tokens: dict[int, tokenizers.AddedToken] = {}
-  faults = [] if isinstance(listed, dict) else [f"it is {shown(listed)}; an object is needed"]
+  faults = [] if isinstance(listed, dict) else [f"it is {shown(listed)}; must be an object"]
   for number, entry in listed.items() if isinstance(listed, dict) else ():
     content, flags = _content(entry), _flags(entry)
     if content is None or not re.fullmatch("[0-9]{1,99}", number) or not _are_flags(flags):
-      faults.append(f"{number!r} is {shown(entry)}; a number and an object with a text 'content' are needed")
+      faults.append(f"{number!r} is {shown(entry)}; must be a token id and an object with a string 'content'")
     else:
       tokens[int(number)] = tokenizers.AddedToken(content, **flags)
   if faults:

@@ -88,7 +88,7 @@ class Tokenizer:
     token = self.backend.token_to_id(choice)
     if token is None:
       raise UserError(
-        f"the vocabulary has no token {choice!r} to begin rows with (`start_token`); auto and none need none"
+        f"the vocabulary has no token {choice!r} (`start_token`); use auto, none or a token of the vocabulary"
       )
     return [token]
 
@@ -157,7 +157,9 @@ class Tokenizer:
     if not continue_final_message:
       return chosen.render([Call(messages, prompt is not False, variables)])[0].text
     if prompt:
-      raise UserError("a last message that is continued has no `prompt` of another answer after it; leave one out")
+      raise UserError(
+        "`prompt` starts a new answer, so it cannot be combined with continuing the last message; leave one out"
+      )
     field = continue_final_message if isinstance(continue_final_message, str) else "content"
     return chosen.continued(messages, field, variables)
 
@@ -197,7 +199,7 @@ def _check_growth(backend: tokenizers.Tokenizer, file: Path) -> None:
   for name in ("normalizer", "decoder", "post_processor"):
     part = getattr(backend, name)
     if part is not None and (growth := _growth(json.loads(part.__getstate__()))) > _GROWTH:
-      raise UserError(f"{file}: its {name} makes up to {growth:,} characters of one; at most {_GROWTH} are taken")
+      raise UserError(f"{file}: its {name} can expand one character to {growth:,}; at most {_GROWTH} are allowed")
 
 
 def _growth(part: Mapping[str, Any]) -> int:
@@ -234,13 +236,13 @@ def _chat_templates(value: object, path: Path) -> dict[str, str]:
     return {name: read_text(file) for name, file in files.items()}
   if isinstance(value, list):
     if not all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in value):
-      raise UserError(f"{path}: chat_template is {shown(value)}; objects with 'name' and 'template' are needed")
+      raise UserError(f"{path}: chat_template is {shown(value)}; must be objects with 'name' and 'template'")
     value = {entry["name"]: entry.get("template") for entry in value}
   listed = value if isinstance(value, dict) else {} if value is None else {"default": value}
   named: dict[str, str] = {}
   for name, text in listed.items():
     if not isinstance(text, str):
-      raise UserError(f"{path}: chat_template is {shown(text)}; a text is needed")
+      raise UserError(f"{path}: chat_template is {shown(text)}; must be a string")
     named[name] = text
   return named
 
@@ -279,7 +281,7 @@ def _from_vocabulary(path: Path, values: Mapping[str, object]) -> tuple[tokenize
   before = [around["bos_token"]] if values["add_bos_token"] and "bos_token" in around else []
   after = [around["eos_token"]] if values.get("add_eos_token") and "eos_token" in around else []
   if lacking := [token for token in before + after if not has(token)]:
-    raise UserError(f"{file} has no {' and no '.join(map(repr, lacking))}, which the settings put around texts")
+    raise UserError(f"{file} has no {' and no '.join(map(repr, lacking))}, which its settings add to texts")
   put_around(backend, before, after)
   return backend, values
 

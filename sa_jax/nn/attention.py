@@ -238,8 +238,8 @@ class AnchorAttention(_Attention):
 
     def attend(q: jax.Array, new: Any, cached: Any, offset: jax.Array, sinks: jax.Array | None) -> tuple[Any, ...]:
       # Slots past a row's end are masked like later ones.
-      sight = dataclasses.replace(rows, lengths=None, offset=offset, sinks=sinks)
-      return ops.decode_attend(q, new, cached, sight, spec, with_weights=followed)
+      visible = dataclasses.replace(rows, lengths=None, offset=offset, sinks=sinks)
+      return ops.decode_attend(q, new, cached, visible, spec, with_weights=followed)
 
     if rows.bias is None and rows.mask is None:
       inputs, outputs = (_QUERIES, _KEYS, _CACHED, ("batch",), ("heads",)), (_QUERIES, _WEIGHTS, _CACHED)

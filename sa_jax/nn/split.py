@@ -105,14 +105,13 @@ def attend(
     return split_for_attention(chosen.attend(q, k, v, rows, spec), "heads", heads)
   if ambient.empty or not nn.get_logical_axis_rules():
     raise UserError(
-      f"the attention backend {name!r} runs on a mesh only where the rules say how it is split: "
-      "use `with sa_jax.sharding.on_mesh(mesh):`"
+      f"the attention backend {name!r} needs sharding rules to run on a mesh: use `with sa_jax.sharding.on_mesh(mesh):`"
     )
   over = mesh_axes("heads", heads.queries, mesh)
   if not together and mesh_axes("kv_heads", heads.keys, mesh):
     raise UserError(
-      f"the attention backend {name!r} runs on each device's heads separately, which then need the matching keys: "
-      "let the rules split 'heads' and 'kv_heads' over the same axes of the mesh, or 'heads' alone"
+      f"the attention backend {name!r} runs on each device separately, so query heads need their KV heads there: "
+      "the rules must map 'heads' and 'kv_heads' to the same mesh axes, or only 'heads'"
     )
 
   def of_a_device(q: jax.Array, k: jax.Array, v: jax.Array, rows: ops.Rows) -> jax.Array:

@@ -191,7 +191,7 @@ class Transformer(Frame):
   def _unstacked(self) -> Layers:
     if self.has_variable("params", "runs"):
       raise UserError(
-        "this needs parameters in the layer layout, and these are in the run layout: give it "
+        "the parameters must be in the layer layout, but are in the run layout: pass "
         "sa_jax.unstack(params, model.plan), or open the model with layout='layers'"
       )
     return self.layers
@@ -252,9 +252,9 @@ class GradualTransformer(Transformer):
 
   def __post_init__(self) -> None:
     if self.config.attention_state != "query_key":
-      raise UserError("followers mix attention with the state 'query_key' only; set attention_state to it")
+      raise UserError("followers can mix attention only with attention_state='query_key'")
     if self.blocks.follower is not FollowerBlock:
-      raise UserError(f"followers that mix attention must be sa_jax's own, not {self.blocks.follower.__name__}")
+      raise UserError(f"only sa_jax's own followers can mix attention, not {self.blocks.follower.__name__}")
     super().__post_init__()
 
   def __call__(
@@ -289,7 +289,7 @@ def _fits(cache: Cache, rows: ops.Rows) -> jax.Array:
   assert rows.lengths is not None, "rows of a cache have lengths"
   if not isinstance(rows.lengths, jax.core.Tracer) and (longest := int(np.max(rows.lengths))) > cache.capacity:
     raise UserError(
-      f"a row of {longest} tokens does not fit a cache of {cache.capacity} slots; make room with cache.grow({longest})"
+      f"a row of {longest} tokens does not fit into a cache of {cache.capacity} slots; use cache.grow({longest})"
     )
   return (jnp.asarray(rows.lengths) <= cache.capacity)[:, None, None]
 
@@ -316,8 +316,8 @@ def check_plan(config: ModelConfig, plan: SharingPlan) -> None:
   sees = lambda layer: f"{layer} ({'global' if window(layer) is None else f'local, {window(layer)} tokens'})"
   if wrong := [layer for layer in plan.followers if not config.may_follow(layer, plan.source[layer])]:
     raise UserError.of(
-      f"the plan '{plan}' shares weights between layers that see different keys, and a follower needs an anchor that "
-      f"sees the same (this model's local layers are {list(config.local_layers)})",
+      f"the plan '{plan}' shares weights between layers that see different keys, but a follower and its anchor "
+      f"must see the same (this model's local layers are {list(config.local_layers)})",
       [f"{sees(layer)} follows {sees(plan.source[layer])}" for layer in wrong],
     )
   plan.check_heads(config.num_heads)
@@ -332,11 +332,11 @@ def check_segments(config: ModelConfig, tokens: jax.Array, segments: jax.Array |
   if segments is None:
     return
   if not is_array(segments, jnp.integer) or segments.shape != tokens.shape:
-    raise UserError(f"segments are integers, one a token, {tokens.shape}; not {described(segments)}")
+    raise UserError(f"segments must be integers of shape {tokens.shape}, not {described(segments)}")
   if config.rope_depends_on_row:
     raise UserError(
-      "the model's rotary embedding depends on a document's length, or on where it lies in its row: "
-      "give each document a row of its own, not segments"
+      "the model's rotary embedding depends on a document's length or position in its row: "
+      "use one row per document instead of segments"
     )
 
 
@@ -348,11 +348,11 @@ def check_tokens(tokens: Any, lengths: Any, vocab_size: int) -> None:
       integer in 1 to T.
   """
   if not is_array(tokens, jnp.integer) or len(tokens.shape) != 2:
-    raise UserError(f"tokens are integers of shape [batch, length], not {described(tokens)}")
+    raise UserError(f"tokens must be integers of shape [batch, length], not {described(tokens)}")
   if 0 in tokens.shape:
     raise UserError(f"a batch needs at least one row of at least one token, not shape {tokens.shape}")
   if lengths is not None and not (is_array(lengths, jnp.integer) and lengths.shape == tokens.shape[:1]):
-    raise UserError(f"lengths are integers, one length a row, {tokens.shape[:1]}; not {described(lengths)}")
+    raise UserError(f"lengths must be integers of shape {tokens.shape[:1]}, not {described(lengths)}")
   if isinstance(tokens, jax.core.Tracer):
     return
   # NumPy copies: under a trace, operations on JAX arrays are traced even if their values are concrete.

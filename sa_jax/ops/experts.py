@@ -45,13 +45,13 @@ class Experts:
 
   def faults(self) -> list[str]:
     """What is wrong with the values, one line each."""
-    wrong = [] if self.count >= 1 else [f"experts.count={self.count} (at least 1 is needed)"]
+    wrong = [] if self.count >= 1 else [f"experts.count={self.count} (must be at least 1)"]
     if not 1 <= self.chosen <= max(self.count, 1):
-      wrong.append(f"experts.chosen={self.chosen} (1 to count={self.count} are needed)")
+      wrong.append(f"experts.chosen={self.chosen} (must be 1 to count={self.count})")
     if self.shared_width < 0:
-      wrong.append(f"experts.shared_width={self.shared_width} (a width, or 0 for none, is needed)")
+      wrong.append(f"experts.shared_width={self.shared_width} (must be a width, or 0 for none)")
     if self.shared_gate and not self.shared_width:
-      wrong.append("experts.shared_gate=True (without shared_width there is nothing to gate)")
+      wrong.append("experts.shared_gate=True (needs shared_width)")
     return wrong
 
   def expected(self, tokens: int) -> float:

@@ -131,10 +131,10 @@ def distillation_loss(
   """
   temperature, alpha = how
   if not temperature > 0 or not 0 <= alpha <= 1:
-    raise UserError(f"temperature is positive and alpha from 0 to 1, not {temperature} and {alpha}")
+    raise UserError(f"temperature must be positive and alpha 0 to 1, not {temperature} and {alpha}")
   if teacher.hidden.shape[:2] != student.hidden.shape[:2]:
     raise UserError(
-      f"teacher and student see the same tokens, not {teacher.hidden.shape[:2]} and {student.hidden.shape[:2]}"
+      f"teacher and student must have the same tokens, not {teacher.hidden.shape[:2]} and {student.hidden.shape[:2]}"
     )
   targets, weights = _predicted(student.hidden, tokens, weights)
 
@@ -192,7 +192,7 @@ def _predicted(hidden: jax.Array, tokens: jax.Array, weights: jax.Array | None) 
   batch, length, _ = hidden.shape
   if tokens.shape != (batch, length) or (weights is not None and weights.shape != tokens.shape):
     raise UserError(
-      f"hidden is [B, T, D], tokens and weights are [B, T], not {hidden.shape}, {tokens.shape}"
+      f"hidden must be [B, T, D], tokens and weights [B, T], not {hidden.shape}, {tokens.shape}"
       + ("" if weights is None else f", {weights.shape}")
     )
   if weights is None:

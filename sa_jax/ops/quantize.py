@@ -34,13 +34,13 @@ class Format:
     return 1 << (8 - self.bits)
 
   @property
-  def a_byte(self) -> int:
+  def per_byte(self) -> int:
     """Numbers per byte."""
     return 8 // self.bits
 
   def nbytes(self, width: int) -> int:
     """Bytes of one vector of ``width`` numbers."""
-    return width // self.a_byte + jnp.dtype(self.scale_dtype).itemsize
+    return width // self.per_byte + jnp.dtype(self.scale_dtype).itemsize
 
   def store(self, x: jax.Array) -> Quantised:
     """Quantises float ``[..., H]``, mapping the element of the largest magnitude to -128.
@@ -89,7 +89,7 @@ class Quantised:
   @property
   def width(self) -> int:
     """``H``."""
-    return self.data.shape[-1] * self.format.a_byte
+    return self.data.shape[-1] * self.format.per_byte
 
   def numbers(self) -> jax.Array:
     """The integers, int8 ``[..., H]``."""

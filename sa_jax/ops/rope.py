@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sa_jax.fields import Count, Positive, Such, check_fields
+from sa_jax.fields import Constraint, Count, Positive, check_fields
 
 RopeScaling = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope", "none"]
 
@@ -57,7 +57,7 @@ class RopeConfig:
   attention_factor: float | None = None
   short_factors: tuple[float, ...] = ()
   long_factors: tuple[float, ...] = ()
-  fraction: Annotated[float, Such(lambda part: 0 < part <= 1, "a number above 0 and at most 1")] = 1.0
+  fraction: Annotated[float, Constraint(lambda part: 0 < part <= 1, "a number above 0 and at most 1")] = 1.0
   query_growth: float = 0.0
   interleaved: bool = False
 

@@ -77,7 +77,7 @@ def get(model: Transformer | ModelConfig, followers: int, params: Params | None 
   found = [each for each in alike if params is None or each["final_norm"] == of_final_norm(params)]
   if not found:
     names = ", ".join(each["model"] for each in _known())
-    other = f"; it has the shapes of {alike[0]['model']}, and other weights" if alike else ""
+    other = f"; it has the shapes of {alike[0]['model']}, but different weights" if alike else ""
     raise UserError(f"no plans are known for this model, only for {names}{other}: search for one")
   plans = {each["followers"]: each for each in found[0]["plans"]}
   if followers not in plans:

@@ -94,7 +94,7 @@ class Checkpoints:
         damaged[step] = error
         continue
       for fault in damaged.values():
-        _logger.warning("%s; that of step %s is used, the damaged one is now in %s", fault, step, self._aside)
+        _logger.warning("%s; using that of step %s, and moving the damaged one to %s", fault, step, self._aside)
       if damaged:
         self._set_aside(list(damaged))
         self._manager.reload()
@@ -154,7 +154,7 @@ class Checkpoints:
       yield
     except Exception as error:  # Orbax and TensorStore raise many types; all mean that the file system refused
       whole = sorted(step for step in self._found() if self._is_whole(step) and (of is None or step < of))
-      last = f"the last whole one is of step {whole[-1]}" if whole else "there is no earlier one"
+      last = f"the last complete one is of step {whole[-1]}" if whole else "there is no earlier one"
       system = re.search(r"([^:]+) \[os_error_code", str(error))
       lines = [system[1].strip()] if system else [line for line in str(error).splitlines() if line.strip()]
       reason = lines[0] if lines else type(error).__name__

@@ -15,7 +15,7 @@ import tyro
 
 from sa_jax.config import FloatDtype, ModelConfig, RematChoice
 from sa_jax.errors import UserError
-from sa_jax.fields import Count, Natural, NotNegative, Portion, Positive, Seed, Such, check_fields
+from sa_jax.fields import Constraint, Count, Natural, NotNegative, Portion, Positive, Seed, check_fields
 from sa_jax.files import as_path
 from sa_jax.mesh import MeshSizes
 from sa_jax.storage import local_copy
@@ -25,7 +25,7 @@ from sa_jax.train.lora import LoraConfig
 from sa_jax.train.objective import RouterConfig
 from sa_jax.train.optimizer import OptimizerConfig
 
-Steps = Annotated[tuple[Natural, Natural], Such(lambda steps: steps[0] <= steps[1], "the first not after the second")]
+Steps = Annotated[tuple[Natural, Natural], Constraint(lambda steps: steps[0] <= steps[1], "in ascending order")]
 
 
 def _is_day(text: str) -> bool:
@@ -49,7 +49,7 @@ class DataConfig:
   """Split of the dataset."""
   eval: tuple[Path, ...] = ()
   """Files to evaluate on during training."""
-  length: Annotated[int, Such(lambda n: n >= 2, "at least 2 tokens, an input and a target,")] = 1024
+  length: Annotated[int, Constraint(lambda n: n >= 2, "at least 2 tokens, an input and a target")] = 1024
   """Tokens per row."""
   packing: Packing = "rows"
   """Pack several documents per row, or one each (for attention kernels without segments)."""
@@ -154,7 +154,7 @@ class TrainConfig:
   """Weight of the z-loss, the squared logarithm of the softmax denominator."""
   seed: Seed = 0
   """Seed of the data order and initialisation."""
-  date: Annotated[str, Such(_is_day, "a day such as 2026-11-30")] | None = None
+  date: Annotated[str, Constraint(_is_day, "a day such as 2026-11-30")] | None = None
   """The date, such as 2026-11-30, for chat templates that insert one; None for the day on which the run starts."""
   max_skipped: Count = 10
   """Stop after this many consecutive steps with a non-finite loss or gradient; such steps are skipped."""
@@ -187,7 +187,7 @@ class TrainConfig:
     if self.model is None and self.method == "lora":
       wrong.append("`method=lora` needs a checkpoint (`model`) to adapt")
     if self.gradual_steps and self.model is None:
-      wrong.append("`gradual_steps` needs a checkpoint (`model`), whose followers' own weights it starts from")
+      wrong.append("`gradual_steps` needs a checkpoint (`model`) with the followers' own weights")
     if self.teacher is not None and self.mode != "distill":
       wrong.append("`teacher` only works with `mode=distill`")
     if self.mode == "distill" and self.z_loss:

@@ -17,7 +17,7 @@ import filelock
 import jax
 
 from sa_jax.config import RematChoice
-from sa_jax.distributed import by_first, of_first_process, wait_for_all
+from sa_jax.distributed import broadcast_number, run_on_first, wait_for_all
 from sa_jax.errors import UserError
 from sa_jax.files import is_remote, move, read_text, remove, write_text
 from sa_jax.formats.extras import read_json
@@ -53,7 +53,7 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
       pass  # the file system does not support locks
     except OSError as error:
       fault = f"cannot write to {folder}: {error.strerror}"
-  if of_first_process(bool(fault)):
+  if broadcast_number(bool(fault)):
     raise UserError(fault or f"cannot train in {folder}: see the first process's error")
   try:
     yield lambda: None
@@ -64,16 +64,16 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
 def _owned(folder: Path) -> Callable[[], None]:
   """Records the owner of a folder in a bucket; see `locked`."""
   mark, me = folder / "owner.txt", f"{socket.gethostname()}, process {os.getpid()}, {secrets.token_hex(8)}\n"
-  by_first(f"the folder {folder}", lambda: write_text(mark, me))
+  run_on_first(f"the folder {folder}", lambda: write_text(mark, me))
 
   def check() -> None:
     if (found := read_text(mark)) != me:
       raise UserError(f"another run has taken over {folder}: {found.rsplit(',', 1)[0]}; this one stops")
 
-  return lambda: by_first(f"the owner of {folder}", check)
+  return lambda: run_on_first(f"the owner of {folder}", check)
 
 
-def begun(folder: Path) -> bool:
+def can_resume(folder: Path) -> bool:
   """Whether a run's folder has something to resume from."""
   steps = (path for path in (folder / "checkpoints").glob("*") if path.name.isdigit())
   return any(path.is_dir() and any(path.iterdir()) for path in steps) or is_checkpoint(folder / "model")
@@ -96,7 +96,7 @@ def checked(config: TrainConfig) -> TrainConfig:
   """
   path = config.out / "config.json"
   before: dict[str, object] = {}
-  if begun(config.out):
+  if can_resume(config.out):
     if not path.exists():
       raise UserError(
         f"{config.out} has checkpoints but no config.json for their run; use a new folder (`out`), or remove this one"
@@ -109,7 +109,7 @@ def checked(config: TrainConfig) -> TrainConfig:
     return config
   if isinstance(then := before.get("date"), str):
     return dataclasses.replace(config, date=then)
-  today = of_first_process(datetime.datetime.now().date().toordinal())
+  today = broadcast_number(datetime.datetime.now().date().toordinal())
   return dataclasses.replace(config, date=datetime.date.fromordinal(today).isoformat())
 
 
@@ -121,7 +121,7 @@ def claim(config: TrainConfig) -> None:
   """
   wait_for_all("checked")
   if jax.process_index() == 0:
-    if not begun(config.out):
+    if not can_resume(config.out):
       remove(config.out / "models")
     write_text(config.out / "config.json", json.dumps(configs.recorded(config), indent=2) + "\n")
   wait_for_all("claimed")
@@ -145,7 +145,7 @@ def make_room(out: Path, done: int) -> str | None:
       return f"the model of step {done} is now {kept}"
     path.rmdir()
   except OSError as error:
-    raise UserError(f"{path} is in the way of the model that training makes: {error.strerror}") from None
+    raise UserError(f"{path} is in the way of the trained model: {error.strerror}") from None
   return None
 
 

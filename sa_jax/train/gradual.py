@@ -34,5 +34,5 @@ def rising(steps: int, start: int = 0) -> Callable[[jax.Array], jax.Array]:
     UserError: if a number is negative, or ``steps`` is 0.
   """
   if steps < 1 or start < 0:
-    raise UserError(f"sharing rises over at least 1 step from step 0 or later, not {steps} from {start}")
+    raise UserError(f"gradual sharing needs at least 1 step and a start of 0 or later, not {steps} steps from {start}")
   return lambda step: jnp.clip((step.astype(jnp.float32) - start) / steps, 0.0, 1.0)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from sa_jax.distributed import check_same, on_all
+from sa_jax.distributed import check_same, run_on_all
 from sa_jax.errors import UserError
 from sa_jax.files import remove
 from sa_jax.storage import Mirrored
@@ -70,7 +70,7 @@ def train(
       consecutive non-finite steps.
   """
   check_same("configs", config)
-  on_all("the data", lambda: check_files((*config.data.train, *config.data.eval)), repr)
+  run_on_all("the data", lambda: check_files((*config.data.train, *config.data.eval)), repr)
   with locked(config.out) as check_ours:
     config = checked(config)
     run = prepare(config, say, source)
@@ -80,7 +80,7 @@ def train(
     with Checkpoints(config.out / "checkpoints", config.log.keep) as checkpoints:
       loop = Loop(config, run, checkpoints, check_ours)
       if loop.done:
-        say(f"goes on after step {loop.done}, from {config.out}")
+        say(f"resuming after step {loop.done} from {config.out}")
       if loop.done < config.steps and jax.process_index() == 0 and (moved := make_room(config.out, loop.done)):
         say(moved)
       all_writers = [*_writers(config, loop.done, say), *writers] if jax.process_index() == 0 else []
@@ -105,7 +105,7 @@ def _write_adapters(run: Setup, loop: Loop, path: Path, say: Callable[[str], Non
   try:
     run.adapters(loop.state.params, path)
   except UserError as error:
-    say(f"the adapters are in the model, and not in PEFT's format: {error}")
+    say(f"the adapters are merged into the model, but not saved in PEFT's format: {error}")
 
 
 def _writers(config: TrainConfig, start: int, say: Callable[[str], None]) -> Iterator[Writer]:
@@ -155,7 +155,7 @@ class Loop:
           f"{run.identity[0]} now); use a new folder (`out`), or restore the data"
         )
       if self.done > config.steps:
-        raise UserError(f"{config.out} has done {self.done} steps already; it cannot end at step {config.steps}")
+        raise UserError(f"{config.out} has already done {self.done} steps; it cannot end at step {config.steps}")
       self._data.set_state(extra["data"])
     self._write: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
     self._unseen: tuple[int, Metrics] | None = None
@@ -235,7 +235,7 @@ class Loop:
         + ". Check the data, or lower `learning_rate`"
       )
     if self._is_due(step):
-      self._write(step, self._line(step, norm) | of_routers(metrics.told))
+      self._write(step, self._line(step, norm) | of_routers(metrics.aux))
 
   def _line(self, step: int, norm: float) -> dict[str, float]:
     """The metrics of a step; tokens read are all slots of the rows, trained tokens those in the loss."""
@@ -245,7 +245,7 @@ class Loop:
       "loss": self.window.close(),
       "grad_norm": norm,
       "learning_rate": self._rate_at(max(step - 1 - self.window.skipped, 0)),
-      "tokens_learnt": self.window.seen,
+      "tokens_trained": self.window.seen,
       "tokens_read": float(step * slots),
     }
     if self.window.skipped:
@@ -323,4 +323,4 @@ def _check_extra(extra: dict[str, Any]) -> None:
   wrong = [name for name, kind in kinds.items() if not isinstance(extra.get(name), kind)]
   known = {field.name for field in dataclasses.fields(Window)}
   if wrong or not set(extra["window"]) <= known or not isinstance(extra.get("eval_loss", 0), float | int | None):
-    raise UserError(f"what lies beside its state is damaged ({', '.join(wrong) or 'window, eval_loss'})")
+    raise UserError(f"its metadata are damaged ({', '.join(wrong) or 'window, eval_loss'})")

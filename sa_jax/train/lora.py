@@ -48,8 +48,8 @@ class LoraConfig:
   def __post_init__(self) -> None:
     check_fields(self, "LoRA")
     if not self.targets or (unknown := sorted(set(self.targets) - set(INPUT_AXES))):
-      named = f"not {unknown}" if self.targets else "at least one"
-      raise UserError(f"LoRA: targets are of {', '.join(INPUT_AXES)}; {named}")
+      named = f"not {unknown}" if self.targets else "not empty"
+      raise UserError(f"LoRA: targets must be some of {', '.join(INPUT_AXES)}, {named}")
 
   @property
   def scale(self) -> float:

@@ -28,14 +28,14 @@ def train_flops(config: ModelConfig, plan: SharingPlan, rows: int, length: int) 
   return 3 * cost(config, plan, rows, length).flops
 
 
-def of_routers(told: Mapping[str, np.ndarray]) -> dict[str, float]:
+def of_routers(aux: Mapping[str, np.ndarray]) -> dict[str, float]:
   """A mixture of experts' metrics: router losses, and the balance of tokens.
 
   ``expert_load_max`` and ``expert_load_min`` are the tokens of the most and the least loaded expert of any layer,
   relative to an even distribution: 1 is balanced.
   """
-  values = {name: float(value) for name, value in told.items() if name != EXPERT_TOKENS}
-  if (tokens := told.get(EXPERT_TOKENS)) is not None:
+  values = {name: float(value) for name, value in aux.items() if name != EXPERT_TOKENS}
+  if (tokens := aux.get(EXPERT_TOKENS)) is not None:
     relative = tokens / np.maximum(tokens.mean(axis=-1, keepdims=True), 1e-9)
     values |= {"expert_load_max": float(relative.max()), "expert_load_min": float(relative.min())}
   return values

@@ -65,10 +65,10 @@ def next_token(
     # as means over tokens; the main loss is a sum
     to_sum = weight / jnp.maximum(_counting(batch).sum(dtype=jnp.float32), 1.0)
     total += to_sum * (router.load_balance * found.load_balance + router.router_z_loss * found.z)
-    told = {
+    aux = {
       "load_balance": to_sum * found.load_balance, "router_z": to_sum * found.z, EXPERT_TOKENS: found.tokens
     }  # fmt: skip
-    return total, weight, told
+    return total, weight, aux
 
   return objective
 
@@ -113,9 +113,9 @@ def distill(
     UserError: if hidden outputs are compared but the models' blocks do not match, or a number is out of range.
   """
   if hidden_weight < 0:
-    raise UserError(f"hidden_weight is 0 or more, not {hidden_weight}")
+    raise UserError(f"hidden_weight must be 0 or more, not {hidden_weight}")
   if hidden_weight and not (isinstance(teacher, GradualTransformer) and teacher.plan.source == student.plan.source):
-    raise UserError("to compare blocks, the teacher has to be a GradualTransformer of the student's plan")
+    raise UserError("to compare blocks, the teacher must be a GradualTransformer of the student's plan")
   as_dense = {"share": 0.0} if isinstance(teacher, GradualTransformer) else {}
 
   def objective(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> tuple[jax.Array, jax.Array]:

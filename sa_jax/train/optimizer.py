@@ -9,12 +9,12 @@ import jax
 import optax
 
 from sa_jax.errors import UserError
-from sa_jax.fields import Natural, NotNegative, Portion, Positive, Such, check_fields
+from sa_jax.fields import Constraint, Natural, NotNegative, Portion, Positive, check_fields
 from sa_jax.trees import Tree
 
 # Norm scales and biases: decaying them towards zero is meaningless.
 _UNDECAYED = ("scale", "bias")
-Decay = Annotated[float, Such(lambda number: 0 <= number < 1, "0 to below 1")]
+Decay = Annotated[float, Constraint(lambda number: 0 <= number < 1, "0 to below 1")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     UserError: if ``total_steps`` is not positive.
   """
   if total_steps < 1:
-    raise UserError(f"training takes at least 1 step, not {total_steps}")
+    raise UserError(f"training needs at least 1 step, not {total_steps}")
   start = 0.0 if config.warmup_steps else config.learning_rate
   if config.schedule == "constant":
     return optax.warmup_constant_schedule(start, config.learning_rate, config.warmup_steps)

@@ -47,8 +47,7 @@ def save_adapters(path: Path, model: Transformer, adapters: Tree, config: LoraCo
   """
   if model.config.experts is not None and (adapted := sorted({*config.targets} & _OF_EXPERTS)):
     raise UserError(
-      f"PEFT's format has no place for the adapters of experts, and {', '.join(adapted)} are theirs: choose targets of "
-      "attention"
+      f"PEFT's format does not support adapters of experts ({', '.join(adapted)}): choose targets of attention"
     )
   layers = adapters["layers"] if "layers" in adapters else unstack_runs(adapters["runs"], model.plan)
   tensors: dict[str, np.ndarray] = {}
@@ -90,10 +89,10 @@ def load_adapters(path: Path, model: Transformer) -> tuple[dict[str, Tree], Lora
   faults = [f"{name} = {settings[name]!r} is not supported" for name in _REFUSED if settings.get(name)]
   for name, allowed in {"peft_type": "LORA", "bias": "none"}.items():
     if settings.get(name, allowed) != allowed:
-      faults.append(f"{name} = {settings[name]!r}; {allowed!r} is needed")
+      faults.append(f"{name} = {settings[name]!r}; must be {allowed!r}")
   rank, alpha = settings.get("r"), settings.get("lora_alpha")
   if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not alpha > 0:
-    faults.append(f"r = {rank!r} and lora_alpha = {alpha!r}; positive numbers are needed")
+    faults.append(f"r = {rank!r} and lora_alpha = {alpha!r}; must be positive numbers")
   if faults:
     raise UserError.of(str(path / CONFIG), faults)
   assert isinstance(rank, int)
@@ -131,7 +130,7 @@ def _ours(
     shape = wanted[leaf].shape
     flat = (rank, math.prod(shape[:-1])) if leaf == "lora_a" else (math.prod(shape[1:]), rank)
     if tensor.shape != flat:
-      faults.append(f"{key} has the shape {tensor.shape}; {flat} is needed")
+      faults.append(f"{key} has shape {tensor.shape}; must be {flat}")
       continue
     adapters = layers.setdefault(layer, {}).setdefault(part, {}).setdefault(name, {})
     adapters[leaf] = tensor.astype(np.float32).T.reshape(shape)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sa_jax.distributed import FOREVER, by_first, gathered, on_all
+from sa_jax.distributed import FOREVER, gathered, run_on_all, run_on_first
 from sa_jax.errors import UserError
 from sa_jax.formats import Tokenizer, load_tokenizer
 from sa_jax.nn import Transformer
@@ -79,7 +79,7 @@ def training_data(
   # Hosts that hold the same rows read the same examples.
   part = Part(mine[0] // len(mine), config.batch_size // len(mine))
   if part.count * len(mine) != config.batch_size or list(mine) != list(range(mine[0], mine[0] + len(mine))):
-    raise UserError("a source needs a mesh on which each host holds rows next to each other; name another mesh")
+    raise UserError("a source needs a mesh on which each host holds contiguous rows; use another mesh")
   shape = Shape(
     len(mine), data.length, data.packing, data.too_long, model.config.vocab_size, learn_all=config.mode != "sft"
   )
@@ -124,14 +124,14 @@ def corpus_rows(
   read = functools.partial(open_corpus, paths, tokenizer, config.data.reading)
   held: list[Corpus] = []
   names = _names(paths)
-  by_first(f"reading {names}", lambda: held.append(read()))
-  corpus = on_all(names, lambda: held[0] if held else read(), lambda corpus: corpus.checksum, FOREVER)
+  run_on_first(f"reading {names}", lambda: held.append(read()))
+  corpus = run_on_all(names, lambda: held[0] if held else read(), lambda corpus: corpus.checksum, FOREVER)
   if config.mode != "sft":
     corpus = dataclasses.replace(corpus, trained=np.ones_like(corpus.trained))
   largest = int(corpus.tokens.max())
   if largest >= model.config.vocab_size:
     raise UserError(
-      f"the tokenizer makes token {largest} of the data, but the model's vocabulary has {model.config.vocab_size} "
+      f"the tokenizer encodes the data with token {largest}, but the model's vocabulary has {model.config.vocab_size} "
       "tokens; give the model's own tokenizer (`tokenizer`)"
     )
   rows = make_rows(corpus, config.data.length, config.data.packing, config.data.too_long)

@@ -67,16 +67,16 @@ def fastest(
   """
   memory = device_memory(mesh)
   if memory is None:
-    return Remat("none", make("none"), "devices of this kind do not tell how much memory they have")
+    return Remat("none", make("none"), "these devices do not report their memory")
   gb = lambda number: f"{number / 1e9:,.3g} GB"
   twice = _twice(arguments)
   tried: dict[RematPolicy, tuple[int, jax.stages.Compiled]] = {}
-  told: dict[RematPolicy, str] = {}
+  needs: dict[RematPolicy, str] = {}
   for policy in BY_TIME:
     say(f"compiling a step with remat {policy}, to see whether it fits in memory")
     compiled = _compiled(make(policy), arguments)
     needed = _of_all(None if compiled is None else step_bytes(compiled) - twice)
-    told[policy] = f"; {policy} would need {gb(needed) if needed else 'more than there is'}"
+    needs[policy] = f"; {policy} would need {gb(needed) if needed else 'more than there is'}"
     if compiled is not None and needed is not None:
       tried[policy] = needed, compiled
       if needed <= _USABLE * memory:
@@ -85,8 +85,8 @@ def fastest(
     # Slower policies are expected to need less memory, but for small steps they do not always.
     policy = min(reversed(tried), key=lambda policy: tried[policy][0])
     needed, compiled = tried[policy]
-    doubt = "" if needed <= _USABLE * memory else ", and so it may not fit"
-    others = "".join(words for other, words in told.items() if other != policy)
+    doubt = "" if needed <= _USABLE * memory else ", so it may not fit"
+    others = "".join(words for other, words in needs.items() if other != policy)
     return Remat(policy, compiled, f"of {gb(memory)}: {gb(needed)} needed{doubt}{others}")
   raise UserError(
     f"a step does not fit in the {gb(memory)} that JAX may use on a device, under any `remat`: use "

@@ -20,13 +20,13 @@ from sa_jax.trees import Tree
 EXPERT_TOKENS = "expert_tokens"
 """The name under which an objective returns the number of tokens per expert, ``[layers, X]``."""
 
-Told = dict[str, jax.Array]
+Aux = dict[str, jax.Array]
 """Additional outputs of an objective, float32 sums over the batch, by name."""
 
-Sums = tuple[jax.Array, jax.Array, Told]
+Sums = tuple[jax.Array, jax.Array, Aux]
 """The sum of losses, its weight, and additional outputs."""
 
-Judged = tuple[jax.Array, jax.Array] | tuple[jax.Array, jax.Array, Told]
+Judged = tuple[jax.Array, jax.Array] | tuple[jax.Array, jax.Array, Aux]
 
 
 class Objective(Protocol):
@@ -71,14 +71,14 @@ class Metrics:
     grad_norm: global gradient norm, before clipping.
     weight: the mean's denominator; with weights 0 and 1, the number of tokens.
     finite: 1 if loss and gradient are finite; 0 if the step was skipped.
-    told: additional outputs of the objective, divided by the weight; for `EXPERT_TOKENS` the sums.
+    aux: additional outputs of the objective, divided by the weight; for `EXPERT_TOKENS` the sums.
   """
 
   loss: jax.Array
   grad_norm: jax.Array
   weight: jax.Array
   finite: jax.Array
-  told: Told = struct.field(default_factory=dict)
+  aux: Aux = struct.field(default_factory=dict)
 
 
 def make_state(
@@ -146,9 +146,9 @@ def make_step(
     with traced_on(mesh, rules):
       of_rows = lambda batch: _gradients(objective, state, frozen, batch, accumulate)
       if shardings is None or shardings.step.mesh.shape.get("slice", 1) == 1:
-        gradients, (total, weight, told) = of_rows(batch)
+        gradients, (total, weight, aux) = of_rows(batch)
       else:
-        gradients, (total, weight, told) = _over_slices(of_rows, batch, shardings)
+        gradients, (total, weight, aux) = _over_slices(of_rows, batch, shardings)
       # A batch without anything to predict has no gradient, but is not an error.
       divisor = jnp.where(weight > 0, weight, 1.0)
       gradients = jax.tree.map(lambda gradient: gradient / divisor, gradients)
@@ -168,8 +168,8 @@ def make_step(
         skipped=state.skipped + skipped,
         skipped_in_row=(state.skipped_in_row + 1) * skipped,
       )
-      told = {name: value if name == EXPERT_TOKENS else value / divisor for name, value in told.items()}
-      return following, Metrics(loss, norm, weight, finite.astype(jnp.float32), told)
+      aux = {name: value if name == EXPERT_TOKENS else value / divisor for name, value in aux.items()}
+      return following, Metrics(loss, norm, weight, finite.astype(jnp.float32), aux)
 
   outputs = None if shardings is None else (shardings, shardings.step)
   return jax.jit(step, donate_argnums=0, out_shardings=outputs)
@@ -233,9 +233,9 @@ def _gradients(
   return jax.lax.scan(add, start, parts)[0]
 
 
-def _sums(total: jax.Array, weight: jax.Array, told: Told | None = None) -> tuple[jax.Array, Sums]:
+def _sums(total: jax.Array, weight: jax.Array, aux: Aux | None = None) -> tuple[jax.Array, Sums]:
   """An objective's outputs in the form of `jax.grad`'s ``has_aux``."""
-  return total, (total, weight, told or {})
+  return total, (total, weight, aux or {})
 
 
 def _as_float32(tree: Tree) -> Tree:

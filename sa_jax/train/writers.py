@@ -152,7 +152,7 @@ class WeightsAndBiases:
         project=project, name=folder.name, dir=str(self._mirror.local), id=known, resume="allow", config=dict(config)
       )
     except Exception as error:  # wandb's own types: no key, no network
-      raise UserError(f"Weights & Biases refuses the run: {error}") from None
+      raise UserError(f"Weights & Biases rejected the run: {error}") from None
     kept.write_text(f"{self._run.id}\n", encoding="utf-8")
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -204,7 +204,7 @@ _SHOWN: dict[str, Callable[[float], str]] = {
   "loss": lambda value: f"loss {value:.4f}",
   "grad_norm": lambda value: f"gradient {value:.3g}",
   "learning_rate": lambda value: f"learning rate {value:.3g}",
-  "tokens_learnt": lambda value: f"{value:,.0f} tokens learnt",
+  "tokens_trained": lambda value: f"{value:,.0f} tokens trained",
   "tokens_per_second": lambda value: f"{value:,.0f} tokens/s" if value >= 10 else f"{value:.2g} tokens/s",
   "mfu": lambda value: f"MFU {100 * value:.1f} %",
   "skipped": lambda value: f"{value:.0f} steps skipped",

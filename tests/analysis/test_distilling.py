@@ -75,5 +75,5 @@ def test_every_row_comes_before_one_comes_again():
 
 
 def test_settings_that_make_no_sense():
-  with pytest.raises(sa_jax.UserError, match=r"minutes=0 \(a positive number is needed\)"):
+  with pytest.raises(sa_jax.UserError, match=r"minutes=0 \(must be a positive number\)"):
     distilling.Distillation(minutes=0, teacher_weight=2)

@@ -7,7 +7,7 @@ import pytest
 import sa_jax
 from sa_jax.analysis import forecast
 from sa_jax.analysis.budget import Budget
-from sa_jax.analysis.forecast import Counts, foretold, work
+from sa_jax.analysis.forecast import Counts, with_estimates, work
 from sa_jax.analysis.judge import Judge
 from sa_jax.analysis.refit import Refit
 from sa_jax.analysis.share import EFFORTS, READING, SCORING_DENSE, Effort, Search, refits, search_plan, share
@@ -52,7 +52,7 @@ def test_a_search_does_what_was_counted(how):
 def test_the_first_stages_speed_tells_the_time(monkeypatch):
   now, said, seen = [0.0], [], []
   monkeypatch.setattr(forecast.time, "monotonic", lambda: now[0])
-  stage = foretold(
+  stage = with_estimates(
     {READING: 10.0, "search": 600.0, "refit": 60.0}, lambda _: lambda *done: seen.append(done), said.append
   )
   stage("another")(1, 1)
@@ -61,12 +61,12 @@ def test_the_first_stages_speed_tells_the_time(monkeypatch):
     for layer in range(1, 6):
       now[0] += 100 if layer == 1 else 2  # the first compiles
       report(layer, 5)
-  assert said == ["about 11 min, and what compiles: search 10 min, refit 60 s"]
+  assert said == ["about 11 min plus compilation: search 10 min, refit 60 s"]
   assert seen == [(1, 1), *((layer, 5) for _ in range(2) for layer in range(1, 6))]
 
 
 def test_scoring_is_told_through_all_texts():
-  """Where nothing is searched, it is also what the rest of the time is foretold by: counted, and done, all rows."""
+  """Where nothing is searched, the remaining time is estimated from it: counted, and done, all rows."""
   seen = {}
   plan = sa_jax.SharingPlan.parse("2:3", CONFIG.num_layers)
   stage = lambda name: lambda *done: seen.setdefault(name, []).append(done)

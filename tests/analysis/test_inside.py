@@ -198,10 +198,10 @@ def test_stacked_outputs_by_layer_number(model, tokens):
   ("how", "message"),
   [
     ({"capture": ["head"]}, r"look cannot capture \['head'\]; it captures residual, weights"),
-    ({"edits": [ablate("head", 0)]}, "edit 0 is of 'head'; the sites are residual"),
-    ({"edits": [ablate("heads", 6)]}, "edit 0 has layer 6; there are 0 to 5"),
-    ({"edits": [ablate("heads", 0, heads=[1, 4])]}, r"edit 0 has heads \[1, 4\]; there are 0 to 3"),
-    ({"edits": [ablate("mlp", 0, heads=[1])]}, "edit 0 names heads, and 'mlp' has none"),
+    ({"edits": [ablate("head", 0)]}, "edit 0 has the unknown site 'head'; choose from residual"),
+    ({"edits": [ablate("heads", 6)]}, "edit 0 has layer 6; must be 0 to 5"),
+    ({"edits": [ablate("heads", 0, heads=[1, 4])]}, r"edit 0 has heads \[1, 4\]; must be 0 to 3"),
+    ({"edits": [ablate("mlp", 0, heads=[1])]}, "edit 0 selects heads, but 'mlp' has none"),
   ],
 )
 def test_refused(model, tokens, how, message):

@@ -48,7 +48,7 @@ def test_what_fits_is_counted():
   assert [each.value_dim for each in within(CONFIG, Budget("kv", 0.75, ("values",)), PLANS)] == [4]
   of_int4 = [str(each) for each in within(CONFIG, Budget("kv", 0.3, allow), PLANS)[2:]]
   assert of_int4 == ["values of 2, int4", "1 follower, values of 6, int4", "2 followers, int4"]  # two numbers a byte
-  with pytest.raises(ValueError, match=r"nothing reduces kv to 40.0% by sharing: the least is 62.5%"):
+  with pytest.raises(ValueError, match=r"kv cannot be reduced to 40.0% by sharing: the minimum is 62.5%"):
     within(CONFIG, Budget("kv", 0.4, ("sharing",)), PLANS)
   with pytest.raises(ValueError, match="needs a budget such as kv=75%"):
     Budget("followers", 2, allow)

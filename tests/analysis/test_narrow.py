@@ -91,5 +91,5 @@ def test_with_followers_and_everything_else(params):
     chunk=16,
   )
   assert again.params["layers"]["0"]["attention"]["o_proj"]["kernel"].shape == (4, 2, 32)
-  with pytest.raises(ValueError, match="values of 6 numbers are not narrower than the model's, which have 6"):
+  with pytest.raises(ValueError, match="value_dim=6 .must be less than the model's 6"):
     refit(again.model.clone(config=made.model.config), narrow.cut(params, 6), plan, TOKENS, Refit(value_dim=6))

@@ -80,7 +80,7 @@ def test_what_does_not_help_is_not_kept(params, trace):
   blocks, before, after = reconstruct.reconstruct(CONFIG, group, how)
   assert after == before
   assert blocks is group.blocks
-  with pytest.raises(sa_jax.UserError, match=r"epochs=0 \(at least 1 is needed\)"):
+  with pytest.raises(sa_jax.UserError, match=r"epochs=0 \(must be at least 1\)"):
     reconstruct.Reconstruction(epochs=0)
 
 

@@ -122,7 +122,7 @@ def test_chunks_have_rows(params, chunk):
     lambda: Judge(DENSE, params, TEXTS, HOW, chunk=chunk),
     lambda: refit(DENSE, params, sa_jax.SharingPlan.parse("1:2", 5), TEXTS[0].calibration, HOW, chunk=chunk),
   ):
-    with pytest.raises(sa_jax.UserError, match=rf"^chunk={chunk} \(at least 1 is needed\)"):
+    with pytest.raises(sa_jax.UserError, match=rf"^chunk={chunk} \(must be at least 1\)"):
       refused()
 
 

@@ -115,11 +115,11 @@ def test_ceilings_are_of_all_devices_together(monkeypatch):
     ),
     (
       ["step", "--mesh", "fsdp=2", "--batch-size", "3"],
-      "--batch-size 3 (a multiple of data × fsdp = 2 is needed)",
+      "--batch-size 3 (must be a multiple of data × fsdp = 2)",
     ),
-    (["step", "--mesh", "sequence=3"], "--length 1024 (a multiple of sequence = 3 is needed)"),
+    (["step", "--mesh", "sequence=3"], "--length 1024 (must be a multiple of sequence = 3)"),
     (["step", "--mesh", "slice=2"], "slice (step takes data, fsdp, expert, tensor, sequence)"),
-    (["step", "--mesh", "tensor=0"], "tensor=0 (at least 1 is needed)"),
+    (["step", "--mesh", "tensor=0"], "tensor=0 (must be at least 1)"),
   ],
 )
 def test_meshes_that_cannot_be(capsys, flags, message):

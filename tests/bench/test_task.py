@@ -35,13 +35,13 @@ def test_a_task_that_fails_says_why():
 @pytest.mark.parametrize(
   ("arguments", "why"),
   [
-    (["decode", "--attention", "flash"], "attention (decode takes none: it is for prefill, train, step)"),
-    (["train", "--cache-dtype", "int8"], "--cache-dtype (train takes none: it is for decode, batching)"),
-    (["prefill", "--remat", "dots"], "remat (prefill takes none: it is for step, train)"),
-    (["batching", "--length", "64"], "--length 64 (575 slots are needed, for the longest request)"),
-    (["batching", "--requests", "3", "--batch-size", "2"], "3 requests (a multiple of --batch-size 2 is needed"),
-    (["decode", "--length", "128", "--peers", "hf-eager"], "--length 128 (peers need 192 slots)"),
-    (["decode", "--layers", "0"], "--layers 0 (at least 1 is needed)"),
+    (["decode", "--attention", "flash"], "attention (decode does not use it; it is for prefill, train, step)"),
+    (["train", "--cache-dtype", "int8"], "--cache-dtype (train does not use it; it is for decode, batching)"),
+    (["prefill", "--remat", "dots"], "remat (prefill does not use it; it is for step, train)"),
+    (["batching", "--length", "64"], "--length 64 (must be at least 575 slots, for the longest request)"),
+    (["batching", "--requests", "3", "--batch-size", "2"], "3 requests (must be a multiple of --batch-size 2"),
+    (["decode", "--length", "128", "--peers", "hf-eager"], "--length 128 (must be at least 192 for peers)"),
+    (["decode", "--layers", "0"], "--layers 0 (must be at least 1)"),
     (["decode", "--plan", "31:32"], "goes past the model"),
   ],
 )
@@ -110,9 +110,9 @@ class Canvas:
 @pytest.mark.parametrize(
   ("kind", "filled", "why"),
   [
-    ("decode", "2048", r"bench: 2048 filled slots of 1024 \(from 32, the steps of a call, to all\)"),
+    ("decode", "2048", r"bench: 2048 filled slots of 1024 \(must be 32, the steps of a call, to all\)"),
     ("decode", "16", "bench: 16 filled slots of 1024"),
-    ("train", "16", "bench: filled (train takes none: it is for decode)"),
+    ("train", "16", "bench: filled (train does not use it; it is for decode)"),
   ],
 )
 def test_slots_that_cannot_be_filled_are_refused(capsys, kind, filled, why):

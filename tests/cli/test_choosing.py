@@ -167,7 +167,7 @@ def test_what_would_fail_in_the_end_fails_at_once(folder, capsys, monkeypatch):
     (["align", model, "1:2", text, "--out", model], "exists already; name a new folder"),
     (["search", model, text, "--out", text], "cannot make the folder"),
     (["analyze", text, model, "--out", text], "cannot make the folder"),
-    (["analyze", text, model, "--rows", "0", "--out", str(folder / "out")], "--rows 0 (at least 1 is needed)"),
+    (["analyze", text, model, "--rows", "0", "--out", str(folder / "out")], "--rows 0 (must be at least 1)"),
   ):
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
@@ -213,7 +213,7 @@ class TestEffort:
   def test_a_known_plan_is_taken_unless_told_how_to_search(self, flags, known):
     from sa_jax.cli import _commands, _parse
 
-    assert _parse(_commands(), ["share", "m", "t", "--out", "o", *flags]).saves_a_search() == known
+    assert _parse(_commands(), ["share", "m", "t", "--out", "o", *flags]).prefers_known_plan() == known
 
   def test_a_text_gives_what_it_has(self, folder):
     tokenizer = sa_jax.load_tokenizer(folder / "model")

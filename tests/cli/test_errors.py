@@ -23,8 +23,8 @@ def test_flags_are_those_of_nested_dataclasses_too():
   ("text", "shown"),
   [
     ("`mode=distill` needs a checkpoint (`model`)", "--mode distill needs a checkpoint (--model)"),
-    ("batch_size=0 (at least 1 is needed)", "--batch-size 0 (at least 1 is needed)"),
-    ("mode='s f t' (sft is needed)", "--mode 's f t' (sft is needed)"),
+    ("batch_size=0 (must be at least 1)", "--batch-size 0 (must be at least 1)"),
+    ("mode='s f t' (must be sft)", "--mode 's f t' (must be sft)"),
     ("batch_size must be at least 1", "--batch-size must be at least 1"),
     ("`skip_bad=True` leaves them out, `skip_bad=False` none", "--skip-bad leaves them out, --no-skip-bad none"),
     # Neither words, nor paths, nor what is no flag.
@@ -41,7 +41,9 @@ def test_faults_stand_one_a_line(capsys):
   assert cli.main(["bench", "step", "--batch-size", "0", "--length", "0", "--model", "smollm2-135m"]) == 2
   error = capsys.readouterr().err.splitlines()
   assert error[0].startswith("sa-jax: error: bench")
-  assert all(word in "\n".join(error) for word in ("--batch-size 0 (at least 1", "--length 0 (at least 1"))
+  assert all(
+    word in "\n".join(error) for word in ("--batch-size 0 (must be at least 1", "--length 0 (must be at least 1")
+  )
 
 
 def test_more_rows_than_any_device_has_room_for_are_refused_at_once(capsys):
@@ -54,7 +56,7 @@ def test_contradicting_settings_are_told_as_flags(capsys):
   assert capsys.readouterr().err.splitlines() == [
     "sa-jax: error: training:",
     "  --mode distill needs a checkpoint (--model), whose dense model is the teacher",
-    "  --gradual-steps needs a checkpoint (--model), whose followers' own weights it starts from",
+    "  --gradual-steps needs a checkpoint (--model) with the followers' own weights",
   ]
 
 
@@ -87,7 +89,7 @@ def test_a_level_that_there_is_not_is_one_line(monkeypatch, capsys):
   monkeypatch.setenv("SA_JAX_LOG", "foo")
   assert cli.main(["cost", "smollm2-135m"]) == 2
   assert capsys.readouterr().err.splitlines() == [
-    "sa-jax: error: SA_JAX_LOG=foo is no level; DEBUG, INFO, WARNING or ERROR is needed"
+    "sa-jax: error: SA_JAX_LOG=foo is not a log level; use DEBUG, INFO, WARNING or ERROR"
   ]
 
 
@@ -98,7 +100,7 @@ def test_a_level_that_there_is_not_is_one_line(monkeypatch, capsys):
     (["cost", "smollm2-135"], "did you mean smollm2-135m"),
     (["bench", "decode", "--model", "llama3-8b"], "did you mean llama-3-8b"),
     (["cost", "LLAMA-3-8B"], "did you mean llama-3-8b"),
-    (["bench", "train", "--attention", "chunkd"], "one of auto, .*chunked is needed; did you mean chunked"),
+    (["bench", "train", "--attention", "chunkd"], "one of auto, .*chunked; did you mean chunked"),
     (["perplexity", "--nojson"], r"no flag --nojson; did you mean --json\?;"),
     (["train", "--mesh", "data=2", "fsdp=4"], "join mesh sizes with commas: --mesh data=2,fsdp=4"),
     (["fit", "--mesh=data=2,", "fsdp=4", "smollm2-135m"], "join mesh sizes with commas: --mesh data=2,fsdp=4"),

@@ -87,13 +87,13 @@ def test_logits_that_are_not_finite_are_told_once(model, params, caplog):
 def test_a_request_that_does_not_fit_is_refused_alone(model, params, prompts, alone):
   batcher = Batcher(model, params, Serving(slots=2, capacity=CAPACITY))
   good = batcher.submit(prompts[0], LONGEST)
-  with pytest.raises(ValueError, match="250 tokens with 24 new ones needs 273 cache slots, and a row has 256"):
+  with pytest.raises(ValueError, match="250 tokens with 24 new ones needs 273 cache slots, but a row has 256"):
     batcher.submit(np.zeros(250, np.int32), LONGEST)
   with pytest.raises(ValueError, match="token 61 is outside the vocabulary"):
     batcher.submit([61], LONGEST)
   with pytest.raises(ValueError, match="at least one token"):
     batcher.submit([], LONGEST)
-  with pytest.raises(sa_jax.UserError, match="a list of tokens, not of lists"):
+  with pytest.raises(sa_jax.UserError, match="a flat list of tokens"):
     batcher.submit([[1, 2], [3]], LONGEST)
   batcher.run()
   assert good.tokens == alone[0]
@@ -124,12 +124,15 @@ def test_generate_batches_continuously_beyond_its_slots(model, params, prompts):
   [
     (
       {"slots": 0, "chunk": 0},
-      r"serving:\n  slots=0 \(at least 1 is needed\)\n  chunk=0 \(at least 1 is needed\)",
+      r"serving:\n  slots=0 \(must be at least 1\)\n  chunk=0 \(must be at least 1\)",
     ),
-    ({"slots": 2.5}, r"serving: slots=2.5 \(an integer is needed\)"),
-    ({"capacity": "64"}, r"serving: capacity='64' \(an integer is needed\)"),
-    ({"chunk": None}, r"serving: chunk=None \(an integer is needed\)"),
-    ({"capacity": 200, "cache_slots": 192}, "are too few for a row of 200 .capacity.: in pages of 64, 256 are needed"),
+    ({"slots": 2.5}, r"serving: slots=2.5 \(must be an integer\)"),
+    ({"capacity": "64"}, r"serving: capacity='64' \(must be an integer\)"),
+    ({"chunk": None}, r"serving: chunk=None \(must be an integer\)"),
+    (
+      {"capacity": 200, "cache_slots": 192},
+      "cache_slots=192 .must be at least 256 for a row of capacity 200 in pages of 64",
+    ),
   ],
 )
 def test_sizes_are_checked(sizes, message):
@@ -248,7 +251,7 @@ def test_other_threads_submit_and_cancel_while_one_steps(model, params, prompts,
 def test_a_seed_that_is_none_harms_nobody(model, params, prompts, alone, seed):
   batcher = Batcher(model, params, Serving(slots=1, capacity=CAPACITY))
   request = batcher.submit(prompts[0], LONGEST)
-  with pytest.raises(sa_jax.UserError, match=r"seed=.* \((0 to 4294967295|an integer) is needed\)"):
+  with pytest.raises(sa_jax.UserError, match=r"seed=.* \(must be (0 to 4294967295|an integer)\)"):
     batcher.submit(prompts[1], LONGEST, seed=seed)
   batcher.run()
   assert request.tokens == alone[0]
@@ -258,7 +261,7 @@ def test_a_seed_that_is_none_harms_nobody(model, params, prompts, alone, seed):
 def test_a_row_that_is_none_harms_nobody(model, params, prompts, alone, row):
   batcher = Batcher(model, params, Serving(slots=1, capacity=CAPACITY))
   request = batcher.submit(prompts[0], LONGEST)
-  with pytest.raises(sa_jax.UserError, match=r"row=.* \((0 to 2147483647|an integer) is needed\)"):
+  with pytest.raises(sa_jax.UserError, match=r"row=.* \(must be (0 to 2147483647|an integer)\)"):
     batcher.submit(prompts[1], LONGEST, row=row)
   batcher.run()
   assert request.tokens == alone[0]

@@ -94,7 +94,7 @@ def test_beams_are_theirs(tmp_path):
 
 
 def test_refused(model, params):
-  with pytest.raises(sa_jax.UserError, match=r"width=0 \(at least 1 is needed\)"):
+  with pytest.raises(sa_jax.UserError, match=r"width=0 \(must be at least 1\)"):
     Beams(width=0)
   with pytest.raises(sa_jax.UserError, match="token 5 is outside the vocabulary"):
     beam_search(model, params, [[5]])

@@ -68,9 +68,9 @@ def without_a_cache(model, params, prompts, new: int) -> np.ndarray:
 
 
 def test_a_stream_names_what_is_wrong(model, params):
-  with pytest.raises(ValueError, match=r"max_new_tokens=0 \(at least 1 is needed\)"):
+  with pytest.raises(ValueError, match=r"max_new_tokens=0 \(must be at least 1\)"):
     list(stream(model, params, [1], Settings(0)))
-  with pytest.raises(ValueError, match="a prompt is a list of at least one token"):
+  with pytest.raises(ValueError, match="a prompt must be a flat list of at least one token"):
     list(stream(model, params, [], Settings(1)))
 
 
@@ -204,21 +204,21 @@ class TestSamples:
   [
     ([[1, 61]], {}, "token 61 is outside the vocabulary of 61, 0 to 60"),
     ([[1, -2]], {}, "token -2 is outside the vocabulary"),
-    ([1, 2], {}, "tokens are integers of shape \\[batch, length\\]"),
-    ([[1.5, 2.0]], {}, "tokens are integers"),
+    ([1, 2], {}, "tokens must be integers of shape \\[batch, length\\]"),
+    ([[1.5, 2.0]], {}, "tokens must be integers"),
     ([[1, 2]], {"lengths": [3]}, "a length of 3 does not fit rows of 2 tokens"),
     ([[1, 2]], {"lengths": [0]}, "a length of 0 does not fit rows of 2 tokens"),
-    ([[1, 2]], {"lengths": [1, 2]}, "one length a row"),
-    ([[1, 2]], {"lengths": [1.5]}, "lengths are integers"),
+    ([[1, 2]], {"lengths": [1, 2]}, "lengths must be integers of shape"),
+    ([[1, 2]], {"lengths": [1.5]}, "lengths must be integers"),
     ([[1, 2]], {"lengths": [2], "attention_mask": [[1, 1]]}, "give lengths or attention_mask, not both"),
     ([[1, 2, 3]], {"attention_mask": [[1, 0, 1]]}, "rows \\[0\\] are empty, or have padding between tokens"),
     ([[2**32 + 5, 3]], {"attention_mask": [[1, 1]]}, "token 4294967301 is outside the vocabulary"),
-    ([[1.9, 2.9]], {"attention_mask": [[1, 1]]}, "tokens are integers"),
-    ([[1, 2]], {"max_new_tokens": 0}, r"max_new_tokens=0 \(at least 1 is needed\)"),
-    ([[1, 2]], {"max_new_tokens": 2.5}, r"max_new_tokens=2.5 \(an integer is needed\)"),
-    ([[1, 2]], {"samples": 1.5}, r"samples=1.5 \(an integer is needed\)"),
-    ([[1, 2]], {"seed": True}, r"seed=True \(an integer is needed\)"),
-    ([[1, 2], [3]], {}, "prompts are rows of one length"),
+    ([[1.9, 2.9]], {"attention_mask": [[1, 1]]}, "tokens must be integers"),
+    ([[1, 2]], {"max_new_tokens": 0}, r"max_new_tokens=0 \(must be at least 1\)"),
+    ([[1, 2]], {"max_new_tokens": 2.5}, r"max_new_tokens=2.5 \(must be an integer\)"),
+    ([[1, 2]], {"samples": 1.5}, r"samples=1.5 \(must be an integer\)"),
+    ([[1, 2]], {"seed": True}, r"seed=True \(must be an integer\)"),
+    ([[1, 2], [3]], {}, "prompts must have one length"),
     ([[1, 2, 3]], {"cache_length": 2}, "do not fit a cache of 2 slots; 8 are needed"),
     (
       [[1, 2, 3]],
@@ -260,8 +260,8 @@ class TestPadding:
     [
       ([[1, 0, 1]], "rows \\[0\\] are empty, or have padding between tokens; pad on one side only"),
       ([[0, 0, 0]], "rows \\[0\\] are empty"),
-      ([[1, 2, 1]], "attention_mask holds 1 at tokens and 0 at padding"),
-      ([[1, 1]], "tokens and attention_mask are both \\[batch, length\\]"),
+      ([[1, 2, 1]], "attention_mask must be 1 at tokens and 0 at padding"),
+      ([[1, 1]], "tokens and attention_mask must both be \\[batch, length\\]"),
     ],
   )
   def test_masks_that_do_not_fit(self, mask, message):
@@ -321,7 +321,7 @@ def test_a_cache_that_is_larger_than_memory_is_refused_before_anything_is_alloca
     lambda: sa_jax.decode.Batcher(model, params, sa_jax.decode.Serving(capacity=10**13)),
   ):
     with pytest.raises(
-      sa_jax.UserError, match=r"^a cache of \d+ rows of [\d,]+ tokens takes [\d,.]+ GB, and there are"
+      sa_jax.UserError, match=r"^a cache of \d+ rows of [\d,]+ tokens takes [\d,.]+ GB, but there are only"
     ):
       refused()
 

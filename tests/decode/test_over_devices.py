@@ -90,7 +90,7 @@ def test_chunks_of_a_prompt_over_heads_and_no_pages():
   params, prompts = tiny.params(model), [row[:length] for row, length in zip(tiny.tokens(2, 40), (3, 40))]
   mesh = make_mesh(tensor=2, devices=jax.devices()[:2])
   split = jax.device_put(params, param_shardings(model, mesh, layout="layers"))
-  with pytest.raises(sa_jax.UserError, match="a cache of pages lies on one device: leave out cache_slots on a mesh"):
+  with pytest.raises(sa_jax.UserError, match="a paged cache cannot be sharded: leave out cache_slots on a mesh"):
     Batcher(model, split, Serving(slots=2, capacity=64, cache_slots=128))
   batcher = Batcher(model, split, Serving(slots=2, capacity=64, chunk=1, read=16))
   short = batcher.submit(prompts[0], 6)

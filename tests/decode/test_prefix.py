@@ -56,9 +56,9 @@ def test_a_beginning_that_depends_on_the_length_is_refused():
 def test_a_beginning_that_another_plan_read_is_refused(model, params):
   prefix = PromptCache.read(model, params, BEGINNING)
   dense = tiny.model("dense", num_layers=model.config.num_layers)
-  with pytest.raises(sa_jax.UserError, match="was read by another model .* than this one \\(plan dense\\)"):
+  with pytest.raises(sa_jax.UserError, match="is of a different model .* than this one \\(plan dense\\)"):
     sa_jax.generate(dense, tiny.params(dense), np.array([BEGINNING]), max_new_tokens=2, prefix=prefix)
-  with pytest.raises(sa_jax.UserError, match="was read by another model"):
+  with pytest.raises(sa_jax.UserError, match="is of a different model"):
     Batcher(dense, tiny.params(dense), Serving(slots=1, capacity=64), prefix=prefix)
 
 

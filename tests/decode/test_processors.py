@@ -186,8 +186,8 @@ class TestInTheLoop:
 @pytest.mark.parametrize(
   ("processor", "message"),
   [
-    (lambda: decode.RepetitionPenalty(0.0), "a repetition penalty is a positive number, not 0.0"),
-    (lambda: decode.Ban([3, 20]), r"Ban names tokens \[20\]; the vocabulary is 0 to 19"),
+    (lambda: decode.RepetitionPenalty(0.0), "a repetition penalty must be positive, not 0.0"),
+    (lambda: decode.Ban([3, 20]), r"Ban has invalid tokens \[20\]; the vocabulary is 0 to 19"),
     (lambda: decode.Automaton(np.ones((1, 5), bool), np.zeros((1, 5), int)), "with a vocabulary of 20"),
     (
       lambda: decode.Automaton(np.ones((2, VOCAB), bool), np.full((2, VOCAB), 7), first=9),
@@ -205,7 +205,7 @@ def test_refused(run, processor, message):
 
 
 def test_a_sampler_or_its_parts(run):
-  with pytest.raises(sa_jax.UserError, match="give a sampler, which has a temperature, or a temperature, not both"):
+  with pytest.raises(sa_jax.UserError, match="give a sampler or a temperature, not both"):
     run(sampler=Sampler(), temperature=0.5)
   with pytest.raises(sa_jax.UserError, match=r"min_p must be in \[0, 1\], not 2"):
     Sampler(1.0, min_p=2)

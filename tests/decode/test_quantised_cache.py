@@ -189,21 +189,21 @@ def test_chunks_after_a_beginning_are_what_it_is_read_with_at_once():
   model = tiny.model("0:1", num_layers=2, head_dim=16, cache_dtype="int4")
   params = tiny.params(model)
   prompts = Prompts.of([tiny.tokens(1, 60)[0]], 64, [1], 0, range(1))
-  begun = PromptCache.read(model, params, prompts.tokens[0, :20]).begun(prompts, model)
+  prefixes = PromptCache.read(model, params, prompts.tokens[0, :20]).match(prompts, model)
   engine = Engine(model)
-  reading = begin(engine, prompts, begun)
+  reading = begin(engine, prompts, prefixes)
   for start in (20, 40):
     reading = read(engine, params, reading, start, chunk=20)
-  whole = engine.prefill(params, prompts, sampler=Sampler(), capacity=64, begun=begun).cache
+  whole = engine.prefill(params, prompts, sampler=Sampler(), capacity=64, prefixes=prefixes).cache
   chunks = _stored(model.config, reading.cache)
   cut = lambda cache: jax.tree.map(lambda leaf: leaf[:, :, :60], cache)
   tiny.assert_trees_equal(cut(chunks), cut(whole))
 
 
 def test_other_types_are_refused():
-  with pytest.raises(ValueError, match="cache_dtype='int2' \\(one of int8, int4, None is needed\\)"):
+  with pytest.raises(ValueError, match="cache_dtype='int2' \\(must be one of int8, int4, None\\)"):
     sa_jax.ModelConfig.preset("smollm2-135m", cache_dtype="int2")
-  with pytest.raises(ValueError, match=r"value_dim=33 \(a cache in int4 needs a multiple of 2\)"):
+  with pytest.raises(ValueError, match=r"value_dim=33 \(must be a multiple of 2 for a cache in int4\)"):
     sa_jax.ModelConfig.preset("smollm2-135m", cache_dtype="int4", value_dim=33)
 
 

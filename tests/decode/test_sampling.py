@@ -91,15 +91,15 @@ def test_a_row_is_drawn_with_its_own_key():
     ({"temperature": 1e-39}, "or at least 1e-06, not 1e-39"),
     ({"temperature": float("nan")}, "temperature must be 0"),
     ({"temperature": float("inf")}, "temperature must be 0"),
-    ({"temperature": 1.0, "top_k": 0}, r"top_k=0 \(at least 1 is needed\)"),
-    ({"temperature": 1.0, "top_k": "5"}, "top_k='5' \\(an integer or None is needed\\)"),
+    ({"temperature": 1.0, "top_k": 0}, r"top_k=0 \(must be at least 1\)"),
+    ({"temperature": 1.0, "top_k": "5"}, "top_k='5' \\(must be an integer or None\\)"),
     ({"temperature": 1.0, "top_p": 0.0}, "top_p must be in \\(0, 1\\], not 0.0"),
     ({"temperature": 1.0, "top_p": 1.1}, "top_p must be in"),
     ({"top_k": 5}, "set a temperature above 0, or leave them out"),
     ({"top_p": 0.5}, "set a temperature above 0"),
     ({"temperature": np.float32(-1)}, "temperature must be 0"),
     ({"temperature": 1.0, "top_p": jnp.float32(7)}, "top_p must be in"),
-    ({"temperature": "hot"}, "temperature is a number, not 'hot'"),
+    ({"temperature": "hot"}, "temperature must be a number, not 'hot'"),
   ],
 )
 def test_refused(arguments, message):

@@ -41,20 +41,20 @@ def greedy(model, params):
 
 
 DRAFTS = {
-  "sharing": lambda model, params, ahead: Draft.sharing(model, params, PLAN, ahead),
-  "early exit": lambda model, params, ahead: Draft.early_exit(model, params, 2, ahead),
+  "sharing": lambda model, params, proposals: Draft.sharing(model, params, PLAN, proposals),
+  "early exit": lambda model, params, proposals: Draft.early_exit(model, params, 2, proposals),
 }
 
 
-@pytest.mark.parametrize("ahead", [1, 3])
+@pytest.mark.parametrize("proposals", [1, 3])
 @pytest.mark.parametrize("kind", DRAFTS)
-def test_greedy_is_greedy_token_for_token(model, params, greedy, kind, ahead):
-  draft = DRAFTS[kind](model, params, ahead)
+def test_greedy_is_greedy_token_for_token(model, params, greedy, kind, proposals):
+  draft = DRAFTS[kind](model, params, proposals)
   out = speculate(model, params, draft, *right_pad(PROMPTS), Settings(NEW))
   np.testing.assert_array_equal(out.tokens, greedy.tokens)
   np.testing.assert_array_equal(out.lengths, greedy.lengths)
   # Some proposals were kept, and some were not.
-  most, least = NEW - 1, -(-(NEW - 1) // (ahead + 1))
+  most, least = NEW - 1, -(-(NEW - 1) // (proposals + 1))
   assert ((out.rounds < most) & (out.rounds >= least)).all()
   assert (out.rounds > least).any()
 
@@ -150,8 +150,8 @@ def test_samples_are_distributed_as_the_models():
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    (lambda model, params: Draft.early_exit(model, params, 4), "an early exit is after 1 to 3 layers, not 4"),
-    (lambda model, params: Draft(model, params, 0), r"ahead=0 \(at least 1 is needed\)"),
+    (lambda model, params: Draft.early_exit(model, params, 4), "an early exit must be after 1 to 3 layers, not 4"),
+    (lambda model, params: Draft(model, params, 0), r"proposals=0 \(must be at least 1\)"),
     (
       lambda model, params: Draft.sharing(
         Transformer(model.config, SharingPlan.parse("0:1", 4)),

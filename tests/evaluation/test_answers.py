@@ -44,7 +44,7 @@ def test_what_a_kill_left_of_the_first_line_is_nothing_and_another_model_is_refu
   path.write_text('{"mod')
   assert Answers(path, MODEL).answer(ask(1), lambda numbers: ["a"]) == ["a"]
   assert len(Answers(path, MODEL)) == 1
-  with pytest.raises(sa_jax.UserError, match="does not hold answers of"):
+  with pytest.raises(sa_jax.UserError, match="does not contain answers of"):
     Answers(path, {"model": "b"})
 
 

@@ -375,7 +375,7 @@ def test_unknown_tasks_are_refused_with_near_names(folder, monkeypatch, capsys):
   with pytest.raises(ValueError, match="at least one task is needed"):
     find_tasks([])
   assert cli.main(["eval", str(folder / "model"), "--tasks", "choose_words", "--bootstrap-iters", "-1"]) == 2
-  assert "--bootstrap-iters -1 (0 or more is needed)" in capsys.readouterr().err
+  assert "--bootstrap-iters -1 (must be 0 or more)" in capsys.readouterr().err
 
 
 @pytest.mark.real_model

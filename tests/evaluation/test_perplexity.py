@@ -69,10 +69,10 @@ def test_rows_of():
   ("rows", "message"),
   [
     ([[1, 61]], "token 61 is outside the vocabulary"),
-    ([1, 2], "tokens are integers of shape"),
+    ([1, 2], "tokens must be integers of shape"),
     ([[1], [2]], "rows need at least 2 tokens"),
     (np.zeros((0, 4), np.int32), "at least one row"),
-    ([[1.5, 2.5]], "tokens are integers"),
+    ([[1.5, 2.5]], "tokens must be integers"),
   ],
 )
 def test_refused(model, params, rows, message):

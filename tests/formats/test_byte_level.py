@@ -128,16 +128,19 @@ def test_what_is_saved_reads_the_same(ranked, texts, tmp_path):
 @pytest.mark.parametrize(
   ("changes", "why"),
   [
-    ({"config": {}}, "it needs a config with a text 'pattern', and a list 'vocab'"),
+    ({"config": {}}, "it must have a config with a string 'pattern', and a list 'vocab'"),
     ({"vocab": None}, "a list 'vocab'"),
-    ({"config": {"pattern": ".", "default_vocab_size": "many"}}, "its config has the size 'many'"),
-    ({"vocab": [{"token_bytes": "é"}]}, "the string of rank 0 is 'é', and not one in base64"),
+    ({"config": {"pattern": ".", "default_vocab_size": "many"}}, "its config has the invalid size 'many'"),
+    ({"vocab": [{"token_bytes": "é"}]}, "the string of rank 0 is 'é', which is not base64"),
     ({"vocab": [3]}, "the string of rank 0 is None"),
-    ({"config": {"pattern": ".", "default_num_special_tokens": 10**12}}, "its config has the size 1000000000000"),
+    (
+      {"config": {"pattern": ".", "default_num_special_tokens": 10**12}},
+      "its config has the invalid size 1000000000000",
+    ),
     ({"special_tokens": [{"rank": [0], "token_str": "<s>"}]}, "special_tokens are objects with 'rank' 0, 1"),
     ({"special_tokens": [{"rank": rank, "token_str": "<s>"} for rank in range(2)]}, "special_tokens are objects with"),
     ({"special_tokens": [{"rank": 1, "token_str": "<s>"}]}, "special_tokens are objects with 'rank' 0, 1"),
-    ({"vocab": [{"token_bytes": "YQ=="}] * 2}, "some strings have two ranks\n  some bytes have no rank of their own"),
+    ({"vocab": [{"token_bytes": "YQ=="}] * 2}, "some strings have two ranks\n  some bytes have no rank"),
     ({"config": {"pattern": "("}}, "pattern '('"),
   ],
 )
@@ -150,7 +153,7 @@ def test_damage_is_told(ranked, tmp_path, changes, why):
 
 def test_damage_of_tiktoken_files_is_told(ranked, tmp_path):
   for text, why in (
-    (b"YQ== 0\nYg== 2\n", "line 2: a string in base64 and the rank 1"),
+    (b"YQ== 0\nYg== 2\n", "line 2: expected a base64 string and the rank 1"),
     (b"YQ== 0\n", "some bytes"),
   ):
     (tmp_path / "tokenizer.model").write_bytes(text)

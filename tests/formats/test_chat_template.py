@@ -82,7 +82,7 @@ def test_what_a_template_does_wrong_is_one_error(template, answer, why):
 
 
 def test_messages_that_are_no_objects():
-  with pytest.raises(UserError, match="a message is an object with 'role' and 'content', not str"):
+  with pytest.raises(UserError, match="a message must be an object with 'role' and 'content', not str"):
     ours(CHATML).chat(["hi"])
   nested = []
   for _ in range(100_000):
@@ -104,7 +104,7 @@ def impatient(monkeypatch):
 @pytest.mark.parametrize(
   ("template", "why"),
   [
-    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 2 s of computing"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 2 s of CPU time"),
     ("{{ 'a' * 10 ** 10 }}", "takes more than 512 MiB of memory"),
     ("{{ 'a' * 10 ** 8 }}", "writes more than 20000000 characters"),
     ("{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "512 MiB"),
@@ -156,7 +156,7 @@ def test_signals_to_a_whole_group_leave_the_process_and_one_that_was_killed_is_s
 def test_the_date_is_what_the_tokenizer_says():
   template = Template("{{ strftime_now('%d %b %Y') }}", {}, datetime.datetime(2024, 2, 29))
   assert template.render([Call([], False)])[0].text == "29 Feb 2024"
-  assert template.tells_the_date
+  assert template.uses_date
   today = ours("{{ strftime_now('%Y') }}").chat([])
   assert abs(int(today) - datetime.datetime.now().year) <= 1
 
@@ -210,9 +210,9 @@ def test_any_field_is_continued_as_transformers_does(field):
 @pytest.mark.parametrize(
   ("options", "why"),
   [
-    ({"tools": [print]}, "tools are a list of objects, of tools their JSON schemas, not .*print"),
-    ({"documents": ["x"]}, "documents are a list of objects"),
-    ({"add_generation_prompt": True}, "is told by `prompt`"),
+    ({"tools": [print]}, "tools must be a list of objects .*, not .*print"),
+    ({"documents": ["x"]}, "documents must be a list of objects"),
+    ({"add_generation_prompt": True}, "use `prompt`"),
     ({"continue_final_message": True, "prompt": True}, "leave one out"),
     ({"continue_final_message": "role_content"}, "no text to continue"),
     ({"template": "defualt"}, "there is no chat template 'defualt'; there are default; did you mean default"),
@@ -290,7 +290,7 @@ def test_what_cannot_be_continued():
   for messages, why in (
     ([], "no last message"),
     ([{"role": "user", "content": None}], "has no text to continue"),
-    ([USER], "does not write the last message as it is"),
+    ([USER], "changes the last message"),
   ):
     with pytest.raises(UserError, match=why):
       template.continued(messages)

@@ -71,9 +71,9 @@ def test_a_family_s_own_name_of_a_key_is_named():
     "qkv_bias": "yes",
     "bias": False,
   }
-  with pytest.raises(ValueError, match="qkv_bias = 'yes': true or false"):
+  with pytest.raises(ValueError, match="qkv_bias = 'yes': must be true or false"):
     sa_jax.ModelConfig.from_hf(values)
-  with pytest.raises(ValueError, match="attention_bias says True; keep one of them"):
+  with pytest.raises(ValueError, match="conflicts with attention_bias = True; keep one of them"):
     sa_jax.ModelConfig.from_hf(values | {"attention_bias": True, "qkv_bias": False})
 
 

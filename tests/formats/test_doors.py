@@ -70,7 +70,7 @@ class TestDoors:
 
   def test_a_plan_that_needs_what_was_dropped(self, models, kind, tmp_path):
     (sa_jax.export if kind == "folder" else sa_jax.convert)(models[kind], tmp_path / "out", plan=PLAN)
-    said = r"the plan 'dense' makes layers \[1\] anchors, but .*out holds no queries and keys for them: .* plan '0:1'"
+    said = r"the plan 'dense' makes layers \[1\] anchors, but .*out has no queries and keys for them: .* plan '0:1'"
     with pytest.raises(sa_jax.UserError, match=said):
       sa_jax.from_pretrained(tmp_path / "out", "dense")
 

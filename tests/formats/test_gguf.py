@@ -196,7 +196,7 @@ class TestDamaged:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    self.refuse(tmp_path / "model.gguf", "holds the architecture 'mamba'; supported in GGUF are: llama, ")
+    self.refuse(tmp_path / "model.gguf", "has the unsupported architecture 'mamba'; supported in GGUF are: llama, ")
 
   def test_unknown_tensor(self, tmp_path):
     def change(writer):
@@ -220,22 +220,22 @@ class TestDamaged:
   @pytest.mark.parametrize(
     ("key", "value", "meaning"),
     [
-      ("attention.scale", 0.5, "attention scores are scaled by it"),
-      ("logit_scale", 0.25, "logits are scaled by it"),
-      ("residual_scale", 0.25, "what layers add is scaled by it"),
-      ("embedding_scale", 12.0, "embeddings are scaled by it"),
-      ("attention.sliding_window", 4, "tokens see so many before them"),
-      ("rope.scaling.attn_factor", 2.0, "queries and keys are scaled by it"),
-      ("attention.causal", False, "tokens see those behind them"),
-      ("final_logit_softcapping", 30.0, "logits are capped at it"),
-      ("nextn_predict_layers", 1, "the last layers predict further tokens"),
-      ("novel", 1, "what it does is not known"),
+      ("attention.scale", 0.5, "a custom scale of attention scores"),
+      ("logit_scale", 0.25, "scaling of logits"),
+      ("residual_scale", 0.25, "scaling of residual branches"),
+      ("embedding_scale", 12.0, "scaling of embeddings"),
+      ("attention.sliding_window", 4, "a sliding window"),
+      ("rope.scaling.attn_factor", 2.0, "scaling of queries and keys"),
+      ("attention.causal", False, "non-causal attention"),
+      ("final_logit_softcapping", 30.0, "a soft cap of logits"),
+      ("nextn_predict_layers", 1, "multi-token prediction"),
+      ("novel", 1, "this unknown key"),
     ],
   )
   def test_values_that_are_not_read(self, tmp_path, key, value, meaning):
     kinds = {bool: "add_bool", int: "add_uint32", float: "add_float32"}
     change = lambda writer: getattr(writer, kinds[type(value)])(f"llama.{key}", value)
-    message = f"llama.{key} = {value!r}: {meaning}, which is not implemented"
+    message = f"llama.{key} = {value!r}: {meaning} is not implemented"
     self.refuse(write_gguf(tmp_path / "model.gguf", *small(), change=change), message)
 
   @pytest.mark.parametrize(("key", "value"), [("attention.causal", True), ("expert_count", 0), ("vocab_size", 64)])

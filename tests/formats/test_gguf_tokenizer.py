@@ -125,7 +125,7 @@ def test_a_piece_of_a_hundred_thousand_characters(spm, write):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"scores": [0.0, 0.0, 0.0]}, "an entry for each token, not 600 tokens, 3 scores, 600 token_type"),
+    ({"scores": [0.0, 0.0, 0.0]}, "one entry per token, not 600 tokens, 3 scores, 600 token_type"),
     ({"unknown": 600}, "tokenizer.ggml.unknown_token_id is 600, but there are 600 tokens"),
   ],
 )
@@ -155,7 +155,7 @@ class TestTokenizerModel:
     (folder / "tokenizer_config.json").write_text('{"add_bos_token": false, "add_eos_token": true}')
     assert sa_jax.load_tokenizer(folder).encode("self") == [*spm.encode("self"), spm.eos_id()]
     (folder / "tokenizer_config.json").write_text('{"bos_token": "<start>"}')
-    with pytest.raises(ValueError, match="has no '<start>', which the settings put around texts"):
+    with pytest.raises(ValueError, match="has no '<start>', which its settings add to texts"):
       sa_jax.load_tokenizer(folder)
 
   def test_another_model(self, folder):
@@ -164,7 +164,7 @@ class TestTokenizerModel:
       sentence_iterator=iter(TEXT.splitlines()), model_writer=model, model_type="unigram", vocab_size=200, minloglevel=2
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    with pytest.raises(ValueError, match="it is not of BPE") as caught:
+    with pytest.raises(ValueError, match="it is not BPE") as caught:
       sa_jax.load_tokenizer(folder)
     assert "it rewrites characters (nmt_nfkc)" in str(caught.value)
 

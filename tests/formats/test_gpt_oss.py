@@ -74,9 +74,9 @@ def test_one_expert_is_dequantised_at_a_time(packed, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (lambda tensors, key: tensors.pop(f"{key}_scales"), "there is no .*gate_up_proj_scales beside it"),
-    (lambda tensors, key: tensors.update({f"{key}_scales": torch.ones(4, 2, 2, dtype=torch.uint8)}), "does not fit"),
-    (lambda tensors, key: tensors.update({f"{key}_blocks": torch.ones(4, 2, 2, 16)}), "is of type float32"),
+    (lambda tensors, key: tensors.pop(f"{key}_scales"), "gate_up_proj_scales is missing"),
+    (lambda tensors, key: tensors.update({f"{key}_scales": torch.ones(4, 2, 2, dtype=torch.uint8)}), "does not match"),
+    (lambda tensors, key: tensors.update({f"{key}_blocks": torch.ones(4, 2, 2, 16)}), "has dtype float32"),
   ],
 )
 def test_damaged_files_are_refused(change, message, packed, tmp_path):
@@ -160,11 +160,19 @@ def test_what_its_config_says_where_it_says_nothing():
 @pytest.mark.parametrize(
   ("model_type", "counts", "message"),
   [
-    ("mixtral", {"num_local_experts": 8, "num_experts": 4}, "num_experts = 4: num_local_experts says 8; keep one"),
-    ("qwen3_moe", {"num_local_experts": 8, "num_experts": 4}, "num_local_experts = 8: num_experts says 4; keep one"),
+    (
+      "mixtral",
+      {"num_local_experts": 8, "num_experts": 4},
+      "num_experts = 4: conflicts with num_local_experts = 8; keep one",
+    ),
+    (
+      "qwen3_moe",
+      {"num_local_experts": 8, "num_experts": 4},
+      "num_local_experts = 8: conflicts with num_experts = 4; keep one",
+    ),
     ("gpt_oss", {"num_experts": 6}, None),
     ("qwen2_moe", {"num_local_experts": 6}, None),
-    ("gpt_oss", {"swiglu_alpha": 1.5}, "swiglu_alpha = 1.5: gates are multiplied by it"),
+    ("gpt_oss", {"swiglu_alpha": 1.5}, "swiglu_alpha = 1.5: another SwiGLU coefficient"),
   ],
 )
 def test_how_many_experts_a_config_says(model_type, counts, message):

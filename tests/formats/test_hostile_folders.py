@@ -52,7 +52,7 @@ SMALL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_c
     (to_pipe, "is a pipe or a device, not a file"),
     (to_device, "is a pipe or a device, not a file"),
     (to_folder, "is a folder, not a file"),
-    (to_terabyte, "has 1,099,511,627,776 bytes; such a file has at most 268,435,456"),
+    (to_terabyte, "has 1,099,511,627,776 bytes; at most 268,435,456 are allowed"),
   ],
 )
 @pytest.mark.parametrize("name", SMALL)

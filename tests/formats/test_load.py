@@ -167,5 +167,5 @@ def test_a_tensor_larger_than_memory_is_refused_before_it_is_read(tmp_path, monk
   path = tiny.write_hf(tmp_path / "model", model, tiny.params(model))
   monkeypatch.setattr(lazy, "_put", pytest.fail)
   monkeypatch.setattr(machine, "memory", lambda: 3000)
-  with pytest.raises(ValueError, match=r"model.embed_tokens.weight \(61, 32\) takes at least .* GB, and this machine"):
+  with pytest.raises(ValueError, match=r"model.embed_tokens.weight \(61, 32\) takes at least .* GB, but this machine"):
     sa_jax.from_pretrained(path)

@@ -165,14 +165,14 @@ def test_the_weights_that_are_meant(name, plain, tmp_path):
   [
     ({"quant_method": "aqlm"}, "quantised by aqlm, which is not read; fp8, .*: open the original, or a GGUF file"),
     ({"bits": 4, "group_size": 64}, "quantised by a method without a name"),
-    ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version is 'gemv', where 'gemm' or 'GEMM' is read"),
+    ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version is 'gemv'; must be 'gemm' or 'GEMM'"),
     ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "format is 'pack-quantized'"),
     ({"quant_method": "fp8", "weight_block_size": [0, "x"]}, "weight_block_size is"),
     ({"quant_algo": "FP8", "weight_block_size": [32]}, "weight_block_size is"),
     ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
     (
       {"quant_method": "compressed-tensors", "format": "float-quantized", "transform_config": {"config_groups": {}}},
-      "activations are rotated between layers",
+      "rotates activations between layers",
     ),
     ("int4", "quantised by a method without a name"),
   ],
@@ -189,19 +189,27 @@ def test_other_methods_are_named(settings, message):
 @pytest.mark.parametrize(
   ("name", "change", "message"),
   [
-    ("fp8 blocks", lambda t, key: t.pop(f"{key}.weight_scale_inv"), "no matrix with a .*weight_scale beside it"),
-    ("awq", lambda t, key: t.pop(f"{key}.qzeros"), "there is no .*qzeros beside it"),
-    ("awq", lambda t, key: t.update({f"{key}.scales": torch.ones(3, 3)}), "does not fit the tensors beside it"),
-    ("gptq", lambda t, key: t[f"{key}.g_idx"].fill_(9), "a g_idx names group 9 of 2"),
-    ("nf4", lambda t, key: t[f"{key}.weight.quant_state.bitsandbytes__nf4"].zero_(), "does not describe a tensor"),
-    ("awq", lambda t, key: t.update({f"{key}.qweight": t[f"{key}.qweight"][None]}), "where a matrix is needed"),
-    ("nf4", lambda t, key: t.update({f"{key}.weight.quant_map": torch.ones(8)}), r"\[8\], where 16 numbers are needed"),
+    ("fp8 blocks", lambda t, key: t.pop(f"{key}.weight_scale_inv"), "not a matrix with a .*weight_scale"),
+    ("awq", lambda t, key: t.pop(f"{key}.qzeros"), "qzeros is missing"),
+    (
+      "awq",
+      lambda t, key: t.update({f"{key}.scales": torch.ones(3, 3)}),
+      "does not match its other quantisation tensors",
+    ),
+    ("gptq", lambda t, key: t[f"{key}.g_idx"].fill_(9), "g_idx contains group 9, but there are only 2 groups"),
+    (
+      "nf4",
+      lambda t, key: t[f"{key}.weight.quant_state.bitsandbytes__nf4"].zero_(),
+      "does not describe a 4-bit tensor",
+    ),
+    ("awq", lambda t, key: t.update({f"{key}.qweight": t[f"{key}.qweight"][None]}), "must be a matrix"),
+    ("nf4", lambda t, key: t.update({f"{key}.weight.quant_map": torch.ones(8)}), r"\[8\]; must have 16 elements"),
     (
       "nf4 nested",
       lambda t, key: t.update({f"{key}.weight.absmax": t[f"{key}.weight.absmax"].float()}),
-      "absmax is of type float32, where uint8 is needed",
+      "absmax has dtype float32; must be uint8",
     ),
-    ("int8", lambda t, key: t.pop(f"{key}.SCB"), "q_proj.weight in .* is I8; one of F64, F32, F16, BF16 is needed"),
+    ("int8", lambda t, key: t.pop(f"{key}.SCB"), "q_proj.weight in .* is I8; must be one of F64, F32, F16, BF16"),
   ],
 )
 def test_damaged_files_are_refused(name, change, message, plain, tmp_path):

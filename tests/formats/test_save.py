@@ -82,7 +82,7 @@ def test_refused(tmp_path):
   params = tiny.params(MODEL)
   wrong = params | {"final_norm": {"scale": np.ones(3, np.float32)}, "spare": np.ones(2, np.float32)}
   del wrong["layers"]["2"]["mlp"]["up_proj"]
-  with pytest.raises(sa_jax.UserError, match="these parameters, in the layout 'layers', are not the model's") as caught:
+  with pytest.raises(sa_jax.UserError, match="the parameters in the layout 'layers' do not match the model") as caught:
     sa_jax.save(tmp_path / "saved", MODEL, wrong)
   assert str(caught.value).split("\n  ")[1:] == [
     "missing: layers/2/mlp/up_proj/kernel [32, 48]",
@@ -91,7 +91,7 @@ def test_refused(tmp_path):
   ]
   mixed = tiny.params(MODEL)
   mixed["final_norm"]["scale"] = mixed["final_norm"]["scale"].astype(np.float16)
-  with pytest.raises(sa_jax.UserError, match=r"one type is needed, not .*float16 \(final_norm/scale\)"):
+  with pytest.raises(sa_jax.UserError, match=r"all must have one dtype, not .*float16 \(final_norm/scale\)"):
     sa_jax.save(tmp_path / "saved", MODEL, mixed)
   assert not (tmp_path / "saved").exists()
   sa_jax.save(tmp_path / "saved", MODEL, tiny.params(MODEL))

@@ -68,10 +68,10 @@ def test_pickle_that_wants_more_is_refused(folder, tmp_path, zipped):
   target = as_bin(folder, tmp_path / "bin", 1)
   tensors = {"model.norm.weight": torch.zeros(3), "evil": Evil(tmp_path / "owned")}
   torch.save(tensors, target / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-  with pytest.raises(ValueError, match="PyTorch tensors and nothing else"):
+  with pytest.raises(ValueError, match="complete PyTorch file of tensors only"):
     sa_jax.from_pretrained(target)
   (target / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(tmp_path / "owned"), protocol=2))
-  with pytest.raises(ValueError, match="PyTorch tensors and nothing else"):
+  with pytest.raises(ValueError, match="complete PyTorch file of tensors only"):
     sa_jax.from_pretrained(target)
   assert not (tmp_path / "owned").exists()
 
@@ -79,7 +79,7 @@ def test_pickle_that_wants_more_is_refused(folder, tmp_path, zipped):
 @pytest.mark.parametrize(
   ("content", "said"),
   [
-    ([torch.zeros(2)], "does not hold a dictionary from names to tensors"),
+    ([torch.zeros(2)], "does not contain a dictionary from names to tensors"),
     ({"a": 3}, "a is a int"),
     ({"a": torch.zeros(2, dtype=torch.int64)}, "a is of type int64"),
     ("quantised", "a is of type qint8"),
@@ -147,7 +147,9 @@ def test_hub_id(folder, hub, tmp_path):
   assert named == newer
   sa_jax.export("org/tiny@v2", tmp_path / "exported")
   assert "base_model: org/tiny\n" in (tmp_path / "exported" / "README.md").read_text()
-  with pytest.raises(ValueError, match="org/tiny@v2 names one revision, but `revision` is 'main'; give only one"):
+  with pytest.raises(
+    ValueError, match="org/tiny@v2 already contains a revision, but `revision` is 'main'; give only one"
+  ):
     sa_jax.from_pretrained("org/tiny@v2", revision="main")
   with pytest.raises(ValueError, match="org/absent is not a file or folder, and the hub cannot be reached"):
     sa_jax.from_pretrained("org/absent")

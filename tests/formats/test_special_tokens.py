@@ -117,15 +117,23 @@ def test_objects_in_lists_are_read_as_older_files_have_them(backend, tmp_path):
 @pytest.mark.parametrize(
   ("config", "others", "why"),
   [
-    ({"extra_special_tokens": [1]}, {}, "extra_special_tokens has 1; a text or an object with a text 'content' is"),
-    ({"extra_special_tokens": "<img>"}, {}, "extra_special_tokens is '<img>'; a list or an object is needed"),
-    ({"extra_special_tokens": {"image_token": 3}}, {}, "image_token is 3; a text or an object with a text"),
+    (
+      {"extra_special_tokens": [1]},
+      {},
+      "extra_special_tokens has 1; must be a string, or an object with a string 'content'",
+    ),
+    ({"extra_special_tokens": "<img>"}, {}, "extra_special_tokens is '<img>'; must be a list or an object"),
+    (
+      {"extra_special_tokens": {"image_token": 3}},
+      {},
+      "image_token is 3; must be a string, or an object with a string",
+    ),
     ({"eos_token": token("<img>", lstrip="yes")}, {}, "eos_token is {'content': '<img>', 'lstrip': 'yes'"),
     ({"extra_special_tokens": [token("<img>", rstrip=1)]}, {}, "extra_special_tokens has {'content': '<img>'"),
     ({"added_tokens_decoder": {"9" * 5000: token("<img>")}}, {}, "'999999"),
-    ({}, {ADDED: {"<img>": SIZE + 5}}, f"gives '<img>' the number {SIZE + 5}, and tokenizer.json makes it {SIZE}"),
+    ({}, {ADDED: {"<img>": SIZE + 5}}, f"gives '<img>' the id {SIZE + 5}, but tokenizer.json gives it {SIZE}"),
     ({}, {ADDED: {"<img>": "x"}}, "'x' is {'content': '<img>'"),
-    ({}, {MAP: [1]}, "special_tokens_map.json must hold a JSON object"),
+    ({}, {MAP: [1]}, "special_tokens_map.json must contain a JSON object"),
   ],
 )
 def test_damage_is_one_line(backend, tmp_path, config, others, why):

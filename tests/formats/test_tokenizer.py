@@ -86,7 +86,7 @@ def test_tokens_that_only_the_settings_list(tokenizer, tmp_path):
   assert sa_jax.load_tokenizer(tmp_path).encode("a<end> b") == expected == [0, 1, 4, 2]
   values["added_tokens_decoder"]["7"] = values["added_tokens_decoder"].pop("4")
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
-  with pytest.raises(ValueError, match="gives '<end>' the number 7, and tokenizer.json makes it 4"):
+  with pytest.raises(ValueError, match="gives '<end>' the id 7, but tokenizer.json gives it 4"):
     sa_jax.load_tokenizer(tmp_path)
 
 
@@ -160,24 +160,33 @@ def test_damaged_settings(tokenizer, tmp_path):
 @pytest.mark.parametrize(
   ("settings", "why"),
   [
-    ({"added_tokens_decoder": [1]}, r"added_tokens_decoder of tokenizer_config.json: it is \[1\]; an object is needed"),
-    ({"added_tokens_decoder": 3}, "it is 3; an object is needed"),
+    ({"added_tokens_decoder": [1]}, r"added_tokens_decoder of tokenizer_config.json: it is \[1\]; must be an object"),
+    ({"added_tokens_decoder": 3}, "it is 3; must be an object"),
     (
       {"added_tokens_decoder": {"4": {"special": True}}},
-      "'4' is {'special': True}; a number and an object with a text",
+      "'4' is {'special': True}; must be a token id and an object with a string",
     ),
-    ({"added_tokens_decoder": {"4": None}}, "'4' is None; a number and an object"),
-    ({"added_tokens_decoder": {"4": ["<end>"]}}, r"'4' is \['<end>'\]; a number and an object"),
-    ({"added_tokens_decoder": {"4": {"content": 7}}}, "'4' is {'content': 7}; a number and an object"),
-    ({"added_tokens_decoder": {"x": {"content": "<end>"}}}, "'x' is {'content': '<end>'}; a number and an object"),
-    ({"added_tokens_decoder": {"4": {"content": "<end>", "special": "yes"}}}, "'4' is .*; a number and an object"),
-    ({"added_tokens_decoder": {str(2**70): {"content": "<end>"}}}, "gives '<end>' the number 1180591620717411303424"),
-    ({"bos_token": ["<s>"]}, r"bos_token is \['<s>'\]; a text or an object with a text 'content' is needed"),
-    ({"bos_token": 3, "eos_token": {"lstrip": True}}, "bos_token is 3; .*\n  eos_token is {'lstrip': True}; a text"),
-    ({"chat_template": 5}, "chat_template is 5; a text is needed"),
-    ({"chat_template": ["x"]}, r"chat_template is \['x'\]; objects with 'name' and 'template' are needed"),
-    ({"chat_template": [{"template": "x"}]}, "objects with 'name' and 'template' are needed"),
-    ({"chat_template": [{"name": "default", "template": 1}]}, "chat_template is 1; a text is needed"),
+    ({"added_tokens_decoder": {"4": None}}, "'4' is None; must be a token id and an object"),
+    ({"added_tokens_decoder": {"4": ["<end>"]}}, r"'4' is \['<end>'\]; must be a token id and an object"),
+    ({"added_tokens_decoder": {"4": {"content": 7}}}, "'4' is {'content': 7}; must be a token id and an object"),
+    (
+      {"added_tokens_decoder": {"x": {"content": "<end>"}}},
+      "'x' is {'content': '<end>'}; must be a token id and an object",
+    ),
+    (
+      {"added_tokens_decoder": {"4": {"content": "<end>", "special": "yes"}}},
+      "'4' is .*; must be a token id and an object",
+    ),
+    ({"added_tokens_decoder": {str(2**70): {"content": "<end>"}}}, "gives '<end>' the id 1180591620717411303424"),
+    ({"bos_token": ["<s>"]}, r"bos_token is \['<s>'\]; must be a string, or an object with a string 'content'"),
+    (
+      {"bos_token": 3, "eos_token": {"lstrip": True}},
+      "bos_token is 3; .*\n  eos_token is {'lstrip': True}; must be a string",
+    ),
+    ({"chat_template": 5}, "chat_template is 5; must be a string"),
+    ({"chat_template": ["x"]}, r"chat_template is \['x'\]; must be objects with 'name' and 'template'"),
+    ({"chat_template": [{"template": "x"}]}, "must be objects with 'name' and 'template'"),
+    ({"chat_template": [{"name": "default", "template": 1}]}, "chat_template is 1; must be a string"),
   ],
 )
 def test_malformed_settings(tokenizer, tmp_path, settings, why):
@@ -202,7 +211,7 @@ def test_a_tokenizer_that_multiplies_its_input(tokenizer, tmp_path, name, part, 
   setattr(tokenizer.backend, name, part)
   tokenizer.save(tmp_path)
   began = time.monotonic()
-  with pytest.raises(UserError, match=rf"tokenizer.json: its {name} makes up to {growth} characters of one"):
+  with pytest.raises(UserError, match=rf"tokenizer.json: its {name} can expand one character to {growth}"):
     sa_jax.load_tokenizer(tmp_path)
   assert time.monotonic() - began < 5
 

@@ -173,5 +173,7 @@ def test_gemma_3_4b_says_little_of_its_text_part():
 
 
 def test_models_that_share_already():
-  with pytest.raises(ValueError, match="'gemma4' is not supported: its last layers use the keys and values of earlier"):
+  with pytest.raises(
+    ValueError, match="'gemma4' is not supported: its last layers already reuse the keys and values of earlier"
+  ):
     sa_jax.ModelConfig.from_hf({"model_type": "gemma4", "architectures": ["Gemma4ForConditionalGeneration"]})

@@ -141,7 +141,7 @@ def test_look_sees_what_the_experts_add(opened):
 
 
 def test_what_experts_cannot_be():
-  with pytest.raises(sa_jax.UserError, match="experts are gated"):
+  with pytest.raises(sa_jax.UserError, match="experts need 'gated'"):
     tiny.config(experts=EXPERTS, mlp="plain")
-  with pytest.raises(sa_jax.UserError, match=r"experts.chosen=5 \(1 to count=4 are needed\)"):
+  with pytest.raises(sa_jax.UserError, match=r"experts.chosen=5 \(must be 1 to count=4\)"):
     tiny.config(experts=ops.Experts(4, 5))

@@ -77,7 +77,7 @@ def test_plan_normalises_and_checks():
   assert str(PLAN) == "0:1-2,3:4"
   with pytest.raises(ValueError, match=r"layer 0 is an anchor.*\n  layer 1 uses heads \[4\]"):
     sa_jax.SharingPlan((0, 0), ((1, 0), (4, 0)))
-  with pytest.raises(ValueError, match="one a layer"):
+  with pytest.raises(ValueError, match="give one per layer"):
     sa_jax.SharingPlan((0, 0), ((1, 0),))
   with pytest.raises(ValueError, match=r"layers \[1, 4\] do not have 3 entries"):
     sa_jax.Transformer(dataclasses.replace(CONFIG, num_heads=3, num_kv_heads=3), PLAN)

@@ -308,11 +308,11 @@ class TestErrors:
     [
       ([[1, 61]], None, "token 61 is outside the vocabulary of 61, 0 to 60"),
       ([[1, -1]], None, "token -1 is outside the vocabulary of 61, 0 to 60"),
-      ([1, 2], None, r"tokens are integers of shape \[batch, length\]"),
-      ([[1.0, 2.0]], None, "tokens are integers"),
+      ([1, 2], None, r"tokens must be integers of shape \[batch, length\]"),
+      ([[1.0, 2.0]], None, "tokens must be integers"),
       ([[1, 2]], [3], "a length of 3 does not fit rows of 2 tokens"),
       ([[1, 2]], [0], "a length of 0 does not fit rows of 2 tokens"),
-      ([[1, 2]], [1, 2], "one length a row"),
+      ([[1, 2]], [1, 2], "lengths must be integers of shape"),
     ],
   )
   def test_bad_batches(self, tokens, lengths, message):
@@ -328,10 +328,10 @@ class TestErrors:
     [
       (
         ([[1, 2]],),
-        "tokens are integers of shape [batch, length], not a Python list, of which np.asarray makes an array",
+        "tokens must be integers of shape [batch, length], not a Python list (convert it with np.asarray)",
       ),
-      ((TOKENS, [3, 4]), "lengths are integers, one length a row, (2,); not a Python list"),
-      ((TOKENS, None, [[0, 0]]), "segments are integers, one a token, (2, 12); not a Python list"),
+      ((TOKENS, [3, 4]), "lengths must be integers of shape (2,), not a Python list"),
+      ((TOKENS, None, [[0, 0]]), "segments must be integers of shape (2, 12), not a Python list"),
     ],
   )
   def test_lists_are_no_arrays(self, given, message):

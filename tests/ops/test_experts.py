@@ -182,7 +182,7 @@ class TestOnTheDevice:
     ({"count": 0, "chosen": 1}, "count=0"),
     ({"count": 4, "chosen": 5}, "chosen=5"),
     ({"count": 4, "chosen": 2, "shared_width": -1}, "shared_width=-1"),
-    ({"count": 4, "chosen": 2, "shared_gate": True}, "nothing to gate"),
+    ({"count": 4, "chosen": 2, "shared_gate": True}, "needs shared_width"),
   ],
 )
 def test_faults(values, fault):

@@ -117,7 +117,7 @@ def test_the_teacher_gets_no_gradient():
 
 def test_distillation_refuses():
   for how in ({"temperature": 0.0}, {"alpha": 1.5}):
-    with pytest.raises(ValueError, match="temperature is positive and alpha from 0 to 1"):
+    with pytest.raises(ValueError, match="temperature must be positive and alpha 0 to 1"):
       distilled(jnp.asarray(HIDDEN), KERNEL, **how)
   with pytest.raises(ValueError, match=r"the same tokens, not \(2, 7\) and \(2, 11\)"):
     distilled(jnp.asarray(HIDDEN), KERNEL, TEACHER[:, :7])

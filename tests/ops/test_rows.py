@@ -88,7 +88,9 @@ def test_bias_and_mask(heads):
 def test_a_call_that_a_backend_cannot_compute_names_those_that_can():
   q, k, v, _ = arrays(T, T)
   rows = ops.Rows(bias=jnp.zeros((1, 1, T, T)))
-  with pytest.raises(ValueError, match="'blockwise' cannot compute this: it has no bias .*; use reference, chunked"):
+  with pytest.raises(
+    ValueError, match="'blockwise' cannot compute this: it does not support a score bias; use reference, chunked"
+  ):
     ops.attend(q, k, v, rows, backend="blockwise")
   shape = jax.ShapeDtypeStruct((1, 4096, 4, 64), jnp.bfloat16)
   assert ops.choose_backend("auto", shape, shape, ops.Rows(causal=False), platform="gpu") == "cudnn"
@@ -105,15 +107,24 @@ def test_shapes_that_do_not_fit_are_named_together():
 @pytest.mark.parametrize(
   ("rows", "message"),
   [
-    ({"lengths": [3, 4]}, "lengths are integers, one number a row, (2,); not a Python list"),
-    ({"lengths": jnp.ones(B)}, "lengths are integers, one number a row, (2,); not float32 of shape (2,)"),
-    ({"segments": jnp.ones((B, S))}, "segments are integers, one number a slot, (2, 13); not float32"),
-    ({"offset": 4}, "offset is an integer, or one a row, (2,); not a Python int"),
-    ({"offset": np.float32(4)}, "offset is an integer, or one a row, (2,); not float32 of shape ()"),
-    ({"offset": jnp.ones(3, int)}, "offset is an integer, or one a row, (2,); not int32 of shape (3,)"),
-    ({"mask": jnp.ones((B, 1, T, S), int)}, "mask is bool [B or 1, N or 1, T, S], of (2, 4, 9, 13); not int32"),
-    ({"bias": jnp.ones((1, 1, T, S), int)}, "bias is floating-point [B or 1, N or 1, T, S], of (2, 4, 9, 13); not int"),
-    ({"bias": jnp.ones((T, S))}, "bias is floating-point [B or 1, N or 1, T, S], of (2, 4, 9, 13); not float32 of"),
+    ({"lengths": [3, 4]}, "lengths must be integers of shape (2,), not a Python list"),
+    ({"lengths": jnp.ones(B)}, "lengths must be integers of shape (2,), not float32 of shape (2,)"),
+    ({"segments": jnp.ones((B, S))}, "segments must be integers of shape (2, 13), not float32"),
+    ({"offset": 4}, "offset must be an integer, or integers of shape (2,), not a Python int"),
+    ({"offset": np.float32(4)}, "offset must be an integer, or integers of shape (2,), not float32 of shape ()"),
+    ({"offset": jnp.ones(3, int)}, "offset must be an integer, or integers of shape (2,), not int32 of shape (3,)"),
+    (
+      {"mask": jnp.ones((B, 1, T, S), int)},
+      "mask must be bool of shape [B or 1, N or 1, T, S] for (2, 4, 9, 13), not int32",
+    ),
+    (
+      {"bias": jnp.ones((1, 1, T, S), int)},
+      "bias must be floating-point of shape [B or 1, N or 1, T, S] for (2, 4, 9, 13), not int",
+    ),
+    (
+      {"bias": jnp.ones((T, S))},
+      "bias must be floating-point of shape [B or 1, N or 1, T, S] for (2, 4, 9, 13), not float32 of",
+    ),
   ],
 )
 def test_rows_are_arrays_of_their_types_and_shapes(rows, message):
@@ -147,15 +158,15 @@ def test_a_backend_of_ones_own(monkeypatch):
   tokens, params = tiny.tokens(1, 5), tiny.params(model, "runs")
   same = tiny.model("0:1", num_layers=2, attention="reference").apply({"params": params}, tokens)
   np.testing.assert_array_equal(model.apply({"params": params}, tokens), same)
-  with pytest.raises(ValueError, match="'mine' cannot compute this: it has no mask"):
+  with pytest.raises(ValueError, match="'mine' cannot compute this: it does not support a mask"):
     ops.attend(q, k, v, ops.Rows(mask=jnp.ones((1, 1, T, T), bool)), backend="mine")
   for name, backend, message in (
-    ("mine", ops.Backend(mine), "there is an attention backend 'mine' already"),
-    ("other", mine, "a backend is a Backend, such as"),
+    ("mine", ops.Backend(mine), "the attention backend 'mine' already exists"),
+    ("other", mine, "backend must be a Backend, such as"),
     (
       "other",
       ops.Backend(mine, serves=frozenset({"bias"})),
-      "unknown demands 'bias'; DEMANDS are .*'bias of the scores'",
+      "unknown demands 'bias'; choose from .*'a score bias'",
     ),
   ):
     with pytest.raises(ValueError, match=message):

@@ -105,7 +105,7 @@ def test_backends_without_them_are_named_or_not_chosen(arrays):
   assert ops.choose_backend("auto", q, k, platform="gpu") == "cudnn"
   assert ops.choose_backend("auto", q, k, rows, platform="gpu") == "flash"
   assert ops.choose_backend("auto", q, k, rows, platform="tpu") == "splash"
-  with pytest.raises(sa_jax.UserError, match="'cudnn' cannot compute this: it has no attention sinks"):
+  with pytest.raises(sa_jax.UserError, match="'cudnn' cannot compute this: it does not support attention sinks"):
     ops.choose_backend("cudnn", q, k, rows, platform="gpu")
-  with pytest.raises(sa_jax.UserError, match=r"sinks are floating-point numbers, one a head, \(4,\)"):
+  with pytest.raises(sa_jax.UserError, match=r"sinks must be floating-point of shape \(4,\)"):
     ops.attend(q, k, v, ops.Rows(sinks=sinks[:3]))

@@ -78,7 +78,7 @@ def test_blocks_tile_the_padded_length(length):
 def test_auto_is_splash_on_tpu_and_its_name_is_refused_elsewhere():
   q, k, v, _ = arrays(128, 2, 1, 8)
   assert ops.choose_backend("auto", q, k, platform="tpu") == "splash"
-  with pytest.raises(ValueError, match="runs on TPUs, and this is cpu; use blockwise, reference, chunked"):
+  with pytest.raises(ValueError, match="runs on TPUs, but this is cpu; use blockwise, reference, chunked"):
     ops.attend(q, k, v, backend="splash")
 
 
@@ -132,7 +132,7 @@ def test_each_device_takes_the_keys_of_its_queries(interpreted):
 def test_heads_apart_from_their_keys_are_refused(interpreted):
   q, k, v, _ = arrays(128, 8, 2, 8)
   mesh = make_mesh(data=2, tensor=4)
-  with on_mesh(mesh, rules_with("data")), pytest.raises(ValueError, match="'heads' and 'kv_heads' .* or 'heads' alone"):
+  with on_mesh(mesh, rules_with("data")), pytest.raises(ValueError, match="'heads' and 'kv_heads' .* or only 'heads'"):
     jax.eval_shape(QueryKey(q, k, backend="splash").attend, v)
 
 

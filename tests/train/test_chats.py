@@ -96,7 +96,7 @@ def test_an_opening_that_is_another_than_what_is_asked_with(tmp_path):
     "{% if add_generation_prompt %}<assistant><think>{% endif %}"
   )
   assert of_chats(tmp_path, template, turns(("q", "r"))) == ["<user>q<assistant>[r]"]
-  with pytest.raises(ValueError, match="line 1: the chat template writes what is before message 1 otherwise"):
+  with pytest.raises(ValueError, match="line 1: the chat template changes the text before message 1"):
     of_chats(tmp_path, "{{ messages | length }}" + template, turns(("q", "r")))
 
 
@@ -151,12 +151,12 @@ QUESTION = '{"role": "user", "content": "q"}'
     ('{"messages": [{"role": null, "content": "q"}, {"role": "assistant", "content": "a"}]}', "no attribute 'role'"),
     ('{"messages": null}', "'messages' is not a list"),
     ('{"messages": []}', "there is no assistant message"),
-    ('{"instruction": "a", "input": "", "output": 3}', "'output' is int; a text is needed"),
-    ('{"text": NaN}', "'text' is float; a text is needed"),
-    ('{"messages": [{"role": "assistant", "content": "a"}], "tools": "x"}', "'tools' is a text that is not JSON"),
-    ('{"messages": [{"role": "assistant", "content": "a"}], "tools": [1]}', "tools are a list of objects"),
-    ('{"messages": [{"role": "assistant"}], "chat_template_kwargs": [1]}', "'chat_template_kwargs' is list; an object"),
-    ('{"messages": [{"role": "assistant"}], "chat_template_kwargs": {"messages": []}}', "messages are given"),
+    ('{"instruction": "a", "input": "", "output": 3}', "'output' is int; must be a non-empty string"),
+    ('{"text": NaN}', "'text' is float; must be a non-empty string"),
+    ('{"messages": [{"role": "assistant", "content": "a"}], "tools": "x"}', "'tools' is a string that is not JSON"),
+    ('{"messages": [{"role": "assistant", "content": "a"}], "tools": [1]}', "tools must be a list of objects"),
+    ('{"messages": [{"role": "assistant"}], "chat_template_kwargs": [1]}', "_kwargs' is list; must be an object"),
+    ('{"messages": [{"role": "assistant"}], "chat_template_kwargs": {"messages": []}}', "pass messages"),
     ('{"text": %s}' % ("[" * 99_999 + "]" * 99_999), "recursion"),
   ],
 )  # fmt: skip

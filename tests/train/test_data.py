@@ -142,7 +142,7 @@ def test_texts_begin_with_the_tokenizers_start_token(tmp_path):
       corpus = data.open_corpus([path], tokenizer, Reading(start_token=choice, cache=cache))
       assert corpus.tokens.tolist() == [*first, *b"abc", 256]
       assert corpus.start == tuple(first)
-  with pytest.raises(ValueError, match=r"no token '<u>' to begin rows with \(`start_token`\)"):
+  with pytest.raises(ValueError, match=r"no token '<u>' \(`start_token`\)"):
     data.open_corpus([path], tokenizer, Reading(start_token="<u>"))
 
 
@@ -165,11 +165,11 @@ def test_samples_longer_than_the_context():
     ("empty.jsonl", "", "empty.jsonl has no document: it is empty"),
     ("empty.json", "", "empty.json has no document: it is empty"),
     ("broken.json", "[{", "broken.json is not JSON"),
-    ("object.json", "{}", "a list of objects is needed"),
+    ("object.json", "{}", "must be a list of objects"),
     ("broken.jsonl", '{"text": "a"}\n\n{"text"\n', r"broken.jsonl, line 3: not JSON .*skip_bad=True"),
     ("keys.jsonl", '{"txt": "a"}\n', r"keys.jsonl, line 1: it has the keys \['txt'\]"),
-    ("type.jsonl", '{"text": 3}\n', "type.jsonl, line 1: 'text' is int; a text is needed"),
-    ("list.jsonl", "[1]\n", "list.jsonl, line 1: a JSON object is needed, not list"),
+    ("type.jsonl", '{"text": 3}\n', "type.jsonl, line 1: 'text' is int; must be a non-empty string"),
+    ("list.jsonl", "[1]\n", "list.jsonl, line 1: must be a JSON object, not list"),
     ("chat.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', "there is no assistant message"),
     ("absent", None, "there is no file .*absent"),
   ],

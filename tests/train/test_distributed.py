@@ -83,7 +83,7 @@ def test_two_processes_are_one(launch, tmp_path):
   shutil.rmtree(one / "model")
   begun = [(launch(two, 0, 1), STOP), (launch(one, 0, 2), STEPS - SAVE_EVERY)]
   for running, done in begun:
-    end(running, 0, f"goes on after step {done}")
+    end(running, 0, f"resuming after step {done}")
   for out in (one, two):
     np.testing.assert_allclose(np.asarray(curve(out)), expected, rtol=1e-5)
     again = sa_jax.from_pretrained(out / "model")[1]

@@ -88,5 +88,5 @@ def test_a_run_from_scratch(tmp_path):
 def test_what_only_mixtures_have_is_refused_of_others(tmp_path):
   with pytest.raises(sa_jax.UserError, match="a mixture of experts, and this model is not one"):
     train(config(tmp_path / "run", router=RouterConfig(load_balance=0.1)))
-  with pytest.raises(sa_jax.UserError, match=r"load_balance=-1 \(0 or more is needed\)"):
+  with pytest.raises(sa_jax.UserError, match=r"load_balance=-1 \(must be 0 or more\)"):
     RouterConfig(load_balance=-1)

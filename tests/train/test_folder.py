@@ -67,7 +67,7 @@ def test_a_config_that_is_damaged(tmp_path, contents):
   out = tmp_path / "run"
   saved(out, 4)
   (out / "config.json").write_text(contents)
-  with pytest.raises(UserError, match=r"config.json (is not readable JSON|must hold a JSON object)"):
+  with pytest.raises(UserError, match=r"config.json (is not readable JSON|must contain a JSON object)"):
     checked(config(out))
 
 
@@ -98,7 +98,7 @@ def test_what_is_in_the_way_of_a_model(tmp_path):
   assert not (tmp_path / "model").exists()
   (tmp_path / "model").mkdir()
   (tmp_path / "model" / "notes.txt").write_text("mine")
-  with pytest.raises(UserError, match="is in the way of the model that training makes"):
+  with pytest.raises(UserError, match="is in the way of the trained model"):
     make_room(tmp_path, 3)
   (tmp_path / "model" / "params").mkdir()
   assert make_room(tmp_path, 3) == f"the model of step 3 is now {tmp_path / 'models' / '3'}"
@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_and_more_steps(tmp_path, monkeypatch, caplog):
   found = lines(out)
   assert [line["learning_rate"] for line in found] == pytest.approx([0.0, 5e-3, 1e-2, 1e-2])
   assert [line["tokens_read"] for line in found] == [256, 512, 768, 1024]
-  assert all(line["tokens_learnt"] < line["tokens_read"] for line in found)
+  assert all(line["tokens_trained"] < line["tokens_read"] for line in found)
   assert "tokens_per_second" not in found[0]  # it compiles
   for line in found[1:]:  # of every line, the time of its own step: never less than that takes
     assert 0.05 < line["tokens_per_second"] * SLEEP / 256 <= 1
@@ -144,15 +144,15 @@ def test_a_damaged_checkpoint_and_more_steps(tmp_path, monkeypatch, caplog):
   shutil.rmtree(out / "model")
   with caplog.at_level(logging.WARNING):
     assert train(dataclasses.replace(made, steps=4), say=said.append, console=console).step == 4
-  assert f"goes on after step 2, from {out}" in said
+  assert f"resuming after step 2 from {out}" in said
   assert "the checkpoint of step 4 cannot be read" in caplog.text
-  assert "what lies beside its state is damaged (data, rows, checksum, window)" in caplog.text
-  assert "the last whole one is of step 2; that of step 2 is used" in caplog.text
+  assert "its metadata are damaged (data, rows, checksum, window)" in caplog.text
+  assert "the last complete one is of step 2; using that of step 2" in caplog.text
   assert [path.name for path in (out / "checkpoints-damaged").iterdir()] == ["4"]
   again = lines(out)
   assert [line["loss"] for line in again] == [line["loss"] for line in found]
 
-  with pytest.raises(UserError, match="has done 4 steps already; it cannot end at step 3"):
+  with pytest.raises(UserError, match="has already done 4 steps; it cannot end at step 3"):
     train(dataclasses.replace(made, steps=3))
   taken = []
 

@@ -100,7 +100,7 @@ def test_every_mode_ends_as_an_ordinary_checkpoint(dense, tmp_path, how):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"model": "x", "preset": "y"}, "`model` and `preset` and `shape` each say"),
+    ({"model": "x", "preset": "y"}, "`model` and `preset` and `shape` each set"),
     ({"shape": None}, "give a checkpoint to start from"),
     ({"mode": "distill"}, "`mode=distill` needs a checkpoint"),
     ({"method": "lora"}, "`method=lora` needs a checkpoint"),
@@ -108,7 +108,7 @@ def test_every_mode_ends_as_an_ordinary_checkpoint(dense, tmp_path, how):
     ({"distill": DistillConfig(temperature=2.0)}, "`hidden_weight` only work with `mode=distill`"),
     ({"lora": LoraConfig(rank=2)}, "`rank`, `alpha` and `targets` only work with `method=lora`"),
     ({"gradual_steps": 2}, "`gradual_steps` needs a checkpoint"),
-    ({"steps": 0, "batch_size": 0}, r"batch_size=0 \(at least 1 is needed\)\n  steps=0"),
+    ({"steps": 0, "batch_size": 0}, r"batch_size=0 \(must be at least 1\)\n  steps=0"),
   ],
 )
 def test_contradictions(tmp_path, changes, message):
@@ -124,11 +124,14 @@ def test_contradictions(tmp_path, changes, message):
     ({"accumulate": 3}, "a batch of 8 rows does not divide into 3 parts"),
     ({"mesh": MeshSizes(tensor=3)}, "data 2 × fsdp 1 × tensor 3 needs 6 devices; there are 8"),
     ({"mesh": MeshSizes(sequence=8), "data": "length 30"}, "rows of 30 tokens do not divide over `sequence=8`"),
-    ({"shape": dataclasses.replace(SHAPE, vocab_size=100)}, "the tokenizer makes token 256 .* vocabulary has 100"),
+    (
+      {"shape": dataclasses.replace(SHAPE, vocab_size=100)},
+      "the tokenizer encodes .* token 256, .* vocabulary has 100",
+    ),
     ({"plan": "2:3"}, "goes past the model"),
     ({"data": "no file"}, "name at least one file of training data"),
     ({"preset": "llama-9", "shape": None}, "no preset 'llama-9'"),
-    ({"shape": dataclasses.replace(SHAPE, family="lama")}, "no family 'lama' to write a config.json of.*llama"),
+    ({"shape": dataclasses.replace(SHAPE, family="lama")}, "a config.json of the unknown family 'lama'.*llama"),
     (
       {"shape": dataclasses.replace(SHAPE, window=8, local_layers=(0,))},
       r"a llama config.json cannot describe this model: window=8 \(it has None\); local_layers=\(0,\)",
@@ -228,7 +231,7 @@ def test_a_run_keeps_its_date(dense, tmp_path, monkeypatch):
 
 
 def test_a_date_that_is_none(tmp_path):
-  with pytest.raises(ValueError, match=r"date='31 May' \(a day such as 2026-11-30 is needed\)"):
+  with pytest.raises(ValueError, match=r"date='31 May' \(must be a day such as 2026-11-30\)"):
     config(tmp_path / "run", date="31 May")
 
 

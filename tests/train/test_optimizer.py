@@ -50,5 +50,7 @@ def test_an_update_by_hand():
 
 
 def test_what_makes_no_sense():
-  with pytest.raises(ValueError, match=r"learning_rate=0 \(a positive number is needed\)\n  b2=1.0 \(0 to below 1"):
+  with pytest.raises(
+    ValueError, match=r"learning_rate=0 \(must be a positive number\)\n  b2=1.0 \(must be 0 to below 1"
+  ):
     OptimizerConfig(learning_rate=0, b2=1.0)

@@ -84,12 +84,12 @@ def test_a_plan_s_adapters_come_back(folder, tmp_path):
 @pytest.mark.parametrize(
   ("settings", "tensors", "why"),
   [
-    ({"use_dora": True, "bias": "all"}, {}, r"use_dora = True is not supported\n  bias = 'all'; 'none' is needed"),
-    ({"peft_type": "IA3"}, {}, "peft_type = 'IA3'; 'LORA' is needed"),
-    ({"r": 0}, {}, "r = 0 and lora_alpha = 5.0; positive numbers are needed"),
+    ({"use_dora": True, "bias": "all"}, {}, r"use_dora = True is not supported\n  bias = 'all'; must be 'none'"),
+    ({"peft_type": "IA3"}, {}, "peft_type = 'IA3'; must be 'LORA'"),
+    ({"r": 0}, {}, "r = 0 and lora_alpha = 5.0; must be positive numbers"),
     ({}, {"x": (3, 3)}, "x is not an adapter for a projection of this model"),
     ({}, {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": (3, 3)}, "is not an adapter for a projection"),
-    ({"r": 7}, {}, r"has the shape .*; \(7, "),
+    ({"r": 7}, {}, r"has shape .*; must be \(7, "),
     ({}, {"base_model.model.model.layers.0.mlp.up_proj.lora_B.weight": None}, "has half of the adapter of mlp up_proj"),
   ],
 )

@@ -59,8 +59,8 @@ def chosen(monkeypatch, memory, needed=NEEDED):
     (141, "dots (of 141 GB: 120 GB needed)"),
     (110, "attention (of 110 GB: 98 GB needed; dots would need 120 GB)"),
     (101, "full (of 101 GB: 90 GB needed; dots would need 120 GB; attention would need 98 GB)"),
-    (80, "full (of 80 GB: 90 GB needed, and so it may not fit; dots would need 120 GB; attention would need 98 GB)"),
-    (None, "none (devices of this kind do not tell how much memory they have)"),
+    (80, "full (of 80 GB: 90 GB needed, so it may not fit; dots would need 120 GB; attention would need 98 GB)"),
+    (None, "none (these devices do not report their memory)"),
   ],
 )
 def test_the_fastest_that_fits(monkeypatch, memory, told):
@@ -73,7 +73,7 @@ def test_what_the_compiler_refuses_does_not_fit(monkeypatch):
   found, _ = chosen(monkeypatch, 100, NEEDED | {"dots": None, "attention": 95})
   assert found == "attention (of 100 GB: 95 GB needed; dots would need more than there is)"
   found, _ = chosen(monkeypatch, 80, NEEDED | {"full": None})
-  assert found.startswith("attention (of 80 GB: 98 GB needed, and so it may not fit")
+  assert found.startswith("attention (of 80 GB: 98 GB needed, so it may not fit")
   with pytest.raises(UserError, match=r"a step does not fit in the 100 GB that JAX may use on a device"):
     chosen(monkeypatch, 100, dict.fromkeys(NEEDED))
 
@@ -81,7 +81,7 @@ def test_what_the_compiler_refuses_does_not_fit(monkeypatch):
 def test_where_none_fits_the_one_that_needs_least_is_tried(monkeypatch):
   """Of a small step the slowest is not always it."""
   found, compiled = chosen(monkeypatch, 80, NEEDED | {"full": 100})
-  assert found.startswith("attention (of 80 GB: 98 GB needed, and so it may not fit; ")
+  assert found.startswith("attention (of 80 GB: 98 GB needed, so it may not fit; ")
   assert found.endswith("dots would need 120 GB; full would need 100 GB)")
   assert compiled == list(NEEDED)
 
@@ -94,7 +94,7 @@ def test_an_array_that_is_given_twice_is_there_once(monkeypatch):
 
 def test_other_processes_have_their_say(monkeypatch):
   monkeypatch.setattr(remat, "exchange", lambda what, mine, seconds: [mine, str(100 * GB)])
-  assert chosen(monkeypatch, 101)[0].startswith("full (of 101 GB: 100 GB needed, and so it may not fit")
+  assert chosen(monkeypatch, 101)[0].startswith("full (of 101 GB: 100 GB needed, so it may not fit")
 
 
 def test_bytes_are_what_a_program_holds():

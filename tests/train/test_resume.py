@@ -102,7 +102,7 @@ def test_stopped_and_out_of_disk(child, whole, tmp_path):
   assert ended.returncode == 1
   assert "the checkpoint" in ended.stderr
   assert "in " + str(out / "checkpoints") in ended.stderr
-  assert "File too large; the last whole one is of step 7" in ended.stderr
+  assert "File too large; the last complete one is of step 7" in ended.stderr
   assert child(out).returncode == 0
   assert_same(out, whole)
 

@@ -101,7 +101,7 @@ def test_positions_of_all_hosts_are_saved_together():
   for host, again in zip(hosts, resumed):
     again.set_state(states[0])
     np.testing.assert_array_equal(next(again).tokens, next(host).tokens)
-  with pytest.raises(UserError, match="was read in 2 parts, and cannot go on in 1"):
+  with pytest.raises(UserError, match="was read in 2 parts, and cannot continue in 1"):
     Gathered(stream(Again()), Part(), lambda mine: [mine]).set_state(states[0])
 
 
@@ -124,14 +124,14 @@ def test_what_is_learnt_of_each_kind_of_example():
 @pytest.mark.parametrize(
   ("source", "why"),
   [
-    ([], "the source has 0 examples, for 1 hosts"),
-    (iter([]), "the source has no example, with steps to go"),
-    (iter(TEXTS[:3]), "the source has ended after 3 examples, with steps to go"),
+    ([], "the source has 0 examples, but there are 1 hosts"),
+    (iter([]), "the source has no example, before the last step"),
+    (iter(TEXTS[:3]), "the source has ended after 3 examples, before the last step"),
     (
       [{"tokens": [[1]]}],
       r"example 1 of the source: 'tokens' and 'trained' must be lists of the same length, not \(1, 1\)",
     ),
-    ([{"tokens": [-1, 2]}], "has numbers that are no tokens"),
+    ([{"tokens": [-1, 2]}], "has numbers that are not token ids"),
     ([{"tokens": [1, 300]}], "the source has token 300, but the model's vocabulary has 257 tokens"),
     ([{"txt": "a"}], r"example 1 of the source: it has the keys \['txt'\]"),
     ([7], "example 1 of the source: .*int"),

@@ -24,7 +24,7 @@ from sa_jax.trees import Tree
 _BLOCK = 256
 
 
-class _Sight(NamedTuple):
+class _Visibility(NamedTuple):
   """`Rows` in the form that blocks need.
 
   Attributes:
@@ -38,7 +38,7 @@ class _Sight(NamedTuple):
   segments: Segments | None
 
 
-class _How(NamedTuple):
+class _Static(NamedTuple):
   """Static options.
 
   Attributes:
@@ -59,15 +59,15 @@ class _Call(NamedTuple):
     q: ``[B, T, K, G, H]``.
     k: ``[B, S, K, H]``.
     sinks: float32 ``[K, G]``, or None.
-    sight: which keys the queries may see.
+    visibility: which keys the queries may see.
     how: static options.
   """
 
   q: jax.Array
   k: jax.Array
   sinks: jax.Array | None
-  sight: _Sight
-  how: _How
+  visibility: _Visibility
+  how: _Static
 
   @classmethod
   def of(cls, q: jax.Array, k: jax.Array, rows: Rows, spec: AttentionSpec, block: int = _BLOCK) -> _Call:
@@ -80,9 +80,9 @@ class _Call(NamedTuple):
     if rows.segments is not None:
       pair = (_filled(segments_at(rows.segments, rows.positions(length)), block), _filled(rows.segments, block))
     sinks = None if rows.sinks is None else rows.sinks.astype(jnp.float32).reshape(k.shape[2], -1)
-    sight = _Sight(lengths, jnp.int32(0) if rows.offset is None else rows.offset, pair)
-    how = _How(spec, block, rows.causal)
-    return cls(_grouped(q, k.shape[2], block), _filled(k, block), sinks, sight, how)
+    visibility = _Visibility(lengths, jnp.int32(0) if rows.offset is None else rows.offset, pair)
+    how = _Static(spec, block, rows.causal)
+    return cls(_grouped(q, k.shape[2], block), _filled(k, block), sinks, visibility, how)
 
   def keys(self, x: jax.Array) -> jax.Array:
     """Pads values ``[B, S, K, R]`` to whole blocks."""
@@ -119,13 +119,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: Attention
   if not q.shape[1] * k.shape[1]:
     return jnp.zeros((*q.shape[:3], v.shape[3]), v.dtype)
   call = _Call.of(q, k, rows, spec, block)
-  return _ungrouped(_attend(call.q, call.k, call.keys(v), call.sinks, call.sight, call.how), q)
+  return _ungrouped(_attend(call.q, call.k, call.keys(v), call.sinks, call.visibility, call.how), q)
 
 
 def forward(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
   """`attend`, and each query's log-sum-exp; see `sa_jax.ops.attention.group.Parts`."""
   call = _Call.of(q, k, rows, spec)
-  out, (*_, log_sums) = _forward(call.q, call.k, call.keys(v), call.sinks, call.sight, call.how)
+  out, (*_, log_sums) = _forward(call.q, call.k, call.keys(v), call.sinks, call.visibility, call.how)
   log_sums = jnp.moveaxis(log_sums, 0, 3)
   return _ungrouped(out, q), log_sums.reshape(q.shape[0], q.shape[2], -1)[..., : q.shape[1]]
 
@@ -180,23 +180,23 @@ def _unblocks(x: jax.Array) -> jax.Array:
   return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _scores(q: jax.Array, k: jax.Array, i: jax.Array, j: jax.Array, sight: _Sight, how: _How) -> jax.Array:
+def _scores(q: jax.Array, k: jax.Array, i: jax.Array, j: jax.Array, visibility: _Visibility, how: _Static) -> jax.Array:
   """Masked float32 scores ``[B, K, G, block, block]`` of query block ``i`` against key block ``j``."""
   block, head_dim = q.shape[1], q.shape[-1]
   scores = how.spec.scores(jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32), head_dim)
   segments = None
-  if sight.segments is not None:
+  if visibility.segments is not None:
     of_queries, of_keys = (
-      jax.lax.dynamic_slice_in_dim(x, n * block, block, axis=1) for x, n in zip(sight.segments, (i, j))
+      jax.lax.dynamic_slice_in_dim(x, n * block, block, axis=1) for x, n in zip(visibility.segments, (i, j))
     )
     segments = of_queries, of_keys
   positions = jnp.arange(block)
-  queries, keys = sight.offset + i * block + positions, j * block + positions
-  seen = visible(queries, keys, sight.lengths, how.spec.window, segments, how.causal)
+  queries, keys = visibility.offset + i * block + positions, j * block + positions
+  seen = visible(queries, keys, visibility.lengths, how.spec.window, segments, how.causal)
   return jnp.where(seen[:, None, None], scores, MASKED)
 
 
-def _key_blocks(i: jax.Array, offset: jax.Array, how: _How, blocks: int) -> tuple[jax.Array | int, jax.Array | int]:
+def _key_blocks(i: jax.Array, offset: jax.Array, how: _Static, blocks: int) -> tuple[jax.Array | int, jax.Array | int]:
   """The range (first, end) of key blocks that queries of block ``i`` see."""
   slot, window = offset + i * how.block, how.spec.window
   last: jax.Array | int = slot + how.block - 1
@@ -206,7 +206,9 @@ def _key_blocks(i: jax.Array, offset: jax.Array, how: _How, blocks: int) -> tupl
   return first, jnp.minimum(last // how.block + 1, blocks)
 
 
-def _query_blocks(j: jax.Array, offset: jax.Array, how: _How, blocks: int) -> tuple[jax.Array | int, jax.Array | int]:
+def _query_blocks(
+  j: jax.Array, offset: jax.Array, how: _Static, blocks: int
+) -> tuple[jax.Array | int, jax.Array | int]:
   """The range (first, end) of query blocks that see keys of block ``j``."""
   window = how.spec.window
   slot: jax.Array | int = j * how.block - offset
@@ -222,12 +224,14 @@ def _to_heads_last(x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, sight: _Sight, how: _How) -> jax.Array:
-  return _forward(q, k, v, sinks, sight, how)[0]
+def _attend(
+  q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, visibility: _Visibility, how: _Static
+) -> jax.Array:
+  return _forward(q, k, v, sinks, visibility, how)[0]
 
 
 def _forward(
-  q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, sight: _Sight, how: _How
+  q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, visibility: _Visibility, how: _Static
 ) -> tuple[jax.Array, tuple[Any, ...]]:
   """Output ``[B, T, K, G, R]`` and the residuals of the backward pass; sinks are float32 ``[K, G]``."""
   block = how.block
@@ -238,7 +242,7 @@ def _forward(
 
     def key_block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
       accumulated, maximum, total = carry
-      scores = _scores(q_i, k_blocks[j], i, j, sight, how)
+      scores = _scores(q_i, k_blocks[j], i, j, visibility, how)
       new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
       weights = jnp.exp(scores - new_maximum[..., None])
       shrink = jnp.exp(maximum - new_maximum)
@@ -254,7 +258,7 @@ def _forward(
       jnp.broadcast_to(jnp.float32(MASKED) if sinks is None else sinks[None, :, :, None], queries),
       jnp.full(queries, 0.0 if sinks is None else 1.0, jnp.float32),
     )
-    seen = _key_blocks(i, sight.offset, how, len(k_blocks))
+    seen = _key_blocks(i, visibility.offset, how, len(k_blocks))
     accumulated, maximum, total = jax.lax.fori_loop(*seen, key_block, start)
     total = jnp.where(total == 0, 1.0, total)  # queries that see no block of keys
     out = accumulated / _to_heads_last(total)[..., None]
@@ -262,7 +266,7 @@ def _forward(
 
   _, (out, log_sums) = jax.lax.scan(query_block, None, (jnp.arange(len(q_blocks)), q_blocks))
   out, log_sums = (checkpoint_name(x, KEPT) for x in (_unblocks(out), log_sums))
-  return out, (q, k, v, sinks, sight, out, log_sums)
+  return out, (q, k, v, sinks, visibility, out, log_sums)
 
 
 class _Backward(NamedTuple):
@@ -271,19 +275,19 @@ class _Backward(NamedTuple):
   Attributes:
     q: ``[T / block, B, block, K, G, H]``.
     log_sums: float32 ``[T / block, B, K, G, block]``.
-    sight: which keys the queries may see.
+    visibility: which keys the queries may see.
     how: static options.
   """
 
   q: jax.Array
   log_sums: jax.Array
-  sight: _Sight
-  how: _How
+  visibility: _Visibility
+  how: _Static
 
   @classmethod
   def of(cls, call: _Call, log_sums: jax.Array) -> _Backward:
     """From a call and its log-sum-exps."""
-    return cls(_blocks(call.q, call.how.block), log_sums, call.sight, call.how)
+    return cls(_blocks(call.q, call.how.block), log_sums, call.visibility, call.how)
 
   @property
   def zeros(self) -> jax.Array:
@@ -292,7 +296,7 @@ class _Backward(NamedTuple):
 
   def weights(self, i: jax.Array, j: jax.Array, k_j: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Recomputes scores and weights ``[B, K, G, block, block]``."""
-    scores = _scores(self.q[i], k_j, i, j, self.sight, self.how)
+    scores = _scores(self.q[i], k_j, i, j, self.visibility, self.how)
     return scores, jnp.exp(scores - self.log_sums[i][..., None])
 
   def d_scores(self, scores: jax.Array, weights: jax.Array, d_weights: jax.Array, inner: jax.Array) -> jax.Array:
@@ -331,7 +335,7 @@ class _Backward(NamedTuple):
     def key_block(of_queries: Tree, inputs: tuple[jax.Array, Tree]) -> tuple[Tree, Tree]:
       j, of_j = inputs
       zeros = jax.tree.map(lambda x: jnp.zeros((x.shape[0], self.how.block, *x.shape[2:]), jnp.float32), like)
-      seen = _query_blocks(j, self.sight.offset, self.how, len(self.q))
+      seen = _query_blocks(j, self.visibility.offset, self.how, len(self.q))
       of_queries, sums = jax.lax.fori_loop(*seen, lambda i, carry: step(i, j, of_j, carry), (of_queries, zeros))
       return of_queries, jax.tree.map(lambda x, like: x.astype(like.dtype), sums, like)
 
@@ -343,9 +347,9 @@ class _Backward(NamedTuple):
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _backward(how: _How, residuals: tuple[Any, ...], d_out: jax.Array) -> tuple[jax.Array | None, ...]:
-  q, k, v, sinks, sight, out, log_sums = residuals
-  backward = _Backward(_blocks(q, how.block), log_sums, sight, how)
+def _backward(how: _Static, residuals: tuple[Any, ...], d_out: jax.Array) -> tuple[jax.Array | None, ...]:
+  q, k, v, sinks, visibility, out, log_sums = residuals
+  backward = _Backward(_blocks(q, how.block), log_sums, visibility, how)
   d_out_blocks = _blocks(d_out, how.block)
   # D = rowsum(dO ∘ O), the softmax Jacobian's rank-one part.
   inner = _product("BTKGH,BTKGH->BKGT", d_out, out)

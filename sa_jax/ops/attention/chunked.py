@@ -26,8 +26,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: Attention
   @jax.checkpoint
   def some(part: tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]) -> jax.Array:
     at, queries, bias, mask = part
-    sight = dataclasses.replace(rows, offset=start + at, bias=bias, mask=mask)
-    return reference.attend(queries, k, v, sight, spec)
+    visible = dataclasses.replace(rows, offset=start + at, bias=bias, mask=mask)
+    return reference.attend(queries, k, v, visible, spec)
 
   split = lambda x, axis: None if x is None else _chunks(x, axis, chunk)
   places = jnp.arange(0, length, chunk)

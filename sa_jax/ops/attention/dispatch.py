@@ -79,28 +79,28 @@ class Backend(NamedTuple):
       spec: window, soft cap and scale.
     """
     if self.platforms is not None and platform not in self.platforms:
-      return f"it runs on {_MACHINES.get(self.platforms[0], self.platforms[0])}, and this is {platform}"
+      return f"it runs on {_MACHINES.get(self.platforms[0], self.platforms[0])}, but this is {platform}"
     if self.dtypes is not None and str(q.dtype) not in self.dtypes:
-      return f"it computes in {' or '.join(self.dtypes)}, and q is {q.dtype}"
+      return f"it needs {' or '.join(self.dtypes)}, but q is {q.dtype}"
     if reason := self.unsupported(q, spec):
       return reason
     lacking = [demand for demand in rows.demands if demand not in self.serves]
-    return f"it has no {' and no '.join(lacking)}, which these rows need" if lacking else None
+    return f"it does not support {' or '.join(lacking)}" if lacking else None
 
 
 def _cudnn_unsupported(q: jax.Array, spec: AttentionSpec) -> str | None:
   if q.shape[-1] % 8 or q.shape[-1] > 128:
-    return f"it takes head dimensions that are multiples of 8 up to 128, and q has {q.shape[-1]}"
+    return f"it needs a head dimension that is a multiple of 8 up to 128, but q has {q.shape[-1]}"
   if spec.softcap is not None:
-    return f"it has no soft cap of scores, and this attention has one of {spec.softcap}"
+    return f"it does not support a soft cap, but this attention has one of {spec.softcap}"
   return None
 
 
 def _flash_unsupported(q: jax.Array, spec: AttentionSpec) -> str | None:  # noqa: ARG001
   if kernels.triton is None:
-    return "it is written in Pallas Triton, which this version of JAX does not have"
+    return "it needs Pallas Triton, which this version of JAX does not have"
   if q.shape[-1] not in (16, 32, 64, 128):
-    return f"it takes head dimensions of 16, 32, 64 and 128, and q has {q.shape[-1]}"
+    return f"it needs a head dimension of 16, 32, 64 or 128, but q has {q.shape[-1]}"
   return None
 
 
@@ -166,7 +166,7 @@ def choose_backend(
     _LOG.debug("attention of q %s, k %s, %s on %s: %s", q.shape, k.shape, q.dtype, platform, chosen)
     return chosen
   if name not in backends:
-    raise UserError(f"no attention backend {name!r}; there are auto, {', '.join(backends)}")
+    raise UserError(f"unknown attention backend {name!r}; choose from auto, {', '.join(backends)}")
   if reason := backends[name].refusal(platform, q, rows, spec):
     raise UserError(f"the attention backend {name!r} cannot compute this: {reason}; use {', '.join(able)}, or 'auto'")
   return name
@@ -185,11 +185,11 @@ def register_backend(name: str, backend: Backend) -> None:
     UserError: if the name is taken, ``backend`` is not a `Backend`, or ``backend.serves`` has an unknown demand.
   """
   if name in ("auto", *backends):
-    raise UserError(f"there is an attention backend {name!r} already; choose another name")
+    raise UserError(f"the attention backend {name!r} already exists; choose another name")
   if not isinstance(backend, Backend):
-    raise UserError(f"a backend is a Backend, such as Backend(attend), not {backend!r}")
+    raise UserError(f"backend must be a Backend, such as Backend(attend), not {backend!r}")
   if unknown := sorted(set(backend.serves) - set(DEMANDS)):
-    raise UserError(f"unknown demands {', '.join(map(repr, unknown))}; DEMANDS are {', '.join(map(repr, DEMANDS))}")
+    raise UserError(f"unknown demands {', '.join(map(repr, unknown))}; choose from {', '.join(map(repr, DEMANDS))}")
   backends[name] = backend.taking_narrow()
 
 
@@ -242,14 +242,15 @@ def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows) -> None:
   ):
     found = ", ".join(map(described, (q, k, v)))
     raise UserError(
-      f"attend takes q [B, T, N, H], k [B, S, K, H] and v [B, S, K, R], N a multiple of K and R at most H; not {found}"
+      "attend takes q [B, T, N, H], k [B, S, K, H] and v [B, S, K, R], with N a multiple of K and R at most H; "
+      f"not {found}"
     )
   (batch, queries, heads), keys = q.shape[:3], k.shape[1]
   faults = []
   if queries != keys and rows.causal and rows.offset is None:
     faults.append(
-      f"{queries} queries cannot see {keys} keys causally: give the slot of the first query among the keys, "
-      "rows.offset, or rows.causal=False"
+      f"{queries} queries cannot attend causally to {keys} keys: set rows.offset to the first query's slot, or "
+      "rows.causal=False"
     )
   faults += rows.faults(batch, heads, queries, keys)
   if faults:

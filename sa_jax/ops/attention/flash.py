@@ -61,7 +61,7 @@ def attend(
   bounds = _bounds(batch, rows.positions(queries), keys, spec.window, rows.segments)
   pad = lambda x, length: jnp.pad(x, ((0, 0), (0, -length % BLOCK), (0, 0), (0, 0)))
   arrays = pad(q, queries), pad(k, keys), pad(v, keys)
-  out = _attention(*arrays, rows.sinks, bounds, _How(spec, interpret))
+  out = _attention(*arrays, rows.sinks, bounds, _Static(spec, interpret))
   return out[:, :queries]
 
 
@@ -82,7 +82,7 @@ def _bounds(batch: int, positions: jax.Array, keys: int, window: int | None, seg
   return Bounds(first, last, begin, end)
 
 
-class _How(NamedTuple):
+class _Static(NamedTuple):
   """Static options: the spec, and whether the kernels are interpreted."""
 
   spec: AttentionSpec
@@ -91,13 +91,13 @@ class _How(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, bounds: Bounds, how: _How
+  q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, bounds: Bounds, how: _Static
 ) -> jax.Array:
   return _forward(q, k, v, sinks, bounds, how)[0]
 
 
 def _forward(
-  q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, bounds: Bounds, how: _How
+  q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, bounds: Bounds, how: _Static
 ) -> tuple[jax.Array, tuple[Any, ...]]:
   """The output, and the residuals of the backward pass: the arguments, the output, and each query's log-sum-exp."""
   calls = _Calls(q, k, how.interpret)
@@ -120,7 +120,7 @@ def _in_base_2(sinks: jax.Array) -> jax.Array:
   return sinks.astype(jnp.float32)[None, :, None] * _LOG2_E
 
 
-def _backward(how: _How, residuals: tuple[Any, ...], d_out: jax.Array) -> tuple[jax.Array | None, ...]:
+def _backward(how: _Static, residuals: tuple[Any, ...], d_out: jax.Array) -> tuple[jax.Array | None, ...]:
   q, k, v, sinks, bounds, out, log_sums = residuals
   spec, calls = how.spec, _Calls(q, k, how.interpret)
   # D = rowsum(dO ∘ O), the row term of the softmax's gradient.
@@ -129,21 +129,21 @@ def _backward(how: _How, residuals: tuple[Any, ...], d_out: jax.Array) -> tuple[
     functools.partial(_d_q_kernel, spec=spec),
     [
       *(calls.query, (calls.keys, calls.keys), (calls.bound, calls.bound)),
-      _After(calls.query, calls.per_query, calls.per_query),
+      _BackwardInputs(calls.query, calls.per_query, calls.per_query),
     ],
     [(calls.query, q)],
     "flash_d_q",
-  )(q, (k, v), (bounds.first, bounds.last), _After(d_out, log_sums, shared))
+  )(q, (k, v), (bounds.first, bounds.last), _BackwardInputs(d_out, log_sums, shared))
   d_k, d_v = calls.over_keys(
     functools.partial(_d_kv_kernel, spec=spec),
     [
       *(calls.queries, (calls.key, calls.key)),
       (calls.all_bounds, calls.all_bounds, calls.at_key, calls.at_key),
-      _After(calls.queries, calls.statistics, calls.statistics),
+      _BackwardInputs(calls.queries, calls.statistics, calls.statistics),
     ],
     [(calls.key, k), (calls.key, v)],
     "flash_d_kv",
-  )(q, (k, v), tuple(bounds), _After(d_out, log_sums, shared))
+  )(q, (k, v), tuple(bounds), _BackwardInputs(d_out, log_sums, shared))
   d_sinks = None
   if sinks is not None:
     d_sinks = -jnp.einsum("BNT,BNT->N", jnp.exp2(_in_base_2(sinks) - log_sums), shared).astype(sinks.dtype)
@@ -205,7 +205,7 @@ def _scores(
   return spec.scores(plgpu.dot(q, k.T), q.shape[1]), seen
 
 
-class _After(NamedTuple):
+class _BackwardInputs(NamedTuple):
   """The additional inputs of a backward pass.
 
   Attributes:
@@ -260,7 +260,9 @@ def _d_scores(
   return d_scores * spec.scale_for(head_dim)
 
 
-def _d_q_kernel(q_ref: jax.Ref, keys: _Refs, bounds: _Refs, after: _After, made: _Refs, *, spec: AttentionSpec) -> None:
+def _d_q_kernel(
+  q_ref: jax.Ref, keys: _Refs, bounds: _Refs, after: _BackwardInputs, made: _Refs, *, spec: AttentionSpec
+) -> None:
   (k_ref, v_ref), [d_q_ref] = keys, made
   q, first, last = q_ref[...], *(ref[...] for ref in bounds)
   d_out, sums, shared = (ref[...] for ref in after)
@@ -278,7 +280,7 @@ def _d_q_kernel(q_ref: jax.Ref, keys: _Refs, bounds: _Refs, after: _After, made:
 
 
 def _d_kv_kernel(
-  q_ref: jax.Ref, keys: _Refs, bounds: _Refs, after: _After, made: _Refs, *, spec: AttentionSpec
+  q_ref: jax.Ref, keys: _Refs, bounds: _Refs, after: _BackwardInputs, made: _Refs, *, spec: AttentionSpec
 ) -> None:
   (first_ref, last_ref, begin_ref, end_ref), (d_k_ref, d_v_ref) = bounds, made
   k, v, start = *(ref[...] for ref in keys), pl.program_id(0) * BLOCK

@@ -40,7 +40,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, spec: Attentio
   log_sums = [x for x in jax.tree.leaves(backward) if (x.shape, x.dtype) == (statistic.shape, statistic.dtype)]
   if len(log_sums) != 1:
     raise NotImplementedError(
-      f"JAX {jax.__version__} keeps {len(log_sums)} arrays like {statistic} of cuDNN's attention"
+      f"expected one residual like {statistic} from cuDNN's attention; JAX {jax.__version__} has {len(log_sums)}"
     )
   return out, log_sums[0]
 

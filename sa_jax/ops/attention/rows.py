@@ -10,12 +10,12 @@ from jax.typing import DTypeLike
 
 from sa_jax.ops.attention.pages import Pages
 
-SEGMENTS, BIAS, MASK = "segments", "bias of the scores", "mask"
-OFFSET, OFFSETS = "offset of the queries among the keys", "offset of the queries for each row by itself"
-NOT_CAUSAL, SINKS = "attention that is not causal", "attention sinks"
+SEGMENTS, BIAS, MASK = "segments", "a score bias", "a mask"
+OFFSET, OFFSETS = "a query offset", "per-row query offsets"
+NOT_CAUSAL, SINKS = "non-causal attention", "attention sinks"
 DEMANDS = (SEGMENTS, BIAS, MASK, OFFSET, OFFSETS, NOT_CAUSAL, SINKS)
 """What rows may require of a backend besides causal attention over whole right-padded rows (`Backend.serves`)."""
-PAGES = "keys in pages"
+PAGES = "a paged cache"
 """No backend supports it; `decode_attend` does."""
 
 
@@ -77,17 +77,17 @@ class Rows:
 
   def faults(self, batch: int, heads: int, queries: int, keys: int) -> list[str]:
     """Arrays that do not have the shape or dtype for attention of these sizes, one message each."""
-    square = f"[B or 1, N or 1, T, S], of {(batch, heads, queries, keys)}"
+    square = f"of shape [B or 1, N or 1, T, S] for {(batch, heads, queries, keys)}"
     squares = [(rows, each, queries, keys) for rows in (1, batch) for each in (1, heads)]
     return [
-      f"{wanted}; not {described(array)}"
+      f"{wanted}, not {described(array)}"
       for array, kind, shapes, wanted in (
-        (self.lengths, jnp.integer, [(batch,)], f"lengths are integers, one number a row, {(batch,)}"),
-        (self.segments, jnp.integer, [(batch, keys)], f"segments are integers, one number a slot, {(batch, keys)}"),
-        (self.offset, jnp.integer, [(), (batch,)], f"offset is an integer, or one a row, {(batch,)}"),
-        (self.bias, jnp.floating, squares, f"bias is floating-point {square}"),
-        (self.mask, jnp.bool_, squares, f"mask is bool {square}"),
-        (self.sinks, jnp.floating, [(heads,)], f"sinks are floating-point numbers, one a head, {(heads,)}"),
+        (self.lengths, jnp.integer, [(batch,)], f"lengths must be integers of shape {(batch,)}"),
+        (self.segments, jnp.integer, [(batch, keys)], f"segments must be integers of shape {(batch, keys)}"),
+        (self.offset, jnp.integer, [(), (batch,)], f"offset must be an integer, or integers of shape {(batch,)}"),
+        (self.bias, jnp.floating, squares, f"bias must be floating-point {square}"),
+        (self.mask, jnp.bool_, squares, f"mask must be bool {square}"),
+        (self.sinks, jnp.floating, [(heads,)], f"sinks must be floating-point of shape {(heads,)}"),
       )
       if array is not None and not (is_array(array, kind) and array.shape in shapes)
     ]
@@ -102,7 +102,7 @@ def described(value: object) -> str:
   """A value's dtype and shape, for error messages."""
   if hasattr(value, "shape") and hasattr(value, "dtype"):
     return f"{value.dtype} of shape {value.shape}"
-  return f"a Python {type(value).__name__}, of which np.asarray makes an array"
+  return f"a Python {type(value).__name__} (convert it with np.asarray)"
 
 
 def heads_grouped(x: jax.Array, kv_heads: int) -> jax.Array:

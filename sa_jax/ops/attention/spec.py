@@ -36,7 +36,7 @@ class AttentionSpec:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if value is not None and not value > 0:
-        raise UserError(f"attention {field.name} = {value!r}: a positive number or None is needed")
+        raise UserError(f"attention {field.name}={value!r} (must be a positive number or None)")
 
   def scale_for(self, head_dim: int) -> float:
     """The factor of ``q kᵀ`` for heads of this dimension."""

@@ -18,7 +18,7 @@ Scales = jax.Array | None
 
 def parts_of(ref: jax.Ref, stored: Stored | jax.Ref) -> list[jax.Ref]:
   """Splits ``[rows, n]`` into as many parts as a block of cached vectors has."""
-  parts = stored.format.a_byte if isinstance(stored, Quantised) else 1
+  parts = stored.format.per_byte if isinstance(stored, Quantised) else 1
   size = ref.shape[1] // parts
   return [ref.at[:, pl.ds(part * size, size)] for part in range(parts)]
 

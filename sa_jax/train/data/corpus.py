@@ -109,7 +109,7 @@ def check_files(paths: Sequence[Path]) -> None:
 
 def _key(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> str:
   digest = hashlib.sha256()
-  told = tokenizer.now if tokenizer.chat_template is not None and tokenizer.template.tells_the_date else None
+  date = tokenizer.now if tokenizer.chat_template is not None and tokenizer.template.uses_date else None
   options = (
     _VERSION,
     reading.documents,
@@ -117,7 +117,7 @@ def _key(paths: Sequence[Path], tokenizer: Tokenizer, reading: Reading) -> str:
     reading.skip_bad,
     reading.start_token,
     tokenizer.special,
-    str(told),
+    str(date),
   )
   for part in (repr(options), tokenizer.backend.to_str(), tokenizer.chat_template or "", repr(tokenizer.templates)):
     digest.update(hashlib.sha256(part.encode()).digest())

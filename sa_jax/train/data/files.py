@@ -83,7 +83,7 @@ def _values(path: Path) -> Iterator[tuple[str, object]]:
   except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
     raise UserError(f"{path} is not JSON: {error}") from None
   if not isinstance(values, list):
-    raise UserError(f"{path} holds a JSON {type(values).__name__}; a list of objects is needed")
+    raise UserError(f"{path} holds a JSON {type(values).__name__}; must be a list of objects")
   for index, value in enumerate(values):
     yield f"entry {index}", value
 

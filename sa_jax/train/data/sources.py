@@ -148,11 +148,11 @@ def documents_of(values: object, tokenizer: Tokenizer, text_key: str) -> list[Do
 
 def _documents(values: object, tokenizer: Tokenizer, text_key: str) -> list[Document]:
   if not isinstance(values, dict):
-    raise UserError(f"a JSON object is needed, not {type(values).__name__}")
+    raise UserError(f"must be a JSON object, not {type(values).__name__}")
   if "messages" in values:
     options = _read_json(values, "chat_template_kwargs") or {}
     if not isinstance(options, dict):
-      raise UserError(f"'chat_template_kwargs' is {type(options).__name__}; an object is needed")
+      raise UserError(f"'chat_template_kwargs' is {type(options).__name__}; must be an object")
     return chat_documents(values["messages"], tokenizer, {**options, "tools": _read_json(values, "tools")})
   if {"instruction", "output"} <= set(values):
     texts = _text(values, "instruction"), _text(values, "input", ""), _text(values, "output")
@@ -162,8 +162,8 @@ def _documents(values: object, tokenizer: Tokenizer, text_key: str) -> list[Docu
   if text_key in values:
     return [Document((Piece(_text(values, text_key), True),))]
   raise UserError(
-    f"it has the keys {sorted(values)}; 'messages', 'instruction' and 'output', 'prompt' and 'completion', "
-    f"or {text_key!r} (`text_key`) are needed"
+    f"it has the keys {sorted(values)}; it needs 'messages', 'instruction' and 'output', 'prompt' and 'completion', "
+    f"or {text_key!r} (`text_key`)"
   )
 
 
@@ -175,7 +175,7 @@ def _read_json(values: dict[str, object], key: str) -> object:
   try:
     return json.loads(value)
   except ValueError as error:
-    raise UserError(f"{key!r} is a text that is not JSON: {error}") from None
+    raise UserError(f"{key!r} is a string that is not JSON: {error}") from None
 
 
 def _text(values: dict[str, object], key: str, default: str | None = None) -> str:
@@ -183,7 +183,7 @@ def _text(values: dict[str, object], key: str, default: str | None = None) -> st
   if text is None and default is not None:  # tables store missing values as null
     text = default
   if not isinstance(text, str) or not (text or default is not None):
-    raise UserError(f"{key!r} is {'empty' if text == '' else type(text).__name__}; a text is needed")
+    raise UserError(f"{key!r} is {'empty' if text == '' else type(text).__name__}; must be a non-empty string")
   return text
 
 
@@ -244,7 +244,7 @@ def chat_documents(messages: object, tokenizer: Tokenizer, options: Mapping[str,
       # The start of the answer may differ from the generation prompt, but the history may not.
       (history,) = template.render([Call(messages[:index], False, variables)])
       if not read.startswith(history.text):
-        raise UserError(f"the chat template writes what is before message {index} otherwise when that message follows")
+        raise UserError(f"the chat template changes the text before message {index} when that message follows")
     if not (documents and read.startswith(done)):
       documents.append([])
       done = ""

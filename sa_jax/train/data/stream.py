@@ -92,7 +92,7 @@ class Cursor:
       grain = grain_package()
       examples = source if isinstance(source, grain.MapDataset) else grain.MapDataset.source(source)
       if len(examples) < part.count:
-        raise UserError(f"the source has {len(examples)} examples, for {part.count} hosts")
+        raise UserError(f"the source has {len(examples)} examples, but there are {part.count} hosts")
       mine = examples[part.index :: part.count]
       self._source = mine.shuffle(seed=seed % (1 << 32)).repeat((1 << 60) // len(mine)).to_iter_dataset()
     self._epoch = self._seen = 0
@@ -111,7 +111,7 @@ class Cursor:
         break
       self._begin(self._epoch + 1)
     seen = f"has ended after {self._seen} examples" if self._seen else "has no example"
-    raise UserError(f"the source {seen}, with steps to go")
+    raise UserError(f"the source {seen}, before the last step")
 
   def _begin(self, epoch: int) -> None:
     self._epoch, self._seen = epoch, 0
@@ -234,7 +234,7 @@ def _of_tokens(example: Mapping[str, object]) -> Encoded:
   if tokens.ndim != 1 or tokens.shape != trained.shape or not np.issubdtype(tokens.dtype, np.integer):
     raise UserError(f"'tokens' and 'trained' must be lists of the same length, not {tokens.shape} and {trained.shape}")
   if tokens.size and not 0 <= tokens.min() <= tokens.max() < 1 << 31:
-    raise UserError("'tokens' has numbers that are no tokens")
+    raise UserError("'tokens' has numbers that are not token ids")
   return Encoded(tokens.astype(np.uint32), trained)
 
 
@@ -289,5 +289,5 @@ class Gathered:
     """
     parts = state.get("parts", {})
     if len(parts) != self._part.count:
-      raise UserError(f"the source was read in {len(parts)} parts, and cannot go on in {self._part.count}")
+      raise UserError(f"the source was read in {len(parts)} parts, and cannot continue in {self._part.count}")
     self._stream.set_state(parts[str(self._part.index)])

@@ -11,11 +11,11 @@ import numpy as np
 
 _LOG = logging.getLogger("sa_jax")
 
-SOUND = 0
+FINITE = 0
 """The value for a row with only finite logits; otherwise it is -1 minus the first position with non-finite logits."""
 
 
-def unsound_from(before: jax.Array, logits: jax.Array, places: jax.Array) -> jax.Array:
+def nonfinite_from(before: jax.Array, logits: jax.Array, places: jax.Array) -> jax.Array:
   """Where each row's logits first became non-finite.
 
   Args:
@@ -24,18 +24,18 @@ def unsound_from(before: jax.Array, logits: jax.Array, places: jax.Array) -> jax
     places: int32 ``[B]``, their positions.
 
   Returns:
-    int32 ``[B]``, see `SOUND`.
+    int32 ``[B]``, see `FINITE`.
   """
   # A sum is non-finite if any part is: one number per row instead of V.
   finite = jnp.isfinite(logits.astype(jnp.float32).sum(axis=-1))
-  return jnp.where((before == SOUND) & ~finite, -1 - places, before)
+  return jnp.where((before == FINITE) & ~finite, -1 - places, before)
 
 
-def tell_unsound(places: np.ndarray, prompts: Sequence[int], rows: Sequence[int]) -> bool:
+def warn_nonfinite(places: np.ndarray, prompts: Sequence[int], rows: Sequence[int]) -> bool:
   """Warns about the first row with non-finite logits, if any; returns whether there is one.
 
   Args:
-    places: int32 ``[B]``, cache slots of the first tokens sampled from such logits, as `unsound_from` has them.
+    places: int32 ``[B]``, cache slots of the first tokens sampled from such logits, as `nonfinite_from` has them.
     prompts: tokens of each row's prompt.
     rows: row numbers for the message.
   """
