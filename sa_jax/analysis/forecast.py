@@ -79,10 +79,10 @@ def work(
   # The hidden activations are computed once for the sums, and again with the new weights.
   hidden = 4 * length * config.embed_dim * config.mlp_dim
   refit += fit * (layers - first) * (sums(config.mlp_dim) + hidden) if recovery.mlp else 0
-  # Forward, backward, and the anchor's weights again for its followers.
-  local = 4 * fit * min(2 * followers, layers) * block
+  # All groups from the first follower's on: forward and backward passes, and a walk with the new weights.
+  local = lambda epochs: (3 * epochs + 1) * fit * (layers - first + 1) * block if epochs else 0
   made = refits(recovery, fit, rows_at_once(chunk))
-  refit = sum(refit + each.local_epochs * local for each in made)
+  refit = sum(refit + local(each.local_epochs) for each in made)
   score = layers * block + head
   scoring = (1 + len(made)) * judging * score
   if not isinstance(wanted, int):

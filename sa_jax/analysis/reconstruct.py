@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -77,6 +78,16 @@ RELATIVE_ADAM = optax.chain(optax.scale_by_adam(b1=0.9, b2=0.99), optax.scale_by
 """Adam with steps relative to the weights; with absolute steps, a rate that suits one model ruins another."""
 
 
+def relative(x: jax.Array, target: jax.Array) -> jax.Array:
+  """Squared distance from a target relative to its square, ``[..., D]`` → mean over tokens, float32 ``[]``."""
+  wide = target.astype(jnp.float32)
+  energy = jnp.maximum(jnp.sum(jnp.square(wide), axis=-1), jnp.finfo(jnp.float32).tiny)
+  return jnp.mean(jnp.sum(jnp.square(x.astype(jnp.float32) - wide), axis=-1) / energy)
+
+
+_relative = program()(relative)
+
+
 def _distance(
   config: ModelConfig,
   blocks: tuple[Block, ...],
@@ -89,16 +100,11 @@ def _distance(
   def step(stream: tuple[jax.Array, State], part: tuple[Block, PlanArrays, jax.Array]) -> tuple[Any, jax.Array]:
     block, layer, target = part
     x, state = walk.call(config, block, PlannedBlock.__call__, *stream, layer)
-    wide = target.astype(jnp.float32)
-    energy = jnp.maximum(jnp.sum(jnp.square(wide), axis=-1), jnp.finfo(jnp.float32).tiny)
-    return (x, state), jnp.mean(jnp.sum(jnp.square(x.astype(jnp.float32) - wide), axis=-1) / energy)
+    return (x, state), relative(x, target)
 
   # a scan, so that compile time does not grow with the group
   parts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(blocks, layers, targets, strict=True))
   return jax.lax.scan(step, (chunk.x, chunk.state), parts)[1].mean()
-
-
-_measured = program(static_argnames="config")(_distance)
 
 
 @program(static_argnames="config", donate_argnames=("blocks", "moments"))
@@ -119,17 +125,23 @@ def _step(
   return blocks, moments
 
 
-def distance(config: ModelConfig, group: Group) -> float:
-  """Mean squared relative distance of the group's outputs from the dense model's, over layers and tokens."""
-  parts = zip(group.stream, zip(*group.targets, strict=True), strict=True)
-  found = [_measured(config, group.blocks, group.layers, chunk, targets) for chunk, targets in parts]
-  rows = [chunk.x.shape[0] for chunk in group.stream]
-  return float(np.average(fetch(found), weights=rows))
+def distances(stream: Stream, targets: Sequence[jax.Array]) -> list[jax.Array]:
+  """`relative` of each chunk after a layer, weighted so that the mean over chunks is the mean over rows."""
+  rows = np.array([chunk.x.shape[0] for chunk in stream])
+  parts = zip(stream, targets, rows / rows.mean(), strict=True)
+  return [_relative(chunk.x, target) * weight for chunk, target, weight in parts]
 
 
-def reconstruct(
-  config: ModelConfig, group: Group, how: Reconstruction, seed: int = 0
-) -> tuple[tuple[Block, ...], float, float]:
+def walked(config: ModelConfig, group: Group, keep: walk.Keep = walk.on_device) -> tuple[Stream, float]:
+  """The text after a group, and the mean of `distances` over its layers."""
+  stream, found = group.stream, []
+  for block, layer, targets in zip(group.blocks, group.layers, group.targets, strict=True):
+    stream = tuple(keep(walk.advance(config, block, chunk, layer)) for chunk in stream)
+    found += distances(stream, targets)
+  return stream, float(np.mean(fetch(found)))
+
+
+def reconstruct(config: ModelConfig, group: Group, how: Reconstruction, seed: int = 0) -> Group:
   """Trains a group's blocks on the calibration rows.
 
   Args:
@@ -137,12 +149,8 @@ def reconstruct(
     group: the group and its targets.
     how: the settings.
     seed: seed of the chunk order.
-
-  Returns:
-    The blocks, and `distance` before and after; if training did not reduce it, the blocks are returned unchanged.
   """
   chunks = list(zip(group.stream, zip(*group.targets, strict=True), strict=True))
-  before = distance(config, group)
   # The step donates its blocks, but these belong to the caller.
   blocks = jax.tree.map(jnp.copy, group.blocks)
   moments = jax.tree.map(jnp.copy, RELATIVE_ADAM.init(blocks))
@@ -152,8 +160,23 @@ def reconstruct(
     for index, number in enumerate(order):
       rate = np.float32(how.rate(index, steps))
       blocks, moments = _step(config, blocks, moments, group.layers, chunks[number], rate)
-  after = distance(config, group._replace(blocks=blocks))
-  return (blocks, before, after) if after < before else (group.blocks, before, before)
+  return group._replace(blocks=blocks)
+
+
+class Reconstructed(NamedTuple):
+  """A completed group.
+
+  Attributes:
+    blocks: its blocks, by layer; empty if training did not reduce the distance.
+    stream: the text after it.
+    before: its distance from the dense model before training.
+    after: the distance now.
+  """
+
+  blocks: dict[str, Block]
+  stream: Stream
+  before: float
+  after: float
 
 
 class Reconstructing:
@@ -170,13 +193,15 @@ class Reconstructing:
   def __init__(self, config: ModelConfig, plan: SharingPlan, how: Reconstruction, keep: walk.Keep, first: int):
     self._config, self._plan, self._how, self._keep = config, plan, how, keep
     self._first = plan.source[first] if first < plan.num_layers else first
-    self._stream: Stream = ()
+    self._before: Stream = ()
+    self._after: Stream = ()
     self._members: list[int] = []
     self._layers: list[PlanArrays] = []
     self._targets: list[tuple[jax.Array, ...]] = []
+    self._distances: list[jax.Array] = []
 
-  def add(self, layer: int, arrays: PlanArrays, before: Stream, targets: tuple[Targets, ...]) -> bool:
-    """Adds a layer: its entry of the plan, the text before it, and the dense model's targets.
+  def add(self, layer: int, arrays: PlanArrays, before: Stream, after: Stream, targets: tuple[Targets, ...]) -> bool:
+    """Adds a layer: its entry of the plan, the text before and after it, and the dense model's targets.
 
     Returns:
       Whether the layer completes a group.
@@ -184,25 +209,25 @@ class Reconstructing:
     if layer < self._first:
       return False
     if self._plan.is_anchor(layer):
-      self._stream, self._members, self._layers, self._targets = before, [], [], []
+      self._before, self._members, self._layers, self._targets, self._distances = before, [], [], [], []
+    self._after = after
     self._members.append(layer)
     self._layers.append(arrays)
     self._targets.append(tuple(target.x for target in targets))
+    self._distances += distances(after, self._targets[-1])
     return layer + 1 == self._plan.num_layers or self._plan.is_anchor(layer + 1)
 
-  def finish(self, layers: Params) -> tuple[dict[str, Block], Stream, float, float]:
+  def finish(self, layers: Params) -> Reconstructed:
     """Reconstructs the completed group.
 
     Args:
       layers: all layers' parameters.
-
-    Returns:
-      The group's new blocks, by layer, the text after it, and `distance` before and after.
     """
     blocks = tuple(layers[str(layer)] for layer in self._members)
-    group = Group(blocks, tuple(self._layers), self._stream, tuple(self._targets))
-    blocks, before, after = reconstruct(self._config, group, self._how, seed=self._members[0])
-    stream = self._stream
-    for block, arrays in zip(blocks, self._layers, strict=True):
-      stream = tuple(self._keep(walk.advance(self._config, block, chunk, arrays)) for chunk in stream)
-    return {str(layer): block for layer, block in zip(self._members, blocks, strict=True)}, stream, before, after
+    group = Group(blocks, tuple(self._layers), self._before, tuple(self._targets))
+    group = reconstruct(self._config, group, self._how, seed=self._members[0])
+    stream, distance = walked(self._config, group, self._keep)
+    before = float(np.mean(fetch(self._distances)))
+    if not distance < before:
+      return Reconstructed({}, self._after, before, before)
+    return Reconstructed(dict(zip(map(str, self._members), group.blocks, strict=True)), stream, before, distance)

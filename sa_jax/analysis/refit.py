@@ -369,17 +369,17 @@ def refit(
       layers[str(layer)], shared, done = recover_layer(config, block, arrays, text, how, keep)
       reports += [Report(layer, part, *map(float, fetch(numbers))) for part, *numbers in done]
       check_conditions(reports)
-    if group is not None and group.add(layer, arrays, before, targets):
-      found, shared, error, left = group.finish(layers)
-      layers |= found
-      reports.append(Report(plan.source[layer], "group", error, left, condition=1.0))
+    if group is not None and group.add(layer, arrays, before, shared, targets):
+      made = group.finish(layers)
+      layers, shared = layers | made.blocks, made.stream
+      reports.append(Report(plan.source[layer], "group", made.before, made.after, condition=1.0))
     if progress is not None:
       progress(layer + 1, config.num_layers)
   shared_config = dataclasses.replace(config, attention_state=model.config.attention_state)
-  made: Params = dict(params) | {"layers": layers}
+  found: Params = dict(params) | {"layers": layers}
   if how.value_dim is not None:
-    made, shared_config = narrow.cut(made, how.value_dim), dataclasses.replace(shared_config, value_dim=how.value_dim)
-  return Refitted(*shared_model(shared_config, made, plan), reports, plan)
+    found, shared_config = narrow.cut(found, how.value_dim), dataclasses.replace(shared_config, value_dim=how.value_dim)
+  return Refitted(*shared_model(shared_config, found, plan), reports, plan)
 
 
 def check_conditions(reports: list[Report]) -> None:

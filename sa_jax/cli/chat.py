@@ -49,14 +49,15 @@ class Chat:
       asked = [*messages, {"role": "user", "content": line}]
       try:
         prompt = tokenizer.encode(tokenizer.chat(asked, **options), special=False)
-        answer = say_tokens(tokenizer, _until_stopped(self.sampling.stream(model, params, prompt)))
+        coming = _until_stopped(self.sampling.stream(model, params, prompt))
+        answer, _ = say_tokens(tokenizer, coming, self.sampling.stop)
       except UserError as error:  # too long, or refused by the template: the conversation is unchanged
         console.print(f"{error}; /new starts over", style="red")
         continue
-      messages = [*asked, {"role": "assistant", "content": tokenizer.decode(answer).strip()}]
+      messages = [*asked, {"role": "assistant", "content": answer.strip()}]
 
 
-def _until_stopped(coming: Iterator[list[int]]) -> Iterator[list[int]]:
+def _until_stopped(coming: Iterator[int]) -> Iterator[int]:
   """Yields until Ctrl-C, which stops the answer but not the conversation."""
   try:
     yield from coming

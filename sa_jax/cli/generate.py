@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from sa_jax.cli.common import console, say, write_json
-from sa_jax.cli.sampling import GenerationOpening, Sampling, TemplateOptions, say_tokens, template_options
+from sa_jax.cli.sampling import GenerationOpening, Sampling, TemplateOptions, read_tokens, say_tokens, template_options
 from sa_jax.cli.texts import read_strings
 from sa_jax.errors import UserError
 from sa_jax.files import check_writable
@@ -62,32 +62,32 @@ class Generate:
     model, params = self.opening.ready(self.model)
     start = time.perf_counter()
     if len(encoded) == 1:
-      tokens = [say_tokens(tokenizer, self.sampling.stream(model, params, encoded[0]))]
+      said = [say_tokens(tokenizer, self.sampling.stream(model, params, encoded[0]), self.sampling.stop)]
     else:
-      tokens = self._say_all(model, params, tokenizer, asked, encoded)
+      said = self._say_all(model, params, tokenizer, asked, encoded)
     seconds = time.perf_counter() - start
-    count = sum(map(len, tokens))
+    count = sum(len(tokens) for _, tokens in said)
     console.print(f"{count} tokens in {seconds:.1f} s, including compilation; plan {model.plan}", style="dim")
     results = [
-      {"prompt": prompt, "text": tokenizer.decode(row), "tokens": row}
-      for prompt, row in zip(asked, tokens, strict=True)
+      {"prompt": prompt, "text": text, "tokens": tokens} for prompt, (text, tokens) in zip(asked, said, strict=True)
     ]
     write_json(self.json, {"plan": str(model.plan), "results": results})
 
   def _say_all(
     self, model: Transformer, params: Params, tokenizer: Tokenizer, asked: list[str], encoded: list[list[int]]
-  ) -> list[list[int]]:
-    """Prints all prompts and continuations when all are complete."""
+  ) -> list[tuple[str, list[int]]]:
+    """Prints all prompts and continuations when all are complete; returns texts and tokens."""
     from sa_jax import generate
     from sa_jax.decode import right_pad
 
     how = self.sampling
     out = generate(model, params, *right_pad(encoded), how.max_new_tokens, seed=how.seed, sampler=how.sampler())
-    tokens: list[list[int]] = [row[:length].tolist() for row, length in zip(out.tokens, out.lengths, strict=True)]
-    for prompt, row in zip(asked, tokens, strict=True):
+    rows = [row[:length].tolist() for row, length in zip(out.tokens, out.lengths, strict=True)]
+    said = [read_tokens(tokenizer, row, how.stop) for row in rows]
+    for prompt, (text, _) in zip(asked, said, strict=True):
       console.print(prompt, style="bold")
-      say(tokenizer.decode(row))
-    return tokens
+      say(text)
+    return said
 
   def _prompt(self, tokenizer: Tokenizer, text: str) -> str:
     options = template_options(self.options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +17,7 @@ from sa_jax.trees import Params
 
 if TYPE_CHECKING:
   from sa_jax import Tokenizer, Transformer
-  from sa_jax.decode import Sampler, Settings
+  from sa_jax.decode import Sampler, TextSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,14 @@ class Sampling:
   """Sample from the k most likely tokens."""
   top_p: float | None = None
   """Sample from the smallest set of tokens whose probability reaches p."""
+  min_p: float | None = None
+  """Sample from the tokens that are at least this fraction as likely as the likeliest."""
+  repetition_penalty: float | None = None
+  """Makes tokens of the prompt and the answer less likely; 1 changes nothing."""
   seed: int = 0
   """Sampling seed."""
+  stop: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT ...")] = ()
+  """Texts, or special tokens by name, that end a continuation and are not part of it."""
 
   def check(self) -> None:
     """Checks the values, before a model is opened.
@@ -59,23 +65,26 @@ class Sampling:
     """
     self.settings()
 
-  def settings(self) -> Settings:
-    """The settings for `sa_jax.decode.stream`."""
-    from sa_jax.decode.settings import Settings
+  def settings(self) -> TextSettings:
+    """The settings for `sa_jax.decode`."""
+    from sa_jax.decode import TextSettings
 
-    return Settings(self.max_new_tokens, self.sampler(), self.seed)
+    return TextSettings(self.max_new_tokens, self.sampler(), self.seed, self.stop)
 
   def sampler(self) -> Sampler:
     """The sampler for these settings."""
+    from sa_jax.decode.processors import RepetitionPenalty
     from sa_jax.decode.sampling import Sampler
 
-    return Sampler(self.temperature, self.top_k, self.top_p)
+    penalties = () if self.repetition_penalty is None else (RepetitionPenalty(self.repetition_penalty),)
+    return Sampler(self.temperature, self.top_k, self.top_p, self.min_p, penalties)
 
-  def stream(self, model: Transformer, params: Params, prompt: Sequence[int]) -> Iterator[list[int]]:
+  def stream(self, model: Transformer, params: Params, prompt: Sequence[int]) -> Iterator[int]:
     """Yields new tokens for one prompt as they are generated."""
     from sa_jax.decode import stream
 
-    return stream(model, params, prompt, self.settings())
+    for new in stream(model, params, prompt, self.settings()):
+      yield from new
 
 
 TemplateOptions = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")]
@@ -103,14 +112,39 @@ def template_options(words: Sequence[str]) -> dict[str, Any]:
   return options
 
 
-def say_tokens(tokenizer: Tokenizer, coming: Iterator[list[int]]) -> list[int]:
-  """Prints text as its tokens arrive, and returns the tokens."""
+def say_tokens(tokenizer: Tokenizer, coming: Iterable[int], stops: Sequence[str]) -> tuple[str, list[int]]:
+  """Prints text as its tokens arrive; see `read_tokens`."""
+  read = read_tokens(tokenizer, coming, stops, lambda text: say(text, end=""))
+  say("")
+  return read
+
+
+def read_tokens(
+  tokenizer: Tokenizer, coming: Iterable[int], stops: Sequence[str], tell: Callable[[str], None] = lambda text: None
+) -> tuple[str, list[int]]:
+  """The text of tokens up to a stop, and the tokens up to the one that completes the stop.
+
+  Args:
+    tokenizer: of the model.
+    coming: the tokens; none is read after a stop.
+    stops: texts, or special tokens by name, that end the text and are not part of it.
+    tell: called with each piece of the text as soon as it is final.
+  """
   from sa_jax.decode import Detokenizer
 
+  detokenizer = Detokenizer(tokenizer, stops)
   tokens: list[int] = []
-  text = Detokenizer(tokenizer)
-  for new in coming:
-    tokens += new
-    say(text.push(new), end="")
-  say(text.finish())
-  return tokens
+  pieces: list[str] = []
+
+  def take(piece: str) -> None:
+    if piece:
+      pieces.append(piece)
+      tell(piece)
+
+  for token in coming:
+    tokens.append(int(token))
+    take(detokenizer.push([token]))
+    if detokenizer.stopped is not None:
+      break
+  take(detokenizer.finish())
+  return "".join(pieces), tokens

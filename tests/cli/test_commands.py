@@ -69,6 +69,41 @@ def test_generate_prints_one_continuation_as_it_comes(folder, expected, tmp_path
   assert capsys.readouterr().out.startswith(result["text"] + "\n")
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_stop_ends_a_continuation(folder, expected, tmp_path, capsys, count):
+  """One that spans tokens, of one prompt whose text is printed as it comes, and of several."""
+  rows = list(zip(expected["input_ids"], expected["attention_mask"], strict=True))[:count]
+  prompts = [" ".join(map(str, row[mask == 1])) for row, mask in rows]
+  whole = expected["greedy_tokens"][:count].tolist()
+  stop = f"{whole[0][5]} {whole[0][6]}"
+  out = tmp_path / "out.json"
+  arguments = ["generate", str(folder), *prompts, "--plan", PLAN, "--max-new-tokens", "24", "--json", str(out)]
+  assert main([*arguments, "--stop", stop]) == 0
+  for tokens, result in zip(whole, json.loads(out.read_text())["results"], strict=True):
+    texts = [" ".join(map(str, tokens[:size])) for size in range(1, 25)]
+    size = next((size for size, text in enumerate(texts, 1) if stop in text), 24)
+    assert result == {"prompt": result["prompt"], "text": texts[-1].split(stop)[0], "tokens": tokens[:size]}
+    assert result["text"] in capsys.readouterr().out or count > 1
+  assert len(tokens[:size]) < 24 or count > 1
+
+
+def test_generate_samples_as_its_flags_say(folder, expected, tmp_path):
+  prompt = " ".join(map(str, expected["input_ids"][0][expected["attention_mask"][0] == 1]))
+  out = tmp_path / "out.json"
+
+  def tokens(*flags):
+    arguments = ["generate", str(folder), prompt, "--plan", PLAN, "--max-new-tokens", "24", "--json", str(out)]
+    assert main([*arguments, *flags]) == 0
+    return json.loads(out.read_text())["results"][0]["tokens"]
+
+  greedy = expected["greedy_tokens"][0].tolist()
+  assert tokens("--temperature", "5") != greedy
+  assert tokens("--temperature", "5", "--min-p", "1") == greedy  # only the likeliest token is as likely as it
+  apart = tokens("--repetition-penalty", "1e6")
+  assert len(set(apart)) == 24
+  assert not set(apart) & set(map(int, prompt.split()))
+
+
 def test_prompts_come_from_files_and_pipes(folder, expected, tmp_path, monkeypatch):
   rows = zip(expected["input_ids"], expected["attention_mask"], strict=True)
   prompts = [" ".join(map(str, row[mask == 1])) for row, mask in rows]
