@@ -81,7 +81,7 @@ def test_memory_is_one_block_of_queries():
 def test_drift_is_the_distance_to_the_last_map():
   make = lambda value: similarity.Similarity(*[np.full((3, 3, 2), value)] * 4, *[np.zeros((3, 2))] * 2)
   np.testing.assert_allclose(similarity.drift([make(0.5), make(0.9), make(0.8)]), [0.3, 0.1, 0.0])
-  with pytest.raises(ValueError, match="one model"):
+  with pytest.raises(ValueError, match="the same depth"):
     similarity.drift([])
 
 
