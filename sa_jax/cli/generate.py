@@ -51,7 +51,10 @@ class Generate:
     template_options(self.options)
     check_writable(self.json)
     asked = [sys.stdin.read() if text == "-" else text for text in self.prompt]
-    asked += [] if self.prompts is None else read_strings(self.prompts, "prompt")
+    if self.prompts is not None:
+      asked += (found := read_strings(self.prompts, "prompt"))
+      if not found:
+        raise UserError(f"{self.prompts} has no prompts: put a JSON object with a 'prompt' on each line")
     if not asked:
       raise UserError("give at least one prompt: sa-jax generate MODEL PROMPT ..., or a file (`prompts`)")
     self.opening.begin()

@@ -13,6 +13,7 @@ import tyro
 from sa_jax.cli.common import say
 from sa_jax.cli.opening import Opening
 from sa_jax.config import CacheDtype, FloatDtype
+from sa_jax.errors import UserError
 from sa_jax.trees import Params
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class Sampling:
     Raises:
       UserError: if a value is invalid, or has no effect together with the others.
     """
+    if "" in self.stop:
+      raise UserError("each `stop` must have text: leave the empty one out")
     self.settings()
 
   def settings(self) -> TextSettings:
@@ -98,8 +101,6 @@ def template_options(words: Sequence[str]) -> dict[str, Any]:
   Raises:
     UserError: if a word has a different form.
   """
-  from sa_jax.errors import UserError
-
   options: dict[str, Any] = {}
   for word in words:
     name, equals, value = word.partition("=")

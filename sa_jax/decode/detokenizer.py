@@ -57,16 +57,17 @@ class Detokenizer:
       return said
     self._tokens.append(token)
     whole, new = self._decoded()
-    if whole.endswith(_INCOMPLETE):
-      return ""
-    if new:
-      self._begin, self._read = self._read, len(self._tokens)
-    text = self._held + new
+    incomplete = whole.endswith(_INCOMPLETE)
+    text = self._held + new.rstrip(_INCOMPLETE) if incomplete else self._held + new
     found = [(text.index(stop), stop) for stop in self.stops if stop in text]
     if found:
       at, self.stopped = min(found)
       self._held = ""
       return text[:at]
+    if incomplete:
+      return ""
+    if new:
+      self._begin, self._read = self._read, len(self._tokens)
     keep = max((_overlap(text, stop) for stop in self.stops), default=0)
     self._held = text[len(text) - keep :]
     return text[: len(text) - keep]

@@ -84,8 +84,8 @@ class RepetitionPenalty(Processor):
   penalty: float
 
   def __post_init__(self) -> None:
-    if isinstance(self.penalty, int | float) and not self.penalty > 0:
-      raise UserError(f"a repetition penalty must be positive, not {self.penalty}")
+    if isinstance(self.penalty, int | float) and not 0 < self.penalty < float("inf"):
+      raise UserError(f"a repetition penalty must be positive and finite, not {self.penalty}")
 
   def begin(self, start: Start) -> jax.Array:
     """Count of each token in each row, int32 ``[B, V]``."""

@@ -104,7 +104,7 @@ def test_generate_samples_as_its_flags_say(folder, expected, tmp_path):
   assert not set(apart) & set(map(int, prompt.split()))
 
 
-def test_prompts_come_from_files_and_pipes(folder, expected, tmp_path, monkeypatch):
+def test_prompts_come_from_files_and_pipes(folder, expected, tmp_path, monkeypatch, capsys):
   rows = zip(expected["input_ids"], expected["attention_mask"], strict=True)
   prompts = [" ".join(map(str, row[mask == 1])) for row, mask in rows]
   file, out = tmp_path / "prompts.jsonl", tmp_path / "out.json"
@@ -116,6 +116,9 @@ def test_prompts_come_from_files_and_pipes(folder, expected, tmp_path, monkeypat
   file.write_text('{"prompt": "1"}\n{"prompt": 2}\n\nnone\n')
   with pytest.raises(ValueError, match="prompts.jsonl:\n  line 2 is not .*\n  line 4 is not"):
     read_strings(file, "prompt")
+  file.write_text("\n")
+  assert main([*arguments[:2], "--prompts", str(file)]) == 2
+  assert "prompts.jsonl has no prompts" in capsys.readouterr().err
   (tmp_path / "one.txt").write_text("1 2\n3\n")
   assert read_strings(tmp_path / "one.txt", "prompt") == ["1 2\n3\n"]
 
@@ -282,6 +285,8 @@ def test_inspect_tells_kinds_of_our_own_checkpoints_too(folder, tmp_path, capsys
     (["generate", "FOLDER", "1", "--top-k", "3"], "set a temperature above 0"),
     (["generate", "no-such-folder", "1", "--max-new-tokens", "0"], "--max-new-tokens 0 (must be at least 1)"),
     (["generate", "FOLDER"], "give at least one prompt"),
+    (["generate", "FOLDER", "1", "--stop", ""], "each --stop must have text"),
+    (["generate", "FOLDER", "1", "--repetition-penalty", "inf"], "must be positive and finite, not inf"),
     (["generate", "FOLDER", "1", ""], "prompts: number 2 has no tokens"),
     (["generate", "FOLDER", "--prompts", "no-such-file"], "cannot read no-such-file: No such file or directory"),
     (["chat", "FOLDER"], "this model has no chat template"),

@@ -186,7 +186,7 @@ class TestInTheLoop:
 @pytest.mark.parametrize(
   ("processor", "message"),
   [
-    (lambda: decode.RepetitionPenalty(0.0), "a repetition penalty must be positive, not 0.0"),
+    (lambda: decode.RepetitionPenalty(0.0), "a repetition penalty must be positive and finite, not 0.0"),
     (lambda: decode.Ban([3, 20]), r"Ban has invalid tokens \[20\]; the vocabulary is 0 to 19"),
     (lambda: decode.Automaton(np.ones((1, 5), bool), np.zeros((1, 5), int)), "with a vocabulary of 20"),
     (

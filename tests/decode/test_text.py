@@ -15,7 +15,7 @@ from tests import tiny
 def tokenizer():
   """Bytes as tokens, in GPT-2's manner, with a few merges and two special tokens."""
   letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-  merges = [("a", "b"), ("ab", "c"), ("Ċ", "Ċ"), ("Ġ", "a")]
+  merges = [("a", "b"), ("ab", "c"), ("Ċ", "Ċ"), ("Ġ", "a"), ("z", "Ã")]
   words = [*letters, *(left + right for left, right in merges)]
   backend = tokenizers.Tokenizer(tokenizers.models.BPE({word: number for number, word in enumerate(words)}, merges))
   backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -68,6 +68,13 @@ def test_nothing_is_said_that_a_stop_takes_back(tokenizer):
   said = [detokenizer.push(tokenizer.encode(letter)) for letter in "axxxxzxx"]
   assert said == ["a", "", "", "x", "x", "xxz", "", ""]
   assert detokenizer.finish() == "xx"
+
+
+def test_a_stop_before_half_a_character_ends_at_once(tokenizer):
+  half, rest = tokenizer.encode("zé")
+  detokenizer = Detokenizer(tokenizer, ["z"])
+  assert (detokenizer.push([half]), detokenizer.stopped) == ("", "z")
+  assert pieces(tokenizer, [half, rest], ["zz"]) == (["", "zé", ""], None)
 
 
 def test_special_tokens_are_stops_by_name_and_no_text(tokenizer):
