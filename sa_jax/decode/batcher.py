@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from sa_jax.decode.admission import Admission, Entering, Request
 from sa_jax.decode.engine import Engine
@@ -81,12 +82,7 @@ class Batcher:
       UserError: if the prompt is empty, has a token outside the vocabulary, or does not fit the cache with its
         continuation, or the seed or row is invalid. Other requests continue.
     """
-    try:
-      tokens = np.asarray(prompt)
-    except ValueError:
-      raise UserError("a prompt must be a flat list of tokens") from None
-    if tokens.ndim != 1 or not tokens.size:
-      raise UserError(f"a prompt must be a flat list of at least one token, not of shape {tokens.shape}")
+    tokens = flat_prompt(prompt)
     check_tokens(tokens[None], None, self._engine.model.config.vocab_size)
     request = Request(tokens.astype(np.int32), max_new_tokens, seed, row)
     self._admission.add(request)
@@ -282,6 +278,21 @@ class _ChunkedPrefill:
     """Prefills one more chunk."""
     reading = read(engine, params, self.reading, np.int32(self.start), chunk=self.chunk)
     return dataclasses.replace(self, reading=reading, start=self.start + self.chunk)
+
+
+def flat_prompt(prompt: ArrayLike) -> np.ndarray:
+  """A prompt's tokens ``[T]``.
+
+  Raises:
+    UserError: if it is empty or nested.
+  """
+  try:
+    tokens = np.asarray(prompt)
+  except ValueError:
+    raise UserError("a prompt must be a flat list of tokens") from None
+  if tokens.ndim != 1 or not tokens.size:
+    raise UserError(f"a prompt must be a flat list of at least one token, not of shape {tokens.shape}")
+  return tokens
 
 
 def _row(drawn: Drawn, row: int) -> tuple[list[int], list[float]]:

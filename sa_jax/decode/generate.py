@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sa_jax.decode.batcher import Batcher
+from sa_jax.decode.batcher import Batcher, flat_prompt
 from sa_jax.decode.engine import Engine, capacity_for, pad_to
 from sa_jax.decode.nonfinite import warn_nonfinite
 from sa_jax.decode.padding import to_right_padded
@@ -182,7 +182,7 @@ def stream(
   Raises:
     UserError: as `generate`.
   """
-  prompt = np.asarray(prompt)
+  prompt = flat_prompt(prompt)
   capacity = capacity_for(max(1, _slots_for(prompt.size, how.max_new_tokens)))
   batcher = Batcher(model, params, Serving(slots=1, capacity=capacity, chunk=chunk), sampler=how.sampler)
   request = batcher.submit(prompt, how.max_new_tokens, seed=how.seed)

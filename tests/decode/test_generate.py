@@ -72,6 +72,8 @@ def test_a_stream_names_what_is_wrong(model, params):
     list(stream(model, params, [1], Settings(0)))
   with pytest.raises(ValueError, match="a prompt must be a flat list of at least one token"):
     list(stream(model, params, [], Settings(1)))
+  with pytest.raises(sa_jax.UserError, match="a prompt must be a flat list of tokens"):
+    list(stream(model, params, [[1], [2, 3]], Settings(1)))
 
 
 def test_caches_have_slots_that_kernels_can_split():
