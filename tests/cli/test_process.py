@@ -133,10 +133,10 @@ import jax, sys
 jax.config.update("jax_compilation_cache_dir", sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 import sa_jax
-from sa_jax.decode import stream
+from sa_jax.decode import Settings, stream
 from tests import tiny
 model = tiny.model("0:1", num_layers=2)
-assert len(list(stream(model, tiny.params(model), [1, 2, 3], 3))) == 2
+assert len(list(stream(model, tiny.params(model), [1, 2, 3], Settings(3)))) == 2
 """
   kept = []
   for seed in ("1", "2"):

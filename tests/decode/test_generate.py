@@ -308,7 +308,7 @@ class TestRoom:
     step = lambda positions: model.apply(
       {"params": layers}, jnp.ones(2, jnp.int32), cache, positions, method=Transformer.step
     )[0]
-    with pytest.raises(sa_jax.UserError, match=r"a row of 5 tokens does not fit a cache of 4 slots; .*cache.grow\(5\)"):
+    with pytest.raises(sa_jax.UserError, match=r"a row of 5 tokens does not fit into a cache of 4 slots; use cache.grow\(5\)"):
       step(jnp.array([3, 4]))
     finite = np.isfinite(jax.jit(step)(jnp.array([3, 4])))
     assert finite[0].all()

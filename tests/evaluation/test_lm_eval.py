@@ -158,9 +158,9 @@ def test_generation_stops_at_strings_ends_and_lengths(lm, model, params):
 def test_settings_are_checked(lm):
   with pytest.raises(ValueError, match="unsupported generation settings: num_beams; supported are until, max_gen_toks"):
     lm.generate_until(instances("generate_until", ("w05", {"until": [], "num_beams": 4})))
-  with pytest.raises(ValueError, match="40 new tokens leave no room for a prompt in the model's 40"):
+  with pytest.raises(ValueError, match="40 new tokens leave no room for a prompt in the model's context of 40"):
     lm.generate_until(instances("generate_until", ("w05", {"until": [], "max_gen_toks": LONGEST})))
-  with pytest.raises(ValueError, match="a continuation of 41 tokens is longer than the model's 40"):
+  with pytest.raises(ValueError, match="a continuation of 41 tokens is longer than the model's context of 40"):
     lm.loglikelihood(instances("loglikelihood", ("w05", " " + words([3] * 41))))
 
 

@@ -95,7 +95,7 @@ def test_llama_3_1_s_rotary_frequencies(tmp_path):
   assert opened == model
   assert_trees_equal(found, params)
   other = lambda writer: writer.add_tensor("rope_freqs.weight", factors**0.9)
-  with pytest.raises(ValueError, match="divided by rope_freqs.weight, which are not Llama 3's"):
+  with pytest.raises(ValueError, match="rope_freqs.weight are not Llama 3's factors"):
     sa_jax.from_pretrained(write_gguf(tmp_path / "other.gguf", model, params, change=other))
 
 
@@ -247,7 +247,7 @@ class TestDamaged:
 
   def test_another_head_size(self, tmp_path):
     change = lambda writer: writer.add_key_length(16)
-    self.refuse(write_gguf(tmp_path / "model.gguf", *small(), change=change), "heads of 16 with rotary embedding on 8")
+    self.refuse(write_gguf(tmp_path / "model.gguf", *small(), change=change), "rotary embedding on 8 of 16 head dimensions")
 
   def test_tokenizer_that_cannot_be_rebuilt(self, tmp_path, caplog):
     path = write_gguf(tmp_path / "model.gguf", *small(), change=lambda writer: writer.add_tokenizer_model("t5"))

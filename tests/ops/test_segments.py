@@ -124,9 +124,9 @@ def test_auto_chooses_a_backend_that_can_and_a_named_one_says_why_not():
   assert ops.choose_backend("auto", q, k, platform="gpu", spec=ops.AttentionSpec(softcap=50.0)) == "flash"
   assert ops.choose_backend("auto", q, k, packed, platform="tpu") == "splash"
   assert ops.choose_backend("auto", q, k, split, platform="tpu") == "blockwise"
-  with pytest.raises(ValueError, match="'cudnn' cannot compute this: it has no segments"):
+  with pytest.raises(ValueError, match="'cudnn' cannot compute this: it does not support segments"):
     ops.choose_backend("cudnn", q, k, packed, platform="gpu")
-  with pytest.raises(ValueError, match="'splash' cannot compute this: it has no offset of the queries"):
+  with pytest.raises(ValueError, match="'splash' cannot compute this: it does not support a query offset"):
     ops.choose_backend("splash", q, k, split, platform="tpu")
 
 
