@@ -182,6 +182,8 @@ def stream(
   Raises:
     UserError: as `generate`.
   """
+  if not isinstance(how, Settings):
+    raise UserError(f"how must be Settings, such as Settings(max_new_tokens=24), not {how!r}")
   prompt = flat_prompt(prompt)
   capacity = capacity_for(max(1, _slots_for(prompt.size, how.max_new_tokens)))
   batcher = Batcher(model, params, Serving(slots=1, capacity=capacity, chunk=chunk), sampler=how.sampler)

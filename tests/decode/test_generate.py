@@ -70,6 +70,8 @@ def without_a_cache(model, params, prompts, new: int) -> np.ndarray:
 def test_a_stream_names_what_is_wrong(model, params):
   with pytest.raises(ValueError, match=r"max_new_tokens=0 \(must be at least 1\)"):
     list(stream(model, params, [1], Settings(0)))
+  with pytest.raises(sa_jax.UserError, match=r"how must be Settings, .* not 4"):
+    next(stream(model, params, [1], 4))
   with pytest.raises(ValueError, match="a prompt must be a flat list of at least one token"):
     list(stream(model, params, [], Settings(1)))
   with pytest.raises(sa_jax.UserError, match="a prompt must be a flat list of tokens"):
@@ -308,7 +310,9 @@ class TestRoom:
     step = lambda positions: model.apply(
       {"params": layers}, jnp.ones(2, jnp.int32), cache, positions, method=Transformer.step
     )[0]
-    with pytest.raises(sa_jax.UserError, match=r"a row of 5 tokens does not fit into a cache of 4 slots; use cache.grow\(5\)"):
+    with pytest.raises(
+      sa_jax.UserError, match=r"a row of 5 tokens does not fit into a cache of 4 slots; use cache.grow"
+    ):
       step(jnp.array([3, 4]))
     finite = np.isfinite(jax.jit(step)(jnp.array([3, 4])))
     assert finite[0].all()
