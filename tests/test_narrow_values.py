@@ -54,7 +54,7 @@ def test_logits_decoding_and_gradients(changes):
   gradient = jax.jit(jax.grad(loss(narrow)))(params)
   of_wide = jax.jit(jax.grad(loss(wide)))(tiny.filled(params))
   cut = jax.tree.map(lambda leaf, like: leaf[tuple(map(slice, like.shape))], of_wide, gradient)
-  jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5), gradient, cut)
+  jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5), gradient, cut)
 
 
 @pytest.mark.parametrize("backend", ["reference", "blockwise", "chunked", "filled"])
