@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from sa_jax.cli.common import console, say, write_json
-from sa_jax.cli.sampling import GenerationOpening, Sampling, TemplateOptions, read_tokens, say_tokens, template_options
+from sa_jax.cli.sampling import GenerationOpening, Sampling, TemplateOptions, say_tokens, template_options
 from sa_jax.cli.texts import read_strings
 from sa_jax.errors import UserError
 from sa_jax.files import check_writable
@@ -70,7 +70,8 @@ class Generate:
       said = self._say_all(model, params, tokenizer, asked, encoded)
     seconds = time.perf_counter() - start
     count = sum(len(tokens) for _, tokens in said)
-    console.print(f"{count} tokens in {seconds:.1f} s, including compilation; plan {model.plan}", style="dim")
+    took = f"{count} token{'s' * (count != 1)} in {seconds:.1f} s, including compilation"
+    console.print(f"{took}; plan {model.plan}", style="dim")
     results = [
       {"prompt": prompt, "text": text, "tokens": tokens} for prompt, (text, tokens) in zip(asked, said, strict=True)
     ]
@@ -80,17 +81,13 @@ class Generate:
     self, model: Transformer, params: Params, tokenizer: Tokenizer, asked: list[str], encoded: list[list[int]]
   ) -> list[tuple[str, list[int]]]:
     """Prints all prompts and continuations when all are complete; returns texts and tokens."""
-    from sa_jax import generate
-    from sa_jax.decode import right_pad
+    from sa_jax.decode import continue_texts
 
-    how = self.sampling
-    out = generate(model, params, *right_pad(encoded), how.max_new_tokens, seed=how.seed, sampler=how.sampler())
-    rows = [row[:length].tolist() for row, length in zip(out.tokens, out.lengths, strict=True)]
-    said = [read_tokens(tokenizer, row, how.stop) for row in rows]
-    for prompt, (text, _) in zip(asked, said, strict=True):
+    said = continue_texts(model, params, tokenizer, encoded, self.sampling.settings())
+    for prompt, each in zip(asked, said, strict=True):
       console.print(prompt, style="bold")
-      say(text)
-    return said
+      say(each.text)
+    return [(each.text, each.tokens) for each in said]
 
   def _prompt(self, tokenizer: Tokenizer, text: str) -> str:
     options = template_options(self.options)

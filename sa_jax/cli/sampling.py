@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -114,22 +114,12 @@ def template_options(words: Sequence[str]) -> dict[str, Any]:
 
 
 def say_tokens(tokenizer: Tokenizer, coming: Iterable[int], stops: Sequence[str]) -> tuple[str, list[int]]:
-  """Prints text as its tokens arrive; see `read_tokens`."""
-  read = read_tokens(tokenizer, coming, stops, lambda text: say(text, end=""))
-  say("")
-  return read
-
-
-def read_tokens(
-  tokenizer: Tokenizer, coming: Iterable[int], stops: Sequence[str], tell: Callable[[str], None] = lambda text: None
-) -> tuple[str, list[int]]:
-  """The text of tokens up to a stop, and the tokens up to the one that completes the stop.
+  """Prints text as its tokens arrive, up to a stop; returns it, and the tokens up to the one that completes the stop.
 
   Args:
     tokenizer: of the model.
     coming: the tokens; none is read after a stop.
     stops: texts, or special tokens by name, that end the text and are not part of it.
-    tell: called with each piece of the text as soon as it is final.
   """
   from sa_jax.decode import Detokenizer
 
@@ -140,7 +130,7 @@ def read_tokens(
   def take(piece: str) -> None:
     if piece:
       pieces.append(piece)
-      tell(piece)
+      say(piece, end="")
 
   for token in coming:
     tokens.append(int(token))
@@ -148,4 +138,5 @@ def read_tokens(
     if detokenizer.stopped is not None:
       break
   take(detokenizer.finish())
+  say("")
   return "".join(pieces), tokens

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,16 @@ import numpy as np
 
 from sa_jax.decode.processors import Processor, Start
 from sa_jax.errors import UserError
-from sa_jax.fields import Count, checked
+from sa_jax.fields import Constraint, Count, Portion, checked
 from sa_jax.trees import Tree
 
 _COLDEST = 1e-6
 """Below this, logits divided by the temperature approach the largest float32."""
+
+_Temperature = Annotated[
+  float, Constraint(lambda value: _COLDEST <= value < math.inf, f"0 (greedy) or at least {_COLDEST}")
+]
+_TopP = Annotated[float, Constraint(lambda value: 0 < value <= 1, "above 0, at most 1")]
 
 
 @functools.partial(
@@ -52,25 +59,15 @@ class Sampler:
   def __post_init__(self) -> None:
     for name in ("temperature", "top_p", "min_p"):
       value = getattr(self, name)
-      if isinstance(value, str):
-        raise UserError(f"{name} must be a number, not {value!r}")
       if isinstance(value, np.generic | np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer):
         object.__setattr__(self, name, np.asarray(value).item())
-    if not all(isinstance(value, int | float | None) for value in (self.temperature, self.top_p, self.min_p)):
+    if not all(isinstance(value, str | int | float | None) for value in (self.temperature, self.top_p, self.min_p)):
       return  # inside `jax.jit`, where values are traced; they were checked outside
-    # One type, so that 1 and 1.0 share a program.
-    object.__setattr__(self, "temperature", float(self.temperature) if self.temperature else None)
-    for name in ("top_p", "min_p"):
-      value = getattr(self, name)
-      object.__setattr__(self, name, None if value is None else float(value))
+    object.__setattr__(self, "temperature", self.temperature or None)
     object.__setattr__(self, "processors", tuple(self.processors))
-    if self.temperature is not None and not _COLDEST <= self.temperature < float("inf"):
-      raise UserError(f"temperature must be 0 (greedy) or at least {_COLDEST}, not {self.temperature}")
-    object.__setattr__(self, "top_k", checked("top_k", self.top_k, Count | None))
-    if self.top_p is not None and not 0 < self.top_p <= 1:
-      raise UserError(f"top_p must be in (0, 1], not {self.top_p}")
-    if self.min_p is not None and not 0 <= self.min_p <= 1:
-      raise UserError(f"min_p must be in [0, 1], not {self.min_p}")
+    # Also converted to one type, so that 1 and 1.0 share a program.
+    for name, hint in (("temperature", _Temperature), ("top_k", Count), ("top_p", _TopP), ("min_p", Portion)):
+      object.__setattr__(self, name, checked(name, getattr(self, name), hint | None))
     if self.temperature is None and any(value is not None for value in (self.top_k, self.top_p, self.min_p)):
       raise UserError("top_k, top_p and min_p choose among samples: set a temperature above 0, or leave them out")
 

@@ -207,5 +207,5 @@ def test_refused(run, processor, message):
 def test_a_sampler_or_its_parts(run):
   with pytest.raises(sa_jax.UserError, match="give a sampler or a temperature, not both"):
     run(sampler=Sampler(), temperature=0.5)
-  with pytest.raises(sa_jax.UserError, match=r"min_p must be in \[0, 1\], not 2"):
+  with pytest.raises(sa_jax.UserError, match=r"min_p=2 \(must be 0 to 1\)"):
     Sampler(1.0, min_p=2)
