@@ -91,8 +91,8 @@ def cost(config: ModelConfig, plan: PlanLike, batch: int = 1, seq_len: int = 1) 
   stored, active, read = (0, 0, 0) if experts is None else (experts.count, experts.chosen, experts.expected(batch))
   outside = _norm(config) + (config.vocab_size if config.head_bias else 0)
   vectors = outside + layers * _vectors(config) + anchors * _anchor_vectors(config)
-  table = config.vocab_size * embed
-  others = matrices + vectors + table * (1 if config.tie_embeddings else 2)
+  embedding = config.vocab_size * embed
+  others = matrices + vectors + embedding * (1 if config.tie_embeddings else 2)
 
   # Scores in anchors, weighted sums of values in every layer; a local layer sees no more than its window.
   forward_attention = decode_attention = 0
@@ -101,13 +101,14 @@ def cost(config: ModelConfig, plan: PlanLike, batch: int = 1, seq_len: int = 1) 
     products = 2 * heads * (config.value_width + (config.head_dim if layer == source else 0))
     forward_attention += products * (window * (window + 1) // 2 + (seq_len - window) * window)
     decode_attention += products * window
-  per_token = 2 * (matrices + active * multiplied + table)
+  per_token = 2 * (matrices + active * multiplied + embedding)
 
   param_itemsize = jnp.dtype(config.param_dtype).itemsize
   of_vectors = anchors * _cached(config, config.head_dim) + layers * _cached(config, config.value_width)
   kv_bytes_per_token = kv_heads * of_vectors
   kv_cache_bytes = batch * seq_len * kv_bytes_per_token
-  read_params = matrices + round(read * of_expert) + vectors + table + (0 if config.tie_embeddings else batch * embed)
+  looked_up = 0 if config.tie_embeddings else batch * embed
+  read_params = matrices + round(read * of_expert) + vectors + embedding + looked_up
   params = others + stored * of_expert
   return Cost(
     params=params,

@@ -25,10 +25,12 @@ _PACKAGES = ("sa-jax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """Attributes:
-  about: what was checked.
-  found: the result.
-  is_fault: whether it needs to be fixed.
+  """One finding about an installation.
+
+  Attributes:
+    about: what was checked.
+    found: the result.
+    is_fault: whether it needs to be fixed.
   """
 
   about: str

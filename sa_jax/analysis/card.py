@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from sa_jax.analysis.judge import Text
 from sa_jax.analysis.mixture import bytes_of
 from sa_jax.analysis.share import Effort, Shared
+from sa_jax.config import ModelConfig
 from sa_jax.costs import cost
 
 
@@ -19,18 +20,19 @@ def results(made: Shared) -> dict[str, dict[str, float]]:
   return {name: {label: each[name].perplexity for label, each in columns.items()} for name in made.dense}
 
 
-def card(source: str, made: Shared, texts: Sequence[Text], effort: Effort, seconds: float) -> str:
+def card(source: str, config: ModelConfig, made: Shared, texts: Sequence[Text], effort: Effort, seconds: float) -> str:
   """The card, in Markdown.
 
   Args:
     source: the dense model's name.
+    config: the dense model's.
     made: the shared model.
     texts: the texts that it was fitted to and evaluated on.
     effort: the effort settings.
     seconds: the total time.
   """
   plan, mixture = made.plan, made.mixture
-  config = dataclasses.replace(made.model.config, dtype="bfloat16", cache_dtype=None, value_dim=None)
+  config = dataclasses.replace(config, dtype="bfloat16", cache_dtype=None)
   dense, shared = cost(config, None), cost(mixture.config(config), plan)
   saved = lambda old, new: f"| {old:,} | {new:,} | {100 * (new / old - 1):+.1f} % |"
   gone = bytes_of(config, mixture)
@@ -42,9 +44,10 @@ def card(source: str, made: Shared, texts: Sequence[Text], effort: Effort, secon
     old, new = numbers["dense"], numbers["shared"]
     rows.append(f"| perplexity, {name} | {old:.3f} | {new:.3f} | {new / old:.3f} × |")
   served = [] if mixture.cache_dtype is None else [f"Generate with `--cache-dtype {mixture.cache_dtype}`.", ""]
-  grouped = any(report.part == "group" for report in made.reports)
+  grouped = any(report.part == "group" and report.after < report.before for report in made.reports)
   mlps = effort.mlp and config.experts is None
-  done = {"W_O": True, "MLPs": mlps, "local reconstruction": grouped, "distillation": made.undistilled}
+  distilled = made.undistilled not in (None, made.shared)
+  done = {"W_O": True, "MLPs": mlps, "local reconstruction": grouped, "distillation": distilled}
   lines = [
     f"# {source}, {len(plan.followers)} of {plan.num_layers} layers of which share attention weights",
     "",
@@ -55,11 +58,11 @@ def card(source: str, made: Shared, texts: Sequence[Text], effort: Effort, secon
     "|---|---|---|---|",
     *rows,
     "",
-    "Of a token's cache in bfloat16: " + ", ".join(f"{name} {count:,} bytes" for name, count in gone.items()) + ".",
+    f"Of a token's cache in bfloat16: {', '.join(f'{name} {count:,} bytes' for name, count in gone.items() if count)}.",
     "",
     *served,
     f"Made in {seconds:.0f} s by `sa-jax share`; recovery: {', '.join(name for name, value in done.items() if value)}.",
-    "Perplexities are of the judging rows, which nothing was fitted to.",
+    "Perplexities are of the judging rows. Nothing was fitted to them, but they chose the plan and the recovery.",
     "",
     "| text | rows to fit to | rows to judge by | tokens per row |",
     "|---|---|---|---|",

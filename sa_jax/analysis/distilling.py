@@ -53,7 +53,7 @@ class Distillation:
     learning_rate: Adam's peak learning rate, relative to the root mean square of each weight array; warm-up over a
       twentieth of the steps, then cosine decay to 0.
     teacher_weight: weight of the divergence from the dense model; the rest weights the cross-entropy on the text.
-    dtype: compute dtype; None for bfloat16 on accelerators and float32 on a CPU. Parameters stay float32.
+    dtype: compute dtype; None for bfloat16 on accelerators and float32 on a CPU. Trained parameters are in float32.
     seed: seed of the row order.
 
   Raises:
@@ -80,7 +80,7 @@ class Distilled(NamedTuple):
   """What `distill_rows` returns.
 
   Attributes:
-    params: the shared model's, float32, in the layer layout.
+    params: the shared model's, in the layer layout: what was trained in float32, embedding and head unchanged.
     steps: number of steps.
     losses: float64 ``[steps]``, the loss of each step.
   """
@@ -117,7 +117,7 @@ def distill_rows(
   # Keeping all activations takes more memory, and more time to write, than recomputing the cheap ones.
   computed = lambda model: model.clone(config=dataclasses.replace(model.config, dtype=dtype, remat="dots"))
   runs, frozen = stack(params, model.plan), _frozen(*teacher, jnp.dtype(dtype))
-  trained = {name: runs[name] for name in _TRAINED}
+  trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), {name: runs[name] for name in _TRAINED})
   optimizer = optax.chain(
     optax.clip_by_global_norm(1.0),
     RELATIVE_ADAM,

@@ -35,8 +35,8 @@ Site = Literal["residual", "weights", "values", "heads", "attention", "mlp"]
 
 * ``residual``: ``[B, T, D]``, the layer's input; index ``L`` is the last layer's output.
 * ``weights``: ``[B, N, T, S]``, the attention weights it uses; a follower's are its anchor's, including edits there.
-* ``values``: ``[B, T, K, H]``.
-* ``heads``: ``[B, T, N, H]``, the heads' outputs, before the output projection.
+* ``values``: ``[B, T, K, R]``.
+* ``heads``: ``[B, T, N, R]``, the heads' outputs, before the output projection.
 * ``attention``, ``mlp``: ``[B, T, D]``, their outputs, before a post-norm if the family has one.
 """
 

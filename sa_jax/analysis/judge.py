@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
@@ -25,7 +25,7 @@ from sa_jax.analysis.ridge import solve, total
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import CacheDtype, ModelConfig
 from sa_jax.display import Progress
-from sa_jax.distributed import broadcast_text, check_call, check_given, is_multiprocess
+from sa_jax.distributed import broadcast_text, check_call, check_given, checksum, is_multiprocess
 from sa_jax.errors import UserError
 from sa_jax.files import as_path, read_text, write_text
 from sa_jax.nn import PlanArrays, PlannedBlock, Transformer
@@ -33,7 +33,7 @@ from sa_jax.nn.transformer import check_plan, check_tokens
 from sa_jax.plan import HeadMap, SharingPlan
 from sa_jax.programs import fetch, program
 from sa_jax.sharding import where_parameters_are
-from sa_jax.trees import Params, Tree
+from sa_jax.trees import Params
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -152,7 +152,7 @@ class Judge:
     return {
       "how": str(self.how),
       "maps": self.maps,
-      "texts": {text.name: [text.calibration.shape, text.judging.shape] for text in self.texts},
+      "texts": {text.name: checksum((text.calibration, text.judging)) for text in self.texts},
       "dense": [round(float(loss), 4) for loss in self.dense],
     }
 
@@ -282,7 +282,7 @@ class Judge:
         progress(layers - layer, layers - 1)
     return out
 
-  def _gradients(self) -> Tree:
+  def _gradients(self) -> Iterator[list[jax.Array]]:
     """Gradients of the calibration loss with respect to each layer's attention output, from the last layer down."""
     outside = {name: value for name, value in self.params.items() if name != "layers"}
     tokens = np.concatenate([text.calibration for text in self.texts])

@@ -151,8 +151,8 @@ def reconstruct(config: ModelConfig, group: Group, how: Reconstruction, seed: in
     seed: seed of the chunk order.
   """
   chunks = list(zip(group.stream, zip(*group.targets, strict=True), strict=True))
-  # The step donates its blocks, but these belong to the caller.
-  blocks = jax.tree.map(jnp.copy, group.blocks)
+  # Copies, because the step donates its blocks; in float32, because small steps would be rounded away in bfloat16.
+  blocks = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), group.blocks)
   moments = jax.tree.map(jnp.copy, RELATIVE_ADAM.init(blocks))
   generator, steps = np.random.default_rng(seed), how.epochs * len(chunks)
   order = np.concatenate([generator.permutation(len(chunks)) for _ in range(how.epochs)])
@@ -160,6 +160,7 @@ def reconstruct(config: ModelConfig, group: Group, how: Reconstruction, seed: in
     for index, number in enumerate(order):
       rate = np.float32(how.rate(index, steps))
       blocks, moments = _step(config, blocks, moments, group.layers, chunks[number], rate)
+  blocks = jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), blocks, group.blocks)
   return group._replace(blocks=blocks)
 
 

@@ -155,19 +155,31 @@ def plan_cost(plan: SharingPlan, costs: np.ndarray) -> float:
 
 
 def cheapest(costs: np.ndarray, followers: int, excluded: Sequence[int] = ()) -> SharingPlan:
-  """The plan with this many followers and the lowest sum of pair costs, by dynamic programming.
-
-  Args:
-    costs: ``[L, L]``: anchor, follower; infinite if not allowed.
-    followers: number of followers.
-    excluded: layers that must stay anchors.
+  """The plan with this many followers and the lowest sum of pair costs; arguments as in `each_cheapest`.
 
   Raises:
     UserError: if there is no such plan, or an excluded layer does not exist.
   """
+  check_excluded(excluded, len(costs))
+  check_count(followers, len(set(range(1, len(costs))) - set(excluded)))
+  if len(plans := each_cheapest(costs, followers, excluded)) < followers:
+    raise UserError(f"no plan has {followers} followers within the considered pairs: increase the reach")
+  return plans[-1]
+
+
+def each_cheapest(costs: np.ndarray, followers: int, excluded: Sequence[int] = ()) -> list[SharingPlan]:
+  """The plans with 1, 2, … followers and the lowest sums of pair costs, by dynamic programming.
+
+  Args:
+    costs: ``[L, L]``: anchor, follower; infinite if not allowed.
+    followers: maximum number of followers; the list ends at the number that the allowed pairs reach.
+    excluded: layers that must stay anchors.
+
+  Raises:
+    UserError: if an excluded layer does not exist.
+  """
   layers = len(costs)
   check_excluded(excluded, layers)
-  check_count(followers, len(set(range(1, layers)) - set(excluded)))
   allowed = costs.copy()
   allowed[:, list(excluded)] = np.inf
   # best[l][f]: lowest cost of layers before l with f followers, where l starts a group; and where that group starts.
@@ -186,22 +198,24 @@ def cheapest(costs: np.ndarray, followers: int, excluded: Sequence[int] = ()) ->
         if best[anchor, before] + group < best[end, before + size]:
           best[end, before + size] = best[anchor, before] + group
           origin[end, before + size] = anchor
-  if math.isinf(best[layers, followers]):
-    raise UserError(f"no plan has {followers} followers within the considered pairs: increase the reach")
-  source = [0] * layers
-  end, left = layers, followers
-  while end:
-    anchor = int(origin[end, left])
-    source[anchor:end] = [anchor] * (end - anchor)
-    end, left = anchor, left - (end - anchor - 1)
-  return SharingPlan(tuple(source))
+
+  def plan(followers: int) -> SharingPlan:
+    source = [0] * layers
+    end, left = layers, followers
+    while end:
+      anchor = int(origin[end, left])
+      source[anchor:end] = [anchor] * (end - anchor)
+      end, left = anchor, left - (end - anchor - 1)
+    return SharingPlan(tuple(source))
+
+  return [plan(count) for count in range(1, followers + 1) if math.isfinite(best[layers, count])]
 
 
 def fits(config: ModelConfig, plan: SharingPlan) -> bool:
   """Whether the model can use the plan; see `sa_jax.nn.transformer.check_plan`."""
   try:
     check_plan(config, plan)
-  except ValueError:
+  except UserError:
     return False
   return True
 

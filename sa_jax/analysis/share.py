@@ -178,13 +178,12 @@ def plans_by_followers(
   judge: Judge, most: int, how: Search, stage: search.Stage = search.no_stage
 ) -> list[SharingPlan]:
   """A plan for each feasible number of followers up to ``most``; arguments as in `search_plan`."""
-  counts = range(1, most + 1)
   if how.strategy in ("greedy", "beam"):
     return [each.plan for each in _grown(judge, most, how, stage)]
   if how.strategy == "spans":
+    counts = [count for count in range(1, most + 1) if _spans(judge, count, how)]
     return [_best_span(judge, count, how, stage).plan for count in counts]
-  costs = judge.costs(how.reach, stage("estimating pairs"))
-  return [search.cheapest(costs, count, how.excluded) for count in counts]
+  return search.each_cheapest(judge.costs(how.reach, stage("estimating pairs")), most, how.excluded)
 
 
 def _grown(judge: Judge, budget: Budget | int, how: Search, stage: search.Stage) -> list[search.Found]:
@@ -197,10 +196,14 @@ def _grown(judge: Judge, budget: Budget | int, how: Search, stage: search.Stage)
 
 
 def _best_span(judge: Judge, count: int, how: Search, stage: search.Stage) -> search.Found:
-  """The best of `search.late_spans` without excluded layers."""
+  """The best of `_spans`."""
+  return search.best_of(judge, _spans(judge, count, how), stage(f"measuring spans of {count}"))
+
+
+def _spans(judge: Judge, count: int, how: Search) -> list[SharingPlan]:
+  """`search.late_spans` without excluded layers."""
   spans = search.late_spans(judge.config, count)
-  allowed = [plan for plan in spans if not set(how.excluded) & set(plan.followers)]
-  return search.best_of(judge, allowed, stage(f"measuring spans of {count}"))
+  return [plan for plan in spans if not set(how.excluded) & set(plan.followers)]
 
 
 _REFITTED = 2
@@ -223,7 +226,8 @@ def mixtures(judge: Judge, budget: Budget, how: Search, stage: search.Stage = se
     UserError: see `search_plan`; or if nothing meets the budget.
   """
   config = judge.config
-  some = [SharingPlan.from_followers(config.num_layers, range(1, count + 1)) for count in range(1, config.num_layers)]
+  able = [layer for layer in config.can_follow if layer not in how.excluded]
+  some = [SharingPlan.from_followers(config.num_layers, able[: count + 1]) for count in range(len(able))]
   most = max(len(mixture.plan.followers) for mixture in within(config, budget, some))
   plans = plans_by_followers(judge, most, how, stage) if most else []
   return judged(judge, within(config, budget, plans), stage("measuring mixtures"))
@@ -237,7 +241,7 @@ class Shared(NamedTuple):
       dtype.
     params: in the layer layout, pruned and refitted: an ordinary checkpoint.
     dense: the dense model's perplexity on each text's held-out rows.
-    shared: the shared model's perplexity on them.
+    shared: the shared model's perplexity on them, which chose the plan and the recovery.
     reports: the refitted projections.
     mixture: what shrinks its cache; its plan has every head map.
     undistilled: the shared model's perplexity before distillation; None without one. If distillation does not lower
@@ -330,7 +334,7 @@ def share(
   done = distill_rows((best.model, best.params), (model, params), rows, distillation, stage("distilling"))
   distilled = score("scoring, distilled", best.model, done.params)
   before = best._replace(undistilled=best.shared)
-  return before if _loss(distilled) > _loss(best.shared) else before._replace(params=done.params, shared=distilled)
+  return before._replace(params=done.params, shared=distilled) if _loss(distilled) < _loss(best.shared) else before
 
 
 def _with_rows(texts: Sequence[Text], most: int | None) -> list[Text]:
@@ -339,8 +343,9 @@ def _with_rows(texts: Sequence[Text], most: int | None) -> list[Text]:
 
 
 def _loss(found: dict[str, Perplexity]) -> float:
-  """Mean loss over texts."""
-  return float(np.mean([each.loss for each in found.values()]))
+  """Mean loss over texts; infinite if it is not a number, so that such a model is never the better one."""
+  loss = float(np.mean([each.loss for each in found.values()]))
+  return math.inf if math.isnan(loss) else loss
 
 
 def _perplexities(

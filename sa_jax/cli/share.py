@@ -108,7 +108,7 @@ class Share(Searching):
     self.opening.save(self.out, self.model, made.model, made.params, self.dtype)
     seconds = time.perf_counter() - start
     if is_first():
-      write_text(self.out / "README.md", card(self.model.name, made, texts, self.settings, seconds))
+      write_text(self.out / "README.md", card(self.model.name, model.config, made, texts, self.settings, seconds))
     console.print(f"\n{plan}\n", style="bold")
     tell(f"saved in {seconds:.0f} s", self.out)
     if made.mixture.cache_dtype is not None:

@@ -287,7 +287,8 @@ class HostMask(Processor):
   the same.
 
   Attributes:
-    function: takes a row's prompt and its new tokens, both int32; returns bool ``[V]``.
+    function: takes a row's prompt and its new tokens, both int32; returns bool ``[V]``. It is also called for rows that
+      have ended, with tokens after an end token, and for empty slots. That answer is ignored, but it must not raise.
   """
 
   function: Callable[[np.ndarray, np.ndarray], np.ndarray]

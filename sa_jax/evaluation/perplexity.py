@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -27,10 +26,12 @@ from sa_jax.trees import Params
 
 
 class Perplexity(NamedTuple):
-  """Attributes:
-  perplexity: exp of the mean negative log-likelihood.
-  loss: the mean negative log-likelihood per predicted token, in nats.
-  tokens: number of predicted tokens.
+  """The result of `perplexity`.
+
+  Attributes:
+    perplexity: exp of the mean negative log-likelihood.
+    loss: the mean negative log-likelihood per predicted token, in nats.
+    tokens: number of predicted tokens.
   """
 
   perplexity: float
@@ -134,7 +135,8 @@ def perplexity(
       progress(start + len(batch), len(tokens))
   count = tokens.shape[0] * (tokens.shape[1] - 1)
   loss = -total / count
-  return Perplexity(math.exp(loss), loss, count)
+  with np.errstate(over="ignore"):
+    return Perplexity(float(np.exp(loss)), loss, count)
 
 
 def rare_words_unknown(text: str, fewest: int = 3) -> str:

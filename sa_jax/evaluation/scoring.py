@@ -42,9 +42,11 @@ _CPU_RATE, _ACCELERATOR_RATE = 1e11, 1e14
 
 
 class Scored(NamedTuple):
-  """Attributes:
-  log_likelihood: of the continuation given its context, in nats.
-  greedy: whether each of its tokens is the most likely one at its position.
+  """The score of one continuation.
+
+  Attributes:
+    log_likelihood: of the continuation given its context, in nats.
+    greedy: whether each of its tokens is the most likely one at its position.
   """
 
   log_likelihood: float
@@ -103,10 +105,12 @@ PROGRAMS = (_read, _hidden, _hidden_after, _scores)
 
 
 class _Batch(NamedTuple, Generic[_T]):
-  """Attributes:
-  items: the items in it.
-  rows: padded number of rows.
-  size: padded number of tokens per row.
+  """A batch of items, and its padded shape.
+
+  Attributes:
+    items: the items in it.
+    rows: padded number of rows.
+    size: padded number of tokens per row.
   """
 
   items: list[_T]
@@ -271,9 +275,11 @@ class Scorer:
 
 
 class _Requests(NamedTuple):
-  """Attributes:
-  firsts: for each request, the position in its row that predicts its first token.
-  targets: its tokens.
+  """Where the requests' continuations lie in their rows.
+
+  Attributes:
+    firsts: for each request, the position in its row that predicts its first token.
+    targets: its tokens.
   """
 
   firsts: list[int]

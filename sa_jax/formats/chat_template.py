@@ -52,9 +52,11 @@ class Call(NamedTuple):
 
 
 class Rendered(NamedTuple):
-  """Attributes:
-  text: the chat's text.
-  spans: first and past-last characters of the parts marked with ``{% generation %}``; empty if there are none.
+  """A chat as text.
+
+  Attributes:
+    text: the chat's text.
+    spans: first and past-last characters of the parts marked with ``{% generation %}``; empty if there are none.
   """
 
   text: str

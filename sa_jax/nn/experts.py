@@ -47,8 +47,8 @@ class _Stack(nn.Module):
     shape = (self.config.experts.count, *self.features)
     arrays = {"kernel": self.param("kernel", init, shape, self.config.param_dtype)}
     if self.config.mlp_bias:
-      axes = with_axes(nn.initializers.zeros, ("experts", self.axes[1]))
-      arrays["bias"] = self.param("bias", axes, (shape[0], shape[2]), self.config.param_dtype)
+      init_bias = with_axes(nn.initializers.zeros, ("experts", self.axes[1]))
+      arrays["bias"] = self.param("bias", init_bias, (shape[0], shape[2]), self.config.param_dtype)
     arrays |= {name: self.get_variable("params", name) for name in _ADAPTERS if self.has_variable("params", name)}
     return {name: jnp.asarray(array).astype(self.config.dtype) for name, array in arrays.items()}
 

@@ -55,8 +55,8 @@ class Format:
     numbers = jnp.clip(self.step * steps, -128, 128 - self.step).astype(jnp.int8)
     if self.bits == 8:
       return Quantised(numbers, scale, self)
-    low, high = jnp.split(numbers, 2, axis=-1)
-    return Quantised(high | (low >> 4 & 15), scale, self)
+    first, second = jnp.split(numbers, 2, axis=-1)
+    return Quantised(second | (first >> 4 & 15), scale, self)
 
   def parts(self, data: jax.Array) -> tuple[jax.Array, ...]:
     """Unpacks stored bytes to int8 numbers: a whole vector, or its first and second halves."""

@@ -31,12 +31,14 @@ from sa_jax.train.writers import JsonLines, Screen, TensorBoard, WeightsAndBiase
 
 
 class Outcome(NamedTuple):
-  """Attributes:
-  step: the last step done.
-  interrupted: whether a stop request ended the run early; run it again to continue.
-  skipped: number of steps skipped because of a non-finite loss or gradient.
-  eval_loss: at the last evaluation, in nats per token; None if there was none.
-  model: the finished model, a checkpoint that `sa_jax.from_pretrained` opens; None if the run is not finished.
+  """The result of `train`.
+
+  Attributes:
+    step: the last step done.
+    interrupted: whether a stop request ended the run early; run it again to continue.
+    skipped: number of steps skipped because of a non-finite loss or gradient.
+    eval_loss: at the last evaluation, in nats per token; None if there was none.
+    model: the finished model, a checkpoint that `sa_jax.from_pretrained` opens; None if the run is not finished.
   """
 
   step: int

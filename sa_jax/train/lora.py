@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -141,7 +142,9 @@ def merge(params: Tree, adapters: Tree, config: LoraConfig) -> Tree:
   return merged(params, adapters, "")
 
 
-def adapted(objective: Objective, config: LoraConfig, base: Tree = lambda frozen: frozen) -> Objective:
+def adapted(
+  objective: Objective, config: LoraConfig, base: Callable[[Tree], Tree] = lambda frozen: frozen
+) -> Objective:
   """Turns an objective over the model's parameters into one over adapters.
 
   Args:

@@ -12,8 +12,8 @@ from sa_jax.errors import UserError
 from sa_jax.fields import Constraint, Natural, NotNegative, Portion, Positive, check_fields
 from sa_jax.trees import Tree
 
-# Norm scales and biases: decaying them towards zero is meaningless.
-_UNDECAYED = ("scale", "bias")
+# Norm scales, biases and attention sinks: decaying them towards zero is meaningless.
+_UNDECAYED = ("scale", "bias", "sinks")
 Decay = Annotated[float, Constraint(lambda number: 0 <= number < 1, "0 to below 1")]
 
 
@@ -29,7 +29,7 @@ class OptimizerConfig:
     b1: decay of the mean of gradients.
     b2: decay of the mean of their squares.
     eps: added to the square root of the latter.
-    weight_decay: weight decay of matrices; norms and biases have none.
+    weight_decay: weight decay of matrices; norms, biases and attention sinks have none.
     clip_norm: maximum global gradient norm; None for no clipping.
 
   Raises:

@@ -36,10 +36,12 @@ from sa_jax.train.data import (
 
 
 class TrainingData(NamedTuple):
-  """Attributes:
-  batches: creates the iterator over this host's rows, at its start.
-  identity: number of rows and a checksum, to detect changed data; zeros for streams.
-  has_segments: whether the batches have segments.
+  """A source of batches.
+
+  Attributes:
+    batches: creates the iterator over this host's rows, at its start.
+    identity: number of rows and a checksum, to detect changed data; zeros for streams.
+    has_segments: whether the batches have segments.
   """
 
   batches: Callable[[], BatchIterator]

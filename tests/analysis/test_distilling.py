@@ -50,6 +50,17 @@ def test_the_student_comes_nearer_and_only_blocks_are_trained(models):
   )
 
 
+def test_half_precision_is_trained_in_float32(models):
+  half = lambda params: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+  (student, params), (teacher, dense) = models
+  how = distilling.Distillation(steps=2, batch_size=4, learning_rate=1e-5)
+  done = distilling.distill_rows((student, half(params)), (teacher, half(dense)), ROWS, how)
+  assert {leaf.dtype for leaf in jax.tree.leaves(done.params["layers"])} == {jnp.float32.dtype}
+  # Steps this small are below bfloat16's last place.
+  kernel = done.params["layers"]["0"]["mlp"]["up_proj"]["kernel"]
+  assert (kernel != kernel.astype(jnp.bfloat16).astype(jnp.float32)).mean() > 0.9
+
+
 def test_time_decides_how_many_steps_there_are(monkeypatch):
   """Half a second a step after the first, which compiles for ten; in 60 seconds there is time for 101."""
   now = [0.0]

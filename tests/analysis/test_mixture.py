@@ -12,10 +12,11 @@ from sa_jax import ops
 from sa_jax.analysis import Judge, Text, walk
 from sa_jax.analysis.budget import Budget
 from sa_jax.analysis.card import card
+from sa_jax.analysis.distilling import Distillation
 from sa_jax.analysis.mixture import Mixture, bytes_of, judged, within
 from sa_jax.analysis.refit import Refit, refit
 from sa_jax.analysis.search import no_stage
-from sa_jax.analysis.share import Effort, Search, share
+from sa_jax.analysis.share import Effort, Search, mixtures, share
 from tests import tiny
 
 CONFIG = tiny.config(vocab_size=47, num_layers=4)
@@ -87,5 +88,51 @@ def test_share_by_bytes(params):
   assert made.model.config.value_dim == made.mixture.value_dim
   loss = sa_jax.perplexity(made.model, made.params, TEXTS[0].judging).loss
   assert loss == pytest.approx(made.shared["one"].loss, abs=1e-5)
-  told = card("tiny", made, TEXTS, effort, 1.0)
+  told = card("tiny", CONFIG, made, TEXTS, effort, 1.0)
   assert f"left {bytes_of(CONFIG, made.mixture)['left']} bytes" in told
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "dp", "spans"])
+@pytest.mark.parametrize(
+  ("changes", "excluded", "followers"),
+  [
+    ({"window": 4, "local_layers": (0, 2, 4)}, (), 0),  # each layer sees other keys than the one before it
+    ({"window": 4, "local_layers": (0, 1, 2, 4)}, (), 2),
+    ({}, (1, 2, 3), 2),
+  ],
+  ids=["none can follow", "local layers", "excluded"],
+)
+def test_candidates_follow_only_where_they_may(strategy, changes, excluded, followers):
+  config = tiny.config(vocab_size=47, num_layers=6, **changes)
+  model = sa_jax.Transformer(config, sa_jax.SharingPlan.dense(6))
+  judge = Judge(model, jax.tree.map(jnp.asarray, tiny.params(model)), TEXTS[:1], Refit(), maps=False, chunk=8)
+  found = mixtures(judge, Budget("kv", 0.6, ("sharing", "values")), Search(strategy, excluded=excluded))
+  assert max(len(each.plan.followers) for each in found) == followers
+  assert all(each.part(config) <= 0.6 for each in found)
+  assert not {layer for each in found for layer in each.plan.followers} & set(excluded)
+
+
+def test_candidates_stay_within_the_reach():
+  config = tiny.config(vocab_size=47, num_layers=6)
+  model = sa_jax.Transformer(config, sa_jax.SharingPlan.dense(6))
+  judge = Judge(model, jax.tree.map(jnp.asarray, tiny.params(model)), TEXTS[:1], Refit(), maps=False, chunk=8)
+  found = mixtures(judge, Budget("kv", 0.5, ("sharing", "values")), Search("dp", reach=1))
+  assert max(len(each.plan.followers) for each in found) == 3  # pairs
+
+
+def test_a_distillation_that_diverges_is_not_kept(params):
+  effort = Effort(Search("dp"), calibration_rows=16, judging_rows=4)
+  wild = Distillation(steps=3, learning_rate=1e4, batch_size=4)
+  made, without = share(DENSE, params, TEXTS, 2, effort, distillation=wild), share(DENSE, params, TEXTS, 2, effort)
+  assert made.shared == made.undistilled == without.shared
+  assert "distillation" not in card("tiny", CONFIG, made, TEXTS, effort, 1.0)
+
+
+def test_the_card_of_a_model_with_narrow_values():
+  config = dataclasses.replace(CONFIG, value_dim=4)
+  model = sa_jax.Transformer(config, sa_jax.SharingPlan.dense(4))
+  effort = Effort(Search("dp"), calibration_rows=16, judging_rows=4)
+  made = share(model, jax.tree.map(jnp.asarray, tiny.params(model)), TEXTS, 1, effort)
+  stored = dataclasses.replace(config, dtype="bfloat16")
+  before, after = (sa_jax.nn.Cache.empty(stored, plan, batch=1, capacity=1).nbytes for plan in (model.plan, made.plan))
+  assert f"| KV cache, bytes per token | {before} | {after} |" in card("tiny", config, made, TEXTS, effort, 1.0)

@@ -104,3 +104,18 @@ def test_a_refit_with_reconstruction_is_nearer_on_other_text(params):
   assert not none
   assert [report.layer for report in reports] == [1]
   assert all(report.after < report.before for report in reports)
+
+
+def test_half_precision_is_trained_in_float32(params, trace):
+  """Steps are smaller than half of bfloat16's last place, so in bfloat16 they would change nothing."""
+  how = reconstruct.Reconstruction(epochs=16, learning_rate=1e-3)
+  group = group_of(params, trace)
+  rounded = group._replace(blocks=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), group.blocks))
+
+  def gain(group):
+    made = reconstruct.reconstruct(CONFIG, group, how)
+    dtypes = lambda blocks: {leaf.dtype for leaf in jax.tree.leaves(blocks)}
+    assert dtypes(made.blocks) == dtypes(group.blocks)
+    return reconstruct.walked(CONFIG, group)[1] - reconstruct.walked(CONFIG, made)[1]
+
+  assert gain(rounded) == pytest.approx(gain(group), rel=0.1)

@@ -163,6 +163,9 @@ def test_a_search_resumes_from_its_record(params, tmp_path):
   np.testing.assert_array_equal(again.losses(plan), want)
   with pytest.raises(ValueError, match="different settings"):
     Judge(DENSE, params, TEXTS, None, chunk=8, record=record)
+  others = [text._replace(calibration=text.calibration[::-1]) for text in TEXTS]
+  with pytest.raises(ValueError, match="different settings"):
+    Judge(DENSE, params, others, HOW, chunk=8, record=record)
   record.write_text("[]")
   with pytest.raises(ValueError, match="not the record"):
     Judge(DENSE, params, TEXTS, HOW, chunk=8, record=record)

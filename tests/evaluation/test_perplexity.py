@@ -80,6 +80,13 @@ def test_refused(model, params, rows, message):
     sa_jax.perplexity(model, params, rows)
 
 
+def test_a_loss_beyond_float64_is_an_infinite_perplexity(model, params):
+  head = {"kernel": 1e6 * params["lm_head"]["kernel"]}
+  found = sa_jax.perplexity(model, params | {"lm_head": head}, ROWS)
+  assert found.loss > 710
+  assert found.perplexity == math.inf
+
+
 def test_rare_words_are_unknown():
   text = " a b a \n a b , c\n"
   assert sa_jax.evaluation.rare_words_unknown(text, 2) == " a b a \n a b <unk> <unk>\n"

@@ -29,6 +29,12 @@ def test_schedule():
     schedule(OptimizerConfig(), 0)
 
 
+def test_sinks_are_not_decayed():
+  anchor = decayed(abstract_params(tiny.model(sinks=True)))["runs"]["1"]["anchor"]
+  assert not anchor["attention"]["sinks"]
+  assert anchor["attention"]["q_proj"]["kernel"]
+
+
 def test_norms_and_biases_are_not_decayed():
   tree = decayed(abstract_params(tiny.model(qkv_bias=True)))
   attention = tree["runs"]["1"]["anchor"]["attention"]

@@ -54,6 +54,28 @@ def stream(source, part=Part(), shape=SHAPE, seed=3, **reading) -> Stream:
   return Stream(Cursor(source, seed, part), byte_tokenizer(), shape, Reading(**reading))
 
 
+class Opening:
+  """A tokenizer that begins texts with token 1."""
+
+  def opening(self, token):
+    return [1]
+
+  def special_id(self, name):
+    return None
+
+
+def test_rows_that_continue_a_document_begin_with_the_start_token():
+  """Also those that a batch leaves to the next: a document's tokens follow each other from row to row."""
+  tokens = [1, *range(10, 40)]
+  rows = Stream(Cursor([{"tokens": tokens}], 0, Part()), Opening(), Shape(rows=2, length=12, vocabulary=64))
+  batches = [next(rows) for _ in range(6)]
+  read = np.concatenate([batch.tokens for batch in batches])
+  assert (read[:, 0] == 1).all()
+  assert not np.concatenate([batch.weights for batch in batches])[:, 0].any()
+  pieces = [[1, *range(10, 21)], [1, *range(21, 32)], [1, *range(32, 40), 0, 0, 0]]
+  assert read.tolist() == pieces * 4
+
+
 def documents(batches) -> list[str]:
   """The texts of batches' documents, in order of the alphabet; each ends with its end token."""
   found = []

@@ -18,11 +18,13 @@ TooLong = Literal["error", "cut"]
 
 
 class Spans(NamedTuple):
-  """Attributes:
-  bounds: int64 ``[spans, 2]``: first and past-last token of each piece of a document.
-  cut: number of samples that were truncated.
-  barren: number of pieces left out because they have no token to train on.
-  continued: bool ``[spans]``, whether a piece starts in the middle of a document.
+  """The pieces that documents are cut into.
+
+  Attributes:
+    bounds: int64 ``[spans, 2]``: first and past-last token of each piece of a document.
+    cut: number of samples that were truncated.
+    barren: number of pieces left out because they have no token to train on.
+    continued: bool ``[spans]``, whether a piece starts in the middle of a document.
   """
 
   bounds: np.ndarray

@@ -25,9 +25,11 @@ _ALPACA = (
 
 
 class Piece(NamedTuple):
-  """Attributes:
-  text: part of a document.
-  trained: whether the model is trained on it, or it is only context.
+  """A piece of a document.
+
+  Attributes:
+    text: part of a document.
+    trained: whether the model is trained on it, or it is only context.
   """
 
   text: str
@@ -35,9 +37,11 @@ class Piece(NamedTuple):
 
 
 class Document(NamedTuple):
-  """Attributes:
-  pieces: the text.
-  complete: whether it has the model's start and end tokens; if not, they are added.
+  """A document before tokenisation.
+
+  Attributes:
+    pieces: the text.
+    complete: whether it has the model's start and end tokens; if not, they are added.
   """
 
   pieces: tuple[Piece, ...]

@@ -19,7 +19,7 @@ from sa_jax.errors import UserError
 from sa_jax.formats import Tokenizer
 from sa_jax.train.batch import Batch
 from sa_jax.train.data.corpus import Corpus, Reading, encoded
-from sa_jax.train.data.packing import Packing, TooLong, make_rows
+from sa_jax.train.data.packing import PackedRows, Packing, TooLong, make_rows
 from sa_jax.train.data.pipeline import grain_package
 from sa_jax.train.data.sources import Document, Piece, Report, documents_of
 
@@ -194,15 +194,25 @@ class Stream:
     tokens, trained = (np.concatenate(column) for column in zip(*held, strict=True))
     if (largest := int(tokens.max())) >= shape.vocabulary:
       raise UserError(f"the source has token {largest}, but the model's vocabulary has {shape.vocabulary} tokens")
-    rows = make_rows(Corpus(tokens, trained, offsets, self.report), shape.length, shape.packing, shape.too_long)
+    corpus = Corpus(tokens, trained, offsets, self.report, tuple(self._start))
+    rows = make_rows(corpus, shape.length, shape.packing, shape.too_long)
     # The oldest document is in the first row, so none is delayed forever.
     batch = rows.read([row if row < len(rows) else -1 for row in range(shape.rows)])
     if batch.segments is None and shape.packing == "rows":
       # Always pass segments, so that one program serves all batches.
       batch = dataclasses.replace(batch, segments=(np.cumsum(batch.weights[:, ::-1], 1)[:, ::-1] > 0).astype(np.int32))
     left = sorted(piece for row in rows.members[shape.rows :] for piece in row)
-    self._held = [Encoded(tokens[start:stop], trained[start:stop]) for start, stop in rows.spans.bounds[left]]
+    self._held = [self._piece(rows, piece) for piece in left]
     return batch, (self._examples.get_state(), self._held)
+
+  def _piece(self, rows: PackedRows, piece: int) -> Encoded:
+    """A piece as a document of the next batch, which begins as a row does."""
+    part = slice(*rows.spans.bounds[piece])
+    tokens, trained = rows.corpus.tokens[part], rows.corpus.trained[part]
+    if not rows.spans.continued[piece]:
+      return Encoded(tokens, trained)
+    start = np.asarray(rows.corpus.start, tokens.dtype)
+    return Encoded(np.concatenate([start, tokens]), np.concatenate([np.zeros(start.shape, np.bool_), trained]))
 
   def _more(self) -> list[Encoded]:
     """The documents of the next examples."""
