@@ -70,8 +70,8 @@ def _shared(config: ModelConfig, plan: SharingPlan) -> list[str]:
     'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER", trust_remote_code=True)',
     "```",
     "",
-    "In JAX, `sa_jax.from_pretrained` needs no foreign code. Do not open this folder with the class of the dense",
-    "family (such as `LlamaForCausalLM`): it would make random queries and keys for the followers.",
+    "In JAX, `sa_jax.from_pretrained` opens it without remote code. Do not open this folder with the dense",
+    "family's class (such as `LlamaForCausalLM`): it would initialise the missing projections randomly.",
   ]
 
 
