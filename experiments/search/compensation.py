@@ -42,6 +42,7 @@ from sa_jax.programs import program
 RIDGE = 0.01
 PASSES, RATE = 32, 3e-3
 """Training of low-rank scores: passes over the fitting rows, and Adam's peak learning rate."""
+ADAM = optax.scale_by_adam(b1=0.9, b2=0.99)
 
 
 class Compensation(NamedTuple):
@@ -91,10 +92,15 @@ def features(
 
 @program(static_argnames="config")
 def step(
-  config: ModelConfig, block: walk.Block, chunk: Chunk, layer: PlanArrays, target: jax.Array, scores: Scores,
-  moments: Any, rate: jax.Array,
-) -> tuple[Scores, Any]:  # fmt: skip
+  config: ModelConfig,
+  block: walk.Block,
+  layer: PlanArrays,
+  part: tuple[Chunk, jax.Array],
+  trained: tuple[Scores, Any],
+  rate: jax.Array,
+) -> tuple[Scores, Any]:
   """One step of Adam on the distance of a follower's attention output, with the dense W_O, from the dense layer's."""
+  (chunk, target), (scores, moments) = part, trained
 
   def distance(scores: Scores) -> jax.Array:
     state = corrected(config, block, chunk, scores)
@@ -103,9 +109,6 @@ def step(
 
   updates, moments = ADAM.update(jax.grad(distance)(scores), moments)
   return jax.tree.map(lambda old, update: old - rate * update, scores, updates), moments
-
-
-ADAM = optax.scale_by_adam(b1=0.9, b2=0.99)
 
 
 def low_rank(
@@ -121,7 +124,7 @@ def low_rank(
   order = np.concatenate([generator.permutation(len(stream)) for _ in range(PASSES)])
   for number, index in enumerate(order):
     rate = np.float32(RATE * warmed_cosine(number, steps, warmup=0.1))
-    scores, moments = step(config, block, stream[index], layer, targets[index], scores, moments, rate)
+    scores, moments = step(config, block, layer, (stream[index], targets[index]), (scores, moments), rate)
   return scores
 
 
@@ -203,7 +206,8 @@ def main() -> None:
   rows += [cut(text, flags.test) for text in test_texts(flags.data).values()]
   stored = json.loads(flags.plans.read_text(encoding="utf-8"))["results"]
   dense = losses(config, params, sa_jax.SharingPlan.dense(config.num_layers), rows, Compensation(fitted=False))
-  results: dict[str, Any] = {"rows": flags.rows, "test": flags.test, "dense": [math.exp(loss) for loss in dense]}
+  results: dict[str, Any] = json.loads(flags.out.read_text(encoding="utf-8")) if flags.out.exists() else {}
+  results |= {"rows": flags.rows, "test": flags.test, "dense": [math.exp(loss) for loss in dense]}
   for followers in flags.followers:
     plan = sa_jax.SharingPlan.parse(stored[str(followers)]["plan"], config.num_layers)
     methods = {

@@ -107,7 +107,7 @@ def test_a_refit_with_reconstruction_is_nearer_on_other_text(params):
 
 
 def test_half_precision_is_trained_in_float32(params, trace):
-  """Steps are smaller than half of bfloat16's last place, so in bfloat16 they would change nothing."""
+  """Most steps are smaller than half of bfloat16's last place: in bfloat16 they would be rounded away."""
   how = reconstruct.Reconstruction(epochs=16, learning_rate=1e-3)
   group = group_of(params, trace)
   rounded = group._replace(blocks=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), group.blocks))
