@@ -4,6 +4,7 @@ python -m tests.pods FOLDER PORT PROCESSES RANK
 """
 
 import dataclasses
+import faulthandler
 import importlib.util
 import json
 import os
@@ -158,6 +159,7 @@ def different_calls(folder: Path, rank: int) -> list[Callable[[], object]]:
 
 
 def main(folder: str, port: str, processes: str, rank: str) -> None:
+  faulthandler.dump_traceback_later(400, exit=True)  # where it hangs, if it does
   distributed.start(distributed.Hosts(True, f"127.0.0.1:{port}", int(processes), int(rank)))
   top = Path(folder)
   found = work(top, top / "two", {"slice": 2, "fsdp": 2, "tensor": 2})

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import sa_jax
-from tests import FAST_COMPILATION, pods, tiny
+from tests import host_devices, pods, tiny
 
 # lm-eval's own warnings, where it is installed.
 pytestmark = [
@@ -33,11 +33,8 @@ def found(tmp_path_factory):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-  env = os.environ | {
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {FAST_COMPILATION}",
-    "JAX_NUMPY_RANK_PROMOTION": "raise",
-    "JAX_NUMPY_DTYPE_PROMOTION": "strict",
-  }
+  strict = {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
+  env = os.environ | host_devices(4) | strict
   both = [
     subprocess.Popen(
       [sys.executable, "-m", "tests.pods", str(top), str(port), "2", str(rank)],

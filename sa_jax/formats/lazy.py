@@ -146,7 +146,7 @@ def place(tree: Params, shardings: Tree, progress: Progress | None) -> dict[str,
   leaves, structure = jax.tree.flatten(tree)
   each = [shardings] * len(leaves) if isinstance(shardings, Sharding) else jax.tree.leaves(shardings)
   placed: list[jax.Array | None] = [None] * len(leaves)
-  finite: list[tuple[str, jax.Array]] = []
+  wrong: dict[str, None] = {}
   done, total = 0, sum(len(leaf.readers) for leaf in leaves)
   # Largest first, so that little memory is in flight when most is placed.
   for number in sorted(range(len(leaves)), key=lambda number: -leaves[number].nbytes):
@@ -154,7 +154,9 @@ def place(tree: Params, shardings: Tree, progress: Progress | None) -> dict[str,
     array = None
     for layer in range(len(leaf.readers)):
       piece = _put(leaf, layer, _of_layer(sharding, len(leaf.leading)))
-      finite.append((leaf.names[layer], _is_finite(piece)))
+      # Read at once: XLA's CPU backend deadlocks when more than 32 collectives, which this is on a mesh, are in flight.
+      if not _is_finite(piece):
+        wrong[leaf.names[layer]] = None  # once, though a tensor of the file may contain several parameters
       if not leaf.leading:
         array = piece
       else:
@@ -165,10 +167,9 @@ def place(tree: Params, shardings: Tree, progress: Progress | None) -> dict[str,
       if progress is not None:
         progress(done, total)
     placed[number] = array
-  # A tensor of the file may contain several parameters.
-  if wrong := list(dict.fromkeys(name for name, is_finite in finite if not is_finite)):
+  if wrong:
     others = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
-    _LOG.warning("NaN or infinite numbers in %s%s", ", ".join(wrong[:_NAMED]), others)
+    _LOG.warning("NaN or infinite numbers in %s%s", ", ".join(list(wrong)[:_NAMED]), others)
   return jax.tree.unflatten(structure, placed)
 
 

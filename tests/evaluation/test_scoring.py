@@ -15,7 +15,7 @@ from scipy.special import log_softmax
 import sa_jax
 from sa_jax.evaluation import Scorer, scoring
 from sa_jax.evaluation.prefixes import Row, families, padded_size, rows_of_requests
-from tests import FAST_COMPILATION, tiny
+from tests import host_devices, tiny
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_every_process_returns_the_same():
   with socket.socket() as free:
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
-  environment = os.environ | {"XLA_FLAGS": FAST_COMPILATION, "JAX_PLATFORMS": "cpu"}
+  environment = os.environ | host_devices(1) | {"JAX_PLATFORMS": "cpu"}
   run = lambda index: subprocess.Popen(
     [sys.executable, "-c", PROCESS, address, str(index)],
     stdout=subprocess.PIPE, env=environment, cwd=Path(__file__).parents[2], text=True,

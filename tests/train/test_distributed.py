@@ -15,7 +15,7 @@ import pytest
 
 import sa_jax
 from sa_jax.distributed import Hosts, start
-from tests import FAST_COMPILATION
+from tests import host_devices
 from tests.train.test_resume import ROOT, curve
 from tests.train.tiny_run import SAVE_EVERY, STEPS, TEXT
 
@@ -28,7 +28,7 @@ GPUS = int(os.environ.get("SA_JAX_GPUS", "0"))
 def devices(rank, processes):
   """The environment in which a process has its part of the devices."""
   if not GPUS:
-    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes} {FAST_COMPILATION}"}
+    return host_devices(8 // processes)
   mine = range(rank * GPUS // processes, (rank + 1) * GPUS // processes)
   return {
     "JAX_PLATFORMS": "cuda",
