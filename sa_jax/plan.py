@@ -136,6 +136,10 @@ class SharingPlan:
     used: set[int] = set()
     for part in map(str.strip, text.split(",")):
       match = _SPAN.fullmatch(part)
+      if part.startswith("zoo:"):
+        raise UserError(
+          f"{part!r} is a plan under which a model must be refitted: `sa-jax share MODEL TEXT --plan {part}`"
+        )
       if match is None:
         raise UserError(f"{part!r} is not a group of a plan: {_EXAMPLE}; 'dense' shares nothing")
       anchor, first = int(match[1]), int(match[2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -53,6 +54,7 @@ DEFAULT_RULES: Rules = (
 """Logical axis → mesh axis, for the axes of `make_mesh`. Mesh axes that a mesh does not have are ignored."""
 
 _RULES = jax.make_user_context(())  # part of `jax.jit`'s cache key, unlike Flax's own context
+_OF_ATTENTION = ("batch", "length", "heads", "kv_heads")
 _OF_ALL_ROWS = ("heads", "kv_heads", "head_dim", "mlp", "vocab")
 """Tensor-parallel axes: rows cannot be split over a mesh axis that splits one of these, unlike ``embed`` (FSDP)."""
 
@@ -61,7 +63,8 @@ def check_mesh(mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> None:
   """Checks that the rules can shard arrays over a mesh.
 
   Raises:
-    UserError: if an axis is not of type ``Auto``, or no rule names any axis of the mesh.
+    UserError: if an axis is not of type ``Auto``, no rule names any axis of the mesh, or one axis is to split both rows
+      and attention heads.
   """
   if explicit := [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Auto]:
     raise UserError(
@@ -75,6 +78,15 @@ def check_mesh(mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> None:
       f"no rule names an axis of this mesh: it has {', '.join(idle)}, the rules name "
       f"{', '.join(sorted(_named(rules)))}; rename its axes, or pass rules="
     )
+  by_axis = dict(reversed(rules))
+  over = {name: [axis for axis in mesh_axes_of(by_axis.get(name)) if axis in active] for name in _OF_ATTENTION}
+  if twice := [
+    f"{axis!r} for {rows} and {heads}"
+    for rows, heads in itertools.product(("batch", "length"), ("heads", "kv_heads"))
+    for axis in over[rows]
+    if axis in over[heads]
+  ]:
+    raise UserError.of("rules", [f"they name the mesh axis {each}, but attention has both" for each in twice])
 
 
 def _idle(mesh: Mesh | AbstractMesh, rules: Rules) -> list[str]:

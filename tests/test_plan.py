@@ -107,6 +107,7 @@ def test_any_text_is_a_plan_or_refused(text, num_layers):
     ("", "'' is not a group of a plan: '22:23-26' is anchor 22 with followers 23 to 26"),
     ("23-26", "'23-26' is not a group of a plan"),
     ("2:3,", "'' is not a group of a plan"),
+    ("zoo:8", "'zoo:8' is a plan under which a model must be refitted: `sa-jax share MODEL TEXT --plan zoo:8`"),
     ("2:3;4:5", "'2:3;4:5' is not a group of a plan"),
     ("-1:0", "'-1:0' is not a group of a plan"),
     ("2:5-3", "'2:5-3' in the plan '2:5-3' is reversed: write '2:3-5'"),

@@ -87,6 +87,14 @@ def test_two_axes_of_a_parameter_on_one_mesh_axis():
   assert "layers/0/mlp_norm/scale" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "axes"), [("length", "tensor"), ("batch", ("data", "tensor"))])
+def test_rows_and_heads_on_one_mesh_axis(name, axes):
+  rules = ((name, axes), *DEFAULT_RULES)
+  with pytest.raises(UserError, match=f"they name the mesh axis 'tensor' for {name} and heads, but attention has both"):
+    param_shardings(tiny.model(), make_mesh(data=4, tensor=2), rules)
+  param_shardings(tiny.model(), make_mesh(data=8), rules)  # one device along it
+
+
 def test_sizes_that_do_not_make_the_mesh():
   with pytest.raises(ValueError, match="data 3 × fsdp 1 × tensor 1 needs 3 devices; there are 8"):
     make_mesh(data=3)

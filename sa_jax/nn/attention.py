@@ -16,6 +16,7 @@ import numpy as np
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
+from sa_jax.errors import UserError
 from sa_jax.nn.axes import LECUN, of_vector, with_axes
 from sa_jax.nn.cache import LayerCache
 from sa_jax.nn.norm import Norm
@@ -104,6 +105,15 @@ class _Attention(nn.Module):
       config, config.embed_dim, ("heads", "head_dim"), ("embed",), name="o_proj", bias=config.output_bias
     )
 
+  def check(self, x: jax.Array) -> None:
+    """Checks the shape of whole sequences' hidden states.
+
+    Raises:
+      UserError: if it is not ``[B, T, D]``.
+    """
+    if x.ndim != 3 or x.shape[-1] != self.config.embed_dim:
+      raise UserError(f"attention takes hidden states [B, T, {self.config.embed_dim}], not {list(x.shape)}")
+
   def values(self, x: jax.Array) -> jax.Array:
     """``[B, T, D]`` → ``[B, T, K, R]``."""
     return self._for_attention(self.v_proj(x), "kv_heads")
@@ -179,7 +189,11 @@ class AnchorAttention(_Attention):
 
     Returns:
       ``y [B, T, D]`` and the state for the followers.
+
+    Raises:
+      UserError: if ``x`` has another shape.
     """
+    self.check(x)
     return self.prefill(x, rows, kind)[:2]
 
   def prefill(self, x: jax.Array, rows: ops.Rows, kind: Kind) -> tuple[jax.Array, State, LayerCache]:
@@ -261,7 +275,16 @@ class FollowerAttention(_Attention):
 
     Returns:
       ``[B, T, D]``.
+
+    Raises:
+      UserError: if ``x`` has another shape, or ``state`` is not an attention state.
     """
+    self.check(x)
+    if not hasattr(state, "attend"):
+      raise UserError(
+        "a follower takes an attention state, the second value that AnchorAttention returns, "
+        f"not {type(state).__name__}"
+      )
     return self.prefill(x, state)[0]
 
   def prefill(self, x: jax.Array, state: State) -> tuple[jax.Array, LayerCache]:

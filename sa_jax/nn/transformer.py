@@ -307,9 +307,11 @@ def check_plan(config: ModelConfig, plan: SharingPlan) -> None:
   """Checks that the model can share attention under the plan.
 
   Raises:
-    UserError: if the plan is for another depth, a follower sees different keys than its anchor, or its head map is for
-      another number of heads.
+    UserError: if it is not a `SharingPlan`, is for another depth, a follower sees different keys than its anchor, or
+      its head map is for another number of heads.
   """
+  if not isinstance(plan, SharingPlan):
+    raise UserError(f"a model's plan is a SharingPlan, not {plan!r}: SharingPlan.parse reads a plan string")
   if plan.num_layers != config.num_layers:
     raise UserError(f"the plan is for {plan.num_layers} layers, the model has {config.num_layers}")
   window = config.window_of

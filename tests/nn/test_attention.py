@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from sa_jax import ops
+from sa_jax import UserError, ops
 from sa_jax.nn import AnchorAttention, AttentionWeights, FollowerAttention, LayerCache, QueryKey
 from tests import tiny
 
@@ -126,3 +126,12 @@ def test_products_of_a_step():
   # Each row wrote its own slot and no other.
   written = np.abs(np.asarray(after_follower.values)).sum(axis=(1, 3)) > 0
   np.testing.assert_array_equal(written, np.arange(9) == positions)
+
+
+def test_refused_inputs():
+  anchor, params, follower, own = anchor_and_follower("query_key")
+  for module, given in ((anchor, (params, X[0])), (anchor, (params, X[..., 1:])), (follower, (own, X[0], None))):
+    with pytest.raises(UserError, match=r"attention takes hidden states \[B, T, 32\], not \["):
+      module.apply(*given)
+  with pytest.raises(UserError, match=r"the second value that AnchorAttention returns, not tuple"):
+    follower.apply(own, X, anchor.apply(params, X))

@@ -353,3 +353,7 @@ class TestErrors:
     params, tokens = tiny.params(model), jnp.array([[1, 99]], jnp.int32)
     with pytest.raises(ValueError, match="token 99 is outside the vocabulary"):
       jax.jit(lambda params: model.apply({"params": params}, tokens))(params)
+
+  def test_plan_string(self):
+    with pytest.raises(UserError, match=r"a model's plan is a SharingPlan, not '1:2': SharingPlan.parse reads a plan"):
+      Transformer(tiny.model().config, "1:2")
