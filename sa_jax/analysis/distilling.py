@@ -31,7 +31,7 @@ from sa_jax.programs import fetch
 from sa_jax.sharding import mesh_of
 from sa_jax.train.batch import Batch
 from sa_jax.train.objective import distill
-from sa_jax.train.step import Judged, Objective, TrainState, make_state, make_step, state_shardings
+from sa_jax.train.step import LossSums, Objective, TrainState, make_state, make_step, state_shardings
 from sa_jax.trees import Params, Tree
 
 _TRAINED = ("runs", "final_norm")
@@ -176,7 +176,7 @@ def _objective(student: Transformer, teacher: Transformer, teacher_weight: float
   """`sa_jax.train.distill` over the trained parameters; the teacher supplies the others."""
   taught = distill(student, teacher, alpha=teacher_weight)
 
-  def objective(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> Judged:
+  def objective(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> LossSums:
     return taught({**frozen, **params}, frozen, batch, step)
 
   return objective

@@ -39,7 +39,7 @@ class Learner:
     shardings: their shardings.
     frozen: frozen parameters: ``base``, which adapters adapt, and ``teacher``.
     objective: the training objective, given a remat policy.
-    judge: the evaluation objective: the plain loss of the fully shared model.
+    evaluation: the evaluation objective: the plain loss of the fully shared model.
     finish: trained and frozen parameters → the model's parameters, in the run layout.
   """
 
@@ -48,7 +48,7 @@ class Learner:
   shardings: Tree
   frozen: dict[str, Any]
   objective: Callable[[RematPolicy], Objective]
-  judge: Objective
+  evaluation: Objective
   finish: Callable[[Tree, Tree], Tree]
 
 
@@ -99,7 +99,7 @@ def make_learner(config: TrainConfig, model: Transformer, mesh: Mesh) -> Learner
       shardings=shardings,
       frozen=frozen,
       objective=objective,
-      judge=next_token(student),
+      evaluation=next_token(student),
       finish=lambda params, frozen: finish(params),
     )
   frozen["base"] = _base(config, student, mesh, frozen.get("teacher"))
@@ -112,7 +112,7 @@ def make_learner(config: TrainConfig, model: Transformer, mesh: Mesh) -> Learner
     shardings=shardings,
     frozen=frozen,
     objective=lambda remat: adapted(objective(remat), lora, base),
-    judge=adapted(next_token(student), lora, base),
+    evaluation=adapted(next_token(student), lora, base),
     finish=lambda params, frozen: finish(merge(frozen["base"], params, lora)),
   )
 

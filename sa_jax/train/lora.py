@@ -20,7 +20,7 @@ from sa_jax.nn import Transformer
 from sa_jax.nn.axes import WithAxes, bare
 from sa_jax.sharding import abstract_params
 from sa_jax.train.batch import Batch
-from sa_jax.train.step import Judged, Objective
+from sa_jax.train.step import LossSums, Objective
 from sa_jax.trees import Tree
 
 # number of input axes of each projection's kernel
@@ -153,7 +153,7 @@ def adapted(
     base: extracts the model's frozen parameters from what is frozen; by default, all of it.
   """
 
-  def of_adapters(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> Judged:
+  def of_adapters(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> LossSums:
     return objective(attach(base(frozen), params, config), frozen, batch, step)
 
   return of_adapters

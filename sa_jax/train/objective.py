@@ -15,7 +15,7 @@ from sa_jax.fields import NotNegative, check_fields
 from sa_jax.nn import BLOCK_OUTPUTS, ROUTER_SCORES, GradualTransformer, Transformer
 from sa_jax.nn.typed import apply
 from sa_jax.train.batch import Batch
-from sa_jax.train.step import EXPERT_TOKENS, Judged, Objective
+from sa_jax.train.step import EXPERT_TOKENS, LossSums, Objective
 from sa_jax.trees import Tree
 
 SharingSchedule = Callable[[jax.Array], jax.Array]
@@ -54,7 +54,7 @@ def next_token(
   experts = model.config.experts if router is not None else None
   kept = {} if experts is None else {"mutable": [ROUTER_SCORES]}
 
-  def objective(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> Judged:
+  def objective(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> LossSums:
     del frozen
     out = _hidden(model, params, batch, {} if share is None else {"share": share(step)}, **kept)
     hidden, routed = (out, None) if experts is None else out

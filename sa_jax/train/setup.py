@@ -117,7 +117,7 @@ def prepare(
     batch_sharding=batch_sharding,
     frozen=learner.frozen,
     remat=remat,
-    evaluate=make_eval(learner.judge, mesh=mesh),
+    evaluate=make_eval(learner.evaluation, mesh=mesh),
     make_state=lambda: make_state(optimizer, learner.start(), shardings),
     abstract_state=abstract_state,
     export=lambda params, path: write_trained(

@@ -26,7 +26,7 @@ Aux = dict[str, jax.Array]
 Sums = tuple[jax.Array, jax.Array, Aux]
 """The sum of losses, its weight, and additional outputs."""
 
-Judged = tuple[jax.Array, jax.Array] | tuple[jax.Array, jax.Array, Aux]
+LossSums = tuple[jax.Array, jax.Array] | tuple[jax.Array, jax.Array, Aux]
 
 
 class Objective(Protocol):
@@ -35,7 +35,7 @@ class Objective(Protocol):
   Both are sums over the batch, so the mean loss does not depend on how the batch is split.
   """
 
-  def __call__(self, params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> Judged:
+  def __call__(self, params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> LossSums:
     """Trainable and frozen parameters, a batch, int32 ``[]`` step → float32 ``[]`` sum of losses, and its weight.
 
     It may return a third value, additional outputs.
@@ -212,10 +212,10 @@ def _gradients(
   objective: Objective, state: TrainState, frozen: Tree, batch: Batch, accumulate: int
 ) -> tuple[Tree, Sums]:
   """Float32 gradients of the sum of losses over the batch, and the objective's outputs."""
-  judged = lambda params, part: _sums(*objective(params, frozen, part, state.step))
+  summed = lambda params, part: _sums(*objective(params, frozen, part, state.step))
 
   def of_part(part: Batch) -> tuple[Tree, Sums]:
-    gradients, sums = jax.grad(judged, has_aux=True)(state.params, part)
+    gradients, sums = jax.grad(summed, has_aux=True)(state.params, part)
     return _as_float32(gradients), sums
 
   if accumulate == 1:

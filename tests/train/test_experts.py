@@ -41,12 +41,12 @@ def test_the_objective_adds_its_losses_and_tells_them():
   router = RouterConfig(load_balance=0.5, router_z_loss=0.25)
 
   @jax.jit
-  def judged(params):
+  def summed(params):
     plain = next_token(model)(params, None, batch, jnp.int32(0))
     whole = next_token(model, router=router)(params, None, batch, jnp.int32(0))
     return whole[2]["load_balance"], (plain, whole)
 
-  value_and_grad = jax.jit(jax.value_and_grad(judged, has_aux=True))
+  value_and_grad = jax.jit(jax.value_and_grad(summed, has_aux=True))
   (balance, ((plain, weight), (total, again, told))), slope = value_and_grad(params)
   assert weight == again
   assert float(total) == pytest.approx(float(plain + 0.5 * balance + 0.25 * told["router_z"]), rel=1e-6)
