@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
 
 import jax
@@ -102,6 +102,19 @@ def fetch(tree: Tree) -> Tree:
   if _compiled.get() is not None:
     leaves = [np.ones(leaf.shape, leaf.dtype) if _is_shape(leaf) else leaf for leaf in leaves]
   return jax.device_get(jax.tree.unflatten(structure, leaves))
+
+
+def fetch_each(results: Iterable[Tree]) -> Iterator[Tree]:
+  """`fetch` for results that are made one after another.
+
+  Each is fetched after the next has been dispatched, so that devices compute while the host prepares the next one.
+  """
+  waiting: list[Tree] = []
+  for result in results:
+    waiting.append(result)
+    if len(waiting) > 1:
+      yield fetch(waiting.pop(0))
+  yield from map(fetch, waiting)
 
 
 def _is_here(array: jax.Array) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import sa_jax
-from sa_jax.programs import compiling, fetch, program
+from sa_jax.programs import compiling, fetch, fetch_each, program
 from sa_jax.sharding import make_mesh, param_shardings
 from tests import tiny
 
@@ -43,3 +43,19 @@ def test_a_public_function_compiles_what_it_would_run():
   (each,) = programs
   held = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
   assert held < each.executable.memory_analysis().argument_size_in_bytes <= held + 4 * 16 * 4
+
+
+def test_each_result_is_fetched_after_the_next_is_dispatched():
+  events = []
+
+  def made():
+    for number in range(3):
+      events.append(f"dispatch {number}")
+      yield jnp.full(2, number), [number]
+
+  for array, (number,) in fetch_each(made()):
+    events.append(f"fetched {number}")
+    np.testing.assert_array_equal(array, [number, number])
+    assert isinstance(array, np.ndarray)
+  assert events == ["dispatch 0", "dispatch 1", "fetched 0", "dispatch 2", "fetched 1", "fetched 2"]
+  assert list(fetch_each(iter(()))) == []

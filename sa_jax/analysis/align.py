@@ -29,7 +29,7 @@ from sa_jax.nn.transformer import check_tokens
 from sa_jax.nn.typed import apply
 from sa_jax.params import prune, stack
 from sa_jax.plan import HeadMap, SharingPlan
-from sa_jax.programs import fetch, program
+from sa_jax.programs import fetch, fetch_each, program
 from sa_jax.sharding import placed_like, traced_where_parameters_are
 from sa_jax.trees import Params
 
@@ -250,8 +250,9 @@ def align(
 
   def loss(plan: SharingPlan) -> float:
     arrays = PlanArrays.of(plan, config)
-    total = sum(float(fetch(_loss(config, stacked, rows, arrays))) * len(rows) for rows in walk.chunks(tokens, chunk))
-    return total / len(tokens)
+    rows = list(walk.chunks(tokens, chunk))
+    losses = fetch_each(_loss(config, stacked, each, arrays) for each in rows)
+    return sum(float(found) * len(each) for found, each in zip(losses, rows, strict=True)) / len(tokens)
 
   states = lambda layer: tuple(target.state for target in trace[layer])
   best = identity = loss(plan)

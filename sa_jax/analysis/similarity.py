@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import jax
@@ -25,7 +25,7 @@ from sa_jax.nn.state import QueryKey, State
 from sa_jax.nn.transformer import check_tokens
 from sa_jax.nn.typed import apply
 from sa_jax.params import as_layers
-from sa_jax.programs import fetch, program
+from sa_jax.programs import fetch_each, program
 from sa_jax.sharding import traced_where_parameters_are
 from sa_jax.trees import Params
 
@@ -100,15 +100,19 @@ def layer_similarity(
   model = model.clone(config=dataclasses.replace(model.config, attention_state="query_key"))
   layers = as_layers(params, model.plan)
   block = min(block, tokens.shape[1])
+  starts = range(0, tokens.shape[1], block)
+
+  def parts() -> Iterator[_Sums[jax.Array]]:
+    for row in tokens:
+      states = _states(model, layers, row[None].astype(np.int32))
+      yield from (block_sums(states, start, tokens.shape[1], top_k, block) for start in starts)
+
   total: _Sums[np.ndarray] | None = None
-  for index, row in enumerate(tokens):
-    states = _states(model, layers, row[None].astype(np.int32))
-    for start in range(0, tokens.shape[1], block):
-      part = block_sums(states, start, tokens.shape[1], top_k, block)
-      sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), fetch(part))
-      total = sums if total is None else jax.tree.map(np.add, total, sums)
-    if progress is not None:
-      progress(index + 1, len(tokens))
+  for done, part in enumerate(fetch_each(parts()), 1):
+    sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), part)
+    total = sums if total is None else jax.tree.map(np.add, total, sums)
+    if progress is not None and done % len(starts) == 0:
+      progress(done // len(starts), len(tokens))
   assert total is not None
   return _finish(total)
 

@@ -20,7 +20,7 @@ from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.transformer import check_tokens
 from sa_jax.nn.typed import apply
 from sa_jax.params import as_layers
-from sa_jax.programs import fetch, program
+from sa_jax.programs import fetch_each, program
 from sa_jax.sharding import traced_where_parameters_are
 from sa_jax.trees import Params
 
@@ -127,12 +127,13 @@ def perplexity(
   if batch_size < 1:
     raise UserError(f"batch_size must be at least 1, not {batch_size}")
   params = params if model.config.cache_dtype is None else as_layers(params, model.plan)
-  total = 0.0
-  for start in range(0, len(tokens), batch_size):
-    batch = tokens[start : start + batch_size]
-    total += float(fetch(_log_likelihood(model, params, batch.astype(np.int32))).sum(dtype=np.float64))
+  batches = (tokens[start : start + batch_size].astype(np.int32) for start in range(0, len(tokens), batch_size))
+  total, done = 0.0, 0
+  for rows in fetch_each(_log_likelihood(model, params, batch) for batch in batches):
+    total += float(rows.sum(dtype=np.float64))
+    done += len(rows)
     if progress is not None:
-      progress(start + len(batch), len(tokens))
+      progress(done, len(tokens))
   count = tokens.shape[0] * (tokens.shape[1] - 1)
   loss = -total / count
   with np.errstate(over="ignore"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -21,7 +20,7 @@ from sa_jax.evaluation.prefixes import Family, Row, families, padded_size, rows_
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.typed import apply
 from sa_jax.params import as_layers
-from sa_jax.programs import fetch, program
+from sa_jax.programs import fetch_each, program
 from sa_jax.sharding import mesh_of, where_parameters_are
 from sa_jax.trees import Params
 
@@ -196,15 +195,11 @@ class Scorer:
     with_targets = _Requests([first for _, first in read], targets)
     mine = grouped if spread else part(grouped, jax.process_index(), jax.process_count())
     total, done = sum(len(family.rows) for family in mine), 0
-    # One batch behind, so that the device computes while the host prepares the next.
-    waiting: list[tuple[list[int], Any, int]] = []
-    for batch in itertools.chain(self._batches(mine, with_targets), [None]):
-      for numbers, found, count in waiting:
-        _add_up(numbers, fetch(found), *scores)
-        done += count
-        if progress is not None:
-          progress(done, total)
-      waiting = [] if batch is None else [batch]
+    for numbers, found, count in fetch_each(self._batches(mine, with_targets)):
+      _add_up(numbers, found, *scores)
+      done += count
+      if progress is not None:
+        progress(done, total)
     log_likelihoods, hits = scores if spread else together(scores)
     return [
       Scored(float(value), int(hit) == len(target))
