@@ -100,6 +100,8 @@ class Budget:
       UserError: if no plan can meet the budget.
     """
     able, most = config.can_follow, len(config.can_follow)
+    if config.num_layers == 1:
+      raise UserError("a model of one layer has no layer that can follow: sharing needs two or more")
     if not able:
       raise UserError(
         f"no layer of the model can follow: each sees other keys than the layer before it (of {config.num_layers} "

@@ -90,7 +90,8 @@ def solve(sums: Sums, prior: jax.Array, ridge: float | jax.Array) -> tuple[jax.A
 def relative_error(sums: Sums, weights: jax.Array) -> jax.Array:
   """`Sums.error` of weights as in `solve`, divided by the targets' energy."""
   weights = weights.astype(jnp.float32).reshape(sums.cross.shape)
-  return sums.error(weights) / jnp.maximum(sums.energy, jnp.finfo(jnp.float32).tiny)
+  error = jnp.maximum(sums.error(weights), 0.0)  # a difference of sums, which rounding may make negative
+  return error / jnp.maximum(sums.energy, jnp.finfo(jnp.float32).tiny)
 
 
 def total(parts: Iterable[Sums]) -> Sums:

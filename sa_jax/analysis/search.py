@@ -135,6 +135,8 @@ def check_count(followers: int, free: int) -> None:
   Raises:
     UserError: if there are too few layers.
   """
+  if not free:
+    raise UserError("no layer may follow: every layer that could is excluded (see `excluded`)")
   if followers > free:
     raise UserError(f"{followers} followers are impossible: only {free} layers may follow (see `excluded`)")
 

@@ -22,6 +22,7 @@ from sa_jax.analysis.refit import Refit, Report, refit
 from sa_jax.config import ModelConfig
 from sa_jax.display import Progress, table
 from sa_jax.distributed import same_call_on_all
+from sa_jax.errors import UserError
 from sa_jax.evaluation import Perplexity, perplexity
 from sa_jax.fields import Count, Natural, check_fields
 from sa_jax.nn import Transformer
@@ -60,13 +61,17 @@ class Search:
   def __post_init__(self) -> None:
     check_fields(self, "search")
 
-  def check(self, config: ModelConfig) -> None:
-    """Checks the settings against a model, before any work.
+  def check(self, config: ModelConfig, budget: Budget) -> None:
+    """Checks the settings against a model and a budget, before any work.
 
     Raises:
-      UserError: if an excluded layer does not exist.
+      UserError: if an excluded layer does not exist, or too few layers are left for the budget.
     """
     search.check_excluded(self.excluded, config.num_layers)
+    if budget.allow == ("sharing",):
+      most = budget.most(config)
+      free = len(set(config.can_follow) - set(self.excluded))
+      search.check_count(most if math.isinf(budget.nats) else 1, free)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +166,7 @@ def search_plan(judge: Judge, budget: Budget, how: Search, stage: search.Stage =
   Raises:
     UserError: if no plan within the search's limits has that many followers, or none is within the budget.
   """
-  how.check(judge.config)
+  how.check(judge.config, budget)
   followers = budget.most(judge.config)
   if how.strategy in ("greedy", "beam"):
     best = _grown(judge, budget, how, stage)
@@ -197,7 +202,12 @@ def _grown(judge: Judge, budget: Budget | int, how: Search, stage: search.Stage)
 
 def _best_span(judge: Judge, count: int, how: Search, stage: search.Stage) -> search.Found:
   """The best of `_spans`."""
-  return search.best_of(judge, _spans(judge, count, how), stage(f"measuring spans of {count}"))
+  if not (spans := _spans(judge, count, how)):
+    raise UserError(
+      f"every late span of {count} followers has one of the excluded layers {sorted(how.excluded)}: exclude fewer "
+      "(`excluded`), or use another `strategy`"
+    )
+  return search.best_of(judge, spans, stage(f"measuring spans of {count}"))
 
 
 def _spans(judge: Judge, count: int, how: Search) -> list[SharingPlan]:
@@ -306,11 +316,13 @@ def share(
   recovery = effort.recovery(model.config)
   fitted = _with_rows(texts, effort.most_rows)
   if isinstance(wanted, SharingPlan):
+    if taken := sorted(set(wanted.followers) & set(effort.search.excluded)):
+      raise UserError(f"the plan {wanted} has followers {taken}, which `excluded` keeps anchors: change one of them")
     candidates = [Mixture(wanted)]
   else:
-    effort.search.check(model.config)  # reports impossible requests before any work
     if wanted.allow == ("sharing",):
       wanted = wanted.counted(model.config, texts[0].judging.shape[1])
+    effort.search.check(model.config, wanted)  # reports impossible requests before any work
     searched = _with_rows(fitted, effort.search.search_rows)
     quick = dataclasses.replace(recovery, mlp=False, local_epochs=0)
     judge = Judge(model, params, searched, quick, chunk=chunk, record=record, progress=stage(READING))

@@ -42,8 +42,8 @@ class SearchPlan(Searching):
       check_writable(file)
     budget, how = Budget.parse(self.budget), self.settings.search
     config = self.opening.config(self.model)
-    how.check(config)
     budget = budget.counted(config, self.cutting.length)
+    how.check(config, budget)
     model, params, texts = self.prepare()
     texts = [text._replace(calibration=text.calibration[: how.search_rows]) for text in texts]
     with stages() as stage:

@@ -67,18 +67,19 @@ class Share(Searching):
       plots.check_installed()
     for file in (self.json, self.record, self.plot):
       check_writable(file)
-    wanted: Budget | SharingPlan
-    wanted = budget = dataclasses.replace(Budget.parse(self.budget), allow=self.allow)
     asked = None if self.plan == "search" else self.plan
     if asked is not None and self.allow != ("sharing",):
       raise UserError("`plan` fixes what is shared, and `allow` what to search: give only one of them")
+    wanted: Budget | SharingPlan
+    wanted = budget = dataclasses.replace(Budget.parse(self.budget), allow=self.allow)
     distillation = None if self.distill_minutes is None else Distillation(minutes=self.distill_minutes)
     config, length = self.opening.config(self.model), self.cutting.length
     known = None if asked is None or not asked.startswith("zoo:") else asked.removeprefix("zoo:")
     if asked is not None and known is None:
       wanted = SharingPlan.parse(asked, config.num_layers)
-    elif asked is None and self.allow == ("sharing",):
-      wanted = budget.counted(config, length)
+    elif asked is None:
+      wanted = budget.counted(config, length) if self.allow == ("sharing",) else budget
+      self.settings.search.check(config, wanted)
     model, params, texts = self.prepare(all_rows=distillation is not None)
     if known is not None:
       wanted = plans.get(model, Budget.parse(known).most(config), params).plan

@@ -63,3 +63,5 @@ def test_only_layers_that_see_what_the_one_before_sees_can_follow():
     Budget.parse("ppl=1.1").most(local(0, 2, 4))
   with pytest.raises(ValueError, match="different keys"):
     sa_jax.cost(local(0, 2, 4), "0:1")
+  with pytest.raises(ValueError, match="a model of one layer has no layer that can follow"):
+    Budget.parse("ppl=1.1").most(dataclasses.replace(CONFIG, num_layers=1))

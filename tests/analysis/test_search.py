@@ -112,7 +112,7 @@ def test_cheapest_plan_by_trying_all(excluded):
     assert search.cheapest(costs, followers, excluded) == want
   with pytest.raises(ValueError, match="increase the reach"):
     search.cheapest(np.full((7, 7), np.inf), 2)
-  with pytest.raises(ValueError, match=r"1 followers are impossible: only 0 layers may follow \(see `excluded`\)"):
+  with pytest.raises(ValueError, match=r"no layer may follow: every layer that could is excluded \(see `excluded`\)"):
     search.cheapest(costs, 1, range(1, 7))
 
 
@@ -136,6 +136,26 @@ def test_only_layers_that_there_are_stay_anchors(params, judge, how):
     search_plan(judge, Budget("followers", 2), how)
   with pytest.raises(sa_jax.UserError, match=message):
     share(DENSE, params, TEXTS, 2, Effort(how), stage=pytest.fail)
+
+
+@pytest.mark.parametrize("strategy", ["dp", "greedy", "spans"])
+@pytest.mark.parametrize(
+  ("budget", "excluded", "message"),
+  [
+    (Budget("followers", 3), (2, 4), "3 followers are impossible: only 2 layers may follow"),
+    (Budget("ppl", 1.5), (1, 2, 3, 4), "every layer that could is excluded"),
+  ],
+)
+def test_a_budget_beyond_the_layers_left_is_told_before_any_text_is_read(params, strategy, budget, excluded, message):
+  with pytest.raises(sa_jax.UserError, match=message):
+    share(DENSE, params, TEXTS, budget, Effort(Search(strategy, excluded=excluded)), stage=pytest.fail)
+
+
+def test_excluded_layers_that_leave_no_span_or_contradict_the_plan_are_named(params, judge):
+  with pytest.raises(sa_jax.UserError, match=r"every late span of 2 followers has one of the excluded layers \[3\]"):
+    search_plan(judge, Budget("followers", 2), Search("spans", excluded=(3,)))
+  with pytest.raises(sa_jax.UserError, match=r"the plan 1:2-3 has followers \[3\], which `excluded` keeps anchors"):
+    share(DENSE, params, TEXTS, sa_jax.SharingPlan.parse("1:2-3", 5), Effort(Search(excluded=(3,))), stage=pytest.fail)
 
 
 @pytest.mark.parametrize("wanted", [np.int64(2), sa_jax.SharingPlan.parse("1:2", 5)])
