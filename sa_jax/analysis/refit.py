@@ -239,6 +239,11 @@ def refit_attention(
   return block, before, relative_error(sums, kernel), condition
 
 
+def _wide(leaf: jax.Array) -> jax.Array:
+  """Floating-point numbers in float32."""
+  return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+
 @program(static_argnames=("config", "with_target"))
 def _value_product(
   config: ModelConfig,
@@ -250,9 +255,11 @@ def _value_product(
 ) -> jax.Array:
   """``Aᵀ(target − A kernel)``, or without target ``AᵀA kernel``; A maps W_V to the attention output.
 
-  ``part`` is a chunk before the layer and the dense attention output; see `sa_jax.analysis.problems.weight`.
+  ``part`` is a chunk before the layer and the dense attention output; see `sa_jax.analysis.problems.weight`. All in
+  float32: in half precision the steps would be rounded away, and float16's sums over tokens would overflow.
   """
-  chunk, target = part
+  config = dataclasses.replace(config, dtype="float32")
+  block, (chunk, target) = jax.tree.map(_wide, (block, part))
 
   def output(kernel: jax.Array) -> jax.Array:
     changed = with_kernel(block, "attention", "v_proj", kernel)
@@ -262,7 +269,7 @@ def _value_product(
   offset = output(jnp.zeros_like(kernel))
   out, transpose = jax.vjp(output, kernel)
   difference = target - out if with_target else out - offset
-  return transpose((difference * problems.weight(config, target) ** 2).astype(out.dtype))[0]
+  return transpose(difference * problems.weight(config, target) ** 2)[0]
 
 
 def _refit_values(
@@ -276,7 +283,7 @@ def _refit_values(
     ]
     return jax.tree.reduce(jnp.add, parts)
 
-  kernel = block["attention"]["v_proj"]["kernel"]
+  kernel = block["attention"]["v_proj"]["kernel"].astype(jnp.float32)
   residual = product(kernel, True)
   direction = residual
   square = jnp.vdot(residual, residual)

@@ -147,6 +147,25 @@ def test_undetermined_weights_are_refused(params):
     Refit(ridge=0.0)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_values_of_half_precision_are_refitted_as_in_float32(params, dtype):
+  """In float16 itself, the conjugate gradients divide by zero; strict promotion allows no mixture."""
+  plan, how = sa_jax.SharingPlan.parse("0:1", 5), Refit(values=2)
+  half = sa_jax.Transformer(dataclasses.replace(CONFIG, dtype=dtype, param_dtype=dtype), DENSE.plan)
+  (want,) = refit(DENSE, params, plan, TOKENS, how, chunk=16).reports
+  made = refit(half, jax.tree.map(lambda leaf: leaf.astype(dtype), params), plan, TOKENS, how, chunk=16)
+  assert {str(leaf.dtype) for leaf in jax.tree.leaves(made.params)} == {dtype}
+  assert made.reports[0].after == pytest.approx(want.after, rel=0.02)
+
+
+def test_rounding_makes_no_error_negative():
+  """An error that is a difference of sums: of what is fitted exactly, only rounding is left."""
+  rng = np.random.default_rng(3)
+  for _ in range(20):
+    x, weights = jnp.float32(rng.normal(size=(50, 6))), jnp.float32(rng.normal(size=(6, 4)))
+    assert ridge.relative_error(ridge.Sums.of(x, x @ weights), weights) >= 0
+
+
 def test_other_families(params):
   """Biases, two kinds of layers, norms after attention: a follower refitted onto itself is left as it is."""
   config = dataclasses.replace(
