@@ -57,11 +57,16 @@ class RefitModel:
     from sa_jax.analysis.refit import refit
     from sa_jax.cli.progress import stages
     from sa_jax.cli.texts import rows_of_texts
+    from sa_jax.formats.hf_plan import check_can_narrow
 
     check_absent(self.out)
     check_writable(self.json)
     self.opening.begin()
-    plan = SharingPlan.parse(self.plan, self.opening.config(self.model).num_layers)
+    config = self.opening.config(self.model)
+    plan = SharingPlan.parse(self.plan, config.num_layers)
+    self.how.check(config)
+    if self.how.value_dim is not None:
+      check_can_narrow(config)
     if not plan.followers and self.how.value_dim is None:
       raise UserError(f"the plan {self.plan!r} has no followers to refit")
     tokenizer = self.opening.tokenizer(self.model)

@@ -59,7 +59,7 @@ class Share(Searching):
     from sa_jax.analysis.share import share
     from sa_jax.cli.progress import stages
     from sa_jax.cli.texts import rows_at_once
-    from sa_jax.formats.hf_plan import write_plan
+    from sa_jax.formats.hf_plan import check_can_narrow, write_plan
 
     start = time.perf_counter()
     check_absent(self.out)
@@ -80,6 +80,8 @@ class Share(Searching):
     elif asked is None:
       wanted = budget.counted(config, length) if self.allow == ("sharing",) else budget
       self.settings.search.check(config, wanted)
+      if "values" in self.allow:
+        check_can_narrow(config)
     model, params, texts = self.prepare(all_rows=distillation is not None)
     if known is not None:
       wanted = plans.get(model, Budget.parse(known).most(config), params).plan

@@ -7,12 +7,14 @@ from typing import Any
 
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
+from sa_jax.formats.families import FAMILIES
 from sa_jax.formats.family import Family
 from sa_jax.formats.reader import Config, ConfigReader, Fields
 from sa_jax.plan import SharingPlan, as_plan
 
 SHARED = "shared_"
 """Prefix of the family's name in the ``model_type`` of an exported plan."""
+_INTERLEAVED = "this family's files have values between queries and keys: they cannot be narrower"
 
 
 def read_plan(values: Config, num_layers: int) -> SharingPlan:
@@ -50,8 +52,18 @@ def read_value_dim(reader: ConfigReader, family: Family) -> int | None:
     reader.fail("shared_attention", f"its value_dim is {value_dim!r}; must be a positive integer")
     return None
   if family.interleaves_values:
-    reader.fail("shared_attention", "this family's files have values between queries and keys: they cannot be narrower")
+    reader.fail("shared_attention", _INTERLEAVED)
   return value_dim
+
+
+def check_can_narrow(config: ModelConfig) -> None:
+  """Checks, before any work, that a checkpoint of the model can have values narrower than keys.
+
+  Raises:
+    UserError: if it cannot.
+  """
+  if FAMILIES[config.family].interleaves_values:
+    raise UserError(f"{config.family}: {_INTERLEAVED}. Keep their size, and share attention or quantise the cache")
 
 
 def write_plan(plan: SharingPlan, config: ModelConfig | None = None) -> Fields:

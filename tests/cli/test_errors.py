@@ -1,5 +1,6 @@
 """What the command line says of mistakes, and of faults of ours."""
 
+import json
 import re
 import subprocess
 import sys
@@ -147,3 +148,33 @@ def test_exit_codes(body, code, says):
   assert done.returncode == code
   assert says in done.stderr
   assert ("Traceback" in done.stderr) == (code == 1)
+
+
+@pytest.fixture
+def interleaved(tmp_path):
+  """A GPT-NeoX, whose files have queries, keys and values in one tensor, before any weight is read."""
+  sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+  values = {"model_type": "gpt_neox", "num_attention_heads": 4, "max_position_embeddings": 64, **sizes}
+  (tmp_path / "config.json").write_text(json.dumps(values))
+  return tmp_path
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["refit", "1:2", "--value-dim", "4"], "gpt_neox: .* between queries and keys: they cannot be narrower"),
+    (["share", "--budget", "kv=75%", "--allow", "sharing", "values"], "gpt_neox: .* they cannot be narrower"),
+    (["refit", "1:2", "--value-dim", "9"], r"--value-dim 9 \(must be less than the model's 8\)"),
+    (
+      ["share", "--budget", "ppl=2", "--excluded", "1", "2", "3"],
+      r"every layer that could is excluded \(see --excluded\)",
+    ),
+    (["share", "--plan", "1:2", "--allow", "int8"], "--plan fixes what is shared, and --allow what to search"),
+  ],
+)
+def test_what_no_checkpoint_can_hold_is_refused_before_any_work(interleaved, capsys, monkeypatch, arguments, message):
+  monkeypatch.setattr("sa_jax.cli.opening.Opening.tokenizer", lambda *_: pytest.fail("the work began"))
+  command, plan = arguments[0], [each for each in arguments[1:2] if not each.startswith("--")]
+  flags = arguments[1 + len(plan) :]
+  assert cli.main([command, str(interleaved), *plan, "text.txt", "--out", str(interleaved / "out"), *flags]) == 2
+  assert re.search(message, capsys.readouterr().err)
