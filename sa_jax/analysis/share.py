@@ -344,9 +344,11 @@ def share(
     return best
   rows = np.concatenate([text.calibration for text in texts])
   done = distill_rows((best.model, best.params), (model, params), rows, distillation, stage("distilling"))
-  distilled = score("scoring, distilled", best.model, done.params)
+  # Trained in float32; the result, as it is measured and saved, has the model's dtype.
+  trained = jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), done.params, best.params)
+  distilled = score("scoring, distilled", best.model, trained)
   before = best._replace(undistilled=best.shared)
-  return before._replace(params=done.params, shared=distilled) if _loss(distilled) < _loss(best.shared) else before
+  return before._replace(params=trained, shared=distilled) if _loss(distilled) < _loss(best.shared) else before
 
 
 def _with_rows(texts: Sequence[Text], most: int | None) -> list[Text]:

@@ -12,7 +12,7 @@ import pytest
 import sa_jax
 from sa_jax.analysis import align, search
 from sa_jax.analysis.budget import Budget
-from sa_jax.analysis.distilling import Distillation
+from sa_jax.analysis.distilling import Distillation, Distilled
 from sa_jax.analysis.forecast import Counts
 from sa_jax.analysis.judge import Judge, Text, Walk
 from sa_jax.analysis.refit import Refit, refit
@@ -276,3 +276,20 @@ def test_share_distils_a_plan_at_last(params):
   again = refit(DENSE, params, made.plan, np.concatenate([text.calibration[:8] for text in texts]), Refit(), chunk=8)
   want = sa_jax.perplexity(again.model, again.params, texts[0].judging, batch_size=4).loss
   assert want == pytest.approx(made.undistilled["one"].loss, rel=1e-3)
+
+
+def test_a_distilled_model_has_the_dtype_of_the_dense_one(params, monkeypatch):
+  """Training is in float32; a checkpoint, and the model's config, have one dtype."""
+
+  def flatter(student, *_):
+    """Predicts random text better."""
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), student[1])
+    return Distilled(wide | {"final_norm": {"scale": wide["final_norm"]["scale"] / 2}}, 1, np.zeros(1))
+
+  monkeypatch.setattr("sa_jax.analysis.share.distill_rows", flatter)
+  half = sa_jax.Transformer(dataclasses.replace(CONFIG, param_dtype="bfloat16"), DENSE.plan)
+  rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+  plan = sa_jax.SharingPlan.parse("0:1", 5)
+  made = share(half, rounded, TEXTS[:1], plan, chunk=8, distillation=Distillation(steps=1))
+  assert made.shared["one"].loss < made.undistilled["one"].loss
+  assert {str(leaf.dtype) for leaf in jax.tree.leaves(made.params)} == {"bfloat16"}
