@@ -75,8 +75,10 @@ class Opening:
     """The dense model in float32."""
     return self.open(model, "dense", "float32")
 
-  def save(self, path: Path, source: Path, model: Transformer, params: Params, dtype: FloatDtype) -> None:
-    """Writes a checkpoint in a dtype, with the source's tokenizer and other extra files.
+  def save(
+    self, path: Path, source: Path, model: Transformer, params: Params, dtype: FloatDtype, card: str = ""
+  ) -> None:
+    """Writes a checkpoint in a dtype, with the source's tokenizer and other extra files, and a model card if given.
 
     Raises:
       UserError: if the folder exists.
@@ -89,4 +91,11 @@ class Opening:
 
     model = model.clone(config=dataclasses.replace(model.config, dtype=dtype, param_dtype=dtype))
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
-    write(path, model, params, open_source(source, self.revision).save_extras)
+    opened = open_source(source, self.revision)
+
+    def extras(folder: Path) -> None:
+      opened.save_extras(folder)
+      if card:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    write(path, model, params, extras)

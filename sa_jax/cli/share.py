@@ -17,7 +17,7 @@ from sa_jax.cli.cost import rows_of_cost
 from sa_jax.cli.searching import Searching
 from sa_jax.config import FloatDtype
 from sa_jax.errors import UserError
-from sa_jax.files import check_absent, check_writable, write_text
+from sa_jax.files import check_absent, check_writable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,16 +108,8 @@ class Share(Searching):
       old, new = numbers["dense"], numbers["shared"]
       table.append([f"perplexity, {name}", f"{old:.3f}", f"{new:.3f}", change(new, old)])
     show_table(f"{made.mixture}; {length} tokens", ["", "dense", "shared", "change"], table)
-    self.opening.save(self.out, self.model, made.model, made.params, self.dtype)
     seconds = time.perf_counter() - start
-    if is_first():
-      write_text(self.out / "README.md", card(self.model.name, model.config, made, texts, self.settings, seconds))
-    console.print(f"\n{plan}\n", style="bold")
-    tell(f"saved in {seconds:.0f} s", self.out)
-    if made.mixture.cache_dtype is not None:
-      console.print(
-        f"the checkpoint does not store the cache dtype: generate with --cache-dtype {made.mixture.cache_dtype}"
-      )
+    # The folder is written last, with its card: until it exists, an interrupted command can be run again.
     if self.plot is not None and is_first():
       rows = sum(len(text.judging) for text in texts)
       title = f"{self.model.stem} with {made.mixture}\n{rows} rows of {length} tokens"
@@ -133,3 +125,11 @@ class Share(Searching):
         "refit": [each._asdict() for each in made.reports],
       },
     )
+    written = card(self.model.name, model.config, made, texts, self.settings, seconds)
+    self.opening.save(self.out, self.model, made.model, made.params, self.dtype, written)
+    console.print(f"\n{plan}\n", style="bold")
+    tell(f"saved in {time.perf_counter() - start:.0f} s", self.out)
+    if made.mixture.cache_dtype is not None:
+      console.print(
+        f"the checkpoint does not store the cache dtype: generate with --cache-dtype {made.mixture.cache_dtype}"
+      )

@@ -12,6 +12,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 import sa_jax
 from sa_jax.cli import main
+from sa_jax.cli.opening import Opening
 from sa_jax.cli.texts import RowLength, read_documents, split_texts
 
 pytestmark = pytest.mark.slow
@@ -63,6 +64,22 @@ def test_share_saves_the_model_that_it_measured(folder):
   assert main(["cost", str(folder / "shared"), "--json", str(own)]) == 0
   assert json.loads(own.read_text())["plan"] == numbers["plan"]
   assert (folder / "shared" / "generation_config.json").read_text() == "{}"
+
+
+def test_the_card_is_in_the_folder_before_that_appears(folder, monkeypatch):
+  """A kill leaves no folder without its card, which a second run would not write."""
+  seen = []
+
+  def stop(checkpointer, path, *_):
+    seen.append((path.parent / "README.md").read_text())
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr("orbax.checkpoint.Checkpointer.save", stop)
+  model, params = sa_jax.from_pretrained(folder / "model", layout="layers")
+  with pytest.raises(KeyboardInterrupt):
+    Opening().save(folder / "out", folder / "model", model, params, "float32", "the card")
+  assert seen == ["the card"]
+  assert not list(folder.glob("*out*"))
 
 
 def test_share_takes_a_plan_and_distils(folder):
