@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
@@ -70,6 +71,19 @@ def check_texts(texts: Sequence[Text], vocab_size: int) -> None:
       raise UserError(f"all rows need the same length; those for {part} have {', '.join(map(str, lengths))} tokens")
 
 
+def check_dense(losses: Mapping[str, float]) -> None:
+  """Checks the dense model's loss on each text, with which everything is compared.
+
+  Raises:
+    UserError: if one is not a finite number.
+  """
+  if wrong := [name for name, loss in losses.items() if not math.isfinite(loss)]:
+    raise UserError(
+      f"the dense model's loss on {', '.join(wrong)} is not a finite number: its weights are damaged, or it needs "
+      "float32 (`dtype`)"
+    )
+
+
 class Walk(NamedTuple):
   """The result of walking the text through a plan.
 
@@ -111,7 +125,8 @@ class Judge:
     progress: called with (layers walked, total layers) while the dense model is walked.
 
   Raises:
-    UserError: if the parameters lack queries and keys, a text is unusable, or the record is from a different search.
+    UserError: if the parameters lack queries and keys, a text is unusable, the dense model's loss is not a number, or
+      the record is from a different search.
   """
 
   def __init__(
@@ -147,6 +162,7 @@ class Judge:
     self._start: Stream = calibration + begin(self._judging)
     self._trace = walk.dense_trace(self.config, self.params, self._start, progress)
     self.dense = self._losses(self._before(self.config.num_layers)[self._calibration :])
+    check_dense({text.name: float(loss) for text, loss in zip(self.texts, self.dense, strict=True)})
 
   def _settings(self) -> dict[str, Any]:
     return {
@@ -244,8 +260,12 @@ class Judge:
     return self.walk(plan, base, value_dim=value_dim).losses if known is None else known
 
   def increase(self, losses: np.ndarray) -> float:
-    """The increase of losses over the dense model's, mean over texts, in nats."""
-    return float((losses - self.dense).mean())
+    """The increase of losses over the dense model's, mean over texts, in nats.
+
+    Infinite if a loss is not a number, so that such a plan is never the better one.
+    """
+    increase = float((losses - self.dense).mean())
+    return math.inf if math.isnan(increase) else increase
 
   @property
   def measured(self) -> dict[SharingPlan, np.ndarray]:

@@ -15,6 +15,11 @@ product = functools.partial(jnp.einsum, precision="highest", preferred_element_t
 """`jnp.einsum` in full float32; accelerators use less precision by default."""
 
 
+_SILENT = 1e-20
+"""Inputs with less energy than this, such as those of a layer whose values are 0, leave the prior unchanged: a penalty
+relative to their own energy would vanish in float32."""
+
+
 class Sums(NamedTuple):
   """Sufficient statistics of ridge regression, summed over tokens in float32.
 
@@ -58,7 +63,7 @@ def gain(sums: Sums, prior: jax.Array, ridge: float | jax.Array) -> jax.Array:
 
 def _penalised(gram: jax.Array, ridge: float | jax.Array) -> jax.Array:
   size = gram.shape[0]
-  mean = jnp.maximum(jnp.trace(gram) / size, jnp.finfo(jnp.float32).tiny)
+  mean = jnp.maximum(jnp.trace(gram) / size, _SILENT)
   return gram + ridge * mean * jnp.eye(size, dtype=jnp.float32)
 
 

@@ -16,7 +16,7 @@ from sa_jax.analysis import search
 from sa_jax.analysis.align import can_map_by_refit
 from sa_jax.analysis.budget import Budget
 from sa_jax.analysis.distilling import Distillation, distill_rows
-from sa_jax.analysis.judge import Judge, Text, check_texts
+from sa_jax.analysis.judge import Judge, Text, check_dense, check_texts
 from sa_jax.analysis.mixture import Mixture, judged, within
 from sa_jax.analysis.refit import Refit, Report, refit
 from sa_jax.config import ModelConfig
@@ -332,6 +332,7 @@ def share(
   at_once = rows_at_once(chunk)
   score = lambda label, each, weights: _perplexities(each, weights, texts, stage(label))
   dense, best = score(SCORING_DENSE, model, params), None
+  check_dense({name: each.loss for name, each in dense.items()})
   for mixture, how in itertools.product(candidates, refits(recovery, len(rows), at_once)):
     narrow = dataclasses.replace(how, value_dim=mixture.value_dim)
     made = refit(model, params, mixture.plan, rows, narrow, chunk=at_once, progress=stage(f"refitting, {mixture}"))

@@ -278,6 +278,30 @@ def test_share_distils_a_plan_at_last(params):
   assert want == pytest.approx(made.undistilled["one"].loss, rel=1e-3)
 
 
+def with_leaf(params, path, change):
+  """The parameters with one leaf changed."""
+  name, *rest = path
+  return dict(params) | {name: with_leaf(params[name], rest, change) if rest else change(params[name])}
+
+
+def test_a_layer_without_values_follows_at_no_cost(params, judge):
+  """Its head outputs are 0: nothing determines its W_O, which stays; in the search it is the best, not NaN."""
+  silent = with_leaf(params, ("layers", "3", "attention", "v_proj", "kernel"), lambda leaf: 0 * leaf)
+  (report,) = refit(DENSE, silent, sa_jax.SharingPlan.parse("2:3", 5), TEXTS[0].calibration, chunk=8).reports
+  assert report == (3, "attention", 0.0, 0.0, 1.0)
+  own = Judge(DENSE, silent, TEXTS, Refit(), chunk=8)
+  assert own.costs(reach=2)[1:3, 3].tolist() == [0.0, 0.0]
+  assert own.increase(own.losses(sa_jax.SharingPlan.parse("2:3", 5))) == pytest.approx(0, abs=1e-6)
+  assert judge.increase(np.array([np.nan, 1.0])) == math.inf
+
+
+@pytest.mark.parametrize("wanted", [1, sa_jax.SharingPlan.parse("1:2", 5)])
+def test_a_dense_model_whose_loss_is_no_number_is_refused(params, wanted):
+  broken = with_leaf(params, ("final_norm", "scale"), lambda leaf: leaf * np.inf)
+  with pytest.raises(sa_jax.UserError, match=r"the dense model's loss on one, two is not a finite number"):
+    share(DENSE, broken, TEXTS, wanted, chunk=8)
+
+
 def test_a_distilled_model_has_the_dtype_of_the_dense_one(params, monkeypatch):
   """Training is in float32; a checkpoint, and the model's config, have one dtype."""
 
