@@ -16,7 +16,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from sa_jax.errors import UserError, near
 
@@ -170,9 +170,11 @@ def _parse(commands: dict[str, Callable[..., Command]], given: Sequence[str]) ->
     UserError: if values contradict each other.
     SystemExit: for ``--help``, and if arguments cannot be parsed, after printing why.
   """
-  captured = _CapturedStderr()
+  from sa_jax.cli.flags import fitted_help
+
+  shown, captured = _Captured(sys.stdout), _Captured(sys.__stderr__)
   try:
-    with contextlib.redirect_stderr(captured):
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(captured):
       parsed = _parsed(commands, given)
   except SystemExit as stop:
     # If one of our dataclasses raises, tyro prints it as a parsing error; report it like other errors instead.
@@ -181,6 +183,7 @@ def _parse(commands: dict[str, Callable[..., Command]], given: Sequence[str]) ->
       cause = cause.__context__
     if cause is not None:
       raise cause from None
+    sys.stdout.write(fitted_help(shown.getvalue(), shutil.get_terminal_size().columns))
     sys.stderr.write(captured.getvalue())
     raise
   sys.stderr.write(captured.getvalue())
@@ -215,8 +218,16 @@ def _parsed(commands: dict[str, Callable[..., Command]], given: Sequence[str]) -
   return tyro.cli(command, prog=f"sa-jax {name}", args=given[1:], config=config, registry=registry)
 
 
-class _CapturedStderr(io.StringIO):
-  """Captures stderr, with the same width and colours."""
+class _Captured(io.StringIO):
+  """Captures stdout or stderr, with the same width, colours and encoding."""
+
+  def __init__(self, stream: TextIO | None) -> None:
+    super().__init__()
+    self._stream = stream
+
+  @property
+  def encoding(self) -> str:  # type: ignore[override]
+    return (getattr(self._stream, "encoding", None) or "utf-8").lower()
 
   def isatty(self) -> bool:
-    return sys.__stderr__ is not None and sys.__stderr__.isatty()
+    return self._stream is not None and self._stream.isatty()

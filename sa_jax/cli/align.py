@@ -26,14 +26,16 @@ class Align:
   """A dense model: a Hugging Face folder, a GGUF file, an sa_jax checkpoint or a hub id."""
   plan: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PLAN")]
   """Which layers share, such as 22:23-26."""
-  texts: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT ...")]
+  texts: Annotated[
+    tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT ...", help_behavior_hint="(required)")
+  ]
   """Text files (or .jsonl with a "text" per line) to calibrate on."""
   kinds: tuple[Literal["group", "permutation", "free"], ...] = ("group", "permutation", "free")
   """Kinds of maps to consider; only group costs nothing at run time, because it is folded into the weights."""
-  opening: Opening = Opening()
-  """Model."""
-  cutting: RowLength = dataclasses.field(default_factory=RowLength)
-  """Rows."""
+  opening: Annotated[Opening, tyro.conf.arg(name="")] = Opening()
+  """How to open the model."""
+  cutting: Annotated[RowLength, tyro.conf.arg(name="row")] = dataclasses.field(default_factory=RowLength)
+  """How to cut rows from texts."""
   rows: Count = 4
   """Rows of each text."""
   out: Path | None = None

@@ -24,12 +24,14 @@ class Analyze:
 
   text: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TEXT")]
   """A UTF-8 text file, or a .jsonl file with a "text" per line."""
-  models: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL ...")]
+  models: Annotated[
+    tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL ...", help_behavior_hint="(required)")
+  ]
   """One or more checkpoints of the same model, in order."""
-  opening: Opening = Opening()
-  """Model."""
-  cutting: RowLength = dataclasses.field(default_factory=RowLength)
-  """Rows."""
+  opening: Annotated[Opening, tyro.conf.arg(name="")] = Opening()
+  """How to open the model."""
+  cutting: Annotated[RowLength, tyro.conf.arg(name="row")] = dataclasses.field(default_factory=RowLength)
+  """How to cut rows from texts."""
   rows: Count = 4
   """Rows of the text to read."""
   top_k: Count = 8

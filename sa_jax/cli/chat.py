@@ -25,10 +25,10 @@ class Chat:
   """System message."""
   options: TemplateOptions = ()
   """Extra chat-template variables, such as enable_thinking=false."""
-  opening: GenerationOpening = GenerationOpening()
-  """Model."""
+  opening: Annotated[GenerationOpening, tyro.conf.arg(name="")] = GenerationOpening()
+  """How to open the model."""
   sampling: Sampling = dataclasses.field(default_factory=lambda: Sampling(max_new_tokens=512))
-  """Tokens."""
+  """How to choose tokens."""
 
   def run(self) -> None:
     """Answers each input line."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -20,8 +21,8 @@ class Doctor:
   """Folders that the run reads and writes."""
   mesh: MeshSizes = MeshSizes()
   """A mesh to check, such as data=2,fsdp=4; remaining devices go to data."""
-  hosts: Hosts = dataclasses.field(default_factory=Hosts)
-  """Processes."""
+  hosts: Annotated[Hosts, tyro.conf.arg(name="process")] = dataclasses.field(default_factory=Hosts)
+  """For runs on several hosts."""
 
   def run(self) -> None:
     """Prints the findings on the first process, and problems on every process."""

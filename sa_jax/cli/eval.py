@@ -37,14 +37,14 @@ class Eval:
   own."""
   include_path: tuple[Path, ...] = ()
   """Folders of local tasks, which take precedence over lm-eval's tasks of the same name."""
-  how: Asking = Asking()
-  """Prompts."""
-  limits: Limits = Limits()
+  how: Annotated[Asking, tyro.conf.arg(name="prompt")] = Asking()
+  """How to ask."""
+  limits: Annotated[Limits, tyro.conf.arg(name="batch and limit")] = Limits()
   """Batch sizes and limits."""
   dtype: FloatDtype | None = None
   """Type of parameters and activations; None for the checkpoint's."""
-  opening: Opening = Opening()
-  """Model."""
+  opening: Annotated[Opening, tyro.conf.arg(name="")] = Opening()
+  """How to open the model."""
   output_path: Path | None = None
   """Folder for a results file in lm-eval's format, named by lm-eval."""
   resume: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None

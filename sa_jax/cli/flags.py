@@ -7,6 +7,7 @@ import functools
 import inspect
 import itertools
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -77,6 +78,46 @@ def _optional(
   )
 
 
+@registry.primitive_rule
+def _several(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[object] | None:
+  """Shows several values that are none by default as ``none``; tyro would show nothing."""
+  parts = typing.get_args(info.type)
+  if info.type_origin is not tuple or len(parts) != 2 or parts[1] is not Ellipsis:
+    return None
+  inner = tyro.constructors.PrimitiveTypeInfo.make(parts[0], info.markers)
+  spec = tyro.constructors.ConstructorRegistry.get_primitive_spec(inner)
+  if isinstance(spec, tyro.constructors.UnsupportedTypeAnnotationError) or spec.nargs != 1:
+    return None
+
+  def words_of(values: object) -> list[str]:
+    assert isinstance(values, tuple)
+    return [spec.str_from_instance(value)[0] for value in values] or ["none"]
+
+  return tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar=f"[{spec.metavar} ...]",
+    instance_from_str=lambda words: tuple(spec.instance_from_str([word]) for word in words),
+    is_instance=lambda value: isinstance(value, tuple) and all(map(spec.is_instance, value)),
+    str_from_instance=words_of,
+    choices=spec.choices,
+  )
+
+
+def at_least_one(metavar: str) -> Any:
+  """Describes a required positional argument of several values, which tyro takes for an optional one."""
+  return tyro.conf.arg(metavar=f"{metavar} ...", help_behavior_hint="(required)")
+
+
+def fitted_help(text: str, width: int) -> str:
+  """A command's help, with its usage and description, which tyro does not wrap, wrapped to the width."""
+  lines = text.split("\n")
+  end = next((at for at, line in enumerate(lines) if re.match(r"(\x1b\[[\d;]*m)*[ ╭]", line)), 0)
+  fill = functools.partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
+  plain = (re.sub(r"\x1b\[[\d;]*m", "", line) for line in lines[:end])  # tyro styles each word
+  head = [fill(line, subsequent_indent="  " if line.startswith("usage:") else "") for line in plain]
+  return "\n".join(head + lines[end:])
+
+
 def fields_of(command: Callable[..., Any]) -> dict[str, object]:
   """A command's flags as fields with types, including those of nested dataclasses."""
   if isinstance(command, functools.partial):
@@ -134,7 +175,7 @@ def _is_size(word: str) -> bool:
 
 
 def explain(text: str, fields: Collection[str]) -> str:
-  """An error message with `field`, `field=value` or two_words replaced by ``--field``, ``--field value``.
+  """An error message with `field`, `field=value` or twowords_of replaced by ``--field``, ``--field value``.
 
   Args:
     text: the message of a `sa_jax.UserError`.

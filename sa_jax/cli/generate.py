@@ -36,10 +36,10 @@ class Generate:
   """Apply the model's chat template to each prompt, as a user message."""
   options: TemplateOptions = ()
   """Extra chat-template variables, such as enable_thinking=false."""
-  opening: GenerationOpening = GenerationOpening()
-  """Model."""
+  opening: Annotated[GenerationOpening, tyro.conf.arg(name="")] = GenerationOpening()
+  """How to open the model."""
   sampling: Sampling = dataclasses.field(default_factory=Sampling)
-  """Tokens."""
+  """How to choose tokens."""
   json: Path | None = None
   """Also write prompts, texts and tokens to this file."""
 

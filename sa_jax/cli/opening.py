@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
 
 from sa_jax.cli.common import silence
 from sa_jax.cli.progress import progress
@@ -27,8 +29,8 @@ class Opening:
   """For a hub id: a branch, tag or commit."""
   mesh: MeshSizes = MeshSizes(data=1)
   """The device mesh, such as fsdp=4,tensor=2; remaining devices go to data; data=1 uses one device."""
-  hosts: Hosts = Hosts()
-  """Processes."""
+  hosts: Annotated[Hosts, tyro.conf.arg(name="process")] = Hosts()
+  """For runs on several hosts."""
 
   def begin(self) -> None:
     """Connects the processes, of which only the first prints and writes; must run before anything uses devices."""

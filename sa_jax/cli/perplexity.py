@@ -31,9 +31,9 @@ class PerplexityOf:
   """A UTF-8 text file, or a .jsonl file with a "text" per line."""
   plan: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PLAN ...")] = ()
   """One or more plans, such as: dense 26:27-28 3:4; none for the checkpoint's own plan."""
-  opening: Opening = Opening()
-  """Model."""
-  cutting: RowLength = dataclasses.field(default_factory=RowLength)
+  opening: Annotated[Opening, tyro.conf.arg(name="")] = Opening()
+  """How to open the model."""
+  cutting: Annotated[RowLength, tyro.conf.arg(name="row")] = dataclasses.field(default_factory=RowLength)
   """Rows, scored independently."""
   rows: Count | None = None
   """Score only the first rows of the text; None scores all."""

@@ -26,16 +26,18 @@ class RefitModel:
   """A dense model: a Hugging Face folder, a GGUF file, an sa_jax checkpoint or a hub id."""
   plan: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PLAN")]
   """Which layers share, such as 22:23-26."""
-  texts: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT ...")]
+  texts: Annotated[
+    tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT ...", help_behavior_hint="(required)")
+  ]
   """Text files (or .jsonl with a "text" per line) to calibrate on."""
   out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
   """The checkpoint to write, which must not exist."""
-  how: Refit = dataclasses.field(default_factory=lambda: Refit(maps=True))
-  """Recovery."""
-  opening: Opening = Opening()
-  """Model."""
-  cutting: RowLength = dataclasses.field(default_factory=RowLength)
-  """Rows."""
+  how: Annotated[Refit, tyro.conf.arg(name="refit")] = dataclasses.field(default_factory=lambda: Refit(maps=True))
+  """How to refit."""
+  opening: Annotated[Opening, tyro.conf.arg(name="")] = Opening()
+  """How to open the model."""
+  cutting: Annotated[RowLength, tyro.conf.arg(name="row")] = dataclasses.field(default_factory=RowLength)
+  """How to cut rows from texts."""
   rows: Count = 16
   """Rows of each text."""
   dtype: FloatDtype = "bfloat16"

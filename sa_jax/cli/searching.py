@@ -27,7 +27,9 @@ class Searching:
 
   model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
   """A dense model: a Hugging Face folder, a GGUF file, an sa_jax checkpoint or a hub id."""
-  texts: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT ...")]
+  texts: Annotated[
+    tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT ...", help_behavior_hint="(required)")
+  ]
   """Text files (or .jsonl with a "text" per line) to fit and evaluate on; all have equal weight."""
   budget: str = "8"
   """A number of followers; or a fraction of the dense cost: kv=80%, flops=95%; or ppl=1.05, the most followers whose
@@ -35,12 +37,12 @@ class Searching:
   effort: EffortName = "good"
   """quick: one minute, little text; good: everything that pays off, on more text; best: a wider search. Sets the
   defaults of the flags below."""
-  settings: Effort = EFFORTS["good"]
-  """Effort."""
-  opening: Opening = Opening()
-  """Model."""
-  cutting: RowLength = dataclasses.field(default_factory=RowLength)
-  """Rows."""
+  settings: Annotated[Effort, tyro.conf.arg(name="")] = EFFORTS["good"]
+  """How much work to do."""
+  opening: Annotated[Opening, tyro.conf.arg(name="")] = Opening()
+  """How to open the model."""
+  cutting: Annotated[RowLength, tyro.conf.arg(name="row")] = dataclasses.field(default_factory=RowLength)
+  """How to cut rows from texts."""
   record: Path | None = None
   """Store measured plans in this file, so that a resumed search does not repeat them."""
 
@@ -72,7 +74,7 @@ def with_effort(command: type[Searching], arguments: Sequence[str]) -> type[Sear
     if flag == "--effort":
       asked = value if equals else following
   effort = next((effort for name, effort in EFFORTS.items() if name == asked), EFFORTS["good"])
-  settings = ("settings", Effort, dataclasses.field(default=effort))
+  settings = ("settings", Annotated[Effort, tyro.conf.arg(name="")], dataclasses.field(default=effort))
   return dataclasses.make_dataclass(
     command.__name__, [settings], bases=(command,), namespace={"__doc__": command.__doc__}, frozen=True, kw_only=True
   )

@@ -50,15 +50,15 @@ def with_file(arguments: Sequence[str]) -> tuple[Callable[..., Train], Sequence[
 def command(
   file: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="CONFIG.py")] = None,
   *,
-  config: TrainConfig,
-  hosts: Hosts = Hosts(),
+  config: Annotated[TrainConfig, tyro.conf.arg(name="")],
+  hosts: Annotated[Hosts, tyro.conf.arg(name="process")] = Hosts(),
 ) -> Train:
   """Train from scratch, fine-tune or distil a model with Shared Attention. Resumes a run that is in the folder.
 
   Args:
-    file: A Python file whose variable `config` is a sa_jax.train.TrainConfig. It comes first; flags override it.
+    file: A Python file whose variable config is a sa_jax.train.TrainConfig. It comes first; flags override it.
     config: The run.
-    hosts: Processes.
+    hosts: For runs on several hosts.
   """
   if file is not None:
     raise UserError(f"a config file must end in .py and come before all flags: sa-jax train CONFIG.py …, not {file}")

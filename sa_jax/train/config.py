@@ -55,7 +55,7 @@ class DataConfig:
   """Pack several documents per row, or one each (for attention kernels without segments)."""
   too_long: TooLong = "error"
   """Prompted samples longer than a row: raise an error, or truncate and count them."""
-  reading: Reading = dataclasses.field(default_factory=Reading)
+  reading: Annotated[Reading, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Reading)
   """File reading."""
 
   def __post_init__(self) -> None:
@@ -159,20 +159,20 @@ class TrainConfig:
   max_skipped: Count = 10
   """Stop after this many consecutive steps with a non-finite loss or gradient; such steps are skipped."""
   data: DataConfig = DataConfig()
-  """Data."""
+  """Training data, and how to pack it."""
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-  """AdamW."""
-  lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-  """Adapters."""
+  """AdamW and its schedule."""
+  lora: Annotated[LoraConfig, tyro.conf.arg(name="adapter")] = dataclasses.field(default_factory=LoraConfig)
+  """For method lora: low-rank adapters."""
   router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
-  """Routers of a mixture of experts."""
-  distill: DistillConfig = DistillConfig()
-  """Distillation."""
+  """For a mixture of experts."""
+  distill: Annotated[DistillConfig, tyro.conf.arg(name="distillation")] = DistillConfig()
+  """For mode distill."""
   mesh: MeshSizes = MeshSizes()
   """Sizes of the mesh axes data, fsdp, expert, tensor, sequence and slice, over all devices; remaining devices go to
   data."""
-  log: LogConfig = LogConfig()
-  """Logs and checkpoints."""
+  log: Annotated[LogConfig, tyro.conf.arg(name="log and checkpoint")] = LogConfig()
+  """What is written, and when."""
 
   def __post_init__(self) -> None:
     check_fields(self, "training")

@@ -32,19 +32,16 @@ _STACKED = ("groups", "followers", "experts")
 class LoraConfig:
   """Which projections have adapters, and of what rank.
 
-  Attributes:
-    rank: rank of ``A B``.
-    alpha: ``A B`` is scaled by ``alpha / rank``.
-    targets: names of projections: ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``, ``gate_proj``, ``up_proj``,
-      ``down_proj``. Followers have no ``q_proj`` and ``k_proj``, and hence no adapters of these.
-
   Raises:
     UserError: if there is no such projection, or a number is not positive.
   """
 
   rank: Count = 16
+  """Rank of an adapter, the product of two narrow matrices."""
   alpha: Positive = 32.0
+  """An adapter is scaled by alpha / rank."""
   targets: tuple[str, ...] = tuple(INPUT_AXES)
+  """Names of projections. Followers have no q_proj and k_proj, and hence no adapters of these."""
 
   def __post_init__(self) -> None:
     check_fields(self, "LoRA")

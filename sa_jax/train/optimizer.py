@@ -21,30 +21,28 @@ Decay = Annotated[float, Constraint(lambda number: 0 <= number < 1, "0 to below 
 class OptimizerConfig:
   """AdamW (Loshchilov & Hutter, arXiv 1711.05101), its schedule, and clipping.
 
-  Attributes:
-    learning_rate: learning rate after warm-up.
-    warmup_steps: steps over which it rises linearly from 0.
-    schedule: after warm-up: ``cosine`` falls over the whole run; ``constant`` stays, so that a run can be extended.
-    final_fraction: fraction of the learning rate at the end of the cosine.
-    b1: decay of the mean of gradients.
-    b2: decay of the mean of their squares.
-    eps: added to the square root of the latter.
-    weight_decay: weight decay of matrices; norms, biases and attention sinks have none.
-    clip_norm: maximum global gradient norm; None for no clipping.
-
   Raises:
     UserError: if a value makes no sense.
   """
 
   learning_rate: Positive = 3e-4
+  """Learning rate after warm-up."""
   warmup_steps: Natural = 100
+  """Steps over which it rises linearly from 0."""
   schedule: Literal["cosine", "constant"] = "cosine"
+  """After warm-up: cosine falls over the whole run; constant stays, so that a run can be extended."""
   final_fraction: Portion = 0.1
+  """Fraction of the learning rate at the end of the cosine."""
   b1: Decay = 0.9
+  """Decay of the mean of gradients."""
   b2: Decay = 0.95
+  """Decay of the mean of their squares."""
   eps: Positive = 1e-8
+  """Added to the square root of the latter."""
   weight_decay: NotNegative = 0.1
+  """Weight decay of matrices; norms, biases and attention sinks have none."""
   clip_norm: Positive | None = 1.0
+  """Maximum global gradient norm; None for no clipping."""
 
   def __post_init__(self) -> None:
     check_fields(self, "optimizer")

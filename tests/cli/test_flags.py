@@ -1,5 +1,6 @@
 """The command line's flags, as people's scripts have them: a change is seen here, and told in the CHANGELOG."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,26 @@ def test_one_thing_has_one_name():
   others = {"batch", "rows_at_once", "seq_len", "seq_length", "context", "sharing", "model_path", "output"}
   for name, command in cli._commands().items():
     assert not fields_of(command).keys() & others, name
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", list(cli._COMMANDS))
+def test_help_is_plain_and_fits_the_width(capsys, monkeypatch, command, columns):
+  monkeypatch.setenv("COLUMNS", str(columns))
+  with pytest.raises(SystemExit):
+    cli.main([command, "--help"])
+  shown = capsys.readouterr().out
+  assert max(map(len, shown.splitlines())) <= columns
+  assert "(default: )" not in shown
+  assert "``" not in shown
+  headings = re.findall(r"╭─ (.*?) ─", shown)
+  assert headings
+  assert not any(re.search(r"[._]|opening|cutting|settings|config|hosts|how ", heading) for heading in headings)
+
+
+def test_several_required_positionals_are_required_in_the_help(capsys):
+  with pytest.raises(SystemExit):
+    cli.main(["search", "--help"])
+  shown = " ".join(capsys.readouterr().out.replace("│", "").split())
+  assert "all have equal weight. (required)" in shown
+  assert "must stay anchors. (default: none)" in shown
