@@ -63,6 +63,11 @@ def quantity(value: float, unit: str = "") -> str:
   return f"{value:.{digits}f} {prefix}{unit}".rstrip()
 
 
+def count(number: int, noun: str) -> str:
+  """A number and its noun, such as ``1 row`` and ``1,140 rows``; the plural takes an s."""
+  return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def table(rows: Sequence[Sequence[str]], columns: Sequence[str] = ()) -> str:
   """A table: the first column names the row, the others are numbers.
 

@@ -13,7 +13,7 @@ from sa_jax.analysis.mixture import Mixture
 from sa_jax.analysis.refit import Refitted, Report
 from sa_jax.analysis.search import Found
 from sa_jax.analysis.share import Shared
-from sa_jax.display import maps_picture
+from sa_jax.display import count, maps_picture
 from sa_jax.evaluation import Perplexity
 
 PLAN = sa_jax.SharingPlan.parse("1:2-3,5:6", 8)
@@ -80,3 +80,7 @@ def test_a_bar_takes_what_functions_tell_it(capsys):
   with sa_jax.progress("reading") as bar:
     bar(1, 2)
   assert capsys.readouterr() == ("", "")  # no terminal, no notebook
+
+
+def test_counts_have_plurals():
+  assert [count(number, "row") for number in (0, 1, 1140)] == ["0 rows", "1 row", "1,140 rows"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sa_jax.cli.common import console, exact_float32, is_first, show_table, tell, write_json
 from sa_jax.cli.searching import Searching
+from sa_jax.display import count
 from sa_jax.files import check_folder, check_writable, make_folder
 
 
@@ -62,7 +63,7 @@ class SearchPlan(Searching):
     dense = cost(model.config, None).kv_bytes_per_token
     saved = lambda plan: 1 - cost(model.config, plan).kv_bytes_per_token / dense
     show_table(
-      f"Pareto front of {len(judge.measured)} measured plans",
+      f"Pareto front of {count(len(judge.measured), 'measured plan')}",
       ["plan", "followers", "KV saved", "nats added", *(f"nats, {text.name}" for text in texts)],
       [
         [

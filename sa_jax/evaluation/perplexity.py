@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sa_jax import ops
-from sa_jax.display import Progress, table
+from sa_jax.display import Progress, count, table
 from sa_jax.distributed import same_call_on_all
 from sa_jax.errors import UserError
 from sa_jax.nn import Cache, Transformer
@@ -74,10 +74,17 @@ def rows_of(
     raise UserError(f"rows of {length} tokens have no room for text after {len(opening)} start tokens")
   fits = len(tokens) // own
   if fits < (rows or 1):
-    raise UserError(f"the text has {len(tokens)} tokens, too few for {rows or 1} rows of {own}")
-  count = rows or fits
-  text = np.asarray(tokens[: count * own], np.int32).reshape(count, own)
-  return np.concatenate([np.tile(opening, (count, 1)), text], axis=1)
+    longest = len(tokens) // (rows or 1) + len(opening)
+    ways = ["a longer text"]
+    ways += [f"a `length` of at most {longest}"] if longest >= max(2, len(opening) + 1) else []
+    ways += [f"at most {count(fits, 'row')} (`rows`)"] if fits else []
+    raise UserError(
+      f"the text has {count(len(tokens), 'token')}, too few for {count(rows or 1, 'row')} of {count(own, 'token')}; "
+      f"use {', or '.join(ways)}"
+    )
+  taken = rows or fits
+  text = np.asarray(tokens[: taken * own], np.int32).reshape(taken, own)
+  return np.concatenate([np.tile(opening, (taken, 1)), text], axis=1)
 
 
 @program(static_argnames="model")
@@ -134,10 +141,10 @@ def perplexity(
     done += len(rows)
     if progress is not None:
       progress(done, len(tokens))
-  count = tokens.shape[0] * (tokens.shape[1] - 1)
-  loss = -total / count
+  predicted = tokens.shape[0] * (tokens.shape[1] - 1)
+  loss = -total / predicted
   with np.errstate(over="ignore"):
-    return Perplexity(float(np.exp(loss)), loss, count)
+    return Perplexity(float(np.exp(loss)), loss, predicted)
 
 
 def rare_words_unknown(text: str, fewest: int = 3) -> str:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sa_jax.display import count
 from sa_jax.distributed import FOREVER, gathered, run_on_all, run_on_first
 from sa_jax.errors import UserError
 from sa_jax.formats import Tokenizer, load_tokenizer
@@ -148,9 +149,10 @@ def _names(paths: Sequence[Path]) -> str:
 
 def _describe(report: Report, rows: PackedRows, tokens: int, paths: Sequence[Path]) -> str:
   left_out = {
-    "bad lines left out": report.bad,
-    "samples cut": rows.spans.cut,
-    "pieces with nothing to learn left out": rows.spans.barren,
+    ("bad line", " left out"): report.bad,
+    ("sample", " cut"): rows.spans.cut,
+    ("piece", " with nothing to learn left out"): rows.spans.barren,
   }
-  said = "".join(f", {count} {what}" for what, count in left_out.items() if count)
-  return f"{_names(paths)}: {report.documents} documents, {tokens:,} tokens, {len(rows)} rows{said}"
+  read = [count(tokens, "token"), count(len(rows), "row")]
+  said = [count(number, noun) + what for (noun, what), number in left_out.items() if number]
+  return f"{_names(paths)}: " + ", ".join([count(report.documents, "document"), *read, *said])

@@ -55,11 +55,15 @@ def test_rows_of():
   assert sa_jax.rows_of(range(4), 2, start=()).tolist() == sa_jax.rows_of(range(4), 2).tolist()
   with pytest.raises(ValueError, match="no room for text after 2 start tokens"):
     sa_jax.rows_of(range(4), 2, start=[98, 99])
-  with pytest.raises(ValueError, match="the text has 5 tokens, too few for 2 rows of 3"):
+  with pytest.raises(
+    ValueError, match=r"5 tokens, too few for 2 rows of 3 tokens; use a longer text, or a `length` of at most 3, or"
+  ):
     sa_jax.rows_of(range(5), 4, 2, start=99)
-  with pytest.raises(ValueError, match="the text has 10 tokens, too few for 4 rows of 3"):
+  with pytest.raises(
+    ValueError, match=r"too few for 4 rows of 3 tokens; .*a `length` of at most 2, or at most 3 rows \(`rows`\)$"
+  ):
     sa_jax.rows_of(range(10), 3, rows=4)
-  with pytest.raises(ValueError, match="the text has 2 tokens, too few for 1 rows of 3"):
+  with pytest.raises(ValueError, match="too few for 1 row of 3 tokens; use a longer text, or a `length` of at most 2$"):
     sa_jax.rows_of(range(2), 3)
   with pytest.raises(ValueError, match="rows need at least 2 tokens"):
     sa_jax.rows_of(range(10), 1)
