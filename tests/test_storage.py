@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 import sa_jax
 from sa_jax import buckets, cli
 from sa_jax.analysis import plots
-from sa_jax.analysis.judge import Judge, Text
+from sa_jax.analysis.judge import Judge
+from sa_jax.analysis.texts import Text
 from sa_jax.errors import UserError
 from sa_jax.files import as_path, check_writable, make_folder, move, new_file, new_folder, read_text, write_text
 from sa_jax.storage import Mirrored, local_copy

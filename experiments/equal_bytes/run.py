@@ -12,7 +12,7 @@ from board import Board, Json, add_flags
 
 import sa_jax
 from sa_jax.analysis.budget import Budget, Means
-from sa_jax.analysis.mixture import Mixture, judged, within
+from sa_jax.analysis.mixture import Mixture, increases, within
 from sa_jax.analysis.search import no_stage
 
 BUDGETS = (0.875, 0.75, 0.54, 0.5, 0.33, 0.27, 0.25, 0.2)
@@ -38,7 +38,9 @@ def run(board: Board, budgets: list[float], refitted: int) -> None:
         fitting[name] = within(board.model.config, Budget("kv", budget, allow), plans)
       except sa_jax.UserError as error:
         board.say(f"{name}: {error}")
-    order = judged(judge, list(dict.fromkeys(each for options in fitting.values() for each in options)), no_stage(""))
+    order = increases(
+      judge, list(dict.fromkeys(each for options in fitting.values() for each in options)), no_stage("")
+    )
     board.say(f"{budget:g}: " + "; ".join(f"{mixture} {cost:.3f}" for mixture, cost in order.items()))
     rows: dict[str, Json] = {}
     for name, options in fitting.items():

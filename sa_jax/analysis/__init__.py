@@ -4,8 +4,9 @@ The modules `align`, `refit` and `share` each contain a function of the same nam
 """
 
 from sa_jax.analysis.inside import Captured, Edit, Inspection, Site, ablate, logit_lens, look, patch, steer
-from sa_jax.analysis.judge import Judge, Text
+from sa_jax.analysis.judge import Judge
 from sa_jax.analysis.similarity import Similarity, drift, layer_similarity
+from sa_jax.analysis.texts import Text
 
 __all__ = [
   # Inspection and interventions.

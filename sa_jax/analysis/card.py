@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from sa_jax.analysis.judge import Text
 from sa_jax.analysis.mixture import bytes_of
 from sa_jax.analysis.share import Effort, Shared
+from sa_jax.analysis.texts import Text
 from sa_jax.config import ModelConfig
 from sa_jax.costs import cost
 

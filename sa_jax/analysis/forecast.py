@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from sa_jax.analysis import search
-from sa_jax.analysis.judge import Text
 from sa_jax.analysis.share import READING, SCORING_DENSE, Effort, Search, refits, rows_at_once
+from sa_jax.analysis.texts import Text
 from sa_jax.config import ModelConfig
 from sa_jax.costs import cost
 from sa_jax.display import Progress

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
@@ -21,16 +20,16 @@ import numpy as np
 
 from sa_jax.analysis import problems, walk
 from sa_jax.analysis.align import best_map, head_similarity
+from sa_jax.analysis.record import Record, key_of
 from sa_jax.analysis.refit import Passage, Refit, head_sums, recover_layer
 from sa_jax.analysis.ridge import solve, total
+from sa_jax.analysis.texts import Text, check_dense, check_texts
 from sa_jax.analysis.walk import Block, Chunk, Stream, Targets
 from sa_jax.config import CacheDtype, ModelConfig
 from sa_jax.display import Progress
-from sa_jax.distributed import broadcast_text, check_call, check_given, checksum, is_multiprocess
-from sa_jax.errors import UserError
-from sa_jax.files import as_path, read_text, write_text
+from sa_jax.distributed import check_call, check_given, checksum, is_multiprocess
 from sa_jax.nn import PlanArrays, PlannedBlock, Transformer
-from sa_jax.nn.transformer import check_plan, check_tokens
+from sa_jax.nn.transformer import check_plan
 from sa_jax.plan import HeadMap, SharingPlan
 from sa_jax.programs import fetch, program
 from sa_jax.sharding import where_parameters_are
@@ -38,50 +37,6 @@ from sa_jax.trees import Params
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class Text(NamedTuple):
-  """One text to evaluate plans on.
-
-  Attributes:
-    name: the text's name.
-    calibration: int ``[rows, T]``, the rows to fit to.
-    judging: int ``[rows, T]``, held-out rows, for losses.
-  """
-
-  name: str
-  calibration: np.ndarray
-  judging: np.ndarray
-
-
-def check_texts(texts: Sequence[Text], vocab_size: int) -> None:
-  """Checks calibration and held-out rows.
-
-  Raises:
-    UserError: if there is no text, names repeat, tokens are not in the vocabulary, or row lengths differ.
-  """
-  names = [text.name for text in texts]
-  if not names or len(set(names)) < len(names):
-    raise UserError(f"give one or more texts with different names, not {', '.join(names) or 'none'}")
-  for part in ("calibration", "judging"):
-    rows = [np.asarray(getattr(text, part)) for text in texts]
-    for tokens in rows:
-      check_tokens(tokens, None, vocab_size)
-    if len(lengths := sorted({tokens.shape[1] for tokens in rows})) > 1:
-      raise UserError(f"all rows need the same length; those for {part} have {', '.join(map(str, lengths))} tokens")
-
-
-def check_dense(losses: Mapping[str, float]) -> None:
-  """Checks the dense model's loss on each text, with which everything is compared.
-
-  Raises:
-    UserError: if one is not a finite number.
-  """
-  if wrong := [name for name, loss in losses.items() if not math.isfinite(loss)]:
-    raise UserError(
-      f"the dense model's loss on {', '.join(wrong)} is not a finite number: its weights are damaged, or it needs "
-      "float32 (`dtype`)"
-    )
 
 
 class Walk(NamedTuple):
@@ -245,7 +200,7 @@ class Judge:
       if keep:
         streams.append(stream)
     losses = self._losses(stream[self._calibration :])
-    self._record.add(_name(plan, value_dim), losses)
+    self._record.add(key_of(plan, value_dim), losses)
     return Walk(plan, tuple(streams) if keep else (), losses)
 
   def _before(self, layer: int) -> Stream:
@@ -256,7 +211,7 @@ class Judge:
 
   def losses(self, plan: SharingPlan, base: Walk | None = None, value_dim: int | None = None) -> np.ndarray:
     """The plan's losses, float64 ``[texts]``, recorded or measured now; arguments as in `walk`."""
-    known = self._record.get(_name(plan, value_dim))
+    known = self._record.get(key_of(plan, value_dim))
     return self.walk(plan, base, value_dim=value_dim).losses if known is None else known
 
   def increase(self, losses: np.ndarray) -> float:
@@ -270,11 +225,7 @@ class Judge:
   @property
   def measured(self) -> dict[SharingPlan, np.ndarray]:
     """Every measured plan with full-width values, and its losses."""
-    return {
-      SharingPlan.parse(text, self.config.num_layers): np.array(losses)
-      for text, losses in self._record.plans.items()
-      if _VALUES not in text
-    }
+    return self._record.measured(self.config.num_layers)
 
   @_where_its_model_is
   def costs(self, reach: int, progress: Progress | None = None) -> np.ndarray:
@@ -371,49 +322,3 @@ def _weighed_error(
   y = problems.without_bias(block["attention"]["o_proj"], target.y)
   error = heads.reshape(*heads.shape[:2], -1) @ kernel.astype(jnp.float32).reshape(-1, config.embed_dim) - y
   return jnp.square((error * gradient.astype(jnp.float32)).sum(axis=-1)).sum()
-
-
-_VALUES = " values "
-
-
-def _name(plan: SharingPlan, value_dim: int | None) -> str:
-  """A plan's key in the record, including the size of values."""
-  return str(plan) if value_dim is None else f"{plan}{_VALUES}{value_dim}"
-
-
-class Record:
-  """The plans measured so far, in memory and, if a file is given, on disk after each one.
-
-  Args:
-    path: a JSON file, or None.
-    settings: what was measured and how; a file with different settings is rejected.
-
-  Raises:
-    UserError: if the file is unreadable or has different settings.
-  """
-
-  def __init__(self, path: Path | None, settings: dict[str, Any]):
-    path = None if path is None else as_path(path)
-    self._path, self._settings = path, json.loads(json.dumps(settings))
-    self.plans: dict[str, list[float]] = {}
-    # Only the first process reads and writes: processes that know different plans would diverge.
-    read = lambda: read_text(path) if path is not None and path.exists() else ""
-    if text := broadcast_text("the record", read):
-      try:
-        stored = json.loads(text)
-        settings, self.plans = stored["settings"], stored["plans"]
-      except (json.JSONDecodeError, KeyError, TypeError):
-        raise UserError(f"{path} is not the record of a search; use another file, or remove it") from None
-      if settings != self._settings:
-        raise UserError(f"{path} records a search with different settings, {settings}; use another file, or remove it")
-
-  def get(self, plan: str) -> np.ndarray | None:
-    """The plan's losses, or None if it has not been measured."""
-    losses = self.plans.get(plan)
-    return None if losses is None else np.array(losses)
-
-  def add(self, plan: str, losses: np.ndarray) -> None:
-    """Records a plan's losses."""
-    self.plans[plan] = [float(loss) for loss in losses]
-    if self._path is not None and jax.process_index() == 0:
-      write_text(self._path, json.dumps({"settings": self._settings, "plans": self.plans}, indent=1))

@@ -94,7 +94,7 @@ def within(config: ModelConfig, budget: Budget, plans: Sequence[SharingPlan]) ->
   return found
 
 
-def judged(judge: Judge, mixtures: Sequence[Mixture], progress: Progress) -> dict[Mixture, float]:
+def increases(judge: Judge, mixtures: Sequence[Mixture], progress: Progress) -> dict[Mixture, float]:
   """The increase of the loss for each mixture, mean over texts, in nats, lowest first.
 
   The cost of a quantised cache is measured once, on the dense model, and added.

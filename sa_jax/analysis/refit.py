@@ -239,11 +239,6 @@ def refit_attention(
   return block, before, relative_error(sums, kernel), condition
 
 
-def _wide(leaf: jax.Array) -> jax.Array:
-  """Floating-point numbers in float32."""
-  return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-
 @program(static_argnames=("config", "with_target"))
 def _value_product(
   config: ModelConfig,
@@ -259,7 +254,7 @@ def _value_product(
   float32: in half precision the steps would be rounded away, and float16's sums over tokens would overflow.
   """
   config = dataclasses.replace(config, dtype="float32")
-  block, (chunk, target) = jax.tree.map(_wide, (block, part))
+  block, (chunk, target) = walk.in_float32((block, part))
 
   def output(kernel: jax.Array) -> jax.Array:
     changed = with_kernel(block, "attention", "v_proj", kernel)

@@ -16,9 +16,10 @@ from sa_jax.analysis import search
 from sa_jax.analysis.align import can_map_by_refit
 from sa_jax.analysis.budget import Budget
 from sa_jax.analysis.distilling import Distillation, distill_rows
-from sa_jax.analysis.judge import Judge, Text, check_dense, check_texts
-from sa_jax.analysis.mixture import Mixture, judged, within
+from sa_jax.analysis.judge import Judge
+from sa_jax.analysis.mixture import Mixture, increases, within
 from sa_jax.analysis.refit import Refit, Report, refit
+from sa_jax.analysis.texts import Text, check_dense, check_texts
 from sa_jax.config import ModelConfig
 from sa_jax.display import Progress, table
 from sa_jax.distributed import same_call_on_all
@@ -240,7 +241,7 @@ def mixtures(judge: Judge, budget: Budget, how: Search, stage: search.Stage = se
   some = [SharingPlan.from_followers(config.num_layers, able[: count + 1]) for count in range(len(able))]
   most = max(len(mixture.plan.followers) for mixture in within(config, budget, some))
   plans = plans_by_followers(judge, most, how, stage) if most else []
-  return judged(judge, within(config, budget, plans), stage("measuring mixtures"))
+  return increases(judge, within(config, budget, plans), stage("measuring mixtures"))
 
 
 class Shared(NamedTuple):

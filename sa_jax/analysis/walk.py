@@ -210,6 +210,11 @@ def row_losses(config: ModelConfig, params: Params, x: jax.Array, tokens: jax.Ar
   return jax.lax.map(lambda row: of(row[0][None], row[1][None])[0], (x, tokens), batch_size=at_once)
 
 
+def in_float32(tree: Tree) -> Tree:
+  """The tree with its floating-point arrays in float32."""
+  return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
+
+
 def losses(config: ModelConfig, params: Params, stream: Stream, tokens: np.ndarray) -> np.ndarray:
   """`row_losses` of a stream after the last layer: float64 ``[rows]``."""
   outside = {name: value for name, value in params.items() if name != "layers"}

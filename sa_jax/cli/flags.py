@@ -175,7 +175,7 @@ def _is_size(word: str) -> bool:
 
 
 def explain(text: str, fields: Collection[str]) -> str:
-  """An error message with `field`, `field=value` or twowords_of replaced by ``--field``, ``--field value``.
+  """An error message with `field`, `field=value` or two_words replaced by ``--field``, ``--field value``.
 
   Args:
     text: the message of a `sa_jax.UserError`.

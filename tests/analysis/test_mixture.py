@@ -13,7 +13,7 @@ from sa_jax.analysis import Judge, Text, walk
 from sa_jax.analysis.budget import Budget
 from sa_jax.analysis.card import card
 from sa_jax.analysis.distilling import Distillation
-from sa_jax.analysis.mixture import Mixture, bytes_of, judged, within
+from sa_jax.analysis.mixture import Mixture, bytes_of, increases, within
 from sa_jax.analysis.refit import Refit, refit
 from sa_jax.analysis.search import no_stage
 from sa_jax.analysis.share import Effort, Search, mixtures, share
@@ -59,7 +59,7 @@ def test_each_is_judged_as_its_refit_would_be(params):
   """A narrow mixture's judged loss is that of the narrow model; the least comes first."""
   judge = Judge(DENSE, params, TEXTS, Refit(), maps=False)
   options = [Mixture(DENSE.plan, 2), Mixture(PLANS[0], 6), *(Mixture(DENSE.plan, None, each) for each in ops.FORMATS)]
-  found = judged(judge, options, no_stage(""))
+  found = increases(judge, options, no_stage(""))
   assert list(found.values()) == sorted(found.values())
   rows = np.concatenate([text.calibration for text in TEXTS])
   made = refit(DENSE, params, PLANS[0], rows, Refit(value_dim=6))

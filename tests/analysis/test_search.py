@@ -14,9 +14,10 @@ from sa_jax.analysis import align, search
 from sa_jax.analysis.budget import Budget
 from sa_jax.analysis.distilling import Distillation, Distilled
 from sa_jax.analysis.forecast import Counts
-from sa_jax.analysis.judge import Judge, Text, Walk
+from sa_jax.analysis.judge import Judge, Walk
 from sa_jax.analysis.refit import Refit, refit
 from sa_jax.analysis.share import Effort, Search, search_plan, share
+from sa_jax.analysis.texts import Text
 from sa_jax.config import ModelConfig
 from tests import tiny
 
