@@ -38,9 +38,9 @@ class Mixture(NamedTuple):
   cache_dtype: CacheDtype = None
 
   def config(self, config: ModelConfig) -> ModelConfig:
-    """The model's config with the mixture applied."""
+    """The model's config with the mixture applied; what the mixture leaves alone stays as it is."""
     value_dim = config.value_dim if self.value_dim is None else self.value_dim
-    return dataclasses.replace(config, value_dim=value_dim, cache_dtype=self.cache_dtype)
+    return dataclasses.replace(config, value_dim=value_dim, cache_dtype=self.cache_dtype or config.cache_dtype)
 
   def part(self, config: ModelConfig) -> float:
     """The remaining fraction of this dense model's bfloat16 cache."""

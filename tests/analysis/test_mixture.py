@@ -55,6 +55,12 @@ def test_what_fits_is_counted():
     Budget("followers", 2, allow)
 
 
+def test_a_model_with_a_quantised_cache_keeps_it():
+  config = dataclasses.replace(CONFIG, cache_dtype="int8")
+  assert Mixture(PLANS[0]).config(config) == config
+  assert Mixture(PLANS[0], cache_dtype="int4").config(config).cache_dtype == "int4"
+
+
 def test_each_is_judged_as_its_refit_would_be(params):
   """A narrow mixture's judged loss is that of the narrow model; the least comes first."""
   judge = Judge(DENSE, params, TEXTS, Refit(), maps=False)
