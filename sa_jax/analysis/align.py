@@ -23,9 +23,10 @@ from sa_jax.config import ModelConfig
 from sa_jax.display import Progress
 from sa_jax.distributed import same_call_on_all
 from sa_jax.errors import UserError
+from sa_jax.evaluation.perplexity import check_length
 from sa_jax.nn import PlanArrays, PlannedBlock, PlannedTransformer, Transformer
 from sa_jax.nn.state import QueryKey, State
-from sa_jax.nn.transformer import check_tokens
+from sa_jax.nn.transformer import check_plan
 from sa_jax.nn.typed import apply
 from sa_jax.params import prune, stack
 from sa_jax.plan import HeadMap, SharingPlan
@@ -240,11 +241,11 @@ def align(
     progress: called with (followers done, total followers).
 
   Raises:
-    UserError: if the parameters lack queries and keys, or a token is not in the vocabulary.
+    UserError: if the parameters lack queries and keys, a token is not in the vocabulary, or rows have only one token.
   """
   config = walk.walking(model, params)
-  tokens = np.asarray(tokens, np.int32)
-  check_tokens(tokens, None, config.vocab_size)
+  tokens = walk.token_rows(tokens, config.vocab_size)
+  check_length(tokens.shape[1])
   trace = walk.dense_trace(config, params, walk.start(config, params, tokens, chunk))
   stacked = stack(params, SharingPlan.dense(config.num_layers))
 
@@ -316,6 +317,11 @@ def fold(config: ModelConfig, params: Params, plan: SharingPlan) -> tuple[Params
 
 
 def shared_model(config: ModelConfig, params: Params, plan: SharingPlan) -> tuple[Transformer, Params]:
-  """The shared model made from dense parameters: foldable maps folded, followers' queries and keys dropped."""
+  """The shared model made from dense parameters: foldable maps folded, followers' queries and keys dropped.
+
+  Raises:
+    UserError: if the model cannot use the plan.
+  """
+  check_plan(config, plan)
   params, plan = fold(config, params, plan)
   return Transformer(config, plan), prune(params, plan)

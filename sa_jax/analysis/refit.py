@@ -35,7 +35,7 @@ from sa_jax.errors import UserError
 from sa_jax.fields import Count, Natural, Positive, check_fields
 from sa_jax.nn import Middle, PlanArrays, PlannedBlock, Transformer
 from sa_jax.nn.state import State
-from sa_jax.nn.transformer import check_plan, check_tokens
+from sa_jax.nn.transformer import check_plan
 from sa_jax.plan import SharingPlan
 from sa_jax.programs import fetch, program
 from sa_jax.sharding import placed_like, traced_where_parameters_are
@@ -346,7 +346,7 @@ def refit(
   """
   how = how or Refit()
   config = walk.walking(model, params)
-  check_tokens(tokens := np.asarray(tokens, np.int32), None, config.vocab_size)
+  tokens = walk.token_rows(tokens, config.vocab_size)
   check_plan(config, plan)
   how.check(config)
   keep = walk.on_device if on_device else walk.on_host

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sa_jax.errors import UserError
+from sa_jax.evaluation.perplexity import check_length
 from sa_jax.nn.transformer import check_tokens
 
 
@@ -30,7 +31,8 @@ def check_texts(texts: Sequence[Text], vocab_size: int) -> None:
   """Checks calibration and held-out rows.
 
   Raises:
-    UserError: if there is no text, names repeat, tokens are not in the vocabulary, or row lengths differ.
+    UserError: if there is no text, names repeat, tokens are not in the vocabulary, or row lengths differ or are less
+      than 2.
   """
   names = [text.name for text in texts]
   if not names or len(set(names)) < len(names):
@@ -41,6 +43,7 @@ def check_texts(texts: Sequence[Text], vocab_size: int) -> None:
       check_tokens(tokens, None, vocab_size)
     if len(lengths := sorted({tokens.shape[1] for tokens in rows})) > 1:
       raise UserError(f"all rows need the same length; those for {part} have {', '.join(map(str, lengths))} tokens")
+    check_length(*lengths)
 
 
 def check_dense(losses: Mapping[str, float]) -> None:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from numpy.typing import ArrayLike
 
 from sa_jax import ops
 from sa_jax.config import ModelConfig
@@ -23,6 +24,7 @@ from sa_jax.fields import Count, checked
 from sa_jax.nn import PlanArrays, PlannedBlock, PlannedTransformer, Transformer
 from sa_jax.nn.planned import empty_state
 from sa_jax.nn.state import State
+from sa_jax.nn.transformer import check_tokens
 from sa_jax.nn.typed import apply
 from sa_jax.plan import SharingPlan
 from sa_jax.programs import fetch, program
@@ -115,6 +117,16 @@ def chunks(tokens: np.ndarray, chunk: int) -> list[np.ndarray]:
     UserError: if ``chunk`` is not a valid number of rows.
   """
   return np.split(tokens, range(checked("chunk", chunk, Count), len(tokens), chunk))
+
+
+def token_rows(tokens: ArrayLike, vocab_size: int) -> np.ndarray:
+  """Token rows as int32, checked before the conversion, which would truncate fractions and large numbers.
+
+  Raises:
+    UserError: see `check_tokens`.
+  """
+  check_tokens(rows := np.asarray(tokens), None, vocab_size)
+  return rows.astype(np.int32)
 
 
 def start(config: ModelConfig, params: Params, tokens: np.ndarray, chunk: int, keep: Keep = on_device) -> Stream:

@@ -44,6 +44,16 @@ class Perplexity(NamedTuple):
     return table([("perplexity", f"{self.perplexity:.2f}"), loss, ("tokens predicted", f"{self.tokens:,}")])
 
 
+def check_length(length: int) -> None:
+  """Checks that rows of this length have something to predict.
+
+  Raises:
+    UserError: if they do not.
+  """
+  if length < 2:
+    raise UserError(f"rows need at least 2 tokens, one to predict from and one to predict, not {length}")
+
+
 def rows_of(
   tokens: Sequence[int], length: int, rows: int | None = None, start: int | Sequence[int] | None = None
 ) -> np.ndarray:
@@ -64,8 +74,7 @@ def rows_of(
   Raises:
     UserError: if the text is shorter than one row, or than the requested rows.
   """
-  if length < 2:
-    raise UserError(f"rows need at least 2 tokens, one to predict from and one to predict, not {length}")
+  check_length(length)
   if rows is not None and rows < 1:
     raise UserError(f"at least one row is needed, not {rows}")
   opening = np.atleast_1d(np.asarray([] if start is None else start, np.int32))
@@ -129,8 +138,7 @@ def perplexity(
   """
   tokens = np.asarray(tokens)
   check_tokens(tokens, None, model.config.vocab_size)
-  if tokens.shape[1] < 2:
-    raise UserError(f"rows need at least 2 tokens, one to predict from and one to predict, not {tokens.shape[1]}")
+  check_length(tokens.shape[1])
   if batch_size < 1:
     raise UserError(f"batch_size must be at least 1, not {batch_size}")
   params = params if model.config.cache_dtype is None else as_layers(params, model.plan)

@@ -9,6 +9,7 @@ import pytest
 
 import sa_jax
 from sa_jax.analysis import align, walk
+from sa_jax.analysis.refit import refit
 from sa_jax.config import ModelConfig
 from tests import tiny
 
@@ -102,3 +103,21 @@ def test_a_layer_that_repeats_its_anchor_in_another_order_is_recognised(params):
 def test_pruned_parameters_are_refused(params):
   with pytest.raises(ValueError, match=r"layers \[1, 3\] have no q_proj"):
     align.align(DENSE, sa_jax.prune(params, PLAN), PLAN, TOKENS)
+
+
+@pytest.mark.parametrize("wrong", [TOKENS + 0.5, TOKENS.astype(np.int64) + 2**32])
+def test_tokens_are_checked_before_they_are_converted(params, wrong):
+  """Fractions would be cut off, and large numbers would wrap around to tokens."""
+  for calibrate in (refit, align.align):
+    with pytest.raises(sa_jax.UserError, match="tokens must be integers|outside the vocabulary"):
+      calibrate(DENSE, params, PLAN, wrong)
+
+
+def test_nothing_is_aligned_without_a_token_to_predict(params):
+  with pytest.raises(sa_jax.UserError, match="rows need at least 2 tokens"):
+    align.align(DENSE, params, PLAN, TOKENS[:, :1])
+
+
+def test_a_map_for_other_heads_is_refused_before_it_is_folded(params):
+  with pytest.raises(sa_jax.UserError, match="do not have 4 entries, one per query head"):
+    align.shared_model(DENSE.config, params, align.with_map(PLAN, PLAN.followers[0], (1, 1, 1)))

@@ -167,6 +167,7 @@ def test_excluded_layers_that_leave_no_span_or_contradict_the_plan_are_named(par
     ([TEXTS[0], TEXTS[1]._replace(name="one")], "different names, not one, one"),
     ([TEXTS[0], TEXTS[1]._replace(calibration=TEXTS[1].calibration[:, 1:])], "for calibration have 15, 16 tokens"),
     ([TEXTS[0], TEXTS[1]._replace(judging=TEXTS[1].judging[:0])], "at least one row"),
+    ([TEXTS[0]._replace(judging=TEXTS[0].judging[:, :1])], "rows need at least 2 tokens, one to predict from"),
   ],
 )
 def test_texts_that_cannot_be_judged_by_are_refused_at_the_door(params, wanted, texts, message):
