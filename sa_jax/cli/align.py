@@ -69,7 +69,7 @@ class Align:
       raise UserError(f"the plan {self.plan!r} has no followers to align")
     tokenizer = self.opening.tokenizer(self.model)
     tokens = np.concatenate(rows_of_texts(tokenizer, self.texts, self.cutting, self.rows))
-    model, params = self.opening.open_dense(self.model)
+    model, params = self.opening.open_dense(self.model, self.dtype)
     with stages() as stage:
       result = align(model, params, plan, tokens, kinds=self.kinds, progress=stage("aligning heads"))
     for layer in plan.followers:

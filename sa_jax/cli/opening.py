@@ -12,6 +12,7 @@ from sa_jax.cli.common import silence
 from sa_jax.cli.progress import progress
 from sa_jax.config import CacheDtype, FloatDtype, ModelConfig
 from sa_jax.distributed import Hosts, start
+from sa_jax.errors import UserError
 from sa_jax.mesh import MeshSizes
 from sa_jax.plan import PlanLike
 from sa_jax.trees import Params
@@ -73,9 +74,15 @@ class Opening:
       )
     return Transformer(dataclasses.replace(opened.config, cache_dtype=cache_dtype), opened.plan), params
 
-  def open_dense(self, model: Path) -> tuple[Transformer, Params]:
-    """The dense model in float32."""
-    return self.open(model, "dense", "float32")
+  def open_dense(self, model: Path, to_save: FloatDtype = "float32") -> tuple[Transformer, Params]:
+    """The dense model in float32, after checking that it can be saved in a dtype.
+
+    Raises:
+      UserError: if it cannot.
+    """
+    opened, params = self.open(model, "dense", "float32")
+    check_range(params, to_save)
+    return opened, params
 
   def save(
     self, path: Path, source: Path, model: Transformer, params: Params, dtype: FloatDtype, card: str = ""
@@ -83,7 +90,7 @@ class Opening:
     """Writes a checkpoint in a dtype, with the source's tokenizer and other extra files, and a model card if given.
 
     Raises:
-      UserError: if the folder exists.
+      UserError: if the folder exists, or the dtype cannot hold the parameters.
     """
     import jax
     import jax.numpy as jnp
@@ -92,6 +99,7 @@ class Opening:
     from sa_jax.formats.source import open_source
 
     model = model.clone(config=dataclasses.replace(model.config, dtype=dtype, param_dtype=dtype))
+    check_range(params, dtype)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
     opened = open_source(source, self.revision)
 
@@ -101,3 +109,28 @@ class Opening:
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     write(path, model, params, extras)
+
+
+def check_range(params: Params, dtype: FloatDtype) -> None:
+  """Checks that a dtype can hold the parameters, which float16 would store as infinite beyond 65,504.
+
+  Raises:
+    UserError: names the parameters that it cannot hold.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  from sa_jax.programs import fetch
+
+  if dtype != "float16":
+    return
+  limit = float(jnp.finfo(dtype).max)
+  # Not of absolute values, which would be a copy of the parameters.
+  largest = fetch(jax.tree.map(lambda leaf: jnp.maximum(jnp.max(leaf), -jnp.min(leaf)), params))
+  faults = [
+    f"{jax.tree_util.keystr(path, simple=True, separator='/')} has numbers up to {number:.4g}"
+    for path, number in jax.tree_util.tree_leaves_with_path(largest)
+    if number > limit
+  ]
+  if faults:
+    raise UserError.of(f"float16 ends at {limit:,.0f}; store the model in bfloat16 (`dtype=bfloat16`)", faults)

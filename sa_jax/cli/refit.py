@@ -73,7 +73,7 @@ class RefitModel:
       raise UserError(f"the plan {self.plan!r} has no followers to refit")
     tokenizer = self.opening.tokenizer(self.model)
     tokens = np.concatenate(rows_of_texts(tokenizer, self.texts, self.cutting, self.rows))
-    model, params = self.opening.open_dense(self.model)
+    model, params = self.opening.open_dense(self.model, self.dtype)
     with stages() as stage:
       made = refit(model, params, plan, tokens, self.how, progress=stage("refitting"))
     show_table(

@@ -14,6 +14,7 @@ from sa_jax.analysis.budget import Means
 from sa_jax.analysis.share import EFFORTS
 from sa_jax.cli.common import change, console, exact_float32, is_first, show_table, tell, write_json
 from sa_jax.cli.cost import rows_of_cost
+from sa_jax.cli.opening import check_range
 from sa_jax.cli.searching import Searching
 from sa_jax.config import FloatDtype
 from sa_jax.errors import UserError
@@ -83,6 +84,7 @@ class Share(Searching):
       if "values" in self.allow:
         check_can_narrow(config)
     model, params, texts = self.prepare(all_rows=distillation is not None)
+    check_range(params, self.dtype)
     if known is not None:
       wanted = plans.get(model, Budget.parse(known).most(config), params).plan
     elif isinstance(wanted, Budget) and wanted.measure == "followers" and self.prefers_known_plan():

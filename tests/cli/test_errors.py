@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from sa_jax import UserError, cli
 from sa_jax.cli import cost
 from sa_jax.cli.flags import explain, fields_of
+from sa_jax.cli.opening import check_range
 from sa_jax.cli.train import command
 
 
@@ -178,3 +180,11 @@ def test_what_no_checkpoint_can_hold_is_refused_before_any_work(interleaved, cap
   flags = arguments[1 + len(plan) :]
   assert cli.main([command, str(interleaved), *plan, "text.txt", "--out", str(interleaved / "out"), *flags]) == 2
   assert re.search(message, capsys.readouterr().err)
+
+
+def test_numbers_beyond_float16_are_refused():
+  """They would be stored as infinite: a model that was measured well, and is broken on disk."""
+  params = {"mlp": {"kernel": jnp.float32([[1.0, -7e4], [2.0, 3.0]])}, "norm": jnp.float32([65504.0])}
+  check_range(params, "bfloat16")
+  with pytest.raises(UserError, match=r"^float16 ends at 65,504; .*: mlp/kernel has numbers up to 7e\+04$"):
+    check_range(params, "float16")
