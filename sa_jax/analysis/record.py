@@ -22,6 +22,14 @@ def key_of(plan: SharingPlan, value_dim: int | None) -> str:
   return str(plan) if value_dim is None else f"{plan}{_VALUES}{value_dim}"
 
 
+def _are_losses(plans: object, texts: int) -> bool:
+  """Whether a record's plans have one loss per text."""
+  return isinstance(plans, dict) and all(
+    isinstance(losses, list) and len(losses) == texts and all(isinstance(loss, float) for loss in losses)
+    for losses in plans.values()
+  )
+
+
 class Record:
   """The plans measured so far, in memory and, if a file is given, on disk after each one.
 
@@ -47,6 +55,8 @@ class Record:
         raise UserError(f"{path} is not the record of a search; use another file, or remove it") from None
       if settings != self._settings:
         raise UserError(f"{path} records a search with different settings, {settings}; use another file, or remove it")
+      if not _are_losses(self.plans, len(self._settings["texts"])):
+        raise UserError(f"{path} is damaged: its plans must have one loss per text; use another file, or remove it")
 
   def get(self, plan: str) -> np.ndarray | None:
     """The plan's losses, or None if it has not been measured."""

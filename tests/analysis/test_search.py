@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 
 import jax
@@ -15,6 +16,7 @@ from sa_jax.analysis.budget import Budget
 from sa_jax.analysis.distilling import Distillation, Distilled
 from sa_jax.analysis.forecast import Counts
 from sa_jax.analysis.judge import Judge, Walk
+from sa_jax.analysis.record import Record
 from sa_jax.analysis.refit import Refit, refit
 from sa_jax.analysis.share import Effort, Search, search_plan, share
 from sa_jax.analysis.texts import Text
@@ -115,6 +117,17 @@ def test_cheapest_plan_by_trying_all(excluded):
     search.cheapest(np.full((7, 7), np.inf), 2)
   with pytest.raises(ValueError, match=r"no layer may follow: every layer that could is excluded \(see `excluded`\)"):
     search.cheapest(costs, 1, range(1, 7))
+
+
+@pytest.mark.parametrize("plans", [[], None, {"1:2": "x"}, {"1:2": 3.0}, {"1:2": [1.0]}, {"1:2": [1.0, None]}])
+def test_a_damaged_record_is_refused(tmp_path, plans):
+  """Not a traceback, and never the loss of one text taken for that of two."""
+  file, settings = tmp_path / "record.json", {"texts": {"one": "a", "two": "b"}}
+  file.write_text(json.dumps({"settings": settings, "plans": {"1:2": [1.0, math.nan]}}))
+  assert Record(file, settings).get("1:2")[0] == 1.0
+  file.write_text(json.dumps({"settings": settings, "plans": plans}))
+  with pytest.raises(sa_jax.UserError, match=r"record.json is damaged: its plans must have one loss per text"):
+    Record(file, settings)
 
 
 @pytest.mark.parametrize("chunk", [0, -1])
