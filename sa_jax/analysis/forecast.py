@@ -120,7 +120,7 @@ def with_estimates(flops: dict[str, float], stage: search.Stage, say: Callable[[
         seconds = (time.monotonic() - since) / (total - before) * total / flops[first]
         parts = {part: count * seconds for part, count in flops.items() if part != first}
         shown = ", ".join(f"{part} {duration(each)}" for part, each in parts.items())
-        say(f"about {duration(sum(parts.values()))} plus compilation: {shown}")
+        say(f"{duration(sum(parts.values()))} estimated, plus compilation ({shown})")
 
     return timed
 

@@ -9,13 +9,15 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from sa_jax.cli.common import console, exact_float32, tell, write_json
+from sa_jax.cli.common import exact_float32, show_table, tell, write_json
+from sa_jax.cli.flags import at_least_one
 from sa_jax.cli.opening import Opening
 from sa_jax.cli.texts import RowLength
 from sa_jax.config import FloatDtype
 from sa_jax.errors import UserError
 from sa_jax.fields import Count, check_fields
 from sa_jax.files import check_absent, check_writable
+from sa_jax.plan import SharingPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +28,7 @@ class Align:
   """A dense model: a Hugging Face folder, a GGUF file, an sa_jax checkpoint or a hub id."""
   plan: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PLAN")]
   """Which layers share, such as 22:23-26."""
-  texts: Annotated[
-    tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT ...", help_behavior_hint="(required)")
-  ]
+  texts: Annotated[tyro.conf.Positional[tuple[Path, ...]], at_least_one("TEXT")]
   """Text files (or .jsonl with a "text" per line) to calibrate on."""
   kinds: tuple[Literal["group", "permutation", "free"], ...] = ("group", "permutation", "free")
   """Kinds of maps to consider; only group costs nothing at run time, because it is folded into the weights."""
@@ -55,7 +55,6 @@ class Align:
     """Prints each follower's map and the improvement."""
     import numpy as np
 
-    from sa_jax import SharingPlan
     from sa_jax.analysis.align import align, shared_model
     from sa_jax.cli.progress import stages
     from sa_jax.cli.texts import rows_of_texts
@@ -72,14 +71,21 @@ class Align:
     model, params = self.opening.open_dense(self.model, self.dtype)
     with stages() as stage:
       result = align(model, params, plan, tokens, kinds=self.kinds, progress=stage("aligning heads"))
-    for layer in plan.followers:
-      heads = result.plan.head_map_of(layer) or "no map"
-      console.print(f"layer {layer}, heads of layer {plan.source[layer]}: {heads}")
-    console.print(f"{len(tokens)} {self.cutting.describe(tokenizer)}")
-    tell("calibration perplexity", f"{math.exp(result.identity_loss):.3f} → {math.exp(result.loss):.3f}")
+    show_table(
+      "head maps: for each head of a follower, the head of its anchor whose attention weights it uses",
+      ["follower", "anchor", "anchor's head, for heads 0, 1, …"],
+      [[str(layer), str(plan.source[layer]), _heads(result.plan, layer)] for layer in plan.followers],
+    )
+    losses = f"{math.exp(result.identity_loss):.3f} without maps, {math.exp(result.loss):.3f} with them"
+    tell(f"perplexity on {self.cutting.describe(tokenizer, len(tokens))}", losses)
     if self.out is not None:
       self.opening.save(self.out, self.model, *shared_model(model.config, params, result.plan), self.dtype)
     write_json(
       self.json,
       {"shared_attention": write_plan(result.plan), "loss": result.loss, "identity_loss": result.identity_loss},
     )
+
+
+def _heads(plan: SharingPlan, layer: int) -> str:
+  heads = plan.head_map_of(layer)
+  return "the same (no map)" if heads is None else " ".join(map(str, heads))

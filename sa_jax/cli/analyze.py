@@ -9,13 +9,20 @@ from typing import Annotated, Any, ClassVar
 
 import tyro
 
-from sa_jax.cli.common import exact_float32, is_first, show_table, tell, write_json
+from sa_jax.cli.common import console, exact_float32, is_first, show_table, tell, write_json
+from sa_jax.cli.flags import at_least_one
 from sa_jax.cli.opening import Opening
 from sa_jax.cli.progress import progress
 from sa_jax.cli.texts import RowLength
 from sa_jax.errors import UserError
 from sa_jax.fields import Count, check_fields
 from sa_jax.files import check_folder, check_writable, make_folder
+
+_LEGEND = (
+  "cosine, JS (Jensen-Shannon divergence) and top-{top_k} (shared fraction of the {top_k} keys with the largest "
+  "weights) compare a layer's attention weights with the previous layer's: alike is 1, 0 and 1. Without sink: without "
+  "the first key. Entropy is low and weighted variance high where a layer attends to few keys."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +31,7 @@ class Analyze:
 
   text: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TEXT")]
   """A UTF-8 text file, or a .jsonl file with a "text" per line."""
-  models: Annotated[
-    tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL ...", help_behavior_hint="(required)")
-  ]
+  models: Annotated[tyro.conf.Positional[tuple[Path, ...]], at_least_one("MODEL")]
   """One or more checkpoints of the same model, in order."""
   opening: Annotated[Opening, tyro.conf.arg(name="")] = Opening()
   """How to open the model."""
@@ -72,13 +77,14 @@ class Analyze:
     name, similarity = list(found.items())[-1]
     mean = similarity.mean()
     show_table(
-      f"{name}: each layer and the previous one, {self.rows} {self.cutting.describe(tokenizer)}",
+      f"{name}: each layer and the previous one, {self.cutting.describe(tokenizer, len(tokens))}",
       ["layer", "cosine", "without sink", "JS, nats", f"top-{self.top_k}", "entropy, nats", "weighted variance"],
       [[str(layer), *_beside(mean, layer)] for layer in range(len(mean.entropy))],
     )
+    console.print(_LEGEND.format(top_k=self.top_k))
     if is_first():
       make_folder(self.out)
-    rows_read = f"{self.text.name}, {len(tokens)} {self.cutting.describe(tokenizer)}"
+    rows_read = f"{self.text.name}, {self.cutting.describe(tokenizer, len(tokens))}"
     title = f"{Path(name).stem}\n{rows_read}"
     for field, scale in (
       ("cosine", plots.Scale("cosine similarity")),

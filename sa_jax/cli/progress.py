@@ -29,10 +29,18 @@ def progress(label: str) -> Iterator[Progress]:
 
 @contextlib.contextmanager
 def stages() -> Iterator[Callable[[str], Progress]]:
-  """Consecutive stages of work: yields a function that starts a named stage and returns its reporter."""
+  """Consecutive stages of work: yields a function that starts a named stage and returns its reporter.
+
+  Where there is no bar, the first stage is named at once, because compilation may take a while.
+  """
   with contextlib.ExitStack() as current:
+    named = not is_first() or console.is_interactive or Console(stderr=True).is_interactive
 
     def begin(name: str) -> Progress:
+      nonlocal named
+      if not named:
+        print(f"{name}: compiling first", file=sys.stderr, flush=True)
+      named = True
       current.close()
       return current.enter_context(progress(name))
 

@@ -10,6 +10,7 @@ import tyro
 
 from sa_jax.analysis.refit import Refit
 from sa_jax.cli.common import exact_float32, show_table, tell, write_json
+from sa_jax.cli.flags import at_least_one
 from sa_jax.cli.opening import Opening
 from sa_jax.cli.texts import RowLength
 from sa_jax.config import FloatDtype
@@ -26,9 +27,7 @@ class RefitModel:
   """A dense model: a Hugging Face folder, a GGUF file, an sa_jax checkpoint or a hub id."""
   plan: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PLAN")]
   """Which layers share, such as 22:23-26."""
-  texts: Annotated[
-    tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT ...", help_behavior_hint="(required)")
-  ]
+  texts: Annotated[tyro.conf.Positional[tuple[Path, ...]], at_least_one("TEXT")]
   """Text files (or .jsonl with a "text" per line) to calibrate on."""
   out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
   """The checkpoint to write, which must not exist."""
@@ -77,7 +76,7 @@ class RefitModel:
     with stages() as stage:
       made = refit(model, params, plan, tokens, self.how, progress=stage("refitting"))
     show_table(
-      f"squared error relative to the target, {len(tokens)} {self.cutting.describe(tokenizer)}",
+      f"squared error relative to the target, {self.cutting.describe(tokenizer, len(tokens))}",
       ["layer", "part", "before", "after"],
       [[str(each.layer), each.part, f"{each.before:.4f}", f"{each.after:.4f}"] for each in made.reports],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from pathlib import Path
 
 from sa_jax.cli.common import console, exact_float32, is_first, show_table, tell, write_json
@@ -76,7 +77,7 @@ class SearchPlan(Searching):
         for each in front
       ],
     )
-    console.print(f"\n{found.plan}", style="bold")
+    tell("best plan (anchor:followers)", found.plan)
     write_json(
       self.json,
       {
@@ -105,4 +106,6 @@ class SearchPlan(Searching):
         title=title,
         labels={name: [label(each) for each in front]},
       )
-    tell("\nThe front", file)
+    tell("plot of the front", file)
+    paths = " ".join(shlex.quote(str(path)) for path in (self.model, *self.texts))
+    console.print(f"save a model with it: sa-jax share {paths} --plan {found.plan} --out FOLDER", soft_wrap=True)

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
+from sa_jax.analysis.budget import Budget
 from sa_jax.analysis.share import EFFORTS, Effort, EffortName
 from sa_jax.cli.common import console
+from sa_jax.cli.flags import at_least_one
 from sa_jax.cli.opening import Opening
 from sa_jax.cli.texts import RowLength
 
@@ -27,9 +29,7 @@ class Searching:
 
   model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
   """A dense model: a Hugging Face folder, a GGUF file, an sa_jax checkpoint or a hub id."""
-  texts: Annotated[
-    tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT ...", help_behavior_hint="(required)")
-  ]
+  texts: Annotated[tyro.conf.Positional[tuple[Path, ...]], at_least_one("TEXT")]
   """Text files (or .jsonl with a "text" per line) to fit and evaluate on; all have equal weight."""
   budget: str = "8"
   """A number of followers; or a fraction of the dense cost: kv=80%, flops=95%; or ppl=1.05, the most followers whose
@@ -48,6 +48,9 @@ class Searching:
 
   exact: ClassVar[bool] = True
 
+  def __post_init__(self) -> None:
+    Budget.parse(self.budget)  # before anything else is imported or opened
+
   def run(self) -> None:
     """Runs the command."""
     raise NotImplementedError
@@ -60,9 +63,9 @@ class Searching:
     tokenizer = self.opening.tokenizer(self.model)
     rows = self.settings.most_rows, self.settings.judging_rows
     texts = split_texts(tokenizer, self.texts, self.cutting, *rows, all_rows)
-    described = self.cutting.describe(tokenizer)
     for text in texts:
-      console.print(f"{text.name}: {len(text.calibration)} + {len(text.judging)} {described}")
+      described = self.cutting.describe(tokenizer, len(text.calibration) + len(text.judging))
+      console.print(f"{text.name}: {described}, {len(text.judging)} of them held out")
     return *self.opening.open_dense(self.model), texts
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -19,6 +21,11 @@ from sa_jax.cli.searching import Searching
 from sa_jax.config import FloatDtype
 from sa_jax.errors import UserError
 from sa_jax.files import check_absent, check_writable
+
+if TYPE_CHECKING:
+  from sa_jax import Transformer
+  from sa_jax.analysis import Text
+  from sa_jax.analysis.share import Shared
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,16 +58,15 @@ class Share(Searching):
   @exact_float32()
   def run(self) -> None:
     """Prints dense and shared, and saves."""
-    from sa_jax import SharingPlan, cost, plans
+    from sa_jax import SharingPlan, plans
     from sa_jax.analysis import plots
     from sa_jax.analysis.budget import Budget
-    from sa_jax.analysis.card import card, results
     from sa_jax.analysis.distilling import Distillation
     from sa_jax.analysis.forecast import with_estimates, work
     from sa_jax.analysis.share import share
     from sa_jax.cli.progress import stages
     from sa_jax.cli.texts import rows_at_once
-    from sa_jax.formats.hf_plan import check_can_narrow, write_plan
+    from sa_jax.formats.hf_plan import check_can_narrow
 
     start = time.perf_counter()
     check_absent(self.out)
@@ -102,7 +108,16 @@ class Share(Searching):
         model, params, texts, wanted, self.settings,
         chunk=chunk, distillation=distillation, record=self.record, stage=stage,
       )  # fmt: skip
-    plan = made.plan
+    self._finish(made, model, texts, start)
+
+  def _finish(self, made: Shared, model: Transformer, texts: Sequence[Text], start: float) -> None:
+    """Prints and writes the result of a command that began at ``start``, in seconds of `time.perf_counter`."""
+    from sa_jax import cost
+    from sa_jax.analysis import plots
+    from sa_jax.analysis.card import card, results
+    from sa_jax.formats.hf_plan import write_plan
+
+    plan, length = made.plan, self.cutting.length
     dense = dataclasses.replace(model.config, dtype=self.dtype, param_dtype=self.dtype)
     table = rows_of_cost(cost(dense, None, 1, length), cost(made.mixture.config(dense), plan, 1, length))
     perplexities = results(made)
@@ -129,9 +144,9 @@ class Share(Searching):
     )
     written = card(self.model.name, model.config, made, texts, self.settings, seconds)
     self.opening.save(self.out, self.model, made.model, made.params, self.dtype, written)
-    console.print(f"\n{plan}\n", style="bold")
+    tell("plan (anchor:followers)", plan)
     tell(f"saved in {time.perf_counter() - start:.0f} s", self.out)
-    if made.mixture.cache_dtype is not None:
-      console.print(
-        f"the checkpoint does not store the cache dtype: generate with --cache-dtype {made.mixture.cache_dtype}"
-      )
+    cache = "" if made.mixture.cache_dtype is None else f" --cache-dtype {made.mixture.cache_dtype}"
+    if cache:
+      console.print(f"the checkpoint does not store the cache dtype, {made.mixture.cache_dtype}")
+    console.print(f'try it: sa-jax generate {shlex.quote(str(self.out))} "Once upon a time"{cache}', soft_wrap=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sa_jax.display import count
 from sa_jax.errors import UserError
 from sa_jax.files import read_text
 
@@ -36,10 +37,11 @@ class RowLength:
     """The tokens that every row begins with."""
     return tokenizer.opening(self.start_token)
 
-  def describe(self, tokenizer: Tokenizer) -> str:
-    """Such as ``rows of 512 tokens, start token <bos>``."""
+  def describe(self, tokenizer: Tokenizer, rows: int | None = None) -> str:
+    """Such as ``4 rows of 512 tokens, start token <bos>``; without the number if that is None."""
     opening = tokenizer.decode(self.opening(tokenizer), special=True)
-    return f"rows of {self.length} tokens" + (f", start token {opening}" if opening else "")
+    of = "rows" if rows is None else count(rows, "row")
+    return f"{of} of {self.length} tokens" + (f", start token {opening}" if opening else "")
 
   def cut(self, tokenizer: Tokenizer, text: str, rows: int | None) -> np.ndarray:
     """The first rows of a text, int32 ``[rows, length]``; None for all complete rows."""

@@ -61,7 +61,7 @@ def test_the_first_stages_speed_tells_the_time(monkeypatch):
     for layer in range(1, 6):
       now[0] += 100 if layer == 1 else 2  # the first compiles
       report(layer, 5)
-  assert said == ["about 11 min plus compilation: search 10 min, refit 60 s"]
+  assert said == ["11 min estimated, plus compilation (search 10 min, refit 60 s)"]
   assert seen == [(1, 1), *((layer, 5) for _ in range(2) for layer in range(1, 6))]
 
 

@@ -39,7 +39,7 @@ def folder(tmp_path):
   return tmp_path
 
 
-def test_share_saves_the_model_that_it_measured(folder):
+def test_share_saves_the_model_that_it_measured(folder, capsys):
   texts = [folder / "one.txt", folder / "two.jsonl"]
   (folder / "model" / "generation_config.json").write_text("{}")
   arguments = ["share", str(folder / "model"), *map(str, texts), "--out", str(folder / "shared")]
@@ -49,6 +49,11 @@ def test_share_saves_the_model_that_it_measured(folder):
   model, params = sa_jax.from_pretrained(folder / "shared")
   assert str(model.plan) == numbers["plan"]
   assert len(model.plan.followers) == 3
+  said, told = capsys.readouterr()
+  assert f"plan (anchor:followers): {numbers['plan']}\n" in said
+  assert f"try it: sa-jax generate {folder / 'shared'} " in said
+  assert "reading the texts: compiling first" in told
+  assert "about 0 s" not in said
   for text in split_texts(sa_jax.load_tokenizer(folder / "model"), texts, RowLength(12), 4, 2):
     want = numbers["perplexity"][text.name]["shared"]
     assert sa_jax.perplexity(model, params, text.judging, batch_size=2).perplexity == pytest.approx(want, rel=1e-4)
@@ -107,10 +112,13 @@ def test_search_writes_its_front_and_resumes(folder):
   assert numbers["plan"] in measured
 
 
-def test_align_and_refit_save_checkpoints(folder):
+def test_align_and_refit_save_checkpoints(folder, capsys):
   model, text = str(folder / "model"), str(folder / "one.txt")
   aligned = ["align", model, "1:2-3", text, "--length", "12", "--rows", "4", "--json", str(folder / "align.json")]
   assert main([*aligned, "--kinds", "group", "--out", str(folder / "aligned")]) == 0
+  said = capsys.readouterr().out
+  assert "head maps: for each head of a follower" in said
+  assert "perplexity on 4 rows of 12 tokens" in said
   numbers = json.loads((folder / "align.json").read_text())
   assert numbers["loss"] <= numbers["identity_loss"]
   opened, _ = sa_jax.from_pretrained(folder / "aligned")
@@ -123,11 +131,12 @@ def test_align_and_refit_save_checkpoints(folder):
   assert str(sa_jax.from_pretrained(folder / "refitted")[0].plan) == "1:2-3"
 
 
-def test_analyze_draws_maps_and_drift(folder):
+def test_analyze_draws_maps_and_drift(folder, capsys):
   shutil.copytree(folder / "model", folder / "later")
   arguments = ["analyze", str(folder / "one.txt"), str(folder / "model"), str(folder / "later"), "--length", "16"]
   arguments += ["--rows", "2", "--top-k", "4", "--out", str(folder / "out"), "--json", str(folder / "analysis.json")]
   assert main(arguments) == 0
+  assert "top-4 (shared fraction of the 4 keys" in " ".join(capsys.readouterr().out.split())
   numbers = json.loads((folder / "analysis.json").read_text())
   assert list(numbers["drift"].values()) == [0.0, 0.0]
   mean = np.array(numbers[str(folder / "model")]["mean"]["cosine"])

@@ -53,14 +53,14 @@ def test_a_terminal_without_cursor_has_no_bar(monkeypatch, capsys, terminal):
   assert capsys.readouterr() == ("", "")
 
 
-def test_what_is_soon_done_says_nothing(clock, capsys):
+def test_what_is_soon_done_names_only_the_first_stage_at_once(clock, capsys):
   with stages() as stage:
     for name in ("one", "two"):
       report = stage(name)
       clock[0] += 9
       report(1, 2)
       report(2, 2)
-  assert capsys.readouterr() == ("", "")
+      assert capsys.readouterr() == ("", "one: compiling first\n" if name == "one" else "")
 
 
 @pytest.mark.parametrize("width", [80, 120])
