@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from sa_jax.bench.task import Kind, Peer, Result, Setting, Task, run_task
-from sa_jax.cli.common import console, show_table, write_json
+from sa_jax.cli.common import console, plans_asked, show_table, write_json
 from sa_jax.cli.progress import progress
 from sa_jax.config import AttentionState
 from sa_jax.display import quantity
@@ -31,7 +31,7 @@ class Bench(Setting):
   model: str = "llama-3-8b"
   """A preset: gpt-oss-20b, llama-2-7b, llama-2-13b, llama-3-8b, mixtral-8x7b or smollm2-135m."""
   plan: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PLAN ...")] = ("dense",)
-  """One or more plans."""
+  """One or more plans; None for dense."""
   length: tuple[int, ...] = (1024,)
   """Tokens per row, one or more; for decode and batching, cache slots."""
   attention_state: tuple[AttentionState, ...] = ("query_key",)
@@ -86,7 +86,7 @@ class Bench(Setting):
   def _tasks(self) -> list[Task]:
     setting = {field.name: getattr(self, field.name) for field in dataclasses.fields(Setting)}
     base = Task(self.task, self.model, length=max(self.length), **setting)
-    plans = [str(as_plan(plan, base.config.num_layers)) for plan in self.plan]
+    plans = [str(as_plan(plan, base.config.num_layers)) for plan in plans_asked(self.plan)]
     tasks = [
       dataclasses.replace(base, plan=plan, length=length, attention_state=state, attention=attention)
       for length, state, attention, plan in itertools.product(self.length, self.attention_state, self.attention, plans)

@@ -121,6 +121,11 @@ def exact_float32(dtype: str = "float32") -> Iterator[None]:
     yield
 
 
+def plans_asked(words: Sequence[str]) -> tuple[str | None, ...]:
+  """Plans from a flag that takes several; None, the model's own plan, for the word None and if there is no word."""
+  return tuple(None if word == "None" else word for word in words) or (None,)
+
+
 def parameters(count: float) -> str:
   """A parameter count such as ``13.0 B``."""
   return display.quantity(count).replace("G", "B")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from sa_jax import display
 from sa_jax.cli.common import console, show_table
 from sa_jax.cli.progress import progress
 from sa_jax.config import FloatDtype
@@ -55,23 +56,24 @@ class Convert:
 
   def _tell(self, found: Account) -> None:
     """Prints tensors by kind, dropped ones first."""
-    rows = [[kind, of, "", f"dropped: {reason}"] for kind, of, reason in _kinds(found.dropped)]
+    if dropped := [[kind, *of, reason] for kind, of, reason in _kinds(found.dropped)]:
+      title = f"{Path(self.src).name}: {display.count(len(found.dropped), 'tensor')} dropped"
+      show_table(title, ["tensor", "count", "layers", "why"], dropped)
     used = {entry.key: "×".join(map(str, entry.shape)) for entry in found.used}  # some are parts of a tensor
-    rows += [[kind, of, shape, "used"] for kind, of, shape in _kinds(used)]
-    title = f"{self.src}: {len(found.dropped)} tensors dropped, {len(used)} used"
-    show_table(title, ["tensor", "count", "shape", ""], rows)
+    title = f"{Path(self.src).name}: {display.count(len(used), 'tensor')} used"
+    show_table(title, ["tensor", "count", "layers", "shape"], [[kind, *of, shape] for kind, of, shape in _kinds(used)])
 
 
-def _kinds(tensors: dict[str, str]) -> list[tuple[str, str, str]]:
-  """Groups tensors by value and name without layer number: name, count and layers, value."""
+def _kinds(tensors: dict[str, str]) -> list[tuple[str, tuple[str, str], str]]:
+  """Groups tensors by value and name without layer number: name, (count, layers), value."""
   layers: dict[tuple[str, str], list[int]] = {}
   for name, value in tensors.items():
     number = re.search(r"(?<=[./])\d+(?=[./])", name)
     kind = name if number is None else f"{name[: number.start()]}*{name[number.end() :]}"
     # A reason also names a layer, which is already in the layer list.
-    value = re.sub(r"^layer \d+ follows layer \d+$", "of followers", value)
+    value = re.sub(r"^layer \d+ follows layer \d+$", "followers", value)
     layers.setdefault((kind, value), []).extend([] if number is None else [int(number[0])])
-  return [(kind, f"{len(of)}: layers {_spans(of)}" if of else "1", value) for (kind, value), of in layers.items()]
+  return [(kind, (str(len(of) or 1), _spans(of)), value) for (kind, value), of in layers.items()]
 
 
 def _spans(numbers: list[int]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from sa_jax.cli.common import console, exact_float32, is_first, markdown, show_table, write_json
+from sa_jax.cli.common import console, exact_float32, is_first, markdown, plans_asked, show_table, write_json
 from sa_jax.cli.opening import Opening
 from sa_jax.cli.progress import progress
 from sa_jax.config import FloatDtype
@@ -73,8 +73,9 @@ class Eval:
     self.opening.begin()
     find_tasks(self.tasks, self.include_path)
     start = time.perf_counter()
-    models = [describe(self.model, plan, self.dtype, revision=self.opening.revision) for plan in self.plan or (None,)]
-    asked = dict(zip(self.plan or [str(models[0].plan)], models, strict=True))
+    models = [describe(self.model, plan, self.dtype, revision=self.opening.revision) for plan in plans_asked(self.plan)]
+    names = [plan or str(model.plan) for plan, model in zip(plans_asked(self.plan), models, strict=True)]
+    asked = dict(zip(names, models, strict=True))
     digest = self._digest()
     found = {name: self._evaluate(model, self._answers(model, digest)) for name, model in asked.items()}
     if not is_first():  # the first process has the results

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from sa_jax.cli.common import exact_float32, show_table, write_json
+from sa_jax.cli.common import exact_float32, plans_asked, show_table, write_json
 from sa_jax.cli.opening import Opening
 from sa_jax.cli.progress import progress
 from sa_jax.cli.texts import RowLength, rows_of_texts
@@ -30,7 +30,7 @@ class PerplexityOf:
   text: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TEXT")]
   """A UTF-8 text file, or a .jsonl file with a "text" per line."""
   plan: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PLAN ...")] = ()
-  """One or more plans, such as: dense 26:27-28 3:4; none for the checkpoint's own plan."""
+  """One or more plans, such as: dense 26:27-28 3:4; None for the checkpoint's own plan."""
   opening: Annotated[Opening, tyro.conf.arg(name="")] = Opening()
   """How to open the model."""
   cutting: Annotated[RowLength, tyro.conf.arg(name="row")] = dataclasses.field(default_factory=RowLength)
@@ -61,19 +61,19 @@ class PerplexityOf:
     check_writable(self.json)
     self.opening.begin()
     config = self.opening.config(self.model)
-    for text in self.plan:
+    for text in plans_asked(self.plan):
       as_plan(text, config.num_layers)
     tokenizer = self.opening.tokenizer(self.model)
     (tokens,) = rows_of_texts(tokenizer, [self.text], self.cutting, self.rows)
     results = {}
     layout: Layout = "runs" if self.cache_dtype is None else "layers"
-    for asked in dict.fromkeys(self.plan) or (None,):
+    for asked in dict.fromkeys(plans_asked(self.plan)):
       model, params = self.opening.open(self.model, asked, self.dtype, layout, self.cache_dtype)
       plan = asked or str(model.plan)
       with progress(f"scoring, {plan}") as report, exact_float32(model.config.dtype):
         results[plan] = perplexity(model, params, tokens, batch_size=self.batch_size, progress=report)
     show_table(
-      f"{self.text.name}: {len(tokens)} {self.cutting.describe(tokenizer)}",
+      f"{self.text.name}: {self.cutting.describe(tokenizer, len(tokens))}",
       ["plan", "perplexity", "nats per token"],
       [[plan, f"{result.perplexity:.3f}", f"{result.loss:.4f}"] for plan, result in results.items()],
     )

@@ -21,7 +21,7 @@ from tokenizers.processors import TemplateProcessing
 import sa_jax
 from sa_jax import ops
 from sa_jax.cli import main
-from sa_jax.cli.common import change, console, show_table
+from sa_jax.cli.common import change, console, plans_asked, show_table
 from sa_jax.cli.demo import picture
 from sa_jax.cli.process import own
 from sa_jax.cli.texts import read_strings
@@ -251,14 +251,14 @@ def test_convert_and_cost(folder, expected, tmp_path, capsys):
 def test_inspect_tells_kinds_of_tensors_what_is_dropped_first(folder, capsys, monkeypatch):
   monkeypatch.setattr(console, "_width", 200)
   assert main(["convert", str(folder), "--inspect", "--plan", PLAN]) == 0
-  title, *lines = capsys.readouterr().out.splitlines()
-  assert title.endswith(": 8 tensors dropped, 67 used")
+  lines = capsys.readouterr().out.splitlines()
+  titles = [line.split(": ")[-1] for line in lines if line.endswith(("dropped", "used"))]
+  assert titles == ["8 tensors dropped", "67 tensors used"]
   rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
   kinds = [f"model.layers.*.self_attn.{name}_proj.weight" for name in "qk"]
-  assert rows[:2] == [[kind, "4: layers 2-3, 5-6", "", "dropped: of followers"] for kind in kinds]
+  assert rows[:2] == [[kind, "4", "2-3, 5-6", "followers"] for kind in kinds]
   (queries,) = [row for row in rows[2:] if row[0] == kinds[0]]
-  assert queries[1:] == ["4: layers 0-1, 4, 7", "64×64", "used"]
-  assert {row[3] for row in rows[2:]} == {"used"}
+  assert queries[1:] == ["4", "0-1, 4, 7", "64×64"]
   assert len(rows) == 2 + 9 + 3
 
 
@@ -268,8 +268,8 @@ def test_inspect_tells_kinds_of_our_own_checkpoints_too(folder, tmp_path, capsys
   capsys.readouterr()
   assert main(["convert", str(tmp_path / "ours"), "--inspect", "--plan", PLAN]) == 0
   rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-  assert ["layers/*/attention/q_proj/kernel", "4: layers 2-3, 5-6", "", "dropped: of followers"] in rows
-  assert ["layers/*/attention/v_proj/kernel", "8: layers 0-7"] in [row[:2] for row in rows]
+  assert ["layers/*/attention/q_proj/kernel", "4", "2-3, 5-6", "followers"] in rows
+  assert ["layers/*/attention/v_proj/kernel", "8", "0-7"] in [row[:3] for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -399,3 +399,8 @@ def test_a_terminal_is_never_too_narrow_for_a_number(width, monkeypatch, capsys)
   assert all(number in said for number in ("134.52 MB", "130.00 MB", "-3.4 %")) or width == 80
   assert all(number in said for number in ("134.52", "130.00", "-3.4"))
   assert ("│" in said) == (width == 80)
+
+
+@pytest.mark.parametrize(("words", "plans"), [((), (None,)), (("None",), (None,)), (("2:3", "None"), ("2:3", None))])
+def test_none_among_plans_is_the_models_own(words, plans):
+  assert plans_asked(words) == plans
