@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from sa_jax.display import count
 from sa_jax.distributed import check_same, run_on_all
 from sa_jax.errors import UserError
 from sa_jax.files import remove
@@ -25,7 +26,7 @@ from sa_jax.train.folder import checked, claim, describe, is_missing, locked, ma
 from sa_jax.train.interruption import Interruption
 from sa_jax.train.metrics import Clock, Window, of_routers, peak_tflops, train_flops
 from sa_jax.train.optimizer import schedule
-from sa_jax.train.setup import Setup, echo, prepare
+from sa_jax.train.setup import Setup, cautions, echo, prepare
 from sa_jax.train.step import Metrics
 from sa_jax.train.writers import JsonLines, Screen, TensorBoard, WeightsAndBiases, Writer, closing
 
@@ -81,8 +82,12 @@ def train(
     claim(config)
     with Checkpoints(config.out / "checkpoints", config.log.keep) as checkpoints:
       loop = Loop(config, run, checkpoints, check_ours)
-      if loop.done:
+      if loop.done == config.steps:
+        say(f"{config.out} has already done its {count(loop.done, 'step')}, so nothing is trained; {_to_go_on(config)}")
+      elif loop.done:
         say(f"resuming after step {loop.done} from {config.out}")
+      for caution in cautions(config, run.identity[0]) if not loop.done else []:
+        say(f"warning: {caution}")
       if loop.done < config.steps and jax.process_index() == 0 and (moved := make_room(config.out, loop.done)):
         say(moved)
       all_writers = [*_writers(config, loop.done, say), *writers] if jax.process_index() == 0 else []
@@ -96,6 +101,13 @@ def train(
         run.export(loop.state.params, model)
       _write_adapters(run, loop, config.out / "adapter", say)
   return Outcome(loop.done, interrupted, loop.window.skipped, loop.eval_loss, model)
+
+
+def _to_go_on(config: TrainConfig) -> str:
+  """How a finished run can be continued."""
+  if config.optimizer.schedule == "constant":
+    return "to train on, repeat the command with more steps"
+  return f"its learning rate has decayed, so to train on, start a new run from {config.out / 'model'} in another folder"
 
 
 def _write_adapters(run: Setup, loop: Loop, path: Path, say: Callable[[str], None]) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from sa_jax.config import RematPolicy
+from sa_jax.display import count
 from sa_jax.distributed import wait_for_all
 from sa_jax.errors import UserError
 from sa_jax.nn import Transformer
@@ -29,6 +30,9 @@ from sa_jax.train.reading import corpus_rows, tokenizer_of, training_data
 from sa_jax.train.remat import Remat, fastest
 from sa_jax.train.step import TrainState, make_eval, make_state, make_step, state_shardings
 from sa_jax.trees import Tree
+
+_FEW_EPOCHS = 4
+"""Repeating data up to this often is about as good as new data (Muennighoff et al., arXiv 2305.16264)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,10 +156,10 @@ def adapters_of(config: TrainConfig, model: Transformer) -> Callable[[Tree, Path
 def echo(config: TrainConfig, run: Setup) -> dict[str, str]:
   """A summary of the run: devices, what is trained on which data, and the output folder."""
   device, mesh = jax.devices()[0], run.batch_sharding.mesh.shape
-  count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-  whole, trained = count(abstract_params(run.model)), count(run.abstract_state().params)
+  size = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+  whole, trained = size(abstract_params(run.model)), size(run.abstract_state().params)
   tokens = config.batch_size * config.data.length
-  epochs = "" if not run.identity[0] else f", {config.steps * config.batch_size / run.identity[0]:.3g} epochs"
+  epochs = "" if not run.identity[0] else f", {_epochs(config, run.identity[0])}"
   hosts = f" of {jax.process_count()} hosts" if jax.process_count() > 1 else ""
   return {
     "devices": f"{jax.device_count()} × {device.device_kind}{hosts}",
@@ -165,5 +169,40 @@ def echo(config: TrainConfig, run: Setup) -> dict[str, str]:
     "a step": f"{config.batch_size} rows of {config.data.length} tokens, {tokens:,} tokens",
     "steps": f"{config.steps:,}{epochs}, {config.steps * tokens:,} tokens",
     "remat": str(run.remat),
+    "tokens/s": "without compilation, evaluation and saving",
     "saved in": str(config.out),
   }
+
+
+def cautions(config: TrainConfig, rows: int) -> list[str]:
+  """What a run is likely not meant to do.
+
+  Args:
+    config: the run.
+    rows: of the training data; 0 if unknown.
+  """
+  found = []
+  if rows and config.steps * config.batch_size > _FEW_EPOCHS * rows:
+    found.append(
+      f"{count(config.steps, 'step')} of {count(config.batch_size, 'row')} are {_epochs(config, rows)}: more than "
+      f"{_FEW_EPOCHS} usually overfit; use fewer steps, smaller batches or more data"
+    )
+  if rows and config.batch_size > rows:
+    found.append(
+      f"a batch of {count(config.batch_size, 'row')} is larger than the data ({count(rows, 'row')}): each step repeats "
+      "rows; use smaller batches or more data"
+    )
+  if (warmup := config.optimizer.warmup_steps) > config.steps:
+    what = f"the warm-up of {count(warmup, 'step')} is longer than the run ({count(config.steps, 'step')})"
+    if config.optimizer.schedule == "constant":
+      found.append(f"{what}: the learning rate only reaches {config.steps / warmup:.0%} of its value")
+    else:
+      found.append(f"{what}: it is shortened, and the learning rate rises up to the last step")
+  return found
+
+
+def _epochs(config: TrainConfig, rows: int) -> str:
+  """Such as ``1,140 epochs of 12 rows``."""
+  epochs = config.steps * config.batch_size / rows
+  number = f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.3g}"
+  return f"{number} epoch{'' if number == '1' else 's'} of {count(rows, 'row')}"

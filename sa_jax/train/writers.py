@@ -190,7 +190,8 @@ class Screen:
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Prints a line."""
-    text = "  ".join(_SHOWN[name](value) for name, value in values.items() if name in _SHOWN)
+    shown = {name: value for name, value in values.items() if name in _SHOWN and (name, value) != ("seconds_left", 0)}
+    text = "  ".join(_SHOWN[name](value) for name, value in shown.items())
     # A file or a pipe has no width, so lines are not wrapped.
     wide = not self._console.is_terminal
     self._console.print(f"step {step}/{self._steps}  {text}", highlight=False, soft_wrap=wide)
@@ -200,9 +201,14 @@ class Screen:
     self._bar.stop()
 
 
+def _number(value: float, digits: int) -> str:
+  """Such as ``1.14`` and ``1,140``; with an exponent only if it is very large or small."""
+  return f"{value:,.0f}" if 1000 <= value < 1e7 else f"{value:.{digits}g}"
+
+
 _SHOWN: dict[str, Callable[[float], str]] = {
   "loss": lambda value: f"loss {value:.4f}",
-  "grad_norm": lambda value: f"gradient {value:.3g}",
+  "grad_norm": lambda value: f"gradient {_number(value, 3)}",
   "learning_rate": lambda value: f"learning rate {value:.3g}",
   "tokens_trained": lambda value: f"{value:,.0f} tokens trained",
   "tokens_per_second": lambda value: f"{value:,.0f} tokens/s" if value >= 10 else f"{value:.2g} tokens/s",
@@ -210,7 +216,7 @@ _SHOWN: dict[str, Callable[[float], str]] = {
   "skipped": lambda value: f"{value:.0f} steps skipped",
   "seconds_left": lambda value: f"{duration(value)} left",
   "eval_loss": lambda value: f"evaluation loss {value:.4f}",
-  "eval_perplexity": lambda value: f"perplexity {value:,.4g}",
+  "eval_perplexity": lambda value: f"perplexity {_number(value, 4)}",
 }
 
 

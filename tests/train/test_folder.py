@@ -152,6 +152,13 @@ def test_a_damaged_checkpoint_and_more_steps(tmp_path, monkeypatch, caplog):
   again = lines(out)
   assert [line["loss"] for line in again] == [line["loss"] for line in found]
 
+  said.clear()
+  assert train(dataclasses.replace(made, steps=4), say=said.append, console=console).step == 4
+  assert (
+    f"{out} has already done its 4 steps, so nothing is trained; to train on, repeat the command with more steps"
+    in (said)
+  )
+  assert not any("resuming" in line for line in said)
   with pytest.raises(UserError, match="has already done 4 steps; it cannot end at step 3"):
     train(dataclasses.replace(made, steps=3))
   taken = []
@@ -187,3 +194,16 @@ def test_a_source_and_its_resume(tmp_path):
 def test_data_come_from_one_place(tmp_path):
   with pytest.raises(UserError, match="give training data in one way: .*not train and source"):
     train(config(tmp_path / "run"), ["a"])
+
+
+def test_what_a_run_is_likely_not_meant_to_do_is_told(tmp_path):
+  made = config(tmp_path / "run", steps=20, batch_size=32)
+  assert setup.cautions(dataclasses.replace(made, optimizer=OptimizerConfig(warmup_steps=2)), 200) == []
+  assert setup.cautions(dataclasses.replace(made, steps=50), 0) == []  # a stream
+  few, large, warmup = setup.cautions(dataclasses.replace(made, optimizer=OptimizerConfig(warmup_steps=100)), 12)
+  assert few.startswith("20 steps of 32 rows are 53.3 epochs of 12 rows: more than 4 usually overfit")
+  assert large.startswith("a batch of 32 rows is larger than the data (12 rows)")
+  assert warmup.startswith("the warm-up of 100 steps is longer than the run (20 steps): it is shortened")
+  constant = OptimizerConfig(warmup_steps=100, schedule="constant")
+  assert "only reaches 20% of its value" in setup.cautions(dataclasses.replace(made, optimizer=constant), 0)[0]
+  assert "are 1,140 epochs of 12 rows" in setup.cautions(dataclasses.replace(made, steps=1140, batch_size=12), 12)[0]
