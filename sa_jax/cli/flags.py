@@ -103,7 +103,7 @@ def _several(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Pri
   )
 
 
-def at_least_one(metavar: str) -> Any:
+def at_least_one(metavar: str) -> object:
   """Describes a required positional argument of several values, which tyro takes for an optional one."""
   return tyro.conf.arg(metavar=f"{metavar} ...", help_behavior_hint="(required)")
 
