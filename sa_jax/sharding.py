@@ -1,11 +1,10 @@
-"""Shardings from logical axes, and the rules that map these to mesh axes."""
+"""Shardings from logical axes."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sa_jax.config import ModelConfig
 from sa_jax.errors import UserError
@@ -23,6 +22,10 @@ from sa_jax.mesh import make_mesh as make_mesh  # re-export
 from sa_jax.nn import Cache, Transformer
 from sa_jax.nn.axes import bare, fitting, mesh_axes_of
 from sa_jax.plan import SharingPlan
+from sa_jax.rules import DEFAULT_RULES as DEFAULT_RULES  # re-export
+from sa_jax.rules import Rules as Rules  # re-export
+from sa_jax.rules import check_mesh as check_mesh  # re-export
+from sa_jax.rules import idle_axes, rules_on
 from sa_jax.trees import Params, Tree
 
 if TYPE_CHECKING:
@@ -34,84 +37,9 @@ Q = TypeVar("Q", bound=Params)
 T = TypeVar("T")
 _LOG = logging.getLogger("sa_jax")
 
-Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
-
-DEFAULT_RULES: Rules = (
-  ("batch", ("slice", "data", "fsdp", "expert")),
-  ("length", "sequence"),
-  ("embed", "fsdp"),
-  ("vector", None),
-  ("heads", "tensor"),
-  ("kv_heads", "tensor"),
-  ("head_dim", None),
-  ("mlp", "tensor"),
-  ("experts", "expert"),
-  ("scores", None),
-  ("vocab", "tensor"),
-  ("groups", None),
-  ("followers", None),
-)
-"""Logical axis → mesh axis, for the axes of `make_mesh`. Mesh axes that a mesh does not have are ignored."""
-
 _RULES = jax.make_user_context(())  # part of `jax.jit`'s cache key, unlike Flax's own context
-_OF_ATTENTION = ("batch", "length", "heads", "kv_heads")
 _OF_ALL_ROWS = ("heads", "kv_heads", "head_dim", "mlp", "vocab")
 """Tensor-parallel axes: rows cannot be split over a mesh axis that splits one of these, unlike ``embed`` (FSDP)."""
-
-
-def check_mesh(mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> None:
-  """Checks that the rules can shard arrays over a mesh.
-
-  Raises:
-    UserError: if an axis is not of type ``Auto``, no rule names any axis of the mesh, or one axis is to split both rows
-      and attention heads.
-  """
-  if explicit := [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Auto]:
-    raise UserError(
-      f"the mesh's axes {', '.join(explicit)} are not jax.sharding.AxisType.Auto: create it with "
-      "sa_jax.sharding.make_mesh, or "
-      f"jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)})"
-    )
-  active, idle = [name for name in mesh.axis_names if mesh.shape[name] > 1], _idle(mesh, rules)
-  if idle and idle == active:
-    raise UserError(
-      f"no rule names an axis of this mesh: it has {', '.join(idle)}, the rules name "
-      f"{', '.join(sorted(_named(rules)))}; rename its axes, or pass rules="
-    )
-  by_axis = dict(reversed(rules))
-  over = {name: [axis for axis in mesh_axes_of(by_axis.get(name)) if axis in active] for name in _OF_ATTENTION}
-  if twice := [
-    f"{axis!r} for {rows} and {heads}"
-    for rows, heads in itertools.product(("batch", "length"), ("heads", "kv_heads"))
-    for axis in over[rows]
-    if axis in over[heads]
-  ]:
-    raise UserError.of("rules", [f"they name the mesh axis {each}, but attention has both" for each in twice])
-
-
-def _idle(mesh: Mesh | AbstractMesh, rules: Rules) -> list[str]:
-  """The mesh axes that no rule names."""
-  return [name for name in mesh.axis_names if mesh.shape[name] > 1 and name not in _named(rules)]
-
-
-def _named(rules: Rules) -> set[str]:
-  return {axis for _, entry in rules for axis in mesh_axes_of(entry)}
-
-
-def rules_on(mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> Rules:
-  """The rules without mesh axes that the mesh does not have.
-
-  Raises:
-    UserError: see `check_mesh`.
-  """
-  check_mesh(mesh, rules)
-
-  def axes(entry: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-    if isinstance(entry, tuple):
-      return tuple(axis for axis in entry if axis in mesh.shape) or None
-    return entry if entry in mesh.shape else None
-
-  return tuple((logical, axes(entry)) for logical, entry in rules)
 
 
 @contextlib.contextmanager
@@ -358,7 +286,7 @@ def _check_experts(config: ModelConfig, mesh: Mesh, rules: Rules) -> None:
 def tree_shardings(boxed: Tree, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Tree:
   """A `NamedSharding` for every leaf of a tree of boxed shapes, as from `abstract_params`; see `param_shardings`."""
   by_axis = dict(reversed(rules_on(mesh, rules)))  # the first rule for an axis applies, as for activations
-  if idle := _idle(mesh, rules):
+  if idle := idle_axes(mesh, rules):
     _LOG.warning("no rule uses the mesh axis %s: arrays are replicated along it", ", ".join(idle))
   errors: list[str] = []
   whole: dict[str, None] = {}
