@@ -131,8 +131,11 @@ def test_each_device_takes_the_keys_of_its_queries(interpreted):
 
 def test_heads_apart_from_their_keys_are_refused(interpreted):
   q, k, v, _ = arrays(128, 8, 2, 8)
-  mesh = make_mesh(data=2, tensor=4)
-  with on_mesh(mesh, rules_with("data")), pytest.raises(ValueError, match="'heads' and 'kv_heads' .* or only 'heads'"):
+  rules = (("batch", None), *rules_with("data"))
+  with (
+    on_mesh(make_mesh(data=2, tensor=4), rules),
+    pytest.raises(ValueError, match="'heads' and 'kv_heads' .* or only 'heads'"),
+  ):
     jax.eval_shape(QueryKey(q, k, backend="splash").attend, v)
 
 
