@@ -75,8 +75,9 @@ class Share(Searching):
     for file in (self.json, self.record, self.plot):
       check_writable(file)
     asked = None if self.plan == "search" else self.plan
-    if asked is not None and self.allow != ("sharing",):
-      raise UserError("`plan` fixes what is shared, and `allow` what to search: give only one of them")
+    sought = {"budget": self.budget != type(self).budget, "allow": self.allow != type(self).allow}
+    if asked is not None and (given := [f"`{name}`" for name, is_given in sought.items() if is_given]):
+      raise UserError(f"`plan` fixes what is shared, and {' and '.join(given)} what to search: give only one of them")
     wanted: Budget | SharingPlan
     wanted = budget = dataclasses.replace(Budget.parse(self.budget), allow=self.allow)
     distillation = None if self.distill_minutes is None else Distillation(minutes=self.distill_minutes)

@@ -172,6 +172,7 @@ def interleaved(tmp_path):
       r"every layer that could is excluded \(see --excluded\)",
     ),
     (["share", "--plan", "1:2", "--allow", "int8"], "--plan fixes what is shared, and --allow what to search"),
+    (["share", "--plan", "zoo:8", "--budget", "kv=80%"], "--plan fixes what is shared, and --budget what to search"),
   ],
 )
 def test_what_no_checkpoint_can_hold_is_refused_before_any_work(interleaved, capsys, monkeypatch, arguments, message):
