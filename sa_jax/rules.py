@@ -58,7 +58,7 @@ def check_mesh(mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> None:
     for axis in over[rows]
     if axis in over[heads]
   ]:
-    raise UserError.of("rules", [f"they name the mesh axis {each}, but attention has both" for each in twice])
+    raise UserError.of("rules", [f"they name the mesh axis {each}: split only one of them over it" for each in twice])
 
 
 def idle_axes(mesh: Mesh | AbstractMesh, rules: Rules) -> list[str]:

@@ -90,7 +90,7 @@ def test_two_axes_of_a_parameter_on_one_mesh_axis():
 @pytest.mark.parametrize(("name", "axes"), [("length", "tensor"), ("batch", ("data", "tensor"))])
 def test_rows_and_heads_on_one_mesh_axis(name, axes):
   rules = ((name, axes), *DEFAULT_RULES)
-  with pytest.raises(UserError, match=f"they name the mesh axis 'tensor' for {name} and heads, but attention has both"):
+  with pytest.raises(UserError, match=f"the mesh axis 'tensor' for {name} and heads: split only one of them over it"):
     param_shardings(tiny.model(), make_mesh(data=4, tensor=2), rules)
   param_shardings(tiny.model(), make_mesh(data=8), rules)  # one device along it
 

@@ -251,7 +251,7 @@ def align(
 
   def loss(plan: SharingPlan) -> float:
     arrays = PlanArrays.of(plan, config)
-    rows = list(walk.chunks(tokens, chunk))
+    rows = walk.chunks(tokens, chunk)
     losses = fetch_each(_loss(config, stacked, each, arrays) for each in rows)
     return sum(float(found) * len(each) for found, each in zip(losses, rows, strict=True)) / len(tokens)
 

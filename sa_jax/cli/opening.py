@@ -125,8 +125,9 @@ def check_range(params: Params, dtype: FloatDtype) -> None:
   if dtype != "float16":
     return
   limit = float(jnp.finfo(dtype).max)
-  # Not of absolute values, which would be a copy of the parameters.
-  largest = fetch(jax.tree.map(lambda leaf: jnp.maximum(jnp.max(leaf), -jnp.min(leaf)), params))
+  # Not of absolute values, which would be a copy of the parameters. One program: on a mesh these are many collectives.
+  of_leaf = lambda leaf: jnp.maximum(jnp.max(leaf), -jnp.min(leaf))
+  largest = fetch(jax.jit(lambda params: jax.tree.map(of_leaf, params))(params))
   faults = [
     f"{jax.tree_util.keystr(path, simple=True, separator='/')} has numbers up to {number:.4g}"
     for path, number in jax.tree_util.tree_leaves_with_path(largest)
