@@ -183,7 +183,7 @@ def _parse(commands: dict[str, Callable[..., Command]], given: Sequence[str]) ->
       cause = cause.__context__
     if cause is not None:
       raise cause from None
-    sys.stdout.write(fitted_help(shown.getvalue(), shutil.get_terminal_size().columns))
+    print(fitted_help(shown.getvalue(), shutil.get_terminal_size().columns), end="", flush=True)
     sys.stderr.write(captured.getvalue())
     raise
   sys.stderr.write(captured.getvalue())

@@ -109,7 +109,12 @@ def at_least_one(metavar: str) -> object:
 
 
 def fitted_help(text: str, width: int) -> str:
-  """A command's help, with its usage and description, which tyro does not wrap, wrapped to the width."""
+  """A command's help, with its usage and description, which tyro does not wrap, wrapped to the width.
+
+  What is no help, such as a script for a shell's completion, stays as it is.
+  """
+  if "usage:" not in text.partition("\n")[0]:
+    return text
   lines = text.split("\n")
   end = next((at for at, line in enumerate(lines) if re.match(r"(\x1b\[[\d;]*m)*[ ╭]", line)), 0)
   fill = functools.partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)

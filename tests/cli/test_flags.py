@@ -64,3 +64,14 @@ def test_several_required_positionals_are_required_in_the_help(capsys):
   shown = " ".join(capsys.readouterr().out.replace("│", "").split())
   assert "all have equal weight. (required)" in shown
   assert "must stay anchors. (default: none)" in shown
+
+
+def test_a_script_for_completion_is_not_wrapped(capsys, monkeypatch):
+  said = []
+  for columns in ("60", "200"):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit):
+      cli.main(["cost", "--tyro-print-completion", "bash"])
+    said.append(capsys.readouterr().out)
+  assert said[0] == said[1]
+  assert "complete " in said[0]
